@@ -1,0 +1,39 @@
+# Every target makes what it needs: a clean clone, Python 3.11 or newer, and `make demo`.
+PYTHON ?= python3
+BIN := .venv/bin
+# A cluster that someone else runs on this machine is never joined by accident.
+LOCAL := RAY_ADDRESS=local
+
+.PHONY: demo test test-long test-ray-oldest lint clean
+
+demo: .venv/installed
+	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py
+
+test: lint
+	$(LOCAL) $(BIN)/python -m pytest
+
+test-long: .venv/installed
+	$(LOCAL) $(BIN)/python -m pytest -m long
+
+# The oldest Ray of the range in pyproject.toml, in an environment of its own.
+test-ray-oldest: .venv-oldest/installed
+	$(LOCAL) .venv-oldest/bin/python -m pytest tests/ray tests/contract
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (a minute or so, once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,examples]'
+	@touch $@
+
+.venv-oldest/installed: pyproject.toml
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,examples]' 'ray[default]==2.49.*'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

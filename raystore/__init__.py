@@ -1,0 +1,56 @@
+"""raystore: the LightningStore contract on Ray, the control plane for agent RL.
+
+`start` a store, pass it (or `store.actor`) to runners, drive it with plain async functions. See the README.
+Names are imported on first use, so that `import raystore` is quick and loads neither Ray nor pydantic.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from raystore.errors import *  # noqa: F403
+    from raystore.memory import InMemoryLightningStore as InMemoryLightningStore
+    from raystore.spans import *  # noqa: F403
+    from raystore.types import *  # noqa: F403
+
+#: Where each public name lives.
+_NAMES = {
+    "raystore.api": "LightningStore",
+    "raystore.memory": "InMemoryLightningStore",
+    "raystore.types": """
+        Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
+        ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource NamedResources PaginatedResult
+        UNSET Unset is_queuing is_running is_finished LightningStoreCapabilities LightningStoreStatistics
+        RolloutStatus AttemptStatus RolloutMode WorkerStatus TaskInput
+    """,
+    "raystore.spans": """
+        Span SpanContext SpanCoreFields TraceStatus Event Link OtelResource
+        find_final_reward estimate_model_size
+    """,
+    "raystore.errors": """
+        StoreError InvalidValueError RolloutNotFoundError AttemptNotFoundError ResourcesNotFoundError ClaimLostError
+        ConflictError OverloadedError CursorTooOldError SpansEvictedError PayloadLostError PayloadTooLargeError
+        StoreUnavailableError OutcomeUnknownError StoreClosedError StoreCorruptError StoreNotFoundError
+        StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError PoolStartError Abort Drop
+    """,
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'raystore' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

@@ -1,0 +1,460 @@
+"""The LightningStore contract: every method a store has, and what an implementation must do.
+
+Signatures are agent-lightning 0.3.0's with the keyword names of both generations, then raystore's additions, whose
+defaults give the contract's behaviour. `raystore.client` implements them once, over a transport; `raystore._sync` is
+generated from this file.
+
+Rules that hold for every method:
+
+- It is `async def`; arguments are validated and taken by value before the first suspension, so that calls take effect
+  in the order in which they were issued, also when they are not awaited.
+- A malformed value raises pydantic's `ValidationError` or `InvalidValueError` and changes nothing.
+- Reads and waits are lenient about unknown ids (empty, None, or skipped); writes raise a `ValueError`.
+- Answers are snapshots. Times are in seconds since the epoch, by the store's clock; durations are in seconds.
+- Time is caught up with first: what has timed out by now is seen as timed out.
+- `StoreUnavailableError`, `StoreClosedError` and `OutcomeUnknownError` may come from any method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from raystore.types import (
+    UNSET,
+    Attempt,
+    AttemptedRollout,
+    AttemptStatus,
+    Change,
+    EnqueueRolloutRequest,
+    FilterLogic,
+    LightningStoreCapabilities,
+    LightningStoreStatistics,
+    NamedResources,
+    Page,
+    PaginatedResult,
+    ResourcesUpdate,
+    Rollout,
+    RolloutConfig,
+    RolloutMode,
+    RolloutStatus,
+    SortOrder,
+    Span,
+    TagValue,
+    TaskInput,
+    Unset,
+    Worker,
+    WorkerStatus,
+)
+
+
+class LightningStore(ABC):
+    """The control plane of agent RL: rollouts, attempts, spans, resources, workers."""
+
+    # -- what a store is ---------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> LightningStoreCapabilities:
+        """What this store allows: use from several threads and event loops, zero-copy passing, an OTLP endpoint."""
+
+    @abstractmethod
+    def otlp_traces_endpoint(self) -> str:
+        """URL that takes OTLP traces; raises NotImplementedError unless the capability is offered."""
+
+    @abstractmethod
+    async def statistics(self) -> LightningStoreStatistics:
+        """Counts and sizes of the store."""
+
+    @abstractmethod
+    async def story(self, rollout_id: str) -> list[str]:
+        """What is still known of a rollout's history, a line for each thing, for people to read."""
+
+    @abstractmethod
+    async def check(self) -> None:
+        """Verify every invariant of the store; raises AssertionError. For tests: it walks everything."""
+
+    # -- rollouts ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def start_rollout(
+        self,
+        input: TaskInput,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        worker_id: str | None = None,
+    ) -> AttemptedRollout:
+        """Make a rollout that its caller runs now: status preparing with a first attempt, never queued.
+
+        `resources_id` None means the latest resources; no other id is checked. `config` None means the store's
+        `default_config`. With `worker_id` the worker is recorded as busy.
+        """
+
+    @abstractmethod
+    async def enqueue_rollout(
+        self,
+        input: TaskInput,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        *,
+        rollout_id: str | None = None,
+        group_id: str | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Rollout:
+        """Put a rollout at the tail of its queue, status queuing.
+
+        `rollout_id` makes the call repeatable: the same content again returns the rollout that exists, other content
+        raises `ConflictError`. A higher `priority` is claimed first. `group_id` and `tags` (at most 16) are indexed;
+        when absent, a well-formed one is lifted from `metadata`. Raises `OverloadedError` when `max_queued` is reached.
+        """
+
+    @abstractmethod
+    async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
+        """Enqueue many, in order; the answers are in the order of the requests.
+
+        Validated and admitted against `max_queued` as a whole; "latest resources" is resolved once. Takes effect in
+        parts of at most 512 items or 1 MiB.
+        """
+
+    @abstractmethod
+    async def enqueue_group(
+        self,
+        input: TaskInput,
+        n: int,
+        *,
+        group_id: str | None = None,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Sequence[Rollout]:
+        """Enqueue `n` rollouts of one prompt under one group id (made up when None), as GRPO needs them."""
+
+    @abstractmethod
+    async def dequeue_rollout(
+        self, worker_id: str | None = None, *, timeout: float = 0.0, queues: Sequence[str] = ("default",)
+    ) -> AttemptedRollout | None:
+        """Claim the next rollout: it gets a new attempt and becomes preparing. None if none comes within `timeout`.
+
+        Queues are tried in the order given. The claim is acknowledged behind the scenes once its caller has it;
+        a caller that is cancelled or dies before that loses nothing: the rollout goes back to its old place.
+        A negative or NaN `timeout` raises `ValueError`.
+        """
+
+    @abstractmethod
+    async def dequeue_many_rollouts(
+        self,
+        *,
+        limit: int = 1,
+        worker_id: str | None = None,
+        timeout: float = 0.0,
+        queues: Sequence[str] = ("default",),
+    ) -> Sequence[AttemptedRollout]:
+        """Claim up to `limit` rollouts that wait now; waits up to `timeout` for the first. `[]` when there is none."""
+
+    @abstractmethod
+    async def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+        status: Sequence[RolloutStatus] | None = None,
+        rollout_ids: Sequence[str] | None = None,
+        group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        worker_id: str | None = None,
+        mode: RolloutMode | None = None,
+    ) -> PaginatedResult[Rollout | AttemptedRollout]:
+        """Rollouts that match, in insertion order unless sorted; with attempts as `AttemptedRollout`.
+
+        `filter_logic` joins the first three filters; group, tags, queue, worker and mode always apply. An empty list
+        matches nothing. `limit` -1 means all. `status` and `rollout_ids` are the 0.2 names of the first two.
+        """
+
+    @abstractmethod
+    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | AttemptedRollout | None:
+        """The rollout, with its latest attempt if it has one; None when unknown."""
+
+    @abstractmethod
+    async def update_rollout(
+        self,
+        rollout_id: str,
+        input: TaskInput | Unset = UNSET,
+        mode: RolloutMode | Unset | None = UNSET,
+        resources_id: str | Unset | None = UNSET,
+        status: RolloutStatus | Unset = UNSET,
+        config: RolloutConfig | Unset = UNSET,
+        metadata: dict[str, Any] | Unset | None = UNSET,
+    ) -> Rollout:
+        """Set fields by hand; UNSET leaves a field as it is, None is a value (not for status and config).
+
+        Any status may follow any other. A finished status sets `end_time` and wakes waiters; queuing and requeuing put
+        the rollout at the tail of its queue unless it waits already, and clear `end_time`. Attempts and workers stay
+        as they are; the holder of a running attempt is told. Raises `RolloutNotFoundError`.
+        """
+
+    @abstractmethod
+    async def cancel_rollouts(
+        self,
+        rollout_ids: Sequence[str] | None = None,
+        *,
+        group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Sequence[Rollout]:
+        """Cancel those that have not finished and return them; what is given of ids, group and tags must all match.
+
+        A running attempt fails with outcome "cancelled" and its holder is told. A cancelled rollout is never
+        resurrected by late reports; only `update_rollout` and `start_attempt` leave cancelled.
+        """
+
+    @abstractmethod
+    async def release(self, rollout_ids: Sequence[str]) -> int:
+        """Say that nobody needs these rollouts any longer: first to be evicted or deleted. How many were newly so."""
+
+    @abstractmethod
+    async def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
+        """Delete rollouts with their attempts and spans; how many there were."""
+
+    # -- waiting -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+        """Those of the rollouts that are finished when all are, or after `timeout`; in the order given.
+
+        None waits without limit, `timeout` <= 0 is a snapshot, NaN raises `ValueError`. Unknown ids are skipped.
+        Costs one parked call whatever the number of ids.
+        """
+
+    @abstractmethod
+    async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> Rollout | None:
+        """The rollout once it has finished, None if it has not within `timeout` or does not exist."""
+
+    @abstractmethod
+    def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[Rollout]:
+        """Iterate over the rollouts as they finish. Raises TimeoutError when `timeout` passes before all have."""
+
+    @abstractmethod
+    async def completed(
+        self,
+        cursor: int | None = None,
+        *,
+        limit: int = 256,
+        timeout: float = 0.0,
+        group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        mode: RolloutMode | None = None,
+    ) -> Page[Rollout]:
+        """Finished rollouts that follow `cursor`, in completion order; None starts at the beginning.
+
+        Waits up to `timeout` when there is none. A rollout that finishes again comes again. The cursor of the answer
+        resumes exactly, also in another process.
+        """
+
+    @abstractmethod
+    async def changes(
+        self,
+        cursor: int | None = None,
+        *,
+        kinds: Sequence[str] | None = None,
+        limit: int = 1024,
+        timeout: float = 0.0,
+    ) -> Page[Change]:
+        """What the store did after `cursor`, in order; None starts at the oldest change that is kept (100,000).
+
+        Waits up to `timeout` when there is nothing. Raises `CursorTooOldError`, which names the oldest.
+        """
+
+    # -- attempts ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
+        """Start another attempt by hand, from any status and whatever `max_attempts` says; the rollout is preparing.
+
+        An attempt that still ran is superseded. Raises `RolloutNotFoundError`.
+        """
+
+    @abstractmethod
+    async def query_attempts(
+        self,
+        rollout_id: str,
+        *,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Attempt]:
+        """The attempts of a rollout; empty when unknown."""
+
+    @abstractmethod
+    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        """The attempt with the highest sequence id; None when there is none."""
+
+    @abstractmethod
+    async def update_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str | Literal["latest"],
+        status: AttemptStatus | Unset = UNSET,
+        worker_id: str | Unset | None = UNSET,
+        last_heartbeat_time: float | Unset = UNSET,
+        metadata: dict[str, Any] | Unset | None = UNSET,
+    ) -> Attempt:
+        """Set fields of an attempt; rollout and worker follow its status.
+
+        If it is the latest attempt: preparing, running and succeeded set the rollout's status too; failed, timeout and
+        unresponsive queue it again if its `retry_condition` names the status and `max_attempts` allows, else fail it.
+        Raises `RolloutNotFoundError`, `AttemptNotFoundError`, `ClaimLostError`.
+        """
+
+    # -- spans -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
+        """The next span number of a rollout: one counter for each rollout, from 1, never given twice."""
+
+    @abstractmethod
+    async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
+        """The next span numbers of many (rollout, attempt) pairs, in order."""
+
+    @abstractmethod
+    async def add_span(self, span: Span) -> Span | None:
+        """Store a span and return the caller's own object; None, with an ERROR log, for a duplicate.
+
+        The span is a heartbeat: a preparing or unresponsive attempt becomes running, with its rollout if it is the
+        latest. Raises `RolloutNotFoundError`, `AttemptNotFoundError`, `ClaimLostError`, `PayloadTooLargeError`.
+        """
+
+    @abstractmethod
+    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """Store spans, grouped by attempt in order of first appearance; returns the stored ones in that order.
+
+        A group that fails raises, and later groups are not tried.
+        """
+
+    @abstractmethod
+    async def add_otel_span(
+        self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
+    ) -> Span | None:
+        """Store an OpenTelemetry `ReadableSpan`; with no `sequence_id` it takes the next number in the same call."""
+
+    @abstractmethod
+    async def query_spans(
+        self,
+        rollout_id: str,
+        attempt_id: str | Literal["latest"] | None = None,
+        *,
+        trace_id: str | None = None,
+        trace_id_contains: str | None = None,
+        span_id: str | None = None,
+        span_id_contains: str | None = None,
+        parent_id: str | None = None,
+        parent_id_contains: str | None = None,
+        name: str | None = None,
+        name_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        limit: int = -1,
+        offset: int = 0,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        allow_partial: bool = False,
+    ) -> PaginatedResult[Span]:
+        """Spans of a rollout, or of one attempt ("latest": the newest attempt, with or without spans).
+
+        `sort_by` None gives the order of arrival. Raises `SpansEvictedError` if spans were evicted, for ever;
+        `allow_partial` returns what is left.
+        """
+
+    @abstractmethod
+    async def query_many_spans(
+        self,
+        rollout_ids: Sequence[str],
+        attempt_id: Literal["latest"] | None = "latest",
+        *,
+        allow_partial: bool = False,
+    ) -> dict[str, list[Span]]:
+        """Spans of many rollouts in one call, by sequence number; unknown ids give an empty list."""
+
+    # -- resources ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def add_resources(self, resources: NamedResources, *, policy_version: int | None = None) -> ResourcesUpdate:
+        """Publish resources under a new id, which becomes the latest.
+
+        `policy_version` says which weights they stand for; attempts carry it from their claim on.
+        """
+
+    @abstractmethod
+    async def update_resources(
+        self, resources_id: str, resources: NamedResources, *, policy_version: int | None = None
+    ) -> ResourcesUpdate:
+        """Publish a new version under an id, which becomes the latest; an unknown id starts at version 1."""
+
+    @abstractmethod
+    async def get_resources_by_id(self, resources_id: str, version: int | None = None) -> ResourcesUpdate | None:
+        """One version of resources (None: the newest); None when unknown. Raises `PayloadLostError` if it was freed."""
+
+    @abstractmethod
+    async def get_latest_resources(self) -> ResourcesUpdate | None:
+        """What was published last; None when nothing was."""
+
+    @abstractmethod
+    async def query_resources(
+        self,
+        *,
+        resources_id: str | None = None,
+        resources_id_contains: str | None = None,
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[ResourcesUpdate]:
+        """The newest version of each id that matches, in the order in which the ids came."""
+
+    @abstractmethod
+    async def delete_resources(self, resources_id: str) -> None:
+        """Forget an id with all versions. Raises `ResourcesNotFoundError`."""
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def query_workers(
+        self,
+        *,
+        status_in: Sequence[WorkerStatus] | None = None,
+        worker_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Worker]:
+        """Workers that match, in the order of their first appearance."""
+
+    @abstractmethod
+    async def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        """The worker; None when unknown."""
+
+    @abstractmethod
+    async def update_worker(self, worker_id: str, heartbeat_stats: dict[str, Any] | Unset = UNSET) -> Worker:
+        """Record a heartbeat of a worker, with statistics if given; `heartbeat_stats=None` raises TypeError."""
+
+
+SpanSizeEstimator = Callable[[Span], int]

@@ -1,0 +1,41 @@
+"""The LightningStore API over a transport: validate, encode, call, decode.
+
+One implementation for every home of a store, one file for each noun. A method does its checks and encoding and issues
+its operation before it first suspends. What each method means is said once, in `raystore.api`.
+Not here: making stores (`memory`, `ray_store`), the way to a store (`transport`, `session`).
+"""
+
+from __future__ import annotations
+
+from raystore.api import LightningStore
+from raystore.client.attempts import AttemptMethods
+from raystore.client.resources import ResourceMethods
+from raystore.client.rollouts import RolloutMethods
+from raystore.client.spans import SpanMethods
+from raystore.client.waiting import WaitingMethods
+from raystore.client.workers import WorkerMethods
+from raystore.types import LightningStoreCapabilities, LightningStoreStatistics
+
+
+class StoreClient(
+    RolloutMethods, WaitingMethods, AttemptMethods, SpanMethods, ResourceMethods, WorkerMethods, LightningStore
+):
+    """The methods that every store has."""
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        # zero_copy would allow forked children to use this object as it is, which no store here can promise.
+        return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
+
+    def otlp_traces_endpoint(self) -> str:
+        raise NotImplementedError("This store has no OTLP endpoint; capabilities['otlp_traces'] says so")
+
+    async def statistics(self) -> LightningStoreStatistics:
+        answer = await self._transport.call("statistics", {})
+        return {"name": type(self).__name__, **answer}  # type: ignore[typeddict-item]
+
+    async def story(self, rollout_id: str) -> list[str]:
+        return list(await self._transport.call("story", {"rollout_id": rollout_id}))
+
+    async def check(self) -> None:
+        await self._transport.call("check", {})

@@ -1,0 +1,69 @@
+"""Attempts: start, query, update.
+
+Not here: what each method means (`raystore.api`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from raystore import convert
+from raystore.client.connection import Connection
+from raystore.convert import validated
+from raystore.types import (
+    UNSET,
+    Attempt,
+    AttemptedRollout,
+    AttemptStatus,
+    PaginatedResult,
+    SortOrder,
+    Unset,
+)
+
+
+class AttemptMethods(Connection):
+    """Attempts: start, query, update."""
+
+    async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
+        arguments = {
+            "rollout_id": rollout_id,
+            "worker_id": convert.optional_identifier("worker_id", worker_id),
+        }
+        return convert.attempted(await self._transport.call("start_attempt", arguments))
+
+    async def query_attempts(
+        self,
+        rollout_id: str,
+        *,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Attempt]:
+        arguments = {"rollout_id": rollout_id, "sort_by": sort_by, "sort_order": sort_order}
+        return await self._page("query_attempts", arguments, limit, offset, convert.attempt)
+
+    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        answer = await self._transport.call("get_latest_attempt", {"rollout_id": rollout_id})
+        return convert.attempt(answer) if answer else None
+
+    async def update_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str | Literal["latest"],
+        status: AttemptStatus | Unset = UNSET,
+        worker_id: str | Unset | None = UNSET,
+        last_heartbeat_time: float | Unset = UNSET,
+        metadata: dict[str, Any] | Unset | None = UNSET,
+    ) -> Attempt:
+        changes: dict[str, Any] = {}
+        if not isinstance(status, Unset):
+            changes["status"] = validated(AttemptStatus, status)
+        if not isinstance(worker_id, Unset):
+            changes["worker_id"] = convert.optional_identifier("worker_id", worker_id)
+        if not isinstance(last_heartbeat_time, Unset):
+            changes["last_heartbeat_time"] = convert.finite("last_heartbeat_time", last_heartbeat_time)
+        if not isinstance(metadata, Unset):
+            changes["metadata"] = self._encoder.mapping("metadata", metadata)
+        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, "changes": changes}
+        return convert.attempt(await self._transport.call("update_attempt", arguments))

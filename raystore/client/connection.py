@@ -1,0 +1,75 @@
+"""What the methods of a client share: the transport, the encoder, pages, and bulk calls in parts.
+
+Not here: any method of the contract.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from raystore import convert
+from raystore.calls import Call
+from raystore.convert import Encoder
+from raystore.core.verbs import Many
+from raystore.transport import Transport
+from raystore.types import PaginatedResult
+
+T = TypeVar("T")
+
+PART_ITEMS = 512  #: bulk calls are cut into parts of at most so many items ...
+PART_BYTES = 1024 * 1024  #: ... and so many bytes, so that one caller cannot hold up the others
+
+_chain_ids = itertools.count(1)
+
+
+class Connection:
+    """A transport to a store, and the encoder for its limits."""
+
+    _transport: Transport
+    _encoder: Encoder
+
+    async def _page(
+        self, verb: str, arguments: dict[str, Any], limit: int, offset: int, open_row: Callable[[Any], T]
+    ) -> PaginatedResult[T]:
+        convert.whole("limit", limit, at_least=-1)
+        convert.whole("offset", offset, at_least=0)
+        items, total = await self._many(verb, arguments | {"limit": limit, "offset": offset})
+        return convert.build(
+            PaginatedResult,
+            {"items": [open_row(item) for item in items], "limit": limit, "offset": offset, "total": total},
+        )
+
+    async def _many(self, verb: str, arguments: dict[str, Any]) -> tuple[list[Any], int]:
+        """All rows of an answer; an actor sends a long one in parts."""
+        answer = await self._transport.call(verb, arguments)
+        if isinstance(answer, Many):
+            return answer.items, answer.total
+        items, total, more = answer
+        while more is not None:
+            part, _, more = await self._transport.call("more", {"token": more})
+            items += part
+        return items, total
+
+    def _post_parts(self, verb: str, parts: list[dict[str, Any]]) -> list[Call]:
+        """Issue the parts of a bulk call together; once one is refused, so are those behind it."""
+        if len(parts) == 1:
+            return [self._transport.post(verb, parts[0])]
+        chain_id, last = next(_chain_ids), len(parts) - 1
+        return [
+            self._transport.post(verb, arguments | {"chain": [chain_id, number == last]})
+            for number, arguments in enumerate(parts)
+        ]
+
+
+def cut(sizes: list[int]) -> list[tuple[int, int]]:
+    """Where to cut a list of items of these sizes."""
+    cuts, size = [0], 0
+    for index, item in enumerate(sizes):
+        if index > cuts[-1] and (index - cuts[-1] == PART_ITEMS or size + item > PART_BYTES):
+            cuts.append(index)
+            size = 0
+        size += item
+    ends = [*cuts[1:], len(sizes)]
+    return [(first, last) for first, last in zip(cuts, ends, strict=True) if last > first]

@@ -1,0 +1,241 @@
+"""Rollouts: enqueue, claim, query, update, cancel, release, delete.
+
+Not here: what each method means (`raystore.api`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+from raystore import convert
+from raystore.client.connection import Connection, cut
+from raystore.convert import validated
+from raystore.core.payload import size_of
+from raystore.errors import InvalidValueError
+from raystore.types import (
+    UNSET,
+    AttemptedRollout,
+    EnqueueRolloutRequest,
+    FilterLogic,
+    PaginatedResult,
+    Rollout,
+    RolloutConfig,
+    RolloutMode,
+    RolloutStatus,
+    SortOrder,
+    TagValue,
+    TaskInput,
+    Unset,
+)
+
+
+class RolloutMethods(Connection):
+    """Rollouts: enqueue, claim, query, update, cancel, release, delete."""
+
+    async def start_rollout(
+        self,
+        input: TaskInput,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        worker_id: str | None = None,
+    ) -> AttemptedRollout:
+        request = self._encoder.request(
+            EnqueueRolloutRequest(input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata)
+        )
+        worker_id = convert.optional_identifier("worker_id", worker_id)
+        return convert.attempted(
+            await self._transport.call("start_rollout", {"request": request, "worker_id": worker_id})
+        )
+
+    async def enqueue_rollout(
+        self,
+        input: TaskInput,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        *,
+        rollout_id: str | None = None,
+        group_id: str | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Rollout:
+        request = EnqueueRolloutRequest(
+            input=input,
+            mode=mode,
+            resources_id=resources_id,
+            config=config,
+            metadata=metadata,
+            rollout_id=rollout_id,
+            group_id=group_id,
+            queue=queue,
+            priority=priority,
+            tags=convert.tag_dict("tags", tags),
+        )
+        answer = await self._transport.call("enqueue", {"requests": [self._encoder.request(request)]})
+        return convert.pair(answer[0])
+
+    async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
+        requests = [self._encoder.request(validated(EnqueueRolloutRequest, request)) for request in rollouts]
+        return await self._enqueue_all(requests)
+
+    async def _enqueue_all(self, requests: list[dict[str, Any]]) -> list[Rollout]:
+        named = [request["rollout_id"] for request in requests if "rollout_id" in request]
+        if len(named) != len(set(named)):
+            twice = next(name for name in named if named.count(name) > 1)
+            raise InvalidValueError("rollout_id", twice, "each caller-given id once per call")
+        sizes = [size_of(request["input"]) + size_of(request["metadata"]) for request in requests]
+        calls = self._post_parts(
+            "enqueue",
+            [{"requests": requests[first:last], "admit": 0 if first else len(requests)} for first, last in cut(sizes)],
+        )
+        return [convert.pair(item) for call in calls for item in await call]
+
+    async def enqueue_group(
+        self,
+        input: TaskInput,
+        n: int,
+        *,
+        group_id: str | None = None,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Sequence[Rollout]:
+        convert.whole("n", n, at_least=1)
+        request = EnqueueRolloutRequest(
+            input=input,
+            mode=mode,
+            resources_id=resources_id,
+            config=config,
+            metadata=metadata,
+            group_id=f"group-{uuid4().hex[:12]}" if group_id is None else group_id,
+            queue=queue,
+            priority=priority,
+            tags=convert.tag_dict("tags", tags),
+        )
+        return await self._enqueue_all([self._encoder.request(request)] * n)
+
+    async def dequeue_rollout(
+        self, worker_id: str | None = None, *, timeout: float = 0.0, queues: Sequence[str] = ("default",)
+    ) -> AttemptedRollout | None:
+        claimed = await self.dequeue_many_rollouts(limit=1, worker_id=worker_id, timeout=timeout, queues=queues)
+        return claimed[0] if claimed else None
+
+    async def dequeue_many_rollouts(
+        self,
+        *,
+        limit: int = 1,
+        worker_id: str | None = None,
+        timeout: float = 0.0,
+        queues: Sequence[str] = ("default",),
+    ) -> Sequence[AttemptedRollout]:
+        names = [convert.identifier("queues", queue) for queue in convert.identifiers("queues", queues)]
+        arguments = {
+            "queues": list(dict.fromkeys(names)),
+            "limit": convert.whole("limit", limit, at_least=-(2**31)),
+            "worker_id": convert.optional_identifier("worker_id", worker_id),
+            "timeout": convert.duration("timeout", timeout),
+        }
+        return [convert.attempted(claim) for claim in await self._transport.call("dequeue", arguments)]
+
+    async def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+        status: Sequence[RolloutStatus] | None = None,
+        rollout_ids: Sequence[str] | None = None,
+        group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        worker_id: str | None = None,
+        mode: RolloutMode | None = None,
+    ) -> PaginatedResult[Rollout | AttemptedRollout]:
+        status_in = status if status_in is None else status_in
+        rollout_id_in = rollout_ids if rollout_id_in is None else rollout_id_in
+        arguments = {
+            "status_in": None if status_in is None else validated(list[RolloutStatus], list(status_in)),
+            "rollout_id_in": None if rollout_id_in is None else convert.identifiers("rollout_id_in", rollout_id_in),
+            "rollout_id_contains": rollout_id_contains,
+            "filter_logic": filter_logic,
+            "must": {
+                "group_id": group_id,
+                "tags": convert.tag_dict("tags", tags),
+                "queue": queue,
+                "worker_id": worker_id,
+                "mode": validated(RolloutMode | None, mode),
+            },
+            "sort_by": sort_by,
+            "sort_order": sort_order,
+        }
+        return await self._page("query_rollouts", arguments, limit, offset, convert.pair)
+
+    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | AttemptedRollout | None:
+        answer = await self._transport.call("get_rollout", {"rollout_id": rollout_id})
+        return convert.pair(answer) if answer else None
+
+    async def update_rollout(
+        self,
+        rollout_id: str,
+        input: TaskInput | Unset = UNSET,
+        mode: RolloutMode | Unset | None = UNSET,
+        resources_id: str | Unset | None = UNSET,
+        status: RolloutStatus | Unset = UNSET,
+        config: RolloutConfig | Unset = UNSET,
+        metadata: dict[str, Any] | Unset | None = UNSET,
+    ) -> Rollout:
+        changes: dict[str, Any] = {}
+        if not isinstance(input, Unset):
+            changes["input"] = self._encoder.value("input", input)
+        if not isinstance(mode, Unset):
+            changes["mode"] = validated(RolloutMode | None, mode)
+        if not isinstance(resources_id, Unset):
+            changes["resources_id"] = convert.optional_identifier("resources_id", resources_id)
+        if not isinstance(status, Unset):
+            changes["status"] = validated(RolloutStatus, status)
+        if not isinstance(config, Unset):
+            changes["config"] = self._encoder.config(validated(RolloutConfig, config))
+        if not isinstance(metadata, Unset):
+            changes["metadata"] = self._encoder.mapping("metadata", metadata)
+        return convert.pair(
+            await self._transport.call("update_rollout", {"rollout_id": rollout_id, "changes": changes})
+        )
+
+    async def cancel_rollouts(
+        self,
+        rollout_ids: Sequence[str] | None = None,
+        *,
+        group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Sequence[Rollout]:
+        if rollout_ids is None and group_id is None and not tags:
+            raise InvalidValueError("rollout_ids", None, "rollout_ids, group_id or tags, to say what to cancel")
+        arguments = {
+            "rollout_ids": None if rollout_ids is None else convert.identifiers("rollout_ids", rollout_ids),
+            "group_id": convert.optional_identifier("group_id", group_id),
+            "tags": convert.tag_dict("tags", tags),
+        }
+        return [convert.pair(item) for item in await self._transport.call("cancel_rollouts", arguments)]
+
+    async def release(self, rollout_ids: Sequence[str]) -> int:
+        ids = convert.identifiers("rollout_ids", rollout_ids)
+        return int(await self._transport.call("release", {"rollout_ids": ids}))
+
+    async def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
+        ids = convert.identifiers("rollout_ids", rollout_ids)
+        return int(await self._transport.call("delete_rollouts", {"rollout_ids": ids}))

@@ -1,0 +1,142 @@
+"""Spans: numbers, adding, querying.
+
+Not here: what each method means (`raystore.api`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from raystore import convert
+from raystore.client.connection import Connection, cut
+from raystore.convert import validated
+from raystore.core.payload import size_of
+from raystore.errors import InvalidValueError
+from raystore.types import (
+    FilterLogic,
+    PaginatedResult,
+    SortOrder,
+    Span,
+)
+
+logger = logging.getLogger("raystore")
+
+
+class SpanMethods(Connection):
+    """Spans: numbers, adding, querying."""
+
+    async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
+        return int((await self._transport.call("next_numbers", {"rollout_ids": [rollout_id]}))[0])
+
+    async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
+        rollout_ids = [rollout_id for rollout_id, _ in rollout_attempt_ids]
+        return list(await self._transport.call("next_numbers", {"rollout_ids": rollout_ids}))
+
+    async def add_span(self, span: Span) -> Span | None:
+        stored = await self._add(span, numbered=True)
+        return span if stored else None
+
+    async def _add(self, span: Span, *, numbered: bool) -> bool:
+        span = validated(Span, span)
+        row = self._encoder.span(span, numbered=numbered)
+        arguments = {"rollout_id": span.rollout_id, "attempt_id": span.attempt_id, "spans": [row]}
+        ((stored, sequence_id),) = await self._transport.call("add_spans", arguments)
+        if not numbered:
+            span.sequence_id = sequence_id
+        if not stored:
+            log_duplicate(span)
+        return bool(stored)
+
+    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        groups: dict[tuple[str, str], list[tuple[Span, list[Any]]]] = {}
+        for span in spans:
+            row = self._encoder.span(validated(Span, span))
+            groups.setdefault((span.rollout_id, span.attempt_id), []).append((span, row))
+        parts: list[list[Span]] = []
+        arguments = []
+        for (rollout_id, attempt_id), members in groups.items():
+            for first, last in cut([size_of(row[10]) for _, row in members]):
+                part = members[first:last]
+                parts.append([span for span, _ in part])
+                rows = [row for _, row in part]
+                arguments.append({"rollout_id": rollout_id, "attempt_id": attempt_id, "spans": rows})
+        kept: list[Span] = []
+        for call, part_spans in zip(self._post_parts("add_spans", arguments), parts, strict=True):
+            for span, (stored, _) in zip(part_spans, await call, strict=True):
+                if stored:
+                    kept.append(span)
+                else:
+                    log_duplicate(span)
+        return kept
+
+    async def add_otel_span(
+        self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
+    ) -> Span | None:
+        span = Span.from_opentelemetry(readable_span, rollout_id, attempt_id, sequence_id or 0)
+        return span if await self._add(span, numbered=sequence_id is not None) else None
+
+    async def query_spans(
+        self,
+        rollout_id: str,
+        attempt_id: str | Literal["latest"] | None = None,
+        *,
+        trace_id: str | None = None,
+        trace_id_contains: str | None = None,
+        span_id: str | None = None,
+        span_id_contains: str | None = None,
+        parent_id: str | None = None,
+        parent_id_contains: str | None = None,
+        name: str | None = None,
+        name_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        limit: int = -1,
+        offset: int = 0,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        allow_partial: bool = False,
+    ) -> PaginatedResult[Span]:
+        equal = {"trace_id": trace_id, "span_id": span_id, "parent_id": parent_id, "name": name}
+        containing = {
+            "trace_id": trace_id_contains,
+            "span_id": span_id_contains,
+            "parent_id": parent_id_contains,
+            "name": name_contains,
+        }
+        arguments = {
+            "rollout_id": rollout_id,
+            "attempt_id": attempt_id,
+            "equal": {field: value for field, value in equal.items() if value is not None},
+            "containing": {field: value for field, value in containing.items() if value is not None},
+            "filter_logic": filter_logic,
+            "sort_by": sort_by,
+            "sort_order": sort_order,
+            "allow_partial": allow_partial,
+        }
+        return await self._page("query_spans", arguments, limit, offset, convert.span)
+
+    async def query_many_spans(
+        self,
+        rollout_ids: Sequence[str],
+        attempt_id: Literal["latest"] | None = "latest",
+        *,
+        allow_partial: bool = False,
+    ) -> dict[str, list[Span]]:
+        ids = convert.identifiers("rollout_ids", rollout_ids)
+        if attempt_id not in ("latest", None):
+            raise InvalidValueError("attempt_id", attempt_id, "'latest' or None")
+        arguments = {"rollout_ids": ids, "attempt_id": attempt_id, "allow_partial": allow_partial}
+        found: dict[str, list[Span]] = {rollout_id: [] for rollout_id in ids}
+        items, _ = await self._many("query_many_spans", arguments)
+        for item in items:
+            span = convert.span(item)
+            found[span.rollout_id].append(span)
+        return found
+
+
+def log_duplicate(span: Span) -> None:
+    logger.error(
+        "Duplicated span added: span %s of attempt %s of rollout %s is stored already",
+        span.span_id, span.attempt_id, span.rollout_id,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Waiting for rollouts, completions and changes; no polling, one parked call for each.
+
+Not here: what each method means (`raystore.api`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from time import monotonic
+
+from raystore import convert
+from raystore.client.connection import Connection
+from raystore.types import (
+    Change,
+    Page,
+    Rollout,
+    RolloutMode,
+    TagValue,
+)
+
+
+class WaitingMethods(Connection):
+    """Waiting for rollouts, completions and changes; no polling, one parked call for each."""
+
+    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+        finished, _ = await self._wait(convert.identifiers("rollout_ids", rollout_ids), timeout)
+        return finished
+
+    async def _wait(self, rollout_ids: list[str], timeout: float | None) -> tuple[list[Rollout], int]:
+        if timeout is not None:
+            timeout = max(convert.finite("timeout", timeout), 0.0)
+        finished, cursor = await self._transport.call("wait", {"rollout_ids": rollout_ids, "timeout": timeout})
+        return [convert.rollout(item) for item in finished], cursor
+
+    async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> Rollout | None:
+        finished, _ = await self._wait([rollout_id], timeout)
+        return finished[0] if finished else None
+
+    async def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[Rollout]:
+        missing = set(convert.identifiers("rollout_ids", rollout_ids))
+        deadline = None if timeout is None else monotonic() + convert.duration("timeout", timeout)
+        finished, cursor = await self._wait(list(missing), 0.0)
+        while True:
+            for rollout in finished:
+                if rollout.rollout_id in missing:
+                    missing.discard(rollout.rollout_id)
+                    yield rollout
+            if not missing:
+                return
+            left = 3600.0 if deadline is None else deadline - monotonic()
+            if left <= 0:
+                raise TimeoutError(f"{len(missing)} of the rollouts had not finished after {timeout} s")
+            page = await self.completed(cursor, timeout=left)
+            finished, cursor = page.items, page.cursor or cursor
+
+    async def completed(
+        self,
+        cursor: int | None = None,
+        *,
+        limit: int = 256,
+        timeout: float = 0.0,
+        group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        mode: RolloutMode | None = None,
+    ) -> Page[Rollout]:
+        filters = {"group_id": group_id, "tags": convert.tag_dict("tags", tags), "queue": queue, "mode": mode}
+        arguments = {
+            "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),
+            "limit": convert.whole("limit", limit, at_least=1),
+            "timeout": convert.duration("timeout", timeout),
+            "filters": {name: value for name, value in filters.items() if value is not None},
+        }
+        items, after = await self._transport.call("completed", arguments)
+        return convert.build(Page, {"items": [convert.pair(item) for item in items], "cursor": after})
+
+    async def changes(
+        self,
+        cursor: int | None = None,
+        *,
+        kinds: Sequence[str] | None = None,
+        limit: int = 1024,
+        timeout: float = 0.0,
+    ) -> Page[Change]:
+        arguments = {
+            "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),
+            "kinds": None if kinds is None else convert.identifiers("kinds", kinds),
+            "limit": convert.whole("limit", limit, at_least=1),
+            "timeout": convert.duration("timeout", timeout),
+        }
+        items, after = await self._transport.call("changes", arguments)
+        return convert.build(Page, {"items": [convert.change(item) for item in items], "cursor": after})

@@ -1,0 +1,119 @@
+"""The store's one clock, and the alarm that rings when nobody calls.
+
+Time is the wall time at start plus monotonic time since, so that a jump of the wall clock is not seen. A manual clock
+stands still until it is told to move; claims and sessions then go on ageing in real time, since they watch over real
+processes.
+Not here: deadlines (`raystore.core.deadlines`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Clock:
+    """The system clock."""
+
+    is_manual = False
+
+    def __init__(self) -> None:
+        self._start_wall = time.time()
+        self._start = time.monotonic()
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self._start_wall + (time.monotonic() - self._start)
+
+    def age(self) -> float:
+        """The clock by which claims and sessions age, in seconds."""
+        return self.now()
+
+
+class ManualClock(Clock):
+    """A clock for tests, which moves only by `tick`."""
+
+    is_manual = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ticked = 0.0
+        self._aged = 0.0
+
+    def now(self) -> float:
+        return self._start_wall + self._ticked
+
+    def age(self) -> float:
+        return super().now() + self._aged
+
+    def tick(self, seconds: float, *, sessions: bool) -> None:
+        """Let time pass; for claims and sessions too, if asked."""
+        self._ticked += seconds
+        if sessions:
+            self._aged += seconds
+
+
+class Alarm(Protocol):
+    """Rings once at a set time; setting it anew replaces what was set."""
+
+    def set(self, seconds: float | None) -> None:
+        """Ring after so many seconds; None: not at all."""
+
+    def close(self) -> None:
+        """Never ring again."""
+
+
+class LoopAlarm:
+    """An alarm on the event loop that owns the store (in an actor)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
+        self._loop = loop
+        self._ring = ring
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, seconds: float | None) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = None if seconds is None else self._loop.call_later(seconds, self._ring)
+
+    def close(self) -> None:
+        self.set(None)
+
+
+class ThreadAlarm:
+    """An alarm with a daemon thread of its own, started when first set (in process)."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._ring = ring
+        self._wake = threading.Condition(threading.Lock())
+        self._due: float | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def set(self, seconds: float | None) -> None:
+        with self._wake:
+            earlier = self._due
+            self._due = None if seconds is None else time.monotonic() + seconds
+            if self._due is not None and self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="raystore-alarm", daemon=True)
+                self._thread.start()
+            elif self._due is not None and (earlier is None or self._due < earlier):
+                self._wake.notify()
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closed and (self._due is None or self._due > time.monotonic()):
+                    self._wake.wait(None if self._due is None else self._due - time.monotonic())
+                if self._closed:
+                    return
+                self._due = None
+            self._ring()

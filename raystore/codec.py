@@ -1,0 +1,108 @@
+"""User values to opaque payloads and back; happens in clients only.
+
+Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes, and lists and string- or number-keyed
+dicts of these) becomes msgpack; everything else is cloudpickled, so that any picklable object comes back as it was,
+type included. Object references found in a value travel beside the bytes (see `raystore.core.payload`).
+Not here: which values there are (`convert`), how payloads cross to an actor (`wire`).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+from typing import Any
+
+import msgpack
+
+from raystore.core.payload import PICKLED, PLAIN, Opaque, Payload
+from raystore.errors import PayloadTooLargeError
+
+_PLAIN_LEAVES = frozenset({str, int, float, bool, type(None), bytes})
+_MAX_DEPTH = 64  # deeper values are pickled, which has its own limit and says so
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    kind = type(value)
+    if kind in _PLAIN_LEAVES:
+        return True
+    if depth == _MAX_DEPTH:
+        return False
+    if kind is list:
+        return all(_is_plain(item, depth + 1) for item in value)
+    if kind is dict:
+        return all(type(key) in _PLAIN_LEAVES and _is_plain(item, depth + 1) for key, item in value.items())
+    return False
+
+
+def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
+    """Encode a value; `what` names it in errors."""
+    payload = _encode(value)
+    data = payload.data if isinstance(payload, Payload) else payload
+    if len(data) > limit_bytes:
+        raise PayloadTooLargeError(what, len(data), limit_bytes)
+    return payload
+
+
+def _encode(value: Any) -> bytes | Payload:
+    if _is_plain(value):
+        try:
+            return b"\x01" + bytes(msgpack.packb(value, strict_types=True))
+        except (OverflowError, UnicodeEncodeError):  # an int beyond 64 bits, a lone surrogate
+            pass
+    return _pickle(value)
+
+
+def _pickle(value: Any) -> bytes | Payload:
+    from ray import cloudpickle  # plain values, the common case, need no Ray
+
+    refs: list[Any] = []
+    object_ref = sys.modules["ray"].ObjectRef
+
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        def persistent_id(self, obj: Any) -> int | None:
+            if isinstance(obj, object_ref):
+                refs.append(obj)
+                return len(refs) - 1
+            return None
+
+    buffer = io.BytesIO()
+    buffer.write(b"\x02")
+    Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    data = buffer.getvalue()
+    return Payload(data, tuple(refs)) if refs else data
+
+
+def decode(payload: Opaque) -> Any:
+    """The value that a payload stands for; None for none."""
+    if payload is None:
+        return None
+    data, refs = (payload.data, payload.refs) if isinstance(payload, Payload) else (payload, ())
+    tag = data[0]
+    if tag == PLAIN:
+        return msgpack.unpackb(memoryview(data)[1:], strict_map_key=False)
+    if tag != PICKLED:
+        raise ValueError(
+            f"payload has tag {tag:#x}; expected {PLAIN:#x} or {PICKLED:#x}: it was written by another version"
+        )
+    stream = io.BytesIO(data)
+    stream.seek(1)
+    unpickler = _Unpickler(stream)
+    unpickler.refs = refs
+    return unpickler.load()
+
+
+class _Unpickler(pickle.Unpickler):
+    refs: tuple[Any, ...] = ()
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self.refs[pid]
+
+
+def describe(payload: Opaque) -> str:
+    """Type and size, for tools that must not open a payload."""
+    if payload is None:
+        return "none"
+    data = payload.data if isinstance(payload, Payload) else payload
+    kind = "plain" if data[0] == PLAIN else "pickled"
+    return f"<{kind}, {len(data)} bytes>"

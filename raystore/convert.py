@@ -1,0 +1,379 @@
+"""Between the public records and what crosses to a store: validate and encode on the way in, decode on the way out.
+
+Arguments become plain values and opaque payloads; answers come as rows in field order (`core.records`) and are built
+into pydantic records without validating again, which a round-trip test proves equal.
+Not here: framing for an actor (`wire`), the methods themselves (`client`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter
+
+from raystore.codec import decode, encode
+from raystore.core.payload import Opaque
+from raystore.core.records import Record
+from raystore.errors import InvalidValueError
+from raystore.spans import reward_of
+from raystore.types import (
+    Attempt,
+    AttemptedRollout,
+    Change,
+    EnqueueRolloutRequest,
+    Event,
+    Link,
+    NamedResources,
+    ObjectResource,
+    OtelResource,
+    ResourcesUpdate,
+    Rollout,
+    RolloutConfig,
+    Span,
+    SpanContext,
+    TraceStatus,
+    Worker,
+)
+
+M = TypeVar("M", bound=BaseModel)
+Row = Sequence[Any] | Record
+
+ID_LENGTH = 512
+MAX_TAGS = 16
+
+
+def row(answer: Row) -> Sequence[Any]:
+    """The field values of a record, wherever it comes from."""
+    return answer.row() if isinstance(answer, Record) else answer
+
+
+# -- checks of single values -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)
+
+
+def validated(annotation: Any, value: Any) -> Any:
+    """The value if it is of this type; pydantic's ValidationError if not. Instances of a model stay the same object."""
+    return _adapter(annotation).validate_python(value)
+
+
+def identifier(name: str, value: Any) -> str:
+    """An id: text of 1 to 512 characters without control characters."""
+    if not isinstance(value, str) or not 0 < len(value) <= ID_LENGTH or not value.isprintable():
+        raise InvalidValueError(name, value, f"text of 1 to {ID_LENGTH} characters without control characters")
+    return value
+
+
+def optional_identifier(name: str, value: Any) -> str | None:
+    """An id, or None."""
+    return None if value is None else identifier(name, value)
+
+
+def tag_dict(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Tags: at most 16 names with a str, int, float or bool each."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or len(value) > MAX_TAGS:
+        raise InvalidValueError(name, value, f"a mapping of at most {MAX_TAGS} tags")
+    for key, item in value.items():
+        identifier(f"{name} name", key)
+        if type(item) not in (str, int, float, bool) or (isinstance(item, float) and math.isnan(item)):
+            raise InvalidValueError(f"{name}[{key!r}]", item, "a str, int, float or bool")
+    return dict(value)
+
+
+def duration(name: str, value: Any) -> float:
+    """Seconds to wait: 0 or more, not NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise InvalidValueError(name, value, "a number of seconds, 0 or more")
+    return float(value)
+
+
+def whole(name: str, value: Any, *, at_least: int) -> int:
+    """A whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise InvalidValueError(name, value, f"a whole number, {at_least} or more")
+    return value
+
+
+def identifiers(name: str, values: Any) -> list[str]:
+    """A list of ids; a single text is a mistake that would otherwise be taken letter by letter."""
+    if isinstance(values, str) or not isinstance(values, (Sequence, set, frozenset, dict)):
+        raise InvalidValueError(name, values, "a list of ids")
+    return list(values)
+
+
+def finite(name: str, value: Any) -> float:
+    """A time or a reward: a number, not NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise InvalidValueError(name, value, "a number")
+    return float(value)
+
+
+# -- arguments in ------------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Encodes values within the limits of one store."""
+
+    def __init__(self, limits: Mapping[str, int], estimator: Callable[[Span], Any] | None) -> None:
+        self._value_bytes = limits["value_bytes"]
+        self._span_bytes = limits["span_bytes"]
+        self.call_bytes = limits["call_bytes"]
+        self._estimator = estimator
+
+    def value(self, what: str, value: Any) -> Opaque:
+        """A user's value as an opaque payload."""
+        return encode(value, what, self._value_bytes)
+
+    def mapping(self, what: str, value: Any) -> Opaque:
+        """Metadata or statistics, copied; None stays None."""
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise InvalidValueError(what, value, "a mapping")
+        return encode(dict(value), what, self._value_bytes)
+
+    def config(self, config: RolloutConfig | None) -> list[Any] | None:
+        """A rollout's configuration in field order."""
+        if config is None:
+            return None
+        if type(config) is not RolloutConfig:
+            config = RolloutConfig.model_validate(config)
+        else:  # assignment is not validated, so a wrong value may have come in since
+            config = RolloutConfig.model_validate(config.__dict__)
+        return [
+            config.timeout_seconds,
+            config.unresponsive_seconds,
+            config.max_attempts,
+            list(config.retry_condition),
+        ]
+
+    def request(self, request: EnqueueRolloutRequest) -> dict[str, Any]:
+        """The arguments that make a rollout; group and tags are lifted from metadata when they are absent there."""
+        metadata = request.metadata or {}
+        group_id, tags = request.group_id, request.tags
+        if group_id is None and isinstance(lifted := metadata.get("group_id"), str):
+            group_id = lifted if 0 < len(lifted) <= ID_LENGTH and lifted.isprintable() else None
+        if tags is None and isinstance(lifted := metadata.get("tags"), dict):
+            try:
+                tags = tag_dict("tags", lifted)
+            except InvalidValueError:  # not well-formed, so not meant as tags
+                tags = None
+        encoded: dict[str, Any] = {"input": self.value("input", request.input)}
+        encoded["metadata"] = self.mapping("metadata", metadata)
+        if request.config is not None:
+            encoded["config"] = self.config(request.config)
+        if request.mode is not None:
+            encoded["mode"] = request.mode
+        if request.resources_id is not None:
+            encoded["resources_id"] = request.resources_id
+        if request.rollout_id is not None:
+            encoded["rollout_id"] = identifier("rollout_id", request.rollout_id)
+        if group_id is not None:
+            encoded["group_id"] = identifier("group_id", group_id)
+        if request.queue != "default":
+            encoded["queue"] = identifier("queue", request.queue)
+        if request.priority:
+            encoded["priority"] = whole("priority", request.priority, at_least=-(2**31))
+        if tags:
+            encoded["tags"] = tag_dict("tags", tags)
+        return encoded
+
+    def span(self, span: Span, *, numbered: bool = True) -> list[Any]:
+        """A span as index and encoded body, in the order of `core.records.Span`."""
+        values = span.__dict__
+        body = {
+            "status": _dump(values["status"]),
+            "attributes": values["attributes"],
+            "resource": _dump(values["resource"]),
+        }
+        if values["events"]:
+            body["events"] = [_dump(event) for event in values["events"]]
+        if values["links"]:
+            body["links"] = [_dump(link) for link in values["links"]]
+        for name in ("context", "parent"):
+            if values[name] is not None:
+                body[name] = _dump(values[name])
+        if span.__pydantic_extra__:
+            body["extra"] = span.__pydantic_extra__
+        size = -1
+        if self._estimator is not None:
+            size = max(int(self._estimator(span)), 0)
+        return [
+            span.rollout_id,
+            span.attempt_id,
+            span.sequence_id if numbered else -1,
+            span.span_id,
+            span.trace_id,
+            span.parent_id,
+            span.name,
+            span.start_time,
+            span.end_time,
+            reward_of(span.name, span.attributes),
+            encode(body, f"span {span.span_id}", self._span_bytes),
+            size,
+        ]
+
+    def resources(self, resources: NamedResources) -> tuple[Opaque, bool]:
+        """Named resources as a payload, and whether they hold an object."""
+        checked = validated(NamedResources, resources)
+        holds_objects = any(isinstance(resource, ObjectResource) for resource in checked.values())
+        return encode(checked, "resources", self._value_bytes), holds_objects
+
+
+def _dump(model: BaseModel) -> dict[str, Any]:
+    """The fields of a small model as a dict; nested models are dumped too."""
+    values = {name: _dump(value) if isinstance(value, BaseModel) else value for name, value in model.__dict__.items()}
+    return values | model.__pydantic_extra__ if model.__pydantic_extra__ else values
+
+
+# -- answers out -------------------------------------------------------------------------------------------------------
+
+
+def build(cls: type[M], values: dict[str, Any], extra: dict[str, Any] | None = None) -> M:
+    """An instance with these field values, not validated: they were when they came in."""
+    made = cls.__new__(cls)
+    put = object.__setattr__
+    put(made, "__dict__", values)
+    put(made, "__pydantic_fields_set__", set(values))
+    put(made, "__pydantic_extra__", extra if extra is not None else _EXTRA[cls]())
+    put(made, "__pydantic_private__", None)
+    return made
+
+
+class _Extras(dict[type[BaseModel], Callable[[], Any]]):
+    """What pydantic puts for "no extra fields": a dict where they are allowed, None elsewhere."""
+
+    def __missing__(self, cls: type[BaseModel]) -> Callable[[], Any]:
+        self[cls] = dict if cls.model_config.get("extra") == "allow" else type(None)
+        return self[cls]
+
+
+_EXTRA = _Extras()
+
+_ROLLOUT = tuple(Rollout.model_fields)
+_ATTEMPT = tuple(Attempt.model_fields)
+_WORKER = tuple(Worker.model_fields)
+
+
+def rollout(answer: Row) -> Rollout:
+    """A rollout without its attempt."""
+    return build(Rollout, _rollout_values(answer))
+
+
+def _rollout_values(answer: Row) -> dict[str, Any]:
+    values = dict(zip(_ROLLOUT, row(answer), strict=True))
+    values["input"] = decode(values["input"])
+    values["metadata"] = decode(values["metadata"])
+    values["tags"] = dict(values["tags"])
+    timeout, unresponsive, max_attempts, retry_condition = row(values["config"])
+    values["config"] = build(
+        RolloutConfig,
+        {
+            "timeout_seconds": timeout,
+            "unresponsive_seconds": unresponsive,
+            "max_attempts": max_attempts,
+            "retry_condition": list(retry_condition),
+        },
+    )
+    return values
+
+
+def attempt(answer: Row) -> Attempt:
+    """An attempt."""
+    values = dict(zip(_ATTEMPT, row(answer), strict=True))
+    values["metadata"] = decode(values["metadata"])
+    return build(Attempt, values)
+
+
+def pair(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
+    """A rollout, with its latest attempt if it has one."""
+    if answer[1] is None:
+        return rollout(answer[0])
+    return attempted(answer)
+
+
+def attempted(answer: Sequence[Any]) -> AttemptedRollout:
+    """A rollout with its latest attempt."""
+    values = _rollout_values(answer[0])
+    values["attempt"] = attempt(answer[1])
+    return build(AttemptedRollout, values)
+
+
+def worker(answer: Row) -> Worker:
+    """A worker."""
+    values = dict(zip(_WORKER, row(answer), strict=True))
+    values["heartbeat_stats"] = decode(values["heartbeat_stats"])
+    return build(Worker, values)
+
+
+def change(answer: Row) -> Change:
+    """A change."""
+    values = dict(zip(Change.model_fields, row(answer), strict=True))
+    values["detail"] = dict(values["detail"]) if values["detail"] is not None else None
+    return build(Change, values)
+
+
+def resources_update(answer: Row) -> ResourcesUpdate:
+    """One version of resources."""
+    resources_id, version, create_time, update_time, policy_version, resources, _ = row(answer)
+    return build(
+        ResourcesUpdate,
+        {
+            "resources_id": resources_id,
+            "create_time": create_time,
+            "update_time": update_time,
+            "version": version,
+            "resources": decode(resources),
+            "policy_version": policy_version,
+        },
+    )
+
+
+def span(answer: Row) -> Span:
+    """A span, from its index and its body."""
+    fields = row(answer)
+    rollout_id, attempt_id, sequence_id, span_id, trace_id, parent_id, name, start_time, end_time = fields[:9]
+    body = decode(fields[10])
+    return build(
+        Span,
+        {
+            "rollout_id": rollout_id,
+            "attempt_id": attempt_id,
+            "sequence_id": sequence_id,
+            "trace_id": trace_id,
+            "span_id": span_id,
+            "parent_id": parent_id,
+            "name": name,
+            "status": _open(TraceStatus, body["status"]),
+            "attributes": body["attributes"],
+            "events": [_open(Event, event) for event in body.get("events", ())],
+            "links": [_link(link) for link in body.get("links", ())],
+            "start_time": start_time,
+            "end_time": end_time,
+            "context": _open(SpanContext, body["context"]) if "context" in body else None,
+            "parent": _open(SpanContext, body["parent"]) if "parent" in body else None,
+            "resource": build(OtelResource, body["resource"]),
+        },
+        body.get("extra"),
+    )
+
+
+def _open(cls: type[M], values: dict[str, Any]) -> M:
+    """An instance of a model that allows extra fields, from all its values."""
+    known = cls.model_fields
+    if len(values) == len(known):
+        return build(cls, values)
+    extra = {name: value for name, value in values.items() if name not in known}
+    return build(cls, {name: value for name, value in values.items() if name in known}, extra)
+
+
+def _link(values: dict[str, Any]) -> Link:
+    return _open(Link, values | {"context": _open(SpanContext, values["context"])})

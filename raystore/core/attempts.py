@@ -1,0 +1,283 @@
+"""Verbs of attempts: start, report, spans, heartbeat, settle, cancel.
+
+An attempt changes, then its rollout follows (`_follow`) if it is the latest, then its worker.
+Not here: the tables (`lifecycle`), claims that await acknowledgement (`claims`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from raystore.core import workers
+from raystore.core.lifecycle import (
+    ABORT,
+    ACTIVE,
+    CANCEL,
+    DROP,
+    FINISHED,
+    LOSS,
+    OUTCOME_OF_EVENT,
+    OUTCOME_OF_STATUS,
+    QUEUED,
+    ROLLOUT_ON_SPAN,
+    SETTLED,
+    SPAN,
+    UNCHARGED,
+    attempt_after,
+    rollout_after,
+)
+from raystore.core.records import Attempt, Rollout, Span
+from raystore.core.rollouts import create, enter_eviction, move, set_reward
+from raystore.core.spans import Written
+from raystore.core.state import Entry, State, Step
+
+
+def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind: str) -> Attempt:
+    """Add an attempt to a rollout and set the rollout to preparing; an attempt that still ran is superseded."""
+    rollout = entry.rollout
+    before = entry.latest
+    entry.former = rollout.status
+    if before is not None and rollout.status not in FINISHED:
+        state.notify(entry, before.attempt_id, "superseded")
+        if before.status in ACTIVE:
+            state.put_attempt(entry, len(entry.attempts) - 1, before.evolve(outcome="superseded"))
+    newest = state.resources.newest(rollout.resources_id)
+    state.attempts_made += 1
+    attempt = Attempt(
+        rollout_id=rollout.rollout_id,
+        attempt_id=step.mint("at-", 8),
+        sequence_id=before.sequence_id + 1 if before else 1,
+        start_time=step.now,
+        end_time=None,
+        status="preparing",
+        worker_id=worker_id,
+        last_heartbeat_time=None,
+        metadata=None,
+        outcome=None,
+        error=None,
+        resources_version=newest.version if newest else None,
+        policy_version=newest.policy_version if newest else state.resources.policy_version,
+        reward=None,
+    )
+    if step.session is not None:
+        entry.holders[attempt.attempt_id] = step.session.session_id
+    state.put_attempt(entry, len(entry.attempts), attempt)
+    entry.active_start = step.now - state.paused
+    entry.active_beat = None
+    move(state, step, entry, "preparing", kind=kind)
+    state.deadlines.guard(rollout.rollout_id)
+    if worker_id is not None:
+        workers.busy(state, step, worker_id, attempt, claimed=kind == "claimed")
+    return attempt
+
+
+def start_rollout(state: State, step: Step, request: dict[str, Any], worker_id: str | None) -> Entry:
+    """Make a rollout with its first attempt; it was never in a queue."""
+    entry = create(state, step, "preparing", request, state.resources.latest_id)
+    begin(state, step, entry, worker_id=worker_id, kind="started")
+    return entry
+
+
+def start_attempt(state: State, step: Step, rollout_id: str, worker_id: str | None) -> Entry:
+    """Start another attempt by hand, from whatever status."""
+    entry = state.entry(rollout_id)
+    begin(state, step, entry, worker_id=worker_id, kind="started")
+    return entry
+
+
+def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: dict[str, Any]) -> Attempt:
+    """`update_attempt`: set fields by hand, and let rollout and worker follow."""
+    entry = state.entry(rollout_id)
+    index = state.find_attempt(entry, attempt_id, step.session)
+    before = entry.attempts[index]
+    is_latest = index == len(entry.attempts) - 1
+    status = changes.get("status")
+    changes = dict(changes)
+    if status is not None:
+        unsettled = None if is_latest else "superseded"
+        changes.setdefault("outcome", OUTCOME_OF_STATUS[status] if status in SETTLED else unsettled)
+        if status in ("succeeded", "failed"):
+            changes["end_time"] = step.now
+    after = before.evolve(**changes)
+    moved = "worker_id" in changes and step.session is not None
+    if moved or _holder_is_gone(state, entry, before.attempt_id):
+        state.take_hold(entry, before.attempt_id, step.session)
+    _acknowledge_by_writing(state, entry, before.attempt_id)
+    state.put_attempt(entry, index, after)
+    if is_latest:
+        beat = changes.get("last_heartbeat_time")
+        if beat is not None:
+            entry.active_beat = min(beat, step.now) - state.paused
+            state.deadlines.guard(rollout_id)
+        if status is not None:
+            _follow(state, step, entry)
+        if after.reward is not None and after.reward != entry.rollout.reward:
+            set_reward(state, entry, after.reward)
+    if after.worker_id is not None and (status is not None or changes.get("worker_id") is not None):
+        workers.follow(state, step, after)
+    return entry.attempts[index]
+
+
+def _holder_is_gone(state: State, entry: Entry, attempt_id: str) -> bool:
+    holder = state.sessions.get(entry.holders.get(attempt_id, ""))
+    return attempt_id in entry.holders and (holder is None or holder.ended_at is not None)
+
+
+def _acknowledge_by_writing(state: State, entry: Entry, attempt_id: str) -> None:
+    """A write shows that the claim arrived: it is a claim no longer."""
+    session = state.sessions.get(entry.holders.get(attempt_id, ""))
+    key = (entry.rollout.rollout_id, attempt_id)
+    if session is not None and session.claims.pop(key, None) is not None:
+        session.held[key] = None
+
+
+def _follow(state: State, step: Step, entry: Entry) -> None:
+    """Let the rollout follow from its latest attempt; a cancelled rollout stays cancelled."""
+    attempt = entry.attempts[-1]
+    rollout = entry.rollout
+    if rollout.status == "cancelled":
+        return
+    status = rollout_after(
+        attempt.status,
+        attempt.outcome,
+        rollout.config,
+        charged=entry.charged,
+        deliveries_left=entry.deliveries < state.settings.max_deliveries,
+    )
+    if status != rollout.status:
+        # Work that was lost or aborted gets its old place back: its agent did not fail.
+        move(state, step, entry, status, keep_place=attempt.outcome in UNCHARGED)
+    elif attempt.status in ACTIVE:
+        state.deadlines.guard(rollout.rollout_id)
+
+
+def settle(state: State, step: Step, entry: Entry, event: str, *, alone: bool = True, error: str | None = None) -> None:
+    """Move the latest attempt by an event that ends it, with its rollout and worker.
+
+    `alone` says for a loss whether nothing else ran in that process: then the rollout is to blame and is charged.
+    """
+    index = len(entry.attempts) - 1
+    before = entry.attempts[index]
+    outcome = OUTCOME_OF_EVENT[event]
+    after = before.evolve(status=attempt_after(before.status, event), outcome=outcome, error=error or before.error)
+    if after.status == "failed":
+        after.end_time = step.now
+    if outcome == "infra" or (outcome == "runner_lost" and alone):
+        entry.deliveries += 1
+    if outcome == "runner_lost":
+        entry.suspect = True
+        worker = state.workers.get(before.worker_id or "")
+        state.changes.append(
+            step.now, "lost", before.rollout_id, before.attempt_id, alone=alone, worker_id=worker and worker.worker_id
+        )
+    state.put_attempt(entry, index, after)
+    _follow(state, step, entry)
+    if after.worker_id is not None:
+        workers.follow(state, step, after)
+
+
+def lose(state: State, step: Step, entry: Entry, attempt_id: str, *, alone: bool) -> None:
+    """The process that ran an attempt has ended."""
+    index = state.find_attempt(entry, attempt_id)
+    if index == len(entry.attempts) - 1 and entry.rollout.status not in FINISHED:
+        settle(state, step, entry, LOSS, alone=alone)
+        return
+    attempt = entry.attempts[index]
+    if attempt.status in ACTIVE:
+        lost = attempt.evolve(status=attempt_after(attempt.status, LOSS), outcome=attempt.outcome or "runner_lost")
+        state.put_attempt(entry, index, lost)
+
+
+def cancel(state: State, step: Step, rollout_ids: Iterable[str]) -> list[Rollout]:
+    """Cancel what has not finished; running attempts fail with outcome "cancelled" and their holders are told."""
+    cancelled = []
+    for rollout_id in rollout_ids:
+        entry = state.entries.get(rollout_id)
+        if entry is None or entry.rollout.status in FINISHED:
+            continue
+        latest = entry.latest
+        if latest is not None and latest.status in ACTIVE and entry.rollout.status in ACTIVE:
+            state.notify(entry, latest.attempt_id, "cancelled")
+            settle(state, step, entry, CANCEL)
+        else:
+            move(state, step, entry, "cancelled")
+        cancelled.append(entry.rollout)
+    return cancelled
+
+
+def add_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span]) -> Written:
+    """Store spans of one attempt; they are its heartbeat. A call of only duplicates changes nothing."""
+    entry = state.entry(rollout_id)
+    index = state.find_attempt(entry, attempt_id, step.session)
+    attempt = entry.attempts[index]
+    if attempt_id == "latest":
+        spans = [span.evolve(attempt_id=attempt.attempt_id) for span in spans]
+    for span in spans:
+        if span.sequence_id < 0:  # "the next one", asked for in the same call
+            span.sequence_id = state.spans.next_number(rollout_id, known=True)
+    had_none = not state.spans.has(rollout_id)
+    written = state.spans.add(rollout_id, spans)
+    if not any(written.stored):
+        return written
+    if had_none:
+        enter_eviction(state, entry)
+    _beat(state, step, entry, index, written.reward)
+    return written
+
+
+def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | None) -> None:
+    """A sign of life from an attempt."""
+    before = entry.attempts[index]
+    after = before.evolve(status=attempt_after(before.status, SPAN), last_heartbeat_time=step.now)
+    if reward is not None:
+        after.reward = reward
+    is_latest = index == len(entry.attempts) - 1
+    if after.status != before.status:
+        after.outcome = None if is_latest else "superseded"
+    _acknowledge_by_writing(state, entry, before.attempt_id)
+    state.put_attempt(entry, index, after)
+    if not is_latest:
+        return
+    entry.active_beat = step.now - state.paused
+    rollout = entry.rollout
+    if after.status == "running" and rollout.status in ROLLOUT_ON_SPAN:
+        if rollout.status in QUEUED:  # an attempt that goes on gets its time back from here
+            state.changes.append(step.now, "retry_withdrawn", rollout.rollout_id, after.attempt_id)
+        move(state, step, entry, ROLLOUT_ON_SPAN[rollout.status])
+    if reward is not None:
+        set_reward(state, entry, reward)
+
+
+def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> int:
+    """Signs of life for attempts, stamped here; attempts that are settled or gone are skipped."""
+    beaten = 0
+    for rollout_id, attempt_id in keys:
+        entry = state.entries.get(rollout_id)
+        index = next((i for i, a in enumerate(entry.attempts) if a.attempt_id == attempt_id), None) if entry else None
+        if entry is None or index is None:
+            continue
+        attempt = entry.attempts[index]
+        if attempt.status not in ACTIVE:
+            continue
+        state.put_attempt(entry, index, attempt.evolve(last_heartbeat_time=step.now))
+        _acknowledge_by_writing(state, entry, attempt_id)
+        if index == len(entry.attempts) - 1:
+            entry.active_beat = step.now - state.paused
+        beaten += 1
+    return beaten
+
+
+def finish(
+    state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span], changes: dict[str, Any]
+) -> tuple[Attempt, Written]:
+    """The last spans of an attempt and its final status as one step; a refused span refuses both."""
+    entry = state.entry(rollout_id)
+    state.find_attempt(entry, attempt_id, step.session)
+    written = add_spans(state, step, rollout_id, attempt_id, spans) if spans else Written([], 0, None)
+    event = {"infra": ABORT, "dropped": DROP}.get(changes.get("outcome") or "")
+    latest = entry.attempts[-1]
+    if event and latest.attempt_id == attempt_id and latest.status in ACTIVE and entry.rollout.status in ACTIVE:
+        settle(state, step, entry, event, error=changes.get("error"))
+        return entry.attempts[-1], written
+    return report(state, step, rollout_id, attempt_id, changes), written

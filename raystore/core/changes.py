@@ -1,0 +1,101 @@
+"""What happened, readable with a cursor: one bounded feed of changes, and the log of completions.
+
+Cursors are sequence numbers: "give me what follows this one". Sequence numbers only grow, so a reader that comes
+back resumes exactly. The feed is bounded and says so (`CursorTooOldError`); the completion log has one entry for
+each finished rollout and keeps it as long as the rollout.
+Not here: deciding that something happened.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from raystore.core.records import Change
+from raystore.errors import CursorTooOldError
+
+FEED_LENGTH = 100_000  #: changes kept
+
+
+class ChangeFeed:
+    """The newest changes of a store, in order."""
+
+    def __init__(self, length: int = FEED_LENGTH) -> None:
+        self._kept: deque[Change] = deque(maxlen=length)
+        self.last = 0
+
+    def append(
+        self, time: float, kind: str, rollout_id: str | None = None, attempt_id: str | None = None, **detail: Any
+    ) -> None:
+        """Record one change."""
+        self.last += 1
+        self._kept.append(Change(self.last, time, kind, rollout_id, attempt_id, detail or None))
+
+    @property
+    def oldest(self) -> int:
+        """Sequence number of the oldest change that is kept."""
+        return self.last - len(self._kept) + 1
+
+    def after(self, cursor: int | None, kinds: frozenset[str] | None, limit: int) -> tuple[list[Change], int]:
+        """Up to `limit` changes that follow `cursor`, and the cursor behind what was looked at."""
+        if cursor is None:
+            cursor = self.oldest - 1
+        if cursor < self.oldest - 1:
+            raise CursorTooOldError(cursor, self.oldest)
+        found: list[Change] = []
+        for change in islice(self._kept, cursor - self.oldest + 1, None):
+            if len(found) == limit:
+                break
+            cursor = change.sequence
+            if kinds is None or change.kind in kinds:
+                found.append(change)
+        return found, cursor
+
+    def of(self, rollout_id: str) -> list[Change]:
+        """What is still known of one rollout's history."""
+        return [change for change in self._kept if change.rollout_id == rollout_id]
+
+
+class CompletionLog:
+    """Finished rollouts in the order in which they finished last."""
+
+    def __init__(self) -> None:
+        self._sequences: list[int] = []
+        self._ids: list[str] = []
+        self._place: dict[str, int] = {}
+        self.last = 0
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __contains__(self, rollout_id: str) -> bool:
+        return rollout_id in self._place
+
+    def append(self, rollout_id: str) -> None:
+        """Enter a rollout at the tail; an earlier entry of it goes."""
+        self.last += 1
+        self._place[rollout_id] = self.last
+        self._sequences.append(self.last)
+        self._ids.append(rollout_id)
+        if len(self._ids) > 64 and len(self._ids) > 2 * len(self._place):
+            kept = [(s, i) for s, i in zip(self._sequences, self._ids, strict=True) if self._place.get(i) == s]
+            self._sequences = [sequence for sequence, _ in kept]
+            self._ids = [rollout_id for _, rollout_id in kept]
+
+    def discard(self, rollout_id: str) -> None:
+        """Forget a rollout that is no longer finished, or no longer there."""
+        self._place.pop(rollout_id, None)
+
+    def after(self, cursor: int | None) -> Iterator[tuple[int, str]]:
+        """Sequence number and id of each completion that follows `cursor`."""
+        for index in range(bisect_right(self._sequences, cursor or 0), len(self._ids)):
+            sequence, rollout_id = self._sequences[index], self._ids[index]
+            if self._place.get(rollout_id) == sequence:
+                yield sequence, rollout_id
+
+    def oldest_first(self) -> Iterator[str]:
+        """Finished rollouts, the longest finished first."""
+        return (rollout_id for _, rollout_id in self.after(None))

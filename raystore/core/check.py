@@ -1,0 +1,104 @@
+"""Every invariant of the state, and the story of one rollout.
+
+`check` is for tests and debugging: it walks everything and raises AssertionError at the first thing that cannot be.
+`story` is for people: what is still known of how a rollout came to be where it is.
+Not here: repairing anything.
+"""
+
+from __future__ import annotations
+
+from raystore.core.lifecycle import (
+    ACTIVE,
+    ATTEMPT_STATUSES,
+    FINISHED,
+    OUTCOMES,
+    QUEUED,
+    ROLLOUT_STATUSES,
+    WORKER_STATUSES,
+)
+from raystore.core.state import State, is_live_attempt
+
+
+def check(state: State) -> None:
+    """Verify every invariant of the state."""
+    state.queues.check()
+    state.resources.check()
+    state.spans.check(state.entries)
+    state.indexes.check({rollout_id: state.index_keys(entry) for rollout_id, entry in state.entries.items()})
+    for rollout_id, entry in state.entries.items():
+        _check_entry(state, rollout_id)
+        in_queue = rollout_id in state.queues
+        assert in_queue == (entry.rollout.status in QUEUED), (
+            f"{rollout_id} is {entry.rollout.status}, queued {in_queue}"
+        )
+        finished = entry.rollout.status in FINISHED
+        assert (rollout_id in state.completions) == finished, f"{rollout_id} in the completion log"
+        assert (entry.rollout.end_time is not None) == finished, f"{rollout_id} has the wrong end time"
+    assert set(state.queues) <= state.entries.keys(), "a queued rollout does not exist"
+    assert len(state.completions) == sum(e.rollout.status in FINISHED for e in state.entries.values())
+    assert set(state.suspects) == {i for i in state.queues if state.entries[i].suspect}, "waiting suspects"
+    assert state.payload_bytes == sum(entry.bytes for entry in state.entries.values()), "payload bytes"
+    assert state.attempt_count == sum(len(entry.attempts) for entry in state.entries.values()), "attempt count"
+    _check_sessions(state)
+    for worker in state.workers.values():
+        assert worker.status in WORKER_STATUSES, f"worker status {worker.status}"
+        assert (worker.current_attempt_id is None) == (worker.status != "busy"), f"worker {worker.worker_id}"
+
+
+def _check_entry(state: State, rollout_id: str) -> None:
+    entry = state.entries[rollout_id]
+    assert entry.rollout.rollout_id == rollout_id
+    assert entry.rollout.status in ROLLOUT_STATUSES, f"rollout status {entry.rollout.status}"
+    sequences = [attempt.sequence_id for attempt in entry.attempts]
+    assert sequences == list(range(1, len(sequences) + 1)), f"attempt numbers of {rollout_id}: {sequences}"
+    for attempt in entry.attempts:
+        assert attempt.status in ATTEMPT_STATUSES, f"attempt status {attempt.status}"
+        assert attempt.outcome is None or attempt.outcome in OUTCOMES, f"outcome {attempt.outcome}"
+        assert attempt.outcome != "runner_lost" or attempt.status == "unresponsive", "a lost attempt is unresponsive"
+    for attempt in entry.attempts[:-1]:
+        assert not is_live_attempt(attempt), f"attempt {attempt.attempt_id} is live and superseded"
+    if entry.rollout.status in ACTIVE:
+        state.deadlines.check(rollout_id)
+    if state.spans.has(rollout_id):
+        number = state.eviction_class(entry)
+        assert any(item[2] == rollout_id for item in state.eviction_heaps[number]), f"{rollout_id} cannot be evicted"
+
+
+def _check_sessions(state: State) -> None:
+    for session in state.sessions.values():
+        assert not (session.claims.keys() & session.held.keys()), "a claim is held"
+        for rollout_id, attempt_id in [*session.claims, *session.held]:
+            entry = state.entries[rollout_id]
+            assert entry.holders.get(attempt_id) == session.session_id, f"{attempt_id} is held by another session"
+            attempt = next(a for a in entry.attempts if a.attempt_id == attempt_id)
+            assert is_live_attempt(attempt), f"{attempt_id} is held and not live"
+        assert session.ended_at is None or session.is_idle, "an ended session holds something"
+        for key in session.claims:
+            state.claim_deadlines.check((session.session_id, key))
+
+
+def story(state: State, rollout_id: str) -> list[str]:
+    """What is known of a rollout's history, a line for each thing, oldest first."""
+    entry = state.entries.get(rollout_id)
+    lines = []
+    for change in state.changes.of(rollout_id):
+        attempt = f" attempt {change.attempt_id}" if change.attempt_id else ""
+        detail = "".join(f" {name}={value}" for name, value in (change.detail or {}).items())
+        lines.append(f"#{change.sequence} {change.time:.6f} {change.kind}{attempt}{detail}")
+    if entry is None:
+        lines.append(f"now: rollout {rollout_id} does not exist")
+        return lines
+    rollout = entry.rollout
+    lines.append(
+        f"now: {rollout.status}, {len(entry.attempts)} attempts, {len(state.spans.of(rollout_id))} spans"
+        + (", spans evicted" if rollout_id in state.spans.evicted else "")
+        + (f", in queue {rollout.queue}" if rollout_id in state.queues else "")
+        + (f", {entry.deliveries} charged deliveries" if entry.deliveries else "")
+    )
+    for tried in entry.attempts:
+        held = entry.holders.get(tried.attempt_id)
+        lines.append(
+            f"attempt {tried.sequence_id} {tried.attempt_id}: {tried.status}, outcome {tried.outcome}, "
+            f"worker {tried.worker_id}, session {held}"
+        )
+    return lines

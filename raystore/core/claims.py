@@ -1,0 +1,207 @@
+"""Handing work out so that none is lost: claims, their acknowledgement, and sessions that end.
+
+A dequeue makes a *claim*: an attempt that its caller must acknowledge. A claim that is declined or not acknowledged is
+taken back as if it had never been. A session that ends gives back its claims, and its attempts are lost: they are
+offered again at their old place. A rollout that was lost in company may have killed its process or may be an innocent
+neighbour; it is a *suspect*, and is handed out alone, so that the next loss tells.
+Not here: who waits for work (`waiters`), when acknowledgements are sent (`session`).
+"""
+
+from __future__ import annotations
+
+from raystore.core import attempts, workers
+from raystore.core.rollouts import move, unqueue
+from raystore.core.state import AttemptKey, Entry, Session, State, Step
+
+
+def claim(
+    state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None, note_empty: bool = True
+) -> list[Entry]:
+    """Up to `limit` rollouts from the heads of the queues, in the order given; each gets an attempt.
+
+    `note_empty` records that the worker came away empty; not for a call that stays parked, which did so when it came.
+    """
+    claimed: list[Entry] = []
+    while len(claimed) < limit and not state.memory_full:
+        entry = _next(state, step.session, queues, claimed)
+        if entry is None:
+            break
+        unqueue(state, entry)
+        attempt = attempts.begin(state, step, entry, worker_id=worker_id, kind="claimed")
+        claimed.append(entry)
+        session = step.session
+        if session is not None:
+            key = (entry.rollout.rollout_id, attempt.attempt_id)
+            session.held.pop(key, None)
+            session.claims[key] = step.age
+            state.claim_deadlines.guard((session.session_id, key))
+            if entry.suspect and not session.eternal:
+                state.drained = None if state.drained == session.session_id else state.drained
+                break
+    if not claimed and note_empty and worker_id is not None:
+        workers.came_away_empty(state, step, worker_id)
+    return claimed
+
+
+def _next(state: State, session: Session | None, queues: list[str], claimed: list[Entry]) -> Entry | None:
+    """What this session should do next, None if there is nothing for it."""
+    if session is None or session.eternal:  # a suspect can only end the store itself here
+        heads = (state.queues.head(queue) for queue in queues)
+        return next((state.entries[head] for head in heads if head is not None), None)
+    if state.suspects:
+        waiting = [i for i in state.suspects if state.entries[i].rollout.queue in queues]
+        if waiting:
+            if session.is_idle:
+                return min((state.entries[i] for i in waiting), key=lambda entry: entry.order or (0, 0))
+            drained = state.sessions.get(state.drained or "")
+            if drained is None or drained.ended_at is not None:
+                state.drained = session.session_id
+            if state.drained == session.session_id:
+                return None
+    if _runs_suspect(state, session):
+        return None
+    for queue in queues:
+        head = state.queues.head(queue)
+        if head is not None and head not in state.suspects:
+            return state.entries[head]
+        if head is not None:  # suspects wait for a session of their own; what stands behind them does not
+            found = _behind_suspects(state, queue)
+            if found is not None:
+                return found
+    return None
+
+
+def _behind_suspects(state: State, queue: str) -> Entry | None:
+    """The first rollout of a queue that is no suspect."""
+    put_back: list[Entry] = []
+    found = None
+    while (head := state.queues.head(queue)) is not None:
+        entry = state.entries[head]
+        if head not in state.suspects:
+            found = entry
+            break
+        state.queues.discard(head)
+        put_back.append(entry)
+    for entry in put_back:
+        assert entry.order is not None
+        state.queues.put(queue, entry.rollout.rollout_id, entry.order)
+    return found
+
+
+def _runs_suspect(state: State, session: Session) -> bool:
+    return any(
+        (entry := state.entries.get(rollout_id)) is not None and entry.suspect
+        for keys in (session.claims, session.held)
+        if len(keys) <= 1  # a suspect runs alone
+        for rollout_id, _ in keys
+    )
+
+
+def acknowledge(state: State, step: Step, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
+    """The caller has these claims; returns those that came too late and are lost."""
+    lost = []
+    for key in keys:
+        if session.claims.pop(key, None) is not None:
+            session.held[key] = None
+        elif key in session.lost and not _reinstate(state, step, session, key):
+            lost.append(key)
+    return lost
+
+
+def _reinstate(state: State, step: Step, session: Session, key: AttemptKey) -> bool:
+    """Give a withdrawn claim back to its session, if the rollout still waits untouched."""
+    entry = state.entries.get(key[0])
+    attempt = session.lost[key]
+    if entry is None or key[0] not in state.queues or len(entry.attempts) != attempt.sequence_id - 1:
+        return False
+    del session.lost[key]
+    unqueue(state, entry)
+    entry.holders[attempt.attempt_id] = session.session_id
+    state.put_attempt(entry, len(entry.attempts), attempt)
+    entry.active_start = step.now - state.paused
+    entry.active_beat = None
+    move(state, step, entry, "preparing", kind="reinstated")
+    state.deadlines.guard(key[0])
+    if attempt.worker_id is not None:
+        workers.busy(state, step, attempt.worker_id, attempt, claimed=True)
+    return True
+
+
+def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, why: str) -> bool:
+    """Undo a claim: the attempt disappears and the rollout stands in its old place. Whether there was one to undo.
+
+    `why` is "declined" (its caller had gone) or "withdrawn" (nobody acknowledged it: counted as a loss in company).
+    """
+    entry = state.entries.get(key[0])
+    attempt = entry.latest if entry else None
+    if (
+        entry is None
+        or attempt is None
+        or attempt.attempt_id != key[1]
+        or attempt.status != "preparing"
+        or attempt.last_heartbeat_time is not None
+        or entry.holders.get(key[1]) != session.session_id
+    ):
+        session.claims.pop(key, None)
+        return False
+    state.remove_latest(entry)
+    session.claims.pop(key, None)
+    session.held.pop(key, None)
+    if why == "withdrawn":
+        session.lost[key] = attempt
+        entry.suspect = True
+        state.withdrawals += 1
+    move(state, step, entry, entry.former, keep_place=True, kind=why)
+    if attempt.worker_id is not None:
+        worker = state.workers.get(attempt.worker_id)
+        if worker is not None and worker.current_attempt_id == key[1]:
+            workers.came_away_empty(state, step, attempt.worker_id)
+    return True
+
+
+def open_session(state: State, step: Step, session_id: str, *, eternal: bool = False) -> Session:
+    """A client process speaks for the first time."""
+    session = Session(session_id, age=step.age, eternal=eternal)
+    state.sessions[session_id] = session
+    state.session_deadlines.guard(session_id)
+    return session
+
+
+def end_session(state: State, step: Step, session: Session, *, why: str) -> None:
+    """A client process has ended: claims are taken back, attempts are lost and offered again."""
+    if session.ended_at is not None:
+        return
+    session.ended_at = step.age
+    company = len(session.held) + len(session.claims)
+    held, claims = list(session.held), list(session.claims)
+    if held or claims:
+        state.changes.append(step.now, "session_ended", session_id=session.session_id, why=why, attempts=company)
+    for key in claims:
+        take_back(state, step, session, key, why="withdrawn")
+    for key in held:
+        entry = state.entries.get(key[0])
+        if entry is not None:
+            attempts.lose(state, step, entry, key[1], alone=company == 1)
+    session.held.clear()
+    session.claims.clear()
+    session.notices.clear()
+    if state.drained == session.session_id:
+        state.drained = None
+    state.session_deadlines.guard(session.session_id)
+    state.queues_touched.update(state.queues.lengths())
+
+
+def advance_sessions(state: State, step: Step, limit: int) -> bool:
+    """Withdraw claims and end sessions whose time has come; whether anything changed."""
+    changed = False
+    for session_id, key in state.claim_deadlines.due(step.age, limit):
+        take_back(state, step, state.sessions[session_id], key, why="withdrawn")
+        changed = True
+    for session_id in state.session_deadlines.due(step.age, limit):
+        session = state.sessions[session_id]
+        if session.ended_at is not None:
+            del state.sessions[session_id]
+        else:
+            end_session(state, step, session, why="silence")
+        changed = True
+    return changed

@@ -1,0 +1,109 @@
+"""The rules of status: the only file that knows what may follow what.
+
+Two small machines. An attempt moves by *events* (`ATTEMPT`); its rollout then follows from the latest attempt
+(`rollout_after`). `update_rollout` may set any status by hand, as in the contract, and so may `update_attempt`;
+these tables say what everything else does. The diagrams in the docs are drawn from them.
+Not here: when a deadline has passed (`deadlines`), where a rollout stands in line (`queues`).
+"""
+
+from __future__ import annotations
+
+from raystore.core.records import Config
+
+ROLLOUT_STATUSES = ("queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing")
+ATTEMPT_STATUSES = ("preparing", "running", "failed", "succeeded", "unresponsive", "timeout")
+WORKER_STATUSES = ("idle", "busy", "unknown")
+MODES = ("train", "val", "test")
+OUTCOMES = (
+    "ok", "agent_error", "infra", "runner_lost", "timeout", "unresponsive", "cancelled", "superseded", "dropped",
+)  # fmt: skip
+
+QUEUED = frozenset({"queuing", "requeuing"})
+ACTIVE = frozenset({"preparing", "running"})
+FINISHED = frozenset({"failed", "succeeded", "cancelled"})
+SETTLED = frozenset({"failed", "succeeded", "unresponsive", "timeout"})  #: attempt statuses that ended a try
+
+# Events that move an attempt.
+SPAN = "span"  # a span arrived
+TIMEOUT = "timeout"  # config.timeout_seconds since its start
+SILENCE = "silence"  # config.unresponsive_seconds without a heartbeat
+LOSS = "loss"  # the process that ran it has ended
+ABORT = "abort"  # the agent raised Abort: the infrastructure failed
+DROP = "drop"  # the agent raised Drop: not worth training on
+CANCEL = "cancel"  # the driver cancelled the rollout
+
+#: (status, event) -> status. What is not listed stays as it is.
+ATTEMPT: dict[tuple[str, str], str] = {
+    ("preparing", SPAN): "running",  # the runner's first span
+    ("unresponsive", SPAN): "running",  # a runner that only looked dead
+    ("preparing", TIMEOUT): "timeout",  # watchdog
+    ("running", TIMEOUT): "timeout",  # watchdog
+    ("preparing", SILENCE): "unresponsive",  # watchdog
+    ("running", SILENCE): "unresponsive",  # watchdog
+    ("preparing", LOSS): "unresponsive",  # the session ended: kill, exit, dead node
+    ("running", LOSS): "unresponsive",  # the same, in mid-rollout
+    ("preparing", ABORT): "failed",  # agent
+    ("running", ABORT): "failed",  # agent
+    ("preparing", DROP): "failed",  # agent
+    ("running", DROP): "failed",  # agent
+    ("preparing", CANCEL): "failed",  # driver, before the agent did anything
+    ("running", CANCEL): "failed",  # driver
+}
+
+#: Why an attempt ended, by the event that ended it.
+OUTCOME_OF_EVENT = {
+    TIMEOUT: "timeout",
+    SILENCE: "unresponsive",
+    LOSS: "runner_lost",
+    ABORT: "infra",
+    DROP: "dropped",
+    CANCEL: "cancelled",
+}
+
+#: Why an attempt ended, where `update_attempt` set the status without saying.
+OUTCOME_OF_STATUS = {
+    "preparing": None,
+    "running": None,
+    "succeeded": "ok",
+    "failed": "agent_error",
+    "timeout": "timeout",
+    "unresponsive": "unresponsive",
+}
+
+#: rollout status -> status when a span made (or found) its latest attempt running.
+ROLLOUT_ON_SPAN = {
+    "preparing": "running",  # the first span
+    "queuing": "running",  # re-queued by hand while its agent went on
+    "requeuing": "running",  # an unresponsive runner came back: its retry is withdrawn
+}
+
+#: Attempts that say nothing about the agent, so `max_attempts` does not count them.
+UNCHARGED = frozenset({"runner_lost", "infra"})
+
+
+def attempt_after(status: str, event: str) -> str:
+    """The status of an attempt after an event."""
+    return ATTEMPT.get((status, event), status)
+
+
+def rollout_after(
+    attempt_status: str, outcome: str | None, config: Config, *, charged: int, deliveries_left: bool
+) -> str:
+    """The status of a rollout whose latest attempt just took `attempt_status`.
+
+    `charged` counts the attempts that `max_attempts` limits, this one included; for a store that is driven only by
+    the contract's own calls it is the attempt's sequence number, which is what the reference compares.
+    """
+    if attempt_status not in ATTEMPT_STATUSES:
+        raise ValueError(f"Invalid attempt status: {attempt_status}")
+    if attempt_status in ACTIVE or attempt_status == "succeeded":
+        return attempt_status
+    if outcome == "cancelled":
+        return "cancelled"
+    if outcome == "dropped":
+        return "failed"
+    if outcome in UNCHARGED:
+        return "requeuing" if deliveries_left else "failed"
+    if attempt_status in config.retry_condition and charged < config.max_attempts:
+        return "requeuing"
+    return "failed"

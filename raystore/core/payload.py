@@ -1,0 +1,41 @@
+"""Opaque user values: encoded once by the producer, decoded once by the consumer, never looked into here.
+
+A payload is `bytes` (one tag byte and a body), or a `Payload` where object references travel beside the bytes: a
+reference pickled *inside* bytes would stay pinned for ever, beside them it is freed with the record.
+Not here: encoding and decoding (`raystore.codec`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PLAIN = 0x01  #: body is msgpack of plain data
+PICKLED = 0x02  #: body is a pickle; only the consumer may open it
+
+
+class Payload:
+    """Encoded bytes with the object references that belong to them."""
+
+    __slots__ = ("data", "refs")
+
+    def __init__(self, data: bytes, refs: tuple[Any, ...]) -> None:
+        self.data = data
+        self.refs = refs
+
+
+#: What the core stores for `input`, `metadata`, resources and span bodies. None stands for "no value".
+Opaque = bytes | Payload | None
+
+
+def size_of(payload: Opaque) -> int:
+    """Bytes of the encoded value; referenced objects live in the object store and are not counted."""
+    if payload is None:
+        return 0
+    return len(payload.data if isinstance(payload, Payload) else payload)
+
+
+def same_content(one: Opaque, other: Opaque) -> bool:
+    """Whether two payloads may stand for the same value; a pickle has no canonical form, so it always may."""
+    if isinstance(one, bytes) and isinstance(other, bytes) and one[0] == other[0] == PLAIN:
+        return one == other
+    return (one is None) == (other is None)

@@ -1,0 +1,103 @@
+"""Filters, sorting and pages: one set of rules for every query.
+
+A condition is a predicate over a record; `and`/`or` joins the conditions a caller gave, and what must hold anyway
+(the rollout of a span query) is applied by the caller beforehand, so that `or` can never leak other rollouts.
+Not here: where candidates come from (`indexes`, `spans`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from raystore.errors import InvalidValueError
+
+R = TypeVar("R")
+Condition = Callable[[Any], bool]
+
+
+def is_in(field: str, values: Iterable[Any]) -> Condition:
+    """The field is one of the values."""
+    wanted = frozenset(values)
+    return lambda record: getattr(record, field) in wanted
+
+
+def equals(field: str, value: Any) -> Condition:
+    """The field equals the value."""
+    return lambda record: getattr(record, field) == value
+
+
+def contains(field: str, part: str) -> Condition:
+    """The field is text that contains the part; None contains nothing."""
+    return lambda record: (value := getattr(record, field)) is not None and part in value
+
+
+def has_tags(tags: dict[str, Any]) -> Condition:
+    """The record carries all these tags."""
+    return lambda record: all(record.tags.get(key, _ABSENT) == value for key, value in tags.items())
+
+
+_ABSENT = object()
+
+
+def select(records: Iterable[R], conditions: list[Condition], logic: str) -> list[R]:
+    """The records that meet all conditions ("and"), or any ("or"); no condition selects everything."""
+    if logic not in ("and", "or"):
+        raise InvalidValueError("filter_logic", logic, "'and' or 'or'")
+    if not conditions:
+        return list(records)
+    if logic == "and":
+        return [record for record in records if all(condition(record) for condition in conditions)]
+    return [record for record in records if any(condition(record) for condition in conditions)]
+
+
+def arrange(records: list[R], sort_by: str | None, sort_order: str, sortable: dict[str, Any]) -> list[R]:
+    """Sort by a field; a missing time sorts as the far future, other missing values as the smallest of their kind.
+
+    `sortable` maps each field that may be sorted by to the value that stands in for None. The sort is stable.
+    """
+    if sort_order not in ("asc", "desc"):
+        raise InvalidValueError("sort_order", sort_order, "'asc' or 'desc'")
+    if sort_by is None:
+        return records
+    if sort_by not in sortable:
+        raise InvalidValueError("sort_by", sort_by, f"one of {', '.join(sorted(sortable))}")
+    absent = sortable[sort_by]
+
+    def key(record: R) -> Any:
+        value = getattr(record, sort_by)
+        return absent if value is None else value
+
+    return sorted(records, key=key, reverse=sort_order == "desc")
+
+
+def page(records: list[R], limit: int, offset: int) -> list[R]:
+    """One page: `limit` -1 means all, 0 none; an offset past the end gives an empty page."""
+    if limit < -1:
+        raise InvalidValueError("limit", limit, "-1 for all, or a number of items")
+    if offset < 0:
+        raise InvalidValueError("offset", offset, "0 or more")
+    return records[offset:] if limit == -1 else records[offset : offset + limit]
+
+
+FAR_FUTURE = float("inf")
+
+ROLLOUT_SORT: dict[str, Any] = {
+    "rollout_id": "", "start_time": FAR_FUTURE, "end_time": FAR_FUTURE, "mode": "", "resources_id": "", "status": "",
+    "group_id": "", "queue": "", "priority": 0, "reward": float("-inf"),
+}  # fmt: skip
+ATTEMPT_SORT: dict[str, Any] = {
+    "attempt_id": "", "sequence_id": 0, "start_time": FAR_FUTURE, "end_time": FAR_FUTURE, "status": "",
+    "worker_id": "", "last_heartbeat_time": FAR_FUTURE, "outcome": "", "policy_version": 0, "reward": float("-inf"),
+}  # fmt: skip
+WORKER_SORT: dict[str, Any] = {
+    "worker_id": "", "status": "", "last_heartbeat_time": FAR_FUTURE, "last_dequeue_time": FAR_FUTURE,
+    "last_busy_time": FAR_FUTURE, "last_idle_time": FAR_FUTURE, "current_rollout_id": "", "current_attempt_id": "",
+}  # fmt: skip
+RESOURCES_SORT: dict[str, Any] = {
+    "resources_id": "", "version": 0, "create_time": FAR_FUTURE, "update_time": FAR_FUTURE, "policy_version": 0,
+}  # fmt: skip
+SPAN_SORT: dict[str, Any] = {
+    "sequence_id": 0, "start_time": FAR_FUTURE, "end_time": FAR_FUTURE, "name": "", "span_id": "", "trace_id": "",
+    "parent_id": "", "attempt_id": "", "rollout_id": "",
+}  # fmt: skip

@@ -1,0 +1,92 @@
+"""Who is next: named queues ordered by priority, then by arrival.
+
+One order key per waiting rollout, `(-priority, arrival)`; with defaults everywhere that is the contract's FIFO. A
+rollout keeps its key for life, so that one that comes back keeps its place; entries that lost their meaning
+are skipped when met. "Exactly once in a queue" is a dictionary, not a scan.
+Not here: whether a rollout may wait at all (`lifecycle`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+
+Order = tuple[int, int]
+
+
+class Queues:
+    """All queues of a store."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, tuple[str, Order]] = {}
+        self._heaps: dict[str, list[tuple[Order, str]]] = {}
+        self._lengths: dict[str, int] = {}
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, rollout_id: str) -> bool:
+        return rollout_id in self._waiting
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._waiting)
+
+    def length(self, queue: str) -> int:
+        """How many rollouts wait in one queue."""
+        return self._lengths.get(queue, 0)
+
+    def lengths(self) -> dict[str, int]:
+        """How many rollouts wait in each queue that is not empty."""
+        return dict(self._lengths)
+
+    def tail(self, priority: int) -> Order:
+        """The order key behind everything of this priority."""
+        self._arrivals += 1
+        return (-priority, self._arrivals)
+
+    def put(self, queue: str, rollout_id: str, order: Order) -> None:
+        """Let a rollout wait at its place; it must not be waiting yet."""
+        self._waiting[rollout_id] = (queue, order)
+        heappush(self._heaps.setdefault(queue, []), (order, rollout_id))
+        self._lengths[queue] = self._lengths.get(queue, 0) + 1
+
+    def discard(self, rollout_id: str) -> bool:
+        """Take a rollout out of line wherever it stands; whether it stood there."""
+        place = self._waiting.pop(rollout_id, None)
+        if place is None:
+            return False
+        queue = place[0]
+        left = self._lengths[queue] - 1
+        if left:
+            self._lengths[queue] = left
+            heap = self._heaps[queue]
+            if len(heap) > 64 and len(heap) > 4 * left:  # mostly entries without meaning: rebuild
+                heap[:] = {entry for entry in heap if self._waiting.get(entry[1]) == (queue, entry[0])}
+                heapify(heap)
+        else:  # a queue without rollouts is not kept
+            del self._lengths[queue], self._heaps[queue]
+        return True
+
+    def head(self, queue: str) -> str | None:
+        """The next rollout of a queue, left in place."""
+        heap = self._heaps.get(queue)
+        while heap:
+            order, rollout_id = heap[0]
+            if self._waiting.get(rollout_id) == (queue, order):
+                return rollout_id
+            heappop(heap)
+        return None
+
+    def check(self) -> None:
+        """Verify that every waiting rollout can be met exactly once."""
+        met: dict[str, int] = {}
+        for queue, heap in self._heaps.items():
+            for order, rollout_id in set(heap):
+                if self._waiting.get(rollout_id) == (queue, order):
+                    met[rollout_id] = met.get(rollout_id, 0) + 1
+        assert met == dict.fromkeys(self._waiting, 1), "a waiting rollout is not in its queue exactly once"
+        count: dict[str, int] = {}
+        for queue, _ in self._waiting.values():
+            count[queue] = count.get(queue, 0) + 1
+        assert count == self._lengths, "queue lengths differ from the queues"

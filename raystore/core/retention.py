@@ -1,0 +1,59 @@
+"""Forgetting: deletion by hand and by rule, so that a run of months stays flat.
+
+A rule (`retention`) deletes finished rollouts by age or count, released ones first, then those that were read; what is
+neither is never deleted. Deletion frees everything: rollout, attempts, spans, counters, marks, log entries.
+Not here: freeing spans only (`eviction`), resources (`resources`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from raystore.core.rollouts import unqueue
+from raystore.core.state import State, Step, is_live_attempt
+
+
+def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
+    """Delete rollouts with all that belongs to them; holders of running attempts are told. Unknown ids are skipped."""
+    deleted = 0
+    for rollout_id in rollout_ids:
+        entry = state.entries.get(rollout_id)
+        if entry is None:
+            continue
+        unqueue(state, entry)
+        state.completions.discard(rollout_id)
+        state.disposable_released.pop(rollout_id, None)
+        state.disposable_read.pop(rollout_id, None)
+        for index, attempt in enumerate(entry.attempts):
+            if is_live_attempt(attempt):
+                state.notify(entry, attempt.attempt_id, "cancelled")
+                state.put_attempt(entry, index, attempt.evolve(outcome="superseded"))
+        for key in state.index_keys(entry):
+            state.indexes.remove(rollout_id, key)
+        state.spans.forget(rollout_id)
+        state.payload_bytes -= entry.bytes
+        state.attempt_count -= len(entry.attempts)
+        del state.entries[rollout_id]
+        state.finished.append(rollout_id)  # nobody should wait for it any longer
+        state.changes.append(step.now, "deleted", rollout_id)
+        deleted += 1
+    return deleted
+
+
+def due(state: State, now: float, limit: int) -> list[str]:
+    """Rollouts that the retention rule lets go now, at most `limit`."""
+    settings = state.settings
+    over = len(state.completions) - settings.retention_count if settings.retention_count is not None else 0
+    before = now - settings.retention_seconds if settings.retention_seconds is not None else None
+    chosen: list[str] = []
+    if over <= 0 and before is None:
+        return chosen
+    for disposable in (state.disposable_released, state.disposable_read):
+        for rollout_id in disposable:
+            end_time = state.entries[rollout_id].rollout.end_time
+            aged = before is not None and end_time is not None and end_time < before
+            if len(chosen) == limit or not (aged or over > 0):
+                break
+            chosen.append(rollout_id)
+            over -= 1
+    return chosen

@@ -1,0 +1,289 @@
+"""Verbs of rollouts: enqueue, update, release, query.
+
+`move` is the one way in which a rollout's status changes; it keeps queue, completion log, change feed and end time
+in step.
+Not here: starting, settling and cancelling attempts (`attempts`), handing work out (`claims`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from heapq import heappush
+from typing import Any
+
+from raystore.core import query
+from raystore.core.indexes import keys_of
+from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
+from raystore.core.payload import same_content, size_of
+from raystore.core.records import Config, Rollout
+from raystore.core.state import Entry, State, Step
+from raystore.errors import ConflictError, InvalidValueError, OverloadedError
+
+ROLLOUT_OVERHEAD_BYTES = 1_600  #: record, entry and index entries of one rollout with an attempt, beside its payloads
+RETRY_AFTER_SECONDS = 1.0
+
+#: The arguments that make a rollout, in the order in which they are compared for a caller-given id.
+CONTENT = ("input", "mode", "resources_id", "config", "metadata", "group_id", "queue", "priority", "tags")
+
+
+def create(state: State, step: Step, status: str, request: dict[str, Any], latest: str | None) -> Entry:
+    """Make a rollout from a request (the arguments of `enqueue_rollout`)."""
+    rollout_id = request.get("rollout_id")
+    resources_id = request.get("resources_id")
+    config = request.get("config")
+    rollout = Rollout(
+        rollout_id=step.mint("ro-", 12) if rollout_id is None else rollout_id,
+        input=request["input"],
+        start_time=step.now,
+        end_time=None,
+        mode=request.get("mode"),
+        resources_id=latest if resources_id is None else resources_id,
+        status=status,
+        config=state.settings.default_config if config is None else Config(*config),
+        metadata=request.get("metadata"),
+        group_id=request.get("group_id"),
+        queue=request.get("queue", "default"),
+        priority=request.get("priority", 0),
+        tags=request.get("tags") or {},
+        reward=None,
+    )
+    given = tuple(request.get(name) for name in CONTENT) if rollout_id is not None else None
+    size = size_of(rollout.input) + size_of(rollout.metadata) + ROLLOUT_OVERHEAD_BYTES
+    state.rollouts_made += 1
+    entry = Entry(rollout, number=state.rollouts_made, given=given, size=size)
+    state.entries[rollout.rollout_id] = entry
+    state.payload_bytes += size
+    for key in keys_of(rollout, None):
+        state.indexes.add(rollout.rollout_id, key)
+    return entry
+
+
+def _existing(state: State, request: dict[str, Any]) -> Entry | None:
+    """The rollout that a caller-given id names already, if its content is the same."""
+    rollout_id = request.get("rollout_id")
+    entry = state.entries.get(rollout_id) if rollout_id is not None else None
+    if entry is None:
+        return None
+    given = entry.given or (None,) * len(CONTENT)
+    differing = []
+    for name, before in zip(CONTENT, given, strict=True):
+        now = request.get(name)
+        same = same_content(before, now) if name in ("input", "metadata") else before == now
+        if not same:
+            differing.append(name)
+    if entry.given is None or differing:
+        raise ConflictError(entry.rollout.rollout_id, differing or ["origin"])
+    return entry
+
+
+def enqueue_many(
+    state: State, step: Step, requests: list[dict[str, Any]], *, admit: int | None, latest: str | None
+) -> list[Rollout]:
+    """Put rollouts at the tail of their queues; all of them or none.
+
+    `admit` is the size of the whole of which this is the first part (0 for later parts, which were admitted with it);
+    `latest` is the resources id for requests that name none.
+    """
+    existing = [_existing(state, request) for request in requests]
+    seen: dict[str, dict[str, Any]] = {}
+    for request in requests:
+        rollout_id = request.get("rollout_id")
+        if rollout_id is not None and seen.setdefault(rollout_id, request) is not request:
+            raise InvalidValueError("rollout_id", rollout_id, "each caller-given id once per call")
+    new = existing.count(None) if admit is None else admit
+    limit = state.settings.max_queued
+    if limit is not None and new and len(state.queues) + new > limit:
+        raise OverloadedError(len(state.queues), limit, RETRY_AFTER_SECONDS)
+    made = []
+    for request, entry in zip(requests, existing, strict=True):
+        if entry is None:
+            entry = create(state, step, "queuing", request, latest)
+            _queue(state, entry, state.queues.tail(entry.rollout.priority))
+            state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
+        made.append(entry.rollout)
+    return made
+
+
+def _queue(state: State, entry: Entry, order: tuple[int, int]) -> None:
+    rollout = entry.rollout
+    entry.order = order
+    state.queues.put(rollout.queue, rollout.rollout_id, order)
+    if entry.suspect:
+        state.suspects[rollout.rollout_id] = None
+    state.queues_touched.add(rollout.queue)
+
+
+def unqueue(state: State, entry: Entry) -> None:
+    """Take a rollout out of line."""
+    state.queues.discard(entry.rollout.rollout_id)
+    state.suspects.pop(entry.rollout.rollout_id, None)
+
+
+def move(
+    state: State, step: Step, entry: Entry, status: str, *, keep_place: bool = False, kind: str | None = None
+) -> None:
+    """Give a rollout a status, and do all that follows from it."""
+    before = entry.rollout
+    rollout_id = before.rollout_id
+    end_time = None
+    if status in FINISHED:
+        end_time = step.now
+        state.completions.append(rollout_id)
+        state.finished.append(rollout_id)
+        if entry.released:
+            state.disposable_released[rollout_id] = None
+    elif before.status in FINISHED:
+        state.completions.discard(rollout_id)
+        state.disposable_released.pop(rollout_id, None)
+        state.disposable_read.pop(rollout_id, None)
+        entry.read = False
+    state.put_rollout(entry, before.evolve(status=status, end_time=end_time))
+    if status in QUEUED:
+        if rollout_id not in state.queues:
+            place = entry.order if keep_place else None
+            _queue(state, entry, state.queues.tail(before.priority) if place is None else place)
+    else:
+        unqueue(state, entry)
+    if status != before.status:
+        latest = entry.latest
+        state.changes.append(step.now, kind or status, rollout_id, latest.attempt_id if latest else None)
+        if state.spans.has(rollout_id):
+            enter_eviction(state, entry)
+    if status in ACTIVE:
+        state.deadlines.guard(rollout_id)
+
+
+def enter_eviction(state: State, entry: Entry) -> None:
+    """Make a rollout with spans known to the eviction class it now belongs to."""
+    rollout = entry.rollout
+    heap = state.eviction_heaps[state.eviction_class(entry)]
+    heappush(heap, (rollout.start_time, entry.number, rollout.rollout_id))
+
+
+def update(state: State, step: Step, rollout_id: str, changes: dict[str, Any]) -> Rollout:
+    """Set fields of a rollout by hand; attempts and workers stay as they are."""
+    entry = state.entry(rollout_id)
+    changes = dict(changes)
+    status = changes.pop("status", None)
+    config = changes.pop("config", None)
+    if config is not None:
+        changes["config"] = Config(*config)
+    if changes:
+        before = entry.rollout
+        state.put_rollout(entry, before.evolve(**changes))
+        size = size_of(entry.rollout.input) + size_of(entry.rollout.metadata) + ROLLOUT_OVERHEAD_BYTES
+        state.payload_bytes += size - entry.bytes
+        entry.bytes = size
+        if entry.rollout.resources_id != before.resources_id:
+            _move_references(state, entry, before.resources_id)
+        if config is not None:
+            state.deadlines.guard(rollout_id)
+    if status is not None:
+        latest = entry.latest
+        if status in FINISHED and latest is not None and latest.status in ACTIVE:
+            state.notify(entry, latest.attempt_id, "cancelled" if status == "cancelled" else "superseded")
+        move(state, step, entry, status)
+    return entry.rollout
+
+
+def _move_references(state: State, entry: Entry, before: str | None) -> None:
+    """Attempts that run were given the old resources; the rollout names others from now on."""
+    for index, attempt in enumerate(entry.attempts):
+        if attempt.status in ACTIVE:
+            state.resources.refer(before, attempt.resources_version, -1)
+            newest = state.resources.newest(entry.rollout.resources_id)
+            version = newest.version if newest else None
+            entry.attempts[index] = attempt.evolve(resources_version=version)
+            state.resources.refer(entry.rollout.resources_id, version, 1)
+
+
+def matching(state: State, *, group_id: str | None, tags: dict[str, Any] | None) -> list[str]:
+    """Ids of the rollouts of a group, or with all these tags, in insertion order."""
+    keys: list[tuple[str, Any]] = [("group", group_id)] if group_id is not None else []
+    keys += [("tag", (name, value)) for name, value in (tags or {}).items()]
+    found = min((state.indexes.find(key) for key in keys), key=len)
+    others = [state.indexes.find(key) for key in keys]
+    ids = [rollout_id for rollout_id in found if all(rollout_id in other for other in others)]
+    return sorted(ids, key=lambda rollout_id: state.entries[rollout_id].number)
+
+
+def release(state: State, rollout_ids: Iterable[str]) -> int:
+    """Mark rollouts as done with: first to be evicted or deleted. Unknown ids are skipped."""
+    released = 0
+    for rollout_id in rollout_ids:
+        entry = state.entries.get(rollout_id)
+        if entry is None or entry.released:
+            continue
+        entry.released = True
+        released += 1
+        if entry.rollout.status in FINISHED:
+            state.disposable_read.pop(rollout_id, None)
+            state.disposable_released[rollout_id] = None
+        if state.spans.has(rollout_id):
+            enter_eviction(state, entry)
+    return released
+
+
+def mark_read(state: State, entry: Entry) -> None:
+    """Note that somebody has read the spans of a finished rollout; costs nothing in a journal, so it is no step."""
+    rollout_id = entry.rollout.rollout_id
+    if entry.read or entry.rollout.status not in FINISHED:
+        return
+    entry.read = True
+    if not entry.released:
+        state.disposable_read[rollout_id] = None
+    if state.spans.has(rollout_id):
+        enter_eviction(state, entry)
+
+
+def find(
+    state: State,
+    *,
+    status_in: list[str] | None,
+    rollout_id_in: list[str] | None,
+    rollout_id_contains: str | None,
+    filter_logic: str,
+    must: dict[str, Any],
+    sort_by: str | None,
+    sort_order: str,
+    limit: int,
+    offset: int,
+) -> tuple[list[Entry], int]:
+    """The entries of one page, and how many match in all.
+
+    `must` holds what applies under either logic: group_id, tags, queue, worker_id, mode.
+    """
+    conditions: list[query.Condition] = []
+    candidates: list[Iterable[str]] = []  # each a superset of the matches under "and"
+    if status_in is not None:
+        conditions.append(query.is_in("status", status_in))
+        candidates.append([i for status in dict.fromkeys(status_in) for i in state.indexes.find(("status", status))])
+    if rollout_id_in is not None:
+        conditions.append(query.is_in("rollout_id", rollout_id_in))
+        candidates.append([i for i in dict.fromkeys(rollout_id_in) if i in state.entries])
+    if rollout_id_contains is not None:
+        conditions.append(query.contains("rollout_id", rollout_id_contains))
+    indexed: list[Iterable[str]] = candidates if filter_logic == "and" else []
+    mode = must.get("mode")
+    for name, key in (("group_id", "group"), ("queue", "queue"), ("worker_id", "worker")):
+        if must.get(name) is not None:
+            indexed.append(state.indexes.find((key, must[name])))
+    for tag in (must.get("tags") or {}).items():
+        indexed.append(state.indexes.find(("tag", tag)))
+    if indexed:
+        smallest, *others = sorted(indexed, key=len)  # type: ignore[arg-type]
+        sets = [other if isinstance(other, dict) else frozenset(other) for other in others]
+        ids: Iterable[str] = [i for i in smallest if all(i in other for other in sets)]
+        entries = sorted((state.entries[i] for i in ids), key=lambda entry: entry.number)
+    else:
+        entries = list(state.entries.values())
+    if mode is not None:
+        entries = [entry for entry in entries if entry.rollout.mode == mode]
+    matches = query.select((entry.rollout for entry in entries), conditions, filter_logic)
+    matches = query.arrange(matches, sort_by, sort_order, query.ROLLOUT_SORT)
+    return [state.entries[rollout.rollout_id] for rollout in query.page(matches, limit, offset)], len(matches)
+
+
+def set_reward(state: State, entry: Entry, reward: float) -> None:
+    """Lift the reward of the latest attempt to its rollout."""
+    state.put_rollout(entry, entry.rollout.evolve(reward=reward))

@@ -1,0 +1,342 @@
+"""Everything a store knows, and the few ways in which a record is replaced.
+
+`State` holds the tables; the verbs live beside it, one file for each noun (`rollouts`, `attempts`, `claims`, `workers`,
+`retention`). Whatever replaces a rollout or an attempt goes through `put_rollout` and `put_attempt`, so that indexes,
+references and holders cannot drift.
+Not here: decisions (`lifecycle` and the verbs), time (`Step` carries it), durability.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import sha1
+from typing import Any
+
+from raystore.core.changes import ChangeFeed, CompletionLog
+from raystore.core.deadlines import Deadlines
+from raystore.core.indexes import Indexes, Key, keys_of
+from raystore.core.lifecycle import ACTIVE, FINISHED, UNCHARGED
+from raystore.core.queues import Order, Queues
+from raystore.core.records import Attempt, Config, Rollout, Worker
+from raystore.core.resources import ResourceTable
+from raystore.core.spans import SpanTable
+from raystore.errors import AttemptNotFoundError, ClaimLostError, RolloutNotFoundError, StoreError
+
+CLAIM_SECONDS = 5.0  #: a claim that is not acknowledged for so long is withdrawn
+SESSION_SILENCE_SECONDS = 60.0  #: a session that was not heard for so long has ended
+SESSION_RECORD_SECONDS = 600.0  #: how long the record of an ended session answers its late batches
+
+AttemptKey = tuple[str, str]  #: rollout id and attempt id; an attempt id alone is only unique within its rollout
+
+
+@dataclass(slots=True)
+class Settings:
+    """The resolved configuration: plain numbers, decided once when the store starts."""
+
+    eviction_bytes: int
+    safe_bytes: int
+    spans_only: bool = False  # a custom estimator measures spans, so that only spans can count
+    keep_duplicates: bool = False
+    pause_when_full: bool = False
+    max_deliveries: int = 3
+    max_queued: int | None = None
+    retention_seconds: float | None = None
+    retention_count: int | None = None
+    keep_resources: int | None = None
+    default_config: Config = field(default_factory=Config)
+
+
+class Step:
+    """One change of the state: its time, the session that asked, and the seed of the ids it mints."""
+
+    __slots__ = ("_minted", "age", "now", "seed", "session")
+
+    def __init__(self, now: float, *, seed: int = 0, session: Session | None = None, age: float | None = None) -> None:
+        self.now = now
+        self.age = now if age is None else age  # claims and sessions age on a clock of their own (manual clocks)
+        self.seed = seed
+        self.session = session
+        self._minted = 0
+
+    def mint(self, prefix: str, digits: int) -> str:
+        """A new id in the contract's format, the same at every replay of this step."""
+        self._minted += 1
+        return prefix + sha1(f"{self.seed}/{self._minted}".encode()).hexdigest()[:digits]
+
+
+class Chain:
+    """What the parts of one bulk call share."""
+
+    __slots__ = ("notes", "refusal")
+
+    def __init__(self) -> None:
+        self.notes: dict[str, Any] = {}
+        self.refusal: StoreError | None = None
+
+
+class Session:
+    """One client process: what it holds, what it was handed and has not acknowledged, what it should be told."""
+
+    __slots__ = ("chains", "claims", "ended_at", "eternal", "held", "last_heard", "lost", "notices", "session_id")
+
+    def __init__(self, session_id: str, *, age: float, eternal: bool = False) -> None:
+        self.session_id = session_id
+        self.eternal = eternal  # the process that owns the store
+        self.last_heard = age
+        self.ended_at: float | None = None
+        self.claims: dict[AttemptKey, float] = {}  # since when
+        self.held: dict[AttemptKey, None] = {}
+        self.lost: dict[AttemptKey, Attempt] = {}  # withdrawn claims, which a late acknowledgement may re-instate
+        self.notices: list[tuple[str, str, str]] = []  # kind, rollout id, attempt id
+        self.chains: dict[int, Chain] = {}  # bulk calls of which the last part has not come yet
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the process runs nothing."""
+        return not self.claims and not self.held
+
+
+class Entry:
+    """All that is known of one rollout."""
+
+    __slots__ = (
+        "active_beat", "active_start", "attempts", "bytes", "deliveries", "former", "given", "holders", "number",
+        "order", "read", "released", "rollout", "suspect",
+    )  # fmt: skip
+
+    def __init__(self, rollout: Rollout, *, number: int, given: tuple[Any, ...] | None, size: int) -> None:
+        self.rollout = rollout
+        self.attempts: list[Attempt] = []  # in the order of their sequence ids
+        self.number = number  # insertion order
+        self.order: Order | None = None  # its place in line, kept for when it comes back
+        self.given = given  # the arguments of a caller-given id, to tell a repetition from a conflict
+        self.bytes = size
+        self.read = False
+        self.released = False
+        self.former = rollout.status  # its status before the latest attempt, for a claim that is taken back
+        self.suspect = False  # lost once in company: handed out alone from now on
+        self.deliveries = 0  # charged ones: infra, and losses while alone
+        self.active_start = 0.0  # of the latest attempt, on the clock that stands still in pauses
+        self.active_beat: float | None = None
+        self.holders: dict[str, str] = {}  # attempt id -> session id
+
+    @property
+    def latest(self) -> Attempt | None:
+        """The attempt that decides the rollout's status."""
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def charged(self) -> int:
+        """How many attempts count against `max_attempts`."""
+        return sum(attempt.outcome not in UNCHARGED for attempt in self.attempts)
+
+
+def is_live_attempt(attempt: Attempt) -> bool:
+    """Whether somebody should be running this attempt; a superseded one only keeps its status."""
+    return attempt.status in ACTIVE and attempt.outcome is None
+
+
+class State:
+    """All tables of one store."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.entries: dict[str, Entry] = {}
+        self.queues = Queues()
+        self.suspects: dict[str, None] = {}  # suspects that wait
+        self.drained: str | None = None  # the session that takes no work until it is idle, for a suspect
+        self.indexes = Indexes()
+        self.workers: dict[str, Worker] = {}
+        self.resources = ResourceTable(settings.keep_resources)
+        self.spans = SpanTable(keep_duplicates=settings.keep_duplicates)
+        self.sessions: dict[str, Session] = {}
+        self.changes = ChangeFeed()
+        self.completions = CompletionLog()
+        self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
+        self.claim_deadlines: Deadlines[tuple[str, AttemptKey]] = Deadlines(self._claim_deadline)
+        self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)
+        self.paused = 0.0  # seconds in which the store stood still, by which deadlines move
+        self.rollouts_made = 0
+        self.attempts_made = 0
+        self.attempt_count = 0
+        self.payload_bytes = 0  # inputs and metadata of rollouts
+        self.eviction_heaps: list[list[tuple[float, int, str]]] = [[], [], [], []]
+        self.disposable_released: dict[str, None] = {}  # finished and released, for retention
+        self.disposable_read: dict[str, None] = {}  # finished, read, and not released
+        self.evicted_rollouts = 0
+        self.eviction_passes = 0
+        self.memory_full = False
+        # What the shell should look at after a step; it empties these.
+        self.finished: list[str] = []
+        self.queues_touched: set[str] = set()
+        self.noticed: set[str] = set()
+        self.withdrawals = 0
+
+    # -- look-ups ------------------------------------------------------------------------------------------------
+
+    def entry(self, rollout_id: str) -> Entry:
+        """The rollout with this id."""
+        entry = self.entries.get(rollout_id)
+        if entry is None:
+            raise RolloutNotFoundError(rollout_id)
+        return entry
+
+    def find_attempt(self, entry: Entry, attempt_id: str, session: Session | None = None) -> int:
+        """Index of an attempt; "latest" names the newest."""
+        if attempt_id == "latest":
+            if not entry.attempts:
+                raise AttemptNotFoundError(entry.rollout.rollout_id)
+            return len(entry.attempts) - 1
+        for index in range(len(entry.attempts) - 1, -1, -1):
+            if entry.attempts[index].attempt_id == attempt_id:
+                return index
+        key = (entry.rollout.rollout_id, attempt_id)
+        if session is not None and key in session.lost:
+            raise ClaimLostError(*key)
+        if not entry.attempts:
+            raise AttemptNotFoundError(entry.rollout.rollout_id)
+        raise AttemptNotFoundError(*key)
+
+    # -- replacing records ---------------------------------------------------------------------------------------
+
+    def put_rollout(self, entry: Entry, rollout: Rollout) -> None:
+        """Replace a rollout."""
+        old = entry.rollout
+        if old.status != rollout.status:
+            self.indexes.remove(rollout.rollout_id, ("status", old.status))
+            self.indexes.add(rollout.rollout_id, ("status", rollout.status))
+        entry.rollout = rollout
+
+    def put_attempt(self, entry: Entry, index: int, attempt: Attempt) -> None:
+        """Replace an attempt (or append one), and what follows from whether it is live."""
+        old = entry.attempts[index] if index < len(entry.attempts) else None
+        is_latest = index >= len(entry.attempts) - 1
+        if is_latest:
+            self._index_worker(entry, attempt)
+        if old is None:
+            entry.attempts.append(attempt)
+            self.attempt_count += 1
+        else:
+            entry.attempts[index] = attempt
+        was_live = old is not None and is_live_attempt(old)
+        is_live = is_live_attempt(attempt)
+        if was_live != is_live:
+            self._refer(entry, attempt, 1 if is_live else -1)
+            if is_live:
+                self.hold(entry, attempt.attempt_id)
+            else:
+                self.let_go(entry, attempt.attempt_id)
+
+    def remove_latest(self, entry: Entry) -> Attempt:
+        """Take the latest attempt back as if it had never been."""
+        attempt = entry.attempts[-1]
+        self.let_go(entry, attempt.attempt_id)
+        entry.holders.pop(attempt.attempt_id, None)
+        if is_live_attempt(attempt):
+            self._refer(entry, attempt, -1)
+        self._index_worker(entry, entry.attempts[-2] if len(entry.attempts) > 1 else None)
+        entry.attempts.pop()
+        self.attempt_count -= 1
+        return attempt
+
+    def _refer(self, entry: Entry, attempt: Attempt, change: int) -> None:
+        self.resources.refer(entry.rollout.resources_id, attempt.resources_version, change)
+
+    def _index_worker(self, entry: Entry, attempt: Attempt | None) -> None:
+        before = entry.latest.worker_id if entry.latest else None
+        after = attempt.worker_id if attempt else None
+        if before != after:
+            if before is not None:
+                self.indexes.remove(entry.rollout.rollout_id, ("worker", before))
+            if after is not None:
+                self.indexes.add(entry.rollout.rollout_id, ("worker", after))
+
+    # -- who runs what -------------------------------------------------------------------------------------------
+
+    def hold(self, entry: Entry, attempt_id: str) -> None:
+        """Note in its holder's session that the attempt is live."""
+        session = self.sessions.get(entry.holders.get(attempt_id, ""))
+        key = (entry.rollout.rollout_id, attempt_id)
+        if session is not None and session.ended_at is None and key not in session.claims:
+            session.held[key] = None
+
+    def let_go(self, entry: Entry, attempt_id: str) -> None:
+        """Note in its holder's session that the attempt is live no longer."""
+        session = self.sessions.get(entry.holders.get(attempt_id, ""))
+        if session is None:
+            return
+        key = (entry.rollout.rollout_id, attempt_id)
+        session.held.pop(key, None)
+        session.claims.pop(key, None)
+        if session.is_idle and (self.suspects or self.drained == session.session_id):
+            self.queues_touched.update(self.queues.lengths())
+
+    def take_hold(self, entry: Entry, attempt_id: str, session: Session | None) -> None:
+        """Make `session` the holder of an attempt."""
+        if session is None or entry.holders.get(attempt_id) == session.session_id:
+            return
+        self.let_go(entry, attempt_id)
+        entry.holders[attempt_id] = session.session_id
+        attempt = entry.attempts[self.find_attempt(entry, attempt_id)]
+        if is_live_attempt(attempt):
+            self.hold(entry, attempt_id)
+
+    def notify(self, entry: Entry, attempt_id: str, kind: str) -> None:
+        """Tell the holder of an attempt what became of it."""
+        session = self.sessions.get(entry.holders.get(attempt_id, ""))
+        if session is not None and session.ended_at is None:
+            session.notices.append((kind, entry.rollout.rollout_id, attempt_id))
+            self.noticed.add(session.session_id)
+
+    # -- deadlines -----------------------------------------------------------------------------------------------
+
+    def _attempt_deadline(self, rollout_id: str) -> float | None:
+        entry = self.entries.get(rollout_id)
+        if entry is None or entry.rollout.status not in ACTIVE:
+            return None
+        attempt = entry.latest
+        if attempt is None or attempt.status not in ACTIVE:
+            return None
+        config = entry.rollout.config
+        deadline = None
+        if config.timeout_seconds is not None:
+            deadline = entry.active_start + config.timeout_seconds
+        if config.unresponsive_seconds is not None:
+            beat = entry.active_start if entry.active_beat is None else entry.active_beat
+            silence = beat + config.unresponsive_seconds
+            deadline = silence if deadline is None else min(deadline, silence)
+        return deadline
+
+    def _claim_deadline(self, key: tuple[str, AttemptKey]) -> float | None:
+        session = self.sessions.get(key[0])
+        since = session.claims.get(key[1]) if session else None
+        return None if since is None else since + CLAIM_SECONDS
+
+    def _session_deadline(self, session_id: str) -> float | None:
+        session = self.sessions.get(session_id)
+        if session is None or session.eternal:
+            return None
+        if session.ended_at is not None:
+            return session.ended_at + SESSION_RECORD_SECONDS
+        return session.last_heard + SESSION_SILENCE_SECONDS
+
+    # -- sums ----------------------------------------------------------------------------------------------------
+
+    @property
+    def total_bytes(self) -> int:
+        """What counts towards the memory thresholds."""
+        if self.settings.spans_only:
+            return self.spans.bytes
+        return self.spans.bytes + self.payload_bytes + self.resources.bytes
+
+    def index_keys(self, entry: Entry) -> set[Key]:
+        """The index keys that an entry must be found under."""
+        return set(keys_of(entry.rollout, entry.latest))
+
+    def eviction_class(self, entry: Entry) -> int:
+        """0 goes first: released; finished and read; finished; the rest."""
+        if entry.released:
+            return 0
+        if entry.rollout.status in FINISHED:
+            return 1 if entry.read else 2
+        return 3

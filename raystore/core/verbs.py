@@ -1,0 +1,447 @@
+"""What can be asked of the core: one table from verb to function.
+
+A verb takes the state, a step, and plain keyword arguments; it answers with records or plain values. `VERBS` says of
+each whether it changes the state and which rollouts it names. Waiting is no business of a verb: `dequeue` answers with
+what there is, and who waits for more is the shell's to remember.
+Not here: encoding, sessions' batches, parked calls (`service`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from raystore.core import attempts, claims, query, retention, rollouts, workers
+from raystore.core.changes import FEED_LENGTH
+from raystore.core.lifecycle import FINISHED
+from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
+from raystore.core.state import Chain, Entry, State, Step
+from raystore.errors import InvalidValueError, SpansEvictedError, StoreError
+
+
+@dataclass(slots=True)
+class Many:
+    """A page of records with the number of all matches; long ones are sent in parts."""
+
+    items: list[Any]
+    total: int
+
+
+def _with_attempt(entry: Entry) -> tuple[Rollout, Attempt | None]:
+    return entry.rollout, entry.latest
+
+
+Pair = tuple[Rollout, Attempt | None]
+
+# -- rollouts ----------------------------------------------------------------------------------------------------------
+
+
+def _start_rollout(state: State, step: Step, *, request: dict[str, Any], worker_id: str | None) -> Pair:
+    return _with_attempt(attempts.start_rollout(state, step, request, worker_id))
+
+
+def _enqueue(
+    state: State, step: Step, *, requests: list[dict[str, Any]], admit: int | None = None, chain: Chain | None = None
+) -> list[Pair]:
+    # "Latest resources" is what it was for the first part of a chain.
+    latest = chain.notes.setdefault("latest", state.resources.latest_id) if chain else state.resources.latest_id
+    made = rollouts.enqueue_many(state, step, requests, admit=admit, latest=latest)
+    return [_with_attempt(state.entries[rollout.rollout_id]) for rollout in made]
+
+
+def _dequeue(
+    state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None
+) -> list[tuple[Rollout, Attempt, bool]]:
+    claimed = claims.claim(state, step, queues=queues, limit=limit, worker_id=worker_id)
+    return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
+
+
+def _query_rollouts(state: State, step: Step, **arguments: Any) -> Many:
+    entries, total = rollouts.find(state, **arguments)
+    return Many([_with_attempt(entry) for entry in entries], total)
+
+
+def _get_rollout(state: State, step: Step, *, rollout_id: str) -> Pair | None:
+    entry = state.entries.get(rollout_id)
+    return _with_attempt(entry) if entry else None
+
+
+def _update_rollout(state: State, step: Step, *, rollout_id: str, changes: dict[str, Any]) -> Pair:
+    rollouts.update(state, step, rollout_id, changes)
+    return _with_attempt(state.entries[rollout_id])
+
+
+def _cancel_rollouts(
+    state: State,
+    step: Step,
+    *,
+    rollout_ids: list[str] | None,
+    group_id: str | None,
+    tags: dict[str, Any] | None,
+) -> list[Pair]:
+    chosen = rollout_ids
+    if group_id is not None or tags:
+        matching = rollouts.matching(state, group_id=group_id, tags=tags)
+        wanted = None if chosen is None else set(chosen)
+        chosen = matching if wanted is None else [i for i in matching if i in wanted]
+    return [_with_attempt(state.entries[r.rollout_id]) for r in attempts.cancel(state, step, chosen or [])]
+
+
+def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Rollout]:
+    """The rollouts among these that are finished, in the order given; unknown ids are skipped."""
+    found = (state.entries.get(rollout_id) for rollout_id in rollout_ids)
+    return [entry.rollout for entry in found if entry is not None and entry.rollout.status in FINISHED]
+
+
+def completed_after(
+    state: State, cursor: int | None, limit: int, filters: dict[str, Any]
+) -> tuple[list[Pair], int | None]:
+    """Finished rollouts that follow a cursor in completion order, and the next cursor."""
+    found: list[Pair] = []
+    tags, others = query.has_tags(filters.get("tags") or {}), {k: v for k, v in filters.items() if k != "tags"}
+    for sequence, rollout_id in state.completions.after(cursor):
+        if len(found) == limit:
+            break
+        entry = state.entries[rollout_id]
+        cursor = sequence
+        if tags(entry.rollout) and all(getattr(entry.rollout, k) == v for k, v in others.items() if v is not None):
+            found.append(_with_attempt(entry))
+    return found, cursor
+
+
+def changes_after(
+    state: State, cursor: int | None, kinds: list[str] | None, limit: int
+) -> tuple[list[Change], int | None]:
+    """Changes that follow a cursor, and the next cursor."""
+    return state.changes.after(cursor, None if kinds is None else frozenset(kinds), limit)
+
+
+def _release(state: State, step: Step, *, rollout_ids: list[str]) -> int:
+    return rollouts.release(state, rollout_ids)
+
+
+def _delete_rollouts(state: State, step: Step, *, rollout_ids: list[str]) -> int:
+    return retention.delete(state, step, rollout_ids)
+
+
+# -- attempts ----------------------------------------------------------------------------------------------------------
+
+
+def _start_attempt(state: State, step: Step, *, rollout_id: str, worker_id: str | None) -> Pair:
+    return _with_attempt(attempts.start_attempt(state, step, rollout_id, worker_id))
+
+
+def _query_attempts(
+    state: State, step: Step, *, rollout_id: str, sort_by: str | None, sort_order: str, limit: int, offset: int
+) -> Many:
+    entry = state.entries.get(rollout_id)
+    found = query.arrange(entry.attempts if entry else [], sort_by, sort_order, query.ATTEMPT_SORT)
+    return Many(query.page(found, limit, offset), len(found))
+
+
+def _get_latest_attempt(state: State, step: Step, *, rollout_id: str) -> Attempt | None:
+    entry = state.entries.get(rollout_id)
+    return entry.latest if entry else None
+
+
+def _update_attempt(state: State, step: Step, *, rollout_id: str, attempt_id: str, changes: dict[str, Any]) -> Attempt:
+    return attempts.report(state, step, rollout_id, attempt_id, changes)
+
+
+def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]]) -> int:
+    return attempts.heartbeat(state, step, attempts_alive)
+
+
+def _decline(state: State, step: Step, *, rollout_id: str, attempt_id: str) -> bool:
+    assert step.session is not None
+    return claims.take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
+
+
+# -- spans -------------------------------------------------------------------------------------------------------------
+
+
+def _span(row: Iterable[Any]) -> Span:
+    return Span(*row)
+
+
+def _add_spans(
+    state: State,
+    step: Step,
+    *,
+    rollout_id: str,
+    attempt_id: str,
+    spans: list[Iterable[Any]],
+    chain: Chain | None = None,
+) -> list[tuple[bool, int]]:
+    made = [_span(row) for row in spans]
+    written = attempts.add_spans(state, step, rollout_id, attempt_id, made)
+    return [(stored, span.sequence_id) for stored, span in zip(written.stored, made, strict=True)]
+
+
+def _finish(
+    state: State, step: Step, *, rollout_id: str, attempt_id: str, spans: list[Iterable[Any]], changes: dict[str, Any]
+) -> tuple[Attempt, list[bool]]:
+    made = [_span(row) for row in spans]
+    attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, changes)
+    return attempt, written.stored
+
+
+def _next_numbers(state: State, step: Step, *, rollout_ids: list[str]) -> list[int]:
+    return [state.spans.next_number(i, known=i in state.entries) for i in rollout_ids]
+
+
+def _query_spans(
+    state: State,
+    step: Step,
+    *,
+    rollout_id: str,
+    attempt_id: str | None,
+    equal: dict[str, str],
+    containing: dict[str, str],
+    filter_logic: str,
+    sort_by: str | None,
+    sort_order: str,
+    limit: int,
+    offset: int,
+    allow_partial: bool,
+) -> Many:
+    conditions = [query.equals(name, value) for name, value in equal.items()]
+    conditions += [query.contains(name, part) for name, part in containing.items()]
+    found = query.select(_spans_of(state, rollout_id, attempt_id, allow_partial), conditions, filter_logic)
+    found = query.arrange(found, sort_by, sort_order, query.SPAN_SORT)
+    return Many(query.page(found, limit, offset), len(found))
+
+
+def _query_many_spans(
+    state: State, step: Step, *, rollout_ids: list[str], attempt_id: str | None, allow_partial: bool
+) -> Many:
+    spans = [
+        span
+        for rollout_id in dict.fromkeys(rollout_ids)
+        for span in query.arrange(
+            _spans_of(state, rollout_id, attempt_id, allow_partial), "sequence_id", "asc", query.SPAN_SORT
+        )
+    ]
+    return Many(spans, len(spans))
+
+
+def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_partial: bool) -> list[Span]:
+    if rollout_id in state.spans.evicted and not allow_partial:
+        raise SpansEvictedError(rollout_id)
+    entry = state.entries.get(rollout_id)
+    if entry is None:
+        return []
+    rollouts.mark_read(state, entry)
+    if attempt_id == "latest":
+        if entry.latest is None:
+            return []
+        attempt_id = entry.latest.attempt_id
+    return state.spans.of(rollout_id, attempt_id)
+
+
+# -- resources and workers ---------------------------------------------------------------------------------------------
+
+
+def _put_resources(
+    state: State,
+    step: Step,
+    *,
+    resources_id: str | None,
+    resources: Any,
+    policy_version: int | None,
+    holds_objects: bool,
+) -> Resources:
+    before = state.resources.policy_version
+    made = state.resources.publish(
+        step.mint("rs-", 12) if resources_id is None else resources_id,
+        resources,
+        now=step.now,
+        policy_version=policy_version,
+        holds_objects=holds_objects,
+    )
+    detail: dict[str, Any] = {"resources_id": made.resources_id, "version": made.version}
+    if policy_version is not None:
+        detail["policy_version"] = policy_version
+        if before is not None and policy_version < before:
+            detail["lower_than"] = before  # a model may be rolled back; whoever debugs staleness wants to know
+    state.changes.append(step.now, "resources", **detail)
+    return made
+
+
+def _get_resources(state: State, step: Step, *, resources_id: str, version: int | None) -> Resources | None:
+    return state.resources.get(resources_id, version)
+
+
+def _get_latest_resources(state: State, step: Step) -> Resources | None:
+    return state.resources.latest()
+
+
+def _query_resources(
+    state: State,
+    step: Step,
+    *,
+    resources_id: str | None,
+    resources_id_contains: str | None,
+    sort_by: str | None,
+    sort_order: str,
+    limit: int,
+    offset: int,
+) -> Many:
+    conditions = [query.equals("resources_id", resources_id)] if resources_id is not None else []
+    if resources_id_contains is not None:
+        conditions.append(query.contains("resources_id", resources_id_contains))
+    found = query.select(state.resources.all_newest(), conditions, "and")
+    found = query.arrange(found, sort_by, sort_order, query.RESOURCES_SORT)
+    return Many(query.page(found, limit, offset), len(found))
+
+
+def _delete_resources(state: State, step: Step, *, resources_id: str) -> None:
+    state.resources.delete(resources_id)
+    state.changes.append(step.now, "resources_deleted", resources_id=resources_id)
+
+
+def _update_worker(state: State, step: Step, *, worker_id: str, changes: dict[str, Any]) -> Worker:
+    return workers.update(state, step, worker_id, changes)
+
+
+def _query_workers(state: State, step: Step, **arguments: Any) -> Many:
+    found, total = workers.find(state, **arguments)
+    return Many(found, total)
+
+
+def _get_worker(state: State, step: Step, *, worker_id: str) -> Worker | None:
+    return state.workers.get(worker_id)
+
+
+# -- sessions ----------------------------------------------------------------------------------------------------------
+
+
+def _report_session(state: State, step: Step, *, session_id: str) -> bool:
+    """Somebody saw that the process of a session has ended (a pool, its runner)."""
+    session = state.sessions.get(session_id)
+    if session is None or session.ended_at is not None:
+        return False
+    claims.end_session(state, step, session, why="reported")
+    return True
+
+
+def statistics(state: State) -> dict[str, Any]:
+    """Counts of the core; the shell adds its own."""
+    return {
+        "total_rollouts": len(state.entries),
+        "total_attempts": state.attempt_count,
+        "total_spans": state.spans.count,
+        "total_resources": len(state.resources),
+        "total_workers": len(state.workers),
+        "total_span_bytes": state.spans.bytes,
+        "eviction_threshold_bytes": state.settings.eviction_bytes,
+        "safe_threshold_bytes": state.settings.safe_bytes,
+        "payload_bytes": state.payload_bytes + state.resources.bytes,
+        "accounted_bytes": state.total_bytes,
+        "evicted_spans": state.spans.evicted_spans,
+        "evicted_rollouts": state.evicted_rollouts,
+        "eviction_passes": state.eviction_passes,
+        "deadline_fires": state.deadlines.fires,
+        "sessions": sum(session.ended_at is None for session in state.sessions.values()),
+        "queue_length": len(state.queues),
+        "queue_lengths": state.queues.lengths(),
+        "rollouts_by_status": state.indexes.counts("status"),
+        "suspects": len(state.suspects),
+        "withdrawals": state.withdrawals,
+        "changes": state.changes.last,
+        "change_feed_length": FEED_LENGTH,
+        "memory_full": state.memory_full,
+    }
+
+
+@dataclass(slots=True, frozen=True)
+class Verb:
+    """One entry of the table."""
+
+    run: Callable[..., Any]
+    changes: bool = True
+    names: tuple[str, ...] = ()  # arguments that name rollouts
+
+    def accepts(self, arguments: dict[str, Any]) -> bool:
+        """Whether these are arguments of the verb; a peer's nonsense must not fail inside the core."""
+        if self.run.__kwdefaults__ is None and self.run.__code__.co_flags & inspect.CO_VARKEYWORDS:
+            return True  # handed on to a query, which changes nothing
+        code = self.run.__code__
+        known = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+        optional = self.run.__kwdefaults__ or {}
+        return all(name in arguments or name in optional for name in known) and all(name in known for name in arguments)
+
+    def rollouts_named(self, arguments: dict[str, Any]) -> list[str]:
+        """The rollouts a call is about, which time must have caught up with before it runs."""
+        named: list[str] = []
+        for name in self.names:
+            value = arguments.get(name)
+            if isinstance(value, str):
+                named.append(value)
+            elif value is not None:
+                named.extend(value)
+        return named
+
+
+def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
+    """Run one verb.
+
+    An argument `chain` (an id, and whether this is the last part) ties the parts of one bulk call together: once a
+    part was refused, later parts are refused alike without being tried.
+    """
+    spec = VERBS.get(verb)
+    if spec is None or not spec.accepts(arguments):
+        raise InvalidValueError("operation", (verb, sorted(arguments)), "a verb of this store with its arguments")
+    if arguments.get("chain") is None:
+        return spec.run(state, step, **arguments)
+    assert step.session is not None
+    chain_id, is_last = arguments["chain"]
+    chains = step.session.chains
+    chain = chains.setdefault(chain_id, Chain())
+    if is_last:
+        del chains[chain_id]
+    if chain.refusal is not None:
+        raise chain.refusal
+    try:
+        return spec.run(state, step, **(arguments | {"chain": chain}))
+    except StoreError as refusal:
+        chain.refusal = refusal
+        raise
+
+
+_ONE = ("rollout_id",)
+_LIST = ("rollout_ids",)
+
+VERBS: dict[str, Verb] = {
+    "start_rollout": Verb(_start_rollout),
+    "enqueue": Verb(_enqueue),
+    "dequeue": Verb(_dequeue),
+    "query_rollouts": Verb(_query_rollouts, changes=False, names=("rollout_id_in",)),
+    "get_rollout": Verb(_get_rollout, changes=False, names=_ONE),
+    "update_rollout": Verb(_update_rollout, names=_ONE),
+    "cancel_rollouts": Verb(_cancel_rollouts, names=_LIST),
+    "release": Verb(_release, names=_LIST),
+    "delete_rollouts": Verb(_delete_rollouts, names=_LIST),
+    "start_attempt": Verb(_start_attempt, names=_ONE),
+    "query_attempts": Verb(_query_attempts, changes=False, names=_ONE),
+    "get_latest_attempt": Verb(_get_latest_attempt, changes=False, names=_ONE),
+    "update_attempt": Verb(_update_attempt, names=_ONE),
+    "heartbeat": Verb(_heartbeat),
+    "decline": Verb(_decline, names=_ONE),
+    "add_spans": Verb(_add_spans, names=_ONE),
+    "finish": Verb(_finish, names=_ONE),
+    "next_numbers": Verb(_next_numbers),
+    "query_spans": Verb(_query_spans, changes=False, names=_ONE),
+    "query_many_spans": Verb(_query_many_spans, changes=False, names=_LIST),
+    "put_resources": Verb(_put_resources),
+    "get_resources": Verb(_get_resources, changes=False),
+    "get_latest_resources": Verb(_get_latest_resources, changes=False),
+    "query_resources": Verb(_query_resources, changes=False),
+    "delete_resources": Verb(_delete_resources),
+    "update_worker": Verb(_update_worker),
+    "query_workers": Verb(_query_workers, changes=False),
+    "get_worker": Verb(_get_worker, changes=False),
+    "report_session": Verb(_report_session),
+}

@@ -1,0 +1,83 @@
+"""Worker records: what each runner is doing, as far as the store was told.
+
+A worker follows the attempts that name it, but only those it is busy with: a late report of an old attempt says nothing
+about a worker that has moved on.
+Not here: sessions, which are processes and hold attempts (`claims`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raystore.core import query
+from raystore.core.payload import Opaque
+from raystore.core.records import Attempt, Worker
+from raystore.core.state import State, Step
+
+
+def update(state: State, step: Step, worker_id: str, changes: dict[str, Opaque]) -> Worker:
+    """A heartbeat of a worker, with statistics if given; never changes its status."""
+    worker = state.workers.get(worker_id) or Worker(worker_id)
+    worker = worker.evolve(last_heartbeat_time=step.now, **changes)
+    state.workers[worker_id] = worker
+    return worker
+
+
+def busy(state: State, step: Step, worker_id: str, attempt: Attempt, *, claimed: bool) -> None:
+    """A worker started an attempt."""
+    changes: dict[str, Any] = {"last_dequeue_time": step.now} if claimed else {}
+    _put(state, worker_id, "busy", attempt, last_busy_time=step.now, **changes)
+
+
+def came_away_empty(state: State, step: Step, worker_id: str) -> None:
+    """A worker asked for work and there was none."""
+    worker = state.workers.get(worker_id)
+    if worker is not None and worker.status == "idle":
+        state.workers[worker_id] = worker.evolve(last_dequeue_time=step.now)
+    else:
+        _put(state, worker_id, "idle", None, last_dequeue_time=step.now, last_idle_time=step.now)
+
+
+def follow(state: State, step: Step, attempt: Attempt) -> None:
+    """Let the worker that an attempt names follow the attempt's status."""
+    worker_id = attempt.worker_id
+    assert worker_id is not None
+    worker = state.workers.get(worker_id)
+    current = (worker.current_rollout_id, worker.current_attempt_id) if worker else (None, None)
+    if attempt.status in ("preparing", "running"):
+        _put(state, worker_id, "busy", attempt, last_busy_time=step.now)
+    elif current in ((attempt.rollout_id, attempt.attempt_id), (None, None)):
+        status = "idle" if attempt.status in ("succeeded", "failed") else "unknown"
+        _put(state, worker_id, status, None, last_idle_time=step.now)
+
+
+def _put(state: State, worker_id: str, status: str, attempt: Attempt | None, **stamps: Any) -> None:
+    worker = state.workers.get(worker_id) or Worker(worker_id)
+    state.workers[worker_id] = worker.evolve(
+        status=status,
+        current_rollout_id=attempt.rollout_id if attempt else None,
+        current_attempt_id=attempt.attempt_id if attempt else None,
+        **stamps,
+    )
+
+
+def find(
+    state: State,
+    *,
+    status_in: list[str] | None,
+    worker_id_contains: str | None,
+    filter_logic: str,
+    sort_by: str | None,
+    sort_order: str,
+    limit: int,
+    offset: int,
+) -> tuple[list[Worker], int]:
+    """One page of workers, and how many match in all."""
+    conditions = []
+    if status_in is not None:
+        conditions.append(query.is_in("status", status_in))
+    if worker_id_contains is not None:
+        conditions.append(query.contains("worker_id", worker_id_contains))
+    matches = query.select(state.workers.values(), conditions, filter_logic)
+    matches = query.arrange(matches, sort_by, sort_order, query.WORKER_SORT)
+    return query.page(matches, limit, offset), len(matches)

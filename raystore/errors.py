@@ -1,0 +1,300 @@
+"""Every error raystore raises, and the two exceptions an agent may raise.
+
+Each error carries facts positionally, so that it survives pickling and the trip through an actor (which sends
+the class name and `args`), and has a builtin as second base, so that an `except ValueError` written for the
+reference goes on working. Messages use the reference's words where it has some.
+Not here: pydantic's `ValidationError`, which a malformed value raises in the caller's process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class StoreError(Exception):
+    """The root of raystore's errors."""
+
+
+class InvalidValueError(StoreError, ValueError):
+    """An argument has a value that the store cannot accept; nothing was changed."""
+
+    def __init__(self, name: str, value: Any, expected: str) -> None:
+        super().__init__(name, value, expected)
+
+    def __str__(self) -> str:
+        name, value, expected = self.args
+        return f"{name}={value!r} is not valid: expected {expected}"
+
+
+class RolloutNotFoundError(StoreError, ValueError):
+    """No rollout has this id: it was never enqueued here, or it has been deleted."""
+
+    def __init__(self, rollout_id: str) -> None:
+        super().__init__(rollout_id)
+
+    def __str__(self) -> str:
+        rollout_id = self.args[0]
+        return f"Rollout {rollout_id} not found: Item does not exist with primary key(s): rollout_id='{rollout_id}'"
+
+
+class AttemptNotFoundError(StoreError, ValueError):
+    """The rollout exists, the attempt does not; `attempt_id` is None when it has no attempt at all."""
+
+    def __init__(self, rollout_id: str, attempt_id: str | None = None) -> None:
+        super().__init__(rollout_id, attempt_id)
+
+    def __str__(self) -> str:
+        rollout_id, attempt_id = self.args
+        if attempt_id is None:
+            return f"No attempts found for rollout {rollout_id}"
+        return f"Attempt {attempt_id} not found for rollout {rollout_id}"
+
+
+class ResourcesNotFoundError(StoreError, ValueError):
+    """No resources have this id."""
+
+    def __init__(self, resources_id: str) -> None:
+        super().__init__(resources_id)
+
+    def __str__(self) -> str:
+        return f"Resources {self.args[0]} not found"
+
+
+class ClaimLostError(StoreError, ValueError):
+    """The claim was not acknowledged in time and somebody else may have the rollout now."""
+
+    def __init__(self, rollout_id: str, attempt_id: str) -> None:
+        super().__init__(rollout_id, attempt_id)
+
+    def __str__(self) -> str:
+        rollout_id, attempt_id = self.args
+        return (
+            f"Claim of attempt {attempt_id} of rollout {rollout_id} was lost: it was not acknowledged in time, so the "
+            "rollout was offered again. Drop this work and claim the next rollout."
+        )
+
+
+class ConflictError(StoreError, ValueError):
+    """A caller-given `rollout_id` exists with other content."""
+
+    def __init__(self, rollout_id: str, differing: list[str]) -> None:
+        super().__init__(rollout_id, differing)
+
+    def __str__(self) -> str:
+        rollout_id, differing = self.args
+        return (
+            f"Rollout {rollout_id} exists already with other content ({', '.join(differing)} differ). Use another "
+            "rollout_id, or the same arguments to get the existing rollout."
+        )
+
+
+class OverloadedError(StoreError, RuntimeError):
+    """The queue is full (`max_queued`); nothing was enqueued."""
+
+    def __init__(self, queued: int, max_queued: int, retry_after_seconds: float) -> None:
+        super().__init__(queued, max_queued, retry_after_seconds)
+        self.retry_after_seconds = retry_after_seconds
+
+    def __str__(self) -> str:
+        queued, max_queued, retry_after = self.args
+        return (
+            f"The queue is full: {queued} rollouts wait and max_queued is {max_queued}. Runners are slower than the "
+            f"driver; wait for completions and try again in {retry_after:g} s, or raise max_queued."
+        )
+
+
+class CursorTooOldError(StoreError, LookupError):
+    """The change feed no longer holds what follows this cursor."""
+
+    def __init__(self, cursor: int, oldest: int) -> None:
+        super().__init__(cursor, oldest)
+        self.oldest = oldest
+
+    def __str__(self) -> str:
+        cursor, oldest = self.args
+        return (
+            f"Cursor {cursor} is too old: the change feed is bounded and its oldest entry is {oldest}. "
+            f"Continue with cursor={oldest - 1} (changes between are lost to you), and read more often."
+        )
+
+
+class SpansEvictedError(StoreError, RuntimeError):
+    """Spans of this rollout were evicted to stay below the memory threshold."""
+
+    def __init__(self, rollout_id: str) -> None:
+        super().__init__(rollout_id)
+
+    def __str__(self) -> str:
+        return f"Spans for rollout {self.args[0]} have been evicted"
+
+
+class PayloadLostError(StoreError, LookupError):
+    """The value behind a record is gone: its owner died, or a newer version replaced it."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(what, why)
+
+    def __str__(self) -> str:
+        what, why = self.args
+        return f"The value of {what} is lost: {why}"
+
+
+class PayloadTooLargeError(StoreError, ValueError):
+    """One value, span or call is larger than the store's limit for it."""
+
+    def __init__(self, what: str, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(what, size_bytes, limit_bytes)
+
+    def __str__(self) -> str:
+        what, size, limit = self.args
+        return (
+            f"{what} is {size} bytes and the limit is {limit}. Pass a reference instead (ObjectResource, "
+            "ray.put, or a path), or raise it with limits= when the store is started."
+        )
+
+
+class StoreUnavailableError(StoreError, ConnectionError):
+    """The store cannot be reached: its actor is dead, or did not answer for as long as clients retry."""
+
+    def __init__(self, store: str, why: str) -> None:
+        super().__init__(store, why)
+
+    def __str__(self) -> str:
+        store, why = self.args
+        return f"Store {store} is unavailable: {why}"
+
+
+class OutcomeUnknownError(StoreUnavailableError):
+    """A write may or may not have taken effect; read the record before you repeat it."""
+
+
+class StoreClosedError(StoreError, RuntimeError):
+    """This client, or the store behind it, has been closed."""
+
+    def __init__(self, store: str) -> None:
+        super().__init__(store)
+
+    def __str__(self) -> str:
+        return f"Store {self.args[0]} is closed; start or connect to a store again"
+
+
+class StoreCorruptError(StoreError, RuntimeError):
+    """The core failed where it must not: its state can no longer be trusted and takes no more writes."""
+
+    def __init__(self, verb: str, story: str, traceback: str) -> None:
+        super().__init__(verb, story, traceback)
+
+    def __str__(self) -> str:
+        verb, story, trace = self.args
+        return (
+            f"The store failed inside {verb} and takes no more writes, since its state can no longer be trusted. "
+            f"This is a bug in raystore; please report it with the following.\n{story}\n{trace}"
+        )
+
+
+class StoreNotFoundError(StoreError, LookupError):
+    """No store has this name in this namespace."""
+
+    def __init__(self, name: str | None, namespace: str, existing: list[str]) -> None:
+        super().__init__(name, namespace, existing)
+
+    def __str__(self) -> str:
+        name, namespace, existing = self.args
+        there = f"stores there: {', '.join(map(repr, existing))}" if existing else "there is no store there"
+        if name is None and existing:
+            return f"Several stores run in namespace {namespace!r} ({there}). Say which: rs.connect({existing[0]!r})."
+        wanted = "No store" if name is None else f"No store {name!r}"
+        do = f"Type rs.connect({existing[0]!r})" if existing else f"Start one: rs.start({name or ''!r})"
+        return f"{wanted} in namespace {namespace!r}; {there}. {do}, or pass another namespace= or address=."
+
+
+class StoreExistsError(StoreError, ValueError):
+    """A store of this name exists already, or exists with another configuration."""
+
+    def __init__(self, name: str, namespace: str, differing: list[str]) -> None:
+        super().__init__(name, namespace, differing)
+
+    def __str__(self) -> str:
+        name, namespace, differing = self.args
+        if differing:
+            return (
+                f"Store {name!r} in namespace {namespace!r} runs with another configuration: {'; '.join(differing)}. "
+                f"Use rs.connect({name!r}) to take it as it is, rs.stop({name!r}) to end it, or another name."
+            )
+        return (
+            f"A store {name!r} exists already in namespace {namespace!r}. Use rs.connect({name!r}) or "
+            f"rs.start({name!r}, exist='attach') to share it, rs.stop({name!r}) to end it, or another name."
+        )
+
+
+class NotAStoreError(StoreError, TypeError):
+    """An actor, handle or name does not belong to a raystore store."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]} is not a raystore store. Pass store.actor of a store made by rs.start(), "
+            "or find one by name: rs.list_stores(), rs.connect(name)."
+        )
+
+
+class ProtocolMismatchError(StoreError, RuntimeError):
+    """Client and store speak different versions of the session protocol."""
+
+    def __init__(self, client: str, store: str) -> None:
+        super().__init__(client, store)
+
+    def __str__(self) -> str:
+        client, store = self.args
+        return f"The client is {client} and the store is {store}: install the same raystore on both sides."
+
+
+class AgentNotPicklableError(StoreError, TypeError):
+    """The agent cannot be sent to runner actors."""
+
+    def __init__(self, agent: str, why: str) -> None:
+        super().__init__(agent, why)
+
+    def __str__(self) -> str:
+        agent, why = self.args
+        return (
+            f"Agent {agent} cannot be pickled, so no runner was started: {why}. Create what cannot be pickled "
+            "(clients, locks, open files) inside the agent, or in setup() of an agent class."
+        )
+
+
+class PoolStartError(StoreError, RuntimeError):
+    """The runners of a pool did not start."""
+
+    def __init__(self, asked: str, available: str) -> None:
+        super().__init__(asked, available)
+
+    def __str__(self) -> str:
+        asked, available = self.args
+        return f"Runners did not start in time. Asked for: {asked}. The cluster has: {available}."
+
+
+class Abort(Exception):
+    """Raised by an agent: the infrastructure failed (a sandbox, an endpoint); the rollout is delivered again."""
+
+
+class Drop(Exception):
+    """Raised by an agent: this rollout is to be neither retried nor trained on."""
+
+
+#: What an actor may name in an error record; anything else would be a name that a peer made up.
+BY_NAME: dict[str, type[Exception]] = {
+    cls.__name__: cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, StoreError)
+} | {"TypeError": TypeError, "ValueError": ValueError}
+
+
+def to_record(error: Exception) -> tuple[str, list[Any]]:
+    """Render an error as class name and plain positional arguments."""
+    return type(error).__name__, list(error.args)
+
+
+def from_record(name: str, args: list[Any]) -> Exception:
+    """Build the error a record stands for, as a clean local exception."""
+    return BY_NAME[name](*args)

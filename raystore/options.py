@@ -1,0 +1,75 @@
+"""The options that every store takes, from what a user writes to a `StoreConfig`.
+
+Not here: what they mean (`config` and the README), options of one kind of store only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from raystore.config import StoreConfig
+from raystore.convert import Encoder, validated
+from raystore.errors import AgentNotPicklableError, InvalidValueError
+from raystore.types import RolloutConfig, Span
+
+
+def make_config(
+    *,
+    eviction_memory_threshold: float | int | None,
+    safe_memory_threshold: float | int | None,
+    span_size_estimator: Callable[[Span], int] | None,
+    default_config: RolloutConfig | None,
+    duplicate_spans: str,
+    on_memory_full: str,
+    max_deliveries: int,
+    max_queued: int | None,
+    retention: float | int | dict[str, Any] | None,
+    keep_resources: int | None,
+    limits: dict[str, int] | None,
+    clock: str,
+) -> StoreConfig:
+    """A checked configuration; raises for a value that is not valid."""
+    chosen = validated(RolloutConfig, default_config if default_config is not None else RolloutConfig())
+    config = StoreConfig(
+        eviction_memory_threshold=eviction_memory_threshold,
+        safe_memory_threshold=safe_memory_threshold,
+        span_size_estimator=None if span_size_estimator is None else _pickled(span_size_estimator),
+        default_config=(
+            chosen.timeout_seconds,
+            chosen.unresponsive_seconds,
+            chosen.max_attempts,
+            tuple(chosen.retry_condition),
+        ),
+        duplicate_spans=duplicate_spans,
+        on_memory_full=on_memory_full,
+        max_deliveries=max_deliveries,
+        max_queued=max_queued,
+        retention=retention,
+        keep_resources=keep_resources,
+        limits=dict(limits or {}),
+        clock=clock,
+    )
+    config.check()
+    return config
+
+
+def _pickled(estimator: Callable[[Span], int]) -> bytes:
+    if not callable(estimator):
+        raise InvalidValueError("span_size_estimator", estimator, "a function from a Span to bytes")
+    from ray import cloudpickle  # only a custom estimator needs it
+
+    try:
+        return bytes(cloudpickle.dumps(estimator))
+    except Exception as error:
+        raise AgentNotPicklableError(f"span_size_estimator {estimator!r}", str(error)) from error
+
+
+def make_encoder(limits: dict[str, int], estimator: bytes | None) -> Encoder:
+    """The encoder of a store's clients."""
+    function = None
+    if estimator is not None:
+        from ray import cloudpickle
+
+        function = cloudpickle.loads(estimator)
+    return Encoder(limits, function)

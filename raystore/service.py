@@ -1,0 +1,435 @@
+"""The store at work: the core behind one entry point, with a clock, ids, waiting calls and one timer.
+
+Every operation runs as one short, synchronous step under one lock, so the service may be called from any thread and
+event loop; in an actor the lock is never contended. What a step leaves to do (wake waiters, hand out work, evict, set
+the timer) is done before the lock is released. All changes of state pass through here as steps.
+Not here: decisions (`core`), batches and their order (`inbox`), encoding (`wire`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from raystore.clock import Alarm, Clock, ManualClock
+from raystore.config import StoreConfig, resolve
+from raystore.core import check, claims, eviction, verbs, watchdog
+from raystore.core.state import Session, State, Step
+from raystore.core.verbs import VERBS
+from raystore.errors import InvalidValueError, StoreClosedError, StoreCorruptError, StoreError
+from raystore.waiters import Deliver, Waiter, Waiters
+
+logger = logging.getLogger("raystore.store")
+
+PROTOCOL = 1  #: version of the session protocol; client and store refuse each other when it differs
+PARKED: Any = object()  #: answer of a call that waits; the real one goes to its `deliver`
+LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of the process
+PROBES = 16  #: sessions asked at once whether they are alive, after a claim was withdrawn
+PROBE_SECONDS = 1.0
+
+
+class Service:
+    """One store."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        *,
+        capacity_bytes: int,
+        alarm: Callable[[Callable[[], None]], Alarm],
+        name: str | None = None,
+    ) -> None:
+        self.config = config
+        self.name = name
+        self.capacity_bytes = capacity_bytes
+        self.state = State(resolve(config, capacity_bytes))
+        self.clock: Clock = ManualClock() if config.clock == "manual" else Clock()
+        self.waiters = Waiters()
+        self.store_id = secrets.token_hex(8)
+        self.epoch = time.time_ns()
+        self.operations = 0
+        self.last_eviction_seconds = 0.0
+        self.on_notice: Callable[[str], None] = lambda session_id: None  # wakes the session's listen call
+        self._started = time.monotonic()
+        self._lock = threading.RLock()
+        self._alarm = alarm(self._ring)
+        self._armed: float | None = None
+        self._failed: StoreCorruptError | None = None
+        self._closed = False
+        self._withdrawals_seen = 0
+        self._suspended: dict[str, None] = {}  # sessions that must speak before they are handed work
+        self._probe_at: float | None = None
+        self._warned_objects = False
+
+    # -- the entry point ---------------------------------------------------------------------------------------------
+
+    def call(self, session: Session, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
+        """Run one operation; its answer, or `PARKED` if the answer will come through `deliver`."""
+        with self._lock:
+            self.operations += 1
+            if self._closed:
+                raise StoreClosedError(self.name or self.store_id)
+            changes = VERBS[verb].changes if verb in VERBS else verb == "dequeue"
+            if self._failed is not None and changes:
+                raise self._failed
+            step = self._step(session)
+            try:
+                self._advance(step, verb, arguments)
+                return self._run(step, ticket, verb, arguments, deliver)
+            except StoreError:
+                raise  # refused before anything changed
+            except Exception:
+                if not changes:  # a read (or `check`) that fails leaves the state as it was
+                    raise
+                self._fail(verb, arguments)
+            finally:
+                self._settle(writing=arguments.get("rollout_id"))
+
+    def _run(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
+        waits = getattr(self, f"_{verb}", None) if verb in _SHELL else None
+        if waits is not None:
+            return waits(step, ticket, deliver, **arguments)
+        return verbs.run(self.state, step, verb, arguments)
+
+    def _step(self, session: Session | None = None) -> Step:
+        now = self.clock.now()
+        if self._armed is not None and now > self._armed + LATE_SECONDS and not self.clock.is_manual:
+            watchdog.pause(self.state, Step(now), now - self._armed)
+            logger.warning("The store stood still for %.1f s; deadlines move by as much", now - self._armed)
+            self._armed = None
+        return Step(now, seed=secrets.randbits(64), session=session, age=self.clock.age())
+
+    def _advance(self, step: Step, verb: str = "", arguments: dict[str, Any] | None = None) -> None:
+        spec = VERBS.get(verb)
+        named = spec.rollouts_named(arguments) if spec and arguments else ()
+        watchdog.advance(self.state, step, named)
+
+    def _fail(self, verb: str, arguments: dict[str, Any]) -> None:
+        rollout_id = arguments.get("rollout_id")
+        story = check.story(self.state, rollout_id) if isinstance(rollout_id, str) else []
+        self._failed = StoreCorruptError(verb, "\n".join(story), traceback.format_exc())
+        logger.critical("%s", self._failed)
+        raise self._failed
+
+    # -- calls that may wait -----------------------------------------------------------------------------------------
+
+    def _dequeue(
+        self,
+        step: Step,
+        ticket: int,
+        deliver: Deliver,
+        *,
+        queues: list[str],
+        limit: int,
+        worker_id: str | None,
+        timeout: float,
+    ) -> Any:
+        arguments = {"queues": queues, "limit": limit, "worker_id": worker_id}
+        claimed = VERBS["dequeue"].run(self.state, step, **arguments)
+        if claimed or timeout <= 0 or limit < 1:
+            return claimed
+        return self._park(step, ticket, "dequeue", arguments, timeout, deliver)
+
+    def _wait(self, step: Step, ticket: int, deliver: Deliver, *, rollout_ids: list[str], timeout: float | None) -> Any:
+        missing = self._unfinished(rollout_ids)
+        if not missing or (timeout is not None and timeout <= 0):
+            return self._finished(rollout_ids)
+        return self._park(step, ticket, "wait", {"rollout_ids": rollout_ids}, timeout, deliver, missing)
+
+    def _completed(
+        self,
+        step: Step,
+        ticket: int,
+        deliver: Deliver,
+        *,
+        cursor: int | None,
+        limit: int,
+        timeout: float,
+        filters: dict[str, Any],
+    ) -> Any:
+        items, cursor = verbs.completed_after(self.state, cursor, limit, filters)
+        if items or timeout <= 0:
+            return items, cursor
+        arguments = {"cursor": cursor, "limit": limit, "filters": filters}
+        return self._park(step, ticket, "completed", arguments, timeout, deliver)
+
+    def _changes(
+        self,
+        step: Step,
+        ticket: int,
+        deliver: Deliver,
+        *,
+        cursor: int | None,
+        kinds: list[str] | None,
+        limit: int,
+        timeout: float,
+    ) -> Any:
+        items, cursor = verbs.changes_after(self.state, cursor, kinds, limit)
+        if items or timeout <= 0:
+            return items, cursor
+        return self._park(step, ticket, "changes", {"cursor": cursor, "kinds": kinds, "limit": limit}, timeout, deliver)
+
+    def _park(
+        self,
+        step: Step,
+        ticket: int,
+        verb: str,
+        arguments: dict[str, Any],
+        timeout: float | None,
+        deliver: Deliver,
+        missing: list[str] | None = None,
+    ) -> Any:
+        assert step.session is not None
+        deadline = None if timeout is None else step.now + timeout
+        session_id = step.session.session_id
+        self.waiters.park(session_id, ticket, verb, arguments, deadline, deliver, missing or ())
+        return PARKED
+
+    def _cancel_wait(self, step: Step, ticket: int, deliver: Deliver, *, of: int) -> bool:
+        assert step.session is not None
+        waiter = self.waiters.find(step.session.session_id, of)
+        if waiter is not None:
+            self.waiters.remove(waiter)
+        return waiter is not None
+
+    # -- other operations of the shell -------------------------------------------------------------------------------
+
+    def _statistics(self, step: Step, ticket: int, deliver: Deliver) -> dict[str, Any]:
+        return verbs.statistics(self.state) | {
+            "uptime": time.monotonic() - self._started,
+            "memory_capacity_bytes": self.capacity_bytes,
+            "waiters": len(self.waiters),
+            "operations": self.operations,
+            "actor_calls": 0,
+            "last_eviction_seconds": self.last_eviction_seconds,
+        }
+
+    def _story(self, step: Step, ticket: int, deliver: Deliver, *, rollout_id: str) -> list[str]:
+        return check.story(self.state, rollout_id)
+
+    def _check(self, step: Step, ticket: int, deliver: Deliver) -> None:
+        check.check(self.state)
+
+    def _tick(self, step: Step, ticket: int, deliver: Deliver, *, seconds: float, sessions: bool) -> None:
+        if not isinstance(self.clock, ManualClock):
+            raise InvalidValueError("clock", self.config.clock, "a store started with clock='manual'")
+        self.clock.tick(seconds, sessions=sessions)
+        self._advance(self._step())
+
+    # -- after a step ------------------------------------------------------------------------------------------------
+
+    def _settle(self, writing: str | None = None) -> None:
+        """Do what a step left to do, until nothing is left, and set the timer."""
+        if self._failed is not None:
+            return
+        state = self.state
+        self._evict(writing)
+        while True:
+            if state.withdrawals != self._withdrawals_seen:
+                self._withdrawals_seen = state.withdrawals
+                self._suspend()
+            for waiter in self.waiters.expired(self.clock.now()):
+                self._answer_expired(waiter)
+            if state.finished:
+                finished, state.finished = state.finished, []
+                for rollout_id in finished:
+                    for waiter in self.waiters.finished(rollout_id):
+                        self._answer_wait(waiter)
+                for waiter in self.waiters.reading("completed"):
+                    items, cursor = verbs.completed_after(state, **waiter.arguments)
+                    waiter.arguments["cursor"] = cursor
+                    if items:
+                        self._answer(waiter, (items, cursor))
+            elif state.queues_touched:
+                touched, state.queues_touched = state.queues_touched, set()
+                for waiter in self.waiters.wanting(touched):
+                    self._offer(waiter)
+            else:
+                break
+        for waiter in self.waiters.reading("changes"):
+            changes, cursor = verbs.changes_after(state, **waiter.arguments)
+            waiter.arguments["cursor"] = cursor
+            if changes:
+                self._answer(waiter, (changes, cursor))
+        noticed, state.noticed = state.noticed, set()
+        for session_id in noticed:
+            self.on_notice(session_id)
+        self._arm()
+
+    def _answer(self, waiter: Waiter, value: Any) -> bool:
+        self.waiters.remove(waiter)
+        return waiter.deliver(value)
+
+    def _answer_wait(self, waiter: Waiter) -> None:
+        rollout_ids = waiter.arguments["rollout_ids"]
+        missing = self._unfinished(rollout_ids)
+        if missing:  # one that had finished was queued again meanwhile
+            self.waiters.wait_for(waiter, missing)
+        else:
+            self._answer(waiter, self._finished(rollout_ids))
+
+    def _answer_expired(self, waiter: Waiter) -> None:
+        arguments = waiter.arguments
+        if waiter.verb == "wait":
+            self._answer(waiter, self._finished(arguments["rollout_ids"]))
+        elif waiter.verb == "dequeue":
+            self._answer(waiter, [])
+        else:
+            self._answer(waiter, ([], arguments["cursor"]))
+
+    def _finished(self, rollout_ids: list[str]) -> Any:
+        return verbs.finished_among(self.state, rollout_ids), self.state.completions.last
+
+    def _unfinished(self, rollout_ids: list[str]) -> list[str]:
+        completions, entries = self.state.completions, self.state.entries
+        return [i for i in rollout_ids if i not in completions and i in entries]
+
+    def _offer(self, waiter: Waiter) -> None:
+        """Hand work to a call that waits for it, if there is some for it."""
+        session = self.state.sessions.get(waiter.session_id)
+        if session is None or session.ended_at is not None or waiter.session_id in self._suspended:
+            return
+        if not any(self.state.queues.length(queue) for queue in waiter.arguments["queues"]):
+            return
+        step = self._step(session)
+        claimed = claims.claim(self.state, step, **waiter.arguments, note_empty=False)
+        if not claimed:
+            return
+        value = [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
+        if not self._answer(waiter, value):  # its caller has gone
+            for rollout, attempt, _ in value:
+                key = (rollout.rollout_id, attempt.attempt_id)
+                claims.take_back(self.state, step, session, key, why="declined")
+
+    def _evict(self, writing: str | None) -> None:
+        if self.state.total_bytes <= self.state.settings.eviction_bytes and not self.state.memory_full:
+            return
+        started = time.perf_counter()
+        done = eviction.run(self.state, self._step(), writing)
+        if done is None:
+            return
+        self.last_eviction_seconds = time.perf_counter() - started
+        level = logging.WARNING if done.unread else logging.INFO
+        unread = f"; {len(done.unread)} finished rollouts had not been read: {done.unread[:3]}" if done.unread else ""
+        logger.log(
+            level, "Evicted %d spans (%d bytes) of %d rollouts in %.4f s%s",
+            done.spans, done.bytes, len(done.rollout_ids), self.last_eviction_seconds, unread,
+        )  # fmt: skip
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Set the timer to the next instant at which something happens although nobody calls."""
+        age_deadline = watchdog.next_age_deadline(self.state)
+        ages = [deadline for deadline in (age_deadline, self._probe_at) if deadline is not None]
+        in_seconds = [max(deadline - self.clock.age(), 0.0) for deadline in ages]
+        deadline = watchdog.next_deadline(self.state)
+        self._armed = None
+        if not self.clock.is_manual:
+            now = self.clock.now()
+            times = [time for time in (deadline, self.waiters.next_deadline()) if time is not None]
+            in_seconds += [max(time - now, 0.0) for time in times]
+            core = [time for time in (deadline, age_deadline) if time is not None]
+            self._armed = max(min(core), now) if core else None
+        # Deadlines are strict: a hair later, so that the ring finds them passed.
+        self._alarm.set(min(in_seconds) + 0.001 if in_seconds else None)
+
+    def _ring(self) -> None:
+        with self._lock:
+            if self._closed or self._failed is not None:
+                return
+            try:
+                self._advance(self._step())
+            except Exception:
+                self._fail("advance", {})
+            self._probe()
+            self._settle()
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    def open_session(self, session_id: str, *, eternal: bool = False) -> Session:
+        """A client process speaks for the first time."""
+        with self._lock:
+            session = claims.open_session(self.state, self._step(), session_id, eternal=eternal)
+            self._arm()
+            return session
+
+    def heard(self, session: Session) -> None:
+        """A session spoke: it is alive, and may be handed work."""
+        with self._lock:
+            session.last_heard = self.clock.age()
+            if self._suspended.pop(session.session_id, 0) is None:
+                for waiter in self.waiters.of_session(session.session_id):
+                    if waiter.verb == "dequeue":
+                        self._offer(waiter)
+                self._settle()
+
+    def acknowledge(self, session: Session, keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The callers of a session have these claims; returns those that are lost."""
+        with self._lock:
+            lost = claims.acknowledge(self.state, self._step(session), session, keys)
+            self._settle()
+            return lost
+
+    def end_session(self, session: Session, *, why: str) -> None:
+        """A client process has ended."""
+        with self._lock:
+            self.drop_waiters(session.session_id)
+            claims.end_session(self.state, self._step(), session, why=why)
+            self._settle()
+
+    def drop_waiters(self, session_id: str) -> None:
+        """Nobody of this session waits any longer."""
+        for waiter in self.waiters.of_session(session_id):
+            self.waiters.remove(waiter)
+        self._suspended.pop(session_id, None)
+
+    def _suspend(self) -> None:
+        """A claim was withdrawn, so its process may be dead, and others with it: ask before handing out more."""
+        for session_id in self.waiters.sessions_wanting_work():
+            session = self.state.sessions.get(session_id)
+            if session is not None and not session.eternal:
+                self._suspended[session_id] = None
+        self._probe_at = self.clock.age()
+        self._probe()
+
+    def _probe(self) -> None:
+        if self._probe_at is None or self.clock.age() < self._probe_at:
+            return
+        asked = list(self._suspended)[:PROBES]
+        for session_id in asked:  # to the end of the line, so that the next ones are asked next time
+            del self._suspended[session_id]
+            self._suspended[session_id] = None
+        self._probe_at = self.clock.age() + PROBE_SECONDS if asked and len(self.state.queues) else None
+        for session_id in asked:
+            self.on_notice(session_id)
+
+    def close(self) -> None:
+        """Answer everybody who waits with what there is, and take no more calls."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for waiter in self.waiters.drain():
+                self._answer_expired(waiter)
+            self._alarm.close()
+
+    def info(self) -> dict[str, Any]:
+        """Who this store is."""
+        return {
+            "store_id": self.store_id,
+            "name": self.name,
+            "epoch": self.epoch,
+            "protocol": PROTOCOL,
+            "limits": self.config.all_limits(),
+            "pid": os.getpid(),
+        }
+
+
+_SHELL = frozenset({"dequeue", "wait", "completed", "changes", "cancel_wait", "statistics", "story", "check", "tick"})

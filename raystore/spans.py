@@ -1,0 +1,249 @@
+"""Spans as users see them: OpenTelemetry's model with a rollout, an attempt and a sequence number.
+
+Names and shapes are the contract's; `Span.from_opentelemetry` follows its facts (hexadecimal ids of 16 and 32 digits,
+times in seconds).
+Not here: how spans are stored (`raystore.core.spans`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field
+
+AttributeValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
+
+REWARD_SPAN = "agentlightning.annotation"  #: name of spans that carry a reward
+REWARD_PREFIX = "agentlightning.reward."  #: attribute `<prefix><i>.name` and `<prefix><i>.value`; 0 is the primary one
+_NANOSECONDS_ABOVE = 1e12  # a time larger than this can only be in nanoseconds
+
+
+class TraceStatus(BaseModel):
+    """How the spanned operation ended."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status_code: str
+    description: str | None = None
+
+
+class Event(BaseModel):
+    """Something that happened within a span."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    attributes: dict[str, Any] = Field(default_factory=dict)
+    timestamp: float | None = None
+
+
+class SpanContext(BaseModel):
+    """The identity of a span across processes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    trace_id: str
+    span_id: str
+    is_remote: bool
+    trace_state: dict[str, str]
+
+
+class Link(BaseModel):
+    """A reference to another span."""
+
+    model_config = ConfigDict(extra="allow")
+
+    context: SpanContext
+    attributes: dict[str, Any] | None = None
+
+
+class OtelResource(BaseModel):
+    """The OpenTelemetry resource that produced a span."""
+
+    attributes: dict[str, Any]
+    schema_url: str
+
+
+class SpanCoreFields(BaseModel):
+    """What an agent needs to say of a span; the store's side fills in the rest."""
+
+    name: str
+    status: TraceStatus
+    attributes: dict[str, AttributeValue]
+    start_time: float | None
+    end_time: float | None
+
+
+class Span(BaseModel):
+    """One span of one attempt. Unknown fields are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    rollout_id: str
+    attempt_id: str
+    sequence_id: int
+    trace_id: str
+    span_id: str
+    parent_id: str | None
+    name: str
+    status: TraceStatus
+    attributes: dict[str, AttributeValue]
+    events: list[Event]
+    links: list[Link]
+    start_time: float | None
+    end_time: float | None
+    context: SpanContext | None
+    parent: SpanContext | None
+    resource: OtelResource
+
+    @classmethod
+    def from_opentelemetry(cls, src: Any, rollout_id: str, attempt_id: str, sequence_id: int) -> Span:
+        """Take over a `ReadableSpan` of the OpenTelemetry SDK; what it carries beyond the model is kept as text."""
+        context = _context(src.get_span_context() if hasattr(src, "get_span_context") else src.context)
+        parent = _context(src.parent)
+        known = {
+            "rollout_id": rollout_id,
+            "attempt_id": attempt_id,
+            "sequence_id": sequence_id,
+            "trace_id": context.trace_id if context else "",
+            "span_id": context.span_id if context else "",
+            "parent_id": parent.span_id if parent else None,
+            "name": src.name,
+            "status": TraceStatus(status_code=src.status.status_code.name, description=src.status.description),
+            "attributes": dict(src.attributes or {}),
+            "events": [
+                Event(name=e.name, attributes=dict(e.attributes or {}), timestamp=seconds(e.timestamp))
+                for e in src.events
+            ],
+            "links": [
+                Link(context=made, attributes=dict(link.attributes or {}))
+                for link in src.links or []
+                if (made := _context(link.context)) is not None
+            ],
+            "start_time": seconds(src.start_time),
+            "end_time": seconds(src.end_time),
+            "context": context,
+            "parent": parent,
+            "resource": OtelResource(
+                attributes=dict(src.resource.attributes or {}), schema_url=src.resource.schema_url or ""
+            ),
+        }
+        own = {"_" + name for name in (*known, "context")} | {"_status", "_readable_span"}
+        extras = {
+            name: json.loads(json.dumps(value, default=str))
+            for name, value in vars(src).items()
+            if name not in known and name not in own and not name.startswith("__")
+        }
+        return cls(**{**extras, **known})
+
+    @classmethod
+    def from_attributes(
+        cls,
+        *,
+        attributes: Mapping[str, AttributeValue],
+        rollout_id: str | None = None,
+        attempt_id: str | None = None,
+        sequence_id: int | None = None,
+        name: str | None = None,
+        trace_id: str | None = None,
+        span_id: str | None = None,
+        parent_id: str | None = None,
+        start_time: float | None = None,
+        end_time: float | None = None,
+        resource: OtelResource | None = None,
+        status: TraceStatus | None = None,
+    ) -> Span:
+        """A span from its attributes; ids that are not given are random, the status is OK."""
+        trace_id = trace_id or uuid4().hex
+        span_id = span_id or uuid4().hex[:16]
+        return cls(
+            rollout_id=rollout_id or "",
+            attempt_id=attempt_id or "",
+            sequence_id=sequence_id or 0,
+            trace_id=trace_id,
+            span_id=span_id,
+            parent_id=parent_id,
+            name=name or "span",
+            status=status or TraceStatus(status_code="OK"),
+            attributes=dict(attributes),
+            events=[],
+            links=[],
+            start_time=start_time,
+            end_time=end_time,
+            context=SpanContext(trace_id=trace_id, span_id=span_id, is_remote=False, trace_state={}),
+            parent=SpanContext(trace_id=trace_id, span_id=parent_id, is_remote=False, trace_state={})
+            if parent_id
+            else None,
+            resource=resource or OtelResource(attributes={}, schema_url=""),
+        )
+
+    @classmethod
+    def from_core_fields(cls, core: SpanCoreFields, *, rollout_id: str, attempt_id: str, sequence_id: int) -> Span:
+        """A span from what an agent said of it."""
+        return cls.from_attributes(
+            attributes=core.attributes,
+            rollout_id=rollout_id,
+            attempt_id=attempt_id,
+            sequence_id=sequence_id,
+            name=core.name,
+            start_time=core.start_time,
+            end_time=core.end_time,
+            status=core.status,
+        )
+
+
+def _context(source: Any) -> SpanContext | None:
+    if source is None:
+        return None
+    return SpanContext(
+        trace_id=format(source.trace_id, "032x"),
+        span_id=format(source.span_id, "016x"),
+        is_remote=bool(source.is_remote),
+        trace_state=dict(source.trace_state or {}),
+    )
+
+
+def seconds(value: float | None) -> float | None:
+    """A time in seconds from one in seconds or nanoseconds; 0 and None mean "not known"."""
+    if not value:
+        return None
+    return value / 1e9 if value > _NANOSECONDS_ABOVE else float(value)
+
+
+def reward_of(name: str, attributes: Mapping[str, Any]) -> float | None:
+    """The primary reward that a span carries, if it carries one."""
+    if name != REWARD_SPAN:
+        return None
+    value = attributes.get(f"{REWARD_PREFIX}0.value")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
+        return float(value)
+    return None
+
+
+def find_final_reward(spans: Sequence[Span]) -> float | None:
+    """The primary reward of the newest span that carries one."""
+    for span in reversed(spans):
+        if (reward := reward_of(span.name, span.attributes)) is not None:
+            return reward
+    return None
+
+
+def estimate_model_size(obj: Any) -> int:
+    """Bytes of a model by a recursive `sys.getsizeof`, as the reference estimates it.
+
+    Counts a model's own size and its field values, a mapping's own size and its values, a list's, tuple's or set's own
+    size and its items, and `getsizeof` of anything else. Keys and extra fields are not counted, shared objects are
+    counted each time.
+    """
+    if isinstance(obj, BaseModel):
+        return sys.getsizeof(obj) + sum(estimate_model_size(value) for value in obj.__dict__.values())
+    if isinstance(obj, Mapping):
+        return sys.getsizeof(obj) + sum(estimate_model_size(value) for value in obj.values())
+    if isinstance(obj, (list, tuple, set)):
+        return sys.getsizeof(obj) + sum(estimate_model_size(item) for item in obj)
+    return sys.getsizeof(obj)

@@ -1,0 +1,113 @@
+"""How operations reach a service: the interface, and the transport within one process.
+
+A transport takes an operation when it is called, not when it is awaited, so that operations take effect in the order
+in which they were issued. It sees to it that a claim whose caller has gone is given back.
+Not here: the transport to an actor (`session`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from typing import Any, Protocol
+
+from raystore.calls import Call
+from raystore.core.state import Session
+from raystore.errors import StoreClosedError
+from raystore.service import PARKED, Service
+
+
+class Transport(Protocol):
+    """What a client needs to reach its store."""
+
+    async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
+        """Run one operation and return its answer, or raise the error that is its answer."""
+
+    def post(self, verb: str, arguments: dict[str, Any]) -> Call:
+        """Issue one operation now; the answer may be awaited."""
+
+    def close(self) -> None:
+        """Take no more calls."""
+
+
+def claimed_keys(claims: Any) -> list[tuple[str, str]]:
+    """Rollout and attempt ids of what a dequeue answered, as records or as rows."""
+    keys = []
+    for rollout, attempt, _ in claims or ():
+        if isinstance(attempt, (list, tuple)):
+            keys.append((attempt[0], attempt[1]))
+        else:
+            keys.append((rollout.rollout_id, attempt.attempt_id))
+    return keys
+
+
+class LocalTransport:
+    """Calls a service of this process, from any of its threads and event loops."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._session: Session = service.open_session("local", eternal=True)
+        self._tickets = itertools.count(1)
+
+    def post(self, verb: str, arguments: dict[str, Any]) -> Call:
+        call = Call(verb, next(self._tickets))
+
+        def deliver(value: Any) -> bool:
+            call.put(value, None)
+            return call.loop is None or _wake(call)
+
+        try:
+            answer = self.service.call(self._session, call.ticket, verb, arguments, deliver)
+        except Exception as error:  # the answer of this call, raised where it is awaited
+            call.put(None, error)
+            call.wake()
+            return call
+        if answer is PARKED:
+            call.parked = True
+            return call
+        if verb == "dequeue" and answer:  # nothing can come between a caller and an answer at once
+            self.service.acknowledge(self._session, claimed_keys(answer))
+        call.put(answer, None)
+        call.wake()
+        return call
+
+    async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
+        while True:
+            call = self.post(verb, arguments)
+            try:
+                answer = await call
+            except BaseException:
+                if call.parked:
+                    self._abandon(call)
+                raise
+            claimed = claimed_keys(answer) if call.parked and verb == "dequeue" else []
+            if not claimed or not self.service.acknowledge(self._session, claimed):
+                return answer
+            # The loop was blocked for so long that the work went to somebody else: try again.
+
+    def _abandon(self, call: Call) -> None:
+        """The caller has gone: it waits no longer, and what it was handed goes back."""
+        with contextlib.suppress(StoreClosedError):  # a closed store has taken everything back already
+            self.service.call(self._session, 0, "cancel_wait", {"of": call.ticket}, _nobody)
+            if call.verb == "dequeue":
+                for rollout_id, attempt_id in claimed_keys(call.answer):
+                    self.service.call(
+                        self._session, 0, "decline", {"rollout_id": rollout_id, "attempt_id": attempt_id}, _nobody
+                    )
+
+    def close(self) -> None:
+        self.service.close()
+
+
+def _nobody(value: Any) -> bool:
+    return False
+
+
+def _wake(call: Call) -> bool:
+    assert isinstance(call.loop, asyncio.AbstractEventLoop)
+    try:
+        call.loop.call_soon_threadsafe(call.wake)
+    except RuntimeError:  # the loop is closed, and its caller with it
+        return False
+    return True

@@ -1,0 +1,411 @@
+"""The public records: what users construct and what the store answers with.
+
+Field names and defaults are the LightningStore contract's (agent-lightning 0.3.0); what raystore adds stands under
+"added" in each class. Answers are snapshots: changing one never changes the store.
+Not here: the store's own light records (`raystore.core.records`), how these travel (`raystore.convert`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from raystore.errors import PayloadLostError
+from raystore.spans import Event as Event
+from raystore.spans import Link as Link
+from raystore.spans import OtelResource as OtelResource
+from raystore.spans import Span as Span
+from raystore.spans import SpanContext as SpanContext
+from raystore.spans import SpanCoreFields as SpanCoreFields
+from raystore.spans import TraceStatus as TraceStatus
+
+logger = logging.getLogger(__name__)
+
+RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
+AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
+RolloutMode = Literal["train", "val", "test"]
+WorkerStatus = Literal["idle", "busy", "unknown"]
+Outcome = Literal[
+    "ok", "agent_error", "infra", "runner_lost", "timeout", "unresponsive", "cancelled", "superseded", "dropped"
+]
+TaskInput = Any
+TagValue = str | bool | int | float
+SortOrder = Literal["asc", "desc"]
+FilterLogic = Literal["and", "or"]
+
+T = TypeVar("T")
+
+
+class _UnsetType:
+    """The type of `UNSET`, which says "leave this field as it is"; pickling keeps it a singleton."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+    def __reduce__(self) -> tuple[Callable[[], _UnsetType], tuple[()]]:
+        return _get_unset, ()
+
+
+UNSET = _UnsetType()
+Unset = _UnsetType
+
+
+def _get_unset() -> _UnsetType:
+    return UNSET
+
+
+# -- rollouts ----------------------------------------------------------------------------------------------------------
+
+
+class RolloutConfig(BaseModel):
+    """When an attempt of a rollout is given up, and what is tried again.
+
+    A field that does not exist is refused, since `RolloutConfig(timeout=60)` would otherwise mean "no timeout".
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    timeout_seconds: float | None = None
+    unresponsive_seconds: float | None = None
+    max_attempts: int = Field(default=1, ge=1)
+    retry_condition: list[AttemptStatus] = Field(default_factory=list)
+
+    @field_validator("timeout_seconds", "unresponsive_seconds")
+    @classmethod
+    def _is_a_duration(cls, value: float | None) -> float | None:
+        if value is not None and (math.isnan(value) or value < 0):
+            raise ValueError(f"{value} is not a number of seconds (0 or more)")
+        return value
+
+
+class Rollout(BaseModel):
+    """One task for an agent, and where it stands."""
+
+    rollout_id: str
+    input: TaskInput
+    start_time: float
+    end_time: float | None = None
+    mode: RolloutMode | None = None
+    resources_id: str | None = None
+    status: RolloutStatus = "queuing"
+    config: RolloutConfig = Field(default_factory=RolloutConfig)
+    metadata: dict[str, Any] | None = None
+    # added
+    group_id: str | None = None
+    queue: str = "default"
+    priority: int = 0
+    tags: dict[str, TagValue] = Field(default_factory=dict)
+    reward: float | None = None
+
+
+class Attempt(BaseModel):
+    """One execution of a rollout."""
+
+    rollout_id: str
+    attempt_id: str
+    sequence_id: int
+    start_time: float
+    end_time: float | None = None
+    status: AttemptStatus = "preparing"
+    worker_id: str | None = None
+    last_heartbeat_time: float | None = None
+    metadata: dict[str, Any] | None = None
+    # added
+    outcome: Outcome | None = None
+    error: str | None = None
+    resources_version: int | None = None
+    policy_version: int | None = None
+    reward: float | None = None
+
+
+class AttemptedRollout(Rollout):
+    """A rollout with its latest attempt."""
+
+    attempt: Attempt
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if self.attempt.rollout_id != self.rollout_id:
+            raise ValueError(f"attempt of rollout {self.attempt.rollout_id} does not belong to {self.rollout_id}")
+        return self
+
+
+class EnqueueRolloutRequest(BaseModel):
+    """The arguments of `enqueue_rollout`, for many at once."""
+
+    input: TaskInput
+    mode: RolloutMode | None = None
+    resources_id: str | None = None
+    config: RolloutConfig | None = None
+    metadata: dict[str, Any] | None = None
+    # added
+    rollout_id: str | None = None
+    group_id: str | None = None
+    queue: str = "default"
+    priority: int = 0
+    tags: dict[str, TagValue] | None = None
+
+
+class Worker(BaseModel):
+    """What is known of one runner."""
+
+    worker_id: str
+    status: WorkerStatus = "unknown"
+    heartbeat_stats: dict[str, Any] | None = None
+    last_heartbeat_time: float | None = None
+    last_dequeue_time: float | None = None
+    last_busy_time: float | None = None
+    last_idle_time: float | None = None
+    current_rollout_id: str | None = None
+    current_attempt_id: str | None = None
+
+
+# -- resources ---------------------------------------------------------------------------------------------------------
+
+
+class Resource(BaseModel):
+    """Base of what a driver publishes for agents."""
+
+    resource_type: Any
+
+
+class LLM(Resource):
+    """An OpenAI-compatible endpoint."""
+
+    resource_type: Literal["llm"] = "llm"
+    endpoint: str
+    model: str
+    api_key: str | None = None
+    sampling_parameters: dict[str, Any] = Field(default_factory=dict)
+
+    def get_base_url(self, *args: Any, **kwargs: Any) -> str:
+        """The URL to give a client."""
+        return str(self.__dict__["endpoint"])
+
+
+class ProxyLLM(LLM):
+    """An endpoint behind a proxy that learns from the URL which rollout a request belongs to."""
+
+    resource_type: Literal["proxy_llm"] = "proxy_llm"  # type: ignore[assignment]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "endpoint":
+            logger.warning("Read ProxyLLM.endpoint: requests to it belong to no rollout; use get_base_url()")
+        return super().__getattribute__(name)
+
+    def get_base_url(self, rollout_id: str | None = None, attempt_id: str | None = None) -> str:
+        """The URL for one attempt; without ids the bare endpoint."""
+        endpoint = str(self.__dict__["endpoint"])
+        if rollout_id is None and attempt_id is None:
+            return endpoint
+        if rollout_id is None or attempt_id is None:
+            raise ValueError(f"rollout_id={rollout_id!r}, attempt_id={attempt_id!r}: expected both or neither")
+        base = endpoint.rstrip("/")
+        suffix = "/v1" if base.endswith("/v1") else ""
+        return f"{base.removesuffix('/v1')}/rollout/{rollout_id}/attempt/{attempt_id}{suffix}"
+
+    def with_attempted_rollout(self, rollout: AttemptedRollout) -> LLM:
+        """A plain `LLM` whose URL names the attempt."""
+        values = self.__dict__
+        return LLM(
+            endpoint=self.get_base_url(rollout.rollout_id, rollout.attempt.attempt_id),
+            model=values["model"],
+            api_key=values["api_key"],
+            sampling_parameters=dict(values["sampling_parameters"]),
+        )
+
+
+class PromptTemplate(Resource):
+    """A prompt with places to fill in."""
+
+    resource_type: Literal["prompt_template"] = "prompt_template"
+    template: str
+    engine: Literal["jinja", "f-string", "poml"]
+
+    def format(self, **values: Any) -> str:
+        """The prompt with its places filled in; only the "f-string" engine is built in."""
+        if self.engine != "f-string":
+            raise NotImplementedError(
+                f"Formatting engine {self.engine!r} is not built in; render self.template yourself"
+            )
+        return self.template.format(**values)
+
+
+class ObjectResource(Resource):
+    """Weights and other large objects.
+
+    `value` is anything picklable or a `ray.ObjectRef`. On a Ray store, a value above 64 KiB goes to Ray's object
+    store, owned by the process that published it, and `value` is then a reference; `get()` gives the object in any
+    case. A newer version of the same resources id frees the older object once no attempt uses it.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    resource_type: Literal["object"] = "object"
+    value: Any
+
+    def get(self, timeout: float | None = 60.0) -> Any:
+        """The object itself; raises `PayloadLostError` when the process that owned it has died."""
+        if type(self.value).__name__ != "ObjectRef":
+            return self.value
+        import ray  # only a user of references needs it
+
+        try:
+            return ray.get(self.value, timeout=timeout)
+        except ray.exceptions.ObjectLostError as error:  # OwnerDiedError is one
+            raise PayloadLostError(
+                f"object {self.value.hex()}",
+                f"its owner {getattr(error, 'owner_address', None) or 'process'} died or freed it "
+                f"({type(error).__name__}); "
+                "publish from a process that lives as long as the run, e.g. the driver.",
+            ) from None
+
+
+ResourceUnion = Annotated[LLM | ProxyLLM | PromptTemplate | ObjectResource, Field(discriminator="resource_type")]
+NamedResources = dict[str, ResourceUnion]
+
+
+class ResourcesUpdate(BaseModel):
+    """One immutable version of a set of named resources."""
+
+    resources_id: str
+    create_time: float
+    update_time: float
+    version: int
+    resources: NamedResources
+    # added
+    policy_version: int | None = None
+
+
+# -- containers --------------------------------------------------------------------------------------------------------
+
+
+class PaginatedResult(BaseModel, Sequence[T], Generic[T]):
+    """One page of a query, which is also a sequence of its items and equals a list of the same items."""
+
+    items: Sequence[T]
+    limit: int
+    offset: int
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]
+        return iter(self.items)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, (list, tuple)):
+            return list(self.items) == list(other)
+        return super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self.items[:3])) + (", ..." if len(self.items) > 3 else "")
+        first, last = self.offset + bool(self.items), self.offset + len(self.items)
+        return f"<PaginatedResult ({first}:{last} of {self.total}) [{shown}]>"
+
+
+class Page(BaseModel, Generic[T]):
+    """Items that follow a cursor, and the cursor to go on from."""
+
+    items: list[T]
+    cursor: int | None
+
+
+class Change(BaseModel):
+    """One thing the store did."""
+
+    sequence: int
+    time: float
+    kind: str
+    rollout_id: str | None = None
+    attempt_id: str | None = None
+    detail: dict[str, Any] | None = None
+
+
+class LightningStoreCapabilities(TypedDict, total=False):
+    """What a store allows its users."""
+
+    thread_safe: bool
+    async_safe: bool
+    zero_copy: bool
+    otlp_traces: bool
+
+
+class LightningStoreStatistics(TypedDict, total=False):
+    """Counts of a store; sizes in bytes, durations in seconds."""
+
+    name: str
+    total_rollouts: int
+    total_attempts: int
+    total_spans: int
+    total_resources: int
+    total_workers: int
+    uptime: float
+    total_span_bytes: int
+    eviction_threshold_bytes: int
+    safe_threshold_bytes: int
+    memory_capacity_bytes: int
+    payload_bytes: int
+    accounted_bytes: int
+    evicted_spans: int
+    evicted_rollouts: int
+    eviction_passes: int
+    last_eviction_seconds: float
+    deadline_fires: int
+    waiters: int
+    sessions: int
+    queue_length: int
+    queue_lengths: dict[str, int]
+    rollouts_by_status: dict[str, int]
+    suspects: int
+    withdrawals: int
+    changes: int
+    change_feed_length: int
+    memory_full: bool
+    actor_calls: int
+    operations: int
+
+
+class StoreInfo(BaseModel):
+    """Who a store is."""
+
+    store_id: str
+    name: str | None
+    namespace: str | None
+    epoch: int
+    protocol: int
+    node: str | None
+    limits: dict[str, int]
+    capabilities: dict[str, bool]
+    endpoints: dict[str, str]
+
+
+def is_queuing(rollout: Rollout) -> bool:
+    """Whether the rollout waits in a queue."""
+    return rollout.status in ("queuing", "requeuing")
+
+
+def is_running(rollout: Rollout) -> bool:
+    """Whether somebody works on the rollout."""
+    return rollout.status in ("preparing", "running")
+
+
+def is_finished(rollout: Rollout) -> bool:
+    """Whether the rollout has ended."""
+    return rollout.status in ("failed", "succeeded", "cancelled")

@@ -1,0 +1,152 @@
+"""Calls that wait: one record for each, woken by the change they wait for, never by polling.
+
+A waiting call names what it waits for (rollouts, queues, completions, changes). After each step the service says what
+happened (`finished`, `work`, `moved`), and the waiters concerned are tried again; each is answered exactly once.
+Not here: how an answer reaches its caller (`Waiter.deliver`, from the transport).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from heapq import heappop, heappush
+from typing import Any
+
+#: Gives an answer to the caller; False if the caller is gone, so that what was handed to it can be taken back.
+Deliver = Callable[[Any], bool]
+
+
+class Waiter:
+    """One parked call."""
+
+    __slots__ = ("arguments", "deadline", "deliver", "missing", "number", "session_id", "ticket", "verb")
+
+    def __init__(
+        self,
+        number: int,
+        session_id: str,
+        ticket: int,
+        verb: str,
+        arguments: dict[str, Any],
+        deadline: float | None,
+        deliver: Deliver,
+    ) -> None:
+        self.number = number
+        self.session_id = session_id
+        self.ticket = ticket
+        self.verb = verb
+        self.arguments = arguments
+        self.deadline = deadline  # on the store's clock
+        self.deliver = deliver
+        self.missing: set[str] = set()  # rollouts still waited for
+
+
+class Waiters:
+    """All parked calls of a store."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._all: dict[int, Waiter] = {}
+        self._by_ticket: dict[tuple[str, int], Waiter] = {}
+        self._by_rollout: dict[str, dict[int, Waiter]] = {}
+        self._by_queue: dict[str, dict[int, Waiter]] = {}
+        self._by_verb: dict[str, dict[int, Waiter]] = {"completed": {}, "changes": {}}
+        self._deadlines: list[tuple[float, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def park(
+        self,
+        session_id: str,
+        ticket: int,
+        verb: str,
+        arguments: dict[str, Any],
+        deadline: float | None,
+        deliver: Deliver,
+        missing: Iterable[str] = (),
+    ) -> Waiter:
+        """Remember a call that cannot be answered yet."""
+        self._number += 1
+        waiter = Waiter(self._number, session_id, ticket, verb, arguments, deadline, deliver)
+        self._all[waiter.number] = waiter
+        self._by_ticket[session_id, ticket] = waiter
+        for mapping, keys in self._places(waiter):
+            for key in keys:
+                mapping.setdefault(key, {})[waiter.number] = waiter
+        self.wait_for(waiter, missing)
+        if deadline is not None:
+            heappush(self._deadlines, (deadline, waiter.number))
+        return waiter
+
+    def _places(self, waiter: Waiter) -> list[tuple[dict[str, dict[int, Waiter]], Iterable[str]]]:
+        if waiter.verb == "dequeue":
+            return [(self._by_queue, waiter.arguments["queues"])]
+        if waiter.verb == "wait":
+            return [(self._by_rollout, list(waiter.missing))]
+        return [(self._by_verb, [waiter.verb])]
+
+    def wait_for(self, waiter: Waiter, rollout_ids: Iterable[str]) -> None:
+        """Let a waiting call wait for (more) rollouts."""
+        for rollout_id in rollout_ids:
+            waiter.missing.add(rollout_id)
+            self._by_rollout.setdefault(rollout_id, {})[waiter.number] = waiter
+
+    def remove(self, waiter: Waiter) -> None:
+        """Forget a call: it is answered, or nobody waits any longer."""
+        del self._all[waiter.number]
+        del self._by_ticket[waiter.session_id, waiter.ticket]
+        for mapping, keys in self._places(waiter):
+            for key in keys:
+                there = mapping.get(key)
+                if there is not None:
+                    there.pop(waiter.number, None)
+                    if not there and mapping is not self._by_verb:
+                        del mapping[key]
+
+    def find(self, session_id: str, ticket: int) -> Waiter | None:
+        """The parked call with this ticket."""
+        return self._by_ticket.get((session_id, ticket))
+
+    def of_session(self, session_id: str) -> list[Waiter]:
+        """All parked calls of a session."""
+        return [waiter for waiter in self._all.values() if waiter.session_id == session_id]
+
+    def sessions_wanting_work(self) -> list[str]:
+        """Sessions with a parked dequeue, the longest waiting first."""
+        numbers = {w.number: w for waiters in self._by_queue.values() for w in waiters.values()}
+        return list(dict.fromkeys(numbers[number].session_id for number in sorted(numbers)))
+
+    def finished(self, rollout_id: str) -> list[Waiter]:
+        """Note that a rollout has finished; the calls that wait for nothing more."""
+        complete = []
+        for waiter in self._by_rollout.pop(rollout_id, {}).values():
+            waiter.missing.discard(rollout_id)
+            if not waiter.missing:
+                complete.append(waiter)
+        return complete
+
+    def wanting(self, queues: Iterable[str]) -> list[Waiter]:
+        """Calls that wait for work of these queues, the longest waiting first."""
+        found = {number: waiter for queue in queues for number, waiter in self._by_queue.get(queue, {}).items()}
+        return [found[number] for number in sorted(found)]
+
+    def reading(self, verb: str) -> list[Waiter]:
+        """Calls that wait for completions or changes."""
+        return list(self._by_verb[verb].values())
+
+    def next_deadline(self) -> float | None:
+        """When the first waiting call runs out of time."""
+        while self._deadlines and self._deadlines[0][1] not in self._all:
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def expired(self, now: float) -> list[Waiter]:
+        """Calls that have run out of time."""
+        found = []
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            found.append(self._all[heappop(self._deadlines)[1]])
+        return found
+
+    def drain(self) -> list[Waiter]:
+        """All parked calls, for a store that closes."""
+        return list(self._all.values())

@@ -1,0 +1,31 @@
+"""What all tests share: stores of either kind, started once for each test and closed after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+os.environ["RAY_ADDRESS"] = "local"  # a cluster that someone else runs here is never joined
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+
+import raystore as rs
+
+MakeStore = Callable[..., Any]
+
+
+@pytest.fixture
+def make_memory_store() -> Iterator[MakeStore]:
+    """Makes stores in this process; checks their invariants and closes them after the test."""
+    made: list[Any] = []
+
+    def make(**options: Any) -> Any:
+        made.append(rs.InMemoryLightningStore(**options))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.sync.check()
+        store.close()

@@ -1,0 +1,47 @@
+"""Words of the tests: make a span, claim and finish, wait for a condition."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from raystore.types import AttemptedRollout, RolloutConfig, Span
+
+
+def make_span(rollout: Any, sequence_id: int = 1, *, attempt_id: str | None = None, **more: Any) -> Span:
+    """A span of a rollout's attempt; `rollout` is an AttemptedRollout, or a rollout id with `attempt_id`."""
+    rollout_id = rollout if isinstance(rollout, str) else rollout.rollout_id
+    if attempt_id is None:
+        attempt_id = rollout.attempt.attempt_id
+    return Span.from_attributes(
+        attributes=more.pop("attributes", {"k": "v"}),
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        sequence_id=sequence_id,
+        **more,
+    )
+
+
+async def claim(store: Any, *, worker_id: str | None = None, **config: Any) -> AttemptedRollout:
+    """A rollout that was enqueued and claimed; keywords make its configuration."""
+    await store.enqueue_rollout("task", config=RolloutConfig(**config) if config else None)
+    claimed: AttemptedRollout = await store.dequeue_rollout(worker_id)
+    return claimed
+
+
+async def status_of(store: Any, rollout: Any) -> str:
+    """The status of a rollout now."""
+    found = await store.get_rollout_by_id(rollout if isinstance(rollout, str) else rollout.rollout_id)
+    return str(found.status)
+
+
+async def until(condition: Callable[[], Awaitable[Any]], *, within: float = 20.0) -> Any:
+    """Wait until a condition holds, and return what it gave."""
+    deadline = time.monotonic() + within
+    while True:
+        if value := await condition():
+            return value
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.01)
