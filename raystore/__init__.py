@@ -14,6 +14,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from raystore.errors import *  # noqa: F403
     from raystore.memory import InMemoryLightningStore as InMemoryLightningStore
+    from raystore.ray_store import RayLightningStore as RayLightningStore
+    from raystore.ray_store import connect as connect
+    from raystore.ray_store import list_stores as list_stores
+    from raystore.ray_store import start as start
+    from raystore.ray_store import stop as stop
     from raystore.spans import *  # noqa: F403
     from raystore.types import *  # noqa: F403
 
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "raystore.api": "LightningStore",
     "raystore.memory": "InMemoryLightningStore",
+    "raystore.ray_store": "RayLightningStore start connect list_stores stop",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource NamedResources PaginatedResult

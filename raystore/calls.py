@@ -25,7 +25,7 @@ class Call:
 
     __slots__ = ("_answer", "_error", "_event", "_future", "loop", "parked", "ticket", "verb")
 
-    def __init__(self, verb: str, ticket: int = 0) -> None:
+    def __init__(self, verb: str, ticket: int = 0, *, awaited: bool = True) -> None:
         self.verb = verb
         self.ticket = ticket
         self.parked = False
@@ -34,6 +34,8 @@ class Call:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._future: asyncio.Future[None] | None = None
         self._event: threading.Event | None = None
+        if not awaited:
+            return
         if getattr(_driving, "blocking", False):
             self._event = threading.Event()
         else:
@@ -57,6 +59,11 @@ class Call:
         if self._error is not None:
             raise self._error
         return self._answer
+
+    @property
+    def is_blocking(self) -> bool:
+        """Whether a thread, not an event loop, waits for it."""
+        return self._event is not None
 
     @property
     def answer(self) -> Any:

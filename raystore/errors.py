@@ -287,14 +287,18 @@ class Drop(Exception):
 #: What an actor may name in an error record; anything else would be a name that a peer made up.
 BY_NAME: dict[str, type[Exception]] = {
     cls.__name__: cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, StoreError)
-} | {"TypeError": TypeError, "ValueError": ValueError}
+} | {cls.__name__: cls for cls in (AssertionError, LookupError, RuntimeError, TypeError, ValueError)}
+
+_PLAIN = (str, int, float, bool, type(None), list)
 
 
 def to_record(error: Exception) -> tuple[str, list[Any]]:
     """Render an error as class name and plain positional arguments."""
-    return type(error).__name__, list(error.args)
+    if type(error).__name__ not in BY_NAME:
+        return "StoreError", [f"{type(error).__name__}: {error}"]
+    return type(error).__name__, [arg if isinstance(arg, _PLAIN) else repr(arg) for arg in error.args]
 
 
 def from_record(name: str, args: list[Any]) -> Exception:
     """Build the error a record stands for, as a clean local exception."""
-    return BY_NAME[name](*args)
+    return BY_NAME.get(name, StoreError)(*args)

@@ -20,7 +20,7 @@ from typing import Any
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
 from raystore.core import check, claims, eviction, verbs, watchdog
-from raystore.core.state import Session, State, Step
+from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.verbs import VERBS
 from raystore.errors import InvalidValueError, StoreClosedError, StoreCorruptError, StoreError
 from raystore.waiters import Deliver, Waiter, Waiters
@@ -54,6 +54,7 @@ class Service:
         self.store_id = secrets.token_hex(8)
         self.epoch = time.time_ns()
         self.operations = 0
+        self.actor_calls = 0
         self.last_eviction_seconds = 0.0
         self.on_notice: Callable[[str], None] = lambda session_id: None  # wakes the session's listen call
         self._started = time.monotonic()
@@ -75,7 +76,7 @@ class Service:
             self.operations += 1
             if self._closed:
                 raise StoreClosedError(self.name or self.store_id)
-            changes = VERBS[verb].changes if verb in VERBS else verb == "dequeue"
+            changes = verb in VERBS and VERBS[verb].changes
             if self._failed is not None and changes:
                 raise self._failed
             step = self._step(session)
@@ -200,13 +201,17 @@ class Service:
 
     # -- other operations of the shell -------------------------------------------------------------------------------
 
+    def _acknowledge(self, step: Step, ticket: int, deliver: Deliver, *, keys: list[list[str]]) -> list[AttemptKey]:
+        assert step.session is not None
+        return claims.acknowledge(self.state, step, step.session, [(key[0], key[1]) for key in keys])
+
     def _statistics(self, step: Step, ticket: int, deliver: Deliver) -> dict[str, Any]:
         return verbs.statistics(self.state) | {
             "uptime": time.monotonic() - self._started,
             "memory_capacity_bytes": self.capacity_bytes,
             "waiters": len(self.waiters),
             "operations": self.operations,
-            "actor_calls": 0,
+            "actor_calls": self.actor_calls,
             "last_eviction_seconds": self.last_eviction_seconds,
         }
 
@@ -234,6 +239,10 @@ class Service:
             if state.withdrawals != self._withdrawals_seen:
                 self._withdrawals_seen = state.withdrawals
                 self._suspend()
+            ended, state.ended = state.ended, []
+            for session_id in ended:
+                self._drop_waiters(session_id)
+                self.on_notice(session_id)
             for waiter in self.waiters.expired(self.clock.now()):
                 self._answer_expired(waiter)
             if state.finished:
@@ -370,7 +379,7 @@ class Service:
                         self._offer(waiter)
                 self._settle()
 
-    def acknowledge(self, session: Session, keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def acknowledge(self, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
         """The callers of a session have these claims; returns those that are lost."""
         with self._lock:
             lost = claims.acknowledge(self.state, self._step(session), session, keys)
@@ -380,12 +389,14 @@ class Service:
     def end_session(self, session: Session, *, why: str) -> None:
         """A client process has ended."""
         with self._lock:
-            self.drop_waiters(session.session_id)
             claims.end_session(self.state, self._step(), session, why=why)
             self._settle()
 
-    def drop_waiters(self, session_id: str) -> None:
-        """Nobody of this session waits any longer."""
+    def is_waiting(self, session_id: str) -> bool:
+        """Whether a call of this session is parked."""
+        return self.waiters.has_session(session_id)
+
+    def _drop_waiters(self, session_id: str) -> None:
         for waiter in self.waiters.of_session(session_id):
             self.waiters.remove(waiter)
         self._suspended.pop(session_id, None)
@@ -432,4 +443,6 @@ class Service:
         }
 
 
-_SHELL = frozenset({"dequeue", "wait", "completed", "changes", "cancel_wait", "statistics", "story", "check", "tick"})
+_SHELL = frozenset(
+    {"dequeue", "wait", "completed", "changes", "cancel_wait", "acknowledge", "statistics", "story", "check", "tick"}
+)

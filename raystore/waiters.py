@@ -49,6 +49,7 @@ class Waiters:
         self._by_ticket: dict[tuple[str, int], Waiter] = {}
         self._by_rollout: dict[str, dict[int, Waiter]] = {}
         self._by_queue: dict[str, dict[int, Waiter]] = {}
+        self._by_session: dict[str, dict[int, Waiter]] = {}
         self._by_verb: dict[str, dict[int, Waiter]] = {"completed": {}, "changes": {}}
         self._deadlines: list[tuple[float, int]] = []
 
@@ -79,11 +80,12 @@ class Waiters:
         return waiter
 
     def _places(self, waiter: Waiter) -> list[tuple[dict[str, dict[int, Waiter]], Iterable[str]]]:
+        session: tuple[dict[str, dict[int, Waiter]], Iterable[str]] = (self._by_session, [waiter.session_id])
         if waiter.verb == "dequeue":
-            return [(self._by_queue, waiter.arguments["queues"])]
+            return [session, (self._by_queue, waiter.arguments["queues"])]
         if waiter.verb == "wait":
-            return [(self._by_rollout, list(waiter.missing))]
-        return [(self._by_verb, [waiter.verb])]
+            return [session, (self._by_rollout, list(waiter.missing))]
+        return [session, (self._by_verb, [waiter.verb])]
 
     def wait_for(self, waiter: Waiter, rollout_ids: Iterable[str]) -> None:
         """Let a waiting call wait for (more) rollouts."""
@@ -109,7 +111,11 @@ class Waiters:
 
     def of_session(self, session_id: str) -> list[Waiter]:
         """All parked calls of a session."""
-        return [waiter for waiter in self._all.values() if waiter.session_id == session_id]
+        return list(self._by_session.get(session_id, {}).values())
+
+    def has_session(self, session_id: str) -> bool:
+        """Whether a session has a parked call."""
+        return session_id in self._by_session
 
     def sessions_wanting_work(self) -> list[str]:
         """Sessions with a parked dequeue, the longest waiting first."""

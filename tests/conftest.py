@@ -29,3 +29,28 @@ def make_memory_store() -> Iterator[MakeStore]:
     for store in made:
         store.sync.check()
         store.close()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One local Ray for all tests that need it."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_ray_store(cluster: None) -> Iterator[MakeStore]:
+    """Makes stores on Ray; checks their invariants and ends them after the test."""
+    made: list[Any] = []
+
+    def make(**options: Any) -> Any:
+        made.append(rs.start(**options))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.sync.check()
+        store.close()

@@ -41,16 +41,17 @@ class Connection:
             {"items": [open_row(item) for item in items], "limit": limit, "offset": offset, "total": total},
         )
 
-    async def _many(self, verb: str, arguments: dict[str, Any]) -> tuple[list[Any], int]:
-        """All rows of an answer; an actor sends a long one in parts."""
+    async def _many(self, verb: str, arguments: dict[str, Any]) -> tuple[list[Any], Any]:
+        """All rows of an answer, and what comes with them; an actor sends a long one in parts."""
         answer = await self._transport.call(verb, arguments)
         if isinstance(answer, Many):
             return answer.items, answer.total
-        items, total, more = answer
-        while more is not None:
-            part, _, more = await self._transport.call("more", {"token": more})
+        items, beside, *more = answer
+        token = more[0] if more else None
+        while token is not None:
+            part, _, token = await self._transport.call("more", {"token": token})
             items += part
-        return items, total
+        return items, beside
 
     def _post_parts(self, verb: str, parts: list[dict[str, Any]]) -> list[Call]:
         """Issue the parts of a bulk call together; once one is refused, so are those behind it."""

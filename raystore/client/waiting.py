@@ -29,7 +29,7 @@ class WaitingMethods(Connection):
     async def _wait(self, rollout_ids: list[str], timeout: float | None) -> tuple[list[Rollout], int]:
         if timeout is not None:
             timeout = max(convert.finite("timeout", timeout), 0.0)
-        finished, cursor = await self._transport.call("wait", {"rollout_ids": rollout_ids, "timeout": timeout})
+        finished, cursor = await self._many("wait", {"rollout_ids": rollout_ids, "timeout": timeout})
         return [convert.rollout(item) for item in finished], cursor
 
     async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> Rollout | None:
@@ -71,7 +71,7 @@ class WaitingMethods(Connection):
             "timeout": convert.duration("timeout", timeout),
             "filters": {name: value for name, value in filters.items() if value is not None},
         }
-        items, after = await self._transport.call("completed", arguments)
+        items, after = await self._many("completed", arguments)
         return convert.build(Page, {"items": [convert.pair(item) for item in items], "cursor": after})
 
     async def changes(
@@ -88,5 +88,5 @@ class WaitingMethods(Connection):
             "limit": convert.whole("limit", limit, at_least=1),
             "timeout": convert.duration("timeout", timeout),
         }
-        items, after = await self._transport.call("changes", arguments)
+        items, after = await self._many("changes", arguments)
         return convert.build(Page, {"items": [convert.change(item) for item in items], "cursor": after})

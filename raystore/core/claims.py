@@ -172,6 +172,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if session.ended_at is not None:
         return
     session.ended_at = step.age
+    state.ended.append(session.session_id)
     company = len(session.held) + len(session.claims)
     held, claims = list(session.held), list(session.claims)
     if held or claims:

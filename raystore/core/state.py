@@ -170,6 +170,7 @@ class State:
         self.finished: list[str] = []
         self.queues_touched: set[str] = set()
         self.noticed: set[str] = set()
+        self.ended: list[str] = []
         self.withdrawals = 0
 
     # -- look-ups ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-KINDS = ["memory"]
+KINDS = ["memory", "ray"]
 
 
 @pytest.fixture(params=KINDS)

@@ -125,18 +125,23 @@ async def test_long_poll_of_another_queue_is_not_answered(store):
     assert (await task).input == "wanted"
 
 
-async def test_a_cancelled_claim_loses_nothing(store):
-    """A caller that stops waiting, also in the instant of the answer, gives the rollout back at its old place."""
+@pytest.mark.parametrize("moment", ["while waiting", "in the instant of the answer"])
+async def test_a_cancelled_claim_loses_nothing(store, moment):
+    """A caller that stops waiting gives the rollout back at its old place, and its attempt was never there."""
     waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=50))
     await asyncio.sleep(0)
-    rollout = await store.enqueue_rollout("first")
-    await store.enqueue_rollout("second")
+    if moment == "while waiting":
+        waiting.cancel()
+        await asyncio.sleep(0)
+    first = asyncio.ensure_future(store.enqueue_rollout("first"))
+    await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    got = [await store.dequeue_rollout(timeout=20), await store.dequeue_rollout(timeout=20)]
-    assert [r.input for r in got] == ["first", "second"]
-    assert got[0].attempt.sequence_id == 1
+    rollout = await first
+    await store.enqueue_rollout("second")
+    got = await asyncio.gather(store.dequeue_rollout(timeout=20), store.dequeue_rollout(timeout=20))
+    assert sorted(r.input for r in got) == ["first", "second"]
     assert [a.sequence_id for a in await store.query_attempts(rollout.rollout_id)] == [1]
 
 

@@ -1,0 +1,243 @@
+"""The actor's side of one session: batches in order, each once, and answers that came later.
+
+A batch that came early is held until its predecessor ran; a batch that comes again is answered from what was kept.
+Answers of waiting calls and notices are kept in the outbox until the client has acknowledged them.
+Not here: the client's side (`session`), what an operation does (`service`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from raystore import wire
+from raystore.core.payload import Payload, size_of
+from raystore.core.records import Record
+from raystore.core.state import Session
+from raystore.core.verbs import VERBS, Many
+from raystore.errors import InvalidValueError, to_record
+from raystore.service import PARKED, Service
+
+SLICE_SECONDS = 0.005  #: a batch that takes longer lets the others in between
+PAGE_BYTES = 8 * 1024 * 1024  #: a longer answer is sent in parts
+PAGES_KEPT = 64  #: unfinished long answers of a session
+
+Reply = list[Any]
+
+
+class SessionEnded(Exception):
+    """The session ended while a batch of it was held; the batch was not executed."""
+
+
+class Inbox:
+    """One session, as the actor sees it."""
+
+    def __init__(self, service: Service, session: Session) -> None:
+        self.service = service
+        self.session = session
+        self._expected = 1
+        self._turns: dict[int, asyncio.Future[None]] = {}
+        self._running: dict[int, asyncio.Future[tuple[bytes, list[Any]]]] = {}
+        self._kept: dict[int, list[tuple[str, dict[str, Any], Reply]]] = {}
+        self._outbox: dict[int, Reply] = {}
+        self._notices = itertools.count(-1, -1)
+        self._listener: asyncio.Future[None] | None = None
+        self._pages: dict[int, list[Any]] = {}
+        self._tokens = itertools.count(1)
+        self._closing = False
+
+    # -- batches -----------------------------------------------------------------------------------------------------
+
+    async def exchange(
+        self, sequence: int, answered: int, body: bytes, refs: dict[int, list[Any]]
+    ) -> tuple[bytes, list[Any]]:
+        """Run one batch at its place in the order, once, and return its answers."""
+        running = self._running.get(sequence)
+        if running is not None:  # the same batch again, while the first is under way
+            return await asyncio.shield(running)
+        done = self._running[sequence] = asyncio.get_running_loop().create_future()
+        try:
+            for earlier in [number for number in self._kept if number <= answered]:
+                del self._kept[earlier]
+            if sequence > self._expected:
+                turn = self._turns[sequence] = asyncio.get_running_loop().create_future()
+                await turn
+            if self.session.ended_at is not None:
+                raise SessionEnded
+            replies, lost = await self._run(sequence, body, refs)
+            answer = self._answer(replies, lost)
+            done.set_result(answer)
+            return answer
+        except BaseException as error:
+            if not done.done():
+                done.set_exception(error)
+                done.exception()  # whoever repeated the batch has it; nobody else waits
+            raise
+        finally:
+            del self._running[sequence]
+
+    async def _run(
+        self, sequence: int, body: bytes, refs: dict[int, list[Any]]
+    ) -> tuple[list[Reply], list[tuple[str, str]]]:
+        frames = wire.split(body, refs)
+        first_ticket, acknowledged_claims, acknowledged_tickets = next(frames)
+        self._forget(acknowledged_tickets)
+        lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged_claims])
+        if sequence < self._expected:
+            return [self._again(*kept) for kept in self._kept.get(sequence, ())], lost
+        replies: list[Reply] = []
+        kept: list[tuple[str, dict[str, Any], Reply]] = []
+        started = time.perf_counter()
+        for number, (verb, arguments) in enumerate(frames):
+            reply = self._operation(first_ticket + number, verb, arguments)
+            replies.append(reply)
+            changes = verb in VERBS and VERBS[verb].changes
+            kept.append((verb, arguments, self._to_keep(verb, reply) if changes or reply[0] != wire.VALUE else []))
+            if time.perf_counter() - started > SLICE_SECONDS:
+                await asyncio.sleep(0)
+                started = time.perf_counter()
+        self._kept[sequence] = kept
+        self._expected = sequence + 1
+        turn = self._turns.pop(self._expected, None)
+        if turn is not None and not turn.done():
+            turn.set_result(None)
+        if self._closing:
+            self.service.end_session(self.session, why="closed")
+        return replies, lost
+
+    def _operation(self, ticket: int, verb: str, arguments: dict[str, Any]) -> Reply:
+        def deliver(value: Any) -> bool:
+            self._outbox[ticket] = [wire.VALUE, value]
+            self.wake()
+            return True  # whether its caller has it, the acknowledgement will tell
+
+        try:
+            if verb == "more":
+                return [wire.VALUE, self._more(**arguments)]
+            if verb == "close_session":
+                self._closing = True
+                return [wire.VALUE, None]
+            value = self.service.call(self.session, ticket, verb, arguments, deliver)
+        except Exception as error:  # the answer of this operation; the others of the batch go on
+            return [wire.ERROR, *to_record(error)]
+        return [wire.PARKED] if value is PARKED else [wire.VALUE, value]
+
+    @staticmethod
+    def _to_keep(verb: str, reply: Reply) -> Reply:
+        """What is kept of an answer in case it must be given again: of claims the ids only."""
+        if verb != "dequeue" or reply[0] != wire.VALUE:
+            return reply
+        return [wire.VALUE, [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in reply[1]]]
+
+    def _again(self, verb: str, arguments: dict[str, Any], kept: Reply) -> Reply:
+        """The answer of an operation that comes again: as it was; reads run again, and so do claims that are gone."""
+        if not kept:
+            return self._operation(0, verb, arguments | {"timeout": 0.0} if "timeout" in arguments else arguments)
+        if verb != "dequeue" or kept[0] != wire.VALUE:
+            return kept
+        entries = self.service.state.entries
+        claimed = []
+        for rollout_id, attempt_id in kept[1]:
+            key = (rollout_id, attempt_id)
+            if key in self.session.claims or key in self.session.held:
+                entry = entries[rollout_id]
+                claimed.append((entry.rollout, entry.attempts[-1], entry.suspect))
+        if kept[1] and not claimed:  # withdrawn meanwhile
+            return self._operation(0, verb, arguments | {"timeout": 0.0})
+        return [wire.VALUE, claimed]
+
+    def _answer(self, replies: list[Reply], lost: list[tuple[str, str]]) -> tuple[bytes, list[Any]]:
+        """Pack the answers, with what waits in the outbox if no listen call is there to take it."""
+        self._collect_notices()
+        later = list(self._outbox.items()) if self._listener is None else []
+        replies = [self._paged(reply) for reply in replies]
+        return wire.pack([replies, [[t, self._paged(reply)] for t, reply in later], lost, self._wants_listening()])
+
+    def _wants_listening(self) -> bool:
+        """Whether the client should keep a listen call parked."""
+        return not self.session.is_idle or bool(self._outbox) or self.service.is_waiting(self.session.session_id)
+
+    # -- answers that come later -------------------------------------------------------------------------------------
+
+    async def listen(self, acknowledged: list[int], seconds: float) -> tuple[bytes, list[Any]]:
+        """Wait until there is something for the client, or for so long."""
+        self._forget(acknowledged)
+        if self._listener is not None and not self._listener.done():
+            self._listener.set_result(None)  # a newer call takes over
+        self._collect_notices()
+        if not self._outbox and self.session.ended_at is None:
+            self._listener = listener = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(seconds):
+                    await listener
+            except TimeoutError:
+                pass
+            finally:
+                if self._listener is listener:
+                    self._listener = None
+            self._collect_notices()
+        return wire.pack([[[t, self._paged(reply)] for t, reply in self._outbox.items()], self._wants_listening()])
+
+    def wake(self) -> None:
+        """Let the parked listen call return."""
+        if self._listener is not None and not self._listener.done():
+            self._listener.set_result(None)
+
+    def _collect_notices(self) -> None:
+        notices, self.session.notices = self.session.notices, []
+        for notice in notices:
+            self._outbox[next(self._notices)] = [wire.NOTICE, *notice]
+
+    def _forget(self, tickets: Iterable[int]) -> None:
+        for ticket in tickets:
+            self._outbox.pop(ticket, None)
+
+    def release(self) -> None:
+        """The session has ended: let everything that is parked return."""
+        self.wake()
+        for turn in self._turns.values():
+            if not turn.done():
+                turn.set_result(None)
+
+    # -- long answers ------------------------------------------------------------------------------------------------
+
+    def _paged(self, reply: Reply) -> Reply:
+        """An answer with a long list, cut: its first part, and a token for the rest."""
+        value = reply[1] if len(reply) == 2 else None
+        if isinstance(value, Many):
+            first, token = self._cut(value.items)
+            return [wire.VALUE, [first, value.total, token]]
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], list):
+            first, token = self._cut(value[0])
+            return [wire.VALUE, [first, value[1], token]]
+        return reply
+
+    def _cut(self, items: list[Any]) -> tuple[list[Any], int | None]:
+        size = 0
+        for index, item in enumerate(items):
+            size += _weight(item)
+            if size > PAGE_BYTES and index:
+                token = next(self._tokens)
+                self._pages[token] = items[index:]
+                if len(self._pages) > PAGES_KEPT:
+                    del self._pages[next(iter(self._pages))]
+                return items[:index], token
+        return items, None
+
+    def _more(self, token: int) -> Many:
+        rest = self._pages.pop(token, None)
+        if rest is None:
+            raise InvalidValueError("token", token, "a long answer that was not read to its end yet")
+        return Many(rest, len(rest))
+
+
+def _weight(item: Any) -> int:
+    """Bytes that a record brings into an answer, nearly."""
+    if isinstance(item, tuple):
+        return sum(_weight(part) for part in item)
+    if isinstance(item, Record):
+        return 200 + sum(size_of(value) for value in item.row() if isinstance(value, (bytes, Payload)))
+    return 0

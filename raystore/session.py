@@ -1,0 +1,530 @@
+"""The client's side of a session: every operation of this process to one store, from any loop and thread.
+
+Callers append operations under a lock. Operations issued within one tick of a loop, or while two batches are under way,
+leave together; answers come on a thread of Ray's, go to each waiting loop at once, and that loop sends the next batch.
+A blocked or ended loop holds nothing up: what is left lying is sent by the timer thread (`session_timer`).
+Not here: what operations mean (`client`), the actor's side (`inbox`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from raystore import __version__, wire
+from raystore.calls import Call
+from raystore.core.verbs import VERBS
+from raystore.errors import (
+    OutcomeUnknownError,
+    PayloadTooLargeError,
+    ProtocolMismatchError,
+    StoreClosedError,
+    StoreUnavailableError,
+    from_record,
+)
+from raystore.service import PROTOCOL
+from raystore.session_timer import SessionTimer
+from raystore.transport import claimed_keys
+
+logger = logging.getLogger("raystore")
+
+WINDOW = 2  #: batches under way at once
+BATCH_BYTES = 90 * 1024  #: Ray carries arguments of up to 100 KiB inline, which is fastest for few
+BULK_BYTES = 1024 * 1024  #: batch size once more than this waits ...
+BULK_FROM_BYTES = 512 * 1024  #: ... so many bytes
+BATCH_OPERATIONS = 512
+RETRY_SECONDS = 60.0  #: how long a batch is tried again when the actor does not answer
+
+CLIENT = (PROTOCOL, f"raystore {__version__}")
+
+Key = tuple[str, str]
+
+
+class Operation(Call):
+    """One operation of a session, packed."""
+
+    __slots__ = ("abandoned", "arguments", "frame", "issued", "refs", "sent")
+
+    def __init__(self, verb: str, arguments: dict[str, Any], ticket: int, *, awaited: bool = True) -> None:
+        super().__init__(verb, ticket, awaited=awaited)
+        self.frame, self.refs = wire.pack_operation(verb, arguments)
+        self.arguments = arguments if "timeout" in arguments else None  # to wait on, should the session be renewed
+        self.issued = time.monotonic()
+        self.sent = False
+        self.abandoned = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether running it twice would be wrong."""
+        return self.verb in VERBS and VERBS[self.verb].changes
+
+
+class Batch:
+    """Operations under way together."""
+
+    __slots__ = ("body", "failing_since", "operations", "refs", "retried", "sequence", "session_id")
+
+    def __init__(self, session_id: str, sequence: int, operations: list[Operation], body: bytes) -> None:
+        self.session_id = session_id
+        self.sequence = sequence
+        self.operations = operations
+        self.body = body
+        self.refs = {number: op.refs for number, op in enumerate(operations) if op.refs}
+        self.failing_since: float | None = None
+        self.retried = False
+
+
+class Session:
+    """All operations of this process to one store."""
+
+    def __init__(self, handle: Any, store: str, epoch: int, call_bytes: int) -> None:
+        self.handle = handle
+        self.store = store  # its name, for errors
+        self.epoch = epoch
+        self.call_bytes = call_bytes
+        self.session_id = secrets.token_hex(8)
+        self.users = 0
+        self.on_notice: list[Callable[[str, str, str], None]] = []
+        self.lock = threading.Lock()
+        self.waiting: dict[int, Operation] = {}  # parked at the actor, by ticket
+        self.failure: Exception | None = None  # why no operation can succeed any more
+        self.retries: list[tuple[float, Batch]] = []
+        self.sent_at = time.monotonic()
+        self._tickets = itertools.count(1)
+        self._pending: deque[Operation] = deque()
+        self._pending_bytes = 0
+        self._under_way: dict[int, Batch] = {}
+        self._next_sequence = 1
+        self._answered = 0  # all batches up to here have their answers
+        self._answered_ahead: set[int] = set()
+        self._flushing: set[asyncio.AbstractEventLoop] = set()
+        self._claims_to_acknowledge: dict[Key, float] = {}  # since when
+        self._unseen: dict[Key, tuple[Operation, float]] = {}  # claims that arrived, whose callers have not run yet
+        self._tickets_to_acknowledge: list[int] = []
+        self._listen_wanted = False
+        self._listening = False
+        self.timer = SessionTimer(self)
+
+    # -- taking operations -------------------------------------------------------------------------------------------
+
+    def post(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> Operation:
+        """Take an operation; it takes effect in the order of the calls of this method."""
+        operation = Operation(verb, arguments, 0, awaited=awaited)
+        size = len(operation.frame)
+        if size > self.call_bytes:
+            raise PayloadTooLargeError(f"call {verb}", size, self.call_bytes)
+        with self.lock:
+            if self.failure is not None:
+                raise self.failure
+            operation.ticket = next(self._tickets)
+            self._pending.append(operation)
+            self._pending_bytes += size
+            loop = operation.loop
+            first = loop is not None and loop not in self._flushing
+            if first and loop is not None:
+                self._flushing.add(loop)
+        if first and loop is not None:
+            loop.call_soon(self._flush_on, loop)
+        elif loop is None:
+            self.flush()
+        self.timer.wake_for_pending()
+        return operation
+
+    async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
+        """Run one operation. A claim is acknowledged once its caller is running again, or given back."""
+        while True:
+            operation = self.post(verb, arguments)
+            try:
+                answer = await operation
+                if verb != "dequeue" or not answer:
+                    return answer
+                keys = claimed_keys(answer)
+                if not any(suspect for _, _, suspect in answer):
+                    self._seen(keys)
+                    return answer
+                # Once lost or withdrawn: known to the store before its caller sees it, so that whoever dies of it
+                # is found.
+                if not await self.call("acknowledge", {"keys": keys}):
+                    self._seen(keys, acknowledged=True)
+                    return answer
+                self._seen(keys, acknowledged=True)
+            except BaseException:
+                self._abandon(operation)
+                raise
+
+    def _flush_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._flushing.discard(loop)
+        self.flush()
+
+    def flush(self, *, empty: bool = False) -> None:
+        """Send what waits, as far as the window allows; `empty` sends a batch even without operations."""
+        while True:
+            with self.lock:
+                if self.failure is not None or len(self._under_way) >= WINDOW or not (self._pending or empty):
+                    return
+                batch = self._take()
+            empty = False
+            self.send(batch)
+
+    def _take(self) -> Batch:
+        limit = BULK_BYTES if self._pending_bytes > BULK_FROM_BYTES else BATCH_BYTES
+        operations: list[Operation] = []
+        size = 0
+        pending = self._pending
+        while pending and len(operations) < BATCH_OPERATIONS:
+            frame_bytes = len(pending[0].frame)
+            if operations and (size + frame_bytes > limit or pending[0].ticket != operations[-1].ticket + 1):
+                break
+            operation = pending.popleft()
+            operation.sent = True
+            operations.append(operation)
+            size += frame_bytes
+        self._pending_bytes -= size
+        claims, self._claims_to_acknowledge = list(self._claims_to_acknowledge), {}
+        tickets, self._tickets_to_acknowledge = self._tickets_to_acknowledge, []
+        first = operations[0].ticket if operations else 0
+        body = wire.join([first, claims, tickets], [operation.frame for operation in operations])
+        batch = Batch(self.session_id, self._next_sequence, operations, body)
+        self._next_sequence += 1
+        self._under_way[batch.sequence] = batch
+        return batch
+
+    def send(self, batch: Batch) -> None:
+        """Send a batch, for the first time or again."""
+        self.sent_at = time.monotonic()
+        try:
+            reference = self.handle.exchange.remote(
+                CLIENT, batch.session_id, batch.sequence, self._answered, batch.body, batch.refs
+            )
+            reference.future().add_done_callback(lambda future: self._on_reply(batch, future))
+        except Exception as error:  # Ray has been shut down in this process, or refuses the call
+            self.fail(StoreUnavailableError(self.store, f"{type(error).__name__}: {error}"))
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _on_reply(self, batch: Batch, future: Any) -> None:
+        """An answer has come, on a thread of Ray's."""
+        try:
+            epoch, outcome, body, refs = future.result()
+        except Exception as error:
+            self._on_failure(batch, error)
+            return
+        if batch.session_id != self.session_id:
+            return  # of a session that was renewed: its operations were sent again
+        if outcome == wire.REFUSED:
+            self.fail(ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", body.decode()))
+            return
+        if outcome == wire.ENDED or epoch != self.epoch:
+            self._renew(epoch)
+            return
+        replies, later, lost, listen_wanted = wire.unpack(body, refs)
+        for key in lost:
+            logger.warning("The claim of attempt %s of rollout %s was lost: acknowledged too late", key[1], key[0])
+        with self.lock:
+            self._under_way.pop(batch.sequence, None)
+            self._answered_ahead.add(batch.sequence)
+            while self._answered + 1 in self._answered_ahead:
+                self._answered += 1
+                self._answered_ahead.discard(self._answered)
+            self._listen_wanted = listen_wanted
+        self._settle(zip(batch.operations, replies, strict=True))
+        self.on_later(later)
+        self.timer.wake()
+
+    def _settle(self, answers: Iterable[tuple[Operation, list[Any]]]) -> None:
+        """Give answers to their callers: one wake-up for each loop, however many they are."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Operation]] = {}
+        for operation, reply in answers:
+            kind = reply[0]
+            if kind == wire.PARKED:
+                self._parked(operation)
+                continue
+            if kind == wire.ERROR:
+                operation.put(None, from_record(reply[1], reply[2]))
+            else:
+                if operation.verb == "dequeue" and reply[1]:
+                    self._arrived(operation, claimed_keys(reply[1]))
+                operation.put(reply[1], None)
+            if operation.loop is not None and not operation.abandoned:
+                by_loop.setdefault(operation.loop, []).append(operation)
+        for loop, operations in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(self._wake, loop, operations)
+            except RuntimeError:  # the loop is closed, and its callers with it
+                for operation in operations:
+                    self._abandon(operation)
+        if not by_loop:
+            self.flush()
+
+    def _wake(self, loop: asyncio.AbstractEventLoop, operations: list[Operation]) -> None:
+        for operation in operations:
+            operation.wake()
+        loop.call_soon(self.flush)  # behind the callers, so that what they issue now leaves with it
+
+    def _parked(self, operation: Operation) -> None:
+        with self.lock:
+            operation.parked = True
+            self.waiting[operation.ticket] = operation
+            self._listen_wanted = True
+        if operation.abandoned:
+            self.post("cancel_wait", {"of": operation.ticket}, awaited=False)
+
+    def on_later(self, later: list[Any]) -> None:
+        """Answers of parked calls, and notices; each may come more than once until it is acknowledged."""
+        answers = []
+        with self.lock:
+            for ticket, reply in later:
+                if ticket in self._tickets_to_acknowledge:
+                    continue
+                self._tickets_to_acknowledge.append(ticket)
+                if reply[0] == wire.NOTICE:
+                    for handler in self.on_notice:
+                        handler(*reply[1:])
+                elif (operation := self.waiting.pop(ticket, None)) is not None:
+                    answers.append((operation, reply))
+        if answers:
+            self._settle(answers)
+
+    # -- claims ------------------------------------------------------------------------------------------------------
+
+    def _arrived(self, operation: Operation, keys: list[Key]) -> None:
+        if operation.abandoned:
+            self._decline(keys)
+            return
+        with self.lock:
+            now = time.monotonic()
+            for key in keys:
+                self._unseen[key] = (operation, now)
+
+    def _seen(self, keys: list[Key], *, acknowledged: bool = False) -> None:
+        """The caller has its claims: tell the store with the next batch, or soon."""
+        with self.lock:
+            now = time.monotonic()
+            for key in keys:
+                if self._unseen.pop(key, None) is not None and not acknowledged:
+                    self._claims_to_acknowledge[key] = now
+        self.timer.wake_for_pending()
+
+    def acknowledge_arrived(self, before: float) -> None:
+        """Acknowledge claims that arrived before, although their callers are busy; give back those whose loop is gone."""
+        gone = []
+        with self.lock:
+            for key, (operation, since) in list(self._unseen.items()):
+                if operation.loop is not None and operation.loop.is_closed():
+                    gone.append(operation)
+                elif since <= before and (operation.loop is None or operation.loop.is_running()):
+                    self._claims_to_acknowledge.setdefault(key, since)
+                    self._unseen[key] = (operation, float("inf"))
+        for operation in gone:
+            self._abandon(operation)
+
+    def _abandon(self, operation: Operation) -> None:
+        """The caller has gone: unsent, the operation is dropped; what it waits for or was handed goes back."""
+        operation.abandoned = True
+        with self.lock:
+            if not operation.sent:
+                if operation in self._pending:
+                    self._pending.remove(operation)
+                    self._pending_bytes -= len(operation.frame)
+                return
+            keys = [key for key, (claimer, _) in self._unseen.items() if claimer is operation]
+            parked = operation.ticket in self.waiting
+        if self.failure is not None:
+            return
+        if keys:
+            self._decline(keys)
+        elif parked:
+            self.post("cancel_wait", {"of": operation.ticket}, awaited=False)
+
+    def _decline(self, keys: list[Key]) -> None:
+        with self.lock:
+            for key in keys:
+                self._unseen.pop(key, None)
+                self._claims_to_acknowledge.pop(key, None)
+        for rollout_id, attempt_id in keys:
+            self.post("decline", {"rollout_id": rollout_id, "attempt_id": attempt_id}, awaited=False)
+
+    # -- what the timer asks -----------------------------------------------------------------------------------------
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether something waits to be sent, or for an answer."""
+        return bool(self._pending or self._under_way)
+
+    @property
+    def has_unseen(self) -> bool:
+        """Whether a claim has arrived and its caller has not run yet."""
+        return bool(self._unseen)
+
+    @property
+    def wants_listening(self) -> bool:
+        """Whether the store holds something for this process: attempts, parked calls, notices."""
+        return self._listen_wanted
+
+    def oldest_pending(self) -> float | None:
+        """When the oldest operation that waits to be sent was issued."""
+        with self.lock:
+            return self._pending[0].issued if self._pending else None
+
+    def oldest_acknowledgement(self) -> float | None:
+        """Since when the oldest acknowledgement waits for a batch to ride on."""
+        with self.lock:
+            return min(self._claims_to_acknowledge.values(), default=None)
+
+    def listen_if_wanted(self) -> bool:
+        """Park a listen call if the store has something to say; whether one is parked."""
+        with self.lock:
+            if self._listening or not self._listen_wanted or self.failure is not None:
+                return self._listening
+            self._listening = True
+            tickets, self._tickets_to_acknowledge = self._tickets_to_acknowledge, []
+            session_id = self.session_id
+        try:
+            reference = self.handle.listen.remote(CLIENT, session_id, tickets)
+            reference.future().add_done_callback(lambda future: self._on_listened(session_id, tickets, future))
+        except Exception as error:
+            self.fail(StoreUnavailableError(self.store, f"{type(error).__name__}: {error}"))
+        return True
+
+    def _on_listened(self, session_id: str, tickets: list[int], future: Any) -> None:
+        try:
+            epoch, outcome, body, refs = future.result()
+        except Exception as error:
+            with self.lock:
+                self._listening = False
+                self._tickets_to_acknowledge = tickets + self._tickets_to_acknowledge
+            self.timer.listen_failed(error)
+            return
+        with self.lock:
+            self._listening = False
+        if session_id != self.session_id:
+            self.timer.wake()
+            return
+        if outcome == wire.DONE and epoch == self.epoch:
+            later, listen_wanted = wire.unpack(body, refs)
+            with self.lock:
+                self._listen_wanted = listen_wanted or bool(self.waiting) or bool(later)  # to acknowledge what came
+            self.on_later(later)
+            self.listen_if_wanted()
+        elif outcome == wire.ENDED and self.waiting:
+            self._renew(epoch)
+        else:
+            self._listen_wanted = False
+        self.timer.wake()
+
+    # -- when things go wrong ----------------------------------------------------------------------------------------
+
+    def _on_failure(self, batch: Batch, error: Exception) -> None:
+        """A batch has no answer: it may have run. It is sent again with the same identity."""
+        import ray
+
+        if isinstance(error, ray.exceptions.ActorDiedError):
+            self.fail(StoreUnavailableError(self.store, f"its actor has died. {_first_line(error)}"))
+            return
+        now = time.monotonic()
+        if batch.failing_since is None:
+            batch.failing_since = now
+        if now - batch.failing_since > RETRY_SECONDS:
+            self._give_up(batch, error)
+            return
+        batch.retried = True
+        failing = now - batch.failing_since
+        with self.lock:
+            self.retries.append((now + min(0.1 + failing, 5.0) * (0.5 + secrets.randbelow(1000) / 1000), batch))
+        self.timer.wake()
+
+    def _give_up(self, batch: Batch, error: Exception) -> None:
+        why = f"no answer for {RETRY_SECONDS:g} s. {_first_line(error)}"
+        for operation in batch.operations:
+            kind = OutcomeUnknownError if operation.changes else StoreUnavailableError
+            self._refuse(operation, kind(self.store, why))
+        batch.operations = []
+        self._renew(self.epoch)
+
+    def _renew(self, epoch: int) -> None:
+        """The store knows this session no longer: what it cannot have executed is sent in a new one.
+
+        What was sent once was never executed, since an ended session executes nothing. Of what was sent more than
+        once, reads run again, and writes have an unknown outcome.
+        """
+        with self.lock:
+            self.epoch = epoch
+            self.session_id = secrets.token_hex(8)
+            batches = [self._under_way[sequence] for sequence in sorted(self._under_way)]
+            self._under_way.clear()
+            self.retries.clear()
+            self._next_sequence, self._answered = 1, 0
+            self._answered_ahead.clear()
+            self._claims_to_acknowledge.clear()
+            self._unseen.clear()
+            self._tickets_to_acknowledge.clear()
+            self._listen_wanted = False
+            parked = list(self.waiting.values())
+            self.waiting.clear()
+            again = [op for batch in batches for op in batch.operations if not (batch.retried and op.changes)]
+            unknown = [op for batch in batches for op in batch.operations if batch.retried and op.changes]
+            again = [operation for operation in [*parked, *again] if not operation.abandoned]
+            for operation in again:
+                self._repack(operation)
+            for operation in [*again, *self._pending]:
+                operation.ticket = next(self._tickets)
+            self._pending.extendleft(reversed(again))
+            self._pending_bytes = sum(len(operation.frame) for operation in self._pending)
+        for operation in unknown:
+            self._refuse(operation, OutcomeUnknownError(self.store, "the session ended before the answer came"))
+        self.flush()
+
+    @staticmethod
+    def _repack(operation: Operation) -> None:
+        """Make an operation that waits wait only for what is left of its time."""
+        timeout = operation.arguments.get("timeout") if operation.arguments else None
+        if operation.arguments is not None and timeout is not None:
+            left = max(operation.issued + timeout - time.monotonic(), 0.0)
+            operation.frame, operation.refs = wire.pack_operation(
+                operation.verb, operation.arguments | {"timeout": left}
+            )
+
+    def _refuse(self, operation: Operation, error: Exception) -> None:
+        operation.put(None, error)
+        if operation.loop is not None:
+            try:
+                operation.loop.call_soon_threadsafe(operation.wake)
+            except RuntimeError:
+                return  # its loop is closed: nobody is left to be told
+
+    def fail(self, error: Exception) -> None:
+        """No operation can succeed any more: tell everybody who waits, and everybody who comes."""
+        with self.lock:
+            if self.failure is not None:
+                return
+            self.failure = error
+            operations = [op for batch in self._under_way.values() for op in batch.operations]
+            operations += [*self.waiting.values(), *self._pending]
+            self._under_way.clear()
+            self.waiting.clear()
+            self._pending.clear()
+            self.retries.clear()
+        for operation in operations:
+            self._refuse(operation, error)
+        self.timer.close()
+
+    def close(self) -> None:
+        """End the session: the store takes back what this process holds."""
+        if self.failure is None:
+            farewell = self.post("close_session", {}, awaited=False)
+            deadline = time.monotonic() + 1.0
+            while self.has_pending and time.monotonic() < deadline and self.failure is None:
+                time.sleep(0.002)
+            del farewell
+        self.fail(StoreClosedError(self.store))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,111 @@
+"""The one timer thread of a session: what must happen although no event loop comes by.
+
+It sends what has waited, acknowledges claims whose callers are busy, keeps the session alive, repeats batches that got
+no answer, and parks the listen call. It sleeps until something is due.
+Not here: how any of it is done (`session`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raystore.session import Session
+
+PENDING_SECONDS = 0.02  #: what no loop has sent for so long
+ACKNOWLEDGE_SECONDS = 0.5  #: an acknowledgement that found no batch to ride on
+KEEP_ALIVE_SECONDS = 10.0  #: of silence, when no listen call can be parked
+LISTEN_RETRY_SECONDS = 0.5
+
+
+class SessionTimer:
+    """Works for one session, on a daemon thread that starts with its first operation."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._wake = threading.Condition(threading.Lock())
+        self._woken = False
+        self._asleep = False  # for long: nothing is pending
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._no_listen_before = 0.0
+
+    def wake(self) -> None:
+        """Look at once."""
+        with self._wake:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="raystore-session", daemon=True)
+                self._thread.start()
+            self._woken = True
+            self._wake.notify()
+
+    def wake_for_pending(self) -> None:
+        """Look soon: cheap when the thread is awake anyway, as it is while something is pending."""
+        if self._asleep or self._thread is None:
+            self.wake()
+
+    def listen_failed(self, error: Exception) -> None:
+        """A listen call came back without an answer: not again for a moment."""
+        self._no_listen_before = time.monotonic() + LISTEN_RETRY_SECONDS
+        self.wake()
+
+    def close(self) -> None:
+        """Stop."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            seconds = self._work()
+            with self._wake:
+                if self._closed:
+                    return
+                if not self._woken:
+                    self._asleep = seconds is None or seconds > PENDING_SECONDS
+                    self._wake.wait(seconds)
+                    self._asleep = False
+                self._woken = False
+                if self._closed:
+                    return
+
+    def _work(self) -> float | None:
+        """Do what is due; seconds until there is something again, None for when woken."""
+        session, now = self._session, time.monotonic()
+        due: list[float] = []
+        with session.lock:
+            ripe = [batch for when, batch in session.retries if when <= now]
+            session.retries = [(when, batch) for when, batch in session.retries if when > now]
+            due += [when for when, _ in session.retries]
+        for batch in ripe:
+            session.send(batch)
+        if session.has_unseen:
+            session.acknowledge_arrived(now - ACKNOWLEDGE_SECONDS)
+            due.append(now + ACKNOWLEDGE_SECONDS / 2)
+        oldest = session.oldest_pending()
+        if oldest is not None and oldest <= now - PENDING_SECONDS:
+            session.flush()
+        waiting = session.oldest_acknowledgement()
+        if waiting is not None:
+            if waiting <= now - ACKNOWLEDGE_SECONDS:
+                session.flush(empty=True)
+            else:
+                due.append(waiting + ACKNOWLEDGE_SECONDS)
+        if now >= self._no_listen_before:
+            listening = session.listen_if_wanted()
+        else:
+            listening = False
+            due.append(self._no_listen_before)
+        if not listening and self._is_bound():
+            if session.sent_at <= now - KEEP_ALIVE_SECONDS:
+                session.flush(empty=True)
+            due.append(session.sent_at + KEEP_ALIVE_SECONDS)
+        if session.has_pending:
+            due.append(now + PENDING_SECONDS)
+        return max(min(due) - now, 0.001) if due else None
+
+    def _is_bound(self) -> bool:
+        """Whether silence would cost this process something: work that it holds, or calls that wait."""
+        return bool(self._session.waiting) or self._session.wants_listening
