@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from raystore.ray_store import list_stores as list_stores
     from raystore.ray_store import start as start
     from raystore.ray_store import stop as stop
+    from raystore.runner import Context as Context
+    from raystore.runner import RunnerPool as RunnerPool
+    from raystore.runner import current as current
     from raystore.spans import *  # noqa: F403
     from raystore.types import *  # noqa: F403
 
@@ -27,6 +30,7 @@ _NAMES = {
     "raystore.api": "LightningStore",
     "raystore.memory": "InMemoryLightningStore",
     "raystore.ray_store": "RayLightningStore start connect list_stores stop",
+    "raystore.runner": "RunnerPool Context current",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource NamedResources PaginatedResult

@@ -47,6 +47,7 @@ BOXED_FROM_BYTES = 64 * 1024  #: larger objects in resources go to Ray's object 
 
 _sessions: dict[str, tuple[int, Session]] = {}  # of this process, by store id, with the process they belong to
 _sessions_lock = threading.Lock()
+_attach_lock = threading.Lock()
 
 
 class _ActorTransport:
@@ -85,6 +86,13 @@ class _ActorTransport:
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         return self.session.post(verb, arguments)
 
+    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
+        return self.session.listen_for_notices(handler)
+
+    @property
+    def session_id(self) -> str:
+        return self.session.session_id
+
     def close(self) -> None:
         if self._closed:
             return
@@ -119,6 +127,29 @@ class RayLightningStore(StoreClient):
 
     def __init__(self, handle: Any, *, owns: bool = False) -> None:
         self._attach(handle, _describe(handle), owns=owns)
+
+    _origin: tuple[str, str, str] | None = None  # name, namespace and id, while unpickled and not used yet
+
+    def __getattr__(self, name: str) -> Any:
+        if self._origin is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._find_origin()
+        return getattr(self, name)
+
+    def _find_origin(self) -> None:
+        with _attach_lock:
+            if self._origin is None:
+                return
+            name, namespace, store_id = self._origin
+            _join_cluster(None)
+            handle = _find(name, namespace)
+            if handle is None:
+                raise StoreUnavailableError(name, "it has ended: there is no such actor any more")
+            known = _describe(handle)
+            if known["store_id"] != store_id:
+                raise StoreUnavailableError(name, f"it has ended, and another store ({known['store_id']}) has its name")
+            self._attach(handle, known, owns=False)
+            self._origin = None
 
     def _attach(self, handle: Any, known: dict[str, Any], *, owns: bool) -> None:
         self.actor = handle
@@ -158,17 +189,22 @@ class RayLightningStore(StoreClient):
         self.close()
 
     def __reduce__(self) -> tuple[Callable[..., RayLightningStore], tuple[str, str, str]]:
+        if self._origin is not None:
+            return _rebuild, self._origin
         return _rebuild, (self._known["name"], self._known["namespace"], self._known["store_id"])
 
     def __repr__(self) -> str:
-        return f"<RayLightningStore {self._known['name']!r} in namespace {self._known['namespace']!r}>"
+        name, namespace = self._origin[:2] if self._origin else (self._known["name"], self._known["namespace"])
+        return f"<RayLightningStore {name!r} in namespace {namespace!r}>"
 
 
 def _rebuild(name: str, namespace: str, store_id: str) -> RayLightningStore:
-    """A client of the same store in another process."""
-    store = connect(name, namespace=namespace)
-    if store.info.store_id != store_id:
-        raise StoreUnavailableError(name, f"it has ended, and another store ({store.info.store_id}) has its name now")
+    """A client of the same store in another process, which finds the store at its first use.
+
+    Not at once: Ray unpickles under a lock that the answer of a call needs too.
+    """
+    store = RayLightningStore.__new__(RayLightningStore)
+    store._origin = (name, namespace, store_id)
     return store
 
 

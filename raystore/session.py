@@ -313,7 +313,7 @@ class Session:
         self.timer.wake_for_pending()
 
     def acknowledge_arrived(self, before: float) -> None:
-        """Acknowledge claims that arrived before, although their callers are busy; give back those whose loop is gone."""
+        """Acknowledge claims that arrived before, their callers being busy; give back those whose loop is gone."""
         gone = []
         with self.lock:
             for key, (operation, since) in list(self._unseen.items()):
@@ -367,6 +367,11 @@ class Session:
     def wants_listening(self) -> bool:
         """Whether the store holds something for this process: attempts, parked calls, notices."""
         return self._listen_wanted
+
+    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
+        """Call `handler` (kind, rollout id, attempt id) for each notice, on any thread; how to stop that."""
+        self.on_notice.append(handler)
+        return lambda: self.on_notice.remove(handler)
 
     def oldest_pending(self) -> float | None:
         """When the oldest operation that waits to be sent was issued."""

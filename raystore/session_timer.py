@@ -68,8 +68,6 @@ class SessionTimer:
                     self._wake.wait(seconds)
                     self._asleep = False
                 self._woken = False
-                if self._closed:
-                    return
 
     def _work(self) -> float | None:
         """Do what is due; seconds until there is something again, None for when woken."""

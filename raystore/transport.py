@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from raystore.calls import Call
@@ -26,6 +27,13 @@ class Transport(Protocol):
 
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         """Issue one operation now; the answer may be awaited."""
+
+    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
+        """Call `handler` (kind, rollout id, attempt id) for what becomes of this process's attempts; how to stop."""
+
+    @property
+    def session_id(self) -> str:
+        """The session that this process's operations belong to."""
 
     def close(self) -> None:
         """Take no more calls."""
@@ -49,6 +57,22 @@ class LocalTransport:
         self.service = service
         self._session: Session = service.open_session("local", eternal=True)
         self._tickets = itertools.count(1)
+        self._handlers: list[Callable[[str, str, str], None]] = []
+        service.on_notice = self._hand_on
+
+    @property
+    def session_id(self) -> str:
+        return self._session.session_id
+
+    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
+        self._handlers.append(handler)
+        return lambda: self._handlers.remove(handler)
+
+    def _hand_on(self, session_id: str) -> None:
+        notices, self._session.notices = self._session.notices, []
+        for notice in notices:
+            for handler in list(self._handlers):
+                handler(*notice)
 
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         call = Call(verb, next(self._tickets))

@@ -7,6 +7,9 @@ Not here: making stores (`memory`, `ray_store`), the way to a store (`transport`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from raystore._sync import SyncStore
 from raystore.api import LightningStore
 from raystore.client.attempts import AttemptMethods
 from raystore.client.resources import ResourceMethods
@@ -21,6 +24,25 @@ class StoreClient(
     RolloutMethods, WaitingMethods, AttemptMethods, SpanMethods, ResourceMethods, WorkerMethods, LightningStore
 ):
     """The methods that every store has."""
+
+    sync: SyncStore
+
+    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
+        """Call `handler` (kind, rollout id, attempt id) for what becomes of attempts this process holds.
+
+        Kinds are "cancelled", "superseded", "timeout" and "unresponsive". The handler runs on any thread and must be
+        quick. Returns a function that stops it.
+        """
+        return self._transport.listen_for_notices(handler)
+
+    @property
+    def session_id(self) -> str:
+        """The session that the operations of this process belong to."""
+        return self._transport.session_id
+
+    async def report_session_ended(self, session_id: str) -> bool:
+        """Say that the process of a session has ended: what it held is offered again at once. Whether it was live."""
+        return bool(await self._transport.call("report_session", {"session_id": session_id}))
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:

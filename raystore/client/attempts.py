@@ -5,6 +5,7 @@ Not here: what each method means (`raystore.api`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from raystore import convert
@@ -15,8 +16,10 @@ from raystore.types import (
     Attempt,
     AttemptedRollout,
     AttemptStatus,
+    Outcome,
     PaginatedResult,
     SortOrder,
+    Span,
     Unset,
 )
 
@@ -46,6 +49,35 @@ class AttemptMethods(Connection):
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
         answer = await self._transport.call("get_latest_attempt", {"rollout_id": rollout_id})
         return convert.attempt(answer) if answer else None
+
+    async def finish_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        spans: Sequence[Span],
+        status: AttemptStatus,
+        *,
+        outcome: Outcome | None = None,
+        error: str | None = None,
+    ) -> Attempt:
+        """The last spans of an attempt and its final status in one step; spans are numbered by the store.
+
+        For runners. `outcome` says why it ended (None: what the status implies), `error` is kept on the attempt. A span
+        that is refused refuses the whole.
+        """
+        changes: dict[str, Any] = {"status": validated(AttemptStatus, status)}
+        if outcome is not None:
+            changes["outcome"] = validated(Outcome, outcome)
+        if error is not None:
+            changes["error"] = error
+        rows = [self._encoder.span(span, numbered=False) for span in spans]
+        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, "spans": rows, "changes": changes}
+        attempt, _ = await self._transport.call("finish", arguments)
+        return convert.attempt(attempt)
+
+    async def heartbeat(self, attempts: Sequence[tuple[str, str]]) -> int:
+        """Signs of life for (rollout id, attempt id) pairs, stamped by the store; how many of them still run."""
+        return int(await self._transport.call("heartbeat", {"attempts_alive": [list(key) for key in attempts]}))
 
     async def update_attempt(
         self,
