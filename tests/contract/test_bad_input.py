@@ -1,0 +1,113 @@
+"""Bad input: a clear error that names the value, and nothing changed."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from raystore.types import EnqueueRolloutRequest, RolloutConfig
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"mode": "prod"}, ValidationError, "prod"),
+        ({"config": {"timeout": 60}}, ValidationError, "timeout"),
+        ({"rollout_id": ""}, ValueError, "rollout_id"),
+        ({"rollout_id": "a\nb"}, ValueError, "rollout_id"),
+        ({"rollout_id": "x" * 513}, ValueError, "rollout_id"),
+        ({"queue": ""}, ValueError, "queue"),
+        ({"group_id": "\x00"}, ValueError, "group_id"),
+        ({"tags": {"a": None}}, ValueError, "tags"),
+        ({"tags": {"a": float("nan")}}, ValueError, "tags"),
+        ({"tags": {"a": [1]}}, ValueError, "tags"),
+        ({"tags": {str(i): i for i in range(17)}}, ValueError, "tags"),
+        ({"tags": ["a"]}, ValueError, "tags"),
+        ({"metadata": [1]}, ValueError, "metadata"),
+        ({"priority": "high"}, ValidationError, "priority"),
+    ],
+    ids=str,
+)
+async def test_enqueue_refuses(store, arguments, error, named):
+    """A bad argument is named and nothing is enqueued, also in bulk."""
+    with pytest.raises(error, match=named):
+        await store.enqueue_rollout("x", **arguments)
+    assert (await store.statistics())["total_rollouts"] == 0
+
+
+async def test_bulk_enqueue_is_validated_as_a_whole(store):
+    """One bad request refuses all of them."""
+    good = EnqueueRolloutRequest(input=1)
+    with pytest.raises(ValidationError):
+        await store.enqueue_many_rollouts([good, "bad"])
+    with pytest.raises(ValueError, match="rollout_id='twice'"):
+        await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i, rollout_id="twice") for i in range(2)])
+    with pytest.raises(ValueError, match="n=0"):
+        await store.enqueue_group("x", 0)
+    assert (await store.statistics())["total_rollouts"] == 0
+
+
+@pytest.mark.parametrize(
+    "bad", [{"timeout_seconds": float("nan")}, {"unresponsive_seconds": -1}, {"max_attempts": 0}], ids=str
+)
+async def test_config_refuses(store, bad):
+    """A configuration with a value that is no duration or no count cannot be made, nor smuggled in later."""
+    with pytest.raises(ValidationError):
+        RolloutConfig(**bad)
+    config = RolloutConfig()
+    name, value = next(iter(bad.items()))
+    object.__setattr__(config, "__dict__", config.__dict__ | {name: value})
+    with pytest.raises(ValidationError):
+        await store.enqueue_rollout("x", config=config)
+
+
+async def test_unknown_retry_condition(store):
+    """Only attempt statuses can be retried."""
+    with pytest.raises(ValidationError, match="retry_condition"):
+        await store.enqueue_rollout("x", config={"retry_condition": ["queuing"]})
+
+
+async def test_a_text_is_no_list_of_ids(store):
+    """A single id where a list is expected would otherwise be taken letter by letter."""
+    for call in (
+        store.release("ro-1"), store.delete_rollouts("ro-1"), store.query_rollouts(rollout_id_in="ro-1"),
+        store.query_many_spans("ro-1"), store.dequeue_rollout(queues="default"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="a list of ids"):
+            await call
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"duplicate_spans": "maybe"}, {"on_memory_full": "crash"}, {"clock": "sun"}, {"max_deliveries": 0},
+        {"max_queued": 0}, {"keep_resources": 0}, {"retention": {"max_age": 1}}, {"retention": -1},
+        {"limits": {"value": 1}}, {"limits": {"value_bytes": 0}},
+    ],
+    ids=str,
+)  # fmt: skip
+async def test_store_options_are_checked(make_store, option):
+    """A bad option is named before anything is made."""
+    with pytest.raises(ValueError, match=next(iter(option))):
+        make_store(**option)
+
+
+async def test_capabilities(store):
+    """What the store allows; there is no OTLP endpoint."""
+    assert store.capabilities == {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
+    with pytest.raises(NotImplementedError):
+        store.otlp_traces_endpoint()
+
+
+async def test_statistics(store):
+    """Counts, and an uptime that grows."""
+    first = await store.statistics()
+    assert first["name"] == type(store).__name__
+    assert [first[f"total_{what}"] for what in ("rollouts", "attempts", "spans", "resources", "workers")] == [0] * 5
+    assert (await store.statistics())["uptime"] > first["uptime"]
+
+
+async def test_a_store_is_true_and_has_no_length(store):
+    """Code that asks `if store` gets yes, whatever the store holds."""
+    assert store
+    assert not hasattr(store, "__len__")

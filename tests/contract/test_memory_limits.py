@@ -1,0 +1,197 @@
+"""Memory: thresholds, eviction classes, statistics, pausing."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+import raystore as rs
+from tests.helpers import claim, make_span
+
+SIZE = 1000
+
+
+def sized(span):
+    """An estimator that finds every span 1,000 bytes large."""
+    return SIZE
+
+
+@pytest.fixture
+def small(make_store):
+    """A store that holds four spans and evicts down to two."""
+    return make_store(eviction_memory_threshold=4 * SIZE, safe_memory_threshold=2 * SIZE, span_size_estimator=sized)
+
+
+async def add(store, rollout, number=1):
+    await store.add_span(make_span(rollout, number))
+
+
+async def is_evicted(store, rollout):
+    try:
+        await store.query_spans(rollout.rollout_id)
+    except RuntimeError:
+        return True
+    return False
+
+
+async def fill(store, count):
+    """Rollouts with a span each, the oldest first."""
+    made = []
+    for _ in range(count):
+        made.append(await claim(store))
+        await add(store, made[-1])
+        store.testing.tick(1)
+    return made
+
+
+async def test_oldest_start_first_down_to_the_safe_threshold(small):
+    """Crossing the threshold drops whole rollouts, oldest first; rollouts and attempts stay."""
+    made = await fill(small, 5)
+    assert [await is_evicted(small, r) for r in made] == [True, True, True, False, False]
+    for rollout in made:
+        assert (await small.get_rollout_by_id(rollout.rollout_id)).attempt.attempt_id == rollout.attempt.attempt_id
+
+
+async def test_exactly_the_threshold_does_not_evict(small):
+    """The comparison is strict."""
+    made = await fill(small, 4)
+    assert (await small.statistics())["total_span_bytes"] == 4 * SIZE
+    assert not await is_evicted(small, made[0])
+
+
+async def test_evicted_spans_raise_for_ever(small):
+    """Reading what was evicted raises, also when later spans arrived, unless a part is asked for."""
+    made = await fill(small, 5)
+    with pytest.raises(rs.SpansEvictedError, match=f"Spans for rollout {made[0].rollout_id} have been evicted"):
+        await small.query_spans(made[0].rollout_id)
+    await add(small, made[0], 2)
+    with pytest.raises(RuntimeError):
+        await small.query_spans(made[0].rollout_id)
+    with pytest.raises(rs.SpansEvictedError):
+        await small.query_many_spans([made[4].rollout_id, made[0].rollout_id])
+    part = await small.query_spans(made[0].rollout_id, allow_partial=True)
+    assert [span.sequence_id for span in part] == [2]
+
+
+async def test_classes_go_in_order(small):
+    """Released first, then finished and read, then finished, then running; age decides within a class only."""
+    running, unread, read, released = await fill(small, 4)
+    for rollout in (unread, read, released):
+        await small.update_attempt(rollout.rollout_id, "latest", status="succeeded")
+    await small.query_spans(read.rollout_id)
+    await small.release([released.rollout_id])
+    made = await fill(small, 1)
+    assert [await is_evicted(small, r) for r in (released, read, unread, running)] == [True, True, True, False]
+    assert not await is_evicted(small, made[0])
+
+
+async def test_the_rollout_being_written_goes_last(small):
+    """Though the oldest, it keeps its spans if another can go; alone, it cannot."""
+    old, *others = await fill(small, 4)
+    await add(small, old, 2)
+    assert not await is_evicted(small, old)
+    assert [await is_evicted(small, r) for r in others] == [True, True, True]
+    for number in range(3, 6):
+        await add(small, old, number)
+    assert await is_evicted(small, old)
+    assert (await small.statistics())["total_span_bytes"] == 0
+
+
+async def test_statistics_count_evictions(small):
+    """What is gone is counted apart from what is there."""
+    await fill(small, 5)
+    found = await small.statistics()
+    assert (found["total_spans"], found["total_span_bytes"]) == (2, 2 * SIZE)
+    assert (found["evicted_spans"], found["evicted_rollouts"], found["eviction_passes"]) == (3, 3, 1)
+    assert (found["eviction_threshold_bytes"], found["safe_threshold_bytes"]) == (4 * SIZE, 2 * SIZE)
+    assert found["last_eviction_seconds"] > 0
+    kinds = [change.kind for change in (await small.changes(kinds=["evicted"])).items]
+    assert kinds == ["evicted"]
+
+
+async def test_pause_hands_out_no_work_until_memory_is_free(make_store):
+    """With on_memory_full="pause" only released rollouts are evicted, and work waits."""
+    store = make_store(
+        eviction_memory_threshold=4 * SIZE, safe_memory_threshold=2 * SIZE,
+        span_size_estimator=sized, on_memory_full="pause",
+    )  # fmt: skip
+    made = await fill(store, 5)
+    assert not any([await is_evicted(store, r) for r in made])
+    waiting = await store.enqueue_rollout("next")
+    assert await store.dequeue_rollout() is None
+    assert (await store.statistics())["memory_full"]
+    task = asyncio.ensure_future(store.dequeue_rollout(timeout=60))
+    await asyncio.sleep(0)
+    await store.delete_rollouts([r.rollout_id for r in made[:3]])
+    assert (await task).rollout_id == waiting.rollout_id
+    assert not await is_evicted(store, made[4])
+
+
+async def test_without_an_estimator_everything_counts(make_store):
+    """Encoded bytes of spans with an overhead for each, and inputs and resources; spans alone are evicted."""
+    store = make_store(eviction_memory_threshold=200_000, safe_memory_threshold=100_000)
+    rollout = await claim(store)
+    before = await store.statistics()
+    await store.add_span(make_span(rollout, attributes={"x": "y" * 5000}))
+    after = await store.statistics()
+    assert 5000 < after["total_span_bytes"] - before["total_span_bytes"] < 7000
+    await store.enqueue_rollout("z" * 60_000)
+    await store.add_resources({"p": rs.PromptTemplate(template="p" * 60_000, engine="f-string")})
+    assert (await store.statistics())["payload_bytes"] > 120_000
+    for number in range(2, 20):
+        await store.add_span(make_span(rollout, number, attributes={"x": "y" * 5000}))
+    assert await is_evicted(store, rollout)
+
+
+async def test_estimator_runs_in_the_caller_and_its_error_is_the_callers(make_store):
+    """An estimator that raises stores nothing; its result is taken as a whole number, 0 or more."""
+
+    def picky(span):
+        if span.name == "bad":
+            raise ZeroDivisionError("no size")
+        return -5 if span.name == "negative" else 7.9
+
+    store = make_store(span_size_estimator=picky)
+    rollout = await claim(store)
+    with pytest.raises(ZeroDivisionError, match="no size"):
+        await store.add_span(make_span(rollout, name="bad"))
+    await store.add_span(make_span(rollout, 1, name="negative"))
+    await store.add_span(make_span(rollout, 2, name="good"))
+    found = await store.statistics()
+    assert (found["total_spans"], found["total_span_bytes"]) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("eviction", "safe", "message"),
+    [
+        (0.0, None, "eviction_memory_threshold ratio must be greater than 0 and at most 1"),
+        (1.5, None, "eviction_memory_threshold ratio must be greater than 0 and at most 1"),
+        (-1, None, "eviction_memory_threshold must be non-negative"),
+        (0, None, "eviction_memory_threshold must be at least 1 bytes"),
+        (0.5, 1.5, "safe_memory_threshold ratio must be between 0 and 1 inclusive"),
+        (0.5, -1, "safe_memory_threshold must be non-negative"),
+        (100, 100, "safe_memory_threshold must be smaller than eviction_memory_threshold"),
+        (100, 0.5, "safe_memory_threshold must be smaller than eviction_memory_threshold"),
+        (True, None, "eviction_memory_threshold=True must be a ratio"),
+        ("1G", None, "eviction_memory_threshold='1G' must be a ratio"),
+    ],
+)
+async def test_threshold_errors(make_store, eviction, safe, message):
+    """Each bad threshold is named, and no store is made."""
+    with pytest.raises(ValueError, match=message):
+        make_store(eviction_memory_threshold=eviction, safe_memory_threshold=safe)
+
+
+async def test_threshold_defaults_and_ratios(make_store):
+    """70 % of the capacity and 80 % of that; an int is bytes, a float a ratio of the capacity."""
+    default = await make_store().statistics()
+    capacity = default["memory_capacity_bytes"]
+    assert default["eviction_threshold_bytes"] == int(0.7 * capacity)
+    assert default["safe_threshold_bytes"] == int(0.8 * default["eviction_threshold_bytes"])
+    ratios = await make_store(eviction_memory_threshold=0.5, safe_memory_threshold=0.25).statistics()
+    assert (ratios["eviction_threshold_bytes"], ratios["safe_threshold_bytes"]) == (
+        int(0.5 * capacity), int(0.25 * capacity),
+    )  # fmt: skip
+    one_byte = await make_store(eviction_memory_threshold=1).statistics()
+    assert (one_byte["eviction_threshold_bytes"], one_byte["safe_threshold_bytes"]) == (1, 0)

@@ -1,0 +1,189 @@
+"""Waiting: rollouts, completions, the change feed."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+import raystore as rs
+from raystore.types import Rollout
+from tests.helpers import claim
+
+
+async def finish(store, rollout, status="succeeded"):
+    await store.update_rollout(rollout.rollout_id, status=status)
+
+
+async def started(coroutine):
+    """A task that has issued its operation."""
+    task = asyncio.ensure_future(coroutine)
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_snapshot(store):
+    """timeout <= 0 returns what is finished now, in the order given, as plain rollouts; duplicates twice."""
+    a, b = await claim(store), await claim(store)
+    await finish(store, b)
+    ids = [a.rollout_id, b.rollout_id, "nope", b.rollout_id]
+    for timeout in (0, -5):
+        found = await store.wait_for_rollouts(rollout_ids=ids, timeout=timeout)
+        assert [r.rollout_id for r in found] == [b.rollout_id, b.rollout_id]
+    assert {type(r) for r in found} == {Rollout}
+    with pytest.raises(ValueError, match="timeout"):
+        await store.wait_for_rollouts(rollout_ids=ids, timeout=float("nan"))
+    with pytest.raises(ValueError, match="rollout_ids"):
+        await store.wait_for_rollouts(rollout_ids=a.rollout_id)
+
+
+@pytest.mark.parametrize("timeout", [None, 100])
+async def test_wait_until_all_are_finished(store, timeout):
+    """Answered by the completion, in the order given; unknown ids are skipped at once."""
+    a, b = await claim(store), await claim(store)
+    task = await started(store.wait_for_rollouts(rollout_ids=[b.rollout_id, "nope", a.rollout_id], timeout=timeout))
+    await finish(store, a)
+    assert not task.done()
+    await store.update_attempt(b.rollout_id, "latest", status="failed")
+    assert [r.rollout_id for r in await task] == [b.rollout_id, a.rollout_id]
+    assert await store.wait_for_rollouts(rollout_ids=["nope"], timeout=timeout) == []
+    assert await store.wait_for_rollouts(rollout_ids=[]) == []
+
+
+async def test_wait_returns_what_is_finished_when_time_is_up(store):
+    """A part of the rollouts, if not all finish in time."""
+    a, b = await claim(store), await claim(store)
+    task = await started(store.wait_for_rollouts(rollout_ids=[a.rollout_id, b.rollout_id], timeout=10))
+    await finish(store, b)
+    await store.testing.tick(11)
+    assert [r.rollout_id for r in await task] == [b.rollout_id]
+
+
+async def test_wait_can_be_cancelled(store):
+    """A cancelled wait raises and leaves nothing behind."""
+    rollout = await claim(store)
+    task = await started(store.wait_for_rollouts(rollout_ids=[rollout.rollout_id]))
+    await store.get_latest_resources()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await store.get_latest_resources()
+    assert (await store.statistics())["waiters"] == 0
+
+
+async def test_requeued_rollout_is_waited_for_again(store):
+    """A rollout that finished and was queued again is not finished."""
+    a, b = await claim(store), await claim(store)
+    task = await started(store.wait_for_rollouts(rollout_ids=[a.rollout_id, b.rollout_id]))
+    await finish(store, a)
+    await store.update_rollout(a.rollout_id, status="queuing")
+    await finish(store, b)
+    assert await store.wait_for_rollouts(rollout_ids=[a.rollout_id], timeout=0) == []
+    assert not task.done()
+    await finish(store, a)
+    assert len(await task) == 2
+
+
+async def test_deleted_rollout_is_waited_for_no_longer(store):
+    """Nobody waits for what cannot come."""
+    rollout = await claim(store)
+    task = await started(store.wait_for_rollouts(rollout_ids=[rollout.rollout_id]))
+    await store.delete_rollouts([rollout.rollout_id])
+    assert await task == []
+
+
+async def test_many_waiters_of_many_rollouts(store):
+    """Each waiting call is answered by its own completions."""
+    made = [await claim(store) for _ in range(20)]
+    tasks = [await started(store.wait_for_rollout(r.rollout_id)) for r in made]
+    await store.cancel_rollouts([r.rollout_id for r in made])
+    assert [(await task).rollout_id for task in tasks] == [r.rollout_id for r in made]
+    assert await store.wait_for_rollout("nope") is None
+
+
+async def test_as_completed(store):
+    """Rollouts come as they finish; a timeout says how many did not."""
+    made = [await claim(store) for _ in range(3)]
+    await finish(store, made[1])
+    seen = []
+
+    async def collect():
+        async for rollout in store.as_completed([r.rollout_id for r in made]):
+            seen.append(rollout.rollout_id)
+
+    task = await started(collect())
+    await finish(store, made[2])
+    await finish(store, made[0])
+    await task
+    assert seen == [made[1].rollout_id, made[2].rollout_id, made[0].rollout_id]
+    assert [r async for r in store.as_completed([])] == []
+    with pytest.raises(TimeoutError, match="1 of the rollouts"):
+        async for _ in store.as_completed([(await claim(store)).rollout_id], timeout=0.0):
+            pass
+
+
+async def test_completed_with_cursor(store):
+    """Completion order, resumable; one that finishes again comes again, at the tail."""
+    made = [await store.enqueue_rollout(i, group_id="g" if i % 2 else None) for i in range(4)]
+    for rollout in (made[2], made[0], made[3]):
+        await finish(store, rollout)
+    page = await store.completed(limit=2)
+    assert [r.input for r in page.items] == [2, 0]
+    rest = await store.completed(page.cursor)
+    assert [r.input for r in rest.items] == [3]
+    assert (await store.completed(rest.cursor)).items == []
+    await store.update_rollout(made[2].rollout_id, status="queuing")
+    await finish(store, made[2])
+    assert [r.input for r in (await store.completed(rest.cursor)).items] == [2]
+    assert [r.input for r in (await store.completed()).items] == [0, 3, 2]
+    assert [r.input for r in (await store.completed(group_id="g")).items] == [3]
+
+
+async def test_completed_waits(store):
+    """A waiting read is answered by the next completion that fits, or by an empty page in the end."""
+    a, b = await store.enqueue_rollout("a"), await store.enqueue_rollout("b", tags={"t": 1})
+    task = await started(store.completed(timeout=50, tags={"t": 1}))
+    await finish(store, a)
+    assert not task.done()
+    await finish(store, b)
+    page = await task
+    assert [r.input for r in page.items] == ["b"]
+    late = await started(store.completed(page.cursor, timeout=5))
+    await store.testing.tick(6)
+    assert (await late).items == []
+
+
+async def test_changes_feed(store):
+    """One monotone sequence of what happened; kinds filter, the cursor resumes."""
+    rollout = await claim(store)
+    await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
+    page = await store.changes()
+    assert [change.kind for change in page.items] == ["enqueued", "claimed", "succeeded"]
+    assert [change.sequence for change in page.items] == [1, 2, 3]
+    assert {change.rollout_id for change in page.items} == {rollout.rollout_id}
+    assert (await store.changes(page.cursor)).items == []
+    only = await store.changes(kinds=["claimed"])
+    assert [c.kind for c in only.items] == ["claimed"] and only.cursor == 3
+    task = await started(store.changes(page.cursor, kinds=["enqueued"], timeout=50))
+    await store.update_worker("w")
+    await store.enqueue_rollout("y")
+    assert [c.kind for c in (await task).items] == ["enqueued"]
+
+
+async def test_a_cursor_that_is_too_old(store):
+    """The feed is bounded; an old cursor is told what the oldest entry is."""
+    for _ in range(101):
+        await store.enqueue_group("x", 1000)
+    with pytest.raises(rs.CursorTooOldError, match="oldest entry is") as caught:
+        await store.changes(0, limit=1)
+    oldest = caught.value.oldest
+    assert (await store.changes(oldest - 1, limit=1)).items[0].sequence == oldest
+    assert (await store.changes(None, limit=1)).items[0].sequence == oldest
+
+
+@pytest.mark.parametrize("method", ["completed", "changes"])
+@pytest.mark.parametrize("bad", [{"timeout": -1}, {"timeout": float("nan")}, {"limit": 0}, {"cursor": -1}], ids=str)
+async def test_bad_arguments_of_reads_with_a_cursor(store, method, bad):
+    """Negative times, NaN and senseless numbers are refused by name."""
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        await getattr(store, method)(**bad)
