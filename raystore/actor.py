@@ -97,7 +97,8 @@ class StoreActor:
             return service.epoch, wire.REFUSED, _own_protocol(), []
         inbox = self._inboxes.get(session_id)
         if inbox is None:
-            if sequence != 1 or session_id in service.state.sessions:
+            # A client whose first batch was never answered is new; its second may overtake its first.
+            if answered or session_id in service.state.sessions:
                 return service.epoch, wire.ENDED, b"", []
             inbox = self._inboxes[session_id] = Inbox(service, service.open_session(session_id))
             self._sweep(service)

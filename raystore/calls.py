@@ -66,6 +66,11 @@ class Call:
         return self._event is not None
 
     @property
+    def is_cancelled(self) -> bool:
+        """Whether its caller has been cancelled."""
+        return self._future is not None and self._future.cancelled()
+
+    @property
     def answer(self) -> Any:
         """The answer as it was put, None before."""
         return self._answer

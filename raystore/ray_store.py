@@ -7,6 +7,7 @@ Not here: what the actor does (`actor`), how operations travel (`session`).
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
@@ -116,6 +117,9 @@ def close_sessions() -> None:
         _sessions.clear()
     for session in mine:
         session.close()
+
+
+atexit.register(close_sessions)  # before Ray's own, which was registered earlier
 
 
 class RayLightningStore(StoreClient):

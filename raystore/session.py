@@ -183,10 +183,12 @@ class Session:
             if operations and (size + frame_bytes > limit or pending[0].ticket != operations[-1].ticket + 1):
                 break
             operation = pending.popleft()
+            self._pending_bytes -= frame_bytes
+            if operation.is_cancelled:
+                continue  # nobody waits for it, and it has not left: it never was
             operation.sent = True
             operations.append(operation)
             size += frame_bytes
-        self._pending_bytes -= size
         claims, self._claims_to_acknowledge = list(self._claims_to_acknowledge), {}
         tickets, self._tickets_to_acknowledge = self._tickets_to_acknowledge, []
         first = operations[0].ticket if operations else 0

@@ -1,0 +1,211 @@
+"""Claims are never lost: callers that are cancelled, time out, exit, are killed, or block their loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+
+import pytest
+import ray
+
+import raystore as rs
+from tests.helpers import until
+
+
+@ray.remote(num_cpus=0, max_concurrency=10)
+class Claimer:
+    """A process that claims; it is told what to do with itself."""
+
+    def __init__(self, handle):
+        self.handle = handle
+        self.claimed = []
+
+    async def park(self, timeout=60.0):
+        """Wait for work; what came is remembered."""
+        self.store = rs.RayLightningStore(self.handle)
+        claimed = await self.store.dequeue_rollout(timeout=timeout)
+        self.claimed.append(claimed)
+        return claimed.rollout_id if claimed else None
+
+    async def pid(self):
+        return os.getpid()
+
+    async def leave(self):
+        ray.actor.exit_actor()
+
+
+def freeze_and_kill(pid):
+    """SIGKILL: the process has no chance to say anything."""
+    os.kill(pid, signal.SIGKILL)
+
+
+async def parked(store, count):
+    async def enough():
+        return (await store.statistics())["waiters"] >= count
+
+    await until(enough)
+
+
+@pytest.mark.parametrize("end", ["kill", "exit"])
+@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.long)])
+async def test_dead_callers_with_a_parked_claim_lose_nothing(make_ray_store, end, count):
+    """Work that is handed to processes that have died is offered again within 8 s."""
+    store = make_ray_store()
+    batch = 10
+    for _ in range(count // batch):
+        claimers = [Claimer.remote(store.actor) for _ in range(batch)]
+        pids = await asyncio.gather(*(c.pid.remote() for c in claimers))
+        refs = [c.park.remote() for c in claimers]
+        await parked(store, batch)
+        if end == "kill":
+            for pid in pids:
+                freeze_and_kill(pid)
+        else:
+            for claimer in claimers:
+                claimer.leave.remote()
+            await asyncio.sleep(0.5)
+        started = time.monotonic()
+        made = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=i) for i in range(batch)])
+        got = []
+        while len(got) < batch:
+            claimed = await store.dequeue_rollout(timeout=10)
+            assert claimed is not None, f"{batch - len(got)} of {batch} rollouts were lost"
+            got.append(claimed)
+            await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
+        assert time.monotonic() - started < 8
+        assert {r.rollout_id for r in got} == {r.rollout_id for r in made}
+        assert {r.attempt.sequence_id for r in got} == {1}
+        del refs
+
+
+async def test_callers_that_time_out_lose_nothing(make_ray_store):
+    """Work that comes in the instant in which a claim runs out of time goes to somebody."""
+    store = make_ray_store()
+    for attempt in range(20):
+        waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=0.05))
+        await asyncio.sleep(0.045 + 0.001 * (attempt % 10))
+        made = await store.enqueue_rollout(attempt)
+        claimed = await waiting or await store.dequeue_rollout(timeout=5)
+        assert claimed.rollout_id == made.rollout_id
+
+
+async def test_callers_cancelled_around_the_answer_lose_nothing(make_ray_store):
+    """Cancelled at any moment around the answer, a claim is given back at once, or was had."""
+    store = make_ray_store()
+    for attempt in range(60):
+        waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=30))
+        await asyncio.sleep(0.002)
+        enqueued = asyncio.ensure_future(store.enqueue_rollout(attempt))
+        await asyncio.sleep(0.0002 * (attempt % 30))
+        waiting.cancel()
+        (claimed,) = await asyncio.gather(waiting, return_exceptions=True)
+        made = await enqueued
+        if isinstance(claimed, asyncio.CancelledError):
+            claimed = await store.dequeue_rollout(timeout=2)
+        assert claimed.rollout_id == made.rollout_id
+        await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
+
+
+async def test_a_loop_that_is_blocked_keeps_its_claim(make_ray_store):
+    """An agent that blocks its loop for longer than a claim may wait for acknowledgement loses nothing."""
+    store = make_ray_store()
+    got = []
+
+    def run():
+        async def claim_and_block():
+            waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=30))
+            await asyncio.sleep(0.2)
+            time.sleep(7)  # noqa: ASYNC251 - the answer comes meanwhile
+            got.append(await waiting)
+
+        asyncio.run(claim_and_block())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    await asyncio.sleep(0.5)
+    made = await store.enqueue_rollout("x")
+    assert await store.dequeue_rollout(timeout=6) is None
+    await asyncio.to_thread(thread.join)
+    assert [r.rollout_id for r in got] == [made.rollout_id]
+    await store.update_attempt(made.rollout_id, got[0].attempt.attempt_id, status="succeeded")
+
+
+async def test_a_loop_that_has_ended_gives_its_claim_back(make_ray_store):
+    """Work handed to a loop that ended meanwhile is offered again at once."""
+    store = make_ray_store()
+
+    def run():
+        async def claim_and_end():
+            task = asyncio.ensure_future(store.dequeue_rollout(timeout=30))
+            await asyncio.sleep(0.1)
+            return task
+
+        asyncio.run(claim_and_end())
+
+    await asyncio.to_thread(run)
+    made = await store.enqueue_rollout("x")
+    claimed = await store.dequeue_rollout(timeout=2)
+    assert claimed.rollout_id == made.rollout_id
+
+
+async def test_an_unacknowledged_claim_is_withdrawn(make_ray_store):
+    """A process that is killed with claims in its hands leaves no trace on them; the story tells."""
+    store = make_ray_store()
+    made = await store.enqueue_rollout("x")
+    claimer = Claimer.remote(store.actor)
+    pid = await claimer.pid.remote()
+    parked_ref = claimer.park.remote()
+    await until(lambda: _claimed(store, made.rollout_id))
+    freeze_and_kill(pid)
+    claimed = await store.dequeue_rollout(timeout=70)
+    assert (claimed.rollout_id, claimed.attempt.sequence_id) in {(made.rollout_id, 1), (made.rollout_id, 2)}
+    assert any("withdrawn" in line or "lost" in line for line in await store.story(made.rollout_id))
+    del parked_ref
+
+
+async def _claimed(store, rollout_id):
+    return (await store.get_rollout_by_id(rollout_id)).status == "preparing"
+
+
+@ray.remote(num_cpus=0)
+class SyncClaimer:
+    """A runner that people wrote themselves, without async."""
+
+    def __init__(self, handle):
+        self.store = rs.RayLightningStore(handle)
+
+    def claim(self):
+        rollout = self.store.sync.dequeue_rollout(timeout=10)
+        time.sleep(1.0)  # acknowledged meanwhile by the session's own thread
+        return rollout.rollout_id
+
+    def leave(self):
+        self.store.close()
+
+
+async def test_a_process_that_closes_gives_back_what_it_runs(make_ray_store):
+    """A runner with no timeout configured: `close` says goodbye, and its attempt is lost and offered again."""
+    store = make_ray_store()
+    made = await store.enqueue_rollout("x")
+    claimer = SyncClaimer.remote(store.actor)
+    assert await claimer.claim.remote() == made.rollout_id
+    await claimer.leave.remote()
+    again = await store.dequeue_rollout(timeout=5)
+    assert (again.rollout_id, again.attempt.sequence_id) == (made.rollout_id, 2)
+    first, _ = await store.query_attempts(made.rollout_id)
+    assert (first.status, first.outcome) == ("unresponsive", "runner_lost")
+
+
+@pytest.mark.long
+async def test_a_killed_process_is_found_by_its_silence(make_ray_store):
+    """With no timeout configured and nobody to report it, a SIGKILLed runner gives back its attempt after 60 s."""
+    store = make_ray_store()
+    made = await store.enqueue_rollout("x")
+    claimer = SyncClaimer.remote(store.actor)
+    await claimer.claim.remote()
+    ray.kill(claimer)
+    again = await store.dequeue_rollout(timeout=100)
+    assert (again.rollout_id, again.attempt.sequence_id) == (made.rollout_id, 2)

@@ -1,0 +1,199 @@
+"""Starting, finding, sharing and ending stores, and what goes wrong with them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import ray
+
+import raystore as rs
+from tests.helpers import until
+
+
+async def test_names(make_ray_store):
+    """Without a name a store gets one of its own; `info` says who it is."""
+    a, b = make_ray_store(), make_ray_store()
+    assert a.info.name != b.info.name and a.info.store_id != b.info.store_id
+    assert (a.info.namespace, a.info.protocol, a.info.capabilities["thread_safe"]) == ("raystore", 1, True)
+    assert a.info.limits["value_bytes"] == 16 * 2**20
+    assert {a.info.name, b.info.name} <= {info.name for info in rs.list_stores()}
+    assert a.info.name in repr(a)
+    await a.enqueue_rollout("x")
+    assert (await b.query_rollouts()).total == 0
+
+
+async def test_a_name_that_exists(make_ray_store):
+    """An error says what exists; attaching works if the configuration is the same, else it says what differs."""
+    store = make_ray_store(name="taken", max_queued=5)
+    with pytest.raises(rs.StoreExistsError, match=r"'taken' exists already.*rs.connect\('taken'\)"):
+        rs.start("taken")
+    attached = rs.start("taken", max_queued=5, exist="attach")
+    assert attached.info == store.info
+    with pytest.raises(rs.StoreExistsError, match="max_queued: 5 there, 6 asked for"):
+        rs.start("taken", max_queued=6, exist="attach")
+    attached.close()
+    await store.enqueue_rollout("still here")
+    with pytest.raises(ValueError, match="exist='maybe'"):
+        rs.start("taken", exist="maybe")
+
+
+async def test_connect(make_ray_store):
+    """By name, or to the only one; an error lists what there is."""
+    store = make_ray_store(name="one", namespace="mine")
+    assert rs.connect("one", namespace="mine").info == store.info
+    assert rs.connect(namespace="mine").info == store.info
+    with pytest.raises(rs.StoreNotFoundError, match=r"No store 'two'.*'one'.*rs.connect\('one'\)"):
+        rs.connect("two", namespace="mine")
+    with pytest.raises(rs.StoreNotFoundError, match="there is no store there"):
+        rs.connect("one", namespace="other")
+    make_ray_store(name="two", namespace="mine")
+    with pytest.raises(rs.StoreNotFoundError, match="Several stores"):
+        rs.connect(namespace="mine")
+
+
+async def test_stop_ends_a_detached_store(make_ray_store):
+    """A detached store outlives its clients and is ended by name."""
+    store = make_ray_store(name="kept", detached=True)
+    store.close()
+    again = rs.connect("kept")
+    await again.enqueue_rollout("x")
+    rs.stop("kept")
+
+    async def gone():
+        return "kept" not in {info.name for info in rs.list_stores()}
+
+    await until(gone)
+    with pytest.raises(rs.StoreUnavailableError, match="kept.*died"):
+        await again.enqueue_rollout("y")
+    with pytest.raises(rs.StoreNotFoundError):
+        rs.stop("kept")
+    with pytest.raises(rs.StoreClosedError):
+        await store.enqueue_rollout("z")
+
+
+async def test_close_ends_what_this_process_started(cluster):
+    """`with` ends the store; a closed client says so; other clients see that the store has died."""
+    with rs.start() as store:
+        other = rs.RayLightningStore(store.actor)
+        waiting = asyncio.ensure_future(
+            other.wait_for_rollouts(rollout_ids=[(await store.enqueue_rollout(1)).rollout_id])
+        )
+        await asyncio.sleep(0.2)
+    with pytest.raises(rs.StoreClosedError, match="is closed"):
+        await store.enqueue_rollout("x")
+    with pytest.raises(rs.StoreUnavailableError, match="died"):
+        await waiting
+    async with rs.start() as store:
+        assert (await store.statistics())["total_rollouts"] == 0
+
+
+async def test_not_a_store(cluster):
+    """A handle, or a name, of something else is refused by what it is."""
+
+    @ray.remote(num_cpus=0)
+    class Other:
+        def describe(self):
+            return 5
+
+    actor = Other.options(name="other", namespace="raystore").remote()
+    for thing in (actor, 5, None, Other):
+        with pytest.raises(rs.NotAStoreError, match="is not a raystore store"):
+            rs.RayLightningStore(thing)
+    with pytest.raises(rs.NotAStoreError):
+        rs.connect("other")
+    with pytest.raises(rs.NotAStoreError):
+        rs.stop("other")
+    ray.kill(actor)
+
+
+async def test_clients_travel(make_ray_store):
+    """A client may be pickled, passed to tasks, and made from the handle there; store.actor is what to pass on."""
+    store = make_ray_store(span_size_estimator=lambda span: 7)
+
+    @ray.remote(num_cpus=0)
+    def use(client, handle):
+        client.sync.enqueue_rollout("by client")
+        made = rs.RayLightningStore(handle)
+        rollout = made.sync.dequeue_rollout()
+        made.sync.add_span(rs.Span.from_attributes(
+            attributes={}, rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id
+        ))  # fmt: skip
+        return rollout.input, client.info.store_id, pickle.dumps(client)
+
+    task_input, store_id, pickled = await use.remote(store, store.actor)
+    assert (task_input, store_id) == ("by client", store.info.store_id)
+    copy = pickle.loads(pickled)
+    assert (await copy.statistics())["total_span_bytes"] == 7
+    assert copy.info == store.info
+    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(copy)).info == store.info
+
+
+async def test_memory_store_refuses_to_be_pickled():
+    """And says what to do instead."""
+    with rs.InMemoryLightningStore() as store, pytest.raises(TypeError, match=r"raystore.start\(\)"):
+        pickle.dumps(store)
+
+
+async def test_errors_survive_a_real_call(cluster):
+    """Every error can be raised in an actor and caught by its own class."""
+    examples = [
+        rs.InvalidValueError("a", 1, "b"), rs.RolloutNotFoundError("r"), rs.AttemptNotFoundError("r", "a"),
+        rs.ResourcesNotFoundError("x"), rs.ClaimLostError("r", "a"), rs.ConflictError("r", ["input"]),
+        rs.OverloadedError(1, 2, 3.0), rs.CursorTooOldError(1, 2), rs.SpansEvictedError("r"),
+        rs.PayloadLostError("a", "b"), rs.PayloadTooLargeError("a", 2, 1), rs.StoreUnavailableError("s", "w"),
+        rs.OutcomeUnknownError("s", "w"), rs.StoreClosedError("s"), rs.StoreCorruptError("v", "s", "t"),
+        rs.StoreNotFoundError("n", "ns", ["x"]), rs.StoreExistsError("n", "ns", []), rs.NotAStoreError("x"),
+        rs.ProtocolMismatchError("a", "b"), rs.AgentNotPicklableError("a", "b"), rs.PoolStartError("a", "b"),
+    ]  # fmt: skip
+
+    @ray.remote(num_cpus=0)
+    def fail(error):
+        raise error
+
+    from raystore import errors
+
+    assert {type(e) for e in examples} == {
+        c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, rs.StoreError)
+    } - {rs.StoreError}
+    refs = [fail.remote(example) for example in examples]
+    for example, ref in zip(examples, refs, strict=True):
+        with pytest.raises(type(example)):
+            ray.get(ref)
+        assert str(pickle.loads(pickle.dumps(example))) == str(example)
+        assert str(errors.from_record(*errors.to_record(example))) == str(example)
+
+
+async def test_start_says_what_it_runs_with(make_ray_store, caplog):
+    """Capacity and thresholds are logged."""
+    with caplog.at_level(logging.INFO, "raystore"):
+        make_ray_store(eviction_memory_threshold=1000)
+    assert "eviction above 1000, down to 800" in caplog.text
+
+
+def test_owned_store_dies_with_its_driver_and_leaves_nothing(tmp_path):
+    """A script that ends without closing prints no traceback and leaves no process behind."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import ray, raystore as rs
+            ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
+            store = rs.start()
+            rollout = store.sync.enqueue_rollout("x")
+            claimed = store.sync.dequeue_rollout()
+            print("pid", ray.get(store.actor.describe.remote())["pid"])
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    pid = int(done.stdout.split()[-1])
+    import psutil
+
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"

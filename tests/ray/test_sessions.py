@@ -1,0 +1,236 @@
+"""One session for all loops and threads of a process; waiting costs one parked call; batches are repeatable."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import threading
+import time
+
+import pytest
+import ray
+
+import raystore as rs
+from raystore import wire
+from raystore.service import PROTOCOL
+from tests.helpers import claim, make_span, until
+
+CLIENT = (PROTOCOL, "test")
+
+
+@ray.remote(num_cpus=0)
+class Waiter:
+    """Another process with many coroutines that wait."""
+
+    def __init__(self, handle):
+        self.store = rs.RayLightningStore(handle)
+        self.woken = []
+
+    async def wait(self, rollout_ids):
+        async def one(rollout_id):
+            await self.store.wait_for_rollouts(rollout_ids=[rollout_id])
+            self.woken.append(time.time())
+
+        await asyncio.gather(*(one(i) for i in rollout_ids))
+        return self.woken
+
+
+async def test_thousand_waiters_use_one_parked_call(make_ray_store):
+    """1,000 coroutines of one process wait; another process writes; all wake within 100 ms (median)."""
+    store = make_ray_store()
+    made = await store.enqueue_group("x", 1000)
+    waiter = Waiter.remote(store.actor)
+    woken = waiter.wait.remote([r.rollout_id for r in made])
+
+    async def all_wait():
+        return (await store.statistics())["waiters"] == 1000
+
+    await until(all_wait)
+    before = (await store.statistics())["actor_calls"]
+    rollout = await store.start_rollout("y")
+    for number in range(1, 21):
+        await store.add_span(make_span(rollout, number))
+    calls = (await store.statistics())["actor_calls"] - before
+    assert calls <= 27, f"{calls} actor calls for 22 operations: the waiters call too"
+    finished = time.time()
+    await store.cancel_rollouts([r.rollout_id for r in made])
+    delays = [moment - finished for moment in await woken]
+    assert len(delays) == 1000 and statistics.median(delays) < 0.1
+
+
+async def test_short_lived_loops_and_threads_share_one_session(make_ray_store):
+    """200 event loops in 6 threads: one session, in order for each caller, no claim lost."""
+    store = make_ray_store()
+    loops, threads = 200, 6
+    await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=i) for i in range(loops)])
+    claimed, failures, numbers = [], [], iter(range(loops))
+    lock = threading.Lock()
+
+    def work():
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            try:
+                if number % 5 == 0:
+                    rollout = store.sync.dequeue_rollout()
+                    store.sync.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")
+                else:
+                    rollout = asyncio.run(one())
+                claimed.append(rollout.rollout_id)
+            except Exception as error:
+                failures.append(error)
+
+    async def one():
+        rollout = await store.dequeue_rollout()
+        spans = [store.add_unnumbered_spans([make_span(rollout, name=str(i))]) for i in range(8)]
+        done = store.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")
+        await asyncio.gather(*spans, done)
+        return rollout
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        await asyncio.to_thread(worker.join)
+    assert failures == []
+    assert len(claimed) == len(set(claimed)) == loops
+    found = await store.statistics()
+    assert (found["sessions"], found["rollouts_by_status"]) == (1, {"succeeded": loops})
+    for rollout_id, spans in (await store.query_many_spans(claimed)).items():
+        assert [span.name for span in spans] in ([str(i) for i in range(8)], []), rollout_id
+
+
+async def test_sync_twin_works_inside_a_running_loop(make_ray_store):
+    """Blocking calls use the same session and see what was awaited before."""
+    store = make_ray_store()
+    await store.enqueue_rollout("x")
+    assert store.sync.dequeue_rollout().input == "x"
+    assert store.sync.wait_for_rollouts(rollout_ids=["nope"], timeout=1) == []
+    assert store.sync.dequeue_rollout(timeout=0.1) is None
+    assert (await store.statistics())["sessions"] == 1
+
+
+def _body(first_ticket, *operations):
+    packed = [wire.pack_operation(verb, arguments)[0] for verb, arguments in operations]
+    return wire.join([first_ticket, [], []], packed)
+
+
+async def _exchange(store, session_id, sequence, body, answered=0):
+    _, outcome, answer, refs = await store.actor.exchange.remote(CLIENT, session_id, sequence, answered, body, {})
+    return outcome, wire.unpack(answer, refs)[0] if outcome == wire.DONE else answer
+
+
+async def test_a_repeated_batch_has_its_effect_once(make_ray_store):
+    """The same batch again gets the same answer: enqueued once, claimed once, numbered once."""
+    store = make_ray_store()
+    body = _body(
+        1,
+        ("enqueue", {"requests": [{"input": b"\x01\xa1x", "metadata": b"\x01\x80"}]}),
+        ("dequeue", {"queues": ["default"], "limit": 1, "worker_id": None, "timeout": 0.0}),
+        ("next_numbers", {"rollout_ids": ["r"]}),
+        ("get_latest_resources", {}),
+    )
+    first = await _exchange(store, "s", 1, body)
+    again = await _exchange(store, "s", 1, body)
+    assert first == again and first[0] == wire.DONE
+    found = await store.statistics()
+    assert (found["total_rollouts"], found["total_attempts"]) == (1, 1)
+    await store.delete_rollouts([first[1][0][1][0][0][0]])
+
+
+async def test_a_batch_that_came_early_is_held(make_ray_store):
+    """The second batch runs after the first, whenever they arrive."""
+    store = make_ray_store()
+    second = asyncio.ensure_future(_exchange(store, "s", 2, _body(2, ("next_numbers", {"rollout_ids": ["r"]}))))
+    await asyncio.sleep(0.3)
+    assert not second.done()
+    _, first = await _exchange(store, "s", 1, _body(1, ("next_numbers", {"rollout_ids": ["r"]})))
+    assert first == [[wire.VALUE, [1]]]
+    assert (await second)[1] == [[wire.VALUE, [2]]]
+
+
+async def test_a_batch_of_an_ended_session_is_not_executed(make_ray_store):
+    """The client opens a new session and sends it again, unseen; what the old one held was given back."""
+    store = make_ray_store()
+    rollout = await claim(store)
+    session = store._transport.session
+    other = rs.RayLightningStore(store.actor)
+    assert session.session_id == other.session_id
+    before = session.session_id
+    outcome, _ = await _exchange(store, "judge", 1, _body(1, ("report_session", {"session_id": before})))
+    assert outcome == wire.DONE
+    made = await store.enqueue_rollout("after")
+    assert session.session_id != before
+    assert [r.rollout_id for r in await store.query_rollouts()] == [rollout.rollout_id, made.rollout_id]
+    assert (await store.get_rollout_by_id(rollout.rollout_id)).status in ("queuing", "requeuing")
+
+
+async def test_parked_calls_survive_the_end_of_their_session(make_ray_store):
+    """A wait whose session was ended goes on in the next one."""
+    store = make_ray_store()
+    made = await store.enqueue_rollout("x")
+    waiting = asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=30))
+
+    async def parked():
+        return (await store.statistics())["waiters"] == 1
+
+    await until(parked)
+    session_id = store.session_id
+    await _exchange(store, "judge", 1, _body(1, ("report_session", {"session_id": session_id})))
+    await store.cancel_rollouts([made.rollout_id])
+    assert [r.status for r in await waiting] == ["cancelled"]
+
+
+async def test_protocols_that_do_not_match_refuse_each_other(make_ray_store):
+    """Both sides name both versions."""
+    store = make_ray_store()
+    outcome, _ = await _exchange(store, "s", 1, _body(1))
+    assert outcome == wire.DONE
+    _, outcome, text, _ = await store.actor.exchange.remote((PROTOCOL + 1, "raystore 9"), "t", 1, 0, _body(1), {})
+    assert outcome == wire.REFUSED and f"protocol {PROTOCOL}" in text.decode()
+    import raystore.session
+
+    ours = raystore.session.CLIENT
+    raystore.session.CLIENT = (PROTOCOL + 1, "raystore 9.0")
+    try:
+        with pytest.raises(rs.ProtocolMismatchError, match=f"raystore 9.0.*protocol {PROTOCOL}"):
+            await store.enqueue_rollout("x")
+    finally:
+        raystore.session.CLIENT = ours
+        store.close()
+
+
+async def test_attempts_time_out_although_nobody_calls(make_ray_store):
+    """The store's own timer settles an attempt; the process that waits made no call meanwhile."""
+    store = make_ray_store()
+    rollout = await claim(store, timeout_seconds=0.3)
+    started = time.monotonic()
+    finished = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=10)
+    assert [r.status for r in finished] == ["failed"]
+    assert 0.2 < time.monotonic() - started < 3
+
+
+async def test_a_greedy_session_does_not_starve_the_others(make_ray_store):
+    """Small calls of another process go on while one process sends bulk."""
+    store = make_ray_store()
+
+    @ray.remote(num_cpus=0)
+    def greedy(handle):
+        bulk = rs.RayLightningStore(handle)
+        rollout = bulk.sync.start_rollout("x")
+        for part in range(10):
+            spans = [make_span(rollout, part * 500 + i, attributes={"t": "x" * 1000}) for i in range(500)]
+            bulk.sync.add_many_spans(spans)
+        return True
+
+    ref = greedy.remote(store.actor)
+    delays = []
+    while not ray.wait([ref], timeout=0)[0]:
+        started = time.monotonic()
+        await store.get_latest_resources()
+        delays.append(time.monotonic() - started)
+        await asyncio.sleep(0.005)
+    assert await ref
+    assert statistics.median(delays) < 0.25

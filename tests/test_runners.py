@@ -1,0 +1,297 @@
+"""The pool of runners, in process and on Ray: claims, spans, rewards, errors, deaths, shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+
+import pytest
+import ray
+
+import raystore as rs
+from raystore.types import RolloutConfig
+from tests.helpers import until
+
+
+@pytest.fixture(params=["memory", "ray"])
+def store(request):
+    """A store of either kind, on the system clock."""
+    return request.getfixturevalue(f"make_{request.param}_store")()
+
+
+async def run(store, agent, tasks, **options):
+    """Enqueue tasks, run them with a pool, and return them finished."""
+    made = [await store.enqueue_rollout(task) for task in tasks]
+    async with rs.RunnerPool(store, agent, size=options.pop("size", 2), **options):
+        return await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=40)
+
+
+async def test_an_agent_returns_a_reward_and_emits_spans(store):
+    """A number is the reward; spans nest, carry attributes, and are all there when the rollout has succeeded."""
+    await store.update_resources(
+        "prompts", {"p": rs.PromptTemplate(template="{x}!", engine="f-string")}, policy_version=7
+    )
+
+    def agent(task, ctx):
+        assert rs.current() is ctx and ctx.policy_version == 7
+        with ctx.span("outer", task=task) as outer, ctx.span("inner"):
+            outer.set("prompt", ctx.resources["p"].format(x=task))
+            outer.update({"nested": {"a": 1}, "numbers": [1, 2]})
+        return task / 10
+
+    finished = await run(store, agent, range(6))
+    assert [(r.status, r.reward) for r in finished] == [("succeeded", i / 10) for i in range(6)]
+    spans = await store.query_many_spans([r.rollout_id for r in finished])
+    for i, rollout in enumerate(finished):
+        inner, outer, reward = spans[rollout.rollout_id]
+        assert (outer.name, inner.name, reward.name) == ("outer", "inner", "agentlightning.annotation")
+        assert inner.parent_id == outer.span_id and outer.parent_id is None
+        assert outer.attributes == {"task": i, "prompt": f"{i}!", "nested": '{"a": 1}', "numbers": [1, 2]}
+        assert [s.sequence_id for s in (inner, outer, reward)] == [1, 2, 3]
+        attempt = await store.get_latest_attempt(rollout.rollout_id)
+        assert (attempt.outcome, attempt.policy_version) == ("ok", 7)
+        assert attempt.worker_id.startswith("runner-")
+
+
+async def test_async_agents_share_a_runner_without_mixing(store):
+    """Concurrent rollouts of one process keep their spans apart."""
+
+    async def agent(task, ctx):
+        with ctx.span(f"a{task}"):
+            await asyncio.sleep(0.05)
+            with rs.current().span(f"b{task}"):
+                await asyncio.sleep(0.05)
+        ctx.reward(task, length=3)
+
+    finished = await run(store, agent, range(8), size=1, concurrency=8)
+    assert [r.reward for r in finished] == list(range(8))
+    for i, rollout in enumerate(finished):
+        names = [s.name for s in await store.query_spans(rollout.rollout_id)]
+        assert names == [f"b{i}", f"a{i}", "agentlightning.annotation"]
+
+
+async def test_an_agent_class_has_one_instance_for_each_runner(store):
+    """setup once, called for each rollout, closed at the end."""
+
+    class Agent:
+        def setup(self):
+            self.calls = 0
+
+        def __call__(self, task, ctx):
+            self.calls += 1
+            return float(self.calls)
+
+        def close(self):
+            self.calls = -1
+
+    finished = await run(store, Agent, range(4), size=1)
+    assert sorted(r.reward for r in finished) == [1, 2, 3, 4]
+
+
+async def test_what_agents_raise(store):
+    """An exception fails its attempt with its traceback; Abort is delivered again, Drop never; the pool goes on."""
+
+    def agent(task, ctx):
+        with ctx.span("work"):
+            if task == "raise":
+                raise KeyError("gone wrong")
+            if task == "abort":
+                raise rs.Abort("sandbox down")
+            if task == "drop":
+                raise rs.Drop("too long")
+            if task == "nonsense":
+                return "a text"
+        return 1.0
+
+    finished = await run(store, agent, ["raise", "abort", "drop", "nonsense", "fine"], size=1)
+    assert [r.status for r in finished] == ["failed", "failed", "failed", "failed", "succeeded"]
+    attempts = [await store.query_attempts(r.rollout_id) for r in finished]
+    assert [[a.outcome for a in several] for several in attempts] == [
+        ["agent_error"], ["infra"] * 3, ["dropped"], ["agent_error"], ["ok"],
+    ]  # fmt: skip
+    assert "KeyError: 'gone wrong'" in attempts[0][0].error and "expected a number" in attempts[3][0].error
+    spans = await store.query_spans(finished[0].rollout_id)
+    assert spans[0].status.status_code == "ERROR" and spans[0].events[0].name == "exception"
+
+
+async def test_agents_that_fail_are_retried_by_configuration(store):
+    """A retry condition of the rollout works with the pool."""
+    config = RolloutConfig(max_attempts=3, retry_condition=["failed"])
+    made = await store.enqueue_rollout("x", config=config)
+
+    def agent(task, ctx):
+        if ctx.attempt.sequence_id < 3:
+            raise RuntimeError("not yet")
+        return 1.0
+
+    async with rs.RunnerPool(store, agent, size=2):
+        (finished,) = await store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=30)
+    assert (finished.status, finished.reward) == ("succeeded", 1.0)
+    assert len(await store.query_attempts(made.rollout_id)) == 3
+
+
+async def test_heartbeats_keep_a_blocking_agent_alive(store):
+    """A slow agent that blocks its thread is not taken for dead."""
+
+    def agent(task, ctx):
+        threading.Event().wait(1.5)
+        return 1.0
+
+    made = await store.enqueue_rollout("x", config=RolloutConfig(unresponsive_seconds=0.6))
+    async with rs.RunnerPool(store, agent, size=1):
+        (finished,) = await store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=30)
+        assert finished.status == "succeeded"
+        (worker,) = await store.query_workers()
+        assert worker.worker_id == "runner-0"
+
+
+async def test_cancelling_reaches_an_async_agent(store):
+    """The agent's task is cancelled, and its slot takes the next rollout."""
+
+    async def agent(task, ctx):
+        if task == "long":
+            await asyncio.sleep(100)
+        return 1.0
+
+    made = await store.enqueue_rollout("long")
+    async with rs.RunnerPool(store, agent, size=1):
+
+        async def is_running():
+            return (await store.get_rollout_by_id(made.rollout_id)).status == "preparing"
+
+        await until(is_running)
+        await store.cancel_rollouts([made.rollout_id])
+        short = await store.enqueue_rollout("short")
+        (finished,) = await store.wait_for_rollouts(rollout_ids=[short.rollout_id], timeout=20)
+        assert finished.status == "succeeded"
+    assert (await store.get_rollout_by_id(made.rollout_id)).status == "cancelled"
+
+
+async def test_closing_drains_what_runs(store):
+    """Leaving the pool lets a short rollout finish and claims nothing more."""
+
+    async def agent(task, ctx):
+        await asyncio.sleep(0.5)
+        return 1.0
+
+    made = [await store.enqueue_rollout(i) for i in range(5)]
+    pool = rs.RunnerPool(store, agent, size=1)
+    pool.start()
+
+    async def is_running():
+        return (await store.get_rollout_by_id(made[0].rollout_id)).status == "preparing"
+
+    await until(is_running)
+    await asyncio.to_thread(pool.stop)
+    statuses = [r.status for r in await store.query_rollouts()]
+    assert statuses[0] == "succeeded" and statuses[-1] == "queuing" and "preparing" not in statuses
+
+
+async def test_bad_arguments(store):
+    """A pool that cannot work is refused before anything starts."""
+    with pytest.raises(ValueError, match="size=0"):
+        rs.RunnerPool(store, lambda task, ctx: None, size=0)
+    with pytest.raises(ValueError, match="agent="):
+        rs.RunnerPool(store, "agent")
+
+
+async def test_a_killed_runner_is_replaced_and_its_work_done(make_ray_store):
+    """SIGKILL in mid-rollout: the attempt is lost, the rollout offered again at once, a new runner takes over."""
+    store = make_ray_store()
+
+    def agent(task, ctx):
+        if ctx.attempt.sequence_id == 1 and task == "deadly":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 1.0
+
+    deadly = await store.enqueue_rollout("deadly")
+    others = await store.enqueue_group("fine", 10)
+    async with rs.RunnerPool(store, agent, size=2) as pool:
+        ids = [deadly.rollout_id, *(r.rollout_id for r in others)]
+        finished = await store.wait_for_rollouts(rollout_ids=ids, timeout=40)
+        assert [r.status for r in finished] == ["succeeded"] * 11
+        lost, done = await store.query_attempts(deadly.rollout_id)
+        assert (lost.status, lost.outcome, done.outcome) == ("unresponsive", "runner_lost", "ok")
+
+        async def replaced():
+            return any("." in worker_id for worker_id in pool.worker_ids)
+
+        await until(replaced)
+
+
+async def test_a_rollout_that_always_kills_its_runner_fails(make_ray_store):
+    """It is found in at most 1 + max_deliveries losses, and its neighbours are not charged."""
+    store = make_ray_store(max_deliveries=2)
+
+    def agent(task, ctx):
+        if task == "deadly":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 1.0
+
+    deadly = await store.enqueue_rollout("deadly")
+    others = await store.enqueue_group("fine", 6)
+    async with rs.RunnerPool(store, agent, size=2, concurrency=2):
+        ids = [deadly.rollout_id, *(r.rollout_id for r in others)]
+        finished = await store.wait_for_rollouts(rollout_ids=ids, timeout=60)
+    assert [r.status for r in finished] == ["failed"] + ["succeeded"] * 6
+    attempts = await store.query_attempts(deadly.rollout_id)
+    assert {a.outcome for a in attempts} == {"runner_lost"} and 2 <= len(attempts) <= 3
+
+
+async def test_an_unpicklable_agent_is_named_before_any_actor_starts(make_ray_store):
+    """The error says what to do."""
+    store = make_ray_store()
+    lock = threading.Lock()
+
+    def agent(task, ctx):
+        with lock:
+            return 1.0
+
+    with pytest.raises(rs.AgentNotPicklableError, match="Agent agent cannot be pickled"):
+        rs.RunnerPool(store, agent)
+
+
+async def test_a_pool_that_cannot_be_scheduled_says_so(make_ray_store):
+    """What was asked for, and what the cluster has."""
+    store = make_ray_store()
+    pool = rs.RunnerPool(store, lambda task, ctx: 1.0, size=1, num_cpus=512, start_timeout=2)
+    with pytest.raises(rs.PoolStartError, match=r"1 runners, each .*512.*The cluster has: CPU"):
+        await asyncio.to_thread(pool.start)
+
+
+async def test_an_agent_that_cannot_be_set_up_stops_the_start(make_ray_store):
+    """The cause is in the error."""
+    store = make_ray_store()
+
+    class Agent:
+        def setup(self):
+            raise OSError("no model here")
+
+        def __call__(self, task, ctx):
+            return 1.0
+
+    with pytest.raises(rs.PoolStartError, match="no model here"):
+        async with rs.RunnerPool(store, Agent, size=1):
+            pass
+
+
+async def test_users_can_write_their_own_runner(make_ray_store):
+    """A user's actor wraps the handle; the pool is a convenience."""
+    store = make_ray_store()
+
+    @ray.remote(num_cpus=0)
+    class MyRunner:
+        def __init__(self, handle):
+            self.store = rs.RayLightningStore(handle)
+
+        async def run(self, n):
+            for _ in range(n):
+                rollout = await self.store.dequeue_rollout("mine", timeout=10)
+                await self.store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
+
+    made = await store.enqueue_group("x", 5)
+    await MyRunner.remote(store.actor).run.remote(5)
+    finished = await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=0)
+    assert len(finished) == 5
