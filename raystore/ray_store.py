@@ -35,7 +35,7 @@ from raystore.errors import (
 )
 from raystore.options import make_config, make_encoder
 from raystore.service import PROTOCOL
-from raystore.session import CLIENT, Session
+from raystore.session import CLIENT, Session, ray_connection
 from raystore.testing import Testing
 from raystore.types import NamedResources, ObjectResource, RolloutConfig, Span, StoreInfo
 
@@ -65,10 +65,16 @@ class _ActorTransport:
     def session(self) -> Session:
         """The session of this process; made at first use, and anew in a forked child."""
         session = self._session
-        if session is not None and self._pid == os.getpid():
+        if session is not None and self._pid == os.getpid() and session.failure is None:
             return session
         if self._closed:
             raise StoreClosedError(self._known["name"])
+        if session is not None and session.failure is not None:
+            if isinstance(session.failure, StoreClosedError) or ray_connection() in (None, session.connection):
+                return session  # which says why
+            self._handle = _find(self._known["name"], self._known["namespace"])  # Ray was started anew
+            if self._handle is None or _describe(self._handle)["store_id"] != self._known["store_id"]:
+                return session
         with _sessions_lock:
             pid = os.getpid()
             store_id = self._known["store_id"]

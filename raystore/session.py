@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import ray
+
 from raystore import __version__, wire
 from raystore.calls import Call
 from raystore.core.verbs import VERBS
@@ -89,6 +91,7 @@ class Session:
         self.store = store  # its name, for errors
         self.epoch = epoch
         self.call_bytes = call_bytes
+        self.connection = ray_connection()
         self.session_id = secrets.token_hex(8)
         self.users = 0
         self.on_notice: list[Callable[[str, str, str], None]] = []
@@ -198,9 +201,18 @@ class Session:
         self._under_way[batch.sequence] = batch
         return batch
 
+    def is_connected(self) -> bool:
+        """Whether Ray is what it was when the session began; a call would otherwise start a Ray of its own."""
+        if ray_connection() == self.connection:
+            return True
+        self.fail(StoreUnavailableError(self.store, "Ray has been shut down in this process since"))
+        return False
+
     def send(self, batch: Batch) -> None:
         """Send a batch, for the first time or again."""
         self.sent_at = time.monotonic()
+        if not self.is_connected():
+            return
         try:
             reference = self.handle.exchange.remote(
                 CLIENT, batch.session_id, batch.sequence, self._answered, batch.body, batch.refs
@@ -390,9 +402,11 @@ class Session:
         with self.lock:
             if self._listening or not self._listen_wanted or self.failure is not None:
                 return self._listening
-            self._listening = True
             tickets, self._tickets_to_acknowledge = self._tickets_to_acknowledge, []
             session_id = self.session_id
+        if not self.is_connected():
+            return False
+        self._listening = True
         try:
             reference = self.handle.listen.remote(CLIENT, session_id, tickets)
             reference.future().add_done_callback(lambda future: self._on_listened(session_id, tickets, future))
@@ -407,7 +421,8 @@ class Session:
             with self.lock:
                 self._listening = False
                 self._tickets_to_acknowledge = tickets + self._tickets_to_acknowledge
-            self.timer.listen_failed(error)
+            if not self._has_died(error):
+                self.timer.listen_failed()
             return
         with self.lock:
             self._listening = False
@@ -430,10 +445,7 @@ class Session:
 
     def _on_failure(self, batch: Batch, error: Exception) -> None:
         """A batch has no answer: it may have run. It is sent again with the same identity."""
-        import ray
-
-        if isinstance(error, ray.exceptions.ActorDiedError):
-            self.fail(StoreUnavailableError(self.store, f"its actor has died. {_first_line(error)}"))
+        if self._has_died(error):
             return
         now = time.monotonic()
         if batch.failing_since is None:
@@ -446,6 +458,12 @@ class Session:
         with self.lock:
             self.retries.append((now + min(0.1 + failing, 5.0) * (0.5 + secrets.randbelow(1000) / 1000), batch))
         self.timer.wake()
+
+    def _has_died(self, error: Exception) -> bool:
+        if isinstance(error, ray.exceptions.ActorDiedError):
+            self.fail(StoreUnavailableError(self.store, f"its actor has died. {_first_line(error)}"))
+            return True
+        return False
 
     def _give_up(self, batch: Batch, error: Exception) -> None:
         why = f"no answer for {RETRY_SECONDS:g} s. {_first_line(error)}"
@@ -531,6 +549,14 @@ class Session:
                 time.sleep(0.002)
             del farewell
         self.fail(StoreClosedError(self.store))
+
+
+def ray_connection() -> tuple[str, str] | None:
+    """What Ray is in this process: its cluster and our id there; None when it is not initialized."""
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.gcs_address, context.get_worker_id()
 
 
 def _first_line(error: Exception) -> str:

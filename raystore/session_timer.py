@@ -46,7 +46,7 @@ class SessionTimer:
         if self._asleep or self._thread is None:
             self.wake()
 
-    def listen_failed(self, error: Exception) -> None:
+    def listen_failed(self) -> None:
         """A listen call came back without an answer: not again for a moment."""
         self._no_listen_before = time.monotonic() + LISTEN_RETRY_SECONDS
         self.wake()

@@ -176,6 +176,37 @@ async def test_start_says_what_it_runs_with(make_ray_store, caplog):
     assert "eviction above 1000, down to 800" in caplog.text
 
 
+def test_a_client_outlives_a_restart_of_ray_in_its_process(tmp_path):
+    """After ray.shutdown() calls say so and start no Ray of their own; connected again, the client finds its store."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import ray, raystore as rs
+            from ray.cluster_utils import Cluster
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+            ray.init(address=cluster.address, logging_level="error")
+            store = rs.start(detached=True)
+            store.sync.enqueue_rollout("x")
+            ray.shutdown()
+            try:
+                store.sync.dequeue_rollout()
+            except rs.StoreUnavailableError as error:
+                print("error:", error)
+            assert not ray.is_initialized()
+            ray.init(address=cluster.address, logging_level="error")
+            print("claimed:", store.sync.dequeue_rollout().input)
+            rs.stop(store)
+            ray.shutdown()
+            cluster.shutdown()
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert "is unavailable: Ray has been shut down" in done.stdout and "claimed: x" in done.stdout
+
+
 def test_owned_store_dies_with_its_driver_and_leaves_nothing(tmp_path):
     """A script that ends without closing prints no traceback and leaves no process behind."""
     script = tmp_path / "script.py"
