@@ -40,8 +40,8 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
     entry.former = rollout.status
     if before is not None and rollout.status not in FINISHED:
         state.notify(entry, before.attempt_id, "superseded")
-        if before.status in ACTIVE:
-            state.put_attempt(entry, len(entry.attempts) - 1, before.evolve(outcome="superseded"))
+    if before is not None and before.status in ACTIVE:
+        state.put_attempt(entry, len(entry.attempts) - 1, before.evolve(outcome="superseded"))
     newest = state.resources.newest(rollout.resources_id)
     state.attempts_made += 1
     attempt = Attempt(

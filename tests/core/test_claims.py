@@ -1,0 +1,257 @@
+"""Claims, sessions, losses and suspects, decided without a process in sight."""
+
+from __future__ import annotations
+
+import pytest
+
+from raystore.core.state import CLAIM_SECONDS, SESSION_SILENCE_SECONDS
+from raystore.core.verbs import VERBS
+from raystore.errors import ClaimLostError
+
+
+def test_unacknowledged_claim_is_withdrawn_without_a_trace(core):
+    """The attempt never was: its number is used again, the place kept, nothing charged; the story keeps a line."""
+    session, other = core.open("a"), core.open("b")
+    first, second = core.enqueue("first"), core.enqueue("second")
+    (key,) = core.claim(session)
+    core.tick(CLAIM_SECONDS)
+    assert core.status(first) == "preparing"
+    core.tick(0.1)
+    assert (core.status(first), core.outcomes(first)) == ("queuing", [])
+    assert core.state.entries[first].deliveries == 0
+    got = core.claim(other, 2)
+    assert [rollout_id for rollout_id, _ in got] == [first]  # a suspect is handed out alone
+    assert core.state.entries[first].attempts[0].sequence_id == 1
+    core.acknowledge(other, got)
+    core.report(got[0], "succeeded", other)
+    assert [rollout_id for rollout_id, _ in core.claim(other)] == [second]
+    kinds = [change.kind for change in core.state.changes.of(first)]
+    assert kinds == ["enqueued", "claimed", "withdrawn", "claimed", "succeeded"]
+    assert key[1] != got[0][1]
+
+
+def test_withdrawn_worker_goes_back_to_idle(core):
+    """Its row no longer names the attempt."""
+    session = core.open("a")
+    core.enqueue()
+    core.claim(session, worker_id="w")
+    core.tick(CLAIM_SECONDS + 1)
+    worker = core.state.workers["w"]
+    assert (worker.status, worker.current_attempt_id) == ("idle", None)
+
+
+def test_late_acknowledgement_reinstates_if_nobody_has_it(core):
+    """The same attempt comes back, with its number."""
+    session = core.open("a")
+    rollout_id = core.enqueue()
+    keys = core.claim(session)
+    core.tick(CLAIM_SECONDS + 1)
+    assert core.acknowledge(session, keys) == []
+    assert core.status(rollout_id) == "preparing"
+    core.report(keys[0], "succeeded", session)
+    assert core.status(rollout_id) == "succeeded"
+
+
+def test_late_acknowledgement_of_a_taken_rollout_is_lost(core):
+    """It and every write of that attempt get ClaimLostError."""
+    session, other = core.open("a"), core.open("b")
+    rollout_id = core.enqueue()
+    keys = core.claim(session)
+    core.tick(CLAIM_SECONDS + 1)
+    core.hold(other)
+    assert core.acknowledge(session, keys) == keys
+    with pytest.raises(ClaimLostError, match=keys[0][1]):
+        core.report(keys[0], "succeeded", session)
+    assert core.status(rollout_id) == "preparing"
+
+
+def test_a_write_is_as_good_as_an_acknowledgement(core):
+    """An attempt that was written to is no longer a claim."""
+    session = core.open("a")
+    rollout_id = core.enqueue()
+    (key,) = core.claim(session)
+    core.report(key, "running", session)
+    core.tick(CLAIM_SECONDS + 1)
+    assert core.status(rollout_id) == "running"
+
+
+def test_declined_claim_goes_back_at_once_and_counts_for_nothing(core):
+    """Also just after its acknowledgement; the rollout is no suspect."""
+    session = core.open("a")
+    first = core.enqueue()
+    core.enqueue()
+    (key,) = core.claim(session)
+    assert core.decline(session, key)
+    (key,) = core.hold(session)
+    assert core.decline(session, key)
+    assert not core.state.entries[first].suspect
+    assert core.claim(session, 2)[0][0] == first
+    assert not core.decline(session, key)
+
+
+def test_a_claim_that_was_written_to_cannot_be_declined(core):
+    """It is work that somebody does."""
+    session = core.open("a")
+    core.enqueue()
+    (key,) = core.hold(session)
+    core.run("heartbeat", session=session, attempts_alive=[key])
+    assert not core.decline(session, key)
+
+
+def test_retry_that_is_declined_is_requeuing_again(core):
+    """A rollout gets back the status it had."""
+    session = core.open("a")
+    rollout_id = core.enqueue(config=[None, None, 2, ["failed"]])
+    (key,) = core.hold(session)
+    core.report(key, "failed", session)
+    (key,) = core.claim(session)
+    core.decline(session, key)
+    assert core.status(rollout_id) == "requeuing"
+
+
+def test_session_that_ends_gives_everything_back(core):
+    """Claims never were, attempts are lost; both stand at their old place, before what came later."""
+    session, other = core.open("a"), core.open("b")
+    held, claimed = core.enqueue("held"), core.enqueue("claimed")
+    core.hold(session)
+    core.claim(session)
+    core.enqueue("later")
+    core.end(session)
+    assert (core.status(held), core.outcomes(held)) == ("requeuing", ["runner_lost"])
+    assert (core.status(claimed), core.outcomes(claimed)) == ("queuing", [])
+    order = []
+    for _ in range(3):
+        ((rollout_id, attempt_id),) = core.hold(other)
+        order.append(core.state.entries[rollout_id].rollout.input)
+        core.report((rollout_id, attempt_id), "succeeded", other)
+    assert order == [b"held", b"claimed", b"later"]
+
+
+def test_session_that_is_not_heard_has_ended(core):
+    """Silence for a minute ends a session; its record answers late batches and goes in the end."""
+    session = core.open("a")
+    rollout_id = core.enqueue()
+    core.hold(session)
+    core.tick(SESSION_SILENCE_SECONDS - 1)
+    assert core.status(rollout_id) == "preparing"
+    core.tick(2)
+    assert core.status(rollout_id) == "requeuing" and session.ended_at is not None
+    core.tick(601)
+    assert "a" not in core.state.sessions
+
+
+def test_started_rollout_of_a_dead_process_goes_to_the_tail(core):
+    """It was never in the queue, so it has no old place."""
+    session, other = core.open("a"), core.open("b")
+    core.run("start_rollout", session=session, request={"input": b"s", "metadata": None}, worker_id=None)
+    queued = core.enqueue("q")
+    core.end(session)
+    assert core.status(queued) == "queuing"
+    got = core.hold(other)
+    assert core.state.entries[got[0][0]].rollout.input == b"s"  # a suspect, so it comes before anything else
+    assert len(core.state.queues) == 1
+
+
+def test_losses_alone_are_charged_and_neighbours_are_not(core):
+    """A rollout that kills its runner is found in 1 + max_deliveries losses; the one beside it goes on."""
+    deadly, innocent = core.enqueue("deadly"), core.enqueue("innocent")
+    first = core.open("s0")
+    core.hold(first, 2)
+    core.end(first)
+    losses = 1
+    number = 0
+    while core.status(deadly) != "failed":
+        number += 1
+        session = core.open(f"s{number}")
+        (key,) = core.hold(session)
+        if key[0] == innocent:
+            core.report(key, "succeeded", session)
+            continue
+        assert core.claim(session) == []  # it runs alone
+        core.end(session)
+        losses += 1
+    assert losses == 1 + core.state.settings.max_deliveries
+    assert core.status(innocent) == "succeeded" or core.state.entries[innocent].deliveries == 0
+    assert set(core.outcomes(deadly)) == {"runner_lost"}
+
+
+def test_a_busy_session_is_drained_for_a_suspect(core):
+    """While a suspect waits, one busy session takes nothing else, and the suspect when it is idle."""
+    busy, dying = core.open("busy"), core.open("dying")
+    core.enqueue("long")
+    (running,) = core.hold(busy)
+    suspect = core.enqueue("suspect")
+    core.hold(dying)
+    core.enqueue("other")
+    core.state.sessions["dying"].held[running] = None  # it had company
+    del core.state.sessions["dying"].held[running]
+    core.state.entries[suspect].suspect = True
+    core.end(dying)
+    assert core.status(suspect) == "requeuing"
+    assert core.claim(busy) == []
+    core.report(running, "succeeded", busy)
+    assert [rollout_id for rollout_id, _ in core.claim(busy)] == [suspect]
+
+
+def test_infra_is_delivered_again_up_to_the_limit(make_core):
+    """An agent that aborts does not use up attempts, only deliveries; a drop ends it."""
+    core = make_core(max_deliveries=2)
+    session = core.open("a")
+    rollout_id = core.enqueue(config=[None, None, 1, []])
+    (key,) = core.hold(session)
+    core.finish(key, "failed", "infra", session)
+    assert core.status(rollout_id) == "requeuing"
+    (key,) = core.hold(session)
+    core.finish(key, "failed", "infra", session)
+    assert (core.status(rollout_id), core.outcomes(rollout_id)) == ("failed", ["infra", "infra"])
+    dropped = core.enqueue(config=[None, None, 5, ["failed"]])
+    (key,) = core.hold(session)
+    core.finish(key, "failed", "dropped", session)
+    assert (core.status(dropped), core.outcomes(dropped)) == ("failed", ["dropped"])
+
+
+def test_lost_attempts_do_not_use_up_max_attempts(core):
+    """`max_attempts` counts charged attempts only."""
+    rollout_id = core.enqueue(config=[None, None, 2, ["failed"]])
+    dying = core.open("dying")
+    core.hold(dying)
+    core.end(dying)
+    session = core.open("a")
+    for expected in ("requeuing", "failed"):
+        (key,) = core.hold(session)
+        core.report(key, "failed", session)
+        assert core.status(rollout_id) == expected
+
+
+def test_a_report_from_another_session_moves_the_attempt_only_with_a_worker_id(core):
+    """Spans and statuses from elsewhere do not make a holder; naming a worker does."""
+    runner, proxy = core.open("runner"), core.open("proxy")
+    rollout_id = core.enqueue()
+    (key,) = core.hold(runner)
+    core.report(key, "running", proxy)
+    core.end(proxy)
+    assert core.status(rollout_id) == "running"
+    core.run("update_attempt", session=(new := core.open("new")), rollout_id=key[0], attempt_id=key[1],
+             changes={"worker_id": "w"})  # fmt: skip
+    core.end(runner)
+    assert core.status(rollout_id) == "running"
+    core.end(new)
+    assert core.status(rollout_id) == "requeuing"
+
+
+def test_superseded_holder_is_told(core):
+    """Notices reach the session that holds the attempt: superseded, cancelled, timed out."""
+    runner, other = core.open("runner"), core.open("other")
+    rollout_id = core.enqueue(config=[5.0, None, 2, ["timeout"]])
+    core.hold(runner)
+    core.tick(6)
+    core.hold(other)
+    core.run("cancel_rollouts", rollout_ids=[rollout_id], group_id=None, tags=None)
+    assert [notice[0] for notice in runner.notices] == ["timeout", "superseded"]
+    assert [notice[0] for notice in other.notices] == ["cancelled"]
+
+
+def test_every_verb_checks_its_arguments():
+    """A peer's nonsense is refused before it can fail inside the core."""
+    for name, verb in VERBS.items():
+        assert not verb.accepts({"nonsense": 1}) or name.startswith("query_"), name

@@ -1,0 +1,64 @@
+"""The tables: every status known, every edge as documented."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from raystore import types
+from raystore.core import lifecycle
+from raystore.core.records import Config
+
+
+def test_statuses_are_those_of_the_public_types():
+    """The tables and the types name the same words."""
+    assert types.RolloutStatus.__args__ == lifecycle.ROLLOUT_STATUSES
+    assert types.AttemptStatus.__args__ == lifecycle.ATTEMPT_STATUSES
+    assert lifecycle.WORKER_STATUSES[:2] == types.WorkerStatus.__args__[:2]
+    assert set(lifecycle.OUTCOMES) == set(types.Outcome.__args__)
+    assert types.RolloutMode.__args__ == lifecycle.MODES
+
+
+def test_events_lead_to_known_statuses_and_never_leave_a_settled_one():
+    """Only a span may bring an unresponsive attempt back."""
+    for (status, event), after in lifecycle.ATTEMPT.items():
+        assert status in lifecycle.ATTEMPT_STATUSES and after in lifecycle.ATTEMPT_STATUSES
+        assert status not in lifecycle.SETTLED or (status, event) == ("unresponsive", lifecycle.SPAN)
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "charged", "left", "expected"),
+    [
+        ("preparing", None, 1, True, "preparing"),
+        ("running", None, 1, True, "running"),
+        ("succeeded", "ok", 9, False, "succeeded"),
+        ("failed", "agent_error", 1, True, "requeuing"),
+        ("failed", "agent_error", 2, True, "failed"),
+        ("timeout", "timeout", 1, True, "failed"),
+        ("unresponsive", "unresponsive", 1, True, "failed"),
+        ("unresponsive", "runner_lost", 5, True, "requeuing"),
+        ("unresponsive", "runner_lost", 1, False, "failed"),
+        ("failed", "infra", 5, True, "requeuing"),
+        ("failed", "infra", 1, False, "failed"),
+        ("failed", "dropped", 1, True, "failed"),
+        ("failed", "cancelled", 1, True, "cancelled"),
+    ],
+)
+def test_rollout_after(status, outcome, charged, left, expected):
+    """Which status follows from the latest attempt, with two attempts and a retry of failures."""
+    config = Config(max_attempts=2, retry_condition=("failed",))
+    assert lifecycle.rollout_after(status, outcome, config, charged=charged, deliveries_left=left) == expected
+
+
+def test_rollout_after_an_unknown_status():
+    """An attempt status that does not exist is an error, not a guess."""
+    with pytest.raises(ValueError, match="Invalid attempt status: queuing"):
+        lifecycle.rollout_after("queuing", None, Config(), charged=1, deliveries_left=True)
+
+
+def test_every_event_has_an_answer_for_every_status():
+    """What is not listed stays as it is."""
+    events = {event for _, event in lifecycle.ATTEMPT}
+    for status, event in product(lifecycle.ATTEMPT_STATUSES, events):
+        assert lifecycle.attempt_after(status, event) in lifecycle.ATTEMPT_STATUSES

@@ -1,0 +1,293 @@
+"""The core against a small reference model, under any sequence of operations (hypothesis).
+
+The model knows the rules as prose states them, keeps everything in plain lists and scans; after each step both must
+show the same, and every invariant of the core must hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
+
+from raystore.core.check import check
+from tests.core.conftest import Core
+
+ACTIVE = ("preparing", "running")
+QUEUED = ("queuing", "requeuing")
+FINISHED = ("failed", "succeeded", "cancelled")
+
+
+@dataclass
+class ModelAttempt:
+    id: str
+    status: str
+    start: float
+    beat: float | None = None
+    superseded: bool = False
+
+
+@dataclass
+class ModelRollout:
+    id: str
+    priority: int
+    timeout: float | None
+    silence: float | None
+    max_attempts: int
+    retry: list[str]
+    status: str = "queuing"
+    place: tuple[int, int] = (0, 0)
+    former: str = "queuing"
+    attempts: list[ModelAttempt] = field(default_factory=list)
+
+
+class Model:
+    """What the contract says, the slow way."""
+
+    def __init__(self) -> None:
+        self.rollouts: dict[str, ModelRollout] = {}
+        self.arrivals = 0
+        self.completions: list[str] = []
+
+    def queue(self) -> list[str]:
+        waiting = [r for r in self.rollouts.values() if r.status in QUEUED]
+        return [r.id for r in sorted(waiting, key=lambda r: r.place)]
+
+    def to_tail(self, rollout: ModelRollout) -> None:
+        self.arrivals += 1
+        rollout.place = (-rollout.priority, self.arrivals)
+
+    def move(self, rollout: ModelRollout, status: str) -> None:
+        if status in QUEUED and rollout.status not in QUEUED:
+            self.to_tail(rollout)
+        if rollout.id in self.completions and (status in FINISHED or rollout.status in FINISHED):
+            self.completions.remove(rollout.id)
+        if status in FINISHED:
+            self.completions.append(rollout.id)
+        rollout.status = status
+
+    def follow(self, rollout: ModelRollout) -> None:
+        if rollout.status == "cancelled":
+            return
+        status = rollout.attempts[-1].status
+        if status in ("failed", "timeout", "unresponsive"):
+            again = status in rollout.retry and len(rollout.attempts) < rollout.max_attempts
+            status = "requeuing" if again else "failed"
+        if status != rollout.status:
+            self.move(rollout, status)
+
+    def advance(self, now: float) -> None:
+        for rollout in self.rollouts.values():
+            attempt = rollout.attempts[-1] if rollout.attempts else None
+            if rollout.status not in ACTIVE or attempt is None or attempt.status not in ACTIVE:
+                continue
+            beat = attempt.start if attempt.beat is None else attempt.beat
+            if rollout.timeout is not None and now - attempt.start > rollout.timeout:
+                attempt.status = "timeout"
+            elif rollout.silence is not None and now - beat > rollout.silence:
+                attempt.status = "unresponsive"
+            else:
+                continue
+            self.follow(rollout)
+
+
+class Machine(RuleBasedStateMachine):
+    """Operations on both, and what must be equal."""
+
+    attempts = Bundle("attempts")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = Core()
+        self.model = Model()
+        self.session = self.core.open("s")
+        self.session.eternal = True
+
+    def _catch_up(self) -> None:
+        """Every operation sees what has become due before it."""
+        self.model.advance(self.core.now)
+
+    def _known(self, key: tuple[str, str]) -> ModelAttempt | None:
+        rollout = self.model.rollouts.get(key[0])
+        return next((a for a in rollout.attempts if a.id == key[1]), None) if rollout else None
+
+    def _pick(self, number: int) -> ModelRollout | None:
+        everything = list(self.model.rollouts.values())
+        return everything[number % len(everything)] if everything else None
+
+    def _begin(self, rollout: ModelRollout, attempt_id: str) -> tuple[str, str]:
+        rollout.attempts.append(ModelAttempt(attempt_id, "preparing", self.core.now))
+        rollout.former = rollout.status
+        self.model.move(rollout, "preparing")
+        return rollout.id, attempt_id
+
+    @rule(
+        priority=st.integers(-1, 1),
+        timeout=st.sampled_from([None, 5.0, 20.0]),
+        silence=st.sampled_from([None, 3.0]),
+        max_attempts=st.integers(1, 3),
+        retry=st.lists(st.sampled_from(["failed", "timeout", "unresponsive"]), unique=True),
+    )
+    def enqueue(self, priority, timeout, silence, max_attempts, retry):
+        self._catch_up()
+        rollout_id = self.core.enqueue(priority=priority, config=[timeout, silence, max_attempts, retry])
+        rollout = ModelRollout(rollout_id, priority, timeout, silence, max_attempts, retry)
+        self.model.rollouts[rollout_id] = rollout
+        self.model.to_tail(rollout)
+
+    @rule(target=attempts, limit=st.integers(1, 3), acknowledge=st.booleans())
+    def claim(self, limit, acknowledge):
+        self._catch_up()
+        expected = self.model.queue()[:limit]
+        keys = self.core.claim(self.session, limit)
+        assert [rollout_id for rollout_id, _ in keys] == expected
+        for rollout_id, attempt_id in keys:
+            self._begin(self.model.rollouts[rollout_id], attempt_id)
+        if acknowledge:
+            self.core.acknowledge(self.session, keys)
+            return multiple(*keys)
+        for key in reversed(keys):
+            assert self.core.decline(self.session, key)
+            rollout = self.model.rollouts[key[0]]
+            rollout.attempts.pop()
+            rollout.status = rollout.former
+        return multiple()
+
+    @rule(target=attempts, number=st.integers(0, 99))
+    def start_attempt(self, number):
+        self._catch_up()
+        rollout = self._pick(number)
+        if rollout is None:
+            return multiple()
+        _, attempt = self.core.run("start_attempt", session=self.session, rollout_id=rollout.id, worker_id=None)
+        return self._begin(rollout, attempt.attempt_id)
+
+    @rule(
+        key=attempts, status=st.sampled_from(["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"])
+    )
+    def report(self, key, status):
+        attempt = self._known(key)
+        if attempt is None:
+            return
+        self._catch_up()
+        self.core.report(key, status, self.session)
+        attempt.status = status
+        rollout = self.model.rollouts[key[0]]
+        if rollout.attempts[-1] is attempt:
+            self.model.follow(rollout)
+
+    @rule(key=attempts)
+    def span(self, key):
+        attempt = self._known(key)
+        if attempt is None:
+            return
+        self._catch_up()
+        row = [*key, -1, f"s{self.core.seed}", "t", None, "n", None, None, None, b"\x01", -1]
+        self.core.run("add_spans", session=self.session, rollout_id=key[0], attempt_id=key[1], spans=[row])
+        attempt.beat = self.core.now
+        if attempt.status in ("preparing", "unresponsive"):
+            attempt.status = "running"
+        rollout = self.model.rollouts[key[0]]
+        waits = rollout.status in (*QUEUED, "preparing")
+        if rollout.attempts[-1] is attempt and attempt.status == "running" and waits:
+            self.model.move(rollout, "running")
+
+    @rule(number=st.integers(0, 99), status=st.sampled_from([*QUEUED, *ACTIVE, *FINISHED]))
+    def update_rollout(self, number, status):
+        self._catch_up()
+        rollout = self._pick(number)
+        if rollout is not None:
+            self.core.run("update_rollout", rollout_id=rollout.id, changes={"status": status})
+            self.model.move(rollout, status)
+
+    @rule(number=st.integers(0, 99))
+    def cancel(self, number):
+        self._catch_up()
+        rollout = self._pick(number)
+        if rollout is None:
+            return
+        self.core.run("cancel_rollouts", rollout_ids=[rollout.id], group_id=None, tags=None)
+        if rollout.status in FINISHED:
+            return
+        if rollout.status in ACTIVE and rollout.attempts and rollout.attempts[-1].status in ACTIVE:
+            rollout.attempts[-1].status = "failed"
+        self.model.move(rollout, "cancelled")
+
+    @rule(number=st.integers(0, 99))
+    def delete(self, number):
+        self._catch_up()
+        rollout = self._pick(number)
+        if rollout is not None:
+            self.core.run("delete_rollouts", rollout_ids=[rollout.id])
+            del self.model.rollouts[rollout.id]
+            if rollout.id in self.model.completions:
+                self.model.completions.remove(rollout.id)
+
+    @rule(seconds=st.sampled_from([0.5, 2.0, 4.0, 30.0]))
+    def tick(self, seconds):
+        # Several deadlines within one tick would be worked off in their own order: the model knows only "all at once".
+        due = {r.id for r in self.model.rollouts.values()}
+        self.core.tick(seconds)
+        before = self.model.queue(), list(self.model.completions)
+        self.model.advance(self.core.now)
+        if len(due) > 1:
+            self._adopt_order(before)
+
+    def _adopt_order(self, before):
+        """Take over the core's order among those that became due in the same tick."""
+        new = [i for i in self.model.queue() if i not in before[0]]
+        orders = sorted(self.model.rollouts[i].place for i in new)
+        core_new = sorted(new, key=lambda i: self.core.state.entries[i].order)
+        by_priority = {}
+        for place in orders:
+            by_priority.setdefault(place[0], []).append(place)
+        for rollout_id in core_new:
+            rollout = self.model.rollouts[rollout_id]
+            rollout.place = by_priority[-rollout.priority].pop(0)
+        ended = set(self.model.completions) - set(before[1])
+        order = list(self.core.state.completions.oldest_first())
+        self.model.completions.sort(key=lambda i: order.index(i) if i in ended else -1)
+
+    @invariant()
+    def same(self):
+        entries = self.core.state.entries
+        assert {i: e.rollout.status for i, e in entries.items()} == {
+            i: r.status for i, r in self.model.rollouts.items()
+        }
+        for rollout in self.model.rollouts.values():
+            shown = [(a.attempt_id, a.status) for a in entries[rollout.id].attempts]
+            assert shown == [(a.id, a.status) for a in rollout.attempts]
+        queue = self.core.state.queues
+        assert sorted(queue, key=lambda i: entries[i].order) == self.model.queue()
+        assert list(self.core.state.completions.oldest_first()) == self.model.completions
+
+    @invariant()
+    def sound(self):
+        check(self.core.state)
+
+
+def run(examples: int, steps: int) -> None:
+    """Run the machine for up to `examples` times `steps` operations."""
+    options = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(Machine, settings=options)
+
+
+def test_core_and_model_agree():
+    """The short form: about 4,000 steps."""
+    run(examples=80, steps=50)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_core_and_model_agree_for_long():
+    """100,000 steps."""
+    run(examples=1000, steps=100)

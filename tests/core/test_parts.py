@@ -1,0 +1,127 @@
+"""The small parts: queues, deadlines, changes, completions, step ids, pauses, eviction at scale."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from raystore.core import watchdog
+from raystore.core.changes import ChangeFeed, CompletionLog
+from raystore.core.deadlines import Deadlines
+from raystore.core.queues import Queues
+from raystore.core.state import Step
+from raystore.errors import CursorTooOldError
+
+
+def test_queue_keeps_places_through_any_traffic():
+    """Against a sorted list: put, discard, put back at the old place."""
+    rng, queues, model = random.Random(1), Queues(), {}
+    orders = {}
+    for number in range(3000):
+        name = f"r{rng.randrange(200)}"
+        if name in model:
+            assert queues.discard(name)
+            del model[name]
+        else:
+            order = orders.get(name) if rng.random() < 0.5 else None
+            order = order or queues.tail(rng.randrange(3))
+            orders[name] = model[name] = order
+            queues.put("q", name, order)
+        expected = min(model, key=model.get) if model else None
+        assert queues.head("q") == expected and queues.length("q") == len(model)
+        if number % 500 == 0:
+            queues.check()
+
+
+def test_deadlines_fire_strictly_after_and_only_when_really_due():
+    """What moved later is met again; what moved earlier is met in time."""
+    due = {"a": 5.0, "b": 7.0}
+    deadlines = Deadlines(due.get)
+    for key in due:
+        deadlines.guard(key)
+    assert list(deadlines.due(5.0, 10)) == []
+    due["a"] = 9.0
+    assert list(deadlines.due(6.0, 10)) == [] and deadlines.next() == 7.0
+    due["b"] = 6.0
+    deadlines.guard("b")
+    assert list(deadlines.due(6.5, 10)) == ["b"]
+    del due["a"]
+    assert deadlines.next() is None
+
+
+def test_change_feed_is_bounded_and_resumes():
+    """Cursors are sequence numbers; too old a one is told the oldest."""
+    feed = ChangeFeed(length=3)
+    for number in range(5):
+        feed.append(float(number), "k" if number % 2 else "j")
+    assert [c.sequence for c in feed.after(None, None, 10)[0]] == [3, 4, 5]
+    assert feed.after(2, None, 2)[1] == 4
+    assert [c.sequence for c in feed.after(2, frozenset({"k"}), 10)[0]] == [4]
+    with pytest.raises(CursorTooOldError) as caught:
+        feed.after(1, None, 1)
+    assert caught.value.oldest == 3
+    assert feed.after(5, None, 1) == ([], 5)
+
+
+def test_completion_log_stays_small():
+    """Entries without meaning are dropped, order is kept."""
+    log = CompletionLog()
+    for number in range(1000):
+        log.append(f"r{number % 10}")
+    assert [rollout_id for _, rollout_id in log.after(None)] == [f"r{n}" for n in range(10)]
+    assert len(log._ids) < 100
+    log.discard("r3")
+    assert "r3" not in log and len(log) == 9
+
+
+def test_ids_follow_from_the_seed():
+    """A step that is replayed mints the same ids, in the contract's formats."""
+    first, again, other = (Step(0.0, seed=seed) for seed in (7, 7, 8))
+    ids = [first.mint("ro-", 12), first.mint("at-", 8)]
+    assert ids == [again.mint("ro-", 12), again.mint("at-", 8)]
+    assert other.mint("ro-", 12) != ids[0]
+    assert [len(i) for i in ids] == [15, 11]
+
+
+def test_a_pause_moves_deadlines_claims_and_sessions(core):
+    """Time in which the store stood still counts for nobody."""
+    session = core.open("a")
+    timed = core.enqueue(config=[10.0, None, 1, []])
+    core.hold(session)
+    waiting = core.enqueue()
+    core.claim(session)
+    core.tick(4)
+    core.now += 100
+    watchdog.pause(core.state, core.step(), 100)
+    core.tick(0.5)
+    assert core.status(timed) == "preparing" and core.status(waiting) == "preparing" and session.ended_at is None
+    core.tick(1)
+    assert core.status(waiting) == "queuing"
+    core.tick(5)
+    assert core.status(timed) == "failed"
+
+
+def test_refused_verbs_change_nothing(core):
+    """A verb is one step: all of it happens, or it raises and nothing did."""
+    core.enqueue("a", rollout_id="mine")
+    before = core.state.rollouts_made
+    other = {"input": b"\x01b", "metadata": None, "rollout_id": "mine", "mode": "val"}
+    with pytest.raises(ValueError):
+        core.run("enqueue", requests=[{"input": b"n", "metadata": None}, other])
+    assert core.state.rollouts_made == before and len(core.state.queues) == 1
+
+
+def test_eviction_does_not_sort_everything(make_core):
+    """A pass costs what it evicts: the next pass finds the next oldest."""
+    core = make_core(eviction_bytes=50_000, safe_bytes=40_000, spans_only=True)
+    session = core.open("a")
+    ids = [core.enqueue() for _ in range(200)]
+    for rollout_id in ids:
+        (key,) = core.hold(session)
+        row = [rollout_id, key[1], 1, "s", "t", None, "n", None, None, None, b"x", 1000]
+        core.run("add_spans", session=session, rollout_id=rollout_id, attempt_id=key[1], spans=[row])
+        core.report(key, "succeeded", session)
+    kept = [rollout_id for rollout_id in ids if core.state.spans.has(rollout_id)]
+    assert kept == ids[-len(kept) :] and 40 <= len(kept) <= 50
+    assert core.state.spans.evicted == set(ids) - set(kept)
