@@ -20,6 +20,7 @@ from typing import Any
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
 from raystore.core import check, claims, eviction, verbs, watchdog
+from raystore.core.resources import OBJECT_IDS_WARNED
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.verbs import VERBS
 from raystore.errors import InvalidValueError, StoreClosedError, StoreCorruptError, StoreError
@@ -266,6 +267,7 @@ class Service:
             waiter.arguments["cursor"] = cursor
             if changes:
                 self._answer(waiter, (changes, cursor))
+        self._warn_about_objects()
         noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
             self.on_notice(session_id)
@@ -315,6 +317,15 @@ class Service:
             for rollout, attempt, _ in value:
                 key = (rollout.rollout_id, attempt.attempt_id)
                 claims.take_back(self.state, step, session, key, why="declined")
+
+    def _warn_about_objects(self) -> None:
+        if self.state.resources.object_ids > OBJECT_IDS_WARNED and not self._warned_objects:
+            self._warned_objects = True
+            logger.warning(
+                "%d resources ids hold objects, and none of them is freed while its id stays. Publish new weights with "
+                "update_resources() under one id, or start the store with keep_resources=N",
+                self.state.resources.object_ids,
+            )
 
     def _evict(self, writing: str | None) -> None:
         if self.state.total_bytes <= self.state.settings.eviction_bytes and not self.state.memory_full:

@@ -1,0 +1,285 @@
+"""The service and the in-memory store: several loops and threads, the timer, the clock, failure of the core."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+
+import pytest
+
+import raystore as rs
+from raystore.clock import Clock, ThreadAlarm
+from raystore.config import StoreConfig
+from raystore.core import watchdog
+from raystore.core.verbs import VERBS, Verb
+from raystore.service import Service
+from raystore.types import RolloutConfig
+from tests.helpers import claim, make_span, until
+
+
+def test_several_loops_and_threads_use_one_store(make_memory_store):
+    """What the reference's loop-aware lock and threaded wrapper were for: 8 threads, each with loops of its own."""
+    store = make_memory_store()
+    failures = []
+
+    async def work(number):
+        for i in range(10):
+            rollout = await store.enqueue_rollout((number, i))
+            claimed = await store.dequeue_rollout(f"w{number}")
+            spans = [store.add_span(make_span(claimed, n)) for n in range(1, 6)]
+            await asyncio.gather(*spans)
+            await store.update_attempt(claimed.rollout_id, "latest", status="succeeded")
+            await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=20)
+
+    def thread(number):
+        try:
+            for _ in range(3):
+                asyncio.run(work(number))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=thread, args=[n]) for n in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert failures == []
+    found = store.sync.statistics()
+    assert (found["rollouts_by_status"], found["total_spans"]) == ({"succeeded": 240}, 1200)
+
+
+def test_no_lock_is_held_across_an_await(make_memory_store):
+    """Overlapping coroutines of one loop, one of them waiting, do not lock each other out."""
+    store = make_memory_store()
+
+    async def main():
+        waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=20))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(store.sync.enqueue_rollout, "x")
+        return await waiting
+
+    assert asyncio.run(main()).input == "x"
+
+
+def test_waiters_on_different_loops_are_woken_by_one_change(make_memory_store):
+    """A completion in one thread wakes waiting coroutines of others at once."""
+    store = make_memory_store()
+    rollout = store.sync.enqueue_rollout("x")
+    woken = []
+
+    def wait():
+        async def one():
+            await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=20)
+            woken.append(time.monotonic())
+
+        asyncio.run(one())
+
+    threads = [threading.Thread(target=wait) for _ in range(5)]
+    for t in threads:
+        t.start()
+    while store.sync.statistics()["waiters"] < 5:
+        time.sleep(0.001)
+    finished = time.monotonic()
+    store.sync.cancel_rollouts([rollout.rollout_id])
+    for t in threads:
+        t.join()
+    assert max(woken) - finished < 1.0
+
+
+async def test_attempts_time_out_although_nobody_calls(make_memory_store):
+    """The store's own timer settles an attempt: the waiter makes no call while it waits."""
+    store = make_memory_store()
+    rollout = await claim(store, timeout_seconds=0.2)
+    (finished,) = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=10)
+    assert finished.status == "failed"
+    silent = await claim(store, unresponsive_seconds=0.2)
+    (finished,) = await store.wait_for_rollouts(rollout_ids=[silent.rollout_id], timeout=10)
+    assert (await store.get_latest_attempt(silent.rollout_id)).status == "unresponsive"
+
+
+async def test_a_jump_of_the_wall_clock_changes_nothing_but_stamps(make_memory_store, monkeypatch):
+    """An hour forward or back: nothing times out, nothing lives longer, time goes on."""
+    store = make_memory_store()
+    rollout = await claim(store, timeout_seconds=1.0)
+    real = time.time
+    for jump in (3600, -3600):
+        monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
+        assert (await store.get_rollout_by_id(rollout.rollout_id)).status == "preparing"
+    (finished,) = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=10)
+    assert finished.status == "failed"
+    assert 0.9 < finished.end_time - rollout.attempt.start_time < 5
+
+
+def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch):
+    """A process that was stopped (SIGSTOP, frozen machine) finds its deadlines moved by as long, and says so."""
+    moment = [1000.0]
+    monkeypatch.setattr(Clock, "now", lambda self: moment[0])
+
+    class Silent:
+        """An alarm that does not ring by itself: the process is stopped."""
+
+        def __init__(self, ring):
+            self.ring = ring
+
+        def set(self, seconds):
+            self.seconds = seconds
+
+        def close(self):
+            self.seconds = None
+
+    service = Service(StoreConfig(), capacity_bytes=10**9, alarm=Silent)
+    session = service.open_session("a", eternal=True)
+
+    def call(verb, **arguments):
+        return service.call(session, 0, verb, arguments, lambda value: False)
+
+    request = {"input": b"\x01\xc0", "metadata": None, "config": [10.0, None, 1, []]}
+    rollout, _ = call("start_rollout", request=request, worker_id=None)
+    moment[0] += 300
+    assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "preparing"
+    assert any(change.kind == "paused" for change in call("changes", cursor=None, kinds=None, limit=10, timeout=0)[0])
+    moment[0] += 0.5
+    assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "failed"
+
+
+async def test_a_failing_core_takes_no_more_writes(make_memory_store, monkeypatch, caplog):
+    """An unexpected exception inside the core: reads go on, writes raise with story and traceback."""
+    with rs.InMemoryLightningStore() as store:
+        rollout = await store.enqueue_rollout("x")
+
+        def broken(state, step, *, rollout_id, changes):
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setitem(VERBS, "update_rollout", Verb(broken))
+        with (
+            caplog.at_level(logging.CRITICAL),
+            pytest.raises(rs.StoreCorruptError, match="ZeroDivisionError: a bug") as e,
+        ):
+            await store.update_rollout(rollout.rollout_id, status="failed")
+        assert "enqueued" in str(e.value)
+        with pytest.raises(rs.StoreCorruptError):
+            await store.enqueue_rollout("y")
+        assert (await store.get_rollout_by_id(rollout.rollout_id)).status == "queuing"
+
+
+async def test_close_answers_those_who_wait(make_memory_store):
+    """Waiting calls are answered with what there is; later ones raise."""
+    store = make_memory_store()
+    rollout = await store.enqueue_rollout("x")
+    waiting = asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=[rollout.rollout_id]))
+    empty = asyncio.ensure_future(store.dequeue_rollout(timeout=50, queues=["other"]))
+    await asyncio.sleep(0)
+    store.close()
+    assert (await waiting, await empty) == ([], None)
+    with pytest.raises(rs.StoreClosedError):
+        await store.enqueue_rollout("y")
+
+
+async def test_a_blocked_loop_and_its_claim(make_memory_store):
+    """A claim handed to a loop that is blocked for too long goes to another; the blocked caller gets the next one."""
+    store = make_memory_store()
+    got = []
+
+    def run():
+        async def block():
+            waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=30))
+            await asyncio.sleep(0.1)
+            time.sleep(6.5)  # noqa: ASYNC251 - the answer comes meanwhile
+            got.append(await waiting)
+
+        asyncio.run(block())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    await asyncio.sleep(0.3)
+    first = await store.enqueue_rollout("first")
+    claimed = await store.dequeue_rollout(timeout=10)
+    assert (claimed.rollout_id, claimed.attempt.sequence_id) == (first.rollout_id, 1)
+    second = await store.enqueue_rollout("second")
+    await asyncio.to_thread(thread.join)
+    assert [r.rollout_id for r in got] == [second.rollout_id]
+
+
+async def test_a_closed_loop_and_its_claim(make_memory_store):
+    """Work for a loop that has ended goes to the next who waits."""
+    store = make_memory_store()
+
+    def run():
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(store.dequeue_rollout(timeout=30))
+        loop.run_until_complete(asyncio.sleep(0.05))
+        loop.close()
+        return task
+
+    abandoned = await asyncio.to_thread(run)
+    made = await store.enqueue_rollout("x")
+    assert (await store.dequeue_rollout(timeout=5)).rollout_id == made.rollout_id
+    abandoned.get_coro().close()
+
+
+async def test_eviction_is_logged_and_unread_rollouts_warn(make_memory_store, caplog):
+    """One line for each pass with counts, bytes and duration; a WARNING if nobody had read what goes."""
+    store = make_memory_store(eviction_memory_threshold=3, safe_memory_threshold=1, span_size_estimator=lambda span: 1)
+    with caplog.at_level(logging.INFO, "raystore.store"):
+        for number in range(4):
+            rollout = await claim(store)
+            await store.add_span(make_span(rollout, number))
+            await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
+    records = [record for record in caplog.records if record.name == "raystore.store"]
+    assert [record.levelname for record in records] == ["WARNING"]
+    assert "Evicted 3 spans (3 bytes) of 3 rollouts in" in records[0].getMessage()
+
+
+async def test_many_ids_that_hold_objects_warn_once(make_memory_store, caplog):
+    """More than 16 ids with objects are likely a leak; the warning names what to use instead."""
+    store = make_memory_store()
+    with caplog.at_level(logging.WARNING, "raystore.store"):
+        for _ in range(20):
+            await store.add_resources({"w": rs.ObjectResource(value=1)})
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "update_resources" in record.getMessage() and "keep_resources" in record.getMessage()
+
+
+def test_the_alarm_rings_once_and_can_be_moved():
+    """Later or earlier than first said; not after it is closed."""
+    rung = threading.Event()
+    alarm = ThreadAlarm(rung.set)
+    alarm.set(30)
+    alarm.set(0.05)
+    assert rung.wait(5)
+    rung.clear()
+    alarm.set(0.05)
+    alarm.set(None)
+    assert not rung.wait(0.3)
+    alarm.set(0.2)
+    alarm.close()
+    assert not rung.wait(0.5)
+
+
+async def test_a_due_timer_costs_nothing_when_nothing_is_due(make_memory_store):
+    """Deadlines that moved later are met once, not again and again."""
+    store = make_memory_store()
+    rollout = await claim(store, unresponsive_seconds=0.5)
+    for _ in range(4):
+        await asyncio.sleep(0.2)
+        await store.add_span(make_span(rollout))
+    assert (await store.get_rollout_by_id(rollout.rollout_id)).status == "running"
+    assert (await store.statistics())["deadline_fires"] == 0
+
+    async def silent():
+        return (await store.get_latest_attempt(rollout.rollout_id)).status == "unresponsive"
+
+    await until(silent)
+    assert (await store.statistics())["deadline_fires"] == 1
+
+
+async def test_advance_is_sliced(make_memory_store, monkeypatch):
+    """Many deadlines at once are worked off in slices, by the timer, although nobody calls."""
+    monkeypatch.setattr(watchdog, "SLICE", 10)
+    store = make_memory_store()
+    made = await store.enqueue_group("x", 95, config=RolloutConfig(timeout_seconds=0.3))
+    await store.dequeue_many_rollouts(limit=95)
+    finished = await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=10)
+    assert {r.status for r in finished} == {"failed"}
