@@ -14,11 +14,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from raystore.errors import *  # noqa: F403
     from raystore.memory import InMemoryLightningStore as InMemoryLightningStore
-    from raystore.ray_store import RayLightningStore as RayLightningStore
-    from raystore.ray_store import connect as connect
-    from raystore.ray_store import list_stores as list_stores
-    from raystore.ray_store import start as start
-    from raystore.ray_store import stop as stop
+    from raystore.remote.cluster import connect as connect
+    from raystore.remote.cluster import list_stores as list_stores
+    from raystore.remote.cluster import start as start
+    from raystore.remote.cluster import stop as stop
+    from raystore.remote.store import RayLightningStore as RayLightningStore
     from raystore.runner import Context as Context
     from raystore.runner import RunnerPool as RunnerPool
     from raystore.runner import current as current
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "raystore.api": "LightningStore",
     "raystore.memory": "InMemoryLightningStore",
-    "raystore.ray_store": "RayLightningStore start connect list_stores stop",
+    "raystore.remote.cluster": "start connect list_stores stop",
+    "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore import wire
+from raystore.remote import wire
 from raystore.service import PROTOCOL
 from tests.helpers import claim, make_span, until
 
@@ -190,15 +190,15 @@ async def test_protocols_that_do_not_match_refuse_each_other(make_ray_store):
     assert outcome == wire.DONE
     _, outcome, text, _ = await store.actor.exchange.remote((PROTOCOL + 1, "raystore 9"), "t", 1, 0, _body(1), {})
     assert outcome == wire.REFUSED and f"protocol {PROTOCOL}" in text.decode()
-    import raystore.session
+    import raystore.remote.session
 
-    ours = raystore.session.CLIENT
-    raystore.session.CLIENT = (PROTOCOL + 1, "raystore 9.0")
+    ours = raystore.remote.session.CLIENT
+    raystore.remote.session.CLIENT = (PROTOCOL + 1, "raystore 9.0")
     try:
         with pytest.raises(rs.ProtocolMismatchError, match=f"raystore 9.0.*protocol {PROTOCOL}"):
             await store.enqueue_rollout("x")
     finally:
-        raystore.session.CLIENT = ours
+        raystore.remote.session.CLIENT = ours
         store.close()
 
 

@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from raystore import wire
 from raystore.core.payload import Payload, size_of
 from raystore.core.records import Record
 from raystore.core.state import Session
 from raystore.core.verbs import VERBS, Many
 from raystore.errors import InvalidValueError, to_record
+from raystore.remote import wire
 from raystore.service import PARKED, Service
 
 SLICE_SECONDS = 0.005  #: a batch that takes longer lets the others in between

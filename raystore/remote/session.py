@@ -9,20 +9,16 @@ Not here: what operations mean (`client`), the actor's side (`inbox`).
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
 
-from raystore import __version__, wire
-from raystore.calls import Call
-from raystore.core.verbs import VERBS
+from raystore.core.state import AttemptKey
 from raystore.errors import (
     OutcomeUnknownError,
     PayloadTooLargeError,
@@ -31,56 +27,18 @@ from raystore.errors import (
     StoreUnavailableError,
     from_record,
 )
+from raystore.remote import wire
+from raystore.remote.handshake import CLIENT, ray_connection
+from raystore.remote.ledger import ClaimLedger
+from raystore.remote.outgoing import Batch, Operation, Outgoing
+from raystore.remote.timer import SessionTimer
 from raystore.service import PROTOCOL
-from raystore.session_timer import SessionTimer
 from raystore.transport import claimed_keys
 
 logger = logging.getLogger("raystore")
 
 WINDOW = 2  #: batches under way at once
-BATCH_BYTES = 90 * 1024  #: Ray carries arguments of up to 100 KiB inline, which is fastest for few
-BULK_BYTES = 1024 * 1024  #: batch size once more than this waits ...
-BULK_FROM_BYTES = 512 * 1024  #: ... so many bytes
-BATCH_OPERATIONS = 512
 RETRY_SECONDS = 60.0  #: how long a batch is tried again when the actor does not answer
-
-CLIENT = (PROTOCOL, f"raystore {__version__}")
-
-Key = tuple[str, str]
-
-
-class Operation(Call):
-    """One operation of a session, packed."""
-
-    __slots__ = ("abandoned", "arguments", "frame", "issued", "refs", "sent")
-
-    def __init__(self, verb: str, arguments: dict[str, Any], ticket: int, *, awaited: bool = True) -> None:
-        super().__init__(verb, ticket, awaited=awaited)
-        self.frame, self.refs = wire.pack_operation(verb, arguments)
-        self.arguments = arguments if "timeout" in arguments else None  # to wait on, should the session be renewed
-        self.issued = time.monotonic()
-        self.sent = False
-        self.abandoned = False
-
-    @property
-    def changes(self) -> bool:
-        """Whether running it twice would be wrong."""
-        return self.verb in VERBS and VERBS[self.verb].changes
-
-
-class Batch:
-    """Operations under way together."""
-
-    __slots__ = ("body", "failing_since", "operations", "refs", "retried", "sequence", "session_id")
-
-    def __init__(self, session_id: str, sequence: int, operations: list[Operation], body: bytes) -> None:
-        self.session_id = session_id
-        self.sequence = sequence
-        self.operations = operations
-        self.body = body
-        self.refs = {number: op.refs for number, op in enumerate(operations) if op.refs}
-        self.failing_since: float | None = None
-        self.retried = False
 
 
 class Session:
@@ -100,16 +58,13 @@ class Session:
         self.failure: Exception | None = None  # why no operation can succeed any more
         self.retries: list[tuple[float, Batch]] = []
         self.sent_at = time.monotonic()
-        self._tickets = itertools.count(1)
-        self._pending: deque[Operation] = deque()
-        self._pending_bytes = 0
+        self._outgoing = Outgoing()
+        self._ledger = ClaimLedger()
         self._under_way: dict[int, Batch] = {}
         self._next_sequence = 1
         self._answered = 0  # all batches up to here have their answers
         self._answered_ahead: set[int] = set()
         self._flushing: set[asyncio.AbstractEventLoop] = set()
-        self._claims_to_acknowledge: dict[Key, float] = {}  # since when
-        self._unseen: dict[Key, tuple[Operation, float]] = {}  # claims that arrived, whose callers have not run yet
         self._tickets_to_acknowledge: list[int] = []
         self._listen_wanted = False
         self._listening = False
@@ -119,16 +74,14 @@ class Session:
 
     def post(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> Operation:
         """Take an operation; it takes effect in the order of the calls of this method."""
-        operation = Operation(verb, arguments, 0, awaited=awaited)
+        operation = Operation(verb, arguments, awaited=awaited)
         size = len(operation.frame)
         if size > self.call_bytes:
             raise PayloadTooLargeError(f"call {verb}", size, self.call_bytes)
         with self.lock:
             if self.failure is not None:
                 raise self.failure
-            operation.ticket = next(self._tickets)
-            self._pending.append(operation)
-            self._pending_bytes += size
+            self._outgoing.append(operation)
             loop = operation.loop
             first = loop is not None and loop not in self._flushing
             if first and loop is not None:
@@ -170,32 +123,17 @@ class Session:
         """Send what waits, as far as the window allows; `empty` sends a batch even without operations."""
         while True:
             with self.lock:
-                if self.failure is not None or len(self._under_way) >= WINDOW or not (self._pending or empty):
+                if self.failure is not None or len(self._under_way) >= WINDOW or not (self._outgoing or empty):
                     return
                 batch = self._take()
             empty = False
             self.send(batch)
 
     def _take(self) -> Batch:
-        limit = BULK_BYTES if self._pending_bytes > BULK_FROM_BYTES else BATCH_BYTES
-        operations: list[Operation] = []
-        size = 0
-        pending = self._pending
-        while pending and len(operations) < BATCH_OPERATIONS:
-            frame_bytes = len(pending[0].frame)
-            if operations and (size + frame_bytes > limit or pending[0].ticket != operations[-1].ticket + 1):
-                break
-            operation = pending.popleft()
-            self._pending_bytes -= frame_bytes
-            if operation.is_cancelled:
-                continue  # nobody waits for it, and it has not left: it never was
-            operation.sent = True
-            operations.append(operation)
-            size += frame_bytes
-        claims, self._claims_to_acknowledge = list(self._claims_to_acknowledge), {}
+        operations = self._outgoing.take()
         tickets, self._tickets_to_acknowledge = self._tickets_to_acknowledge, []
-        first = operations[0].ticket if operations else 0
-        body = wire.join([first, claims, tickets], [operation.frame for operation in operations])
+        header = [operations[0].ticket if operations else 0, self._ledger.take(), tickets]
+        body = wire.join(header, [operation.frame for operation in operations])
         batch = Batch(self.session_id, self._next_sequence, operations, body)
         self._next_sequence += 1
         self._under_way[batch.sequence] = batch
@@ -308,34 +246,22 @@ class Session:
 
     # -- claims ------------------------------------------------------------------------------------------------------
 
-    def _arrived(self, operation: Operation, keys: list[Key]) -> None:
+    def _arrived(self, operation: Operation, keys: list[AttemptKey]) -> None:
         if operation.abandoned:
             self._decline(keys)
             return
         with self.lock:
-            now = time.monotonic()
-            for key in keys:
-                self._unseen[key] = (operation, now)
+            self._ledger.arrived(operation, keys)
 
-    def _seen(self, keys: list[Key], *, acknowledged: bool = False) -> None:
-        """The caller has its claims: tell the store with the next batch, or soon."""
+    def _seen(self, keys: list[AttemptKey], *, acknowledged: bool = False) -> None:
         with self.lock:
-            now = time.monotonic()
-            for key in keys:
-                if self._unseen.pop(key, None) is not None and not acknowledged:
-                    self._claims_to_acknowledge[key] = now
+            self._ledger.seen(keys, acknowledged=acknowledged)
         self.timer.wake_for_pending()
 
     def acknowledge_arrived(self, before: float) -> None:
-        """Acknowledge claims that arrived before, their callers being busy; give back those whose loop is gone."""
-        gone = []
+        """Acknowledge claims that arrived before, their callers being busy; give back those whose loop has ended."""
         with self.lock:
-            for key, (operation, since) in list(self._unseen.items()):
-                if operation.loop is not None and operation.loop.is_closed():
-                    gone.append(operation)
-                elif since <= before and (operation.loop is None or operation.loop.is_running()):
-                    self._claims_to_acknowledge.setdefault(key, since)
-                    self._unseen[key] = (operation, float("inf"))
+            gone = self._ledger.answer_for_busy_callers(before)
         for operation in gone:
             self._abandon(operation)
 
@@ -344,11 +270,9 @@ class Session:
         operation.abandoned = True
         with self.lock:
             if not operation.sent:
-                if operation in self._pending:
-                    self._pending.remove(operation)
-                    self._pending_bytes -= len(operation.frame)
+                self._outgoing.drop(operation)
                 return
-            keys = [key for key, (claimer, _) in self._unseen.items() if claimer is operation]
+            keys = self._ledger.of(operation)
             parked = operation.ticket in self.waiting
         if self.failure is not None:
             return
@@ -357,11 +281,9 @@ class Session:
         elif parked:
             self.post("cancel_wait", {"of": operation.ticket}, awaited=False)
 
-    def _decline(self, keys: list[Key]) -> None:
+    def _decline(self, keys: list[AttemptKey]) -> None:
         with self.lock:
-            for key in keys:
-                self._unseen.pop(key, None)
-                self._claims_to_acknowledge.pop(key, None)
+            self._ledger.forget(keys)
         for rollout_id, attempt_id in keys:
             self.post("decline", {"rollout_id": rollout_id, "attempt_id": attempt_id}, awaited=False)
 
@@ -370,12 +292,12 @@ class Session:
     @property
     def has_pending(self) -> bool:
         """Whether something waits to be sent, or for an answer."""
-        return bool(self._pending or self._under_way)
+        return bool(self._outgoing or self._under_way)
 
     @property
     def has_unseen(self) -> bool:
         """Whether a claim has arrived and its caller has not run yet."""
-        return bool(self._unseen)
+        return self._ledger.has_unseen
 
     @property
     def wants_listening(self) -> bool:
@@ -390,12 +312,12 @@ class Session:
     def oldest_pending(self) -> float | None:
         """When the oldest operation that waits to be sent was issued."""
         with self.lock:
-            return self._pending[0].issued if self._pending else None
+            return self._outgoing.oldest()
 
     def oldest_acknowledgement(self) -> float | None:
         """Since when the oldest acknowledgement waits for a batch to ride on."""
         with self.lock:
-            return min(self._claims_to_acknowledge.values(), default=None)
+            return self._ledger.oldest()
 
     def listen_if_wanted(self) -> bool:
         """Park a listen call if the store has something to say; whether one is parked."""
@@ -487,34 +409,21 @@ class Session:
             self.retries.clear()
             self._next_sequence, self._answered = 1, 0
             self._answered_ahead.clear()
-            self._claims_to_acknowledge.clear()
-            self._unseen.clear()
+            self._ledger.clear()
             self._tickets_to_acknowledge.clear()
             self._listen_wanted = False
             parked = list(self.waiting.values())
             self.waiting.clear()
-            again = [op for batch in batches for op in batch.operations if not (batch.retried and op.changes)]
-            unknown = [op for batch in batches for op in batch.operations if batch.retried and op.changes]
-            again = [operation for operation in [*parked, *again] if not operation.abandoned]
+            sent = [(op, batch.retried and op.changes) for batch in batches for op in batch.operations]
+            unknown = [operation for operation, is_unknown in sent if is_unknown]
+            again = [*parked, *(operation for operation, is_unknown in sent if not is_unknown)]
+            again = [operation for operation in again if not operation.abandoned]
             for operation in again:
-                self._repack(operation)
-            for operation in [*again, *self._pending]:
-                operation.ticket = next(self._tickets)
-            self._pending.extendleft(reversed(again))
-            self._pending_bytes = sum(len(operation.frame) for operation in self._pending)
+                operation.shorten()
+            self._outgoing.put_back(again)
         for operation in unknown:
             self._refuse(operation, OutcomeUnknownError(self.store, "the session ended before the answer came"))
         self.flush()
-
-    @staticmethod
-    def _repack(operation: Operation) -> None:
-        """Make an operation that waits wait only for what is left of its time."""
-        timeout = operation.arguments.get("timeout") if operation.arguments else None
-        if operation.arguments is not None and timeout is not None:
-            left = max(operation.issued + timeout - time.monotonic(), 0.0)
-            operation.frame, operation.refs = wire.pack_operation(
-                operation.verb, operation.arguments | {"timeout": left}
-            )
 
     def _refuse(self, operation: Operation, error: Exception) -> None:
         operation.put(None, error)
@@ -531,10 +440,9 @@ class Session:
                 return
             self.failure = error
             operations = [op for batch in self._under_way.values() for op in batch.operations]
-            operations += [*self.waiting.values(), *self._pending]
+            operations += [*self.waiting.values(), *self._outgoing.clear()]
             self._under_way.clear()
             self.waiting.clear()
-            self._pending.clear()
             self.retries.clear()
         for operation in operations:
             self._refuse(operation, error)
@@ -543,20 +451,11 @@ class Session:
     def close(self) -> None:
         """End the session: the store takes back what this process holds."""
         if self.failure is None:
-            farewell = self.post("close_session", {}, awaited=False)
+            self.post("close_session", {}, awaited=False)
             deadline = time.monotonic() + 1.0
             while self.has_pending and time.monotonic() < deadline and self.failure is None:
                 time.sleep(0.002)
-            del farewell
         self.fail(StoreClosedError(self.store))
-
-
-def ray_connection() -> tuple[str, str] | None:
-    """What Ray is in this process: its cluster and our id there; None when it is not initialized."""
-    if not ray.is_initialized():
-        return None
-    context = ray.get_runtime_context()
-    return context.gcs_address, context.get_worker_id()
 
 
 def _first_line(error: Exception) -> str:

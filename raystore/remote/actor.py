@@ -15,10 +15,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from raystore import __version__, wire
+from raystore import __version__
 from raystore.clock import LoopAlarm
 from raystore.config import StoreConfig, memory_capacity
-from raystore.inbox import Inbox, SessionEnded
+from raystore.remote import wire
+from raystore.remote.inbox import Inbox, SessionEnded
 from raystore.service import PROTOCOL, Service
 
 logger = logging.getLogger("raystore.store")

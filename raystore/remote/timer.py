@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from raystore.session import Session
+    from raystore.remote.session import Session
 
 PENDING_SECONDS = 0.02  #: what no loop has sent for so long
 ACKNOWLEDGE_SECONDS = 0.5  #: an acknowledgement that found no batch to ride on

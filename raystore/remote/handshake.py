@@ -1,0 +1,79 @@
+"""Finding a store and asking it who it is.
+
+Not here: starting and ending stores (`cluster`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from raystore import __version__
+from raystore.errors import (
+    NotAStoreError,
+    ProtocolMismatchError,
+    StoreUnavailableError,
+)
+from raystore.service import PROTOCOL
+from raystore.types import StoreInfo
+
+CLIENT = (PROTOCOL, f"raystore {__version__}")  #: what this side of a session is
+
+HANDSHAKE_SECONDS = 60.0  #: for a store to answer for the first time
+
+
+def describe(handle: Any) -> dict[str, Any]:
+    """Ask an actor who it is; raises if it is no store, does not answer, or speaks another protocol."""
+    if not isinstance(handle, ray.actor.ActorHandle):
+        raise NotAStoreError(f"{handle!r} (a {type(handle).__name__})")
+    if not is_store(handle):
+        raise NotAStoreError(f"The actor {handle!r}")
+    try:
+        known = handle.describe.remote().future().result(timeout=HANDSHAKE_SECONDS)
+    except ray.exceptions.ActorDiedError as error:
+        raise StoreUnavailableError(repr(handle), f"its actor has died. {_cause(error)}") from None
+    except TimeoutError:
+        raise StoreUnavailableError(repr(handle), f"no answer within {HANDSHAKE_SECONDS:g} s") from None
+    if not isinstance(known, dict) or known.get("kind") != "raystore":
+        raise NotAStoreError(f"The actor {handle!r}")
+    if known["protocol"] != PROTOCOL:
+        theirs = f"raystore {known['version']}, protocol {known['protocol']}"
+        raise ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", theirs)
+    return known
+
+
+def is_store(handle: Any) -> bool:
+    """Whether an actor has the methods of a store."""
+    return all(hasattr(handle, method) for method in ("describe", "exchange", "listen"))
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def store_info(known: dict[str, Any]) -> StoreInfo:
+    names = ("store_id", "name", "namespace", "epoch", "protocol", "node", "limits", "endpoints")
+    capabilities = {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
+    return StoreInfo(**{name: known[name] for name in names}, capabilities=capabilities)
+
+
+def join_cluster(address: str | None) -> None:
+    if not ray.is_initialized():
+        ray.init(address=address)
+
+
+def find_actor(name: str, namespace: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except ValueError:  # Ray's way to say that there is no such actor
+        return None
+
+
+def ray_connection() -> tuple[str, str] | None:
+    """What Ray is in this process: its cluster and our id there; None when it is not initialized."""
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.gcs_address, context.get_worker_id()

@@ -1,0 +1,126 @@
+"""Operations on their way out of a process, and the batches they leave in.
+
+A batch takes operations in order, up to a size that Ray carries inline, or a larger one when much waits; an operation
+that is larger travels alone, and one whose caller has been cancelled does not travel at all.
+Not here: when batches leave and what becomes of them (`session`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from raystore.calls import Call
+from raystore.core.verbs import VERBS
+from raystore.remote import wire
+
+BATCH_BYTES = 90 * 1024  #: Ray carries arguments of up to 100 KiB inline, which is fastest for few
+BULK_BYTES = 1024 * 1024  #: batch size once more than this waits ...
+BULK_FROM_BYTES = 512 * 1024  #: ... so many bytes
+BATCH_OPERATIONS = 512
+
+
+class Operation(Call):
+    """One operation of a session, packed."""
+
+    __slots__ = ("abandoned", "arguments", "frame", "issued", "refs", "sent")
+
+    def __init__(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> None:
+        super().__init__(verb, awaited=awaited)
+        self.frame, self.refs = wire.pack_operation(verb, arguments)
+        self.arguments = arguments if "timeout" in arguments else None  # to wait on, should the session be renewed
+        self.issued = time.monotonic()
+        self.sent = False
+        self.abandoned = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether running it twice would be wrong."""
+        return self.verb in VERBS and VERBS[self.verb].changes
+
+    def shorten(self) -> None:
+        """Make an operation that waits wait only for what is left of its time."""
+        timeout = self.arguments.get("timeout") if self.arguments else None
+        if self.arguments is not None and timeout is not None:
+            left = max(self.issued + timeout - time.monotonic(), 0.0)
+            self.frame, self.refs = wire.pack_operation(self.verb, self.arguments | {"timeout": left})
+
+
+class Batch:
+    """Operations under way together."""
+
+    __slots__ = ("body", "failing_since", "operations", "refs", "retried", "sequence", "session_id")
+
+    def __init__(self, session_id: str, sequence: int, operations: list[Operation], body: bytes) -> None:
+        self.session_id = session_id
+        self.sequence = sequence
+        self.operations = operations
+        self.body = body
+        self.refs = {number: op.refs for number, op in enumerate(operations) if op.refs}
+        self.failing_since: float | None = None
+        self.retried = False
+
+
+class Outgoing:
+    """Operations that wait to leave, in order. Its owner holds a lock around every call."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Operation] = deque()
+        self._bytes = 0
+        self._tickets = itertools.count(1)
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def append(self, operation: Operation) -> None:
+        """Let an operation wait at the end; it gets its ticket."""
+        operation.ticket = next(self._tickets)
+        self._waiting.append(operation)
+        self._bytes += len(operation.frame)
+
+    def drop(self, operation: Operation) -> None:
+        """An operation that has not left will not leave."""
+        if operation in self._waiting:
+            self._waiting.remove(operation)
+            self._bytes -= len(operation.frame)
+
+    def oldest(self) -> float | None:
+        """When the operation at the front was issued."""
+        return self._waiting[0].issued if self._waiting else None
+
+    def take(self) -> list[Operation]:
+        """What leaves together next."""
+        limit = BULK_BYTES if self._bytes > BULK_FROM_BYTES else BATCH_BYTES
+        taken: list[Operation] = []
+        size = 0
+        while self._waiting and len(taken) < BATCH_OPERATIONS:
+            head = self._waiting[0]
+            # Tickets of a batch count up from its first, so a gap (of one that was dropped) ends it.
+            if taken and (size + len(head.frame) > limit or head.ticket != taken[-1].ticket + 1):
+                break
+            self._waiting.popleft()
+            self._bytes -= len(head.frame)
+            if head.is_cancelled:
+                continue  # nobody waits for it, and it has not left: it never was
+            head.sent = True
+            taken.append(head)
+            size += len(head.frame)
+        return taken
+
+    def put_back(self, operations: Iterable[Operation]) -> None:
+        """Let operations that were sent in vain wait again, before all others; everything gets a new ticket."""
+        waiting = [*operations, *self._waiting]
+        self._waiting.clear()
+        self._bytes = 0
+        for operation in waiting:
+            self.append(operation)
+
+    def clear(self) -> list[Operation]:
+        """Let nothing wait any longer; what waited."""
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        self._bytes = 0
+        return waiting

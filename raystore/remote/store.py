@@ -1,0 +1,128 @@
+"""`RayLightningStore`: the client of a store that runs as a Ray actor.
+
+Not here: starting and finding stores (`cluster`), how operations travel (`session`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from raystore._sync import SyncStore
+from raystore.client import StoreClient
+from raystore.config import StoreConfig
+from raystore.errors import (
+    StoreUnavailableError,
+)
+from raystore.options import make_encoder
+from raystore.remote.handshake import describe, find_actor, join_cluster, store_info
+from raystore.remote.transport import ActorTransport
+from raystore.testing import Testing
+from raystore.types import NamedResources, ObjectResource, StoreInfo
+
+BOXED_FROM_BYTES = 64 * 1024  #: larger objects in resources go to Ray's object store
+
+_attach_lock = threading.Lock()
+
+
+class RayLightningStore(StoreClient):
+    """A LightningStore that runs as a Ray actor.
+
+    Make one from an actor handle (inside a runner), or with `start` and `connect`. May be pickled, passed to tasks and
+    actors, and used from several threads and event loops at once.
+    """
+
+    def __init__(self, handle: Any, *, owns: bool = False) -> None:
+        self._attach(handle, describe(handle), owns=owns)
+
+    _origin: tuple[str, str, str] | None = None  # name, namespace and id, while unpickled and not used yet
+
+    def __getattr__(self, name: str) -> Any:
+        if self._origin is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._find_origin()
+        return getattr(self, name)
+
+    def _find_origin(self) -> None:
+        with _attach_lock:
+            if self._origin is None:
+                return
+            name, namespace, store_id = self._origin
+            join_cluster(None)
+            handle = find_actor(name, namespace)
+            if handle is None:
+                raise StoreUnavailableError(name, "it has ended: there is no such actor any more")
+            known = describe(handle)
+            if known["store_id"] != store_id:
+                raise StoreUnavailableError(name, f"it has ended, and another store ({known['store_id']}) has its name")
+            self._attach(handle, known, owns=False)
+            self._origin = None
+
+    def _attach(self, handle: Any, known: dict[str, Any], *, owns: bool) -> None:
+        self.actor = handle
+        self._known = known
+        self._owns = owns
+        config: StoreConfig = known["config"]
+        self._transport = ActorTransport(handle, known)
+        self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
+        self.sync = SyncStore(self)
+        self.testing = Testing(self._transport)
+
+    @property
+    def info(self) -> StoreInfo:
+        """Who this store is."""
+        return store_info(self._known)
+
+    def _boxed(self, resources: NamedResources) -> NamedResources:
+        return {name: _box(resource) for name, resource in resources.items()}
+
+    def close(self) -> None:
+        """Stop using the store; ends it if this object started it and it is not detached."""
+        self._transport.close()
+        if self._owns:
+            self._owns = False
+            ray.kill(self.actor)
+
+    def __enter__(self) -> RayLightningStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> RayLightningStore:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., RayLightningStore], tuple[str, str, str]]:
+        if self._origin is not None:
+            return _rebuild, self._origin
+        return _rebuild, (self._known["name"], self._known["namespace"], self._known["store_id"])
+
+    def __repr__(self) -> str:
+        name, namespace = self._origin[:2] if self._origin else (self._known["name"], self._known["namespace"])
+        return f"<RayLightningStore {name!r} in namespace {namespace!r}>"
+
+
+def _rebuild(name: str, namespace: str, store_id: str) -> RayLightningStore:
+    """A client of the same store in another process, which finds the store at its first use.
+
+    Not at once: Ray unpickles under a lock that the answer of a call needs too.
+    """
+    store = RayLightningStore.__new__(RayLightningStore)
+    store._origin = (name, namespace, store_id)
+    return store
+
+
+def _box(resource: Any) -> Any:
+    """Move a large object to the object store."""
+    if not isinstance(resource, ObjectResource) or isinstance(resource.value, ray.ObjectRef):
+        return resource
+    size = getattr(resource.value, "nbytes", None)
+    if not isinstance(size, int):
+        size = len(ray.cloudpickle.dumps(resource.value))
+    return ObjectResource(value=ray.put(resource.value)) if size > BOXED_FROM_BYTES else resource

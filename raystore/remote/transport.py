@@ -1,0 +1,100 @@
+"""A process's session to a store, shared by all its clients there.
+
+Made at first use, and anew in a forked child or when Ray was shut down and started again.
+Not here: what a session does (`session`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from raystore.calls import Call
+from raystore.errors import (
+    StoreClosedError,
+)
+from raystore.remote.handshake import describe, find_actor, ray_connection
+from raystore.remote.session import Session
+
+_sessions: dict[str, tuple[int, Session]] = {}  # of this process, by store id, with the process they belong to
+_sessions_lock = threading.Lock()
+
+
+class ActorTransport:
+    """The process's session to one store, shared by all its clients."""
+
+    def __init__(self, handle: Any, known: dict[str, Any]) -> None:
+        self._handle = handle
+        self._known = known
+        self._closed = False
+        self._session: Session | None = None
+        self._pid = 0
+
+    @property
+    def session(self) -> Session:
+        """The session of this process; made at first use, and anew in a forked child."""
+        session = self._session
+        if session is not None and self._pid == os.getpid() and session.failure is None:
+            return session
+        if self._closed:
+            raise StoreClosedError(self._known["name"])
+        if session is not None and session.failure is not None:
+            if isinstance(session.failure, StoreClosedError) or ray_connection() in (None, session.connection):
+                return session  # which says why
+            self._handle = find_actor(self._known["name"], self._known["namespace"])  # Ray was started anew
+            if self._handle is None or describe(self._handle)["store_id"] != self._known["store_id"]:
+                return session
+        with _sessions_lock:
+            pid = os.getpid()
+            store_id = self._known["store_id"]
+            owner, found = _sessions.get(store_id, (0, None))
+            if found is None or owner != pid or found.failure is not None:
+                limit = self._known["limits"]["call_bytes"]
+                found = Session(self._handle, self._known["name"], self._known["epoch"], limit)
+                _sessions[store_id] = (pid, found)
+            found.users += 1
+            self._session, self._pid = found, pid
+            return found
+
+    async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
+        return await self.session.call(verb, arguments)
+
+    def post(self, verb: str, arguments: dict[str, Any]) -> Call:
+        return self.session.post(verb, arguments)
+
+    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
+        return self.session.listen_for_notices(handler)
+
+    @property
+    def session_id(self) -> str:
+        return self.session.session_id
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        session, self._session = self._session, None
+        if session is None or self._pid != os.getpid():
+            return
+        with _sessions_lock:
+            session.users -= 1
+            last = session.users == 0
+            if last:
+                _sessions.pop(self._known["store_id"], None)
+        if last:
+            session.close()
+
+
+def close_sessions() -> None:
+    """Say goodbye to all stores; at the exit of the process."""
+    with _sessions_lock:
+        mine = [session for pid, session in _sessions.values() if pid == os.getpid()]
+        _sessions.clear()
+    for session in mine:
+        session.close()
+
+
+atexit.register(close_sessions)  # before Ray's own, which was registered earlier
