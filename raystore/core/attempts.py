@@ -63,8 +63,6 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
     if step.session is not None:
         entry.holders[attempt.attempt_id] = step.session.session_id
     state.put_attempt(entry, len(entry.attempts), attempt)
-    entry.active_start = step.now - state.paused
-    entry.active_beat = None
     move(state, step, entry, "preparing", kind=kind)
     state.deadlines.guard(rollout.rollout_id)
     if worker_id is not None:
@@ -108,7 +106,7 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
     if is_latest:
         beat = changes.get("last_heartbeat_time")
         if beat is not None:
-            entry.active_beat = min(beat, step.now) - state.paused
+            entry.clocks[-1].beat = min(beat, step.now) - state.paused
             state.deadlines.guard(rollout_id)
         if status is not None:
             _follow(state, step, entry)
@@ -239,8 +237,10 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
     state.put_attempt(entry, index, after)
     if not is_latest:
         return
-    entry.active_beat = step.now - state.paused
+    entry.clocks[-1].beat = step.now - state.paused
     rollout = entry.rollout
+    if after.status != before.status:
+        state.deadlines.guard(rollout.rollout_id)
     if after.status == "running" and rollout.status in ROLLOUT_ON_SPAN:
         if rollout.status in QUEUED:  # an attempt that goes on gets its time back from here
             state.changes.append(step.now, "retry_withdrawn", rollout.rollout_id, after.attempt_id)
@@ -263,7 +263,7 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> int:
         state.put_attempt(entry, index, attempt.evolve(last_heartbeat_time=step.now))
         _acknowledge_by_writing(state, entry, attempt_id)
         if index == len(entry.attempts) - 1:
-            entry.active_beat = step.now - state.paused
+            entry.clocks[-1].beat = step.now - state.paused
         beaten += 1
     return beaten
 

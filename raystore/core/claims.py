@@ -118,8 +118,7 @@ def _reinstate(state: State, step: Step, session: Session, key: AttemptKey) -> b
     unqueue(state, entry)
     entry.holders[attempt.attempt_id] = session.session_id
     state.put_attempt(entry, len(entry.attempts), attempt)
-    entry.active_start = step.now - state.paused
-    entry.active_beat = None
+    entry.clocks[-1].start = step.now - state.paused  # its caller had it all the while, the store did not
     move(state, step, entry, "preparing", kind="reinstated")
     state.deadlines.guard(key[0])
     if attempt.worker_id is not None:

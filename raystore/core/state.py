@@ -96,11 +96,21 @@ class Session:
         return not self.claims and not self.held
 
 
+class AttemptClock:
+    """When an attempt started and gave its last sign of life, on the clock that stands still in pauses."""
+
+    __slots__ = ("beat", "start")
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        self.beat: float | None = None
+
+
 class Entry:
     """All that is known of one rollout."""
 
     __slots__ = (
-        "active_beat", "active_start", "attempts", "bytes", "deliveries", "former", "given", "holders", "number",
+        "attempts", "bytes", "clocks", "deliveries", "former", "given", "holders", "number",
         "order", "read", "released", "rollout", "suspect",
     )  # fmt: skip
 
@@ -116,8 +126,7 @@ class Entry:
         self.former = rollout.status  # its status before the latest attempt, for a claim that is taken back
         self.suspect = False  # lost once in company: handed out alone from now on
         self.deliveries = 0  # charged ones: infra, and losses while alone
-        self.active_start = 0.0  # of the latest attempt, on the clock that stands still in pauses
-        self.active_beat: float | None = None
+        self.clocks: list[AttemptClock] = []  # one for each attempt
         self.holders: dict[str, str] = {}  # attempt id -> session id
 
     @property
@@ -216,6 +225,7 @@ class State:
             self._index_worker(entry, attempt)
         if old is None:
             entry.attempts.append(attempt)
+            entry.clocks.append(AttemptClock(attempt.start_time - self.paused))
             self.attempt_count += 1
         else:
             entry.attempts[index] = attempt
@@ -237,6 +247,7 @@ class State:
             self._refer(entry, attempt, -1)
         self._index_worker(entry, entry.attempts[-2] if len(entry.attempts) > 1 else None)
         entry.attempts.pop()
+        entry.clocks.pop()
         self.attempt_count -= 1
         return attempt
 
@@ -298,12 +309,12 @@ class State:
         attempt = entry.latest
         if attempt is None or attempt.status not in ACTIVE:
             return None
-        config = entry.rollout.config
+        config, clock = entry.rollout.config, entry.clocks[-1]
         deadline = None
         if config.timeout_seconds is not None:
-            deadline = entry.active_start + config.timeout_seconds
+            deadline = clock.start + config.timeout_seconds
         if config.unresponsive_seconds is not None:
-            beat = entry.active_start if entry.active_beat is None else entry.active_beat
+            beat = clock.start if clock.beat is None else clock.beat
             silence = beat + config.unresponsive_seconds
             deadline = silence if deadline is None else min(deadline, silence)
         return deadline

@@ -48,7 +48,7 @@ def _is_due(state: State, rollout_id: str, active_now: float) -> bool:
 
 def _expire(state: State, step: Step, entry: Entry, active_now: float) -> None:
     timeout = entry.rollout.config.timeout_seconds
-    timed_out = timeout is not None and active_now - entry.active_start > timeout
+    timed_out = timeout is not None and active_now - entry.clocks[-1].start > timeout
     latest = entry.attempts[-1]
     state.notify(entry, latest.attempt_id, "timeout" if timed_out else "unresponsive")
     settle(state, step, entry, TIMEOUT if timed_out else SILENCE)

@@ -1,0 +1,166 @@
+"""The architecture, held by tests: imports go downwards only, the core is pure, the package imports quickly."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "raystore"
+
+# From the bottom up; a module imports from its own layer and those above it in this list.
+LAYERS = [
+    ["errors"],
+    ["core"],
+    ["spans"],
+    ["types"],
+    ["api"],
+    ["clock", "config", "waiters"],
+    ["service"],
+    ["calls", "codec"],
+    ["convert"],
+    ["options"],
+    ["transport"],
+    ["_sync"],
+    ["client", "testing"],
+    ["remote.wire", "remote.inbox", "remote.actor"],
+    ["remote.handshake", "remote.outgoing", "remote.ledger", "remote.timer", "remote.session"],
+    ["remote.transport"],
+    ["memory", "remote.store"],
+    ["remote.cluster"],
+    ["runner"],
+    ["generate_sync"],
+]
+LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+PURE = {"asyncio", "logging", "msgpack", "psutil", "pydantic", "random", "ray", "threading", "time"}
+
+
+def modules():
+    """Every module with its dotted name below the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), path
+
+
+def imports(path):
+    """Modules that a file imports, at the top or inside functions; not those for type checkers only."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def level_of(name):
+    """The layer of a module, by its longest known prefix."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in LEVEL:
+            return LEVEL[".".join(parts[:length])]
+    return None
+
+
+def test_every_module_has_a_layer():
+    """A new module is put into the picture."""
+    unplaced = [name for name, _ in modules() if level_of(name) is None and name not in ("__init__", "remote")]
+    assert unplaced == []
+
+
+def test_imports_go_downwards_only():
+    """Nothing imports from a layer that stands on it."""
+    upward = []
+    for name, path in modules():
+        if name == "__init__":
+            continue  # the front door, which imports by name when asked
+        for imported in imports(path):
+            below = level_of(imported.removeprefix("raystore.")) if imported.startswith("raystore.") else None
+            if below is not None and level_of(name) is not None and below > level_of(name):
+                upward.append(f"{name} -> {imported}")
+    assert upward == []
+
+
+def test_the_core_is_pure():
+    """Standard library only, and nothing that waits, sleeps, draws lots or reads a clock."""
+    impure = [
+        f"{name} -> {imported}"
+        for name, path in modules()
+        if name.startswith("core")
+        for imported in imports(path)
+        if imported.split(".")[0] in PURE
+    ]
+    assert impure == []
+
+
+def test_files_are_small():
+    """A file holds one idea; the contract and generated files may be longer."""
+    long = {
+        name: lines
+        for name, path in modules()
+        if name not in ("api", "_sync") and (lines := len(path.read_text().splitlines())) > 470
+    }
+    assert long == {}
+
+
+def run(code):
+    """What a new interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.strip()
+
+
+def test_import_is_quick_and_light():
+    """`import raystore` takes less than 0.6 s, best of five, and loads neither Ray nor what is heavier."""
+    code = """
+import sys, time
+start = time.perf_counter()
+import raystore
+print(time.perf_counter() - start)
+loaded = {"ray", "agentlightning", "torch", "matplotlib", "pydantic", "numpy"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    assert min(float(run(code)) for _ in range(5)) < 0.6
+
+
+def test_the_actor_imports_no_pydantic():
+    """The actor process starts with the core and the service only."""
+    code = """
+import sys
+import raystore.remote.actor
+assert "pydantic" not in sys.modules and "raystore.types" not in sys.modules
+"""
+    run(code)
+
+
+def test_memory_store_needs_no_ray():
+    """Plain tasks in process work without Ray being loaded."""
+    code = """
+import sys, raystore as rs
+store = rs.InMemoryLightningStore()
+store.sync.enqueue_rollout({"q": 1})
+store.sync.dequeue_rollout()
+assert "ray" not in sys.modules
+"""
+    run(code)
+
+
+@pytest.mark.parametrize("name", ["start", "Rollout", "InMemoryLightningStore", "find_final_reward", "Abort"])
+def test_public_names(name):
+    """Names are there when asked for, and listed."""
+    import raystore
+
+    assert getattr(raystore, name) is not None and name in dir(raystore) and name in raystore.__all__
+    with pytest.raises(AttributeError, match="nothing"):
+        raystore.nothing  # noqa: B018

@@ -1,0 +1,119 @@
+"""What ships beside the package: examples, cluster.yaml, README, docs, and what is said in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(path, *arguments, cwd):
+    """Run an example on a local Ray of its own."""
+    command = [sys.executable, ROOT / path, *map(str, arguments)]
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=cwd, env=environment)
+
+
+def metrics(folder):
+    """What an example measured, without times."""
+    lines = (folder / "runs/prompt_bandit/metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def test_prompt_bandit_learns_and_is_reproducible(tmp_path):
+    """Two runs with one seed, on different numbers of runners, write the same metrics but for times."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, runners in zip(folders, (2, 3), strict=True):
+        folder.mkdir()
+        done = script("examples/01_prompt_bandit.py", "--runners", runners, "--steps", 15, "--seed", 3, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "it learnt" in done.stdout and done.stderr == ""
+        assert len(done.stdout.splitlines()) <= 25
+        assert (folder / "runs/prompt_bandit/reward.svg").read_text().startswith("<svg")
+    assert metrics(folders[0]) == metrics(folders[1])
+    assert len(metrics(folders[0])) == 15
+
+
+def test_prompt_bandit_fails_if_it_did_not_learn(tmp_path):
+    """One step is not enough, and the exit status says so."""
+    done = script("examples/01_prompt_bandit.py", "--runners", 1, "--steps", 1, cwd=tmp_path)
+    assert done.returncode == 1 and "did NOT learn" in done.stdout
+
+
+def test_cluster_yaml_is_valid():
+    """By Ray's own functions of its cluster launcher."""
+    import yaml
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text())))
+
+
+def readme_example():
+    """The first Python block of the README."""
+    return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+
+
+def test_readme_example_runs(tmp_path):
+    """As it stands, in at most 25 lines."""
+    code = readme_example()
+    assert len(code.splitlines()) <= 25
+    (tmp_path / "example.py").write_text(code)
+    done = script(tmp_path / "example.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("[0.0, 0.5, 1.0]")
+
+
+def test_state_diagrams_are_drawn_from_the_tables():
+    """`python docs/draw_states.py` writes docs/states.md; it is up to date, and so is the README."""
+    done = subprocess.run([sys.executable, ROOT / "docs/draw_states.py", "--print"], capture_output=True, text=True)
+    assert done.stdout == (ROOT / "docs/states.md").read_text()
+
+
+def test_conformance_names_tests_that_exist():
+    """Every test that docs/conformance.md names is there."""
+    text = (ROOT / "docs/conformance.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", text))
+    source = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    missing = [name for name in named if f"def {name}(" not in source]
+    assert len(named) > 100 and missing == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_example_as_a_client_and_as_a_submitted_job(tmp_path):
+    """On a cluster started with `ray start --head`: with RAY_ADDRESS, and with `ray job submit`."""
+    ray = Path(sys.executable).with_name("ray")
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    port, dashboard, temporary = "6399", "8299", f"/tmp/raystore-{os.getpid()}"
+    start = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
+    # No other Ray may run on this machine for `ray stop`; so the processes are ended by their session folder.
+    started = subprocess.run(start, capture_output=True, text=True, timeout=100, env=environment)
+    assert started.returncode == 0, started.stderr
+    try:
+        client = [sys.executable, ROOT / "examples/01_prompt_bandit.py", "--steps", "12"]
+        done = subprocess.run(
+            client, capture_output=True, text=True, timeout=100, cwd=tmp_path,
+            env=environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        submit = [
+            ray,
+            "job",
+            "submit",
+            "--address",
+            f"http://127.0.0.1:{dashboard}",
+            "--working-dir",
+            ROOT / "examples",
+        ]
+        command = [*submit, "--", sys.executable, "01_prompt_bandit.py", "--steps", "12"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+        assert done.returncode == 0 and "it learnt" in done.stdout, done.stdout + done.stderr
+    finally:
+        subprocess.run(["pkill", "-f", temporary], check=False)

@@ -1,0 +1,188 @@
+"""Types, records, the contract and its blocking twin agree with each other."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from pydantic import ValidationError
+
+import raystore as rs
+from raystore import _sync, api, convert, types
+from raystore.client import StoreClient
+from raystore.codec import decode, describe, encode
+from raystore.core import records
+from raystore.core.payload import Payload
+from raystore.generate_sync import generate
+
+
+@pytest.mark.parametrize(
+    ("record", "model"),
+    [
+        (records.Rollout, types.Rollout), (records.Attempt, types.Attempt), (records.Worker, types.Worker),
+        (records.Config, types.RolloutConfig), (records.Change, types.Change),
+    ],
+    ids=lambda c: c.__module__,
+)  # fmt: skip
+def test_records_and_models_have_the_same_fields(record, model):
+    """In the same order, since a record travels as its row."""
+    assert [field.name for field in fields(record)] == list(model.model_fields)
+
+
+def test_span_record_carries_the_index_of_a_span():
+    """What queries filter and sort by is beside the body."""
+    names = {field.name for field in fields(records.Span)}
+    assert names - {"body", "size", "reward"} <= set(types.Span.model_fields)
+
+
+def test_sync_twin_is_generated_from_the_contract():
+    """`_sync.py` is what `python -m raystore.generate_sync` writes."""
+    assert Path(_sync.__file__).read_text() == generate()
+
+
+def test_the_client_has_the_signatures_of_the_contract():
+    """Every method, with the same parameters and defaults."""
+    for name, method in vars(api.LightningStore).items():
+        if not name.startswith("_") and inspect.isfunction(method):
+            ours = inspect.signature(getattr(StoreClient, name))
+            assert str(ours) == str(inspect.signature(method)), name
+            assert method.__doc__, name
+
+
+def test_models_built_without_validation_equal_validated_ones(make_memory_store):
+    """Answers are built by hand; validating their dump again gives equal objects."""
+    store = make_memory_store()
+    config = rs.RolloutConfig(timeout_seconds=9, retry_condition=["failed"])
+    store.sync.enqueue_rollout({"q": [1]}, "train", None, config, {"m": 1}, group_id="g", tags={"t": 1}, priority=2)
+    store.sync.update_resources("r", {"p": rs.PromptTemplate(template="x", engine="f-string")}, policy_version=1)
+    claimed = store.sync.dequeue_rollout("w")
+    store.sync.update_worker("w", {"cpu": 1})
+    answers = [
+        claimed,
+        store.sync.query_rollouts()[0],
+        store.sync.get_latest_attempt(claimed.rollout_id),
+        store.sync.get_worker_by_id("w"),
+        store.sync.get_latest_resources(),
+        store.sync.changes().items[0],
+    ]
+    for answer in answers:
+        again = type(answer).model_validate(answer.model_dump())
+        assert again == answer and answer.model_copy(deep=True) == answer
+        assert pickle.loads(pickle.dumps(answer)) == answer
+        assert repr(again) == repr(answer)
+
+
+def test_attempted_rollout_belongs_together():
+    """An attempt of another rollout is refused."""
+    attempt = types.Attempt(rollout_id="a", attempt_id="x", sequence_id=1, start_time=0.0)
+    with pytest.raises(ValidationError, match="does not belong"):
+        types.AttemptedRollout(rollout_id="b", input=1, start_time=0.0, attempt=attempt)
+
+
+def test_unset_is_one_object():
+    """Also after pickling; a reader sees what it is."""
+    assert pickle.loads(pickle.dumps(types.UNSET)) is types.UNSET
+    assert repr(types.UNSET) == "UNSET" and isinstance(types.UNSET, types.Unset)
+
+
+def test_paginated_result_is_a_sequence():
+    """It has a length, items, slices, and equals a list of the same items."""
+    page = types.PaginatedResult(items=["a", "b", "c", "d"], limit=4, offset=1, total=9)
+    assert page == ["a", "b", "c", "d"] and page != ["a"] and page[1:3] == ["b", "c"] and list(page) == page.items
+    assert repr(page) == "<PaginatedResult (2:5 of 9) ['a', 'b', 'c', ...]>"
+    assert page == types.PaginatedResult(items=["a", "b", "c", "d"], limit=4, offset=1, total=9)
+    empty = types.PaginatedResult(items=[], limit=-1, offset=0, total=0)
+    assert empty == [] and not empty
+
+
+def test_estimate_model_size_counts_as_the_reference():
+    """Recursive getsizeof: values but not keys, extras not counted, shared objects each time."""
+    import sys
+
+    span = types.Span.from_attributes(attributes={"k": "value", "l": [1, 2]})
+    expected = sys.getsizeof(span)
+    for value in span.__dict__.values():
+        expected += rs.estimate_model_size(value)
+    assert rs.estimate_model_size(span) == expected
+    assert rs.estimate_model_size({"k": "v"}) == sys.getsizeof({"k": "v"}) + sys.getsizeof("v")
+    assert rs.estimate_model_size([5, (6,)]) == sys.getsizeof([5, (6,)]) + sys.getsizeof(5) + sys.getsizeof(
+        (6,)
+    ) + sys.getsizeof(6)
+
+
+def test_span_from_a_mock_and_its_times():
+    """Nanoseconds become seconds, 0 and None mean unknown; what else the source carries is kept as text."""
+    context = Mock(trace_id=1, span_id=2, is_remote=False, trace_state={})
+    source = Mock(
+        attributes={"a": 1}, events=[], links=[], start_time=1_700_000_000_000_000_000, end_time=0,
+    )  # fmt: skip
+    source.name, source.parent = "n", None  # words that Mock takes for itself
+    source.status.status_code.name = "OK"
+    source.status.description = None
+    source.get_span_context.return_value = context
+    source.resource.attributes, source.resource.schema_url = {}, ""
+    source.extra_thing = object
+    span = types.Span.from_opentelemetry(source, "r", "a", 3)
+    assert (span.trace_id, span.span_id) == ("0" * 31 + "1", "0" * 15 + "2")
+    assert (span.start_time, span.end_time, span.sequence_id) == (1_700_000_000.0, None, 3)
+    assert "extra_thing" in span.__pydantic_extra__
+
+
+def test_prompt_templates():
+    """Only f-strings are built in."""
+    assert rs.PromptTemplate(template="{a}", engine="f-string").format(a=1) == "1"
+    with pytest.raises(NotImplementedError, match="jinja"):
+        rs.PromptTemplate(template="x", engine="jinja").format()
+
+
+def test_proxy_llm_urls(caplog):
+    """The ids go before /v1; one of them alone is a mistake; reading the bare endpoint warns."""
+    proxy = rs.ProxyLLM(endpoint="http://h:1/v1", model="m")
+    assert proxy.get_base_url("r", "a") == "http://h:1/rollout/r/attempt/a/v1"
+    assert proxy.get_base_url() == "http://h:1/v1"
+    assert rs.ProxyLLM(endpoint="http://h:1", model="m").get_base_url("r", "a") == "http://h:1/rollout/r/attempt/a"
+    with pytest.raises(ValueError, match="both or neither"):
+        proxy.get_base_url("r")
+    assert "ProxyLLM.endpoint" not in caplog.text
+    assert proxy.endpoint and "ProxyLLM.endpoint" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (None, True), (True, True), (2**63, True), (1.5, True), ("x", True), (b"x", True), ([1, [2]], True),
+        ({"a": {1: 2}}, True), ((1,), False), (2**70, False), ("\ud800", False), (bytearray(b"x"), False),
+        ({"a": bytearray(b"x")}, False), ({(1, 2): 3}, False), ({1, 2}, False), (memoryview, False), (-(2**63), True),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_payloads_round_trip_with_their_types(value, plain):
+    """Plain data travels as msgpack, everything else pickled; both come back as they were."""
+    payload = encode(value, "value", 10**6)
+    assert describe(payload).startswith("<plain" if plain else "<pickled")
+    assert decode(payload) == value and type(decode(payload)) is type(value)
+
+
+def test_deep_values_are_pickled():
+    """A nesting that msgpack would refuse still works."""
+    deep: list = []
+    for _ in range(100):
+        deep = [deep]
+    assert decode(encode(deep, "value", 10**6)) == deep
+
+
+def test_a_payload_of_another_version_says_so():
+    """An unknown tag is an error, not a guess."""
+    with pytest.raises(ValueError, match="another version"):
+        decode(b"\x07x")
+    assert describe(None) == "none" and describe(Payload(b"\x02x", ())) == "<pickled, 2 bytes>"
+
+
+def test_rows_and_records_decode_alike():
+    """A record, and its row from the wire, give the same public object."""
+    record = records.Attempt("r", "a", 1, 0.0, None, "running", None, None, None, None, None, None, None, None)
+    assert convert.attempt(record) == convert.attempt(list(record.row()))
