@@ -1,0 +1,89 @@
+"""Draws the state diagrams of docs/states.md from the tables in raystore/core/lifecycle.py.
+
+Run `python docs/draw_states.py` to write it, and the rollout's diagram into the README; `--check` says whether both are
+up to date, and a test asks.
+"""
+
+import sys
+from pathlib import Path
+
+from raystore.core import lifecycle
+from raystore.core.records import Config
+
+STATES = Path(__file__).with_name("states.md")
+README = Path(__file__).parent.parent / "README.md"
+
+HEADER = """# States
+
+Drawn by `python docs/draw_states.py` from the tables in `raystore/core/lifecycle.py`; do not edit.
+
+`update_rollout` and `update_attempt` may set any status by hand, and `start_attempt` starts an attempt from any; the
+diagrams show what everything else does.
+"""
+
+
+def attempts() -> list[str]:
+    """Edges of the attempt machine, one for each pair of statuses."""
+    edges: dict[tuple[str, str], list[str]] = {}
+    for (status, event), after in lifecycle.ATTEMPT.items():
+        edges.setdefault((status, after), []).append(event)
+    reported = ("succeeded", "failed")
+    lines = ["    [*] --> preparing: claim, start"]
+    lines += [f"    {status} --> {after}: {', '.join(events)}" for (status, after), events in edges.items()]
+    lines += [f"    {status} --> {after}: report" for status in ("preparing", "running") for after in reported]
+    lines += [f"    {status} --> [*]" for status in sorted(lifecycle.SETTLED)]
+    return lines
+
+
+def rollouts() -> list[str]:
+    """Edges of the rollout machine, from what follows of each attempt status and outcome."""
+    retry = Config(max_attempts=2, retry_condition=tuple(lifecycle.ATTEMPT_STATUSES))
+    edges: dict[tuple[str, str], set[str]] = {
+        ("[*]", "queuing"): {"enqueue"},
+        ("[*]", "preparing"): {"start"},
+        ("queuing", "preparing"): {"claim"},
+        ("requeuing", "preparing"): {"claim"},
+        ("preparing", "requeuing"): {"claim withdrawn"},
+        ("preparing", "queuing"): {"claim withdrawn"},
+        ("queuing", "cancelled"): {"cancel"},
+        ("requeuing", "cancelled"): {"cancel"},
+        ("requeuing", "succeeded"): {"late success"},
+    }
+    for status, after in lifecycle.ROLLOUT_ON_SPAN.items():
+        edges.setdefault((status, after), set()).add("span")
+    ends = [(status, lifecycle.OUTCOME_OF_STATUS[status]) for status in [*sorted(lifecycle.SETTLED), "succeeded"]]
+    ends += [("unresponsive", "runner_lost"), ("failed", "infra"), ("failed", "dropped"), ("failed", "cancelled")]
+    for status, outcome in ends:
+        for charged, left in ((1, True), (2, False)):  # to be tried again, or not
+            after = lifecycle.rollout_after(status, outcome, retry, charged=charged, deliveries_left=left)
+            for before in ("preparing", "running"):
+                edges.setdefault((before, after), set()).add(str(outcome))
+    lines = [f"    {before} --> {after}: {', '.join(sorted(labels))}" for (before, after), labels in edges.items()]
+    return lines + [f"    {status} --> [*]" for status in sorted(lifecycle.FINISHED)]
+
+
+def draw() -> str:
+    """The text of docs/states.md."""
+    parts = [HEADER]
+    for title, lines in (("Rollout", rollouts()), ("Attempt", attempts())):
+        parts.append(f"## {title}\n\n{diagram(lines)}\n")
+    return "\n".join(parts)
+
+
+def diagram(lines: list[str]) -> str:
+    """Lines of a state machine as a fenced diagram."""
+    return "\n".join(["```mermaid", "stateDiagram-v2", *lines, "```"])
+
+
+def readme() -> str:
+    """The README with the rollout's diagram at its place."""
+    start, end = "<!-- states: drawn by docs/draw_states.py -->", "<!-- /states -->"
+    before, rest = README.read_text().split(start)
+    return f"{before}{start}\n\n{diagram(rollouts())}\n\n{end}{rest.split(end)[1]}"
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(STATES.read_text() != draw() or README.read_text() != readme())
+    STATES.write_text(draw())
+    README.write_text(readme())
