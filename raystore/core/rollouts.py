@@ -19,7 +19,7 @@ from raystore.core.records import Config, Rollout
 from raystore.core.state import Entry, State, Step
 from raystore.errors import ConflictError, InvalidValueError, OverloadedError
 
-ROLLOUT_OVERHEAD_BYTES = 1_600  #: record, entry and index entries of one rollout with an attempt, beside its payloads
+ROLLOUT_OVERHEAD_BYTES = 1_500  #: record, entry and index entries of one rollout with an attempt, beside its payloads
 RETRY_AFTER_SECONDS = 1.0
 
 #: The arguments that make a rollout, in the order in which they are compared for a caller-given id.

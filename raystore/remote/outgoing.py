@@ -63,6 +63,10 @@ class Batch:
         self.failing_since: float | None = None
         self.retried = False
 
+    def has(self, ticket: int) -> bool:
+        """Whether the operation with this ticket is in it."""
+        return bool(self.operations) and self.operations[0].ticket <= ticket <= self.operations[-1].ticket
+
 
 class Outgoing:
     """Operations that wait to leave, in order. Its owner holds a lock around every call."""

@@ -55,6 +55,7 @@ class Session:
         self.on_notice: list[Callable[[str, str, str], None]] = []
         self.lock = threading.Lock()
         self.waiting: dict[int, Operation] = {}  # parked at the actor, by ticket
+        self._early: dict[int, list[Any]] = {}  # answers of calls of which we do not know yet that they are parked
         self.failure: Exception | None = None  # why no operation can succeed any more
         self.retries: list[tuple[float, Batch]] = []
         self.sent_at = time.monotonic()
@@ -223,9 +224,13 @@ class Session:
     def _parked(self, operation: Operation) -> None:
         with self.lock:
             operation.parked = True
-            self.waiting[operation.ticket] = operation
-            self._listen_wanted = True
-        if operation.abandoned:
+            early = self._early.pop(operation.ticket, None)
+            if early is None:
+                self.waiting[operation.ticket] = operation
+                self._listen_wanted = True
+        if early is not None:
+            self._settle([(operation, early)])
+        elif operation.abandoned:
             self.post("cancel_wait", {"of": operation.ticket}, awaited=False)
 
     def on_later(self, later: list[Any]) -> None:
@@ -241,6 +246,8 @@ class Session:
                         handler(*reply[1:])
                 elif (operation := self.waiting.pop(ticket, None)) is not None:
                     answers.append((operation, reply))
+                elif any(batch.has(ticket) for batch in self._under_way.values()):
+                    self._early[ticket] = reply  # it overtook the word that its call is parked
         if answers:
             self._settle(answers)
 
@@ -412,6 +419,7 @@ class Session:
             self._ledger.clear()
             self._tickets_to_acknowledge.clear()
             self._listen_wanted = False
+            self._early.clear()
             parked = list(self.waiting.values())
             self.waiting.clear()
             sent = [(op, batch.retried and op.changes) for batch in batches for op in batch.operations]

@@ -1,0 +1,185 @@
+"""Ray calls that fail: repeated with an identity, given up with a clear error.
+
+The first tests put a double in the place of Ray's actor handle, to fail exactly when wanted; the last one lets Ray
+itself lose replies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import Future
+
+import pytest
+import ray
+
+import raystore as rs
+from raystore.remote import session as session_module
+from raystore.remote import wire
+from raystore.remote.session import Session
+from tests.helpers import until
+
+UNAVAILABLE = ray.exceptions.ActorUnavailableError("no answer", b"\x00" * 16)
+
+
+class Handle:
+    """What a session needs of an actor handle: each call is answered by the next of a script."""
+
+    def __init__(self, *script):
+        self.script = list(script)
+        self.batches = []
+        self.exchange = self
+        self.listen = self
+
+    def remote(self, client, session_id, sequence, *rest):
+        answer = Future()
+        if rest:
+            self.batches.append((session_id, sequence))
+            outcome = self.script.pop(0)
+            if isinstance(outcome, Future):
+                answer = outcome
+            elif isinstance(outcome, Exception):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(outcome)
+        self.future = lambda: answer
+        return self
+
+
+def done(*values):
+    """The answer to a batch."""
+    return 1, wire.DONE, wire.pack([[[wire.VALUE, value] for value in values], [], [], False])[0], []
+
+
+ENDED = (1, wire.ENDED, b"", [])
+
+
+async def test_a_failed_batch_is_sent_again_with_the_same_identity():
+    """An error that leaves the outcome open is no error for the caller."""
+    handle = Handle(UNAVAILABLE, UNAVAILABLE, done([7]))
+    session = Session(handle, "s", 1, 10**6)
+    assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [7]
+    assert handle.batches == [(session.session_id, 1)] * 3
+    session.fail(rs.StoreClosedError("s"))
+
+
+async def test_a_write_that_was_repeated_into_an_ended_session_has_an_unknown_outcome():
+    """It may have run the first time; reads simply run again in the new session."""
+    handle = Handle(UNAVAILABLE, ENDED, done(None))
+    session = Session(handle, "s", 1, 10**6)
+    first = session.session_id
+    write = asyncio.ensure_future(session.call("next_numbers", {"rollout_ids": ["r"]}))
+    read = asyncio.ensure_future(session.call("get_latest_resources", {}))
+    with pytest.raises(rs.OutcomeUnknownError, match="session ended before the answer came"):
+        await write
+    assert await read is None
+    assert handle.batches == [(first, 1), (first, 1), (session.session_id, 1)]
+    assert session.session_id != first
+    session.fail(rs.StoreClosedError("s"))
+
+
+async def test_a_batch_that_was_sent_once_is_sent_again_in_a_new_session():
+    """An ended session executes nothing, so the write cannot have run: unseen."""
+    handle = Handle(ENDED, done([1]))
+    session = Session(handle, "s", 1, 10**6)
+    assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [1]
+    session.fail(rs.StoreClosedError("s"))
+
+
+async def test_clients_give_up_in_the_end(monkeypatch):
+    """After the time for retries, a write has an unknown outcome and a read says that the store is unavailable."""
+    monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.3)
+    handle = Handle(*[UNAVAILABLE] * 50)
+    session = Session(handle, "s", 1, 10**6)
+    with pytest.raises(rs.OutcomeUnknownError, match=r"no answer for 0.3 s\. .*no answer"):
+        await session.call("next_numbers", {"rollout_ids": ["r"]})
+    with pytest.raises(rs.StoreUnavailableError) as caught:
+        await session.call("get_latest_resources", {})
+    assert type(caught.value) is rs.StoreUnavailableError
+    session.fail(rs.StoreClosedError("s"))
+
+
+async def test_an_answer_of_an_older_incarnation_is_not_accepted():
+    """Another epoch means another life of the actor: the operation runs in a session of that one."""
+    old = done([99])
+    handle = Handle((0, *old[1:]), (0, *done([1])[1:]))
+    session = Session(handle, "s", 1, 10**6)
+    assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [1]
+    assert session.epoch == 0
+    session.fail(rs.StoreClosedError("s"))
+
+
+async def test_an_answer_may_overtake_the_word_that_its_call_is_parked():
+    """Replies of two batches come in either order; the answer of a parked call is not lost by that."""
+    handle = Handle()
+    slow, quick = Future(), Future()
+    handle.script = [slow, quick]
+    session = Session(handle, "s", 1, 10**6)
+    waiting = asyncio.ensure_future(session.call("dequeue", {"timeout": 5.0}))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    tick = asyncio.ensure_future(session.call("tick", {"seconds": 6.0, "sessions": False}))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert len(handle.batches) == 2
+    later = [[1, [wire.VALUE, []]]]
+    quick.set_result((1, wire.DONE, wire.pack([[[wire.VALUE, None]], later, [], True])[0], []))
+    await tick
+    slow.set_result((1, wire.DONE, wire.pack([[[wire.PARKED]], [], [], True])[0], []))
+    assert await asyncio.wait_for(waiting, 5) == []
+    session.fail(rs.StoreClosedError("s"))
+
+
+async def test_a_dead_actor_fails_at_once():
+    """Nothing can come any more: everybody who waits is told, and everybody who comes."""
+    handle = Handle(ray.exceptions.ActorDiedError())
+    session = Session(handle, "s", 1, 10**6)
+    for _ in range(2):
+        with pytest.raises(rs.StoreUnavailableError, match="its actor has died"):
+            await session.call("next_numbers", {"rollout_ids": ["r"]})
+
+    async def ended():
+        return not any(t.name == "raystore-session" and t is session.timer._thread for t in _threads())
+
+    await until(ended)
+
+
+def _threads():
+    import threading
+
+    return [thread for thread in threading.enumerate() if thread.is_alive()]
+
+
+def test_replies_that_ray_loses_are_asked_for_again(tmp_path):
+    """Ray drops two replies of five: every operation has its effect exactly once."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import asyncio, json, os
+            lose = {"num_failures": -1, "req_failure_prob": 0, "resp_failure_prob": 40}
+            os.environ["RAY_testing_rpc_failure"] = json.dumps({"CoreWorkerService.grpc_client.PushTask": lose})
+            import ray, raystore as rs
+            ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
+            store = rs.start()
+
+            async def main():
+                numbers = []
+                for _ in range(8):
+                    numbers.append(await store.get_next_span_sequence_id("r", "a"))
+                made = [await store.enqueue_rollout(i) for i in range(3)]
+                claimed = [await store.dequeue_rollout() for _ in made]
+                calls = (await store.statistics())["actor_calls"]
+                print(numbers == list(range(1, 9)), [r.input for r in claimed], calls)
+
+            asyncio.run(main())
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    exact, calls = done.stdout.strip().rsplit(" ", 1)
+    assert exact == "True [0, 1, 2]"
+    assert int(calls) > 8 + 3 + 3 + 2, "no reply was lost, so nothing was shown"
