@@ -173,15 +173,17 @@ async def test_closing_drains_what_runs(store):
     """Leaving the pool lets a short rollout finish and claims nothing more."""
 
     async def agent(task, ctx):
+        with ctx.span("begun"):
+            pass
         await asyncio.sleep(0.5)
         return 1.0
 
     made = [await store.enqueue_rollout(i) for i in range(5)]
-    pool = rs.RunnerPool(store, agent, size=1)
+    pool = rs.RunnerPool(store, agent, size=1, flush_seconds=0.05)
     pool.start()
 
     async def is_running():
-        return (await store.get_rollout_by_id(made[0].rollout_id)).status == "preparing"
+        return (await store.get_rollout_by_id(made[0].rollout_id)).status == "running"
 
     await until(is_running)
     await asyncio.to_thread(pool.stop)

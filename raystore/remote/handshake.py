@@ -5,6 +5,7 @@ Not here: starting and ending stores (`cluster`).
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from raystore.types import StoreInfo
 CLIENT = (PROTOCOL, f"raystore {__version__}")  #: what this side of a session is
 
 HANDSHAKE_SECONDS = 60.0  #: for a store to answer for the first time
+HANDSHAKE_RETRY_SECONDS = 0.2
 
 
 def describe(handle: Any) -> dict[str, Any]:
@@ -29,8 +31,14 @@ def describe(handle: Any) -> dict[str, Any]:
         raise NotAStoreError(f"{handle!r} (a {type(handle).__name__})")
     if not is_store(handle):
         raise NotAStoreError(f"The actor {handle!r}")
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
     try:
-        known = handle.describe.remote().future().result(timeout=HANDSHAKE_SECONDS)
+        while True:
+            try:
+                known = handle.describe.remote().future().result(timeout=max(deadline - time.monotonic(), 0))
+                break
+            except ray.exceptions.ActorUnavailableError:  # it may be there in a moment, and asking again is harmless
+                time.sleep(HANDSHAKE_RETRY_SECONDS)
     except ray.exceptions.ActorDiedError as error:
         raise StoreUnavailableError(repr(handle), f"its actor has died. {_cause(error)}") from None
     except TimeoutError:

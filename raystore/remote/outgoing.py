@@ -52,7 +52,7 @@ class Operation(Call):
 class Batch:
     """Operations under way together."""
 
-    __slots__ = ("body", "failing_since", "operations", "refs", "retried", "sequence", "session_id")
+    __slots__ = ("body", "failing_since", "operations", "refs", "retries", "sequence", "session_id")
 
     def __init__(self, session_id: str, sequence: int, operations: list[Operation], body: bytes) -> None:
         self.session_id = session_id
@@ -61,7 +61,7 @@ class Batch:
         self.body = body
         self.refs = {number: op.refs for number, op in enumerate(operations) if op.refs}
         self.failing_since: float | None = None
-        self.retried = False
+        self.retries = 0
 
     def has(self, ticket: int) -> bool:
         """Whether the operation with this ticket is in it."""

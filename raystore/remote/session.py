@@ -39,6 +39,8 @@ logger = logging.getLogger("raystore")
 
 WINDOW = 2  #: batches under way at once
 RETRY_SECONDS = 60.0  #: how long a batch is tried again when the actor does not answer
+RETRY_PAUSE_SECONDS = 0.1  #: before a batch is sent again, with jitter; doubled each time ...
+RETRY_PAUSE_MOST_SECONDS = 2.0  #: ... up to this, so that a claim is asked for before it is withdrawn
 
 
 class Session:
@@ -382,10 +384,10 @@ class Session:
         if now - batch.failing_since > RETRY_SECONDS:
             self._give_up(batch, error)
             return
-        batch.retried = True
-        failing = now - batch.failing_since
+        pause = min(RETRY_PAUSE_SECONDS * 2**batch.retries, RETRY_PAUSE_MOST_SECONDS)
+        batch.retries += 1
         with self.lock:
-            self.retries.append((now + min(0.1 + failing, 5.0) * (0.5 + secrets.randbelow(1000) / 1000), batch))
+            self.retries.append((now + pause * (0.5 + secrets.randbelow(1000) / 1000), batch))
         self.timer.wake()
 
     def _has_died(self, error: Exception) -> bool:
@@ -422,7 +424,7 @@ class Session:
             self._early.clear()
             parked = list(self.waiting.values())
             self.waiting.clear()
-            sent = [(op, batch.retried and op.changes) for batch in batches for op in batch.operations]
+            sent = [(op, batch.retries > 0 and op.changes) for batch in batches for op in batch.operations]
             unknown = [operation for operation, is_unknown in sent if is_unknown]
             again = [*parked, *(operation for operation, is_unknown in sent if not is_unknown)]
             again = [operation for operation in again if not operation.abandoned]

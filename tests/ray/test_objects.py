@@ -13,15 +13,10 @@ from tests.helpers import claim, until
 MIB = 2**20
 
 
-def object_store_bytes():
-    """Bytes of Ray's object store that are in use."""
-    total = ray.cluster_resources()["object_store_memory"]
-    return total - ray.available_resources().get("object_store_memory", 0)
-
-
-def count_refs(needle):
-    """How many processes still refer to an object, by Ray's own table."""
-    return needle in memory_summary(stats_only=False)
+def is_referred_to(name):
+    """Whether any process refers to an object, by Ray's table of references."""
+    address = ray.get_runtime_context().gcs_address
+    return name in memory_summary(address=address, stats_only=False)
 
 
 async def test_a_reference_is_freed_with_its_resource(make_ray_store):
@@ -36,10 +31,11 @@ async def test_a_reference_is_freed_with_its_resource(make_ray_store):
     old = await store.get_resources_by_id("weights", version=1)
     assert old.resources["w"].get().nbytes == 50 * MIB
     del old
+    assert is_referred_to(name)
     await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
 
     async def freed():
-        return not count_refs(name)
+        return not is_referred_to(name)
 
     await until(freed)
 
