@@ -119,4 +119,7 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     print(f"learning a prompt with {arguments.runners} runners; Ray starts, which takes some seconds ...", flush=True)
-    raise SystemExit(asyncio.run(main(arguments.runners, arguments.steps, arguments.seed, folder)))
+    try:
+        raise SystemExit(asyncio.run(main(arguments.runners, arguments.steps, arguments.seed, folder)))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None

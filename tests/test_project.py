@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,21 @@ def test_prompt_bandit_fails_if_it_did_not_learn(tmp_path):
     """One step is not enough, and the exit status says so."""
     done = script("examples/01_prompt_bandit.py", "--runners", 1, "--steps", 1, cwd=tmp_path)
     assert done.returncode == 1 and "did NOT learn" in done.stdout
+
+
+def test_prompt_bandit_stops_quietly(tmp_path):
+    """Ctrl+C in mid-run: no traceback, and the end comes soon."""
+    command = [sys.executable, "-u", ROOT / "examples/01_prompt_bandit.py", "--steps", "500"]
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment
+    ) as running:
+        for line in running.stdout:
+            if line.startswith("step"):
+                break
+        running.send_signal(signal.SIGINT)
+        rest, _ = running.communicate(timeout=20)
+    assert running.returncode == 1 and "Traceback" not in rest and rest.splitlines()[-1] == "stopped", rest
 
 
 def test_cluster_yaml_is_valid():
