@@ -23,12 +23,13 @@ class Call:
     Belongs to the event loop that made it, or to a blocking thread. The answer is set at most once, from any thread.
     """
 
-    __slots__ = ("_answer", "_error", "_event", "_future", "loop", "parked", "ticket", "verb")
+    __slots__ = ("_answer", "_error", "_event", "_future", "leader", "loop", "parked", "ticket", "verb")
 
     def __init__(self, verb: str, ticket: int = 0, *, awaited: bool = True) -> None:
         self.verb = verb
         self.ticket = ticket
         self.parked = False
+        self.leader: Call | None = None  # the first part of a bulk call, whose caller is the caller of all
         self._answer: Any = None
         self._error: Exception | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -68,6 +69,8 @@ class Call:
     @property
     def is_cancelled(self) -> bool:
         """Whether its caller has been cancelled."""
+        if self.leader is not None and self.leader.is_cancelled:
+            return True
         return self._future is not None and self._future.cancelled()
 
     @property

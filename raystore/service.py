@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -68,11 +69,14 @@ class Service:
         self._suspended: dict[str, None] = {}  # sessions that must speak before they are handed work
         self._probe_at: float | None = None
         self._warned_objects = False
+        self._deferred: deque[Callable[[], None]] = deque()
 
     # -- the entry point ---------------------------------------------------------------------------------------------
 
     def call(self, session: Session, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
         """Run one operation; its answer, or `PARKED` if the answer will come through `deliver`."""
+        while self._deferred:
+            self._deferred.popleft()()
         with self._lock:
             self.operations += 1
             if self._closed:
@@ -92,6 +96,10 @@ class Service:
                 self._fail(verb, arguments)
             finally:
                 self._settle(writing=arguments.get("rollout_id"))
+
+    def defer(self, action: Callable[[], None]) -> None:
+        """Do something before the next operation; may be called from anywhere, a garbage collection included."""
+        self._deferred.append(action)
 
     def _run(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
         waits = getattr(self, f"_{verb}", None) if verb in _SHELL else None
@@ -143,6 +151,11 @@ class Service:
         if not missing or (timeout is not None and timeout <= 0):
             return self._finished(rollout_ids)
         return self._park(step, ticket, "wait", {"rollout_ids": rollout_ids}, timeout, deliver, missing)
+
+    def _sort_out(self, step: Step, ticket: int, deliver: Deliver, *, rollout_ids: list[str]) -> Any:
+        """What is finished of these, and where the completion log stands, and what is not: all of one moment."""
+        finished, cursor = self._finished(rollout_ids)
+        return finished, (cursor, self._unfinished(rollout_ids))
 
     def _completed(
         self,
@@ -304,9 +317,13 @@ class Service:
     def _offer(self, waiter: Waiter) -> None:
         """Hand work to a call that waits for it, if there is some for it."""
         session = self.state.sessions.get(waiter.session_id)
-        if session is None or session.ended_at is not None or waiter.session_id in self._suspended:
+        if session is None or session.ended_at is not None:
             return
         if not any(self.state.queues.length(queue) for queue in waiter.arguments["queues"]):
+            return
+        if waiter.session_id in self._suspended:
+            if self._probe_at is None:
+                self._probe_at = self.clock.age()  # there is work for it: ask it again whether it lives
             return
         step = self._step(session)
         claimed = claims.claim(self.state, step, **waiter.arguments, note_empty=False)
@@ -455,5 +472,17 @@ class Service:
 
 
 _SHELL = frozenset(
-    {"dequeue", "wait", "completed", "changes", "cancel_wait", "acknowledge", "statistics", "story", "check", "tick"}
+    {
+        "dequeue",
+        "wait",
+        "sort_out",
+        "completed",
+        "changes",
+        "cancel_wait",
+        "acknowledge",
+        "statistics",
+        "story",
+        "check",
+        "tick",
+    }
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -27,6 +28,9 @@ class Transport(Protocol):
 
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         """Issue one operation now; the answer may be awaited."""
+
+    def abandon(self, call: Call) -> None:
+        """Nobody waits for a call that was issued: if it has not left, it never was."""
 
     def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
         """Call `handler` (kind, rollout id, attempt id) for what becomes of this process's attempts; how to stop."""
@@ -101,17 +105,23 @@ class LocalTransport:
             call = self.post(verb, arguments)
             try:
                 answer = await call
+            except GeneratorExit:  # collected, in the middle of whatever this thread does: not now
+                if call.parked:
+                    self.service.defer(functools.partial(self.abandon, call))
+                raise
             except BaseException:
                 if call.parked:
-                    self._abandon(call)
+                    self.abandon(call)
                 raise
             claimed = claimed_keys(answer) if call.parked and verb == "dequeue" else []
             if not claimed or not self.service.acknowledge(self._session, claimed):
                 return answer
             # The loop was blocked for so long that the work went to somebody else: try again.
 
-    def _abandon(self, call: Call) -> None:
+    def abandon(self, call: Call) -> None:
         """The caller has gone: it waits no longer, and what it was handed goes back."""
+        if not call.parked:
+            return
         with contextlib.suppress(StoreClosedError):  # a closed store has taken everything back already
             self.service.call(self._session, 0, "cancel_wait", {"of": call.ticket}, _nobody)
             if call.verb == "dequeue":

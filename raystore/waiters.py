@@ -8,7 +8,7 @@ Not here: how an answer reaches its caller (`Waiter.deliver`, from the transport
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 #: Gives an answer to the caller; False if the caller is gone, so that what was handed to it can be taken back.
@@ -77,6 +77,9 @@ class Waiters:
         self.wait_for(waiter, missing)
         if deadline is not None:
             heappush(self._deadlines, (deadline, waiter.number))
+            if len(self._deadlines) > 256 and len(self._deadlines) > 4 * len(self._all):  # mostly answered ones
+                self._deadlines = [item for item in self._deadlines if item[1] in self._all]
+                heapify(self._deadlines)
         return waiter
 
     def _places(self, waiter: Waiter) -> list[tuple[dict[str, dict[int, Waiter]], Iterable[str]]]:

@@ -21,6 +21,17 @@ def store(request):
     return request.getfixturevalue(f"make_{request.param}_store")()
 
 
+class Undecodable:
+    """Pickles, and raises when it is unpickled in another process, or at a second time."""
+
+    def __reduce__(self):
+        return _raise, ()
+
+
+def _raise():
+    raise ImportError("no such class here")
+
+
 async def run(store, agent, tasks, **options):
     """Enqueue tasks, run them with a pool, and return them finished."""
     made = [await store.enqueue_rollout(task) for task in tasks]
@@ -297,3 +308,54 @@ async def test_users_can_write_their_own_runner(make_ray_store):
     await MyRunner.remote(store.actor).run.remote(5)
     finished = await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=0)
     assert len(finished) == 5
+
+
+async def test_an_agent_that_cancels_itself_fails_alone(store):
+    """A cancellation that did not come from outside is the agent's error; the runner goes on."""
+
+    async def agent(task, ctx):
+        if task == "cancels":
+            inner = asyncio.ensure_future(asyncio.sleep(10))
+            inner.cancel()
+            await inner
+        return 1.0
+
+    finished = await run(store, agent, ["cancels", "fine"], size=1)
+    assert [r.status for r in finished] == ["failed", "succeeded"]
+    assert "cancelled itself" in (await store.get_latest_attempt(finished[0].rollout_id)).error
+
+
+async def test_a_stopped_runner_gives_back_what_it_runs(store):
+    """Without draining, what runs is offered again at once, and nobody is blamed."""
+
+    async def agent(task, ctx):
+        with ctx.span("begun"):
+            pass
+        await asyncio.sleep(100)
+
+    made = await store.enqueue_rollout("x")
+    pool = rs.RunnerPool(store, agent, size=1, flush_seconds=0.05)
+    await asyncio.to_thread(pool.start)
+
+    async def is_running():
+        return (await store.get_rollout_by_id(made.rollout_id)).status == "running"
+
+    await until(is_running)
+    await asyncio.to_thread(pool.stop, drain=False)
+    assert (await store.get_rollout_by_id(made.rollout_id)).status == "requeuing"
+    assert (await store.dequeue_rollout()).rollout_id == made.rollout_id
+
+
+async def test_a_task_that_nobody_can_decode_fails_in_the_end(store):
+    """It is given back with the reason, up to max_deliveries; the runner takes the next one."""
+    with pytest.raises(ImportError):  # the answer cannot be decoded here either, but it is enqueued
+        await store.enqueue_rollout(Undecodable(), rollout_id="bad")
+    await store.enqueue_rollout("good", rollout_id="good")
+    async with rs.RunnerPool(store, lambda task, ctx: 1.0, size=1):
+
+        async def both():
+            return (await store.statistics())["rollouts_by_status"] == {"failed": 1, "succeeded": 1}
+
+        await until(both, within=40)
+    attempts = await store.query_attempts("bad")
+    assert {a.outcome for a in attempts} == {"infra"} and "cannot be decoded" in attempts[0].error

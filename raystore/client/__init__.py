@@ -40,9 +40,13 @@ class StoreClient(
         """The session that the operations of this process belong to."""
         return self._transport.session_id
 
-    async def report_session_ended(self, session_id: str) -> bool:
-        """Say that the process of a session has ended: what it held is offered again at once. Whether it was live."""
-        return bool(await self._transport.call("report_session", {"session_id": session_id}))
+    async def report_ended(self, session_id: str | None, *, worker_id: str | None = None) -> bool:
+        """Say that a process has ended, by its session and by the worker it was: what it held is offered again at once.
+
+        Whether there was a live session of it.
+        """
+        arguments = {"session_id": session_id, "worker_id": worker_id}
+        return bool(await self._transport.call("report_session", arguments))
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:

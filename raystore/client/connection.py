@@ -53,15 +53,28 @@ class Connection:
             items += part
         return items, beside
 
+    async def _parts(self, verb: str, parts: list[dict[str, Any]]) -> list[Any]:
+        """Run the parts of a bulk call; their answers. A caller that is cancelled takes back what has not left."""
+        calls = self._post_parts(verb, parts)
+        try:
+            return [await call for call in calls]
+        except BaseException:
+            for call in calls:
+                self._transport.abandon(call)
+            raise
+
     def _post_parts(self, verb: str, parts: list[dict[str, Any]]) -> list[Call]:
         """Issue the parts of a bulk call together; once one is refused, so are those behind it."""
         if len(parts) == 1:
             return [self._transport.post(verb, parts[0])]
         chain_id, last = next(_chain_ids), len(parts) - 1
-        return [
+        calls = [
             self._transport.post(verb, arguments | {"chain": [chain_id, number == last]})
             for number, arguments in enumerate(parts)
         ]
+        for call in calls[1:]:
+            call.leader = calls[0]
+        return calls
 
 
 def cut(sizes: list[int]) -> list[tuple[int, int]]:

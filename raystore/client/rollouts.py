@@ -14,6 +14,7 @@ from raystore.client.connection import Connection, cut
 from raystore.convert import validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError
+from raystore.transport import claimed_keys
 from raystore.types import (
     UNSET,
     AttemptedRollout,
@@ -90,11 +91,11 @@ class RolloutMethods(Connection):
             twice = next(name for name in named if named.count(name) > 1)
             raise InvalidValueError("rollout_id", twice, "each caller-given id once per call")
         sizes = [size_of(request["input"]) + size_of(request["metadata"]) for request in requests]
-        calls = self._post_parts(
+        answers = await self._parts(
             "enqueue",
             [{"requests": requests[first:last], "admit": 0 if first else len(requests)} for first, last in cut(sizes)],
         )
-        return [convert.pair(item) for call in calls for item in await call]
+        return [convert.pair(item) for answer in answers for item in answer]
 
     async def enqueue_group(
         self,
@@ -145,7 +146,19 @@ class RolloutMethods(Connection):
             "worker_id": convert.optional_identifier("worker_id", worker_id),
             "timeout": convert.duration("timeout", timeout),
         }
-        return [convert.attempted(claim) for claim in await self._transport.call("dequeue", arguments)]
+        claims = await self._transport.call("dequeue", arguments)
+        try:
+            return [convert.attempted(claim) for claim in claims]
+        except Exception as error:  # whatever a user's class raises while it is unpickled
+            await self._refuse(claims, f"{type(error).__name__}: {error}")
+            raise
+
+    async def _refuse(self, claims: Sequence[Any], why: str) -> None:
+        """Give back claims that cannot be decoded in this process; what nobody can decode fails in the end."""
+        for rollout_id, attempt_id in claimed_keys(claims):
+            changes = {"status": "failed", "outcome": "infra", "error": f"the task cannot be decoded: {why}"}
+            names = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+            await self._transport.call("finish", {**names, "spans": [], "changes": changes})
 
     async def query_rollouts(
         self,

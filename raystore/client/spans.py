@@ -63,8 +63,8 @@ class SpanMethods(Connection):
                 rows = [row for _, row in part]
                 arguments.append({"rollout_id": rollout_id, "attempt_id": attempt_id, "spans": rows})
         kept: list[Span] = []
-        for call, part_spans in zip(self._post_parts("add_spans", arguments), parts, strict=True):
-            for span, (stored, _) in zip(part_spans, await call, strict=True):
+        for answer, part_spans in zip(await self._parts("add_spans", arguments), parts, strict=True):
+            for span, (stored, _) in zip(part_spans, answer, strict=True):
                 if stored:
                     kept.append(span)
                 else:

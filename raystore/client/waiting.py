@@ -18,6 +18,8 @@ from raystore.types import (
     TagValue,
 )
 
+LOOK_AGAIN_SECONDS = 10.0  #: after which `as_completed` asks whether what it waits for still exists
+
 
 class WaitingMethods(Connection):
     """Waiting for rollouts, completions and changes; no polling, one parked call for each."""
@@ -39,7 +41,7 @@ class WaitingMethods(Connection):
     async def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[Rollout]:
         missing = set(convert.identifiers("rollout_ids", rollout_ids))
         deadline = None if timeout is None else monotonic() + convert.duration("timeout", timeout)
-        finished, cursor = await self._wait(list(missing), 0.0)
+        finished, cursor = await self._sort_out(missing)
         while True:
             for rollout in finished:
                 if rollout.rollout_id in missing:
@@ -47,11 +49,20 @@ class WaitingMethods(Connection):
                     yield rollout
             if not missing:
                 return
-            left = 3600.0 if deadline is None else deadline - monotonic()
+            left = LOOK_AGAIN_SECONDS if deadline is None else min(deadline - monotonic(), LOOK_AGAIN_SECONDS)
             if left <= 0:
                 raise TimeoutError(f"{len(missing)} of the rollouts had not finished after {timeout} s")
             page = await self.completed(cursor, timeout=left)
             finished, cursor = page.items, page.cursor or cursor
+            if not finished:  # some may have been deleted, and will never finish
+                finished, _ = await self._sort_out(missing)
+
+    async def _sort_out(self, missing: set[str]) -> tuple[list[Rollout], int]:
+        """Those that are finished, and the cursor behind them; what does not exist is dropped from `missing`."""
+        items, (cursor, unfinished) = await self._many("sort_out", {"rollout_ids": list(missing)})
+        finished = [convert.rollout(item) for item in items]
+        missing &= {*unfinished, *(rollout.rollout_id for rollout in finished)}
+        return finished, cursor
 
     async def completed(
         self,

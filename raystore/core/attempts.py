@@ -150,10 +150,20 @@ def _follow(state: State, step: Step, entry: Entry) -> None:
         state.deadlines.guard(rollout.rollout_id)
 
 
-def settle(state: State, step: Step, entry: Entry, event: str, *, alone: bool = True, error: str | None = None) -> None:
+def settle(
+    state: State,
+    step: Step,
+    entry: Entry,
+    event: str,
+    *,
+    alone: bool = True,
+    orderly: bool = False,
+    error: str | None = None,
+) -> None:
     """Move the latest attempt by an event that ends it, with its rollout and worker.
 
     `alone` says for a loss whether nothing else ran in that process: then the rollout is to blame and is charged.
+    An `orderly` loss (a runner that stops gives its work back) is nobody's fault.
     """
     index = len(entry.attempts) - 1
     before = entry.attempts[index]
@@ -164,7 +174,7 @@ def settle(state: State, step: Step, entry: Entry, event: str, *, alone: bool = 
     if outcome == "infra" or (outcome == "runner_lost" and alone):
         entry.deliveries += 1
     if outcome == "runner_lost":
-        entry.suspect = True
+        entry.suspect = entry.suspect or not orderly
         worker = state.workers.get(before.worker_id or "")
         state.changes.append(
             step.now, "lost", before.rollout_id, before.attempt_id, alone=alone, worker_id=worker and worker.worker_id
@@ -233,6 +243,8 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
     is_latest = index == len(entry.attempts) - 1
     if after.status != before.status:
         after.outcome = None if is_latest else "superseded"
+    if _holder_is_gone(state, entry, before.attempt_id):  # it was only silent, and is back in a new session
+        state.take_hold(entry, before.attempt_id, step.session)
     _acknowledge_by_writing(state, entry, before.attempt_id)
     state.put_attempt(entry, index, after)
     if not is_latest:
@@ -260,6 +272,8 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> int:
         attempt = entry.attempts[index]
         if attempt.status not in ACTIVE:
             continue
+        if _holder_is_gone(state, entry, attempt_id):
+            state.take_hold(entry, attempt_id, step.session)
         state.put_attempt(entry, index, attempt.evolve(last_heartbeat_time=step.now))
         _acknowledge_by_writing(state, entry, attempt_id)
         if index == len(entry.attempts) - 1:
@@ -275,9 +289,9 @@ def finish(
     entry = state.entry(rollout_id)
     state.find_attempt(entry, attempt_id, step.session)
     written = add_spans(state, step, rollout_id, attempt_id, spans) if spans else Written([], 0, None)
-    event = {"infra": ABORT, "dropped": DROP}.get(changes.get("outcome") or "")
+    event = {"infra": ABORT, "dropped": DROP, "runner_lost": LOSS}.get(changes.get("outcome") or "")
     latest = entry.attempts[-1]
     if event and latest.attempt_id == attempt_id and latest.status in ACTIVE and entry.rollout.status in ACTIVE:
-        settle(state, step, entry, event, error=changes.get("error"))
+        settle(state, step, entry, event, alone=False, orderly=True, error=changes.get("error"))
         return entry.attempts[-1], written
     return report(state, step, rollout_id, attempt_id, changes), written

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -46,7 +46,13 @@ class ChangeFeed:
         if cursor < self.oldest - 1:
             raise CursorTooOldError(cursor, self.oldest)
         found: list[Change] = []
-        for change in islice(self._kept, cursor - self.oldest + 1, None):
+        # A deque is quick at its ends only: what is new stands at the right one.
+        new = self.last - cursor
+        if new < len(self._kept) // 2:
+            following: Iterable[Change] = reversed(list(islice(reversed(self._kept), new)))
+        else:
+            following = islice(self._kept, cursor - self.oldest + 1, None)
+        for change in following:
             if len(found) == limit:
                 break
             cursor = change.sequence

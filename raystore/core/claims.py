@@ -13,6 +13,8 @@ from raystore.core import attempts, workers
 from raystore.core.rollouts import move, unqueue
 from raystore.core.state import AttemptKey, Entry, Session, State, Step
 
+LOST_CLAIMS_KEPT = 1_000  #: of a session, so that a late acknowledgement can be told what became of its claim
+
 
 def claim(
     state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None, note_empty: bool = True
@@ -46,13 +48,13 @@ def claim(
 def _next(state: State, session: Session | None, queues: list[str], claimed: list[Entry]) -> Entry | None:
     """What this session should do next, None if there is nothing for it."""
     if session is None or session.eternal:  # a suspect can only end the store itself here
-        heads = (state.queues.head(queue) for queue in queues)
+        heads = (state.queues.first(queue) for queue in queues)
         return next((state.entries[head] for head in heads if head is not None), None)
     if state.suspects:
-        waiting = [i for i in state.suspects if state.entries[i].rollout.queue in queues]
+        waiting = [head for queue in queues if (head := state.queues.head(queue, aside=True)) is not None]
         if waiting:
             if session.is_idle:
-                return min((state.entries[i] for i in waiting), key=lambda entry: entry.order or (0, 0))
+                return state.entries[waiting[0]]
             drained = state.sessions.get(state.drained or "")
             if drained is None or drained.ended_at is not None:
                 state.drained = session.session_id
@@ -60,32 +62,8 @@ def _next(state: State, session: Session | None, queues: list[str], claimed: lis
                 return None
     if _runs_suspect(state, session):
         return None
-    for queue in queues:
-        head = state.queues.head(queue)
-        if head is not None and head not in state.suspects:
-            return state.entries[head]
-        if head is not None:  # suspects wait for a session of their own; what stands behind them does not
-            found = _behind_suspects(state, queue)
-            if found is not None:
-                return found
-    return None
-
-
-def _behind_suspects(state: State, queue: str) -> Entry | None:
-    """The first rollout of a queue that is no suspect."""
-    put_back: list[Entry] = []
-    found = None
-    while (head := state.queues.head(queue)) is not None:
-        entry = state.entries[head]
-        if head not in state.suspects:
-            found = entry
-            break
-        state.queues.discard(head)
-        put_back.append(entry)
-    for entry in put_back:
-        assert entry.order is not None
-        state.queues.put(queue, entry.rollout.rollout_id, entry.order)
-    return found
+    heads = (state.queues.head(queue) for queue in queues)  # suspects wait aside, for a session of their own
+    return next((state.entries[head] for head in heads if head is not None), None)
 
 
 def _runs_suspect(state: State, session: Session) -> bool:
@@ -148,9 +126,12 @@ def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, wh
     session.held.pop(key, None)
     if why == "withdrawn":
         session.lost[key] = attempt
+        if len(session.lost) > LOST_CLAIMS_KEPT:
+            del session.lost[next(iter(session.lost))]
         entry.suspect = True
         state.withdrawals += 1
-    move(state, step, entry, entry.former, keep_place=True, kind=why)
+    if entry.rollout.status == "preparing":  # else somebody has decided otherwise meanwhile, by hand
+        move(state, step, entry, entry.former, keep_place=True, kind=why)
     if attempt.worker_id is not None:
         worker = state.workers.get(attempt.worker_id)
         if worker is not None and worker.current_attempt_id == key[1]:

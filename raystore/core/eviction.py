@@ -26,11 +26,8 @@ class Pass:
 
 
 def run(state: State, step: Step, writing: str | None) -> Pass | None:
-    """Evict if the threshold is crossed; None if there was no need."""
-    if state.memory_full and state.total_bytes <= state.settings.safe_bytes:
-        state.memory_full = False
-        state.queues_touched.update(state.queues.lengths())
-    if state.total_bytes <= state.settings.eviction_bytes:
+    """Evict if the threshold is crossed, or until a full store is below the safe one; None if nothing was evicted."""
+    if state.total_bytes <= state.settings.eviction_bytes and not state.memory_full:
         return None
     done = Pass()
     classes = 1 if state.settings.pause_when_full else len(state.eviction_heaps)
@@ -54,7 +51,10 @@ def run(state: State, step: Step, writing: str | None) -> Pass | None:
     if done.rollout_ids:
         state.eviction_passes += 1
         state.changes.append(step.now, "evicted", rollouts=len(done.rollout_ids), spans=done.spans, bytes=done.bytes)
-    if state.settings.pause_when_full and state.total_bytes > state.settings.eviction_bytes and not state.memory_full:
+    if state.memory_full and state.total_bytes <= state.settings.safe_bytes:
+        state.memory_full = False
+        state.queues_touched.update(state.queues.lengths())
+    elif state.settings.pause_when_full and state.total_bytes > state.settings.eviction_bytes and not state.memory_full:
         state.memory_full = True
         state.changes.append(step.now, "memory_full", bytes=state.total_bytes)
     return done if done.rollout_ids else None

@@ -18,8 +18,8 @@ class Queues:
     """All queues of a store."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, tuple[str, Order]] = {}
-        self._heaps: dict[str, list[tuple[Order, str]]] = {}
+        self._waiting: dict[str, tuple[tuple[str, bool], Order]] = {}
+        self._heaps: dict[tuple[str, bool], list[tuple[Order, str]]] = {}  # by queue, and whether aside
         self._lengths: dict[str, int] = {}
         self._arrivals = 0
 
@@ -45,10 +45,11 @@ class Queues:
         self._arrivals += 1
         return (-priority, self._arrivals)
 
-    def put(self, queue: str, rollout_id: str, order: Order) -> None:
+    def put(self, queue: str, rollout_id: str, order: Order, *, aside: bool = False) -> None:
         """Let a rollout wait at its place; it must not be waiting yet."""
-        self._waiting[rollout_id] = (queue, order)
-        heappush(self._heaps.setdefault(queue, []), (order, rollout_id))
+        line = (queue, aside)
+        self._waiting[rollout_id] = (line, order)
+        heappush(self._heaps.setdefault(line, []), (order, rollout_id))
         self._lengths[queue] = self._lengths.get(queue, 0) + 1
 
     def discard(self, rollout_id: str) -> bool:
@@ -56,37 +57,45 @@ class Queues:
         place = self._waiting.pop(rollout_id, None)
         if place is None:
             return False
-        queue = place[0]
-        left = self._lengths[queue] - 1
+        line = place[0]
+        left = self._lengths[line[0]] - 1
         if left:
-            self._lengths[queue] = left
-            heap = self._heaps[queue]
+            self._lengths[line[0]] = left
+            heap = self._heaps[line]
             if len(heap) > 64 and len(heap) > 4 * left:  # mostly entries without meaning: rebuild
-                heap[:] = {entry for entry in heap if self._waiting.get(entry[1]) == (queue, entry[0])}
+                heap[:] = {entry for entry in heap if self._waiting.get(entry[1]) == (line, entry[0])}
                 heapify(heap)
         else:  # a queue without rollouts is not kept
-            del self._lengths[queue], self._heaps[queue]
+            del self._lengths[line[0]]
+            self._heaps.pop((line[0], False), None)
+            self._heaps.pop((line[0], True), None)
         return True
 
-    def head(self, queue: str) -> str | None:
-        """The next rollout of a queue, left in place."""
-        heap = self._heaps.get(queue)
+    def head(self, queue: str, *, aside: bool = False) -> str | None:
+        """The next rollout of a queue, left in place; of those that wait aside, if asked."""
+        line = (queue, aside)
+        heap = self._heaps.get(line)
         while heap:
             order, rollout_id = heap[0]
-            if self._waiting.get(rollout_id) == (queue, order):
+            if self._waiting.get(rollout_id) == (line, order):
                 return rollout_id
             heappop(heap)
         return None
 
+    def first(self, queue: str) -> str | None:
+        """The next rollout of a queue, whether it waits aside or not."""
+        heads = [head for head in (self.head(queue), self.head(queue, aside=True)) if head is not None]
+        return min(heads, key=lambda head: self._waiting[head][1], default=None)
+
     def check(self) -> None:
         """Verify that every waiting rollout can be met exactly once."""
         met: dict[str, int] = {}
-        for queue, heap in self._heaps.items():
+        for line, heap in self._heaps.items():
             for order, rollout_id in set(heap):
-                if self._waiting.get(rollout_id) == (queue, order):
+                if self._waiting.get(rollout_id) == (line, order):
                     met[rollout_id] = met.get(rollout_id, 0) + 1
         assert met == dict.fromkeys(self._waiting, 1), "a waiting rollout is not in its queue exactly once"
         count: dict[str, int] = {}
-        for queue, _ in self._waiting.values():
+        for (queue, _), _ in self._waiting.values():
             count[queue] = count.get(queue, 0) + 1
         assert count == self._lengths, "queue lengths differ from the queues"

@@ -8,7 +8,7 @@ Not here: starting, settling and cancelling attempts (`attempts`), handing work 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import heappush
+from heapq import heapify, heappush
 from typing import Any
 
 from raystore.core import query
@@ -16,7 +16,7 @@ from raystore.core.indexes import keys_of
 from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
 from raystore.core.payload import same_content, size_of
 from raystore.core.records import Config, Rollout
-from raystore.core.state import Entry, State, Step
+from raystore.core.state import Entry, State, Step, is_live_attempt
 from raystore.errors import ConflictError, InvalidValueError, OverloadedError
 
 ROLLOUT_OVERHEAD_BYTES = 1_500  #: record, entry and index entries of one rollout with an attempt, beside its payloads
@@ -107,7 +107,7 @@ def enqueue_many(
 def _queue(state: State, entry: Entry, order: tuple[int, int]) -> None:
     rollout = entry.rollout
     entry.order = order
-    state.queues.put(rollout.queue, rollout.rollout_id, order)
+    state.queues.put(rollout.queue, rollout.rollout_id, order, aside=entry.suspect)
     if entry.suspect:
         state.suspects[rollout.rollout_id] = None
     state.queues_touched.add(rollout.queue)
@@ -115,8 +115,11 @@ def _queue(state: State, entry: Entry, order: tuple[int, int]) -> None:
 
 def unqueue(state: State, entry: Entry) -> None:
     """Take a rollout out of line."""
-    state.queues.discard(entry.rollout.rollout_id)
-    state.suspects.pop(entry.rollout.rollout_id, None)
+    rollout_id = entry.rollout.rollout_id
+    state.queues.discard(rollout_id)
+    if state.suspects.pop(rollout_id, 0) is None and not state.suspects:
+        state.drained = None  # nobody needs to be alone any more
+        state.queues_touched.update(state.queues.lengths())
 
 
 def move(
@@ -158,6 +161,9 @@ def enter_eviction(state: State, entry: Entry) -> None:
     rollout = entry.rollout
     heap = state.eviction_heaps[state.eviction_class(entry)]
     heappush(heap, (rollout.start_time, entry.number, rollout.rollout_id))
+    if len(heap) > 256 and len(heap) > 4 * len(state.entries):  # mostly rollouts that are gone
+        heap[:] = {item for item in heap if state.spans.has(item[2])}
+        heapify(heap)
 
 
 def update(state: State, step: Step, rollout_id: str, changes: dict[str, Any]) -> Rollout:
@@ -189,7 +195,7 @@ def update(state: State, step: Step, rollout_id: str, changes: dict[str, Any]) -
 def _move_references(state: State, entry: Entry, before: str | None) -> None:
     """Attempts that run were given the old resources; the rollout names others from now on."""
     for index, attempt in enumerate(entry.attempts):
-        if attempt.status in ACTIVE:
+        if is_live_attempt(attempt):
             state.resources.refer(before, attempt.resources_version, -1)
             newest = state.resources.newest(entry.rollout.resources_id)
             version = newest.version if newest else None

@@ -280,7 +280,7 @@ class State:
         key = (entry.rollout.rollout_id, attempt_id)
         session.held.pop(key, None)
         session.claims.pop(key, None)
-        if session.is_idle and (self.suspects or self.drained == session.session_id):
+        if session.is_idle and (entry.suspect or self.suspects or self.drained == session.session_id):
             self.queues_touched.update(self.queues.lengths())
 
     def take_hold(self, entry: Entry, attempt_id: str, session: Session | None) -> None:

@@ -17,7 +17,7 @@ from raystore.core import attempts, claims, query, retention, rollouts, workers
 from raystore.core.changes import FEED_LENGTH
 from raystore.core.lifecycle import FINISHED
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
-from raystore.core.state import Chain, Entry, State, Step
+from raystore.core.state import Chain, Entry, State, Step, is_live_attempt
 from raystore.errors import InvalidValueError, SpansEvictedError, StoreError
 
 
@@ -318,13 +318,17 @@ def _get_worker(state: State, step: Step, *, worker_id: str) -> Worker | None:
 # -- sessions ----------------------------------------------------------------------------------------------------------
 
 
-def _report_session(state: State, step: Step, *, session_id: str) -> bool:
-    """Somebody saw that the process of a session has ended (a pool, its runner)."""
-    session = state.sessions.get(session_id)
-    if session is None or session.ended_at is not None:
-        return False
-    claims.end_session(state, step, session, why="reported")
-    return True
+def _report_session(state: State, step: Step, *, session_id: str | None, worker_id: str | None = None) -> bool:
+    """Somebody saw that a process has ended (a pool, its runner): its session, and any that holds its worker's work."""
+    ended = {session_id}
+    for rollout_id in state.indexes.find(("worker", worker_id)):
+        entry = state.entries[rollout_id]
+        ended.add(entry.holders.get(entry.attempts[-1].attempt_id) if is_live_attempt(entry.attempts[-1]) else None)
+    sessions = [state.sessions[found] for found in ended if found is not None and found in state.sessions]
+    live = [session for session in sessions if session.ended_at is None and not session.eternal]
+    for session in live:
+        claims.end_session(state, step, session, why="reported")
+    return bool(live)
 
 
 def statistics(state: State) -> dict[str, Any]:

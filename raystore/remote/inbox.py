@@ -47,6 +47,7 @@ class Inbox:
         self._listener: asyncio.Future[None] | None = None
         self._pages: dict[int, list[Any]] = {}
         self._tokens = itertools.count(1)
+        self._hints = itertools.count(1)
         self._closing = False
 
     # -- batches -----------------------------------------------------------------------------------------------------
@@ -95,7 +96,10 @@ class Inbox:
             reply = self._operation(first_ticket + number, verb, arguments)
             replies.append(reply)
             changes = verb in VERBS and VERBS[verb].changes
-            kept.append((verb, arguments, self._to_keep(verb, reply) if changes or reply[0] != wire.VALUE else []))
+            keep = changes or reply[0] != wire.VALUE
+            # Arguments are kept for what would run again; spans and payloads are not held longer than needed.
+            again = arguments if not keep or verb == "dequeue" else {}
+            kept.append((verb, again, self._to_keep(verb, reply) if keep else []))
             if time.perf_counter() - started > SLICE_SECONDS:
                 await asyncio.sleep(0)
                 started = time.perf_counter()
@@ -154,11 +158,12 @@ class Inbox:
         self._collect_notices()
         later = list(self._outbox.items()) if self._listener is None else []
         replies = [self._paged(reply) for reply in replies]
-        return wire.pack([replies, [[t, self._paged(reply)] for t, reply in later], lost, self._wants_listening()])
+        return wire.pack([replies, [[t, self._paged(reply)] for t, reply in later], lost, self._hint()])
 
-    def _wants_listening(self) -> bool:
-        """Whether the client should keep a listen call parked."""
-        return not self.session.is_idle or bool(self._outbox) or self.service.is_waiting(self.session.session_id)
+    def _hint(self) -> tuple[int, bool]:
+        """Whether the client should keep a listen call parked; numbered, since answers overtake each other."""
+        wanted = not self.session.is_idle or bool(self._outbox) or self.service.is_waiting(self.session.session_id)
+        return next(self._hints), wanted
 
     # -- answers that come later -------------------------------------------------------------------------------------
 
@@ -179,7 +184,7 @@ class Inbox:
                 if self._listener is listener:
                     self._listener = None
             self._collect_notices()
-        return wire.pack([[[t, self._paged(reply)] for t, reply in self._outbox.items()], self._wants_listening()])
+        return wire.pack([[[t, self._paged(reply)] for t, reply in self._outbox.items()], self._hint()])
 
     def wake(self) -> None:
         """Let the parked listen call return."""

@@ -26,7 +26,7 @@ BATCH_OPERATIONS = 512
 class Operation(Call):
     """One operation of a session, packed."""
 
-    __slots__ = ("abandoned", "arguments", "frame", "issued", "refs", "sent")
+    __slots__ = ("abandoned", "arguments", "cancels", "frame", "issued", "refs", "sent")
 
     def __init__(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> None:
         super().__init__(verb, awaited=awaited)
@@ -35,6 +35,7 @@ class Operation(Call):
         self.issued = time.monotonic()
         self.sent = False
         self.abandoned = False
+        self.cancels: int | None = None  # ticket of the parked call that this ends
 
     @property
     def changes(self) -> bool:

@@ -13,6 +13,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -70,20 +71,28 @@ class Session:
         self._flushing: set[asyncio.AbstractEventLoop] = set()
         self._tickets_to_acknowledge: list[int] = []
         self._listen_wanted = False
+        self._hint = 0
         self._listening = False
+        self._closing = False
+        self._orphans: deque[Operation] = deque()
         self.timer = SessionTimer(self)
 
     # -- taking operations -------------------------------------------------------------------------------------------
 
-    def post(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> Operation:
+    def post(
+        self, verb: str, arguments: dict[str, Any], *, awaited: bool = True, cancels: int | None = None
+    ) -> Operation:
         """Take an operation; it takes effect in the order of the calls of this method."""
         operation = Operation(verb, arguments, awaited=awaited)
+        operation.cancels = cancels
         size = len(operation.frame)
         if size > self.call_bytes:
             raise PayloadTooLargeError(f"call {verb}", size, self.call_bytes)
         with self.lock:
             if self.failure is not None:
                 raise self.failure
+            if self._closing and verb != "close_session":
+                raise StoreClosedError(self.store)
             self._outgoing.append(operation)
             loop = operation.loop
             first = loop is not None and loop not in self._flushing
@@ -114,8 +123,11 @@ class Session:
                     self._seen(keys, acknowledged=True)
                     return answer
                 self._seen(keys, acknowledged=True)
+            except GeneratorExit:
+                self._orphans.append(operation)
+                raise
             except BaseException:
-                self._abandon(operation)
+                self.abandon(operation)
                 raise
 
     def _flush_on(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -179,17 +191,19 @@ class Session:
         if outcome == wire.ENDED or epoch != self.epoch:
             self._renew(epoch)
             return
-        replies, later, lost, listen_wanted = wire.unpack(body, refs)
+        replies, later, lost, hint = wire.unpack(body, refs)
         for key in lost:
             logger.warning("The claim of attempt %s of rollout %s was lost: acknowledged too late", key[1], key[0])
+        answers = list(zip(batch.operations, replies, strict=True))
         with self.lock:
             self._under_way.pop(batch.sequence, None)
             self._answered_ahead.add(batch.sequence)
             while self._answered + 1 in self._answered_ahead:
                 self._answered += 1
                 self._answered_ahead.discard(self._answered)
-            self._listen_wanted = listen_wanted
-        self._settle(zip(batch.operations, replies, strict=True))
+            answers = [(op, self._parked(op) if reply[0] == wire.PARKED else reply) for op, reply in answers]
+            self._take_hint(hint)
+        self._settle(answers)
         self.on_later(later)
         self.timer.wake()
 
@@ -199,8 +213,12 @@ class Session:
         for operation, reply in answers:
             kind = reply[0]
             if kind == wire.PARKED:
-                self._parked(operation)
+                if operation.abandoned:
+                    self._cancel_wait(operation)
                 continue
+            if operation.cancels is not None and reply[1] is True:  # nothing will come for it any more
+                with self.lock:
+                    self.waiting.pop(operation.cancels, None)
             if kind == wire.ERROR:
                 operation.put(None, from_record(reply[1], reply[2]))
             else:
@@ -214,7 +232,7 @@ class Session:
                 loop.call_soon_threadsafe(self._wake, loop, operations)
             except RuntimeError:  # the loop is closed, and its callers with it
                 for operation in operations:
-                    self._abandon(operation)
+                    self.abandon(operation)
         if not by_loop:
             self.flush()
 
@@ -223,44 +241,52 @@ class Session:
             operation.wake()
         loop.call_soon(self.flush)  # behind the callers, so that what they issue now leaves with it
 
-    def _parked(self, operation: Operation) -> None:
-        with self.lock:
-            operation.parked = True
-            early = self._early.pop(operation.ticket, None)
-            if early is None:
-                self.waiting[operation.ticket] = operation
-                self._listen_wanted = True
-        if early is not None:
-            self._settle([(operation, early)])
-        elif operation.abandoned:
-            self.post("cancel_wait", {"of": operation.ticket}, awaited=False)
+    def _parked(self, operation: Operation) -> list[Any]:
+        """Note that a call is parked, with the lock held; its answer, if that has overtaken this."""
+        operation.parked = True
+        early = self._early.pop(operation.ticket, None)
+        if early is None:
+            self.waiting[operation.ticket] = operation
+        return [wire.PARKED] if early is None else early
+
+    def _take_hint(self, hint: list[Any]) -> None:
+        """What the store says of listening: whether there is need of it. Hints are numbered, since answers overtake."""
+        number, wanted = hint
+        if number > self._hint:
+            self._hint = number
+            self._listen_wanted = wanted
 
     def on_later(self, later: list[Any]) -> None:
         """Answers of parked calls, and notices; each may come more than once until it is acknowledged."""
-        answers = []
+        answers, notices = [], []
         with self.lock:
             for ticket, reply in later:
                 if ticket in self._tickets_to_acknowledge:
                     continue
                 self._tickets_to_acknowledge.append(ticket)
                 if reply[0] == wire.NOTICE:
-                    for handler in self.on_notice:
-                        handler(*reply[1:])
+                    notices.append(reply[1:])
                 elif (operation := self.waiting.pop(ticket, None)) is not None:
                     answers.append((operation, reply))
                 elif any(batch.has(ticket) for batch in self._under_way.values()):
                     self._early[ticket] = reply  # it overtook the word that its call is parked
         if answers:
             self._settle(answers)
+        for notice in notices:
+            for handler in list(self.on_notice):
+                try:
+                    handler(*notice)
+                except Exception:  # somebody else's code, which must not hold up the session
+                    logger.exception("A handler of notices failed")
 
     # -- claims ------------------------------------------------------------------------------------------------------
 
     def _arrived(self, operation: Operation, keys: list[AttemptKey]) -> None:
-        if operation.abandoned:
-            self._decline(keys)
-            return
         with self.lock:
-            self._ledger.arrived(operation, keys)
+            if not operation.abandoned:
+                self._ledger.arrived(operation, keys)
+                return
+        self._decline(keys)
 
     def _seen(self, keys: list[AttemptKey], *, acknowledged: bool = False) -> None:
         with self.lock:
@@ -272,12 +298,12 @@ class Session:
         with self.lock:
             gone = self._ledger.answer_for_busy_callers(before)
         for operation in gone:
-            self._abandon(operation)
+            self.abandon(operation)
 
-    def _abandon(self, operation: Operation) -> None:
+    def abandon(self, operation: Operation) -> None:
         """The caller has gone: unsent, the operation is dropped; what it waits for or was handed goes back."""
-        operation.abandoned = True
         with self.lock:
+            operation.abandoned = True
             if not operation.sent:
                 self._outgoing.drop(operation)
                 return
@@ -288,7 +314,16 @@ class Session:
         if keys:
             self._decline(keys)
         elif parked:
-            self.post("cancel_wait", {"of": operation.ticket}, awaited=False)
+            self._cancel_wait(operation)
+
+    def _cancel_wait(self, operation: Operation) -> None:
+        """Nobody waits for a parked call any more; an answer that crosses this still finds it, to be given back."""
+        self.post("cancel_wait", {"of": operation.ticket}, awaited=False, cancels=operation.ticket)
+
+    def abandon_orphans(self) -> None:
+        """See to calls whose coroutines were collected; on the timer's thread, since collection strikes anywhere."""
+        while self._orphans:
+            self.abandon(self._orphans.popleft())
 
     def _decline(self, keys: list[AttemptKey]) -> None:
         with self.lock:
@@ -311,7 +346,7 @@ class Session:
     @property
     def wants_listening(self) -> bool:
         """Whether the store holds something for this process: attempts, parked calls, notices."""
-        return self._listen_wanted
+        return self._listen_wanted or bool(self.waiting)
 
     def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
         """Call `handler` (kind, rollout id, attempt id) for each notice, on any thread; how to stop that."""
@@ -331,13 +366,13 @@ class Session:
     def listen_if_wanted(self) -> bool:
         """Park a listen call if the store has something to say; whether one is parked."""
         with self.lock:
-            if self._listening or not self._listen_wanted or self.failure is not None:
+            if self._listening or not self.wants_listening or self.failure is not None:
                 return self._listening
             tickets, self._tickets_to_acknowledge = self._tickets_to_acknowledge, []
             session_id = self.session_id
+            self._listening = True
         if not self.is_connected():
             return False
-        self._listening = True
         try:
             reference = self.handle.listen.remote(CLIENT, session_id, tickets)
             reference.future().add_done_callback(lambda future: self._on_listened(session_id, tickets, future))
@@ -361,9 +396,10 @@ class Session:
             self.timer.wake()
             return
         if outcome == wire.DONE and epoch == self.epoch:
-            later, listen_wanted = wire.unpack(body, refs)
+            later, hint = wire.unpack(body, refs)
             with self.lock:
-                self._listen_wanted = listen_wanted or bool(self.waiting) or bool(later)  # to acknowledge what came
+                self._take_hint(hint)
+                self._listen_wanted |= bool(later)  # to acknowledge what came
             self.on_later(later)
             self.listen_if_wanted()
         elif outcome == wire.ENDED and self.waiting:
@@ -410,8 +446,12 @@ class Session:
         What was sent once was never executed, since an ended session executes nothing. Of what was sent more than
         once, reads run again, and writes have an unknown outcome.
         """
+        if self._closing:  # the store has let go of all that this session held, which is what was wanted
+            self.fail(StoreClosedError(self.store))
+            return
         with self.lock:
             self.epoch = epoch
+            self._hint = 0
             self.session_id = secrets.token_hex(8)
             batches = [self._under_way[sequence] for sequence in sorted(self._under_way)]
             self._under_way.clear()
@@ -460,6 +500,7 @@ class Session:
 
     def close(self) -> None:
         """End the session: the store takes back what this process holds."""
+        self._closing = True
         if self.failure is None:
             self.post("close_session", {}, awaited=False)
             deadline = time.monotonic() + 1.0

@@ -72,6 +72,7 @@ class SessionTimer:
     def _work(self) -> float | None:
         """Do what is due; seconds until there is something again, None for when woken."""
         session, now = self._session, time.monotonic()
+        session.abandon_orphans()
         due: list[float] = []
         with session.lock:
             ripe = [batch for when, batch in session.retries if when <= now]

@@ -17,6 +17,7 @@ from raystore.errors import (
     StoreClosedError,
 )
 from raystore.remote.handshake import describe, find_actor, ray_connection
+from raystore.remote.outgoing import Operation
 from raystore.remote.session import Session
 
 _sessions: dict[str, tuple[int, Session]] = {}  # of this process, by store id, with the process they belong to
@@ -49,6 +50,8 @@ class ActorTransport:
                 return session
         with _sessions_lock:
             pid = os.getpid()
+            if self._session is not None and self._session is not session and self._pid == pid:
+                return self._session  # another thread was quicker
             store_id = self._known["store_id"]
             owner, found = _sessions.get(store_id, (0, None))
             if found is None or owner != pid or found.failure is not None:
@@ -64,6 +67,10 @@ class ActorTransport:
 
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         return self.session.post(verb, arguments)
+
+    def abandon(self, call: Call) -> None:
+        assert isinstance(call, Operation)
+        self.session.abandon(call)
 
     def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
         return self.session.listen_for_notices(handler)

@@ -24,6 +24,8 @@ from raystore.types import Attempt, AttemptedRollout
 _current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
 _parent: ContextVar[str | None] = ContextVar("raystore_span", default=None)
 
+STOPPED = "the runner stops"
+
 _SCALARS = (str, bool, int, float)
 
 
@@ -156,6 +158,11 @@ class Context:
     def cancelled(self) -> bool:
         """Whether the work is of no use any more: cancelled, timed out, or superseded."""
         return self._cancelled is not None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the runner stops, and gives the work back."""
+        return self._cancelled == STOPPED
 
     def check(self) -> None:
         """Raise `asyncio.CancelledError` if the work is of no use any more; for agents that are not async."""

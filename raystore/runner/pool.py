@@ -310,18 +310,23 @@ class _Actors:
             (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
         )
         logger.warning("Runner %s died and is replaced: %s", member.worker_id, reason)
-        if member.session_id is not None:
-            try:
-                run_blocking(self._store.report_session_ended(member.session_id))
-            except StoreError as refusal:
-                logger.error("Runner %s is not replaced: %s", member.worker_id, refusal)
-                return
+        if not self._report(member):
+            return
         number = member.number
         lived = time.monotonic() - member.started
         self._delays[number] = RESTART_SECONDS if lived > 5 else min(2 * self._delays[number], RESTART_MOST_SECONDS)
         timer = threading.Timer(self._delays[number], self._replace, [number])
         timer.daemon = True
         timer.start()
+
+    def _report(self, member: _Member) -> bool:
+        """Tell the store that the process of a runner has ended, so that its work is offered again at once."""
+        try:
+            run_blocking(self._store.report_ended(member.session_id, worker_id=member.worker_id))
+        except StoreError as refusal:
+            logger.error("Runner %s has ended, and the store cannot be told: %s", member.worker_id, refusal)
+            return False
+        return True
 
     def _replace(self, number: int) -> None:
         with self._lock:
@@ -347,6 +352,9 @@ class _Actors:
         while time.monotonic() < deadline and not all(member.number in self._ended for member in members):
             time.sleep(0.01)
         self._end_all()
+        for member in members:
+            if member.number not in self._ended:  # ended in the middle of something
+                self._report(member)
         self._events.put(("stop", members[0], None) if members else ("stop", None, None))  # type: ignore[arg-type]
 
     def _end_all(self) -> None:

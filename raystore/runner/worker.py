@@ -25,14 +25,23 @@ import psutil
 
 from raystore.calls import run_blocking
 from raystore.client import StoreClient
-from raystore.errors import Abort, Drop, PayloadTooLargeError, StoreError
-from raystore.runner.context import Context
+from raystore.errors import (
+    Abort,
+    Drop,
+    OutcomeUnknownError,
+    PayloadTooLargeError,
+    StoreClosedError,
+    StoreError,
+    StoreUnavailableError,
+)
+from raystore.runner.context import STOPPED, Context
 from raystore.spans import Span
 from raystore.types import AttemptedRollout
 
 logger = logging.getLogger("raystore.runner")
 
 CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner asks
+CLAIM_PAUSE_SECONDS = 0.2  #: before claiming again after a claim that failed
 RESOURCES_CACHED = 8
 ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
 
@@ -105,7 +114,7 @@ class Runner:
             claiming.cancel()
         if not drain:
             for context, task in list(self._running.values()):
-                context.cancel("the runner stops")
+                context.cancel(STOPPED)
                 task.cancel()
 
     # -- one slot ----------------------------------------------------------------------------------------------------
@@ -115,9 +124,16 @@ class Runner:
         while True:
             try:
                 claimed = await self._report_and_claim(report)
-            except StoreError as error:
-                logger.error("Runner %s ends: %s", self.worker_id, error)
-                return
+            except (StoreUnavailableError, StoreClosedError) as error:
+                if not isinstance(error, OutcomeUnknownError):
+                    logger.error("Runner %s ends: %s", self.worker_id, error)
+                    return
+                logger.warning("Runner %s claims again: %s", self.worker_id, error)
+                claimed = None
+            except Exception as error:  # a task that cannot be decoded here, for one: it was given back with the reason
+                logger.error("Runner %s cannot take a rollout: %s", self.worker_id, error)
+                await asyncio.sleep(CLAIM_PAUSE_SECONDS)
+                claimed = None
             report = None
             if claimed is not None:
                 report = await self._work(claimed)
@@ -150,8 +166,8 @@ class Runner:
         finish = functools.partial(self._store.finish_attempt, rollout.rollout_id, rollout.attempt.attempt_id)
         try:
             resources = await self._resources_of(rollout)
-        except StoreError as error:
-            return functools.partial(finish, [], "failed", outcome="infra", error=str(error))
+        except Exception as error:  # gone, or of a class that cannot be imported here
+            return functools.partial(finish, [], "failed", outcome="infra", error=f"{type(error).__name__}: {error}")
         context = Context(rollout, resources, self.worker_id)
         task = asyncio.create_task(self._call(context))
         key = (rollout.rollout_id, rollout.attempt.attempt_id)
@@ -162,11 +178,16 @@ class Runner:
         try:
             result = await task
             self._take_result(context, result)
-        except asyncio.CancelledError:
-            if not context.cancelled:
+        except asyncio.CancelledError as error:
+            this = asyncio.current_task()
+            if this is not None and this.cancelling():
                 raise
-            # The store knows already what became of the attempt; only its spans are still to be kept.
-            return functools.partial(self._keep_spans, context)
+            if context.stopped:  # in the middle of it, and nobody's fault
+                return functools.partial(finish, context.take_spans(), "unresponsive", outcome="runner_lost")
+            if context.cancelled:
+                # The store knows already what became of the attempt; only its spans are still to be kept.
+                return functools.partial(self._keep_spans, context)
+            status, outcome, error_text = "failed", "agent_error", f"the agent cancelled itself: {error!r}"
         except Abort as error:
             status, outcome, error_text = "failed", "infra", str(error)
         except Drop as error:
@@ -282,3 +303,7 @@ async def _reported(report: Callable[[], Any]) -> None:
         await report()
     except ValueError as error:
         logger.warning("A report came too late and was refused: %s", error)
+    except (
+        Exception
+    ):  # an estimator of spans that raises, an outcome that is unknown: the next rollout is not to suffer
+        logger.exception("A rollout could not be reported")

@@ -187,3 +187,23 @@ async def test_bad_arguments_of_reads_with_a_cursor(store, method, bad):
     """Negative times, NaN and senseless numbers are refused by name."""
     with pytest.raises(ValueError, match=next(iter(bad))):
         await getattr(store, method)(**bad)
+
+
+async def test_as_completed_ends_when_what_is_left_does_not_exist(store, monkeypatch):
+    """Unknown and deleted rollouts are skipped, as they are by wait_for_rollouts."""
+    monkeypatch.setattr("raystore.client.waiting.LOOK_AGAIN_SECONDS", 5.0)
+    made = [await claim(store) for _ in range(2)]
+    seen = []
+
+    async def collect():
+        async for rollout in store.as_completed(["nope", *(r.rollout_id for r in made)]):
+            seen.append(rollout.rollout_id)
+
+    task = await started(collect())
+    await finish(store, made[1])
+    await store.delete_rollouts([made[0].rollout_id])
+    for _ in range(4):
+        await store.testing.tick(6)
+        await asyncio.sleep(0.05)
+    await asyncio.wait_for(task, 20)
+    assert seen == [made[1].rollout_id]

@@ -255,3 +255,86 @@ def test_every_verb_checks_its_arguments():
     """A peer's nonsense is refused before it can fail inside the core."""
     for name, verb in VERBS.items():
         assert not verb.accepts({"nonsense": 1}) or name.startswith("query_"), name
+
+
+def test_a_claim_given_back_does_not_resurrect_what_was_decided_meanwhile(core):
+    """A rollout that was cancelled by hand between claim and acknowledgement stays cancelled."""
+    session = core.open("a")
+    for end in ("withdraw", "decline"):
+        rollout_id = core.enqueue()
+        (key,) = core.claim(session)
+        core.run("update_rollout", rollout_id=rollout_id, changes={"status": "cancelled"})
+        if end == "decline":
+            assert core.decline(session, key)
+        else:
+            core.tick(CLAIM_SECONDS + 1)
+        assert core.status(rollout_id) == "cancelled"
+
+
+def test_a_silent_process_that_comes_back_holds_its_work_again(core):
+    """Its span revives the attempt in its new session, whose end is then noticed too."""
+    old = core.open("old")
+    rollout_id = core.enqueue()
+    (key,) = core.hold(old)
+    core.end(old)
+    new = core.open("new")
+    row = [*key, -1, "s", "t", None, "n", None, None, None, b"\x01", -1]
+    core.run("add_spans", session=new, rollout_id=key[0], attempt_id=key[1], spans=[row])
+    assert core.status(rollout_id) == "running" and list(new.held) == [key]
+    core.end(new)
+    assert core.status(rollout_id) == "requeuing"
+
+
+def test_a_runner_that_stops_gives_its_work_back_unblamed(core):
+    """An orderly loss is not charged and makes no suspect."""
+    session = core.open("a")
+    rollout_id = core.enqueue()
+    (key,) = core.hold(session)
+    core.finish(key, "unresponsive", "runner_lost", session)
+    entry = core.state.entries[rollout_id]
+    assert (core.status(rollout_id), entry.deliveries, entry.suspect) == ("requeuing", 0, False)
+
+
+def test_a_process_is_reported_by_the_worker_that_it_was(core):
+    """Also when its session is another one by now."""
+    session = core.open("renewed")
+    rollout_id = core.enqueue()
+    keys = core.claim(session, worker_id="w")
+    core.acknowledge(session, keys)
+    assert core.run("report_session", session_id="forgotten", worker_id="w")
+    assert core.status(rollout_id) == "requeuing"
+    assert not core.run("report_session", session_id="forgotten", worker_id="w")
+
+
+def test_queues_are_looked_at_again_when_a_suspect_is_done(core):
+    """A session that ran a suspect may claim again, and so may one that was drained for it."""
+    dying, runner, drained = core.open("dying"), core.open("runner"), core.open("drained")
+    suspect = core.enqueue("suspect")
+    core.hold(dying)
+    core.end(dying)
+    core.enqueue("long")
+    core.state.suspects.pop(suspect)
+    core.state.suspects[suspect] = None
+    (key,) = core.hold(runner)
+    assert key[0] == suspect
+    core.enqueue("next")
+    assert core.claim(runner) == []
+    core.state.queues_touched.clear()
+    core.report(key, "succeeded", runner)
+    assert "default" in core.state.queues_touched
+    assert len(core.claim(runner, 5)) == 2
+    assert core.claim(drained) == []
+
+
+def test_a_superseded_attempt_holds_no_resources_to_move(core):
+    """Naming other resources by hand moves the references of live attempts only."""
+    session = core.open("a")
+    core.run("put_resources", resources_id="R", resources=b"r", policy_version=None, holds_objects=True)
+    first, second = core.enqueue("1"), core.enqueue("2")
+    core.hold(session, 2)
+    core.run("start_attempt", session=session, rollout_id=first, worker_id=None)
+    core.run("put_resources", resources_id="R", resources=b"r2", policy_version=None, holds_objects=True)
+    core.run("put_resources", resources_id="Q", resources=b"q", policy_version=None, holds_objects=True)
+    core.run("update_rollout", rollout_id=first, changes={"resources_id": "Q"})
+    assert core.run("get_resources", resources_id="R", version=1).resources == b"r"
+    assert core.status(second) == "preparing"

@@ -125,3 +125,46 @@ def test_eviction_does_not_sort_everything(make_core):
     kept = [rollout_id for rollout_id in ids if core.state.spans.has(rollout_id)]
     assert kept == ids[-len(kept) :] and 40 <= len(kept) <= 50
     assert core.state.spans.evicted == set(ids) - set(kept)
+
+
+def test_a_full_store_resumes_once_it_is_below_the_safe_threshold(make_core):
+    """Paused for memory: releasing rollouts one by one evicts each of them, until work is handed out again."""
+    core = make_core(eviction_bytes=10_000, safe_bytes=8_000, spans_only=True, pause_when_full=True)
+    session = core.open("a")
+    ids = []
+    for _ in range(11):
+        ids.append(core.enqueue())
+        (key,) = core.hold(session)
+        row = [*key, 1, "s", "t", None, "n", None, None, None, b"x", 1000]
+        core.run("add_spans", session=session, rollout_id=key[0], attempt_id=key[1], spans=[row])
+        core.report(key, "succeeded", session)
+    core.enqueue("next")
+    assert core.state.memory_full and core.claim(session) == []
+    for rollout_id in ids[:3]:
+        core.run("release", rollout_ids=[rollout_id])
+    assert not core.state.memory_full and len(core.claim(session)) == 1
+
+
+def test_heaps_do_not_grow_with_what_is_gone(core):
+    """Rollouts that were deleted leave nothing in the eviction heaps."""
+    session = core.open("a")
+    for _ in range(3000):
+        rollout_id = core.enqueue()
+        (key,) = core.hold(session)
+        row = [*key, 1, "s", "t", None, "n", None, None, None, b"x", -1]
+        core.run("add_spans", session=session, rollout_id=key[0], attempt_id=key[1], spans=[row])
+        core.report(key, "succeeded", session)
+        core.run("release", rollout_ids=[rollout_id])
+        core.run("delete_rollouts", rollout_ids=[rollout_id])
+    assert sum(len(heap) for heap in core.state.eviction_heaps) < 2000
+    assert core.state.total_bytes == 0
+
+
+def test_reading_what_is_new_does_not_walk_the_feed():
+    """From either end the same changes come, in order."""
+    feed = ChangeFeed(length=1000)
+    for number in range(2500):
+        feed.append(0.0, str(number))
+    for cursor in (1500, 1600, 2100, 2499, 2500):
+        changes, after = feed.after(cursor, None, 10_000)
+        assert [c.sequence for c in changes] == list(range(cursor + 1, 2501)) and after == 2500

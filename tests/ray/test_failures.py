@@ -7,6 +7,7 @@ itself lose replies.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -49,9 +50,17 @@ class Handle:
         return self
 
 
-def done(*values):
+HINTS = itertools.count(1)
+
+
+def answered(*replies, later=(), wanted=False):
     """The answer to a batch."""
-    return 1, wire.DONE, wire.pack([[[wire.VALUE, value] for value in values], [], [], False])[0], []
+    return 1, wire.DONE, wire.pack([list(replies), list(later), [], [next(HINTS), wanted]])[0], []
+
+
+def done(*values):
+    """The answer to a batch whose operations succeeded."""
+    return answered(*([wire.VALUE, value] for value in values))
 
 
 ENDED = (1, wire.ENDED, b"", [])
@@ -126,9 +135,9 @@ async def test_an_answer_may_overtake_the_word_that_its_call_is_parked():
     await asyncio.sleep(0)
     assert len(handle.batches) == 2
     later = [[1, [wire.VALUE, []]]]
-    quick.set_result((1, wire.DONE, wire.pack([[[wire.VALUE, None]], later, [], True])[0], []))
+    quick.set_result(answered([wire.VALUE, None], later=later, wanted=True))
     await tick
-    slow.set_result((1, wire.DONE, wire.pack([[[wire.PARKED]], [], [], True])[0], []))
+    slow.set_result(answered([wire.PARKED], wanted=True))
     assert await asyncio.wait_for(waiting, 5) == []
     session.fail(rs.StoreClosedError("s"))
 

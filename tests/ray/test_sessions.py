@@ -234,3 +234,101 @@ async def test_a_greedy_session_does_not_starve_the_others(make_ray_store):
         await asyncio.sleep(0.005)
     assert await ref
     assert statistics.median(delays) < 0.25
+
+
+async def test_abandoned_waits_leave_nothing_behind(make_ray_store):
+    """Calls that are given up are forgotten by client and store."""
+    store = make_ray_store()
+    for _ in range(20):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(store.dequeue_rollout(timeout=30), 0.01)
+
+    async def forgotten():
+        found = await store.statistics()
+        return found["waiters"] == 0 and not store._transport.session.waiting
+
+    await until(forgotten)
+
+
+async def test_handlers_of_notices_may_use_the_store_and_may_fail(make_ray_store):
+    """A handler runs outside of the session's lock, and its exception is its own."""
+    store = make_ray_store()
+    told = []
+
+    def use(kind, rollout_id, attempt_id):
+        told.append((kind, store.session_id, attempt_id))
+        store._transport.post(
+            "get_latest_resources",
+            {},
+        )
+
+    def fail(*notice):
+        raise RuntimeError("a handler's bug")
+
+    store.listen_for_notices(fail)
+    stop = store.listen_for_notices(use)
+    rollout = await claim(store)
+    await store.cancel_rollouts([rollout.rollout_id])
+
+    async def notified():
+        return told
+
+    await until(notified)
+    assert told[0][0] == "cancelled" and told[0][2] == rollout.attempt.attempt_id
+    stop()
+    await store.enqueue_rollout("still works")
+
+
+async def test_closing_ends_the_session_although_others_go_on_calling(make_ray_store):
+    """Parked calls of a client that closes are not sent again in a new session."""
+    store = make_ray_store(detached=True, name="closing")
+    other = rs.RayLightningStore(store.actor)
+
+    @ray.remote(num_cpus=0)
+    class Client:
+        def __init__(self, handle):
+            self.store = rs.RayLightningStore(handle)
+
+        def run(self):
+            def post():
+                while True:
+                    try:
+                        self.store.sync.update_worker("w")
+                    except rs.StoreError:
+                        return
+
+            def park():
+                try:
+                    self.store.sync.dequeue_rollout(timeout=60)
+                except rs.StoreError:
+                    return
+
+            threads = [threading.Thread(target=target) for target in (post, park, park)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.5)
+            self.store.close()
+            for thread in threads:
+                thread.join(10)
+            return [thread.is_alive() for thread in threads]
+
+    client = Client.remote(store.actor)
+    assert await client.run.remote() == [False, False, False]
+    found = await other.statistics()
+    assert (found["waiters"], found["sessions"]) == (0, 1)
+    store.close()
+    rs.stop("closing")
+
+
+async def test_a_bulk_call_cancelled_before_it_leaves_leaves_nothing(make_ray_store):
+    """All parts are dropped, not only the one that was awaited."""
+    store = make_ray_store()
+    await store.get_latest_resources()
+    requests = [rs.EnqueueRolloutRequest(input=i) for i in range(1500)]
+    task = asyncio.ensure_future(store.enqueue_many_rollouts(requests))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    left = await store.statistics()
+    assert left["total_rollouts"] == 0
