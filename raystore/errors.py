@@ -299,6 +299,11 @@ def to_record(error: Exception) -> tuple[str, list[Any]]:
     return type(error).__name__, [arg if isinstance(arg, _PLAIN) else repr(arg) for arg in error.args]
 
 
+def again(error: Exception) -> Exception:
+    """The same error as a new object: one that is raised more than once would gather the tracebacks of all."""
+    return type(error)(*error.args)
+
+
 def from_record(name: str, args: list[Any]) -> Exception:
     """Build the error a record stands for, as a clean local exception."""
     return BY_NAME.get(name, StoreError)(*args)

@@ -18,13 +18,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from raystore import reports
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
 from raystore.core import check, claims, eviction, verbs, watchdog
-from raystore.core.resources import OBJECT_IDS_WARNED
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.verbs import VERBS
-from raystore.errors import InvalidValueError, StoreClosedError, StoreCorruptError, StoreError
+from raystore.errors import InvalidValueError, StoreClosedError, StoreCorruptError, StoreError, again
+from raystore.probes import Probes
 from raystore.waiters import Deliver, Waiter, Waiters
 
 logger = logging.getLogger("raystore.store")
@@ -32,8 +33,6 @@ logger = logging.getLogger("raystore.store")
 PROTOCOL = 1  #: version of the session protocol; client and store refuse each other when it differs
 PARKED: Any = object()  #: answer of a call that waits; the real one goes to its `deliver`
 LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of the process
-PROBES = 16  #: sessions asked at once whether they are alive, after a claim was withdrawn
-PROBE_SECONDS = 1.0
 
 
 class Service:
@@ -66,9 +65,8 @@ class Service:
         self._failed: StoreCorruptError | None = None
         self._closed = False
         self._withdrawals_seen = 0
-        self._suspended: dict[str, None] = {}  # sessions that must speak before they are handed work
-        self._probe_at: float | None = None
-        self._warned_objects = False
+        self._probes = Probes()
+        self._object_ids = reports.ObjectIds()
         self._deferred: deque[Callable[[], None]] = deque()
 
     # -- the entry point ---------------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ class Service:
                 raise StoreClosedError(self.name or self.store_id)
             changes = verb in VERBS and VERBS[verb].changes
             if self._failed is not None and changes:
-                raise self._failed
+                raise again(self._failed)
             step = self._step(session)
             try:
                 self._advance(step, verb, arguments)
@@ -280,7 +278,7 @@ class Service:
             waiter.arguments["cursor"] = cursor
             if changes:
                 self._answer(waiter, (changes, cursor))
-        self._warn_about_objects()
+        self._object_ids.look(state.resources.object_ids)
         noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
             self.on_notice(session_id)
@@ -321,9 +319,8 @@ class Service:
             return
         if not any(self.state.queues.length(queue) for queue in waiter.arguments["queues"]):
             return
-        if waiter.session_id in self._suspended:
-            if self._probe_at is None:
-                self._probe_at = self.clock.age()  # there is work for it: ask it again whether it lives
+        if waiter.session_id in self._probes:
+            self._probes.hurry(self.clock.age())
             return
         step = self._step(session)
         claimed = claims.claim(self.state, step, **waiter.arguments, note_empty=False)
@@ -335,15 +332,6 @@ class Service:
                 key = (rollout.rollout_id, attempt.attempt_id)
                 claims.take_back(self.state, step, session, key, why="declined")
 
-    def _warn_about_objects(self) -> None:
-        if self.state.resources.object_ids > OBJECT_IDS_WARNED and not self._warned_objects:
-            self._warned_objects = True
-            logger.warning(
-                "%d resources ids hold objects, and none of them is freed while its id stays. Publish new weights with "
-                "update_resources() under one id, or start the store with keep_resources=N",
-                self.state.resources.object_ids,
-            )
-
     def _evict(self, writing: str | None) -> None:
         if self.state.total_bytes <= self.state.settings.eviction_bytes and not self.state.memory_full:
             return
@@ -352,19 +340,14 @@ class Service:
         if done is None:
             return
         self.last_eviction_seconds = time.perf_counter() - started
-        level = logging.WARNING if done.unread else logging.INFO
-        unread = f"; {len(done.unread)} finished rollouts had not been read: {done.unread[:3]}" if done.unread else ""
-        logger.log(
-            level, "Evicted %d spans (%d bytes) of %d rollouts in %.4f s%s",
-            done.spans, done.bytes, len(done.rollout_ids), self.last_eviction_seconds, unread,
-        )  # fmt: skip
+        reports.eviction(done, self.last_eviction_seconds)
 
     # -- time --------------------------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
         """Set the timer to the next instant at which something happens although nobody calls."""
         age_deadline = watchdog.next_age_deadline(self.state)
-        ages = [deadline for deadline in (age_deadline, self._probe_at) if deadline is not None]
+        ages = [deadline for deadline in (age_deadline, self._probes.at) if deadline is not None]
         in_seconds = [max(deadline - self.clock.age(), 0.0) for deadline in ages]
         deadline = watchdog.next_deadline(self.state)
         self._armed = None
@@ -401,7 +384,7 @@ class Service:
         """A session spoke: it is alive, and may be handed work."""
         with self._lock:
             session.last_heard = self.clock.age()
-            if self._suspended.pop(session.session_id, 0) is None:
+            if self._probes.heard(session.session_id):
                 for waiter in self.waiters.of_session(session.session_id):
                     if waiter.verb == "dequeue":
                         self._offer(waiter)
@@ -427,26 +410,16 @@ class Service:
     def _drop_waiters(self, session_id: str) -> None:
         for waiter in self.waiters.of_session(session_id):
             self.waiters.remove(waiter)
-        self._suspended.pop(session_id, None)
+        self._probes.heard(session_id)
 
     def _suspend(self) -> None:
-        """A claim was withdrawn, so its process may be dead, and others with it: ask before handing out more."""
-        for session_id in self.waiters.sessions_wanting_work():
-            session = self.state.sessions.get(session_id)
-            if session is not None and not session.eternal:
-                self._suspended[session_id] = None
-        self._probe_at = self.clock.age()
+        """A claim was withdrawn: ask those who wait for work whether they live, before handing out more."""
+        waiting = (self.state.sessions.get(session_id) for session_id in self.waiters.sessions_wanting_work())
+        self._probes.suspend((s.session_id for s in waiting if s is not None and not s.eternal), self.clock.age())
         self._probe()
 
     def _probe(self) -> None:
-        if self._probe_at is None or self.clock.age() < self._probe_at:
-            return
-        asked = list(self._suspended)[:PROBES]
-        for session_id in asked:  # to the end of the line, so that the next ones are asked next time
-            del self._suspended[session_id]
-            self._suspended[session_id] = None
-        self._probe_at = self.clock.age() + PROBE_SECONDS if asked and len(self.state.queues) else None
-        for session_id in asked:
+        for session_id in self._probes.due(self.clock.age(), is_work_waiting=len(self.state.queues) > 0):
             self.on_notice(session_id)
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from raystore.calls import Call
 from raystore.core.state import Session
 from raystore.errors import StoreClosedError
+from raystore.notices import Handler, Notices
 from raystore.service import PARKED, Service
 
 
@@ -32,7 +33,7 @@ class Transport(Protocol):
     def abandon(self, call: Call) -> None:
         """Nobody waits for a call that was issued: if it has not left, it never was."""
 
-    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
+    def listen_for_notices(self, handler: Handler) -> Callable[[], None]:
         """Call `handler` (kind, rollout id, attempt id) for what becomes of this process's attempts; how to stop."""
 
     @property
@@ -61,22 +62,19 @@ class LocalTransport:
         self.service = service
         self._session: Session = service.open_session("local", eternal=True)
         self._tickets = itertools.count(1)
-        self._handlers: list[Callable[[str, str, str], None]] = []
+        self._notices = Notices()
         service.on_notice = self._hand_on
 
     @property
     def session_id(self) -> str:
         return self._session.session_id
 
-    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
-        self._handlers.append(handler)
-        return lambda: self._handlers.remove(handler)
+    def listen_for_notices(self, handler: Handler) -> Callable[[], None]:
+        return self._notices.listen(handler)
 
     def _hand_on(self, session_id: str) -> None:
         notices, self._session.notices = self._session.notices, []
-        for notice in notices:
-            for handler in list(self._handlers):
-                handler(*notice)
+        self._notices.hand_out(notices)
 
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         call = Call(verb, next(self._tickets))

@@ -17,6 +17,7 @@ from raystore.client.rollouts import RolloutMethods
 from raystore.client.spans import SpanMethods
 from raystore.client.waiting import WaitingMethods
 from raystore.client.workers import WorkerMethods
+from raystore.notices import Handler
 from raystore.types import LightningStoreCapabilities, LightningStoreStatistics
 
 
@@ -27,7 +28,7 @@ class StoreClient(
 
     sync: SyncStore
 
-    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
+    def listen_for_notices(self, handler: Handler) -> Callable[[], None]:
         """Call `handler` (kind, rollout id, attempt id) for what becomes of attempts this process holds.
 
         Kinds are "cancelled", "superseded", "timeout" and "unresponsive". The handler runs on any thread and must be

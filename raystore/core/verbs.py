@@ -18,7 +18,7 @@ from raystore.core.changes import FEED_LENGTH
 from raystore.core.lifecycle import FINISHED
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
 from raystore.core.state import Chain, Entry, State, Step, is_live_attempt
-from raystore.errors import InvalidValueError, SpansEvictedError, StoreError
+from raystore.errors import InvalidValueError, SpansEvictedError, StoreError, again
 
 
 @dataclass(slots=True)
@@ -407,7 +407,7 @@ def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
     if is_last:
         del chains[chain_id]
     if chain.refusal is not None:
-        raise chain.refusal
+        raise again(chain.refusal)
     try:
         return spec.run(state, step, **(arguments | {"chain": chain}))
     except StoreError as refusal:

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -26,12 +26,16 @@ from raystore.errors import (
     ProtocolMismatchError,
     StoreClosedError,
     StoreUnavailableError,
+    again,
     from_record,
 )
-from raystore.remote import wire
+from raystore.notices import Notices
+from raystore.remote import retries, wire
 from raystore.remote.handshake import CLIENT, ray_connection
 from raystore.remote.ledger import ClaimLedger
 from raystore.remote.outgoing import Batch, Operation, Outgoing
+from raystore.remote.parked import ParkedCalls
+from raystore.remote.retries import Retries
 from raystore.remote.timer import SessionTimer
 from raystore.service import PROTOCOL
 from raystore.transport import claimed_keys
@@ -39,9 +43,6 @@ from raystore.transport import claimed_keys
 logger = logging.getLogger("raystore")
 
 WINDOW = 2  #: batches under way at once
-RETRY_SECONDS = 60.0  #: how long a batch is tried again when the actor does not answer
-RETRY_PAUSE_SECONDS = 0.1  #: before a batch is sent again, with jitter; doubled each time ...
-RETRY_PAUSE_MOST_SECONDS = 2.0  #: ... up to this, so that a claim is asked for before it is withdrawn
 
 
 class Session:
@@ -55,12 +56,11 @@ class Session:
         self.connection = ray_connection()
         self.session_id = secrets.token_hex(8)
         self.users = 0
-        self.on_notice: list[Callable[[str, str, str], None]] = []
+        self.notices = Notices()
         self.lock = threading.Lock()
-        self.waiting: dict[int, Operation] = {}  # parked at the actor, by ticket
-        self._early: dict[int, list[Any]] = {}  # answers of calls of which we do not know yet that they are parked
+        self.parked = ParkedCalls()
         self.failure: Exception | None = None  # why no operation can succeed any more
-        self.retries: list[tuple[float, Batch]] = []
+        self.retries = Retries()
         self.sent_at = time.monotonic()
         self._outgoing = Outgoing()
         self._ledger = ClaimLedger()
@@ -69,10 +69,6 @@ class Session:
         self._answered = 0  # all batches up to here have their answers
         self._answered_ahead: set[int] = set()
         self._flushing: set[asyncio.AbstractEventLoop] = set()
-        self._tickets_to_acknowledge: list[int] = []
-        self._listen_wanted = False
-        self._hint = 0
-        self._listening = False
         self._closing = False
         self._orphans: deque[Operation] = deque()
         self.timer = SessionTimer(self)
@@ -90,7 +86,7 @@ class Session:
             raise PayloadTooLargeError(f"call {verb}", size, self.call_bytes)
         with self.lock:
             if self.failure is not None:
-                raise self.failure
+                raise again(self.failure)
             if self._closing and verb != "close_session":
                 raise StoreClosedError(self.store)
             self._outgoing.append(operation)
@@ -146,8 +142,8 @@ class Session:
 
     def _take(self) -> Batch:
         operations = self._outgoing.take()
-        tickets, self._tickets_to_acknowledge = self._tickets_to_acknowledge, []
-        header = [operations[0].ticket if operations else 0, self._ledger.take(), tickets]
+        first = operations[0].ticket if operations else 0
+        header = [first, self._ledger.take(), self.parked.take_acknowledgements()]
         body = wire.join(header, [operation.frame for operation in operations])
         batch = Batch(self.session_id, self._next_sequence, operations, body)
         self._next_sequence += 1
@@ -201,10 +197,10 @@ class Session:
             while self._answered + 1 in self._answered_ahead:
                 self._answered += 1
                 self._answered_ahead.discard(self._answered)
-            answers = [(op, self._parked(op) if reply[0] == wire.PARKED else reply) for op, reply in answers]
-            self._take_hint(hint)
+            answers = [(op, (reply[0] == wire.PARKED and self.parked.park(op)) or reply) for op, reply in answers]
+            self.parked.take_hint(hint)
         self._settle(answers)
-        self.on_later(later)
+        self._receive(later)
         self.timer.wake()
 
     def _settle(self, answers: Iterable[tuple[Operation, list[Any]]]) -> None:
@@ -218,7 +214,7 @@ class Session:
                 continue
             if operation.cancels is not None and reply[1] is True:  # nothing will come for it any more
                 with self.lock:
-                    self.waiting.pop(operation.cancels, None)
+                    self.parked.forget(operation.cancels)
             if kind == wire.ERROR:
                 operation.put(None, from_record(reply[1], reply[2]))
             else:
@@ -241,43 +237,16 @@ class Session:
             operation.wake()
         loop.call_soon(self.flush)  # behind the callers, so that what they issue now leaves with it
 
-    def _parked(self, operation: Operation) -> list[Any]:
-        """Note that a call is parked, with the lock held; its answer, if that has overtaken this."""
-        operation.parked = True
-        early = self._early.pop(operation.ticket, None)
-        if early is None:
-            self.waiting[operation.ticket] = operation
-        return [wire.PARKED] if early is None else early
-
-    def _take_hint(self, hint: list[Any]) -> None:
-        """What the store says of listening: whether there is need of it. Hints are numbered, since answers overtake."""
-        number, wanted = hint
-        if number > self._hint:
-            self._hint = number
-            self._listen_wanted = wanted
-
-    def on_later(self, later: list[Any]) -> None:
-        """Answers of parked calls, and notices; each may come more than once until it is acknowledged."""
-        answers, notices = [], []
+    def _receive(self, later: list[Any]) -> None:
+        """Hand out what came for parked calls, and notices."""
         with self.lock:
-            for ticket, reply in later:
-                if ticket in self._tickets_to_acknowledge:
-                    continue
-                self._tickets_to_acknowledge.append(ticket)
-                if reply[0] == wire.NOTICE:
-                    notices.append(reply[1:])
-                elif (operation := self.waiting.pop(ticket, None)) is not None:
-                    answers.append((operation, reply))
-                elif any(batch.has(ticket) for batch in self._under_way.values()):
-                    self._early[ticket] = reply  # it overtook the word that its call is parked
+            answers, notices = self.parked.receive(later, self._is_under_way)
         if answers:
             self._settle(answers)
-        for notice in notices:
-            for handler in list(self.on_notice):
-                try:
-                    handler(*notice)
-                except Exception:  # somebody else's code, which must not hold up the session
-                    logger.exception("A handler of notices failed")
+        self.notices.hand_out(notices)
+
+    def _is_under_way(self, ticket: int) -> bool:
+        return any(batch.has(ticket) for batch in self._under_way.values())
 
     # -- claims ------------------------------------------------------------------------------------------------------
 
@@ -308,7 +277,7 @@ class Session:
                 self._outgoing.drop(operation)
                 return
             keys = self._ledger.of(operation)
-            parked = operation.ticket in self.waiting
+            parked = operation.ticket in self.parked
         if self.failure is not None:
             return
         if keys:
@@ -320,8 +289,13 @@ class Session:
         """Nobody waits for a parked call any more; an answer that crosses this still finds it, to be given back."""
         self.post("cancel_wait", {"of": operation.ticket}, awaited=False, cancels=operation.ticket)
 
-    def abandon_orphans(self) -> None:
-        """See to calls whose coroutines were collected; on the timer's thread, since collection strikes anywhere."""
+    def tidy(self) -> None:
+        """Forget loops that have ended, and see to calls whose coroutines were collected.
+
+        On the timer's thread: a collection strikes anywhere, also where the lock is held.
+        """
+        with self.lock:
+            self._flushing = {loop for loop in self._flushing if not loop.is_closed()}
         while self._orphans:
             self.abandon(self._orphans.popleft())
 
@@ -343,16 +317,6 @@ class Session:
         """Whether a claim has arrived and its caller has not run yet."""
         return self._ledger.has_unseen
 
-    @property
-    def wants_listening(self) -> bool:
-        """Whether the store holds something for this process: attempts, parked calls, notices."""
-        return self._listen_wanted or bool(self.waiting)
-
-    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
-        """Call `handler` (kind, rollout id, attempt id) for each notice, on any thread; how to stop that."""
-        self.on_notice.append(handler)
-        return lambda: self.on_notice.remove(handler)
-
     def oldest_pending(self) -> float | None:
         """When the oldest operation that waits to be sent was issued."""
         with self.lock:
@@ -366,11 +330,11 @@ class Session:
     def listen_if_wanted(self) -> bool:
         """Park a listen call if the store has something to say; whether one is parked."""
         with self.lock:
-            if self._listening or not self.wants_listening or self.failure is not None:
-                return self._listening
-            tickets, self._tickets_to_acknowledge = self._tickets_to_acknowledge, []
+            if self.parked.listening or not self.parked.wanted or self.failure is not None:
+                return self.parked.listening
+            tickets = self.parked.take_acknowledgements()
             session_id = self.session_id
-            self._listening = True
+            self.parked.listening = True
         if not self.is_connected():
             return False
         try:
@@ -385,27 +349,26 @@ class Session:
             epoch, outcome, body, refs = future.result()
         except Exception as error:
             with self.lock:
-                self._listening = False
-                self._tickets_to_acknowledge = tickets + self._tickets_to_acknowledge
+                self.parked.listened(tickets)
             if not self._has_died(error):
                 self.timer.listen_failed()
             return
         with self.lock:
-            self._listening = False
+            self.parked.listened([])
         if session_id != self.session_id:
             self.timer.wake()
             return
         if outcome == wire.DONE and epoch == self.epoch:
             later, hint = wire.unpack(body, refs)
             with self.lock:
-                self._take_hint(hint)
-                self._listen_wanted |= bool(later)  # to acknowledge what came
-            self.on_later(later)
+                self.parked.take_hint(hint)
+                self.parked.listened([], wanted=bool(later))  # to acknowledge what came
+            self._receive(later)
             self.listen_if_wanted()
-        elif outcome == wire.ENDED and self.waiting:
+        elif outcome == wire.ENDED and self.parked:
             self._renew(epoch)
         else:
-            self._listen_wanted = False
+            self.parked.unwanted()
         self.timer.wake()
 
     # -- when things go wrong ----------------------------------------------------------------------------------------
@@ -414,17 +377,12 @@ class Session:
         """A batch has no answer: it may have run. It is sent again with the same identity."""
         if self._has_died(error):
             return
-        now = time.monotonic()
-        if batch.failing_since is None:
-            batch.failing_since = now
-        if now - batch.failing_since > RETRY_SECONDS:
-            self._give_up(batch, error)
-            return
-        pause = min(RETRY_PAUSE_SECONDS * 2**batch.retries, RETRY_PAUSE_MOST_SECONDS)
-        batch.retries += 1
         with self.lock:
-            self.retries.append((now + pause * (0.5 + secrets.randbelow(1000) / 1000), batch))
-        self.timer.wake()
+            again_later = self.retries.add(batch)
+        if again_later:
+            self.timer.wake()
+        else:
+            self._give_up(batch, error)
 
     def _has_died(self, error: Exception) -> bool:
         if isinstance(error, ray.exceptions.ActorDiedError):
@@ -433,7 +391,7 @@ class Session:
         return False
 
     def _give_up(self, batch: Batch, error: Exception) -> None:
-        why = f"no answer for {RETRY_SECONDS:g} s. {_first_line(error)}"
+        why = f"no answer for {retries.RETRY_SECONDS:g} s. {_first_line(error)}"
         for operation in batch.operations:
             kind = OutcomeUnknownError if operation.changes else StoreUnavailableError
             self._refuse(operation, kind(self.store, why))
@@ -451,7 +409,6 @@ class Session:
             return
         with self.lock:
             self.epoch = epoch
-            self._hint = 0
             self.session_id = secrets.token_hex(8)
             batches = [self._under_way[sequence] for sequence in sorted(self._under_way)]
             self._under_way.clear()
@@ -459,11 +416,7 @@ class Session:
             self._next_sequence, self._answered = 1, 0
             self._answered_ahead.clear()
             self._ledger.clear()
-            self._tickets_to_acknowledge.clear()
-            self._listen_wanted = False
-            self._early.clear()
-            parked = list(self.waiting.values())
-            self.waiting.clear()
+            parked = self.parked.clear()
             sent = [(op, batch.retries > 0 and op.changes) for batch in batches for op in batch.operations]
             unknown = [operation for operation, is_unknown in sent if is_unknown]
             again = [*parked, *(operation for operation, is_unknown in sent if not is_unknown)]
@@ -476,7 +429,7 @@ class Session:
         self.flush()
 
     def _refuse(self, operation: Operation, error: Exception) -> None:
-        operation.put(None, error)
+        operation.put(None, again(error))
         if operation.loop is not None:
             try:
                 operation.loop.call_soon_threadsafe(operation.wake)
@@ -490,9 +443,8 @@ class Session:
                 return
             self.failure = error
             operations = [op for batch in self._under_way.values() for op in batch.operations]
-            operations += [*self.waiting.values(), *self._outgoing.clear()]
+            operations += [*self.parked.clear(), *self._outgoing.clear()]
             self._under_way.clear()
-            self.waiting.clear()
             self.retries.clear()
         for operation in operations:
             self._refuse(operation, error)

@@ -72,12 +72,12 @@ class SessionTimer:
     def _work(self) -> float | None:
         """Do what is due; seconds until there is something again, None for when woken."""
         session, now = self._session, time.monotonic()
-        session.abandon_orphans()
+        session.tidy()
         due: list[float] = []
         with session.lock:
-            ripe = [batch for when, batch in session.retries if when <= now]
-            session.retries = [(when, batch) for when, batch in session.retries if when > now]
-            due += [when for when, _ in session.retries]
+            ripe, next_ripe = session.retries.take_ripe()
+        if next_ripe is not None:
+            due.append(next_ripe)
         for batch in ripe:
             session.send(batch)
         if session.has_unseen:
@@ -97,14 +97,11 @@ class SessionTimer:
         else:
             listening = False
             due.append(self._no_listen_before)
-        if not listening and self._is_bound():
+        # Silence would cost this process something while it holds work, or waits.
+        if not listening and session.parked.wanted:
             if session.sent_at <= now - KEEP_ALIVE_SECONDS:
                 session.flush(empty=True)
             due.append(session.sent_at + KEEP_ALIVE_SECONDS)
         if session.has_pending:
             due.append(now + PENDING_SECONDS)
         return max(min(due) - now, 0.001) if due else None
-
-    def _is_bound(self) -> bool:
-        """Whether silence would cost this process something: work that it holds, or calls that wait."""
-        return bool(self._session.waiting) or self._session.wants_listening

@@ -16,6 +16,7 @@ from raystore.calls import Call
 from raystore.errors import (
     StoreClosedError,
 )
+from raystore.notices import Handler
 from raystore.remote.handshake import describe, find_actor, ray_connection
 from raystore.remote.outgoing import Operation
 from raystore.remote.session import Session
@@ -72,8 +73,8 @@ class ActorTransport:
         assert isinstance(call, Operation)
         self.session.abandon(call)
 
-    def listen_for_notices(self, handler: Callable[[str, str, str], None]) -> Callable[[], None]:
-        return self.session.listen_for_notices(handler)
+    def listen_for_notices(self, handler: Handler) -> Callable[[], None]:
+        return self.session.notices.listen(handler)
 
     @property
     def session_id(self) -> str:

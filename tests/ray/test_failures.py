@@ -18,8 +18,7 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.remote import session as session_module
-from raystore.remote import wire
+from raystore.remote import retries, wire
 from raystore.remote.session import Session
 from tests.helpers import until
 
@@ -100,7 +99,7 @@ async def test_a_batch_that_was_sent_once_is_sent_again_in_a_new_session():
 
 async def test_clients_give_up_in_the_end(monkeypatch):
     """After the time for retries, a write has an unknown outcome and a read says that the store is unavailable."""
-    monkeypatch.setattr(session_module, "RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.3)
     handle = Handle(*[UNAVAILABLE] * 50)
     session = Session(handle, "s", 1, 10**6)
     with pytest.raises(rs.OutcomeUnknownError, match=r"no answer for 0.3 s\. .*no answer"):

@@ -245,7 +245,7 @@ async def test_abandoned_waits_leave_nothing_behind(make_ray_store):
 
     async def forgotten():
         found = await store.statistics()
-        return found["waiters"] == 0 and not store._transport.session.waiting
+        return found["waiters"] == 0 and not store._transport.session.parked
 
     await until(forgotten)
 

@@ -1,0 +1,49 @@
+"""Which processes must say that they live before they are handed work.
+
+A claim that nobody acknowledged was perhaps handed to a dead process, and others may have died with it. So every
+session that waits for work is suspended until it speaks; some are asked at once, the next ones a second later.
+Not here: asking (`service` answers their parked listen calls), handing out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+ASKED_AT_ONCE = 16
+PAUSE_SECONDS = 1.0  #: between one lot and the next
+
+
+class Probes:
+    """The suspended sessions, in the order in which they will be asked."""
+
+    def __init__(self) -> None:
+        self._suspended: dict[str, None] = {}
+        self.at: float | None = None  #: when the next lot is to be asked, on the clock by which sessions age
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._suspended
+
+    def suspend(self, session_ids: Iterable[str], age: float) -> None:
+        """Hand these nothing until they have spoken."""
+        self._suspended.update(dict.fromkeys(session_ids))
+        self.at = age
+
+    def hurry(self, age: float) -> None:
+        """There is work for a suspended session: ask, unless that is planned already."""
+        if self.at is None:
+            self.at = age
+
+    def heard(self, session_id: str) -> bool:
+        """A session has spoken; whether it was suspended."""
+        return self._suspended.pop(session_id, 0) is None
+
+    def due(self, age: float, *, is_work_waiting: bool) -> list[str]:
+        """Sessions to ask now, and plan the next lot."""
+        if self.at is None or age < self.at:
+            return []
+        asked = list(self._suspended)[:ASKED_AT_ONCE]
+        for session_id in asked:  # to the end of the line
+            del self._suspended[session_id]
+            self._suspended[session_id] = None
+        self.at = age + PAUSE_SECONDS if asked and is_work_waiting else None
+        return asked
