@@ -62,8 +62,8 @@ class Session:
         self.failure: Exception | None = None  # why no operation can succeed any more
         self.retries = Retries()
         self.sent_at = time.monotonic()
-        self._outgoing = Outgoing()
-        self._ledger = ClaimLedger()
+        self.outgoing = Outgoing()
+        self.ledger = ClaimLedger()
         self._under_way: dict[int, Batch] = {}
         self._next_sequence = 1
         self._answered = 0  # all batches up to here have their answers
@@ -89,7 +89,7 @@ class Session:
                 raise again(self.failure)
             if self._closing and verb != "close_session":
                 raise StoreClosedError(self.store)
-            self._outgoing.append(operation)
+            self.outgoing.append(operation)
             loop = operation.loop
             first = loop is not None and loop not in self._flushing
             if first and loop is not None:
@@ -134,16 +134,16 @@ class Session:
         """Send what waits, as far as the window allows; `empty` sends a batch even without operations."""
         while True:
             with self.lock:
-                if self.failure is not None or len(self._under_way) >= WINDOW or not (self._outgoing or empty):
+                if self.failure is not None or len(self._under_way) >= WINDOW or not (self.outgoing or empty):
                     return
                 batch = self._take()
             empty = False
             self.send(batch)
 
     def _take(self) -> Batch:
-        operations = self._outgoing.take()
+        operations = self.outgoing.take()
         first = operations[0].ticket if operations else 0
-        header = [first, self._ledger.take(), self.parked.take_acknowledgements()]
+        header = [first, self.ledger.take(), self.parked.take_acknowledgements()]
         body = wire.join(header, [operation.frame for operation in operations])
         batch = Batch(self.session_id, self._next_sequence, operations, body)
         self._next_sequence += 1
@@ -253,19 +253,19 @@ class Session:
     def _arrived(self, operation: Operation, keys: list[AttemptKey]) -> None:
         with self.lock:
             if not operation.abandoned:
-                self._ledger.arrived(operation, keys)
+                self.ledger.arrived(operation, keys)
                 return
         self._decline(keys)
 
     def _seen(self, keys: list[AttemptKey], *, acknowledged: bool = False) -> None:
         with self.lock:
-            self._ledger.seen(keys, acknowledged=acknowledged)
+            self.ledger.seen(keys, acknowledged=acknowledged)
         self.timer.wake_for_pending()
 
     def acknowledge_arrived(self, before: float) -> None:
         """Acknowledge claims that arrived before, their callers being busy; give back those whose loop has ended."""
         with self.lock:
-            gone = self._ledger.answer_for_busy_callers(before)
+            gone = self.ledger.answer_for_busy_callers(before)
         for operation in gone:
             self.abandon(operation)
 
@@ -274,12 +274,12 @@ class Session:
         with self.lock:
             operation.abandoned = True
             if not operation.sent:
-                self._outgoing.drop(operation)
+                self.outgoing.drop(operation)
                 return
-            keys = self._ledger.of(operation)
+            keys = self.ledger.of(operation)
             parked = operation.ticket in self.parked
-        if self.failure is not None:
-            return
+        if self.failure is not None or self._closing:
+            return  # the end of the session gives back everything
         if keys:
             self._decline(keys)
         elif parked:
@@ -301,7 +301,7 @@ class Session:
 
     def _decline(self, keys: list[AttemptKey]) -> None:
         with self.lock:
-            self._ledger.forget(keys)
+            self.ledger.forget(keys)
         for rollout_id, attempt_id in keys:
             self.post("decline", {"rollout_id": rollout_id, "attempt_id": attempt_id}, awaited=False)
 
@@ -310,22 +310,7 @@ class Session:
     @property
     def has_pending(self) -> bool:
         """Whether something waits to be sent, or for an answer."""
-        return bool(self._outgoing or self._under_way)
-
-    @property
-    def has_unseen(self) -> bool:
-        """Whether a claim has arrived and its caller has not run yet."""
-        return self._ledger.has_unseen
-
-    def oldest_pending(self) -> float | None:
-        """When the oldest operation that waits to be sent was issued."""
-        with self.lock:
-            return self._outgoing.oldest()
-
-    def oldest_acknowledgement(self) -> float | None:
-        """Since when the oldest acknowledgement waits for a batch to ride on."""
-        with self.lock:
-            return self._ledger.oldest()
+        return bool(self.outgoing or self._under_way)
 
     def listen_if_wanted(self) -> bool:
         """Park a listen call if the store has something to say; whether one is parked."""
@@ -415,7 +400,7 @@ class Session:
             self.retries.clear()
             self._next_sequence, self._answered = 1, 0
             self._answered_ahead.clear()
-            self._ledger.clear()
+            self.ledger.clear()
             parked = self.parked.clear()
             sent = [(op, batch.retries > 0 and op.changes) for batch in batches for op in batch.operations]
             unknown = [operation for operation, is_unknown in sent if is_unknown]
@@ -423,7 +408,7 @@ class Session:
             again = [operation for operation in again if not operation.abandoned]
             for operation in again:
                 operation.shorten()
-            self._outgoing.put_back(again)
+            self.outgoing.put_back(again)
         for operation in unknown:
             self._refuse(operation, OutcomeUnknownError(self.store, "the session ended before the answer came"))
         self.flush()
@@ -443,7 +428,7 @@ class Session:
                 return
             self.failure = error
             operations = [op for batch in self._under_way.values() for op in batch.operations]
-            operations += [*self.parked.clear(), *self._outgoing.clear()]
+            operations += [*self.parked.clear(), *self.outgoing.clear()]
             self._under_way.clear()
             self.retries.clear()
         for operation in operations:

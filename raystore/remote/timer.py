@@ -76,17 +76,18 @@ class SessionTimer:
         due: list[float] = []
         with session.lock:
             ripe, next_ripe = session.retries.take_ripe()
+            unseen = session.ledger.has_unseen
+            oldest = session.outgoing.oldest()
+            waiting = session.ledger.oldest()
         if next_ripe is not None:
             due.append(next_ripe)
         for batch in ripe:
             session.send(batch)
-        if session.has_unseen:
+        if unseen:
             session.acknowledge_arrived(now - ACKNOWLEDGE_SECONDS)
             due.append(now + ACKNOWLEDGE_SECONDS / 2)
-        oldest = session.oldest_pending()
         if oldest is not None and oldest <= now - PENDING_SECONDS:
             session.flush()
-        waiting = session.oldest_acknowledgement()
         if waiting is not None:
             if waiting <= now - ACKNOWLEDGE_SECONDS:
                 session.flush(empty=True)
