@@ -17,7 +17,7 @@ test-long: .venv/installed
 
 # The oldest Ray of the range in pyproject.toml, in an environment of its own.
 test-ray-oldest: .venv-oldest/installed
-	$(LOCAL) .venv-oldest/bin/python -m pytest tests/ray tests/contract
+	$(LOCAL) .venv-oldest/bin/python -m pytest tests/ray
 
 lint: .venv/installed
 	$(BIN)/ruff check .
