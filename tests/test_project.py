@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,11 @@ def test_example_as_a_client_and_as_a_submitted_job(tmp_path):
     """On a cluster started with `ray start --head`: with RAY_ADDRESS, and with `ray job submit`."""
     ray = Path(sys.executable).with_name("ray")
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment["RAY_AUTH_MODE"] = "token"  # what newer Rays start clusters with; clients must say so
     port, dashboard, temporary = "6399", "8299", f"/tmp/raystore-{os.getpid()}"
     start = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
-    # No other Ray may run on this machine for `ray stop`; so the processes are ended by their session folder.
+    start += ["--dashboard-agent-listen-port=52399", "--num-cpus=4"]  # ports beside those of a Ray that may run here
+    # `ray stop` would end every Ray of this machine; so the processes are ended by their session folder.
     started = subprocess.run(start, capture_output=True, text=True, timeout=100, env=environment)
     assert started.returncode == 0, started.stderr
     try:
@@ -128,7 +131,11 @@ def test_example_as_a_client_and_as_a_submitted_job(tmp_path):
             ROOT / "examples",
         ]
         command = [*submit, "--", sys.executable, "01_prompt_bandit.py", "--steps", "12"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+        for _ in range(20):  # the agent that takes jobs comes up after the cluster
+            done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+            if "No available agent" not in done.stderr:
+                break
+            time.sleep(2)
         assert done.returncode == 0 and "it learnt" in done.stdout, done.stdout + done.stderr
     finally:
-        subprocess.run(["pkill", "-f", temporary], check=False)
+        subprocess.run(["pkill", "-9", "-f", temporary], check=False)
