@@ -7,7 +7,7 @@ LOCAL := RAY_ADDRESS=local
 .PHONY: demo test test-long test-ray-oldest lint clean
 
 demo: .venv/installed
-	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py
+	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
 
 test: lint
 	$(LOCAL) $(BIN)/python -m pytest

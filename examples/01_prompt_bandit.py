@@ -105,7 +105,9 @@ async def main(runners: int, steps: int, seed: int, folder: Path) -> int:
     learnt = after >= chance + 0.15
     print(f"mean reward {after:.2f} ({chance:.2f} by chance): {'it learnt' if learnt else 'it did NOT learn'}")
     print(f"curve {folder}/reward.svg, metrics {log}")
-    print(f"next: python {__file__} --seed 1 --runners 8, then read the README for an agent of your own")
+    print(
+        "next: make demo ARGS='--seed 1 --runners 8', then put an agent of your own into examples/01_prompt_bandit.py"
+    )
     return 0 if learnt else 1
 
 

@@ -106,7 +106,19 @@ def identifiers(name: str, values: Any) -> list[str]:
     """A list of ids; a single text is a mistake that would otherwise be taken letter by letter."""
     if isinstance(values, str) or not isinstance(values, (Sequence, set, frozenset, dict)):
         raise InvalidValueError(name, values, "a list of ids")
+    for value in values:
+        if not isinstance(value, str):
+            hint = "; pass its rollout_id" if isinstance(value, Rollout) else ""
+            raise InvalidValueError(name, f"[... {type(value).__name__} ...]", f"a list of ids (texts){hint}")
     return list(values)
+
+
+def queue_names(values: Any) -> list[str]:
+    """Names of queues to claim from, at least one."""
+    names = list(dict.fromkeys(identifier("queues", name) for name in identifiers("queues", values)))
+    if not names:
+        raise InvalidValueError("queues", values, "at least one name of a queue")
+    return names
 
 
 def finite(name: str, value: Any) -> float:

@@ -89,14 +89,19 @@ class ConflictError(StoreError, ValueError):
 
 
 class OverloadedError(StoreError, RuntimeError):
-    """The queue is full (`max_queued`); nothing was enqueued."""
+    """The queue is full (`max_queued`), or the call is larger than it may be; nothing was enqueued."""
 
-    def __init__(self, queued: int, max_queued: int, retry_after_seconds: float) -> None:
-        super().__init__(queued, max_queued, retry_after_seconds)
+    def __init__(self, queued: int, max_queued: int, retry_after_seconds: float, asked: int = 1) -> None:
+        super().__init__(queued, max_queued, retry_after_seconds, asked)
         self.retry_after_seconds = retry_after_seconds
 
     def __str__(self) -> str:
-        queued, max_queued, retry_after = self.args
+        queued, max_queued, retry_after, asked = self.args
+        if asked > max_queued:
+            return (
+                f"One call enqueues {asked} rollouts and max_queued is {max_queued}, so it can never succeed. "
+                "Cut it into smaller calls, or raise max_queued."
+            )
         return (
             f"The queue is full: {queued} rollouts wait and max_queued is {max_queued}. Runners are slower than the "
             f"driver; wait for completions and try again in {retry_after:g} s, or raise max_queued."
@@ -204,7 +209,13 @@ class StoreNotFoundError(StoreError, LookupError):
         if name is None and existing:
             return f"Several stores run in namespace {namespace!r} ({there}). Say which: rs.connect({existing[0]!r})."
         wanted = "No store" if name is None else f"No store {name!r}"
-        do = f"Type rs.connect({existing[0]!r})" if existing else f"Start one: rs.start({name or ''!r})"
+        do = (
+            f"Type rs.connect({existing[0]!r})"
+            if existing
+            else f"Start one: rs.start({name!r})"
+            if name
+            else ("Start one: rs.start()")
+        )
         return f"{wanted} in namespace {namespace!r}; {there}. {do}, or pass another namespace= or address=."
 
 
@@ -266,13 +277,15 @@ class AgentNotPicklableError(StoreError, TypeError):
 
 
 class PoolStartError(StoreError, RuntimeError):
-    """The runners of a pool did not start."""
+    """The runners of a pool did not start: they could not be made, or could not be scheduled in time."""
 
-    def __init__(self, asked: str, available: str) -> None:
-        super().__init__(asked, available)
+    def __init__(self, asked: str, available: str, cause: str | None = None) -> None:
+        super().__init__(asked, available, cause)
 
     def __str__(self) -> str:
-        asked, available = self.args
+        asked, available, cause = self.args
+        if cause is not None:
+            return f"A runner could not be made: {cause}. Asked for: {asked}. The cluster has: {available}."
         return f"Runners did not start in time. Asked for: {asked}. The cluster has: {available}."
 
 

@@ -153,6 +153,7 @@ class Service:
     def _sort_out(self, step: Step, ticket: int, deliver: Deliver, *, rollout_ids: list[str]) -> Any:
         """What is finished of these, and where the completion log stands, and what is not: all of one moment."""
         finished, cursor = self._finished(rollout_ids)
+        finished.sort(key=lambda rollout: self.state.completions.place(rollout.rollout_id))
         return finished, (cursor, self._unfinished(rollout_ids))
 
     def _completed(

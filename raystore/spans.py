@@ -226,7 +226,11 @@ def reward_of(name: str, attributes: Mapping[str, Any]) -> float | None:
 
 
 def find_final_reward(spans: Sequence[Span]) -> float | None:
-    """The primary reward of the newest span that carries one."""
+    """The primary reward of the newest span that carries one.
+
+    A span carries a reward if its name is `agentlightning.annotation` and its attribute
+    `agentlightning.reward.0.value` is a number; the same rule lifts a reward to `Rollout.reward`.
+    """
     for span in reversed(spans):
         if (reward := reward_of(span.name, span.attributes)) is not None:
             return reward

@@ -66,7 +66,15 @@ def _get_unset() -> _UnsetType:
 class RolloutConfig(BaseModel):
     """When an attempt of a rollout is given up, and what is tried again.
 
-    A field that does not exist is refused, since `RolloutConfig(timeout=60)` would otherwise mean "no timeout".
+    An attempt is tried again only if its status is in `retry_condition` *and* `max_attempts` allows another: each of
+    the two alone does nothing. A field that does not exist is refused, since `RolloutConfig(timeout=60)` would
+    otherwise mean "no timeout".
+
+    Attributes:
+        timeout_seconds: since the start of an attempt, after which it has timed out; None: never.
+        unresponsive_seconds: without a span or heartbeat, after which it is unresponsive; None: never.
+        max_attempts: attempts in all; those lost with their process, or aborted, do not count.
+        retry_condition: attempt statuses ("failed", "timeout", "unresponsive") after which it is tried again.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -137,7 +145,9 @@ class AttemptedRollout(Rollout):
 
 
 class EnqueueRolloutRequest(BaseModel):
-    """The arguments of `enqueue_rollout`, for many at once."""
+    """The arguments of `enqueue_rollout`, for many at once; a field that does not exist is refused."""
+
+    model_config = ConfigDict(extra="forbid")
 
     input: TaskInput
     mode: RolloutMode | None = None

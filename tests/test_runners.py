@@ -285,7 +285,7 @@ async def test_an_agent_that_cannot_be_set_up_stops_the_start(make_ray_store):
         def __call__(self, task, ctx):
             return 1.0
 
-    with pytest.raises(rs.PoolStartError, match="no model here"):
+    with pytest.raises(rs.PoolStartError, match="A runner could not be made: .*no model here"):
         async with rs.RunnerPool(store, Agent, size=1):
             pass
 
@@ -359,3 +359,70 @@ async def test_a_task_that_nobody_can_decode_fails_in_the_end(store):
         await until(both, within=40)
     attempts = await store.query_attempts("bad")
     assert {a.outcome for a in attempts} == {"infra"} and "cannot be decoded" in attempts[0].error
+
+
+@pytest.mark.parametrize("ending", [SystemExit(2), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_an_agent_that_wants_to_end_the_process_fails_alone(store, ending, is_async):
+    """`sys.exit` in an agent (argparse does it) is its own error; the runner and the driver go on."""
+
+    def agent(task, ctx):
+        if task == "exit":
+            raise ending
+        return 1.0
+
+    async def async_agent(task, ctx):
+        return agent(task, ctx)
+
+    finished = await run(store, async_agent if is_async else agent, ["exit", "fine"], size=1)
+    assert [r.status for r in finished] == ["failed", "succeeded"]
+    attempt = await store.get_latest_attempt(finished[0].rollout_id)
+    assert attempt.outcome == "agent_error" and type(ending).__name__ in attempt.error
+    assert any(type(ending).__name__ in line for line in await store.story(finished[0].rollout_id))
+
+
+async def test_rewards_of_any_kind_of_number():
+    """numpy's numbers, and True for a right answer; NaN, texts, and resources that do not exist are refused loudly."""
+    import numpy as np
+
+    values = {"np": np.float32(0.5), "array": np.array(0.25), "true": True, "nan": float("nan")}
+
+    def agent(task, ctx):
+        if task == "text":
+            ctx.reward("0.5")
+        return values.get(task)
+
+    with rs.InMemoryLightningStore() as store:
+        finished = await run(store, agent, [*values, "text"])
+        assert [r.reward for r in finished] == [0.5, 0.25, 1.0, None, None]
+        assert [r.status for r in finished] == ["succeeded"] * 3 + ["failed"] * 2
+        attempt = await store.get_latest_attempt(finished[3].rollout_id)
+        assert "reward=nan is not valid" in attempt.error
+        lost = await store.enqueue_rollout("np", resources_id="nope")
+        async with rs.RunnerPool(store, agent, size=1):
+            await store.wait_for_rollout(lost.rollout_id, timeout=20)
+        attempt = await store.get_latest_attempt(lost.rollout_id)
+        assert (attempt.outcome, "Resources nope not found" in attempt.error) == ("infra", True)
+
+
+async def test_agent_errors_are_told_once_for_each_kind(caplog):
+    """A run in which every agent fails is not silent, and not a flood either."""
+
+    def agent(task, ctx):
+        raise KeyError("prompt")
+
+    with rs.InMemoryLightningStore() as store, caplog.at_level("WARNING", "raystore.runner"):
+        await run(store, agent, range(10), size=1)
+    told = [record.getMessage() for record in caplog.records if "The agent failed" in record.getMessage()]
+    assert len(told) == 1 and "KeyError: 'prompt'" in told[0]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"queues": "default"}, {"queues": ()}, {"heartbeat_seconds": -1}, {"flush_seconds": "a"}], ids=str
+)
+async def test_bad_options_of_a_pool(bad):
+    """A pool that would never claim anything, or never send, is not made."""
+    with rs.InMemoryLightningStore() as store, pytest.raises(ValueError, match=next(iter(bad))):
+        rs.RunnerPool(store, lambda task, ctx: None, **bad)
+    with pytest.raises(rs.NotAStoreError):
+        rs.RunnerPool("store", lambda task, ctx: None)

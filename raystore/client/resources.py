@@ -30,7 +30,7 @@ class ResourceMethods(Connection):
     async def _put_resources(
         self, resources_id: str | None, resources: NamedResources, policy_version: int | None
     ) -> ResourcesUpdate:
-        payload, holds_objects = self._encoder.resources(self._boxed(resources))
+        payload, holds_objects = self._encoder.resources(self._boxed(validated(NamedResources, resources)))
         arguments = {
             "resources_id": resources_id,
             "resources": payload,

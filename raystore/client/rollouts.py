@@ -139,9 +139,8 @@ class RolloutMethods(Connection):
         timeout: float = 0.0,
         queues: Sequence[str] = ("default",),
     ) -> Sequence[AttemptedRollout]:
-        names = [convert.identifier("queues", queue) for queue in convert.identifiers("queues", queues)]
         arguments = {
-            "queues": list(dict.fromkeys(names)),
+            "queues": convert.queue_names(queues),
             "limit": convert.whole("limit", limit, at_least=-(2**31)),
             "worker_id": convert.optional_identifier("worker_id", worker_id),
             "timeout": convert.duration("timeout", timeout),

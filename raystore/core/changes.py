@@ -91,6 +91,10 @@ class CompletionLog:
             self._sequences = [sequence for sequence, _ in kept]
             self._ids = [rollout_id for _, rollout_id in kept]
 
+    def place(self, rollout_id: str) -> int:
+        """Where a finished rollout stands in the log."""
+        return self._place[rollout_id]
+
     def discard(self, rollout_id: str) -> None:
         """Forget a rollout that is no longer finished, or no longer there."""
         self._place.pop(rollout_id, None)

@@ -100,5 +100,6 @@ def story(state: State, rollout_id: str) -> list[str]:
         lines.append(
             f"attempt {tried.sequence_id} {tried.attempt_id}: {tried.status}, outcome {tried.outcome}, "
             f"worker {tried.worker_id}, session {held}"
+            + (f", error {tried.error.strip().splitlines()[-1]}" if tried.error and tried.error.strip() else "")
         )
     return lines

@@ -93,7 +93,7 @@ def enqueue_many(
     new = existing.count(None) if admit is None else admit
     limit = state.settings.max_queued
     if limit is not None and new and len(state.queues) + new > limit:
-        raise OverloadedError(len(state.queues), limit, RETRY_AFTER_SECONDS)
+        raise OverloadedError(len(state.queues), limit, RETRY_AFTER_SECONDS, new)
     made = []
     for request, entry in zip(requests, existing, strict=True):
         if entry is None:

@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raystore.config import StoreConfig
+from raystore.convert import identifier
 from raystore.errors import (
     InvalidValueError,
     NotAStoreError,
@@ -30,6 +31,8 @@ from raystore.types import RolloutConfig, Span, StoreInfo
 logger = logging.getLogger("raystore")
 
 NAMESPACE = "raystore"
+_owned: list[Any] = []  # handles of the stores that this process started and that end with it
+
 MAX_CONCURRENCY = 40_000  #: a session may park a listen call and batches that came early: 10,000 sessions
 
 
@@ -100,6 +103,8 @@ def start(
         limits=limits,
         clock=clock,
     )
+    if name is not None:
+        identifier("name", name)
     join_cluster(address)
     if name is None:
         name = f"store-{secrets.token_hex(4)}"
@@ -125,6 +130,8 @@ def start(
         if existing is None:
             raise
         return _take_existing(existing, name, namespace, exist, config)
+    if not detached:
+        _owned.append(handle)  # else the store would end with the last object that refers to it
     store = RayLightningStore(handle, owns=not detached)
     known = store._known
     logger.info(
@@ -189,6 +196,7 @@ def stop(name: str | RayLightningStore, *, namespace: str = NAMESPACE, address: 
         ray.kill(name.actor)
         name._owns = False
         return
+    identifier("name", name)
     join_cluster(address)
     handle = find_actor(name, namespace)
     if handle is None:

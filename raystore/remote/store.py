@@ -33,7 +33,14 @@ class RayLightningStore(StoreClient):
 
     Make one from an actor handle (inside a runner), or with `start` and `connect`. May be pickled, passed to tasks and
     actors, and used from several threads and event loops at once.
+
+    Attributes:
+        actor: the actor handle, to pass to distributed runners.
+        sync: blocking twins of all methods.
+        testing: for tests, with `clock="manual"`.
     """
+
+    actor: Any
 
     def __init__(self, handle: Any, *, owns: bool = False) -> None:
         self._attach(handle, describe(handle), owns=owns)

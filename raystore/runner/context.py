@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import time
 import traceback
@@ -18,6 +19,7 @@ from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any
 
+from raystore.errors import InvalidValueError
 from raystore.spans import REWARD_PREFIX, REWARD_SPAN, Event, Span, TraceStatus
 from raystore.types import Attempt, AttemptedRollout
 
@@ -75,7 +77,13 @@ class OpenSpan:
 
 
 class Context:
-    """The rollout that an agent runs for."""
+    """The rollout that an agent runs for.
+
+    Attributes:
+        rollout: the rollout, with its attempt; `rollout.input` is the task.
+        resources: the named resources of the version that was newest at the claim, by name.
+        worker_id: the runner that runs it.
+    """
 
     def __init__(self, rollout: AttemptedRollout, resources: dict[str, Any], worker_id: str) -> None:
         self.rollout = rollout
@@ -118,6 +126,8 @@ class Context:
         """Emit the reward of the rollout; `dimensions` are further values by name, beside the reward."""
         attributes: dict[str, Any] = {}
         for index, (name, number) in enumerate({"reward": value, **dimensions}.items()):
+            if not hasattr(number, "__float__") or math.isnan(float(number)):
+                raise InvalidValueError(name, number, "a number, not NaN")
             attributes[f"{REWARD_PREFIX}{index}.name"] = name
             attributes[f"{REWARD_PREFIX}{index}.value"] = float(number)
         now = time.time()

@@ -17,9 +17,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from raystore import convert
 from raystore.calls import run_blocking
 from raystore.client import StoreClient
-from raystore.errors import AgentNotPicklableError, InvalidValueError, PoolStartError, StoreError
+from raystore.errors import AgentNotPicklableError, InvalidValueError, NotAStoreError, PoolStartError, StoreError
 from raystore.memory import InMemoryLightningStore
 from raystore.runner.worker import Runner, RunnerOptions, make_agent
 
@@ -71,6 +72,12 @@ class RunnerPool:
         for name, value in (("size", size), ("concurrency", concurrency)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidValueError(name, value, "a whole number, 1 or more")
+        for name, seconds in (("heartbeat_seconds", heartbeat_seconds), ("flush_seconds", flush_seconds)):
+            if convert.duration(name, seconds) == 0:
+                raise InvalidValueError(name, seconds, "a number of seconds, more than 0")
+        queues = convert.queue_names(queues)
+        if not isinstance(store, StoreClient):
+            raise NotAStoreError(f"{store!r} (a {type(store).__name__})")
         if not callable(agent):
             raise InvalidValueError("agent", agent, "a function agent(task, ctx), or a class with __call__")
         options = RunnerOptions(concurrency, tuple(queues), heartbeat_seconds, flush_seconds)
@@ -266,7 +273,7 @@ class _Actors:
                     explained = True
                 except Exception as error:  # the runner could not be made: an agent that fails in setup, say
                     self._end_all()
-                    raise PoolStartError(self._asked(), f"{_available()}; {error}") from error
+                    raise PoolStartError(self._asked(), _available(), _cause(error)) from error
         self._watcher.start()
 
     def _hire(self, number: int) -> _Member:
@@ -306,9 +313,7 @@ class _Actors:
             logger.warning("Runner %s ended by itself: its store is gone", member.worker_id)
             self._members.pop(member.number, None)
             return
-        reason = next(
-            (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
-        )
+        reason = _cause(error)
         logger.warning("Runner %s died and is replaced: %s", member.worker_id, reason)
         if not self._report(member):
             return
@@ -363,6 +368,12 @@ class _Actors:
         self._stopping = True
         for member in self._members.values():
             ray.kill(member.actor)
+
+
+def _cause(error: BaseException) -> str:
+    """The line of an error that says most: the last of its traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _available() -> str:

@@ -30,6 +30,7 @@ from raystore.errors import (
     Drop,
     OutcomeUnknownError,
     PayloadTooLargeError,
+    ResourcesNotFoundError,
     StoreClosedError,
     StoreError,
     StoreUnavailableError,
@@ -43,6 +44,7 @@ logger = logging.getLogger("raystore.runner")
 CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner asks
 CLAIM_PAUSE_SECONDS = 0.2  #: before claiming again after a claim that failed
 RESOURCES_CACHED = 8
+KINDS_WARNED = 20  #: kinds of agent errors that a runner tells of in its log
 ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
 
 
@@ -84,6 +86,7 @@ class Runner:
         self._running: dict[tuple[str, str], tuple[Context, asyncio.Task[Any]]] = {}
         self._cached: OrderedDict[tuple[str, int | None], dict[str, Any]] = OrderedDict()
         self._threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix=f"{worker_id}-agent")
+        self._warned: set[str] = set()
         self._stopping = threading.Event()
         self._hurried = threading.Event()
         self._slots: list[asyncio.Task[None]] = []
@@ -195,16 +198,30 @@ class Runner:
         except Exception as error:  # whatever the agent raises is its outcome
             text = "".join(traceback.format_exception(error))
             status, outcome, error_text = "failed", "agent_error", text[-ERROR_CHARACTERS:]
+            self._warn(rollout, error)
         finally:
             del self._running[key]
             flushing.cancel()
         return functools.partial(self._finish, finish, context, status, outcome, error_text)
 
+    def _warn(self, rollout: AttemptedRollout, error: Exception) -> None:
+        """Tell people of an agent's error, once for each kind: a run in which all fail should not be silent."""
+        kind = f"{type(error).__name__}: {error}"[:200]
+        if kind not in self._warned and len(self._warned) < KINDS_WARNED:
+            self._warned.add(kind)
+            logger.warning(
+                "The agent failed on rollout %s: %s (told once for each kind; the traceback is in attempt.error)",
+                rollout.rollout_id, kind,
+            )  # fmt: skip
+
     async def _call(self, context: Context) -> Any:
         with context.active():
             if self._is_async:
-                return await self._agent(context.rollout.input, context)
-            call = functools.partial(contextvars.copy_context().run, self._agent, context.rollout.input, context)
+                try:
+                    return await self._agent(context.rollout.input, context)
+                except (SystemExit, KeyboardInterrupt) as error:
+                    raise _AgentExit(repr(error)) from error
+            call = functools.partial(contextvars.copy_context().run, _run, self._agent, context.rollout.input, context)
             return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     @staticmethod
@@ -212,8 +229,8 @@ class Runner:
         """What an agent returned: a reward, spans, or nothing."""
         if result is None:
             return
-        if isinstance(result, (int, float)) and not isinstance(result, bool):
-            context.reward(float(result))
+        if hasattr(result, "__float__"):  # a number, also of numpy or torch; True and False are 1 and 0
+            context.reward(result)
         elif isinstance(result, (list, tuple)) and all(isinstance(item, Span) for item in result):
             for span in result:
                 context.add(span)
@@ -246,8 +263,10 @@ class Runner:
     async def _resources_of(self, rollout: AttemptedRollout) -> dict[str, Any]:
         """The named resources of the version that was newest at the claim."""
         resources_id, version = rollout.resources_id, rollout.attempt.resources_version
-        if resources_id is None or version is None:
+        if resources_id is None:
             return {}
+        if version is None:
+            raise ResourcesNotFoundError(resources_id)
         key = (resources_id, version)
         if key not in self._cached:
             update = await self._store.get_resources_by_id(resources_id, version)
@@ -295,6 +314,18 @@ class Runner:
             if context.rollout.config.unresponsive_seconds is not None
         ]
         return max(min([self._options.heartbeat_seconds, *(seconds / 3 for seconds in patience)]), 0.05)
+
+
+class _AgentExit(Exception):
+    """The agent wanted to end the process (`sys.exit`, argparse); that is its own error, not the runner's end."""
+
+
+def _run(agent: Any, task: Any, context: Context) -> Any:
+    """Call an agent that is not async, in its thread."""
+    try:
+        return agent(task, context)
+    except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and every rollout on it
+        raise _AgentExit(repr(error)) from error
 
 
 async def _reported(report: Callable[[], Any]) -> None:

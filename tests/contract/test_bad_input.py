@@ -67,6 +67,23 @@ async def test_unknown_retry_condition(store):
         await store.enqueue_rollout("x", config={"retry_condition": ["queuing"]})
 
 
+async def test_requests_refuse_fields_that_do_not_exist(store):
+    """A misspelt field would otherwise be dropped in silence."""
+    with pytest.raises(ValidationError, match="moode"):
+        EnqueueRolloutRequest(input=1, moode="train")
+
+
+async def test_rollouts_are_no_ids(store):
+    """The likeliest mistake gets a hint."""
+    rollout = await store.enqueue_rollout("x")
+    with pytest.raises(ValueError, match="pass its rollout_id"):
+        await store.wait_for_rollouts(rollout_ids=[rollout], timeout=0)
+    with pytest.raises(ValidationError):
+        await store.update_resources("m", 5)
+    with pytest.raises(ValueError, match="at least one name of a queue"):
+        await store.dequeue_rollout(queues=[])
+
+
 async def test_a_text_is_no_list_of_ids(store):
     """A single id where a list is expected would otherwise be taken letter by letter."""
     for call in (

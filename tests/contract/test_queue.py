@@ -91,11 +91,15 @@ async def test_max_queued_refuses_as_a_whole(make_store):
     store = make_store(max_queued=3)
     first = await store.enqueue_rollout("x", config=RolloutConfig(max_attempts=2, retry_condition=["failed"]))
     await store.dequeue_rollout()
-    with pytest.raises(rs.OverloadedError, match="max_queued is 3") as caught:
-        await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i) for i in range(4)])
+    await store.enqueue_group("y", 2)
+    with pytest.raises(rs.OverloadedError, match="2 rollouts wait and max_queued is 3") as caught:
+        await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i) for i in range(3)])
+    await store.dequeue_many_rollouts(limit=2)
     assert caught.value.retry_after_seconds > 0
     with pytest.raises(rs.OverloadedError):  # more than one part, and none of them is taken
         await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i) for i in range(1500)])
+    with pytest.raises(rs.OverloadedError, match="can never succeed"):
+        await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i) for i in range(4)])
     assert (await store.statistics())["queue_length"] == 0
     await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i) for i in range(3)])
     await store.update_attempt(first.rollout_id, "latest", status="failed")

@@ -115,7 +115,9 @@ async def test_as_completed(store):
     await finish(store, made[2])
     await finish(store, made[0])
     await task
-    assert seen == [made[1].rollout_id, made[2].rollout_id, made[0].rollout_id]
+    order = [made[1].rollout_id, made[2].rollout_id, made[0].rollout_id]
+    assert seen == order
+    assert [r.rollout_id async for r in store.as_completed([r.rollout_id for r in made])] == order
     assert [r async for r in store.as_completed([])] == []
     with pytest.raises(TimeoutError, match="1 of the rollouts"):
         async for _ in store.as_completed([(await claim(store)).rollout_id], timeout=0.0):
