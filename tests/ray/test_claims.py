@@ -81,10 +81,11 @@ async def test_dead_callers_with_a_parked_claim_lose_nothing(make_ray_store, end
         del refs
 
 
-async def test_callers_that_time_out_lose_nothing(make_ray_store):
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.long)])
+async def test_callers_that_time_out_lose_nothing(make_ray_store, count):
     """Work that comes in the instant in which a claim runs out of time goes to somebody."""
     store = make_ray_store()
-    for attempt in range(20):
+    for attempt in range(count):
         waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=0.05))
         await asyncio.sleep(0.045 + 0.001 * (attempt % 10))
         made = await store.enqueue_rollout(attempt)
@@ -95,7 +96,7 @@ async def test_callers_that_time_out_lose_nothing(make_ray_store):
 async def test_callers_cancelled_around_the_answer_lose_nothing(make_ray_store):
     """Cancelled at any moment around the answer, a claim is given back at once, or was had."""
     store = make_ray_store()
-    for attempt in range(60):
+    for attempt in range(100):
         waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=30))
         await asyncio.sleep(0.002)
         enqueued = asyncio.ensure_future(store.enqueue_rollout(attempt))
