@@ -161,6 +161,9 @@ def _threads():
     return [thread for thread in threading.enumerate() if thread.is_alive()]
 
 
+@pytest.mark.skipif(
+    tuple(map(int, ray.__version__.split(".")[:2])) < (2, 60), reason="Ray's knob for losing replies had another form"
+)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("operations", "lost"), [(5, 20), pytest.param(25, 40, marks=pytest.mark.long)])
 def test_replies_that_ray_loses_are_asked_for_again(tmp_path, operations, lost):
