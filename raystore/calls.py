@@ -62,11 +62,6 @@ class Call:
         return self._answer
 
     @property
-    def is_blocking(self) -> bool:
-        """Whether a thread, not an event loop, waits for it."""
-        return self._event is not None
-
-    @property
     def is_cancelled(self) -> bool:
         """Whether its caller has been cancelled."""
         if self.leader is not None and self.leader.is_cancelled:

@@ -132,6 +132,22 @@ def test_span_from_a_mock_and_its_times():
     assert "extra_thing" in span.__pydantic_extra__
 
 
+def test_span_from_core_fields():
+    """What an agent says of a span, and ids made up for the rest."""
+    status = types.TraceStatus(status_code="ERROR", description="d")
+    core = types.SpanCoreFields(name="n", status=status, attributes={"a": 1}, start_time=1.0, end_time=None)
+    span = types.Span.from_core_fields(core, rollout_id="r", attempt_id="a", sequence_id=4)
+    assert (span.name, span.status, span.attributes, span.start_time, span.end_time) == (
+        "n",
+        status,
+        {"a": 1},
+        1.0,
+        None,
+    )
+    assert (span.rollout_id, span.attempt_id, span.sequence_id) == ("r", "a", 4)
+    assert len(span.trace_id) == 32 and len(span.span_id) == 16
+
+
 def test_prompt_templates():
     """Only f-strings are built in."""
     assert rs.PromptTemplate(template="{a}", engine="f-string").format(a=1) == "1"

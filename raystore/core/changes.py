@@ -105,7 +105,3 @@ class CompletionLog:
             sequence, rollout_id = self._sequences[index], self._ids[index]
             if self._place.get(rollout_id) == sequence:
                 yield sequence, rollout_id
-
-    def oldest_first(self) -> Iterator[str]:
-        """Finished rollouts, the longest finished first."""
-        return (rollout_id for _, rollout_id in self.after(None))

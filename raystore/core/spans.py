@@ -125,11 +125,6 @@ class SpanTable:
             return list(held.spans.values())
         return [span for span in held.spans.values() if span.attempt_id == attempt_id]
 
-    def bytes_of(self, rollout_id: str) -> int:
-        """Bytes that the spans of a rollout count for."""
-        held = self._by_rollout.get(rollout_id)
-        return held.bytes if held else 0
-
     def has(self, rollout_id: str) -> bool:
         """Whether there is a span to evict."""
         return rollout_id in self._by_rollout

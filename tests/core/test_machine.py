@@ -251,7 +251,7 @@ class Machine(RuleBasedStateMachine):
             rollout = self.model.rollouts[rollout_id]
             rollout.place = by_priority[-rollout.priority].pop(0)
         ended = set(self.model.completions) - set(before[1])
-        order = list(self.core.state.completions.oldest_first())
+        order = [i for _, i in self.core.state.completions.after(None)]
         self.model.completions.sort(key=lambda i: order.index(i) if i in ended else -1)
 
     @invariant()
@@ -265,7 +265,7 @@ class Machine(RuleBasedStateMachine):
             assert shown == [(a.id, a.status) for a in rollout.attempts]
         queue = self.core.state.queues
         assert sorted(queue, key=lambda i: entries[i].order) == self.model.queue()
-        assert list(self.core.state.completions.oldest_first()) == self.model.completions
+        assert [i for _, i in self.core.state.completions.after(None)] == self.model.completions
 
     @invariant()
     def sound(self):
