@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from raystore.runner import Context as Context
     from raystore.runner import RunnerPool as RunnerPool
     from raystore.runner import current as current
+    from raystore.runner import run_one as run_one
     from raystore.spans import *  # noqa: F403
+    from raystore.triplets import Triplet as Triplet
+    from raystore.triplets import triplets as triplets
     from raystore.types import *  # noqa: F403
 
 #: Where each public name lives.
@@ -31,7 +34,8 @@ _NAMES = {
     "raystore.memory": "InMemoryLightningStore",
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
-    "raystore.runner": "RunnerPool Context current",
+    "raystore.runner": "RunnerPool Context current run_one",
+    "raystore.triplets": "Triplet triplets",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource NamedResources PaginatedResult
@@ -46,7 +50,8 @@ _NAMES = {
         StoreError InvalidValueError RolloutNotFoundError AttemptNotFoundError ResourcesNotFoundError ClaimLostError
         ConflictError OverloadedError CursorTooOldError SpansEvictedError PayloadLostError PayloadTooLargeError
         StoreUnavailableError OutcomeUnknownError StoreClosedError StoreCorruptError StoreNotFoundError
-        StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError PoolStartError Abort Drop
+        StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError AgentProcessError PoolStartError
+        Abort Drop
     """,
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

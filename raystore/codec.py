@@ -1,8 +1,9 @@
 """User values to opaque payloads and back; happens in clients only.
 
-Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes, and lists and string- or number-keyed
-dicts of these) becomes msgpack; everything else is cloudpickled, so that any picklable object comes back as it was,
-type included. Object references found in a value travel beside the bytes (see `raystore.core.payload`).
+Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes, packed arrays of numbers, and lists and
+string- or number-keyed dicts of these) becomes msgpack; everything else is cloudpickled, so that any picklable object
+comes back as it was, type included. Object references found in a value travel beside the bytes (see
+`raystore.core.payload`).
 Not here: which values there are (`convert`), how payloads cross to an actor (`wire`).
 """
 
@@ -11,14 +12,17 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+from array import array
 from typing import Any
 
 import msgpack
 
 from raystore.core.payload import PICKLED, PLAIN, Opaque, Payload
 from raystore.errors import PayloadTooLargeError
+from raystore.packed import TYPECODES
 
 _PLAIN_LEAVES = frozenset({str, int, float, bool, type(None), bytes})
+_PACKED = 1  # msgpack extension: a type code and the array's bytes, little-endian
 _MAX_DEPTH = 64  # deeper values are pickled, which has its own limit and says so
 
 
@@ -32,7 +36,25 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
         return all(_is_plain(item, depth + 1) for item in value)
     if kind is dict:
         return all(type(key) in _PLAIN_LEAVES and _is_plain(item, depth + 1) for key, item in value.items())
-    return False
+    return kind is array and value.typecode in TYPECODES
+
+
+def _packed_out(value: Any) -> msgpack.ExtType:
+    if not isinstance(value, array):
+        raise OverflowError(value)  # an int beyond 64 bits
+    if sys.byteorder == "big":
+        value = array(value.typecode, value)
+        value.byteswap()
+    return msgpack.ExtType(_PACKED, value.typecode.encode() + value.tobytes())
+
+
+def _packed_in(code: int, data: bytes) -> array[Any]:
+    if code != _PACKED:
+        raise ValueError(f"msgpack extension {code}; expected {_PACKED}: it was written by another version")
+    value = array(chr(data[0]), data[1:])
+    if sys.byteorder == "big":
+        value.byteswap()
+    return value
 
 
 def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
@@ -47,8 +69,8 @@ def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
 def _encode(value: Any) -> bytes | Payload:
     if _is_plain(value):
         try:
-            return b"\x01" + bytes(msgpack.packb(value, strict_types=True))
-        except (OverflowError, UnicodeEncodeError):  # an int beyond 64 bits, a lone surrogate
+            return b"\x01" + bytes(msgpack.packb(value, strict_types=True, default=_packed_out))
+        except (OverflowError, UnicodeEncodeError):  # the latter: a lone surrogate
             pass
     return _pickle(value)
 
@@ -80,7 +102,7 @@ def decode(payload: Opaque) -> Any:
     data, refs = (payload.data, payload.refs) if isinstance(payload, Payload) else (payload, ())
     tag = data[0]
     if tag == PLAIN:
-        return msgpack.unpackb(memoryview(data)[1:], strict_map_key=False)
+        return msgpack.unpackb(memoryview(data)[1:], strict_map_key=False, ext_hook=_packed_in)
     if tag != PICKLED:
         raise ValueError(
             f"payload has tag {tag:#x}; expected {PLAIN:#x} or {PICKLED:#x}: it was written by another version"

@@ -276,6 +276,16 @@ class AgentNotPicklableError(StoreError, TypeError):
         )
 
 
+class AgentProcessError(StoreError, RuntimeError):
+    """No process could be made for an agent (`isolation="process"`)."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+
+    def __str__(self) -> str:
+        return f"An agent's process could not be made: {self.args[0]}"
+
+
 class PoolStartError(StoreError, RuntimeError):
     """The runners of a pool did not start: they could not be made, or could not be scheduled in time."""
 

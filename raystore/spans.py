@@ -10,13 +10,18 @@ from __future__ import annotations
 import json
 import math
 import sys
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer
 
-AttributeValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
+PackedArray = Annotated[InstanceOf[array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]  # type: ignore[type-arg]  # subscriptable from 3.12 on
+#: OpenTelemetry's, and packed arrays of numbers (`raystore.packed`), which are sequences of numbers too.
+AttributeValue = (
+    PackedArray | str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
+)
 
 REWARD_SPAN = "agentlightning.annotation"  #: name of spans that carry a reward
 REWARD_PREFIX = "agentlightning.reward."  #: attribute `<prefix><i>.name` and `<prefix><i>.value`; 0 is the primary one

@@ -13,9 +13,10 @@ PACKAGE = Path(__file__).parent.parent / "raystore"
 
 # From the bottom up; a module imports from its own layer and those above it in this list.
 LAYERS = [
-    ["errors"],
-    ["core"],
+    ["errors", "semconv"],
+    ["core", "packed"],
     ["spans"],
+    ["triplets"],
     ["types"],
     ["api"],
     ["clock", "config", "notices", "probes", "reports", "waiters"],

@@ -59,25 +59,33 @@ class AttemptMethods(Connection):
         *,
         outcome: Outcome | None = None,
         error: str | None = None,
+        died: bool = False,
     ) -> Attempt:
         """The last spans of an attempt and its final status in one step; spans are numbered by the store.
 
-        For runners. `outcome` says why it ended (None: what the status implies), `error` is kept on the attempt. A span
-        that is refused refuses the whole.
+        For runners. `outcome` says why it ended (None: what the status implies), `error` is kept on the attempt. With
+        outcome "runner_lost" the work is given back; `died` says that a process which ran nothing else died of it,
+        which counts as a delivery (`max_deliveries`). A span that is refused refuses the whole.
         """
         changes: dict[str, Any] = {"status": validated(AttemptStatus, status)}
         if outcome is not None:
             changes["outcome"] = validated(Outcome, outcome)
         if error is not None:
             changes["error"] = error
+        if died:
+            changes["died"] = True
         rows = [self._encoder.span(span, numbered=False) for span in spans]
         arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, "spans": rows, "changes": changes}
         attempt, _ = await self._transport.call("finish", arguments)
         return convert.attempt(attempt)
 
-    async def heartbeat(self, attempts: Sequence[tuple[str, str]]) -> int:
-        """Signs of life for (rollout id, attempt id) pairs, stamped by the store; how many of them still run."""
-        return int(await self._transport.call("heartbeat", {"attempts_alive": [list(key) for key in attempts]}))
+    async def heartbeat(self, attempts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Signs of life for (rollout id, attempt id) pairs, stamped by the store.
+
+        Answers with those whose work is of no use any more: superseded, finished, or deleted.
+        """
+        useless = await self._transport.call("heartbeat", {"attempts_alive": [list(key) for key in attempts]})
+        return [(rollout_id, attempt_id) for rollout_id, attempt_id in useless]
 
     async def update_attempt(
         self,

@@ -19,6 +19,7 @@ from raystore.core.lifecycle import (
     LOSS,
     OUTCOME_OF_EVENT,
     OUTCOME_OF_STATUS,
+    OVER,
     QUEUED,
     ROLLOUT_ON_SPAN,
     SETTLED,
@@ -163,7 +164,7 @@ def settle(
     """Move the latest attempt by an event that ends it, with its rollout and worker.
 
     `alone` says for a loss whether nothing else ran in that process: then the rollout is to blame and is charged.
-    An `orderly` loss (a runner that stops gives its work back) is nobody's fault.
+    An `orderly` loss was reported by a runner that lives: it gives the work back, or knows what was lost with what.
     """
     index = len(entry.attempts) - 1
     before = entry.attempts[index]
@@ -261,15 +262,21 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
         set_reward(state, entry, reward)
 
 
-def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> int:
-    """Signs of life for attempts, stamped here; attempts that are settled or gone are skipped."""
-    beaten = 0
+def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Signs of life for attempts, stamped here; answers with those whose work is of no use any more.
+
+    An unresponsive attempt whose rollout still waits is of use: its next span brings it back.
+    """
+    useless = []
     for rollout_id, attempt_id in keys:
         entry = state.entries.get(rollout_id)
         index = next((i for i, a in enumerate(entry.attempts) if a.attempt_id == attempt_id), None) if entry else None
         if entry is None or index is None:
+            useless.append((rollout_id, attempt_id))
             continue
         attempt = entry.attempts[index]
+        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or attempt.status in OVER:
+            useless.append((rollout_id, attempt_id))
         if attempt.status not in ACTIVE:
             continue
         if _holder_is_gone(state, entry, attempt_id):
@@ -278,8 +285,7 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> int:
         _acknowledge_by_writing(state, entry, attempt_id)
         if index == len(entry.attempts) - 1:
             entry.clocks[-1].beat = step.now - state.paused
-        beaten += 1
-    return beaten
+    return useless
 
 
 def finish(
@@ -288,10 +294,12 @@ def finish(
     """The last spans of an attempt and its final status as one step; a refused span refuses both."""
     entry = state.entry(rollout_id)
     state.find_attempt(entry, attempt_id, step.session)
+    changes = dict(changes)
+    died = changes.pop("died", False)  # the process that ran this attempt, and nothing else
     written = add_spans(state, step, rollout_id, attempt_id, spans) if spans else Written([], 0, None)
     event = {"infra": ABORT, "dropped": DROP, "runner_lost": LOSS}.get(changes.get("outcome") or "")
     latest = entry.attempts[-1]
     if event and latest.attempt_id == attempt_id and latest.status in ACTIVE and entry.rollout.status in ACTIVE:
-        settle(state, step, entry, event, alone=False, orderly=True, error=changes.get("error"))
+        settle(state, step, entry, event, alone=died, orderly=True, error=changes.get("error"))
         return entry.attempts[-1], written
     return report(state, step, rollout_id, attempt_id, changes), written

@@ -22,6 +22,7 @@ QUEUED = frozenset({"queuing", "requeuing"})
 ACTIVE = frozenset({"preparing", "running"})
 FINISHED = frozenset({"failed", "succeeded", "cancelled"})
 SETTLED = frozenset({"failed", "succeeded", "unresponsive", "timeout"})  #: attempt statuses that ended a try
+OVER = SETTLED - {"unresponsive"}  #: ... and that a span of a runner that only looked dead does not undo
 
 # Events that move an attempt.
 SPAN = "span"  # a span arrived

@@ -150,7 +150,7 @@ def _update_attempt(state: State, step: Step, *, rollout_id: str, attempt_id: st
     return attempts.report(state, step, rollout_id, attempt_id, changes)
 
 
-def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]]) -> int:
+def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return attempts.heartbeat(state, step, attempts_alive)
 
 

@@ -1,9 +1,13 @@
 """Runners: processes that claim rollouts, run an agent on them and report.
 
-`pool` keeps a number of them alive, `worker` is what each one does, `context` is what an agent sees.
+`pool` keeps a number of them alive (`actors` on Ray, `threads` in this process), `worker` is what each one does,
+`agents` says what an agent is and `context` what it sees; it runs in its runner's process (`inline`) or in one of its
+own (`forked`, `nursery`, `child`), or once and without a store (`single`).
 Not here: algorithms, which are plain async functions over a store.
 """
 
 from raystore.runner.context import Context as Context
 from raystore.runner.context import current as current
 from raystore.runner.pool import RunnerPool as RunnerPool
+from raystore.runner.single import Run as Run
+from raystore.runner.single import run_one as run_one

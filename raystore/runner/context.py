@@ -1,7 +1,7 @@
 """What an agent sees of its rollout: the task's resources, spans, the reward, and whether it was cancelled.
 
-Spans are kept here until the runner sends them; they nest by context variable, so that concurrent rollouts of one
-process do not mix.
+Spans nest by context variable, so that concurrent rollouts of one process do not mix; one that has ended goes to the
+`sink` of whoever runs the agent.
 Not here: claiming, sending, reporting (`worker`).
 """
 
@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import threading
 import time
 import traceback
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any
 
+from raystore import semconv
 from raystore.errors import InvalidValueError
+from raystore.packed import pack_floats, pack_integers
 from raystore.spans import REWARD_PREFIX, REWARD_SPAN, Event, Span, TraceStatus
-from raystore.types import Attempt, AttemptedRollout
+from raystore.types import LLM, Attempt, AttemptedRollout
 
 _current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
 _parent: ContextVar[str | None] = ContextVar("raystore_span", default=None)
@@ -38,8 +40,10 @@ def current() -> Context | None:
 
 def _attribute(value: Any) -> Any:
     """A value as OpenTelemetry takes it: a scalar or a list of one kind of scalar, anything else as JSON text."""
-    if isinstance(value, _SCALARS):
+    if isinstance(value, (*_SCALARS, array)):
         return value
+    if hasattr(value, "tolist"):  # numpy, torch
+        return _attribute(value.tolist())
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], _SCALARS):
         if all(type(item) is type(value[0]) for item in value):
             return list(value)
@@ -85,14 +89,19 @@ class Context:
         worker_id: the runner that runs it.
     """
 
-    def __init__(self, rollout: AttemptedRollout, resources: dict[str, Any], worker_id: str) -> None:
+    def __init__(
+        self,
+        rollout: AttemptedRollout,
+        resources: Mapping[str, Any],
+        worker_id: str,
+        sink: Callable[[Span], None],
+    ) -> None:
         self.rollout = rollout
-        self.resources = resources  #: by name, of the version that was newest at the claim
+        self.resources = resources
         self.worker_id = worker_id
         self._trace_id = token_hex(16)
         self._cancelled: str | None = None
-        self._lock = threading.Lock()
-        self._spans: list[Span] = []
+        self._sink = sink
 
     @property
     def attempt(self) -> Attempt:
@@ -120,7 +129,65 @@ class Context:
             raise
         finally:
             _parent.reset(token)
-            self._add(span, parent_id, started, time.time())
+            self._end(span, parent_id, started, time.time())
+
+    def llm(
+        self,
+        *,
+        prompt_ids: Iterable[int],
+        response_ids: Iterable[int],
+        logprobs: Iterable[float] | None = None,
+        model: str | None = None,
+        prompt: Any = None,
+        response: Any = None,
+        finish_reason: str | None = None,
+        operation: str = "chat",
+        start_time: float | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Record one call of a model, for `raystore.triplets` to find.
+
+        Args:
+            prompt_ids: token ids of the prompt: a list, numpy array or tensor of one dimension. Kept packed.
+            response_ids: token ids that the model generated.
+            logprobs: of each token of the response under the policy that generated it, natural logarithm.
+            model: its name; None takes that of the rollout's `LLM` resource, if it has just one.
+            prompt, response: the texts or messages, for people to read.
+            finish_reason: why the model stopped ("stop", "length", ...).
+            operation: "chat" or "text_completion".
+            start_time: when the call began, seconds since the epoch; None for "just now".
+            attributes: whatever else is to be known.
+
+        Names are those of OpenTelemetry's GenAI conventions (`raystore.semconv`). Raises `InvalidValueError` for what
+        is no sequence of numbers, for NaN, and for log-probabilities that are not as many as the response's tokens.
+        """
+        ids, generated = pack_integers("prompt_ids", prompt_ids), pack_integers("response_ids", response_ids)
+        known: dict[str, Any] = {
+            semconv.OPERATION: operation,
+            semconv.INPUT_TOKENS: len(ids),
+            semconv.OUTPUT_TOKENS: len(generated),
+            semconv.INPUT_TOKEN_IDS: ids,
+            semconv.OUTPUT_TOKEN_IDS: generated,
+        }
+        if logprobs is not None:
+            packed = pack_floats("logprobs", logprobs)
+            if len(packed) != len(generated):
+                raise InvalidValueError("logprobs", f"[{len(packed)} numbers]", f"one for each of {len(generated)} ids")
+            known[semconv.OUTPUT_LOGPROBS] = packed
+        if model is None:
+            models = {resource.model for resource in self.resources.values() if isinstance(resource, LLM)}
+            model = models.pop() if len(models) == 1 else None
+        optional = {
+            semconv.REQUEST_MODEL: model,
+            semconv.INPUT_MESSAGES: prompt,
+            semconv.OUTPUT_MESSAGES: response,
+            semconv.FINISH_REASONS: None if finish_reason is None else [finish_reason],
+            semconv.POLICY_VERSION: self.policy_version,
+        }
+        known |= {name: value for name, value in optional.items() if value is not None}
+        now = time.time()
+        span = OpenSpan(f"{operation} {model}" if model else operation, known | attributes)
+        self._end(span, _parent.get(), now if start_time is None else start_time, now)
 
     def reward(self, value: float, **dimensions: float) -> None:
         """Emit the reward of the rollout; `dimensions` are further values by name, beside the reward."""
@@ -131,15 +198,14 @@ class Context:
             attributes[f"{REWARD_PREFIX}{index}.name"] = name
             attributes[f"{REWARD_PREFIX}{index}.value"] = float(number)
         now = time.time()
-        self._add(OpenSpan(REWARD_SPAN, attributes), _parent.get(), now, now)
+        self._end(OpenSpan(REWARD_SPAN, attributes), _parent.get(), now, now)
 
     def add(self, span: Span) -> None:
-        """Take a span that the agent made itself; it is given to this attempt."""
-        span = span.model_copy(update={"rollout_id": self.rollout.rollout_id, "attempt_id": self.attempt.attempt_id})
-        with self._lock:
-            self._spans.append(span)
+        """Take a span that was made elsewhere; it is given to this attempt."""
+        ids = {"rollout_id": self.rollout.rollout_id, "attempt_id": self.attempt.attempt_id}
+        self._sink(span.model_copy(update=ids))
 
-    def _add(self, span: OpenSpan, parent_id: str | None, started: float, ended: float) -> None:
+    def _end(self, span: OpenSpan, parent_id: str | None, started: float, ended: float) -> None:
         made = Span.from_attributes(
             attributes=span.attributes,
             rollout_id=self.rollout.rollout_id,
@@ -153,14 +219,7 @@ class Context:
             status=span.status,
         )
         made.events = span.events
-        with self._lock:
-            self._spans.append(made)
-
-    def take_spans(self) -> list[Span]:
-        """The spans that have ended since the last call; for the runner."""
-        with self._lock:
-            spans, self._spans = self._spans, []
-            return spans
+        self._sink(made)
 
     # -- cancellation ------------------------------------------------------------------------------------------------
 
@@ -168,6 +227,11 @@ class Context:
     def cancelled(self) -> bool:
         """Whether the work is of no use any more: cancelled, timed out, or superseded."""
         return self._cancelled is not None
+
+    @property
+    def why(self) -> str | None:
+        """Why the work is of no use any more: "cancelled", "timeout", "superseded"; None while it is of use."""
+        return self._cancelled
 
     @property
     def stopped(self) -> bool:

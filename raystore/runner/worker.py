@@ -2,23 +2,19 @@
 
 The last spans, the final status and the next claim leave together. Heartbeats come from a thread that an agent cannot
 block. An exception of the agent fails its attempt and nothing else.
-Not here: keeping runners alive (`pool`), what an agent sees (`context`).
+Not here: keeping runners alive (`pool`), where an agent runs (`inline`, `forked`), what it sees (`context`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
-import inspect
 import logging
 import os
 import threading
-import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -26,8 +22,6 @@ import psutil
 from raystore.calls import run_blocking
 from raystore.client import StoreClient
 from raystore.errors import (
-    Abort,
-    Drop,
     OutcomeUnknownError,
     PayloadTooLargeError,
     ResourcesNotFoundError,
@@ -35,17 +29,20 @@ from raystore.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from raystore.runner.agents import Agents, Ending
 from raystore.runner.context import STOPPED, Context
-from raystore.spans import Span
+from raystore.runner.outbox import Outbox
 from raystore.types import AttemptedRollout
 
 logger = logging.getLogger("raystore.runner")
 
+STOP_SECONDS = 5.0  #: that rollouts which run are given to finish when their pool closes
 CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner asks
 CLAIM_PAUSE_SECONDS = 0.2  #: before claiming again after a claim that failed
 RESOURCES_CACHED = 8
 KINDS_WARNED = 20  #: kinds of agent errors that a runner tells of in its log
-ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
+
+Key = tuple[str, str]  # rollout id, attempt id
 
 
 @dataclass(slots=True)
@@ -56,41 +53,36 @@ class RunnerOptions:
     queues: Sequence[str] = ("default",)
     heartbeat_seconds: float = 10.0
     flush_seconds: float = 1.0
+    cancel_grace_seconds: float = 5.0
+    max_agent_seconds: float | None = None
+    isolation: str = "actor"
 
 
-def make_agent(agent: Any) -> Any:
-    """What is called for each rollout: a function as it is, a class as one instance that was set up."""
-    inner = agent.func if isinstance(agent, functools.partial) else agent
-    if not inspect.isclass(inner):
-        return agent
-    instance = agent()
-    if hasattr(instance, "setup"):
-        instance.setup()
-    return instance
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A rollout that runs."""
 
-
-def _is_async(agent: Any) -> bool:
-    inner = agent.func if isinstance(agent, functools.partial) else agent
-    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))  # noqa: B004
+    context: Context
+    outbox: Outbox
+    full: asyncio.Event = field(default_factory=asyncio.Event)  # enough spans for not waiting any longer
 
 
 class Runner:
     """One runner, on the event loop that runs `run`."""
 
-    def __init__(self, store: StoreClient, agent: Any, worker_id: str, options: RunnerOptions) -> None:
+    def __init__(self, store: StoreClient, agents: Agents, worker_id: str, options: RunnerOptions) -> None:
         self.worker_id = worker_id
         self._store = store
-        self._agent = agent
-        self._is_async = _is_async(agent)
+        self._agents = agents
         self._options = options
-        self._running: dict[tuple[str, str], tuple[Context, asyncio.Task[Any]]] = {}
+        self._running: dict[Key, _Work] = {}
         self._cached: OrderedDict[tuple[str, int | None], dict[str, Any]] = OrderedDict()
-        self._threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix=f"{worker_id}-agent")
         self._warned: set[str] = set()
         self._stopping = threading.Event()
         self._hurried = threading.Event()
         self._slots: list[asyncio.Task[None]] = []
         self._claiming: set[asyncio.Task[Any]] = set()
+        self._aside: set[asyncio.Task[Any]] = set()  # reports that no slot waits for
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self) -> None:
@@ -106,9 +98,9 @@ class Runner:
             self._stopping.set()
             self._hurried.set()
             forget()
-            self._threads.shutdown(wait=False, cancel_futures=True)
-            if hasattr(self._agent, "close"):
-                self._agent.close()
+            await self._agents.close()
+            while self._aside:
+                await asyncio.wait(self._aside)
 
     def stop(self, *, drain: bool = True) -> None:
         """Claim nothing more; what runs is finished, or cancelled if not to drain. On the runner's loop."""
@@ -116,9 +108,11 @@ class Runner:
         for claiming in list(self._claiming):
             claiming.cancel()
         if not drain:
-            for context, task in list(self._running.values()):
-                context.cancel(STOPPED)
-                task.cancel()
+            for work in list(self._running.values()):
+                if not work.context.cancelled:
+                    work.context.cancel(STOPPED)
+                    self._agents.cancel(work.context)
+                self._agents.abandon(work.context)
 
     # -- one slot ----------------------------------------------------------------------------------------------------
 
@@ -166,47 +160,35 @@ class Runner:
 
     async def _work(self, rollout: AttemptedRollout) -> Callable[[], Any]:
         """Run the agent on one rollout; how to report it."""
+        assert self._loop is not None
         finish = functools.partial(self._store.finish_attempt, rollout.rollout_id, rollout.attempt.attempt_id)
         try:
             resources = await self._resources_of(rollout)
         except Exception as error:  # gone, or of a class that cannot be imported here
             return functools.partial(finish, [], "failed", outcome="infra", error=f"{type(error).__name__}: {error}")
-        context = Context(rollout, resources, self.worker_id)
-        task = asyncio.create_task(self._call(context))
+        outbox = Outbox(lambda: self._wake(work))
+        work = _Work(Context(rollout, resources, self.worker_id, outbox.add), outbox)
         key = (rollout.rollout_id, rollout.attempt.attempt_id)
-        self._running[key] = (context, task)
+        self._running[key] = work
         self._hurried.set()
-        flushing = asyncio.create_task(self._flush(context, task))
-        status, outcome, error_text = "succeeded", "ok", None
+        flushing = asyncio.create_task(self._flush(work))
+        patience = self._options.max_agent_seconds
+        overdue = None if patience is None else self._loop.call_later(patience, self._overdue, key, work)
         try:
-            result = await task
-            self._take_result(context, result)
-        except asyncio.CancelledError as error:
-            this = asyncio.current_task()
-            if this is not None and this.cancelling():
-                raise
-            if context.stopped:  # in the middle of it, and nobody's fault
-                return functools.partial(finish, context.take_spans(), "unresponsive", outcome="runner_lost")
-            if context.cancelled:
-                # The store knows already what became of the attempt; only its spans are still to be kept.
-                return functools.partial(self._keep_spans, context)
-            status, outcome, error_text = "failed", "agent_error", f"the agent cancelled itself: {error!r}"
-        except Abort as error:
-            status, outcome, error_text = "failed", "infra", str(error)
-        except Drop as error:
-            status, outcome, error_text = "failed", "dropped", str(error)
-        except Exception as error:  # whatever the agent raises is its outcome
-            text = "".join(traceback.format_exception(error))
-            status, outcome, error_text = "failed", "agent_error", text[-ERROR_CHARACTERS:]
-            self._warn(rollout, error)
+            ending = await self._agents.run(work.context)
+        except Exception as error:  # the agent was not even called: no process for it, say
+            ending = Ending("failed", "infra", f"{type(error).__name__}: {error}")
         finally:
             del self._running[key]
             flushing.cancel()
-        return functools.partial(self._finish, finish, context, status, outcome, error_text)
+            if overdue is not None:
+                overdue.cancel()
+        if ending.kind is not None:
+            self._warn(rollout, ending.kind)
+        return functools.partial(self._finish, finish, work, ending)
 
-    def _warn(self, rollout: AttemptedRollout, error: Exception) -> None:
+    def _warn(self, rollout: AttemptedRollout, kind: str) -> None:
         """Tell people of an agent's error, once for each kind: a run in which all fail should not be silent."""
-        kind = f"{type(error).__name__}: {error}"[:200]
         if kind not in self._warned and len(self._warned) < KINDS_WARNED:
             self._warned.add(kind)
             logger.warning(
@@ -214,51 +196,53 @@ class Runner:
                 rollout.rollout_id, kind,
             )  # fmt: skip
 
-    async def _call(self, context: Context) -> Any:
-        with context.active():
-            if self._is_async:
-                try:
-                    return await self._agent(context.rollout.input, context)
-                except (SystemExit, KeyboardInterrupt) as error:
-                    raise _AgentExit(repr(error)) from error
-            call = functools.partial(contextvars.copy_context().run, _run, self._agent, context.rollout.input, context)
-            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
-
-    @staticmethod
-    def _take_result(context: Context, result: Any) -> None:
-        """What an agent returned: a reward, spans, or nothing."""
-        if result is None:
-            return
-        if hasattr(result, "__float__"):  # a number, also of numpy or torch; True and False are 1 and 0
-            context.reward(result)
-        elif isinstance(result, (list, tuple)) and all(isinstance(item, Span) for item in result):
-            for span in result:
-                context.add(span)
-        else:
-            raise TypeError(f"the agent returned {result!r}: expected a number (the reward), a list of Span, or None")
-
-    async def _finish(
-        self, finish: Callable[..., Any], context: Context, status: str, outcome: str, error: str | None
-    ) -> None:
-        try:
-            await finish(context.take_spans(), status, outcome=outcome, error=error)
-        except PayloadTooLargeError as refusal:  # a refused span must not hide behind a success
-            await finish([], "failed", outcome="agent_error", error=str(refusal))
-
-    async def _keep_spans(self, context: Context) -> None:
-        if spans := context.take_spans():
+    async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
+        spans = work.outbox.close()
+        if ending.status is not None:
+            try:
+                await finish(spans, ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
+            except PayloadTooLargeError as refusal:  # a refused span must not hide behind a success
+                await finish([], "failed", outcome="agent_error", error=str(refusal))
+        elif work.context.stopped:  # in the middle of it, and nobody's fault
+            await finish(spans, "unresponsive", outcome="runner_lost")
+        elif spans:  # the store knows already what became of the attempt
             await self._store.add_unnumbered_spans(spans)
 
-    async def _flush(self, context: Context, task: asyncio.Task[Any]) -> None:
+    # -- spans ---------------------------------------------------------------------------------------------------------
+
+    def _wake(self, work: _Work) -> None:
+        """Enough spans have gathered, or one came after the end of its rollout; on any thread."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._woken, work)
+        except RuntimeError:
+            logger.warning("A span of rollout %s ended after its runner and is lost", work.context.rollout.rollout_id)
+
+    def _woken(self, work: _Work) -> None:
+        if self._running.get((work.context.rollout.rollout_id, work.context.attempt.attempt_id)) is work:
+            work.full.set()
+        elif spans := work.outbox.take():
+            self._do_aside(self._store.add_unnumbered_spans(spans))
+
+    def _do_aside(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(_reported(lambda: coroutine))
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
+
+    async def _flush(self, work: _Work) -> None:
         """Send spans while the agent works, so that they can be seen and are not lost with the process."""
-        while not task.done():
-            await asyncio.sleep(self._options.flush_seconds)
-            spans = context.take_spans()
-            if spans:
+        while True:
+            try:
+                async with asyncio.timeout(self._options.flush_seconds):
+                    await work.full.wait()
+            except TimeoutError:
+                pass
+            work.full.clear()
+            if spans := work.outbox.take():
                 try:
                     await asyncio.shield(self._store.add_unnumbered_spans(spans))
                 except StoreError as error:
-                    logger.warning("Spans of rollout %s were refused: %s", context.rollout.rollout_id, error)
+                    logger.warning("Spans of rollout %s were refused: %s", work.context.rollout.rollout_id, error)
 
     async def _resources_of(self, rollout: AttemptedRollout) -> dict[str, Any]:
         """The named resources of the version that was newest at the claim."""
@@ -283,13 +267,21 @@ class Runner:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._cancel, kind, (rollout_id, attempt_id))
 
-    def _cancel(self, kind: str, key: tuple[str, str]) -> None:
-        context, task = self._running.get(key, (None, None))
-        if context is None or task is None or kind == "unresponsive":
+    def _cancel(self, kind: str, key: Key) -> None:
+        work = self._running.get(key)
+        if work is None or work.context.cancelled or kind == "unresponsive":
             return  # unresponsive: it lives, and its next span says so
-        context.cancel(kind)
-        if self._is_async:
-            task.cancel()
+        assert self._loop is not None
+        work.context.cancel(kind)
+        self._agents.cancel(work.context)
+        self._loop.call_later(self._options.cancel_grace_seconds, self._agents.kill, work.context)
+
+    def _overdue(self, key: Key, work: _Work) -> None:
+        """The agent took longer than it may: its attempt times out now, and its work is of no use any more."""
+        seconds = self._options.max_agent_seconds
+        error = f"the agent ran for more than max_agent_seconds={seconds:g}"
+        self._do_aside(self._store.finish_attempt(*key, work.outbox.take(), "timeout", outcome="timeout", error=error))
+        self._cancel("timeout", key)
 
     def _heartbeats(self) -> None:
         process = psutil.Process()
@@ -300,7 +292,8 @@ class Runner:
             try:
                 running = list(self._running)
                 if running:
-                    run_blocking(self._store.heartbeat(running))
+                    for key in run_blocking(self._store.heartbeat(running)):
+                        self._notice("superseded", *key)  # the notice itself was lost with an earlier session
                 stats = {"pid": os.getpid(), "running": len(running), "rss_bytes": process.memory_info().rss}
                 self._store.sync.update_worker(self.worker_id, stats)
             except StoreError as error:
@@ -309,23 +302,11 @@ class Runner:
     def _heartbeat_interval(self) -> float:
         """Often enough for the most impatient rollout that runs."""
         patience = [
-            context.rollout.config.unresponsive_seconds
-            for context, _ in list(self._running.values())
-            if context.rollout.config.unresponsive_seconds is not None
+            seconds
+            for work in list(self._running.values())
+            if (seconds := work.context.rollout.config.unresponsive_seconds) is not None
         ]
         return max(min([self._options.heartbeat_seconds, *(seconds / 3 for seconds in patience)]), 0.05)
-
-
-class _AgentExit(Exception):
-    """The agent wanted to end the process (`sys.exit`, argparse); that is its own error, not the runner's end."""
-
-
-def _run(agent: Any, task: Any, context: Context) -> Any:
-    """Call an agent that is not async, in its thread."""
-    try:
-        return agent(task, context)
-    except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and every rollout on it
-        raise _AgentExit(repr(error)) from error
 
 
 async def _reported(report: Callable[[], Any]) -> None:

@@ -338,3 +338,33 @@ def test_a_superseded_attempt_holds_no_resources_to_move(core):
     core.run("update_rollout", rollout_id=first, changes={"resources_id": "Q"})
     assert core.run("get_resources", resources_id="R", version=1).resources == b"r"
     assert core.status(second) == "preparing"
+
+
+def test_an_agent_process_that_dies_is_charged_and_no_suspect(core):
+    """The runner knows what died with the process: it counts as a delivery, and nobody is drained for it."""
+    session = core.open("s")
+    core.enqueue()
+    for delivery in range(1, 5):
+        ((rollout_id, attempt_id),) = core.hold(session)
+        changes = {"status": "unresponsive", "outcome": "runner_lost", "error": "signal 9", "died": True}
+        core.run("finish", session=session, rollout_id=rollout_id, attempt_id=attempt_id, spans=[], changes=changes)
+        entry = core.state.entries[rollout_id]
+        assert (entry.deliveries, entry.suspect, entry.latest.error) == (delivery, False, "signal 9")
+        assert entry.rollout.status == ("requeuing" if delivery < 3 else "failed")
+        if delivery == 3:
+            break
+
+
+def test_a_heartbeat_tells_what_is_of_no_use_any_more(core):
+    """Superseded, cancelled, timed out or gone; not what only looked dead and may come back."""
+    session, other = core.open("s"), core.open("other")
+    config = [5.0, 3.0, 2, ["unresponsive"]]
+    superseded, waits, fine, cancelled = (core.enqueue(config=c) for c in (config, config, None, None))
+    keys = core.hold(session, 4)
+    core.tick(4)
+    assert [core.state.entries[i].rollout.status for i in (superseded, waits)] == ["requeuing", "requeuing"]
+    core.hold(other)
+    core.run("cancel_rollouts", rollout_ids=[cancelled], group_id=None, tags=None)
+    told = core.run("heartbeat", session=session, attempts_alive=[*keys, ("ro-gone", "at-gone")])
+    assert [key[0] for key in told] == [superseded, cancelled, "ro-gone"]
+    assert core.state.entries[fine].latest.last_heartbeat_time == core.now

@@ -1,0 +1,278 @@
+"""Agents in processes of their own, on the runner's side: `RunnerPool(isolation="process")`.
+
+Each place of the runner has a process, which stays for the next rollout; it is killed, with all that it started, when
+its agent was told to stop and the grace period is over, and another one is forked for the next rollout. A process that
+ends by itself takes its own rollout with it and nothing else.
+Not here: forking and killing (`nursery`), the process itself (`child`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from typing import Any
+
+from ray import cloudpickle
+
+from raystore.errors import AgentNotPicklableError, AgentProcessError
+from raystore.runner import nursery
+from raystore.runner.agents import Ending
+from raystore.runner.child import CANCEL, CLOSE, DONE, FAILED, LENGTH, READY, SPAN, STARTED, Run, Setup, pack
+from raystore.runner.context import Context
+from raystore.types import ObjectResource
+
+CLOSE_SECONDS = 1.0  #: that an agent's `close` may take
+REMEMBERED = 64  #: rollouts of a process whose late spans still find their way
+
+
+def pickled(agent: Any) -> bytes:
+    """An agent as it is sent to another process; raises `AgentNotPicklableError`."""
+    try:
+        return bytes(cloudpickle.dumps(agent))
+    except Exception as error:
+        raise AgentNotPicklableError(getattr(agent, "__name__", repr(agent)), str(error)) from error
+
+
+class _Process:
+    """One agent's process."""
+
+    def __init__(
+        self, pid: int, exited: asyncio.Future[int], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.pid = pid
+        self.exited = exited
+        self.killed = False
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reader = reader
+        self._writer = writer
+        self._started = False
+        self._done: asyncio.Future[Ending] | None = None
+        self._contexts: dict[tuple[str, str], Context] = {}
+        self._resources: Any = None
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can take another rollout."""
+        return not self.killed and not self.exited.done()
+
+    async def run(self, context: Context) -> Ending | None:
+        """Run the agent on one rollout; an Ending also if the process dies of it, None if it died before."""
+        self._contexts[context.rollout.rollout_id, context.attempt.attempt_id] = context
+        if len(self._contexts) > REMEMBERED:
+            del self._contexts[next(iter(self._contexts))]
+        resources = None
+        if context.resources is not self._resources:
+            resources = {name: await _fetched(resource) for name, resource in context.resources.items()}
+            self._resources = context.resources
+        self._started = False
+        done = self._done = asyncio.get_running_loop().create_future()
+        self.tell(Run(context.rollout, resources))
+        await asyncio.wait([done, self.exited], return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():  # what it said last is still on its way, unless something that it started keeps its socket
+            await asyncio.wait([self._reading], timeout=0.2)
+        self._done = None
+        if done.done():
+            ending: Ending = done.result()
+            return ending
+        if context.cancelled:
+            return Ending(None)
+        if not self._started:
+            return None
+        return Ending("unresponsive", "runner_lost", f"the agent's process {_fate(self.exited.result())}", died=True)
+
+    def tell(self, message: Any) -> None:
+        """Send a message; to a process that has ended it is lost, which `exited` tells."""
+        self._writer.write(pack(message))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+                kind, *values = pickle.loads(await self._reader.readexactly(length))
+                if kind == STARTED:
+                    self._started = True
+                elif kind == SPAN:
+                    (span,) = values
+                    context = self._contexts.get((span.rollout_id, span.attempt_id))
+                    if context is not None:
+                        context.add(span)
+                elif kind == DONE and self._done is not None:
+                    self._done.set_result(values[0])
+                elif kind == READY:
+                    self.ready.set_result(None)
+                elif kind == FAILED:
+                    self.ready.set_exception(AgentProcessError(*values))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            if not self.ready.done():
+                self.ready.set_exception(AgentProcessError("it ended while the agent was set up"))
+
+    def close(self) -> None:
+        """Listen to it no longer."""
+        self._reading.cancel()
+        self._writer.close()
+
+
+class ForkedAgents:
+    """Runs an agent up to `concurrency` times at once, each in a process of its own."""
+
+    def __init__(self, agent: bytes, concurrency: int, worker_id: str) -> None:
+        self._setup = Setup(agent, list(sys.path), worker_id)
+        self._concurrency = concurrency
+        self._nursery: _Nursery | None = None
+        self._idle: list[_Process] = []
+        self._running: dict[Context, _Process] = {}
+
+    async def open(self) -> None:
+        self._nursery = _Nursery()
+        first = await asyncio.gather(*(self._fork() for _ in range(self._concurrency)), return_exceptions=True)
+        self._idle = [made for made in first if isinstance(made, _Process)]
+        for made in first:
+            if isinstance(made, BaseException):
+                await self.close()
+                raise made
+
+    async def run(self, context: Context) -> Ending:
+        while True:
+            self._idle = [process for process in self._idle if process.is_usable]
+            process = self._idle.pop() if self._idle else await self._fork()
+            if context.cancelled:  # while it was forked
+                self._idle.append(process)
+                return Ending(None)
+            self._running[context] = process
+            try:
+                ending = await process.run(context)
+            except BaseException:
+                self._kill(process)
+                raise
+            finally:
+                del self._running[context]
+                (self._idle.append if process.is_usable else _Process.close)(process)
+            if ending is not None:
+                return ending
+
+    def cancel(self, context: Context) -> None:
+        if (process := self._running.get(context)) is not None:
+            process.tell((CANCEL, context.rollout.rollout_id, context.attempt.attempt_id, context.why))
+
+    def kill(self, context: Context) -> None:
+        if (process := self._running.get(context)) is not None:
+            self._kill(process)
+
+    abandon = kill
+
+    def _kill(self, process: _Process) -> None:
+        process.killed = True
+        if self._nursery is not None:
+            self._nursery.kill(process.pid)
+
+    async def _fork(self) -> _Process:
+        """Another process, with the agent set up in it."""
+        if self._nursery is None:
+            raise AgentProcessError("the runner has ended")
+        if self._nursery.has_ended:  # killed by somebody, and its processes with it
+            self._nursery = _Nursery()
+        ours, theirs = socket.socketpair()
+        pid, exited = await self._nursery.fork(theirs)
+        process = _Process(pid, exited, *await asyncio.open_connection(sock=ours))
+        process.tell(self._setup)
+        await process.ready
+        return process
+
+    async def close(self) -> None:
+        idle, self._idle = [process for process in self._idle if process.is_usable], []
+        for process in idle:
+            process.tell((CLOSE,))
+        if idle:
+            await asyncio.wait([process.exited for process in idle], timeout=CLOSE_SECONDS)
+        for process in idle:
+            process.close()
+        nursery, self._nursery = self._nursery, None
+        if nursery is not None:
+            await nursery.close()
+
+
+class _Nursery:
+    """The process that forks and kills the others, asked over a socket."""
+
+    def __init__(self) -> None:
+        self.has_ended = False
+        self._control, theirs = socket.socketpair()
+        self._control.setblocking(False)
+        call = f"from raystore.runner import nursery; nursery.main({theirs.fileno()})"
+        # A session of its own: Ctrl+C is for the driver, and the runner says when to end.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {call}"],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._forking: deque[asyncio.Future[tuple[int, asyncio.Future[int]]]] = deque()
+        self._exits: dict[int, asyncio.Future[int]] = {}
+        self._listening = asyncio.create_task(self._listen())
+
+    async def fork(self, end: socket.socket) -> tuple[int, asyncio.Future[int]]:
+        """Fork a process with this socket: its id, and a future of its exit status."""
+        forked: asyncio.Future[tuple[int, asyncio.Future[int]]] = asyncio.get_running_loop().create_future()
+        with end:
+            try:
+                socket.send_fds(self._control, [nursery.REQUEST.pack(nursery.FORK, 0)], [end.fileno()])
+            except OSError as error:
+                raise AgentProcessError(f"the process that forks agents cannot be asked: {error}") from error
+            self._forking.append(forked)
+        return await forked
+
+    def kill(self, pid: int) -> None:
+        """Kill a process with all that it started."""
+        with contextlib.suppress(OSError):  # the nursery has ended, and so have they
+            self._control.send(nursery.REQUEST.pack(nursery.KILL, pid))
+
+    async def _listen(self) -> None:
+        """Take what it says."""
+        loop = asyncio.get_running_loop()
+        pending = b""
+        with contextlib.suppress(ConnectionError):
+            while data := await loop.sock_recv(self._control, 4096):
+                pending += data
+                while len(pending) >= nursery.REPLY.size:
+                    pid, status = nursery.REPLY.unpack_from(pending)
+                    pending = pending[nursery.REPLY.size :]
+                    if status == nursery.FORKED:
+                        exited = self._exits[pid] = loop.create_future()
+                        self._forking.popleft().set_result((pid, exited))
+                    else:
+                        self._exits.pop(pid).set_result(status)
+        self.has_ended = True
+        for forked in self._forking:
+            forked.set_exception(AgentProcessError("the process that forks agents has ended"))
+        for exited in self._exits.values():
+            exited.set_result(signal.SIGKILL)
+
+    async def close(self) -> None:
+        """End it, with all that it forked."""
+        self._listening.cancel()
+        self._control.close()
+        await asyncio.to_thread(self._process.wait)
+
+
+async def _fetched(resource: Any) -> Any:
+    """A resource as a process without Ray can use it: an object instead of a reference to it."""
+    if isinstance(resource, ObjectResource) and type(resource.value).__name__ == "ObjectRef":
+        return ObjectResource(value=await asyncio.to_thread(resource.get))
+    return resource
+
+
+def _fate(status: int) -> str:
+    """How a process ended, for people."""
+    code = os.waitstatus_to_exitcode(status)
+    return f"exited with status {code}" if code >= 0 else f"was killed by signal {-code} ({signal.Signals(-code).name})"

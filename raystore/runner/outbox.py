@@ -1,0 +1,60 @@
+"""The spans of one rollout that wait to be sent, gathered from whatever thread they end in.
+
+Not here: sending them (`worker`).
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable
+
+from raystore.spans import Span
+
+FLUSH_BYTES = 64 * 1024  #: so much does not wait for the next flush by time
+_SPAN_BYTES = 300  # of a span without attributes, about
+_NUMBER_BYTES = 9
+
+
+class Outbox:
+    """Spans that have ended and are not sent yet. `wake` is called on the adding thread when some should be sent."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._spans: list[Span] = []
+        self._bytes = 0
+        self._closed = False
+
+    def add(self, span: Span) -> None:
+        """Take a span."""
+        with self._lock:
+            self._spans.append(span)
+            self._bytes += _weight(span)
+            due = self._closed or self._bytes >= FLUSH_BYTES
+        if due:
+            self._wake()
+
+    def take(self) -> list[Span]:
+        """What has ended since the last call."""
+        with self._lock:
+            spans, self._spans, self._bytes = self._spans, [], 0
+            return spans
+
+    def close(self) -> list[Span]:
+        """The same for the last time: the rollout has ended, and what is added later is late and sent at once."""
+        self._closed = True
+        return self.take()
+
+
+def _weight(span: Span) -> int:
+    """Bytes of a span, nearly; counted for each, so it must be cheap."""
+    size = _SPAN_BYTES
+    for value in span.attributes.values():
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, array):
+            size += len(value) * value.itemsize
+        elif isinstance(value, (list, tuple)):
+            size += sum(len(item) if isinstance(item, str) else _NUMBER_BYTES for item in value)
+    return size
