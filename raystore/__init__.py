@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from raystore import otel as otel
+    from raystore import semconv as semconv
     from raystore.errors import *  # noqa: F403
     from raystore.memory import InMemoryLightningStore as InMemoryLightningStore
     from raystore.remote.cluster import connect as connect
@@ -54,12 +56,15 @@ _NAMES = {
         Abort Drop
     """,
 }
+_MODULES = ("otel", "semconv")
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"raystore.{name}")
     module = _HOME.get(name)
     if module is None:
         raise AttributeError(f"module 'raystore' has no attribute {name!r}")
@@ -69,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    return [*globals(), *_HOME, *_MODULES]

@@ -1,8 +1,8 @@
 """User values to opaque payloads and back; happens in clients only.
 
-Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes, packed arrays of numbers, and lists and
-string- or number-keyed dicts of these) becomes msgpack; everything else is cloudpickled, so that any picklable object
-comes back as it was, type included. Object references found in a value travel beside the bytes (see
+Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes, packed arrays of numbers, and lists,
+tuples and string- or number-keyed dicts of these) becomes msgpack; everything else is cloudpickled, so that any
+picklable object comes back as it was, type included. Object references found in a value travel beside the bytes (see
 `raystore.core.payload`).
 Not here: which values there are (`convert`), how payloads cross to an actor (`wire`).
 """
@@ -23,6 +23,7 @@ from raystore.packed import TYPECODES
 
 _PLAIN_LEAVES = frozenset({str, int, float, bool, type(None), bytes})
 _PACKED = 1  # msgpack extension: a type code and the array's bytes, little-endian
+_TUPLE = 2  # msgpack extension: the items as a list
 _MAX_DEPTH = 64  # deeper values are pickled, which has its own limit and says so
 
 
@@ -32,14 +33,17 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
         return True
     if depth == _MAX_DEPTH:
         return False
-    if kind is list:
+    if kind is list or kind is tuple:
         return all(_is_plain(item, depth + 1) for item in value)
     if kind is dict:
         return all(type(key) in _PLAIN_LEAVES and _is_plain(item, depth + 1) for key, item in value.items())
     return kind is array and value.typecode in TYPECODES
 
 
-def _packed_out(value: Any) -> msgpack.ExtType:
+def _extended(value: Any) -> msgpack.ExtType:
+    """What msgpack has no type for, on its way out."""
+    if type(value) is tuple:
+        return msgpack.ExtType(_TUPLE, _packb(list(value)))
     if not isinstance(value, array):
         raise OverflowError(value)  # an int beyond 64 bits
     if sys.byteorder == "big":
@@ -48,13 +52,24 @@ def _packed_out(value: Any) -> msgpack.ExtType:
     return msgpack.ExtType(_PACKED, value.typecode.encode() + value.tobytes())
 
 
-def _packed_in(code: int, data: bytes) -> array[Any]:
+def _restored(code: int, data: bytes) -> Any:
+    """The same on its way in."""
+    if code == _TUPLE:
+        return tuple(_unpackb(data))
     if code != _PACKED:
-        raise ValueError(f"msgpack extension {code}; expected {_PACKED}: it was written by another version")
-    value = array(chr(data[0]), data[1:])
+        raise ValueError(f"msgpack extension {code}; expected {_PACKED} or {_TUPLE}: it was written by another version")
+    value: array[Any] = array(chr(data[0]), data[1:])
     if sys.byteorder == "big":
         value.byteswap()
     return value
+
+
+def _packb(value: Any) -> bytes:
+    return bytes(msgpack.packb(value, strict_types=True, default=_extended))
+
+
+def _unpackb(data: bytes | memoryview) -> Any:
+    return msgpack.unpackb(data, strict_map_key=False, ext_hook=_restored)
 
 
 def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
@@ -69,7 +84,7 @@ def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
 def _encode(value: Any) -> bytes | Payload:
     if _is_plain(value):
         try:
-            return b"\x01" + bytes(msgpack.packb(value, strict_types=True, default=_packed_out))
+            return b"\x01" + _packb(value)
         except (OverflowError, UnicodeEncodeError):  # the latter: a lone surrogate
             pass
     return _pickle(value)
@@ -102,7 +117,7 @@ def decode(payload: Opaque) -> Any:
     data, refs = (payload.data, payload.refs) if isinstance(payload, Payload) else (payload, ())
     tag = data[0]
     if tag == PLAIN:
-        return msgpack.unpackb(memoryview(data)[1:], strict_map_key=False, ext_hook=_packed_in)
+        return _unpackb(memoryview(data)[1:])
     if tag != PICKLED:
         raise ValueError(
             f"payload has tag {tag:#x}; expected {PLAIN:#x} or {PICKLED:#x}: it was written by another version"

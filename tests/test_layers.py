@@ -41,6 +41,7 @@ LAYERS = [
     ["memory", "remote.store"],
     ["remote.cluster"],
     ["runner"],
+    ["otel"],
     ["generate_sync"],
 ]
 LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from array import array
 from dataclasses import fields
 from pathlib import Path
 from unittest.mock import Mock
@@ -171,8 +172,9 @@ def test_proxy_llm_urls(caplog):
     ("value", "plain"),
     [
         (None, True), (True, True), (2**63, True), (1.5, True), ("x", True), (b"x", True), ([1, [2]], True),
-        ({"a": {1: 2}}, True), ((1,), False), (2**70, False), ("\ud800", False), (bytearray(b"x"), False),
-        ({"a": bytearray(b"x")}, False), ({(1, 2): 3}, False), ({1, 2}, False), (memoryview, False), (-(2**63), True),
+        ({"a": {1: 2}}, True), ((1, ("a", [2])), True), (array("f", [0.5]), True), (2**70, False), ((2**70,), False),
+        ("\ud800", False), (bytearray(b"x"), False), (array("u", "x"), False), ({"a": bytearray(b"x")}, False),
+        ({(1, 2): 3}, False), ({1, 2}, False), (memoryview, False), (-(2**63), True),
     ],
     ids=repr,
 )  # fmt: skip
