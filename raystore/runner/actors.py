@@ -262,9 +262,9 @@ class RunnerActors:
 
 
 def _cause(error: BaseException) -> str:
-    """The line of an error that says most: the last of its traceback."""
+    """The line of an error that says most: the last of its traceback, without Ray's list of what it might be."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
 
 
 def _available() -> str:

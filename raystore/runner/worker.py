@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -285,10 +286,13 @@ class Runner:
 
     def _heartbeats(self) -> None:
         process = psutil.Process()
+        beaten = float("-inf")  # the first one at once: it says which process this is
         while not self._stopping.is_set():
             self._hurried.clear()
-            if self._hurried.wait(self._heartbeat_interval()):
+            left = beaten + self._heartbeat_interval() - time.monotonic()
+            if left > 0 and self._hurried.wait(left):
                 continue  # something started that may be more impatient, or the runner stops
+            beaten = time.monotonic()
             try:
                 running = list(self._running)
                 if running:

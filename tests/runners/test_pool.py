@@ -158,6 +158,20 @@ async def test_heartbeats_keep_a_blocking_agent_alive(store):
         assert worker.worker_id == "runner-0"
 
 
+async def test_short_rollouts_do_not_keep_a_long_one_from_its_heartbeats(store):
+    """Each start makes the heartbeat thread look again, and must not make it wait again."""
+
+    def agent(task, ctx):
+        threading.Event().wait(2 if task == "long" else 0.02)
+
+    long = await store.enqueue_rollout("long", config=RolloutConfig(unresponsive_seconds=0.6))
+    await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input="short")] * 300)
+    async with rs.RunnerPool(store, agent, size=1, concurrency=3):
+        finished = await store.wait_for_rollout(long.rollout_id, timeout=30)
+        assert finished.status == "succeeded" and len(await store.query_attempts(long.rollout_id)) == 1
+        assert (await store.get_worker_by_id("runner-0")).heartbeat_stats["pid"]
+
+
 async def test_cancelling_reaches_an_async_agent(store):
     """The agent's task is cancelled, and its slot takes the next rollout."""
 

@@ -1,0 +1,44 @@
+"""How many actor calls a rollout costs, counted by the store."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+import raystore as rs
+
+ROLLOUTS = 60
+
+
+@pytest.mark.parametrize(("work_waits", "limit"), [(True, 1.1), (False, 2.0)])
+async def test_actor_calls_of_a_runner_with_concurrency_1(make_ray_store, work_waits, limit):
+    """One call while work is waiting: report, acknowledgement, next claim; two when each claim has to wait for work."""
+    store = make_ray_store()
+
+    def agent(task, ctx):
+        for _ in range(8):
+            with ctx.span("step", text="x" * 500):
+                time.sleep(0.002)
+        return 1.0
+
+    async with rs.RunnerPool(store, agent, size=1, heartbeat_seconds=1000):
+        await asyncio.sleep(0.5)  # its first heartbeat is sent
+        before = (await store.statistics())["actor_calls"]
+        own = 0  # calls of this process
+        if work_waits:
+            await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input="x")] * ROLLOUTS)
+            own += 1
+        else:
+            for _ in range(ROLLOUTS):
+                await store.enqueue_rollout("x")
+                await asyncio.sleep(0.08)  # a rollout takes 0.02 s: each claim finds an empty queue
+                own += 1
+        while True:
+            statistics = await store.statistics()
+            own += 1
+            if statistics["rollouts_by_status"] == {"succeeded": ROLLOUTS}:
+                break
+            await asyncio.sleep(0.1)
+    assert (statistics["actor_calls"] - before - own) / ROLLOUTS <= limit

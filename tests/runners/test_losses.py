@@ -1,0 +1,256 @@
+"""Runners that die, in every way, and runners that only look dead: no work is lost, nobody innocent is charged."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import ray
+
+import raystore as rs
+from raystore.types import RolloutConfig
+from tests.helpers import make_span, until
+
+
+async def pid_of(store, worker_id):
+    """The process of a runner, once it has said so."""
+
+    async def known():
+        worker = await store.get_worker_by_id(worker_id)
+        return worker and worker.heartbeat_stats and worker.heartbeat_stats["pid"]
+
+    return await until(known)
+
+
+@pytest.mark.parametrize("way", ["SIGKILL", "segfault", "_exit(0)", "exit_actor"])
+async def test_ways_to_die(make_ray_store, way):
+    """Killed, crashed, or ended by itself: the work is offered again at once, and the runner is replaced."""
+    store = make_ray_store()
+
+    def agent(task, ctx):
+        if task == "deadly" and ctx.attempt.sequence_id == 1:
+            if way == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif way == "segfault":
+                ctypes.string_at(0)
+            elif way == "_exit(0)":
+                os._exit(0)
+            else:
+                ray.actor.exit_actor()
+        return 1.0
+
+    deadly = await store.enqueue_rollout("deadly")
+    others = await store.enqueue_group("fine", 6)
+    async with rs.RunnerPool(store, agent, size=1) as pool:
+        ids = [deadly.rollout_id, *(r.rollout_id for r in others)]
+        finished = await store.wait_for_rollouts(rollout_ids=ids, timeout=40)
+        statuses = [r.status for r in finished]
+        lost, *done = await store.query_attempts(deadly.rollout_id)
+        if way == "exit_actor":  # Ray lets an actor end itself from its own methods only; elsewhere it is an exception
+            assert lost.outcome == "agent_error" and "exit_actor" in lost.error
+            assert statuses == ["failed"] + ["succeeded"] * 6
+            return
+        assert statuses == ["succeeded"] * 7
+        assert (lost.status, lost.outcome, done[0].outcome) == ("unresponsive", "runner_lost", "ok")
+        # Twice: the first claim was not acknowledged when the process died, so its attempt is not there any more.
+        assert pool.worker_ids == ["runner-0.2"]
+
+
+async def test_a_runner_that_dies_before_its_claim_was_acknowledged(make_ray_store):
+    """Frozen when the work is handed to it, then killed: the claim is withdrawn without a trace."""
+    store = make_ray_store()
+    async with rs.RunnerPool(store, lambda task, ctx: 1.0, size=1):
+        pid = await pid_of(store, "runner-0")
+
+        async def waits():
+            return (await store.statistics())["waiters"] == 1
+
+        await until(waits)
+        os.kill(pid, signal.SIGSTOP)
+        made = await store.enqueue_rollout("x")
+        assert (await store.get_rollout_by_id(made.rollout_id)).status == "preparing"  # handed to a frozen process
+        os.kill(pid, signal.SIGKILL)
+        assert (await store.wait_for_rollout(made.rollout_id, timeout=10)).status == "succeeded"
+        (attempt,) = await store.query_attempts(made.rollout_id)
+        assert (attempt.sequence_id, attempt.worker_id) == (1, "runner-0.1")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(("silence", "frozen"), [(1, 4), pytest.param(5, 20, marks=pytest.mark.long)])
+async def test_a_runner_that_only_looks_dead(make_ray_store, is_async, silence, frozen):
+    """Frozen, superseded, and back: it is told, what it still writes is kept as late, and it takes other work."""
+    store = make_ray_store()
+
+    def agent(task, ctx):
+        with ctx.span("begun"):
+            pass
+        try:
+            while task == "long":
+                ctx.check()
+                time.sleep(0.01)
+        finally:
+            with ctx.span("ended", why=str(ctx.why)):
+                pass
+        return 1.0
+
+    async def async_agent(task, ctx):
+        with ctx.span("begun"):
+            pass
+        try:
+            await asyncio.sleep(1000 if task == "long" else 0)
+        finally:
+            with ctx.span("ended", why=str(ctx.why)):
+                pass
+        return 1.0
+
+    config = RolloutConfig(unresponsive_seconds=silence, max_attempts=2, retry_condition=["unresponsive"])
+    made = await store.enqueue_rollout("long", config=config)
+    async with rs.RunnerPool(store, async_agent if is_async else agent, size=1, flush_seconds=0.05):
+
+        async def status_is(status):
+            return (await store.get_rollout_by_id(made.rollout_id)).status == status
+
+        await until(lambda: status_is("running"))
+        pid = await pid_of(store, "runner-0")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            stopped = time.monotonic()
+            again = await store.dequeue_rollout("somebody-else", timeout=silence + 10)
+            assert (again.rollout_id, again.attempt.sequence_id) == (made.rollout_id, 2)
+            await store.add_span(make_span(again))
+            while time.monotonic() < stopped + frozen:
+                await store.heartbeat([(made.rollout_id, again.attempt.attempt_id)])
+                await asyncio.sleep(silence / 5)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        first = (await store.query_attempts(made.rollout_id))[0]
+
+        async def late():
+            return [s.name for s in await store.query_spans(made.rollout_id, first.attempt_id)] == ["begun", "ended"]
+
+        await until(late)
+        assert (await store.query_spans(made.rollout_id, first.attempt_id))[-1].attributes == {"why": "superseded"}
+        assert (await store.get_rollout_by_id(made.rollout_id)).status == "running"  # of the second attempt
+        assert await store.heartbeat([(made.rollout_id, again.attempt.attempt_id)]) == []
+        await store.update_attempt(made.rollout_id, again.attempt.attempt_id, status="succeeded")
+        quick = await store.enqueue_rollout("quick")
+        assert (await store.wait_for_rollout(quick.rollout_id, timeout=20)).status == "succeeded"
+        first, second = await store.query_attempts(made.rollout_id)
+        assert (first.outcome, second.outcome) == ("superseded", "ok")
+        assert (await store.get_latest_attempt(quick.rollout_id)).worker_id == "runner-0"  # the same runner
+    assert (await store.get_rollout_by_id(made.rollout_id)).status == "succeeded"
+
+
+async def feed(store):
+    """The whole change feed so far."""
+    changes, page = [], await store.changes(0)
+    while page.items:
+        changes += page.items
+        page = await store.changes(page.cursor)
+    return changes
+
+
+async def kill_one(store, killed, chance):
+    """SIGKILL a random runner that is busy; its id, or None if none is, and what it was working on."""
+    workers = await store.query_workers(status_in=["busy"])
+    victims = [w for w in workers if w.worker_id not in killed and w.heartbeat_stats]
+    if not victims:
+        return None, []
+    victim = chance.choice(sorted(victims, key=lambda worker: worker.worker_id))
+    active = await store.query_rollouts(status_in=["preparing", "running"])
+    held = [r.rollout_id for r in active if r.attempt.worker_id == victim.worker_id]
+    os.kill(victim.heartbeat_stats["pid"], signal.SIGKILL)
+    return victim.worker_id, held
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("seeds", "kills"), [([0], 15), pytest.param([1, 2, 3], 67, marks=pytest.mark.long)], ids=["short", "long"]
+)
+async def test_runners_are_killed_under_load(make_ray_store, seeds, kills):
+    """4 runners x 4 agents of 0.1 s, a SIGKILL per ten rollouts: each ends exactly once, at most one innocent fails."""
+    failed, delays = 0, []
+    for seed in seeds:
+        store = make_ray_store()
+        chance = random.Random(seed)
+        count = 10 * kills + 20
+
+        async def agent(task, ctx):
+            await asyncio.sleep(0.1)
+            return 1.0
+
+        made = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=i) for i in range(count)])
+        killed: dict[str, tuple[float, list[str]]] = {}
+        async with rs.RunnerPool(store, agent, size=4, concurrency=4):
+            cursor, finished = 0, 0
+            while finished < count:
+                page = await store.completed(cursor, timeout=60)
+                assert page.items, "nothing finished for a minute"
+                cursor, finished = page.cursor, finished + len(page.items)
+                while len(killed) < min(finished // 10, kills):
+                    worker_id, held = await kill_one(store, killed, chance)
+                    if worker_id is None:
+                        await asyncio.sleep(0.01)  # all are being replaced
+                        continue
+                    killed[worker_id] = (time.time(), held)
+        changes = await feed(store)
+        ends = [c.rollout_id for c in changes if c.kind in ("succeeded", "failed", "cancelled")]
+        assert sorted(ends) == sorted(r.rollout_id for r in made)  # each ended, and exactly once
+        assert len(killed) == kills
+        for moment, held in killed.values():
+            for rollout_id in held:  # lost or withdrawn, unless its success had just been sent
+                after = (c for c in changes if c.rollout_id == rollout_id and c.time >= moment - 0.05)
+                found = next(c for c in after if c.kind in ("requeuing", "withdrawn", "failed", "succeeded"))
+                delays.append(found.time - moment)
+        for rollout in await store.query_rollouts(status_in=["failed"]):
+            failed += 1
+            assert {a.outcome for a in await store.query_attempts(rollout.rollout_id)} == {"runner_lost"}
+        assert (await store.statistics())["rollouts_by_status"]["succeeded"] >= count - 1
+    print(f"{len(seeds) * kills} kills hit {len(delays)} rollouts, back after {max(delays):.2f} s; {failed} failed")
+    assert len(delays) > kills and max(delays) <= 10
+    assert failed <= 1
+
+
+DRIVER = """
+import asyncio, sys, ray, raystore as rs
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+async def main():
+    store = rs.connect(sys.argv[2])
+    rollout = await store.dequeue_rollout("the driver", timeout=10)
+    started = await store.start_rollout("by hand")
+    await store.add_span(rs.Span.from_attributes(
+        attributes={}, rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id))
+    print(rollout.rollout_id, started.rollout_id, flush=True)
+    await asyncio.sleep(1000)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.long
+async def test_a_killed_drivers_attempts_are_settled(make_ray_store):
+    """What another driver held, claimed or started, is offered again within 70 s, with no timeout configured."""
+    store = make_ray_store(name="shared")
+    await store.enqueue_rollout("x")
+    address = ray.get_runtime_context().gcs_address
+    driver = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", DRIVER, address, "shared", stdout=asyncio.subprocess.PIPE
+    )
+    ids = (await driver.stdout.readline()).decode().split()
+    driver.kill()
+    await driver.wait()
+    killed = time.monotonic()
+    assert len(ids) == 2
+
+    async def settled():
+        return [r.status for r in await store.query_rollouts(rollout_ids=ids)] == ["requeuing"] * 2
+
+    await until(settled, within=70)
+    print(f"settled after {time.monotonic() - killed:.1f} s")
+    for rollout_id in ids:
+        assert (await store.get_latest_attempt(rollout_id)).outcome == "runner_lost"
