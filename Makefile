@@ -4,10 +4,14 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo test test-long test-ray-oldest lint clean
+.PHONY: demo examples test test-long test-ray-oldest lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
+
+# All training loops; each fails if it did not do what it says.
+examples: .venv/installed
+	@set -e; for example in examples/0*.py; do $(LOCAL) $(BIN)/python $$example $(ARGS); done
 
 test: lint
 	$(LOCAL) $(BIN)/python -m pytest

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from raystore.runner import current as current
     from raystore.runner import run_one as run_one
     from raystore.spans import *  # noqa: F403
-    from raystore.triplets import Triplet as Triplet
-    from raystore.triplets import triplets as triplets
+    from raystore.triplet import Triplet as Triplet
+    from raystore.triplet import triplets as triplets
     from raystore.types import *  # noqa: F403
 
 #: Where each public name lives.
@@ -37,7 +37,7 @@ _NAMES = {
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current run_one",
-    "raystore.triplets": "Triplet triplets",
+    "raystore.triplet": "Triplet triplets",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource NamedResources PaginatedResult

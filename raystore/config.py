@@ -188,3 +188,12 @@ def _cgroup_limit(path: Path) -> float:
     except OSError:  # no such cgroup version here, or not readable: then it limits nothing we could know of
         return math.inf
     return float(text) if text.isdigit() and int(text) > 0 else math.inf
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process occupies; None if psutil is not installed."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.Process().memory_info().rss)

@@ -2,7 +2,7 @@
 
 The GenAI conventions (`gen_ai.*`) have no names for token ids and log-probabilities, which RL needs; those below
 continue their scheme. The reward's names are the contract's (`raystore.spans`).
-Not here: what is done with them (`raystore.runner.context` writes, `raystore.triplets` reads).
+Not here: what is done with them (`raystore.runner.context` writes, `raystore.triplet` reads).
 """
 
 from __future__ import annotations

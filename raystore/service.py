@@ -20,7 +20,7 @@ from typing import Any
 
 from raystore import reports
 from raystore.clock import Alarm, Clock, ManualClock
-from raystore.config import StoreConfig, resolve
+from raystore.config import StoreConfig, resident_bytes, resolve
 from raystore.core import check, claims, eviction, verbs, watchdog
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.verbs import VERBS
@@ -226,6 +226,8 @@ class Service:
             "operations": self.operations,
             "actor_calls": self.actor_calls,
             "last_eviction_seconds": self.last_eviction_seconds,
+            "cpu_seconds": time.process_time(),
+            "rss_bytes": resident_bytes(),
         }
 
     def _story(self, step: Step, ticket: int, deliver: Deliver, *, rollout_id: str) -> list[str]:

@@ -377,6 +377,8 @@ class LightningStoreStatistics(TypedDict, total=False):
     evicted_rollouts: int
     eviction_passes: int
     last_eviction_seconds: float
+    cpu_seconds: float  # of the store's process
+    rss_bytes: int | None  # the same
     deadline_fires: int
     waiters: int
     sessions: int

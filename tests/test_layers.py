@@ -16,7 +16,7 @@ LAYERS = [
     ["errors", "semconv"],
     ["core", "packed"],
     ["spans"],
-    ["triplets"],
+    ["triplet"],
     ["types"],
     ["api"],
     ["clock", "config", "notices", "probes", "reports", "waiters"],
@@ -174,3 +174,11 @@ def test_public_names(name):
     assert getattr(raystore, name) is not None and name in dir(raystore) and name in raystore.__all__
     with pytest.raises(AttributeError, match="nothing"):
         raystore.nothing  # noqa: B018
+
+
+def test_public_names_are_not_hidden_by_modules():
+    """Importing a module sets its name on the package: a public function must not have that name."""
+    import raystore
+
+    names = {name.split(".")[0] for name, _ in modules()}
+    assert names & set(raystore.__all__) == {"otel", "semconv"}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,51 +15,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def script(path, *arguments, cwd):
-    """Run an example on a local Ray of its own."""
-    command = [sys.executable, ROOT / path, *map(str, arguments)]
+    """Run a program on a local Ray of its own."""
+    command = [sys.executable, path, *map(str, arguments)]
     environment = os.environ | {"RAY_ADDRESS": "local"}
     return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=cwd, env=environment)
-
-
-def metrics(folder):
-    """What an example measured, without times."""
-    lines = (folder / "runs/prompt_bandit/metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
-
-
-def test_prompt_bandit_learns_and_is_reproducible(tmp_path):
-    """Two runs with one seed, on different numbers of runners, write the same metrics but for times."""
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder, runners in zip(folders, (2, 3), strict=True):
-        folder.mkdir()
-        done = script("examples/01_prompt_bandit.py", "--runners", runners, "--steps", 15, "--seed", 3, cwd=folder)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "it learnt" in done.stdout and done.stderr == ""
-        assert len(done.stdout.splitlines()) <= 25
-        assert (folder / "runs/prompt_bandit/reward.svg").read_text().startswith("<svg")
-    assert metrics(folders[0]) == metrics(folders[1])
-    assert len(metrics(folders[0])) == 15
-
-
-def test_prompt_bandit_fails_if_it_did_not_learn(tmp_path):
-    """One step is not enough, and the exit status says so."""
-    done = script("examples/01_prompt_bandit.py", "--runners", 1, "--steps", 1, cwd=tmp_path)
-    assert done.returncode == 1 and "did NOT learn" in done.stdout
-
-
-def test_prompt_bandit_stops_quietly(tmp_path):
-    """Ctrl+C in mid-run: no traceback, and the end comes soon."""
-    command = [sys.executable, "-u", ROOT / "examples/01_prompt_bandit.py", "--steps", "500"]
-    environment = os.environ | {"RAY_ADDRESS": "local"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment
-    ) as running:
-        for line in running.stdout:
-            if line.startswith("step"):
-                break
-        running.send_signal(signal.SIGINT)
-        rest, _ = running.communicate(timeout=20)
-    assert running.returncode == 1 and "Traceback" not in rest and rest.splitlines()[-1] == "stopped", rest
 
 
 def test_cluster_yaml_is_valid():

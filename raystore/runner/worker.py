@@ -171,7 +171,8 @@ class Runner:
         work = _Work(Context(rollout, resources, self.worker_id, outbox.add), outbox)
         key = (rollout.rollout_id, rollout.attempt.attempt_id)
         self._running[key] = work
-        self._hurried.set()
+        if rollout.config.unresponsive_seconds is not None:
+            self._hurried.set()
         flushing = asyncio.create_task(self._flush(work))
         patience = self._options.max_agent_seconds
         overdue = None if patience is None else self._loop.call_later(patience, self._overdue, key, work)

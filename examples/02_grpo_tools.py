@@ -1,0 +1,165 @@
+"""GRPO in numpy on a multi-turn tool task, twice: undisturbed, and with a runner killed at each step.
+
+The task: find out a hidden code by looking up its digits, one tool call each, then answer it. The policy is a table of
+logits, published at each step as a versioned object; the driver keeps two batches of groups in flight, so rollouts are
+up to two versions old and are weighted by importance ratios. In the second run a runner process is SIGKILLed at each
+step, in the middle of its rollouts. Both runs learn, and the ledger shows that no rollout was lost or trained on twice.
+
+    python examples/02_grpo_tools.py --runners 4 --steps 60 --seed 0
+"""
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import harness
+import numpy as np
+
+import raystore as rs
+
+DIGITS, VALUES, TURNS = 3, 4, 6
+ANSWER = 3  # tokens 0, 1, 2 look up a digit; in a state of answering a token is a digit
+UNKNOWN = 2**DIGITS + VALUES  # states: what is known already (a bit for each digit), then answering with a known value
+GROUPS, SIZE = 16, 8
+RATE, CLIP = 5.0, 0.2
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+async def agent(task: dict, ctx: rs.Context) -> float:
+    """Look up digits until the policy wants to answer; the reward is the part of the code that is right."""
+    policy = softmax(ctx.resources["policy"].get())
+    draw = np.random.default_rng(int(ctx.rollout.rollout_id.removeprefix("ro-"), 16))
+
+    def act(state: int) -> int:
+        token = int(draw.choice(VALUES, p=policy[state]))
+        ctx.llm(prompt_ids=[state], response_ids=[token], logprobs=[np.log(policy[state][token])], model="table")
+        return token
+
+    known: dict[int, int] = {}
+    for _ in range(TURNS):
+        token = act(sum(1 << digit for digit in known))
+        if token == ANSWER:
+            answer = [act(2**DIGITS + known[digit] if digit in known else UNKNOWN) for digit in range(DIGITS)]
+            return float(np.mean(np.equal(answer, task["code"])))
+        with ctx.span("look_up", digit=token) as span:
+            await asyncio.sleep(0.002)  # a tool takes its time
+            known[token] = task["code"][token]
+            span.set("value", known[token])
+    return 0.0  # never answered
+
+
+def improve(logits: np.ndarray, history: dict[int, np.ndarray], groups: list[list[list[rs.Triplet]]]) -> np.ndarray:
+    """One step of GRPO: advantages within each group, importance ratios from the version of each attempt, clipped."""
+    gradient = np.zeros_like(logits)
+    policy = softmax(logits)
+    for group in groups:
+        rewards = np.array([turns[0].reward for turns in group])
+        for turns, advantage in zip(group, (rewards - rewards.mean()) / (rewards.std() + 1e-4), strict=True):
+            for turn in turns:
+                state, token = turn.prompt_ids[0], turn.response_ids[0]
+                behaviour = history[turn.policy_version][state, token]
+                assert abs(np.log(behaviour) - turn.logprobs[0]) < 1e-6  # it was this version indeed
+                ratio = policy[state, token] / behaviour
+                if not (advantage > 0 and ratio > 1 + CLIP) and not (advantage < 0 and ratio < 1 - CLIP):
+                    gradient[state] += ratio * advantage * ((np.arange(VALUES) == token) - policy[state])
+    return logits + RATE * gradient / (GROUPS * SIZE)
+
+
+async def kill_a_runner(store: rs.RayLightningStore, chance: random.Random, killed: set[int]) -> None:
+    """SIGKILL the process of a runner that is in the middle of a rollout."""
+    pids: set[int] = set()
+    while not pids:
+        await asyncio.sleep(0.01)
+        busy = await store.query_workers(status_in=["busy"])
+        pids = {worker.heartbeat_stats["pid"] for worker in busy if worker.heartbeat_stats} - killed
+    pid = chance.choice(sorted(pids))
+    os.kill(pid, signal.SIGKILL)
+    killed.add(pid)
+
+
+async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -> tuple[list[float], Counter]:
+    """The algorithm. Returns the mean reward of each step, and a ledger of rollouts."""
+    logits = np.zeros((UNKNOWN + 1, VALUES))
+    history, curve, ledger = {}, [], Counter()
+    trained: set[str] = set()
+    killed: set[int] = set()
+    chance = random.Random(run.seed)
+
+    async def publish(version: int) -> None:
+        history[version] = softmax(logits)
+        await store.update_resources("policy", {"policy": rs.ObjectResource(value=logits)}, policy_version=version)
+
+    async def ask(step: int) -> None:
+        """Enqueue the groups of one step: they leave in one call."""
+        codes = np.random.default_rng([run.seed, step]).integers(VALUES, size=(GROUPS, DIGITS)).tolist()
+        groups = await asyncio.gather(*(store.enqueue_group({"code": code}, SIZE) for code in codes))
+        ledger["enqueued"] += sum(map(len, groups))
+        if kills:
+            await kill_a_runner(store, chance, killed)
+
+    await publish(0)
+    await ask(0)
+    await ask(1)
+    cursor, finished = 0, {}
+    for step in range(run.steps):
+        started = time.monotonic()
+        complete = []
+        while len(complete) < GROUPS:  # the first groups that are complete, whichever they are
+            page = await store.completed(cursor, limit=GROUPS * SIZE, timeout=60)
+            cursor = page.cursor
+            for rollout in page.items:
+                finished.setdefault(rollout.group_id, []).append(rollout)
+            complete = [group for group, rollouts in finished.items() if len(rollouts) == SIZE][:GROUPS]
+        rollouts = [[r for r in finished.pop(group) if r.status == "succeeded"] for group in complete]
+        ids = [r.rollout_id for group in rollouts for r in group]
+        spans = await store.query_many_spans(ids)
+        logits = improve(logits, history, [[rs.triplets(spans[r.rollout_id]) for r in group] for group in rollouts])
+        ledger["doubled"] += len(trained.intersection(ids))
+        trained.update(ids)
+        ledger["trained"] = len(trained)
+        ledger["dropped"] += GROUPS * SIZE - len(ids)
+        await store.release(ids)
+        await publish(step + 1)
+        if step + 2 < run.steps:
+            await ask(step + 2)
+        curve.append(float(np.mean([r.reward for group in rollouts for r in group])))
+        age = step - min(r.attempt.policy_version for group in rollouts for r in group)
+        run.log(kills=kills, step=step, reward=curve[-1], staleness=age, seconds=time.monotonic() - started)
+        if run.shows(step):
+            print(f"step {step:3}  reward {curve[-1]:.2f}  {'#' * round(30 * curve[-1])}")
+    statistics = await store.statistics()
+    ledger["killed"] = len(killed)
+    ledger["again"] = statistics["total_attempts"] + statistics["withdrawals"] - ledger["enqueued"]
+    return curve, ledger
+
+
+async def main(run: harness.Run) -> bool:
+    curves, correct = {}, True
+    logging.getLogger("raystore.runner").setLevel(logging.ERROR)  # no line for each runner that is killed on purpose
+    for name, kills in (("undisturbed", False), ("with kills", True)):
+        started = time.monotonic()
+        async with rs.start() as store, rs.RunnerPool(store, agent, size=run.runners, concurrency=16):
+            curve, ledger = await train(store, run, kills=kills)
+        curves[name] = curve
+        correct &= ledger["enqueued"] == ledger["trained"] + ledger["dropped"] and ledger["doubled"] == 0
+        print(
+            f"{name}: reward {harness.tail(curve):.2f} after {time.monotonic() - started:.0f} s; enqueued "
+            f"{ledger['enqueued']} = trained {ledger['trained']} + dropped {ledger['dropped']}, doubled "
+            f"{ledger['doubled']}; {ledger['killed']} runners killed, {ledger['again']} rollouts handed out again"
+        )
+    run.draw(curves)
+    learnt = all(harness.tail(curve) >= 0.9 for curve in curves.values())
+    print(f"{'it learnt' if learnt else 'it did NOT learn'}; the ledger is {'correct' if correct else 'WRONG'}")
+    return learnt and correct
+
+
+if __name__ == "__main__":
+    harness.run("grpo_tools", main, __doc__, steps=60)

@@ -1,0 +1,118 @@
+"""The examples do what they say, in a short form of each; and stop quietly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local"}
+
+
+def example(name, *arguments, cwd):
+    """Run an example on a local Ray of its own; its output, which must be quiet, and its metrics."""
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=cwd, env=ENVIRONMENT)
+    (run,) = (cwd / "runs").iterdir()
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return done, metrics
+
+
+def check(done, metrics, cwd, *, steps):
+    """It succeeded, said nothing else, and drew its curve."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "it learnt" in done.stdout and done.stderr == "", done.stderr
+    assert len(metrics) == steps
+    (curve,) = (cwd / "runs").glob("*/reward.svg")
+    assert curve.read_text().startswith("<svg")
+
+
+def test_prompt_bandit_learns_and_is_reproducible(tmp_path):
+    """Two runs with one seed, on different numbers of runners, write the same metrics but for times."""
+    without_times = []
+    for runners in (2, 3):
+        folder = tmp_path / str(runners)
+        folder.mkdir()
+        done, metrics = example("01_prompt_bandit", "--runners", runners, "--steps", 15, "--seed", 3, cwd=folder)
+        check(done, metrics, folder, steps=15)
+        assert len(done.stdout.splitlines()) <= 25
+        without_times.append([{k: v for k, v in line.items() if k != "seconds"} for line in metrics])
+    assert without_times[0] == without_times[1]
+
+
+def test_prompt_bandit_fails_if_it_did_not_learn(tmp_path):
+    """One step is not enough, and the exit status says so."""
+    done, _ = example("01_prompt_bandit", "--runners", 1, "--steps", 1, cwd=tmp_path)
+    assert done.returncode == 1 and "did NOT learn" in done.stdout
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("steps", [30, pytest.param(60, marks=pytest.mark.long)])
+def test_grpo_learns_through_kills(tmp_path, steps):
+    """Undisturbed and with a runner killed at each step: both reach 0.9, and nothing is lost or trained on twice."""
+    done, metrics = example("02_grpo_tools", "--steps", steps, cwd=tmp_path)
+    check(done, metrics, tmp_path, steps=2 * steps)
+    undisturbed, with_kills = (line for line in done.stdout.splitlines() if "enqueued" in line)
+    assert f"trained {128 * steps} + dropped 0, doubled 0" in undisturbed and "0 runners killed, 0" in undisturbed
+    assert f"enqueued {128 * steps} = trained" in with_kills and f"{steps} runners killed" in with_kills
+    assert "the ledger is correct" in done.stdout
+    assert {line["staleness"] for line in metrics} <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("steps", [6, pytest.param(12, marks=pytest.mark.long)])
+def test_an_agent_of_opentelemetry_is_trained(tmp_path, steps):
+    """Its file does not know raystore; every span of it arrives."""
+    assert "import raystore" not in (ROOT / "examples/calculator.py").read_text()
+    done, metrics = example("03_otel_agent", "--steps", steps, cwd=tmp_path)
+    check(done, metrics, tmp_path, steps=steps)
+    assert "every span is there" in done.stdout and "      chat stub" in done.stdout
+
+
+@pytest.mark.parametrize("steps", [3, pytest.param(6, marks=pytest.mark.long)])
+def test_many_agents_wait_at_once(tmp_path, steps):
+    """2,000 agents over four processes: a step takes hardly longer than the longest wait."""
+    done, metrics = example("04_many_agents", "--steps", steps, cwd=tmp_path)
+    check(done, metrics, tmp_path, steps=steps)
+    assert "every rollout and span is there" in done.stdout
+    assert all(line["calls_per_rollout"] < 1 for line in metrics)
+
+
+def family(process):
+    """A process with all that it started: Ray's processes, runners, and theirs."""
+    return [process, *process.children(recursive=True)]
+
+
+@pytest.mark.parametrize(("name", "kills"), [("01_prompt_bandit", False), ("02_grpo_tools", True)])
+def test_examples_stop_quietly(tmp_path, name, kills):
+    """Ctrl+C in mid-run: back at the prompt within 5 s, no traceback, and no process is left."""
+    command = [sys.executable, "-u", ROOT / "examples" / f"{name}.py", "--steps", "10" if kills else "500"]
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=ENVIRONMENT,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        begun = "undisturbed: reward" if kills else "step   0"
+        for line in running.stdout:
+            if line.startswith(begun):
+                break
+        time.sleep(1)  # in the middle of something
+        started = family(psutil.Process(running.pid))
+        assert len(started) > 5
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all in the foreground
+        interrupted = time.monotonic()
+        rest, _ = running.communicate(timeout=20)
+        took = time.monotonic() - interrupted
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode == 1 and "Traceback" not in rest and rest.splitlines()[-1] == "stopped", rest
+    _, left = psutil.wait_procs(started, timeout=max(5 - took, 0.1))
+    assert not left and took <= 5, (took, left)
