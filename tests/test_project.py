@@ -21,14 +21,6 @@ def script(path, *arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=cwd, env=environment)
 
 
-def test_cluster_yaml_is_valid():
-    """By Ray's own functions of its cluster launcher."""
-    import yaml
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    validate_config(prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text())))
-
-
 def readme_example():
     """The first Python block of the README."""
     return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
