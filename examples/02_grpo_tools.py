@@ -25,7 +25,7 @@ DIGITS, VALUES, TURNS = 3, 4, 6
 ANSWER = 3  # tokens 0, 1, 2 look up a digit; in a state of answering a token is a digit
 UNKNOWN = 2**DIGITS + VALUES  # states: what is known already (a bit for each digit), then answering with a known value
 GROUPS, SIZE = 16, 8
-RATE, CLIP = 5.0, 0.2
+RATE, CLIP = 8.0, 0.2
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+import raystore as rs
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,19 +24,34 @@ def script(path, *arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=cwd, env=environment)
 
 
-def readme_example():
-    """The first Python block of the README."""
-    return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+def readme_examples():
+    """The Python blocks of the README."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 def test_readme_example_runs(tmp_path):
     """As it stands, in at most 25 lines of code."""
-    code = readme_example()
+    code = readme_examples()[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     (tmp_path / "example.py").write_text(code)
     done = script(tmp_path / "example.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("[0.0, 0.5, 1.0]")
+
+
+async def test_readme_driver_keeps_rollouts_in_flight():
+    """Never more than n, all of them in the end, and no wait for what cannot come."""
+    names = {"islice": itertools.islice}
+    exec(readme_examples()[1], names)
+    most, done = 0, []
+    with rs.InMemoryLightningStore() as store:
+        requests = (rs.EnqueueRolloutRequest(input=i) for i in range(50))
+        async with rs.RunnerPool(store, lambda task, ctx: float(task), size=2):
+            async for finished in names["in_flight"](store, requests, 7):
+                done += [rollout.input for rollout in finished]
+                counts = (await store.statistics())["rollouts_by_status"]
+                most = max(most, sum(counts.values()) - counts.get("succeeded", 0))
+    assert sorted(done) == list(range(50)) and 0 < most <= 7
 
 
 def test_state_diagrams_are_drawn_from_the_tables():

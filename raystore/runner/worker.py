@@ -41,6 +41,7 @@ STOP_SECONDS = 5.0  #: that rollouts which run are given to finish when their po
 CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner asks
 CLAIM_PAUSE_SECONDS = 0.2  #: before claiming again after a claim that failed
 RESOURCES_CACHED = 8
+EARLY_KEPT = 1_000  #: notices that overtook their claim, or came after the end of their rollout
 KINDS_WARNED = 20  #: kinds of agent errors that a runner tells of in its log
 
 Key = tuple[str, str]  # rollout id, attempt id
@@ -77,6 +78,7 @@ class Runner:
         self._agents = agents
         self._options = options
         self._running: dict[Key, _Work] = {}
+        self._early: OrderedDict[Key, str] = OrderedDict()  # notices of claims that have not arrived here yet
         self._cached: OrderedDict[tuple[str, int | None], dict[str, Any]] = OrderedDict()
         self._warned: set[str] = set()
         self._stopping = threading.Event()
@@ -170,6 +172,9 @@ class Runner:
         outbox = Outbox(lambda: self._wake(work))
         work = _Work(Context(rollout, resources, self.worker_id, outbox.add), outbox)
         key = (rollout.rollout_id, rollout.attempt.attempt_id)
+        if (kind := self._early.pop(key, None)) is not None:
+            work.context.cancel(kind)
+            return functools.partial(self._finish, finish, work, Ending(None))
         self._running[key] = work
         if rollout.config.unresponsive_seconds is not None:
             self._hurried.set()
@@ -270,9 +275,16 @@ class Runner:
             self._loop.call_soon_threadsafe(self._cancel, kind, (rollout_id, attempt_id))
 
     def _cancel(self, kind: str, key: Key) -> None:
+        if kind == "unresponsive":
+            return  # it lives, and its next span says so
         work = self._running.get(key)
-        if work is None or work.context.cancelled or kind == "unresponsive":
-            return  # unresponsive: it lives, and its next span says so
+        if work is None:
+            self._early[key] = kind
+            if len(self._early) > EARLY_KEPT:
+                self._early.popitem(last=False)
+            return
+        if work.context.cancelled:
+            return
         assert self._loop is not None
         work.context.cancel(kind)
         self._agents.cancel(work.context)

@@ -150,6 +150,7 @@ async def test_errors_survive_a_real_call(cluster):
         rs.OutcomeUnknownError("s", "w"), rs.StoreClosedError("s"), rs.StoreCorruptError("v", "s", "t"),
         rs.StoreNotFoundError("n", "ns", ["x"]), rs.StoreExistsError("n", "ns", []), rs.NotAStoreError("x"),
         rs.ProtocolMismatchError("a", "b"), rs.AgentNotPicklableError("a", "b"), rs.PoolStartError("a", "b"),
+        rs.AgentProcessError("w"),
     ]  # fmt: skip
 
     @ray.remote(num_cpus=0)

@@ -83,6 +83,25 @@ async def test_ways_to_be_of_no_use_any_more(store, agent, by):
     assert (await store.get_rollout_by_id(made.rollout_id)).status == status
 
 
+async def test_a_cancel_that_overtakes_its_claim(store):
+    """Issued together with the enqueuing: the runner hears of the cancel before it has its claim."""
+    async with rs.RunnerPool(store, sleeping, size=1, heartbeat_seconds=1000):
+
+        async def parked():
+            return (await store.statistics())["waiters"]
+
+        for number in range(10):
+            await until(parked)
+            name = f"long-{number}"
+            made, cancelled = await asyncio.gather(
+                store.enqueue_rollout("long", rollout_id=name), store.cancel_rollouts([name])
+            )
+            assert (made.rollout_id, [r.status for r in cancelled]) == (name, ["cancelled"])
+            assert cancelled[0].attempt.worker_id == "runner-0"
+        quick = await store.enqueue_rollout("quick")
+        assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
+
+
 async def test_an_agent_that_does_not_listen_is_told_of(store, caplog):
     """It keeps its place until it returns; a warning says what to do."""
 
