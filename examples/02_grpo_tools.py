@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import time
 from collections import Counter
 
@@ -79,7 +80,10 @@ async def kill_a_runner(store: rs.RayLightningStore, chance: random.Random, kill
     while not pids:
         await asyncio.sleep(0.01)
         busy = await store.query_workers(status_in=["busy"])
-        pids = {worker.heartbeat_stats["pid"] for worker in busy if worker.heartbeat_stats} - killed
+        here = [
+            w.heartbeat_stats for w in busy if w.heartbeat_stats and w.heartbeat_stats["host"] == socket.gethostname()
+        ]
+        pids = {stats["pid"] for stats in here} - killed
     pid = chance.choice(sorted(pids))
     os.kill(pid, signal.SIGKILL)
     killed.add(pid)
@@ -115,17 +119,20 @@ async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -
         while len(complete) < GROUPS:  # the first groups that are complete, whichever they are
             page = await store.completed(cursor, limit=GROUPS * SIZE, timeout=60)
             cursor = page.cursor
+            if not page.items:
+                raise SystemExit("nothing finished for a minute: rollouts were lost")
             for rollout in page.items:
                 finished.setdefault(rollout.group_id, []).append(rollout)
             complete = [group for group, rollouts in finished.items() if len(rollouts) == SIZE][:GROUPS]
-        rollouts = [[r for r in finished.pop(group) if r.status == "succeeded"] for group in complete]
+        ended = [finished.pop(group) for group in complete]
+        rollouts = [[r for r in group if r.status == "succeeded"] for group in ended]
+        ledger["dropped"] += sum(r.status != "succeeded" for group in ended for r in group)
         ids = [r.rollout_id for group in rollouts for r in group]
         spans = await store.query_many_spans(ids)
         logits = improve(logits, history, [[rs.triplets(spans[r.rollout_id]) for r in group] for group in rollouts])
         ledger["doubled"] += len(trained.intersection(ids))
         trained.update(ids)
         ledger["trained"] = len(trained)
-        ledger["dropped"] += GROUPS * SIZE - len(ids)
         await store.release(ids)
         await publish(step + 1)
         if step + 2 < run.steps:

@@ -8,6 +8,7 @@ Not here: converting a span (`Span.from_opentelemetry`), receiving spans of othe
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from typing import Any
@@ -22,6 +23,8 @@ from raystore import semconv
 from raystore.errors import InvalidValueError
 from raystore.runner.context import Context, current
 from raystore.spans import Span
+
+logger = logging.getLogger("raystore.otel")
 
 OPEN_SPANS = 100_000  #: of a process that are followed; an agent that never ends its spans must not fill the memory
 
@@ -78,10 +81,14 @@ class RolloutSpanProcessor(SpanProcessor):
         context = self._open.pop((identity.trace_id, identity.span_id), None)
         if context is None:
             return
-        made = Span.from_opentelemetry(span, context.rollout.rollout_id, context.attempt.attempt_id, 0)
+        try:
+            made = Span.from_opentelemetry(span, context.rollout.rollout_id, context.attempt.attempt_id, 0)
+        except Exception:  # the agent has done nothing wrong, and must not fail for its trace
+            logger.exception("Span %r of rollout %s cannot be recorded", span.name, context.rollout.rollout_id)
+            return
         if context.policy_version is not None and not _TOKENS.isdisjoint(made.attributes):
             made.attributes[semconv.POLICY_VERSION] = context.policy_version  # for `triplets`
-        context.add(made)
+        context.sink(made)
 
     def shutdown(self) -> None:
         self._open.clear()

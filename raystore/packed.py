@@ -2,6 +2,7 @@
 
 A list of Python floats costs 32 bytes a number in memory and 9 on the wire. Numbers that fit are kept in 4 bytes
 (log-probabilities mostly come from float32), others in 8. numpy and torch read such arrays without copying.
+What is packed is a copy: the caller may go on with its own.
 Not here: how arrays are encoded (`codec`).
 """
 
@@ -20,7 +21,7 @@ TYPECODES = frozenset("bBhHiIqQfd")  #: arrays that travel packed; their sizes a
 def pack_integers(name: str, values: Iterable[Any]) -> array[int]:
     """Whole numbers, such as token ids: int32, or int64 if they do not fit. Takes numpy arrays and tensors too."""
     if isinstance(values, array) and values.typecode in "iq":
-        return values
+        return values[:]
     items = _items(name, values, "a sequence of whole numbers (token ids)")
     for typecode in "iq":
         try:
@@ -35,7 +36,7 @@ def pack_integers(name: str, values: Iterable[Any]) -> array[int]:
 def pack_floats(name: str, values: Iterable[Any]) -> array[float]:
     """Numbers, such as log-probabilities: float32 if that is exact, else float64; NaN is refused."""
     if isinstance(values, array) and values.typecode in "fd":
-        packed = values
+        packed = values[:]
     else:
         items = _items(name, values, "a sequence of numbers (log-probabilities)")
         try:

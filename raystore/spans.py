@@ -120,7 +120,7 @@ class Span(BaseModel):
             "parent_id": parent.span_id if parent else None,
             "name": src.name,
             "status": TraceStatus(status_code=src.status.status_code.name, description=src.status.description),
-            "attributes": dict(src.attributes or {}),
+            "attributes": {key: attribute(value) for key, value in (src.attributes or {}).items()},
             "events": [
                 Event(name=e.name, attributes=dict(e.attributes or {}), timestamp=seconds(e.timestamp))
                 for e in src.events
@@ -200,6 +200,23 @@ class Span(BaseModel):
             end_time=core.end_time,
             status=core.status,
         )
+
+
+_SCALARS = (str, bool, int, float)
+
+
+def attribute(value: Any) -> AttributeValue:
+    """A value as OpenTelemetry takes it, by value: a scalar, several of one kind, or JSON text for anything else."""
+    if isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, array):
+        return value[:]
+    if hasattr(value, "tolist"):  # numpy, torch
+        return attribute(value.tolist())
+    if isinstance(value, (list, tuple)) and all(isinstance(item, _SCALARS) for item in value):
+        if len({type(item) for item in value}) <= 1:
+            return value[:]
+    return json.dumps(value, default=repr)
 
 
 def _context(source: Any) -> SpanContext | None:

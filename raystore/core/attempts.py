@@ -188,14 +188,24 @@ def settle(
 
 def lose(state: State, step: Step, entry: Entry, attempt_id: str, *, alone: bool) -> None:
     """The process that ran an attempt has ended."""
+    _end(state, step, entry, attempt_id, LOSS, alone=alone)
+
+
+def _end(state: State, step: Step, entry: Entry, attempt_id: str, event: str, **how: Any) -> None:
+    """An event that ends an attempt: its rollout follows if it waits for this attempt, and is never reopened by it."""
     index = state.find_attempt(entry, attempt_id)
-    if index == len(entry.attempts) - 1 and entry.rollout.status not in FINISHED:
-        settle(state, step, entry, LOSS, alone=alone)
-        return
     attempt = entry.attempts[index]
-    if attempt.status in ACTIVE:
-        lost = attempt.evolve(status=attempt_after(attempt.status, LOSS), outcome=attempt.outcome or "runner_lost")
-        state.put_attempt(entry, index, lost)
+    if attempt.status not in ACTIVE:
+        return
+    if index == len(entry.attempts) - 1 and entry.rollout.status not in FINISHED:
+        settle(state, step, entry, event, **how)
+    else:
+        ended = attempt.evolve(
+            status=attempt_after(attempt.status, event),
+            outcome=attempt.outcome or OUTCOME_OF_EVENT[event],
+            error=how.get("error") or attempt.error,
+        )
+        state.put_attempt(entry, index, ended)
 
 
 def cancel(state: State, step: Step, rollout_ids: Iterable[str]) -> list[Rollout]:
@@ -298,8 +308,7 @@ def finish(
     died = changes.pop("died", False)  # the process that ran this attempt, and nothing else
     written = add_spans(state, step, rollout_id, attempt_id, spans) if spans else Written([], 0, None)
     event = {"infra": ABORT, "dropped": DROP, "runner_lost": LOSS}.get(changes.get("outcome") or "")
-    latest = entry.attempts[-1]
-    if event and latest.attempt_id == attempt_id and latest.status in ACTIVE and entry.rollout.status in ACTIVE:
-        settle(state, step, entry, event, alone=died, orderly=True, error=changes.get("error"))
-        return entry.attempts[-1], written
-    return report(state, step, rollout_id, attempt_id, changes), written
+    if event is None:
+        return report(state, step, rollout_id, attempt_id, changes), written
+    _end(state, step, entry, attempt_id, event, alone=died, orderly=True, error=changes.get("error"))
+    return entry.attempts[state.find_attempt(entry, attempt_id)], written

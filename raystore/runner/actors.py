@@ -16,7 +16,7 @@ from typing import Any
 
 from raystore.calls import run_blocking
 from raystore.client import StoreClient
-from raystore.errors import PoolStartError, StoreError
+from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.runner.agents import Agents
 from raystore.runner.inline import InlineAgents
 from raystore.runner.worker import STOP_SECONDS, Runner, RunnerOptions
@@ -135,7 +135,10 @@ class RunnerActors:
                     patience = (deadline if explained else explain_at) - time.monotonic()
                     member.session_id = greeting.result(timeout=max(patience, 0))
                     member.is_ready = True
-                except TimeoutError:
+                except TimeoutError as error:
+                    if greeting.done():  # the agent's own
+                        self._end_all()
+                        raise PoolStartError(self._asked(), _available(), _cause(error)) from error
                     if explained or time.monotonic() >= deadline:
                         self._end_all()
                         raise PoolStartError(self._asked(), _available()) from None
@@ -199,6 +202,9 @@ class RunnerActors:
         try:
             known = self._store.sync.get_worker_by_id(member.worker_id)  # before the report, which moves it
             self._report(member)
+        except OutcomeUnknownError as doubt:  # its silence will tell, if it was not told
+            known = None
+            logger.warning("Runner %s has ended, which the store may not know: %s", member.worker_id, doubt)
         except StoreError as refusal:
             logger.error("Runner %s has ended, and the store cannot be told: %s", member.worker_id, refusal)
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 import traceback
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 from raystore.errors import Abort, Drop
 from raystore.runner.context import Context
 from raystore.spans import Span
+
+logger = logging.getLogger("raystore.runner")
 
 ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
 
@@ -63,26 +66,42 @@ def check(agent: Any) -> str | None:
     if not callable(agent):
         return "a function agent(task, ctx), or a class with __call__"
     inner = _inner(agent)
-    if inspect.isclass(inner) and not callable(getattr(inner, "__call__", None)):  # noqa: B004
-        return "a class with __call__(task, ctx)"
-    called = inner.__call__ if inspect.isclass(inner) else inner
-    if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+    if inspect.isclass(inner):
+        inner = next((vars(cls)["__call__"] for cls in inner.__mro__ if "__call__" in vars(cls)), None)
+        if inner is None:
+            return "a class with __call__(task, ctx)"
+    if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         return "a function that returns, not a generator"
     return None
 
 
-async def load(agent: Any) -> Any:
-    """What is called for each rollout: a function as it is, a class as one instance that was set up."""
-    if not inspect.isclass(_inner(agent)):
-        return agent
-    instance = agent()
-    await _maybe_await(instance, "setup")
-    return instance
+class LoadedAgent:
+    """An agent that is ready in this process: a function as it is, a class as one instance that was set up."""
+
+    def __init__(self, call: Any, *, is_ours: bool) -> None:
+        self.call = call
+        self.is_async = is_async(call)
+        self._is_ours = is_ours
+
+    async def close(self) -> None:
+        """Let an instance that was made here let go of what it holds; an error there is told and changes nothing."""
+        if self._is_ours:
+            try:
+                await _maybe_await(self.call, "close")
+            except Exception:
+                logger.exception("close() of the agent failed")
 
 
-async def unload(agent: Any) -> None:
-    """Let an instance of an agent class let go of what it holds."""
-    await _maybe_await(agent, "close")
+async def load(agent: Any) -> LoadedAgent:
+    """Make an agent ready; raises what it raises."""
+    is_class = inspect.isclass(_inner(agent))
+    try:
+        call = agent() if is_class else agent
+        if is_class:
+            await _maybe_await(call, "setup")
+    except (SystemExit, KeyboardInterrupt) as error:  # would end the process
+        raise RuntimeError(f"the agent could not be made: {error!r}") from error
+    return LoadedAgent(call, is_ours=is_class)
 
 
 async def _maybe_await(agent: Any, name: str) -> None:

@@ -9,25 +9,28 @@ Not here: how it is forked and killed (`nursery`), the runner's side (`forked`).
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import pickle
 import queue
-import signal
 import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ray import cloudpickle
 
-from raystore.runner import agents
+from raystore.runner import agents, nursery
+from raystore.runner.agents import Ending
 from raystore.runner.context import Context
 from raystore.types import AttemptedRollout
 
+NURSERY_SECONDS = 2.0  #: that the nursery has to end this process, before it does so itself
 LENGTH = struct.Struct("<Q")
 
 # Messages to the process: a Setup first; a Run each time; CANCEL with rollout id, attempt id and why; CLOSE.
@@ -86,8 +89,10 @@ class _Child:
         self._channel = channel
         self._runs: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()  # over the three that follow
         self._context: Context | None = None
         self._task: asyncio.Task[Any] | None = None
+        self._early: tuple[str, str, str] | None = None  # a cancel of a rollout that is not there yet
         self._resources: dict[str, Any] = {}
 
     def work(self) -> None:
@@ -104,16 +109,27 @@ class _Child:
             if run.resources is not None:
                 self._resources = run.resources
             context = Context(run.rollout, self._resources, setup.worker_id, self._send_span)
-            self._context = context
             self._channel.send(STARTED)
-            if agents.is_async(agent):
-                self._task = self._loop.create_task(agents.run_async(agent, context))
-                ending = self._loop.run_until_complete(self._task)
-            else:
-                ending = agents.run_sync(agent, context)  # in the main thread, where an agent may do anything
-            self._context = self._task = None
+            with self._lock:
+                self._context = context
+                if agent.is_async:
+                    self._task = self._loop.create_task(agents.run_async(agent.call, context))
+            if self._early is not None:
+                self._cancel(*self._early)
+            if self._task is not None:
+                ending = self._ended(self._task)
+            else:  # in the main thread, where an agent may do anything
+                ending = contextvars.copy_context().run(agents.run_sync, agent.call, context)
+            with self._lock:
+                self._context = self._task = None
             self._channel.send(DONE, ending)
-        self._loop.run_until_complete(agents.unload(agent))
+        self._loop.run_until_complete(agent.close())
+
+    def _ended(self, task: asyncio.Task[Ending]) -> Ending:
+        try:
+            return self._loop.run_until_complete(task)
+        except asyncio.CancelledError:  # before it had begun
+            return Ending(None)
 
     def _send_span(self, span: Any) -> None:
         self._channel.send(SPAN, span)
@@ -123,9 +139,14 @@ class _Child:
         while True:
             try:
                 message = self._channel.receive()
-            except (EOFError, OSError):  # the runner and the nursery are gone: end with all that the agent started
-                os.killpg(0, signal.SIGKILL)
+            except (EOFError, OSError):  # the runner is gone; the nursery ends this process, if it is there
+                time.sleep(NURSERY_SECONDS)
+                nursery.kill_tree(os.getpid())
                 return
+            except Exception as error:
+                why = f"the task or a resource cannot be opened in the agent's process: {type(error).__name__}: {error}"
+                self._channel.send(DONE, Ending("failed", "infra", why))
+                continue
             if isinstance(message, Run):
                 self._runs.put(message)
             elif message[0] == CLOSE:
@@ -134,10 +155,12 @@ class _Child:
                 self._cancel(*message[1:])
 
     def _cancel(self, rollout_id: str, attempt_id: str, why: str) -> None:
-        context, task = self._context, self._task
-        if context is None or (context.rollout.rollout_id, context.attempt.attempt_id) != (rollout_id, attempt_id):
-            return  # it has ended meanwhile
-        context.cancel(why)
+        with self._lock:
+            context, task = self._context, self._task
+            if context is None or (context.rollout.rollout_id, context.attempt.attempt_id) != (rollout_id, attempt_id):
+                self._early = (rollout_id, attempt_id, why)  # it has not begun yet, or has ended meanwhile
+                return
+            context.cancel(why)
         if task is not None:
             self._loop.call_soon_threadsafe(task.cancel)
 

@@ -8,11 +8,9 @@ Not here: claiming, sending, reporting (`worker`).
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
 import traceback
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +20,7 @@ from typing import Any
 from raystore import semconv
 from raystore.errors import InvalidValueError
 from raystore.packed import pack_floats, pack_integers
-from raystore.spans import REWARD_PREFIX, REWARD_SPAN, Event, Span, TraceStatus
+from raystore.spans import REWARD_PREFIX, REWARD_SPAN, Event, Span, TraceStatus, attribute
 from raystore.types import LLM, Attempt, AttemptedRollout
 
 _current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
@@ -30,24 +28,10 @@ _parent: ContextVar[str | None] = ContextVar("raystore_span", default=None)
 
 STOPPED = "the runner stops"
 
-_SCALARS = (str, bool, int, float)
-
 
 def current() -> Context | None:
     """The context of the rollout that the calling code runs for, however deep; None outside of an agent."""
     return _current.get()
-
-
-def _attribute(value: Any) -> Any:
-    """A value as OpenTelemetry takes it: a scalar or a list of one kind of scalar, anything else as JSON text."""
-    if isinstance(value, (*_SCALARS, array)):
-        return value
-    if hasattr(value, "tolist"):  # numpy, torch
-        return _attribute(value.tolist())
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], _SCALARS):
-        if all(type(item) is type(value[0]) for item in value):
-            return list(value)
-    return json.dumps(value, default=repr)
 
 
 class OpenSpan:
@@ -56,13 +40,13 @@ class OpenSpan:
     def __init__(self, name: str, attributes: dict[str, Any]) -> None:
         self.name = name
         self.span_id = token_hex(8)
-        self.attributes = {key: _attribute(value) for key, value in attributes.items()}
+        self.attributes = {key: attribute(value) for key, value in attributes.items()}
         self.events: list[Event] = []
         self.status = TraceStatus(status_code="OK")
 
     def set(self, key: str, value: Any) -> None:
         """Set one attribute."""
-        self.attributes[key] = _attribute(value)
+        self.attributes[key] = attribute(value)
 
     def update(self, attributes: dict[str, Any]) -> None:
         """Set several attributes."""
@@ -101,7 +85,7 @@ class Context:
         self.worker_id = worker_id
         self._trace_id = token_hex(16)
         self._cancelled: str | None = None
-        self._sink = sink
+        self.sink = sink  #: takes the spans that have ended; for the runner
 
     @property
     def attempt(self) -> Attempt:
@@ -203,7 +187,7 @@ class Context:
     def add(self, span: Span) -> None:
         """Take a span that was made elsewhere; it is given to this attempt."""
         ids = {"rollout_id": self.rollout.rollout_id, "attempt_id": self.attempt.attempt_id}
-        self._sink(span.model_copy(update=ids))
+        self.sink(span.model_copy(update=ids))
 
     def _end(self, span: OpenSpan, parent_id: str | None, started: float, ended: float) -> None:
         made = Span.from_attributes(
@@ -219,7 +203,7 @@ class Context:
             status=span.status,
         )
         made.events = span.events
-        self._sink(made)
+        self.sink(made)
 
     # -- cancellation ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import pickle
 import signal
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from ray import cloudpickle
@@ -26,9 +28,14 @@ from raystore.runner import nursery
 from raystore.runner.agents import Ending
 from raystore.runner.child import CANCEL, CLOSE, DONE, FAILED, LENGTH, READY, SPAN, STARTED, Run, Setup, pack
 from raystore.runner.context import Context
+from raystore.spans import Span
 from raystore.types import ObjectResource
 
+logger = logging.getLogger("raystore.runner")
+
 CLOSE_SECONDS = 1.0  #: that an agent's `close` may take
+RETRY_SECONDS = 0.2  #: before another process is tried for an agent that could not be set up; doubles each time ...
+RETRY_MOST_SECONDS = 10.0  #: ... up to this
 REMEMBERED = 64  #: rollouts of a process whose late spans still find their way
 
 
@@ -44,17 +51,21 @@ class _Process:
     """One agent's process."""
 
     def __init__(
-        self, pid: int, exited: asyncio.Future[int], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        kill: Callable[[], None],
+        exited: asyncio.Future[int],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
-        self.pid = pid
         self.exited = exited
+        self._kill = kill
         self.killed = False
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reader = reader
         self._writer = writer
         self._started = False
         self._done: asyncio.Future[Ending] | None = None
-        self._contexts: dict[tuple[str, str], Context] = {}
+        self._sinks: dict[tuple[str, str], Callable[[Span], None]] = {}
         self._resources: Any = None
         self._reading = asyncio.create_task(self._read())
 
@@ -65,9 +76,9 @@ class _Process:
 
     async def run(self, context: Context) -> Ending | None:
         """Run the agent on one rollout; an Ending also if the process dies of it, None if it died before."""
-        self._contexts[context.rollout.rollout_id, context.attempt.attempt_id] = context
-        if len(self._contexts) > REMEMBERED:
-            del self._contexts[next(iter(self._contexts))]
+        self._sinks[context.rollout.rollout_id, context.attempt.attempt_id] = context.sink
+        if len(self._sinks) > REMEMBERED:
+            del self._sinks[next(iter(self._sinks))]
         resources = None
         if context.resources is not self._resources:
             resources = {name: await _fetched(resource) for name, resource in context.resources.items()}
@@ -101,9 +112,8 @@ class _Process:
                     self._started = True
                 elif kind == SPAN:
                     (span,) = values
-                    context = self._contexts.get((span.rollout_id, span.attempt_id))
-                    if context is not None:
-                        context.add(span)
+                    if (sink := self._sinks.get((span.rollout_id, span.attempt_id))) is not None:
+                        sink(span)
                 elif kind == DONE and self._done is not None:
                     self._done.set_result(values[0])
                 elif kind == READY:
@@ -112,12 +122,20 @@ class _Process:
                     self.ready.set_exception(AgentProcessError(*values))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
+        except Exception:  # a span of a class that cannot be imported here, say
+            logger.exception("An agent's process says what cannot be understood; it is killed")
+            self.kill()
         finally:
             if not self.ready.done():
                 self.ready.set_exception(AgentProcessError("it ended while the agent was set up"))
 
+    def kill(self) -> None:
+        """Kill it, with all that it started."""
+        self.killed = True
+        self._kill()
+
     def close(self) -> None:
-        """Listen to it no longer."""
+        """Listen to it no longer; if it still lives, it takes that for its end."""
         self._reading.cancel()
         self._writer.close()
 
@@ -131,6 +149,7 @@ class ForkedAgents:
         self._nursery: _Nursery | None = None
         self._idle: list[_Process] = []
         self._running: dict[Context, _Process] = {}
+        self._wanted: dict[Context, asyncio.Event] = {}  # set when the rollout is cancelled
 
     async def open(self) -> None:
         self._nursery = _Nursery()
@@ -142,50 +161,90 @@ class ForkedAgents:
                 raise made
 
     async def run(self, context: Context) -> Ending:
-        while True:
-            self._idle = [process for process in self._idle if process.is_usable]
-            process = self._idle.pop() if self._idle else await self._fork()
-            if context.cancelled:  # while it was forked
-                self._idle.append(process)
-                return Ending(None)
-            self._running[context] = process
+        self._wanted[context] = asyncio.Event()
+        try:
+            while not context.cancelled:
+                process = self._take_idle() or await self._fork_for(context)
+                if process is None:
+                    break
+                self._running[context] = process
+                try:
+                    ending = await process.run(context)
+                except BaseException:
+                    process.kill()
+                    raise
+                finally:
+                    del self._running[context]
+                    self._put_back(process)
+                if ending is not None:
+                    return ending
+            return Ending(None)
+        finally:
+            del self._wanted[context]
+
+    def _take_idle(self) -> _Process | None:
+        while self._idle:
+            process = self._idle.pop()
+            if process.is_usable:
+                return process
+            process.close()
+        return None
+
+    def _put_back(self, process: _Process) -> None:
+        if process.is_usable and self._nursery is not None:
+            self._idle.append(process)
+        else:
+            process.close()
+
+    async def _fork_for(self, context: Context) -> _Process | None:
+        """Another process for a rollout, however often that takes; None if the rollout is cancelled meanwhile."""
+        delay = RETRY_SECONDS
+        while not context.cancelled:
             try:
-                ending = await process.run(context)
-            except BaseException:
-                self._kill(process)
-                raise
-            finally:
-                del self._running[context]
-                (self._idle.append if process.is_usable else _Process.close)(process)
-            if ending is not None:
-                return ending
+                return await self._fork(context)
+            except AgentProcessError as error:
+                if context.cancelled or self._nursery is None:
+                    break
+                logger.error("No process for an agent; trying again in %g s. %s", delay, error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._wanted[context].wait()
+            delay = min(2 * delay, RETRY_MOST_SECONDS)
+        return None
 
     def cancel(self, context: Context) -> None:
+        if (wanted := self._wanted.get(context)) is not None:
+            wanted.set()
         if (process := self._running.get(context)) is not None:
             process.tell((CANCEL, context.rollout.rollout_id, context.attempt.attempt_id, context.why))
 
     def kill(self, context: Context) -> None:
         if (process := self._running.get(context)) is not None:
-            self._kill(process)
+            process.kill()
 
     abandon = kill
 
-    def _kill(self, process: _Process) -> None:
-        process.killed = True
-        if self._nursery is not None:
-            self._nursery.kill(process.pid)
-
-    async def _fork(self) -> _Process:
-        """Another process, with the agent set up in it."""
+    async def _fork(self, context: Context | None = None) -> _Process:
+        """Another process, with the agent set up in it; that of a rollout may be killed meanwhile."""
         if self._nursery is None:
             raise AgentProcessError("the runner has ended")
         if self._nursery.has_ended:  # killed by somebody, and its processes with it
             self._nursery = _Nursery()
+        nursery = self._nursery
         ours, theirs = socket.socketpair()
-        pid, exited = await self._nursery.fork(theirs)
-        process = _Process(pid, exited, *await asyncio.open_connection(sock=ours))
+        pid, exited = await nursery.fork(theirs)
+        process = _Process(lambda: nursery.kill(pid), exited, *await asyncio.open_connection(sock=ours))
         process.tell(self._setup)
-        await process.ready
+        if context is not None:
+            self._running[context] = process
+        try:
+            await process.ready
+        except BaseException:
+            process.kill()
+            process.close()
+            raise
+        finally:
+            self._running.pop(context, None)  # type: ignore[arg-type]
         return process
 
     async def close(self) -> None:
@@ -208,14 +267,14 @@ class _Nursery:
         self.has_ended = False
         self._control, theirs = socket.socketpair()
         self._control.setblocking(False)
-        call = f"from raystore.runner import nursery; nursery.main({theirs.fileno()})"
         # A session of its own: Ctrl+C is for the driver, and the runner says when to end.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {call}"],
+        starter = subprocess.Popen(
+            [sys.executable, "-c", nursery.PROGRAM.format(path=sys.path, fd=theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+        self._starting = asyncio.create_task(asyncio.to_thread(starter.wait))
         theirs.close()
         self._forking: deque[asyncio.Future[tuple[int, asyncio.Future[int]]]] = deque()
         self._exits: dict[int, asyncio.Future[int]] = {}
@@ -260,9 +319,12 @@ class _Nursery:
 
     async def close(self) -> None:
         """End it, with all that it forked."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_WR)
+        await self._starting
+        await asyncio.wait([self._listening], timeout=CLOSE_SECONDS)  # it closes its end when it has killed them
         self._listening.cancel()
         self._control.close()
-        await asyncio.to_thread(self._process.wait)
 
 
 async def _fetched(resource: Any) -> Any:

@@ -1,8 +1,9 @@
 """A process that forks the processes in which agents run, kills them with their children, and says how they ended.
 
 It has one thread and has imported what every agent needs, so a fork takes milliseconds; a runner's own process (Ray's
-threads, an event loop) could not be forked safely. When its runner ends for whatever reason, so does it, and all that
-it has forked.
+threads, an event loop) could not be forked safely. When its runner ends for whatever reason, it kills all that it has
+forked, and ends. It is no child of the runner, since Ray kills the children of a worker that ends, before they could do
+anything.
 Protocol: a request is (operation, pid), with a socket for the agent's process if it is a fork; a reply is (pid,
 status), where status is FORKED or what `os.waitpid` gave.
 Not here: what happens in a forked process (`child`), asking for one (`forked`).
@@ -21,6 +22,11 @@ from typing import NoReturn
 
 import psutil
 
+#: What an interpreter runs to become a nursery for the socket with this number.
+PROGRAM = (
+    "import os, sys; os.fork() and os._exit(0); "  # the runner waits for the parent; the child is nobody's child then
+    "sys.path[:] = {path!r}; from raystore.runner import nursery; nursery.main({fd})"
+)
 REQUEST = struct.Struct("<cq")
 REPLY = struct.Struct("<qq")
 FORK, KILL = b"f", b"k"
@@ -65,7 +71,7 @@ def main(control_fd: int) -> NoReturn:
                 elif operation == b"":
                     for pid in children:
                         kill_tree(pid)
-                    os._exit(0)
+                    os._exit(0)  # which closes the socket, for a runner that waits
 
 
 def _request(control: socket.socket) -> tuple[bytes, int, socket.socket | None]:
@@ -105,15 +111,15 @@ def _reply(control: socket.socket, pid: int, status: int) -> None:
 
 
 def kill_tree(pid: int) -> None:
-    """End a process that leads its group, with everything that it started."""
+    """End a process that leads its group, with everything that it started; also the calling process itself."""
     try:
         descendants = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         descendants = []
-    _kill_group(pid)
-    for process in descendants:  # those that left the group
+    for process in descendants:  # also those that left the group
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    _kill_group(pid)
 
 
 def _kill_group(pid: int) -> None:

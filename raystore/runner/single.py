@@ -76,13 +76,13 @@ def run_one(
 
 
 async def _call(agent: Any, context: Context) -> None:
-    agent = await agents.load(agent)
+    loaded = await agents.load(agent)
     try:
         with context.active():
-            result = agent(context.rollout.input, context)
-            agents.take_result(context, await result if agents.is_async(agent) else result)
+            result = loaded.call(context.rollout.input, context)
+            agents.take_result(context, await result if loaded.is_async else result)
     finally:
-        await agents.unload(agent)
+        await loaded.close()
 
 
 def _drive(coroutine: Any) -> None:

@@ -62,6 +62,8 @@ class RunnerThreads:
 
     def stop(self, *, drain: bool) -> None:
         """Claim nothing more and end; with `drain`, let what runs finish within five seconds."""
+        if self._thread.ident is None:  # never started
+            return
         self._ask_to_stop(drain)
         self._thread.join(STOP_SECONDS)
         if self._thread.is_alive():

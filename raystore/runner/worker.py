@@ -11,6 +11,7 @@ import asyncio
 import functools
 import logging
 import os
+import socket
 import threading
 import time
 from collections import OrderedDict
@@ -33,6 +34,7 @@ from raystore.errors import (
 from raystore.runner.agents import Agents, Ending
 from raystore.runner.context import STOPPED, Context
 from raystore.runner.outbox import Outbox
+from raystore.spans import Span
 from raystore.types import AttemptedRollout
 
 logger = logging.getLogger("raystore.runner")
@@ -67,6 +69,7 @@ class _Work:
     context: Context
     outbox: Outbox
     full: asyncio.Event = field(default_factory=asyncio.Event)  # enough spans for not waiting any longer
+    refusal: Exception | None = None  # of a span that the store does not take
 
 
 class Runner:
@@ -205,15 +208,24 @@ class Runner:
 
     async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
         spans = work.outbox.close()
+        context = work.context
+        if context.cancelled and ending.status != "succeeded":
+            ending = Ending(None)  # however it took being stopped
+        elif work.refusal is not None and ending.status == "succeeded":
+            ending = _refused(work.refusal)
         if ending.status is not None:
             try:
                 await finish(spans, ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
-            except PayloadTooLargeError as refusal:  # a refused span must not hide behind a success
-                await finish([], "failed", outcome="agent_error", error=str(refusal))
-        elif work.context.stopped:  # in the middle of it, and nobody's fault
-            await finish(spans, "unresponsive", outcome="runner_lost")
-        elif spans:  # the store knows already what became of the attempt
-            await self._store.add_unnumbered_spans(spans)
+            except Exception as refusal:
+                if not _is_refusal(refusal):
+                    raise
+                await self._send(work, spans)
+                ending = _refused(refusal)
+                await finish([], ending.status, outcome=ending.outcome, error=ending.error)
+        else:
+            await self._send(work, spans)  # the store knows what became of the attempt, or is told now:
+            if context.stopped:  # in the middle of it, and nobody's fault
+                await finish([], "unresponsive", outcome="runner_lost")
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
@@ -229,7 +241,7 @@ class Runner:
         if self._running.get((work.context.rollout.rollout_id, work.context.attempt.attempt_id)) is work:
             work.full.set()
         elif spans := work.outbox.take():
-            self._do_aside(self._store.add_unnumbered_spans(spans))
+            self._do_aside(self._send(work, spans))
 
     def _do_aside(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(_reported(lambda: coroutine))
@@ -247,9 +259,26 @@ class Runner:
             work.full.clear()
             if spans := work.outbox.take():
                 try:
-                    await asyncio.shield(self._store.add_unnumbered_spans(spans))
+                    await asyncio.shield(self._send(work, spans))
                 except StoreError as error:
-                    logger.warning("Spans of rollout %s were refused: %s", work.context.rollout.rollout_id, error)
+                    logger.warning("Spans of rollout %s are lost: %s", work.context.rollout.rollout_id, error)
+
+    async def _send(self, work: _Work, spans: list[Span]) -> None:
+        """Send spans; those that are refused are noted, and do not keep the others from being stored."""
+        if not spans:
+            return
+        try:
+            await self._store.add_unnumbered_spans(spans)
+        except Exception as refusal:
+            if not _is_refusal(refusal):
+                raise
+            if len(spans) > 1:
+                for span in spans:
+                    await self._send(work, [span])
+                return
+            work.refusal = work.refusal or refusal
+            rollout_id = work.context.rollout.rollout_id
+            logger.warning("Span %r of rollout %s is refused: %s", spans[0].name, rollout_id, refusal)
 
     async def _resources_of(self, rollout: AttemptedRollout) -> dict[str, Any]:
         """The named resources of the version that was newest at the claim."""
@@ -261,7 +290,9 @@ class Runner:
         key = (resources_id, version)
         if key not in self._cached:
             update = await self._store.get_resources_by_id(resources_id, version)
-            self._cached[key] = dict(update.resources) if update is not None else {}
+            if update is None:
+                raise ResourcesNotFoundError(resources_id)
+            self._cached[key] = dict(update.resources)
             if len(self._cached) > RESOURCES_CACHED:
                 self._cached.popitem(last=False)
         self._cached.move_to_end(key)
@@ -292,10 +323,16 @@ class Runner:
 
     def _overdue(self, key: Key, work: _Work) -> None:
         """The agent took longer than it may: its attempt times out now, and its work is of no use any more."""
+        if work.context.cancelled:
+            return
         seconds = self._options.max_agent_seconds
         error = f"the agent ran for more than max_agent_seconds={seconds:g}"
-        self._do_aside(self._store.finish_attempt(*key, work.outbox.take(), "timeout", outcome="timeout", error=error))
+        self._do_aside(self._time_out(key, work, error))
         self._cancel("timeout", key)
+
+    async def _time_out(self, key: Key, work: _Work, error: str) -> None:
+        await self._send(work, work.outbox.take())
+        await self._store.finish_attempt(*key, [], "timeout", outcome="timeout", error=error)
 
     def _heartbeats(self) -> None:
         process = psutil.Process()
@@ -311,7 +348,12 @@ class Runner:
                 if running:
                     for key in run_blocking(self._store.heartbeat(running)):
                         self._notice("superseded", *key)  # the notice itself was lost with an earlier session
-                stats = {"pid": os.getpid(), "running": len(running), "rss_bytes": process.memory_info().rss}
+                stats = {
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "running": len(running),
+                    "rss_bytes": process.memory_info().rss,
+                }
                 self._store.sync.update_worker(self.worker_id, stats)
             except StoreError as error:
                 logger.warning("Runner %s could not send a heartbeat: %s", self.worker_id, error)
@@ -324,6 +366,16 @@ class Runner:
             if (seconds := work.context.rollout.config.unresponsive_seconds) is not None
         ]
         return max(min([self._options.heartbeat_seconds, *(seconds / 3 for seconds in patience)]), 0.05)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an error is about what was to be sent, and not about the store: too large, or not to be encoded."""
+    return isinstance(error, PayloadTooLargeError) or not isinstance(error, StoreError)
+
+
+def _refused(refusal: Exception) -> Ending:
+    """A refused span must not hide behind a success."""
+    return Ending("failed", "agent_error", f"a span of the agent was refused: {type(refusal).__name__}: {refusal}")
 
 
 async def _reported(report: Callable[[], Any]) -> None:
