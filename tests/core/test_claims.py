@@ -368,3 +368,18 @@ def test_a_heartbeat_tells_what_is_of_no_use_any_more(core):
     told = core.run("heartbeat", session=session, attempts_alive=[*keys, ("ro-gone", "at-gone")])
     assert [key[0] for key in told] == [superseded, cancelled, "ro-gone"]
     assert core.state.entries[fine].latest.last_heartbeat_time == core.now
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"), [("failed", "infra"), ("failed", "dropped"), ("unresponsive", "runner_lost")]
+)
+def test_a_report_of_a_settled_attempt_does_not_reopen_its_rollout(core, status, outcome):
+    """A rollout that has ended stays so, whatever its runner still says of it."""
+    session = core.open("s")
+    core.enqueue(config=[5.0, None, 1, []])
+    (key,) = core.hold(session)
+    core.tick(6)
+    assert core.status(key[0]) == "failed"
+    core.finish(key, status, outcome, session)
+    entry = core.state.entries[key[0]]
+    assert (entry.rollout.status, entry.latest.status, entry.latest.outcome) == ("failed", "timeout", "timeout")

@@ -1,0 +1,367 @@
+"""Edges of runners: late and refused reports, tasks that cannot be opened, agents that misbehave when stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from array import array
+
+import pytest
+import ray
+
+import raystore as rs
+from raystore.types import RolloutConfig
+from tests.helpers import until
+from tests.runners.test_isolation import gone
+
+variable = contextvars.ContextVar("variable", default=0)
+
+
+@pytest.fixture
+def store(make_memory_store):
+    """A store in this process."""
+    return make_memory_store()
+
+
+async def run(store, agent, tasks, **options):
+    """Enqueue tasks, run them with a pool, and return them finished."""
+    config = options.pop("config", None)
+    made = [await store.enqueue_rollout(task, config=config) for task in tasks]
+    async with rs.RunnerPool(store, agent, size=1, **options):
+        return await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=30)
+
+
+@pytest.mark.parametrize("raised", [rs.Abort("down"), rs.Drop("long"), RuntimeError("bad")], ids=repr)
+async def test_a_late_error_does_not_reopen_a_rollout(store, raised):
+    """The rollout timed out and failed; what its agent raises afterwards changes nothing."""
+
+    def agent(task, ctx):
+        time.sleep(0.5)
+        raise raised
+
+    (finished,) = await run(store, agent, ["x"], config=RolloutConfig(timeout_seconds=0.2))
+    assert finished.status == "failed"
+    await asyncio.sleep(0.5)
+    (attempt,) = await store.query_attempts(finished.rollout_id)
+    assert attempt.outcome == "timeout"
+    assert (await store.get_rollout_by_id(finished.rollout_id)).status == "failed"
+
+
+async def test_a_task_that_an_agents_process_cannot_open(make_ray_store):
+    """It fails in the end with the reason, and its place goes on: here, a reference that needs Ray."""
+    store = make_ray_store()
+    finished = await run(store, lambda task, ctx: 1.0, [{"x": ray.put([1])}, "fine"], isolation="process")
+    assert [r.status for r in finished] == ["failed", "succeeded"]
+    attempts = await store.query_attempts(finished[0].rollout_id)
+    assert {a.outcome for a in attempts} == {"infra"} and "cannot be opened in the agent's process" in attempts[0].error
+
+
+async def test_everything_ends_with_a_killed_runner(make_ray_store, tmp_path):
+    """Also an agent that is frozen, and what it started in a session of its own."""
+    store = make_ray_store()
+
+    def agent(task, ctx):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
+        (tmp_path / "writing").write_text(f"{os.getpid()} {child.pid}")
+        (tmp_path / "writing").rename(tmp_path / f"pids-{ctx.attempt.sequence_id}-{task}")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    await store.enqueue_rollout("x")
+    async with rs.RunnerPool(store, agent, size=1, isolation="process"):
+
+        async def started():
+            return list(tmp_path.glob("pids-*"))
+
+        (file,) = await until(started)
+        pids = [int(pid) for pid in file.read_text().split()]
+        worker = await store.get_worker_by_id("runner-0")
+        os.kill(worker.heartbeat_stats["pid"], signal.SIGKILL)
+        await until(lambda: gone(pids), within=10)
+
+
+async def test_a_frozen_agent_ends_with_its_pool(make_ray_store, tmp_path):
+    """A pool that is left in the middle of a rollout leaves no process behind."""
+    store = make_ray_store()
+
+    def agent(task, ctx):
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    await store.enqueue_rollout("x")
+    with pytest.raises(KeyError):
+        async with rs.RunnerPool(store, agent, size=1, isolation="process"):
+
+            async def started():
+                return (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()
+
+            pid = int(await until(started))
+            raise KeyError
+    await until(lambda: gone([pid]), within=10)
+
+
+@pytest.mark.parametrize("flush_seconds", [0.05, 100])
+async def test_a_refused_span_fails_its_attempt_and_no_other_span(make_memory_store, flush_seconds):
+    """Whether it was flushed or came with the final status."""
+    store = make_memory_store(limits={"span_bytes": 100_000})
+
+    def agent(task, ctx):
+        with ctx.span("fine"):
+            pass
+        with ctx.span("large", text="x" * 200_000):
+            pass
+        with ctx.span("fine too"):
+            time.sleep(0.3)
+        if task == "strange":
+            strange = rs.Span.from_attributes(attributes={})
+            strange.__pydantic_extra__["lock"] = threading.Lock()
+            return [strange]
+        return 1.0
+
+    finished = await run(store, agent, ["x", "strange"], flush_seconds=flush_seconds)
+    assert [r.status for r in finished] == ["failed", "failed"]
+    for rollout in finished:
+        names = [s.name for s in await store.query_spans(rollout.rollout_id)]
+        assert names[:2] == ["fine", "fine too"]
+        attempt = await store.get_latest_attempt(rollout.rollout_id)
+        assert attempt.outcome == "agent_error" and "span of the agent was refused" in attempt.error
+
+
+def test_the_interpreter_does_not_wait_for_an_agent():
+    """A pool in this process whose agent goes on for ever: the end of the program is its end."""
+    code = """
+import time, raystore as rs
+def agent(task, ctx):
+    time.sleep(1000)
+store = rs.InMemoryLightningStore()
+store.sync.enqueue_rollout("x")
+pool = rs.RunnerPool(store, agent, size=1)
+pool.start()
+while not store.sync.query_rollouts(status_in=["preparing"]):
+    time.sleep(0.01)
+pool.stop(drain=False)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+
+
+@pytest.mark.parametrize("isolation", ["actor", "process"])
+async def test_an_agent_that_answers_a_stop_with_an_error(store, isolation):
+    """It was stopped all the same: the timeout is retried, and a stopped pool gives the work back."""
+
+    async def agent(task, ctx):
+        with ctx.span("begun"):
+            pass
+        try:
+            await asyncio.sleep(1000 if ctx.attempt.sequence_id == 1 else 0)
+        except asyncio.CancelledError:
+            raise RuntimeError("interrupted") from None
+        return 1.0
+
+    config = RolloutConfig(max_attempts=3, retry_condition=["timeout"])
+    (finished,) = await run(store, agent, ["x"], config=config, max_agent_seconds=0.3, isolation=isolation)
+    attempts = await store.query_attempts(finished.rollout_id)
+    assert (finished.status, [a.outcome for a in attempts]) == ("succeeded", ["timeout", "ok"])
+
+    made = await store.enqueue_rollout("y")
+    pool = rs.RunnerPool(store, agent, size=1, isolation=isolation, flush_seconds=0.05)
+    await asyncio.to_thread(pool.start)
+
+    async def runs():
+        return (await store.get_rollout_by_id(made.rollout_id)).status == "running"
+
+    await until(runs)
+    await asyncio.to_thread(pool.stop, drain=False)
+    assert (await store.get_rollout_by_id(made.rollout_id)).status == "requeuing"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_cancel_right_behind_its_rollout_is_heard_in_its_process(store, is_async):
+    """As soon as the runner has the rollout, when its process may not have begun with it."""
+
+    def agent(task, ctx):
+        while task == "long":
+            ctx.check()
+            time.sleep(0.001)
+
+    async def async_agent(task, ctx):
+        await asyncio.sleep(1000 if task == "long" else 0)
+
+    chosen = async_agent if is_async else agent
+    async with rs.RunnerPool(store, chosen, size=1, isolation="process", cancel_grace_seconds=1000):
+        for number in range(25):
+            made = await store.enqueue_rollout("long")
+            await asyncio.sleep(0.0005 * (number % 10))
+            await store.cancel_rollouts([made.rollout_id])
+        quick = await store.enqueue_rollout("quick")
+        assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
+
+
+async def test_an_attempt_that_was_cancelled_does_not_time_out_too(store):
+    """A deaf agent is over its time only after it was cancelled: the outcome stays."""
+
+    def agent(task, ctx):
+        with ctx.span("begun"):
+            pass
+        time.sleep(1.0)
+        raise RuntimeError("too late")
+
+    made = await store.enqueue_rollout("x")
+    async with rs.RunnerPool(store, agent, size=1, max_agent_seconds=0.6, flush_seconds=0.05):
+
+        async def runs():
+            return (await store.get_rollout_by_id(made.rollout_id)).status == "running"
+
+        await until(runs)
+        await store.cancel_rollouts([made.rollout_id])
+    assert (await store.get_latest_attempt(made.rollout_id)).outcome == "cancelled"
+
+
+async def test_a_process_that_cannot_be_set_up_again_is_tried_again(store, tmp_path):
+    """`setup` fails for a while after a crash: nobody is charged for it."""
+
+    class Agent:
+        def setup(self):
+            if (tmp_path / "crashed").exists() and len(list(tmp_path.glob("try-*"))) < 2:
+                (tmp_path / f"try-{time.monotonic()}").touch()
+                raise OSError("not yet")
+
+        def __call__(self, task, ctx):
+            if not (tmp_path / "crashed").exists():
+                (tmp_path / "crashed").touch()
+                os._exit(1)
+            return 1.0
+
+    (finished,) = await run(store, Agent, ["x"], isolation="process")
+    assert [a.outcome for a in await store.query_attempts(finished.rollout_id)] == ["runner_lost", "ok"]
+    assert len(list(tmp_path.glob("try-*"))) == 2
+
+
+async def test_a_process_that_hangs_in_setup_can_be_cancelled(store, tmp_path):
+    """The rollout that it was made for is cancelled: it is killed, and another one is made for the next."""
+
+    class Agent:
+        def setup(self):
+            if (tmp_path / "crashed").exists() and not (tmp_path / "hung").exists():
+                (tmp_path / "hung").touch()
+                time.sleep(1000)
+
+        def __call__(self, task, ctx):
+            if task == "crash" and not (tmp_path / "crashed").exists():
+                (tmp_path / "crashed").touch()
+                os._exit(1)
+            return 1.0
+
+    made = await store.enqueue_rollout("crash")
+    async with rs.RunnerPool(store, Agent, size=1, isolation="process", cancel_grace_seconds=0.1):
+
+        async def hangs():
+            return (tmp_path / "hung").exists()
+
+        await until(hangs)
+        await store.cancel_rollouts([made.rollout_id])
+        quick = await store.enqueue_rollout("quick")
+        assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
+
+
+@pytest.mark.parametrize("isolation", ["actor", "process"])
+async def test_context_variables_do_not_leak_from_one_rollout_to_the_next(store, isolation):
+    """What an agent sets is gone when it has returned."""
+
+    def agent(task, ctx):
+        from tests.runners.test_edges import variable
+
+        before = variable.get()
+        variable.set(1)
+        return float(before)
+
+    finished = await run(store, agent, range(3), isolation=isolation)
+    assert [r.reward for r in finished] == [0.0, 0.0, 0.0]
+
+
+async def test_what_is_closed_and_how(store, caplog):
+    """An instance that the user made is not closed; an error in `close` is told and harms nobody."""
+    closed = []
+
+    class Agent:
+        def __call__(self, task, ctx):
+            return 1.0
+
+        def close(self):
+            closed.append(1)
+            raise OSError("cannot close")
+
+    assert (await run(store, Agent(), ["x"]))[0].status == "succeeded" and closed == []
+    assert (await run(store, Agent, ["x"]))[0].status == "succeeded" and closed == [1]
+    assert "close() of the agent failed" in caplog.text
+
+
+async def test_packed_arrays_are_copies(store):
+    """An agent that goes on with its array does not change what it has recorded."""
+
+    def agent(task, ctx):
+        prompt = array("i", [1])
+        for _ in range(2):
+            ctx.llm(prompt_ids=prompt, response_ids=[7])
+            prompt.append(7)
+        with ctx.span("mine", ids=prompt):
+            prompt.append(8)
+
+    first, second, mine = rs.run_one(agent, "x").spans
+    assert [list(t.prompt_ids) for t in rs.triplets([first, second])] == [[1], [1, 7]]
+    assert list(mine.attributes["ids"]) == [1, 7, 7]
+
+
+def test_what_is_no_agent():
+    """Found before anything starts."""
+
+    class NotCallable:
+        pass
+
+    def generator(task, ctx):
+        yield 1.0
+
+    with rs.InMemoryLightningStore() as store:
+        for wrong in (NotCallable, generator, 7):
+            with pytest.raises(rs.InvalidValueError, match="agent="):
+                rs.RunnerPool(store, wrong)
+        rs.RunnerPool(store, lambda task, ctx: 1.0).stop()  # never started
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), TimeoutError("no model")], ids=repr)
+async def test_any_error_of_setup_stops_the_start(make_memory_store, make_ray_store, error):
+    """With its text, whatever it is."""
+
+    class Agent:
+        def setup(self):
+            raise error
+
+        def __call__(self, task, ctx):
+            return 1.0
+
+    text = "no model" if isinstance(error, TimeoutError) else "SystemExit"
+    for store in (make_memory_store(), make_ray_store()):
+        with pytest.raises(rs.PoolStartError, match=text):
+            await asyncio.to_thread(rs.RunnerPool(store, Agent, size=1).start)
+
+
+def test_odd_attributes_of_opentelemetry_become_text():
+    """What the SDK lets pass and the model does not: the agent must not fail for its trace."""
+    from opentelemetry.sdk.trace import TracerProvider
+
+    provider = TracerProvider()
+
+    def agent(task, ctx):
+        rs.otel.instrument(provider)
+        attributes = {"mixed": ["a", None], "bytes": b"\xff", "fine": ("a", "b")}
+        with provider.get_tracer("t").start_as_current_span("odd", attributes=attributes):
+            pass
+        return 1.0
+
+    span, _ = rs.run_one(agent, "x").spans
+    assert span.attributes["fine"] == ("a", "b") and "null" in span.attributes["mixed"]
+    assert isinstance(span.attributes["bytes"], str)
