@@ -204,3 +204,14 @@ def test_rows_and_records_decode_alike():
     """A record, and its row from the wire, give the same public object."""
     record = records.Attempt("r", "a", 1, 0.0, None, "running", None, None, None, None, None, None, None, None)
     assert convert.attempt(record) == convert.attempt(list(record.row()))
+
+
+def test_every_method_of_a_store_says_what_it_does():
+    """`help` on a store's method gives the contract's words."""
+    silent = [
+        f"{cls.__name__}.{name}"
+        for cls in (rs.InMemoryLightningStore, rs.RayLightningStore)
+        for name, _ in inspect.getmembers(rs.LightningStore, inspect.isfunction)
+        if not name.startswith("_") and not getattr(cls, name).__doc__
+    ]
+    assert silent == []

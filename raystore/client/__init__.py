@@ -8,6 +8,7 @@ Not here: making stores (`memory`, `ray_store`), the way to a store (`transport`
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 
 from raystore._sync import SyncStore
 from raystore.api import LightningStore
@@ -66,3 +67,14 @@ class StoreClient(
 
     async def check(self) -> None:
         await self._transport.call("check", {})
+
+
+def _document() -> None:
+    """Let `help` say of each method what the contract says."""
+    for name, said in vars(LightningStore).items():
+        method = getattr(StoreClient, name, None)
+        if isinstance(said, FunctionType) and isinstance(method, FunctionType) and method.__doc__ is None:
+            method.__doc__ = said.__doc__
+
+
+_document()

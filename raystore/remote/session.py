@@ -9,6 +9,7 @@ Not here: what operations mean (`client`), the actor's side (`inbox`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import threading
@@ -287,7 +288,8 @@ class Session:
 
     def _cancel_wait(self, operation: Operation) -> None:
         """Nobody waits for a parked call any more; an answer that crosses this still finds it, to be given back."""
-        self.post("cancel_wait", {"of": operation.ticket}, awaited=False, cancels=operation.ticket)
+        with contextlib.suppress(StoreClosedError):  # with the session its waits end
+            self.post("cancel_wait", {"of": operation.ticket}, awaited=False, cancels=operation.ticket)
 
     def tidy(self) -> None:
         """Forget loops that have ended, and see to calls whose coroutines were collected.

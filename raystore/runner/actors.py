@@ -182,17 +182,23 @@ class RunnerActors:
             what, member, future = self._events.get()
             if member is None:
                 return
-            if what == "hello":
-                member.session_id = None if future.exception() else future.result()
-                member.is_ready = True
-            elif what == "explain":
-                if not member.is_ready and not member.ended.is_set() and not self._stopping:
-                    self._explain(f"runner {member.worker_id}")
-            else:
-                member.is_ready = True
-                member.ended.set()
-                if not self._stopping:
-                    self._on_end(member, future.exception())
+            try:
+                self._on_event(what, member, future)
+            except Exception:  # the others are still to be watched
+                logger.exception("Runner %s could not be looked after", member.worker_id)
+
+    def _on_event(self, what: str, member: _Member, future: Any) -> None:
+        if what == "hello":
+            member.session_id = None if future.exception() else future.result()
+            member.is_ready = True
+        elif what == "explain":
+            if not member.is_ready and not member.ended.is_set() and not self._stopping:
+                self._explain(f"runner {member.worker_id}")
+        else:
+            member.is_ready = True
+            member.ended.set()
+            if not self._stopping:
+                self._on_end(member, future.exception())
 
     def _on_end(self, member: _Member, error: BaseException | None) -> None:
         if error is None:

@@ -35,7 +35,7 @@ class Ending:
     status: str | None
     outcome: str | None = None
     error: str | None = None
-    kind: str | None = None  # class and message of an agent's exception
+    place: str | None = None  # where an agent's exception came from, for people; told once
     died: bool = False
 
 
@@ -72,6 +72,14 @@ def check(agent: Any) -> str | None:
             return "a class with __call__(task, ctx)"
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         return "a function that returns, not a generator"
+    try:
+        signature = inspect.signature(inner if inspect.isclass(_inner(agent)) else agent)
+    except ValueError:  # of a function in C, which does not say
+        return None
+    try:
+        signature.bind(*(["self"] if inspect.isclass(_inner(agent)) else []), "task", "ctx")
+    except TypeError:
+        return f"to be called with (task, ctx), but it takes {signature}"
     return None
 
 
@@ -160,9 +168,11 @@ def _ending(error: BaseException, context: Context) -> Ending:
     if isinstance(error, asyncio.CancelledError):
         if context.cancelled:
             return Ending(None)
-        return Ending("failed", "agent_error", f"the agent cancelled itself: {error!r}", "it cancelled itself")
+        return Ending("failed", "agent_error", f"the agent cancelled itself: {error!r}", "cancelled itself")
     text = "".join(traceback.format_exception(error))
-    return Ending("failed", "agent_error", text[-ERROR_CHARACTERS:], f"{type(error).__name__}: {error}"[:200])
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{type(error).__name__} at {raised.filename}:{raised.lineno}"
+    return Ending("failed", "agent_error", text[-ERROR_CHARACTERS:], place)
 
 
 def take_result(context: Context, result: Any) -> None:
@@ -175,6 +185,8 @@ def take_result(context: Context, result: Any) -> None:
         for span in result:
             context.add(span)
     else:
+        hint = ""
         if inspect.iscoroutine(result):
             result.close()
-        raise TypeError(f"the agent returned {result!r}: expected a number (the reward), a list of Span, or None")
+            hint = ". Was an await forgotten? An agent that awaits is an `async def`"
+        raise TypeError(f"the agent returned {result!r}: expected a number (the reward), a list of Span, or None{hint}")

@@ -97,7 +97,8 @@ class _Process:
             return Ending(None)
         if not self._started:
             return None
-        return Ending("unresponsive", "runner_lost", f"the agent's process {_fate(self.exited.result())}", died=True)
+        fate = f"the agent's process {_fate(self.exited.result())}"
+        return Ending("unresponsive", "runner_lost", fate, place="isolation='process'", died=True)
 
     def tell(self, message: Any) -> None:
         """Send a message; to a process that has ended it is lost, which `exited` tells."""

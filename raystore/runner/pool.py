@@ -75,7 +75,7 @@ class RunnerPool:
         if max_agent_seconds is not None:
             durations["max_agent_seconds"] = max_agent_seconds
         for name, seconds in durations.items():
-            if convert.duration(name, seconds) == 0:
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
                 raise InvalidValueError(name, seconds, "a number of seconds, more than 0")
         convert.duration("cancel_grace_seconds", cancel_grace_seconds)
         convert.duration("start_timeout", start_timeout)

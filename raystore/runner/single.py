@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any, TypeVar
 
+from raystore.convert import validated
 from raystore.errors import InvalidValueError
 from raystore.runner import agents
 from raystore.runner.context import Context
 from raystore.spans import Span, find_final_reward
-from raystore.types import Attempt, AttemptedRollout, RolloutConfig
+from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
 
 T = TypeVar("T")
 
@@ -38,6 +39,10 @@ class Run:
     spans: list[Span]
     reward: float | None
 
+    def __repr__(self) -> str:
+        names = ", ".join(span.name for span in self.spans)
+        return f"<Run: reward {self.reward}, {len(self.spans)} spans: {names}>"
+
 
 def run_one(
     agent: Any,
@@ -51,11 +56,11 @@ def run_one(
     Args:
         agent: what `RunnerPool` takes: a function, a coroutine function, or a class with `__call__`.
         task: the rollout's input.
-        resources: by name, for `ctx.resources`.
+        resources: by name, for `ctx.resources`: what `update_resources` takes.
         policy_version: for `ctx.policy_version`.
 
-    Whatever the agent raises comes out as it was raised. Inside a running event loop (a notebook) the agent runs in
-    another thread.
+    Whatever the agent raises comes out as it was raised, with a note of the spans before it. Inside a running event
+    loop (a notebook) the agent runs in another thread.
     """
     if (expected := agents.check(agent)) is not None:
         raise InvalidValueError("agent", agent, expected)
@@ -68,8 +73,12 @@ def run_one(
         rollout_id=rollout_id, input=task, start_time=now, config=RolloutConfig(), status="preparing", attempt=attempt
     )
     spans: list[Span] = []
-    context = Context(rollout, dict(resources or {}), "run_one", spans.append)
-    _drive(_call(agent, context))
+    context = Context(rollout, validated(NamedResources, dict(resources or {})), "run_one", spans.append)
+    try:
+        _drive(_call(agent, context))
+    except Exception as error:
+        error.add_note(f"raystore: spans recorded before: {', '.join(span.name for span in spans) or 'none'}")
+        raise
     for number, span in enumerate(spans, 1):
         span.sequence_id = number
     return Run(rollout, spans, find_final_reward(spans))
@@ -88,8 +97,10 @@ async def _call(agent: Any, context: Context) -> None:
 def _drive(coroutine: Any) -> None:
     """Run to the end here; in another thread if this one has a running event loop."""
     try:
-        asyncio.get_running_loop()
+        running = asyncio.get_running_loop()
     except RuntimeError:
+        running = None
+    if running is None:  # outside of the handler, whose exception would be shown with the agent's
         asyncio.run(coroutine)
         return
     done: Future[None] = Future()

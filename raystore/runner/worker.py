@@ -44,7 +44,7 @@ CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner 
 CLAIM_PAUSE_SECONDS = 0.2  #: before claiming again after a claim that failed
 RESOURCES_CACHED = 8
 EARLY_KEPT = 1_000  #: notices that overtook their claim, or came after the end of their rollout
-KINDS_WARNED = 20  #: kinds of agent errors that a runner tells of in its log
+PLACES_WARNED = 20  #: where agents' errors come from, that a runner tells of in its log
 
 Key = tuple[str, str]  # rollout id, attempt id
 
@@ -193,17 +193,18 @@ class Runner:
             flushing.cancel()
             if overdue is not None:
                 overdue.cancel()
-        if ending.kind is not None:
-            self._warn(rollout, ending.kind)
+        if ending.place is not None:
+            self._warn(rollout, ending.place, ending.error)
         return functools.partial(self._finish, finish, work, ending)
 
-    def _warn(self, rollout: AttemptedRollout, kind: str) -> None:
-        """Tell people of an agent's error, once for each kind: a run in which all fail should not be silent."""
-        if kind not in self._warned and len(self._warned) < KINDS_WARNED:
-            self._warned.add(kind)
+    def _warn(self, rollout: AttemptedRollout, place: str, error: str | None) -> None:
+        """Tell people of an agent's error, once for each place: a run in which all fail should not be silent."""
+        if place not in self._warned and len(self._warned) < PLACES_WARNED:
+            self._warned.add(place)
+            lines = (error or "").strip().splitlines()
             logger.warning(
-                "The agent failed on rollout %s: %s (told once for each kind; the traceback is in attempt.error)",
-                rollout.rollout_id, kind,
+                "The agent failed on rollout %s: %s (%s; told once, the rest is in attempt.error)",
+                rollout.rollout_id, lines[-1][:300] if lines else "", place,
             )  # fmt: skip
 
     async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
@@ -327,6 +328,7 @@ class Runner:
             return
         seconds = self._options.max_agent_seconds
         error = f"the agent ran for more than max_agent_seconds={seconds:g}"
+        self._warn(work.context.rollout, "max_agent_seconds", error)
         self._do_aside(self._time_out(key, work, error))
         self._cancel("timeout", key)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import os
 import signal
 import subprocess
@@ -326,9 +327,11 @@ def test_what_is_no_agent():
         yield 1.0
 
     with rs.InMemoryLightningStore() as store:
-        for wrong in (NotCallable, generator, 7):
+        for wrong in (NotCallable, generator, 7, lambda task: 1.0, lambda a, b, c: 1.0):
             with pytest.raises(rs.InvalidValueError, match="agent="):
                 rs.RunnerPool(store, wrong)
+        for right in (lambda *a: 1.0, functools.partial(lambda x, task, ctx: 1.0, 1), lambda task, ctx, more=1: 1.0):
+            rs.RunnerPool(store, right)
         rs.RunnerPool(store, lambda task, ctx: 1.0).stop()  # never started
 
 

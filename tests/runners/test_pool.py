@@ -419,20 +419,31 @@ async def test_rewards_of_any_kind_of_number():
         assert (attempt.outcome, "Resources nope not found" in attempt.error) == ("infra", True)
 
 
-async def test_agent_errors_are_told_once_for_each_kind(caplog):
+async def test_agent_errors_are_told_once_for_each_place(caplog):
     """A run in which every agent fails is not silent, and not a flood either."""
 
     def agent(task, ctx):
-        raise KeyError("prompt")
+        raise KeyError(f"prompt {task}")
 
     with rs.InMemoryLightningStore() as store, caplog.at_level("WARNING", "raystore.runner"):
         await run(store, agent, range(10), size=1)
     told = [record.getMessage() for record in caplog.records if "The agent failed" in record.getMessage()]
-    assert len(told) == 1 and "KeyError: 'prompt'" in told[0]
+    assert len(told) == 1 and "KeyError: 'prompt 0' (KeyError at" in told[0] and "test_pool.py:" in told[0]
 
 
 @pytest.mark.parametrize(
-    "bad", [{"queues": "default"}, {"queues": ()}, {"heartbeat_seconds": -1}, {"flush_seconds": "a"}], ids=str
+    "bad",
+    [
+        {"queues": "default"},
+        {"queues": ()},
+        {"heartbeat_seconds": -1},
+        {"flush_seconds": "a"},
+        {"max_agent_seconds": 0},
+        {"cancel_grace_seconds": -1},
+        {"isolation": "thread"},
+        {"concurrency": 0},
+    ],
+    ids=str,
 )
 async def test_bad_options_of_a_pool(bad):
     """A pool that would never claim anything, or never send, is not made."""

@@ -119,8 +119,13 @@ def test_run_one_runs_an_agent_without_a_store():
         assert run.spans[0].parent_id == run.spans[1].span_id and [s.sequence_id for s in run.spans] == [1, 2, 3]
         assert rs.triplets(run.spans)[0].policy_version == 2
         assert run.rollout.input == "why?" and run.rollout.attempt.policy_version == 2
-    with pytest.raises(KeyError, match="prompt"):
+    with pytest.raises(KeyError, match="prompt") as raised:
         rs.run_one(agent, "why?")
+    assert raised.value.__notes__ == ["raystore: spans recorded before: chat, think"]
+    assert raised.value.__context__ is None
+    assert repr(run) == "<Run: reward 0.5, 3 spans: chat, think, agentlightning.annotation>"
+    with pytest.raises(ValueError, match="prompt"):  # what no store takes
+        rs.run_one(agent, "why?", {"prompt": "a text"})
     with pytest.raises(rs.Abort):
         rs.run_one(lambda task, ctx: (_ for _ in ()).throw(rs.Abort("down")), "x")
     with pytest.raises(rs.InvalidValueError, match="agent="):
