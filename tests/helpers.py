@@ -7,7 +7,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
 from raystore.types import AttemptedRollout, RolloutConfig, Span
+
+#: For tests of what is the same code on both stores: on Ray, where a runner takes a second to start, in the long form.
+mostly_in_memory = pytest.mark.parametrize(
+    "store", ["memory", pytest.param("ray", marks=pytest.mark.long)], indirect=True
+)
 
 
 def make_span(rollout: Any, sequence_id: int = 1, *, attempt_id: str | None = None, **more: Any) -> Span:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -38,11 +39,16 @@ def check(done, metrics, cwd, *, steps):
 
 def test_prompt_bandit_learns_and_is_reproducible(tmp_path):
     """Two runs with one seed, on different numbers of runners, write the same metrics but for times."""
+    folders = {runners: tmp_path / str(runners) for runners in (2, 3)}
+    with ThreadPoolExecutor() as beside:  # two Rays at once
+        running = {}
+        for runners, folder in folders.items():
+            folder.mkdir()
+            arguments = ("--runners", runners, "--steps", 15, "--seed", 3)
+            running[runners] = beside.submit(example, "01_prompt_bandit", *arguments, cwd=folder)
     without_times = []
-    for runners in (2, 3):
-        folder = tmp_path / str(runners)
-        folder.mkdir()
-        done, metrics = example("01_prompt_bandit", "--runners", runners, "--steps", 15, "--seed", 3, cwd=folder)
+    for runners, folder in folders.items():
+        done, metrics = running[runners].result()
         check(done, metrics, folder, steps=15)
         assert len(done.stdout.splitlines()) <= 25
         without_times.append([{k: v for k, v in line.items() if k != "seconds"} for line in metrics])
@@ -110,7 +116,7 @@ def family(process):
 )
 def test_examples_stop_quietly(tmp_path, name, kills):
     """Ctrl+C in mid-run: back at the prompt within 5 s, no traceback, and no process is left."""
-    command = [sys.executable, "-u", ROOT / "examples" / f"{name}.py", "--steps", "10" if kills else "500"]
+    command = [sys.executable, "-u", ROOT / "examples" / f"{name}.py", "--steps", "6" if kills else "500"]
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=ENVIRONMENT,
         start_new_session=True,

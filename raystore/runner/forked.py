@@ -90,6 +90,8 @@ class _Process:
         if not done.done():  # what it said last is still on its way, unless something that it started keeps its socket
             await asyncio.wait([self._reading], timeout=0.2)
         self._done = None
+        if not self._started:
+            self._resources = None  # they may not have arrived
         if done.done():
             ending: Ending = done.result()
             return ending

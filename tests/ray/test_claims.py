@@ -49,7 +49,7 @@ async def parked(store, count):
     await until(enough)
 
 
-@pytest.mark.parametrize("end", ["kill", "exit"])
+@pytest.mark.parametrize("end", ["kill", pytest.param("exit", marks=pytest.mark.long)])
 @pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.long)])
 async def test_dead_callers_with_a_parked_claim_lose_nothing(make_ray_store, end, count):
     """Work that is handed to processes that have died is offered again within 8 s."""

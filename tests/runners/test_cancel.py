@@ -11,13 +11,7 @@ import pytest
 
 import raystore as rs
 from raystore.types import RolloutConfig
-from tests.helpers import until
-
-
-@pytest.fixture(params=["memory", "ray"])
-def store(request):
-    """A store of either kind, on the system clock."""
-    return request.getfixturevalue(f"make_{request.param}_store")()
+from tests.helpers import mostly_in_memory, until
 
 
 async def running(store, rollout_ids):
@@ -56,6 +50,7 @@ async def sleeping(task, ctx):
     return 1.0
 
 
+@mostly_in_memory
 @pytest.mark.parametrize("agent", [patient, sleeping])
 @pytest.mark.parametrize("by", ["ids", "group", "tags", "timeout", "superseded"])
 async def test_ways_to_be_of_no_use_any_more(store, agent, by):
@@ -102,6 +97,7 @@ async def test_a_cancel_that_overtakes_its_claim(store):
         assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
 
 
+@mostly_in_memory
 async def test_an_agent_that_does_not_listen_is_told_of(store, caplog):
     """It keeps its place until it returns; a warning says what to do."""
 

@@ -57,8 +57,11 @@ async def test_a_late_error_does_not_reopen_a_rollout(store, raised):
 async def test_a_task_that_an_agents_process_cannot_open(make_ray_store):
     """It fails in the end with the reason, and its place goes on: here, a reference that needs Ray."""
     store = make_ray_store()
-    finished = await run(store, lambda task, ctx: 1.0, [{"x": ray.put([1])}, "fine"], isolation="process")
-    assert [r.status for r in finished] == ["failed", "succeeded"]
+    prompt = rs.PromptTemplate(template="here", engine="f-string")
+    await store.update_resources("r", {"prompt": prompt})
+    tasks = [{"x": ray.put([1])}, "fine"]
+    finished = await run(store, lambda task, ctx: len(ctx.resources["prompt"].template), tasks, isolation="process")
+    assert [(r.status, r.reward) for r in finished] == [("failed", None), ("succeeded", 4.0)]
     attempts = await store.query_attempts(finished[0].rollout_id)
     assert {a.outcome for a in attempts} == {"infra"} and "cannot be opened in the agent's process" in attempts[0].error
 

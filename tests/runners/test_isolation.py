@@ -15,13 +15,7 @@ import pytest
 
 import raystore as rs
 from raystore.types import RolloutConfig
-from tests.helpers import until
-
-
-@pytest.fixture(params=["memory", "ray"])
-def store(request):
-    """A store of either kind, on the system clock."""
-    return request.getfixturevalue(f"make_{request.param}_store")()
+from tests.helpers import mostly_in_memory, until
 
 
 async def run(store, agent, tasks, **options):
@@ -84,6 +78,7 @@ async def gone(pids):
     return not any(is_alive(pid) for pid in pids)
 
 
+@mostly_in_memory
 async def test_async_agents_and_classes_in_processes(store):
     """One instance and one event loop in each process; concurrency means as many processes."""
 
@@ -142,6 +137,7 @@ async def test_a_process_is_killed_with_all_that_its_agent_started(store, tmp_pa
     assert (await store.get_latest_attempt(made.rollout_id)).outcome == "cancelled"
 
 
+@mostly_in_memory
 async def test_within_the_grace_period_an_agent_may_clean_up(store):
     """Sync agents see it at check(), async ones are cancelled; what they send then is kept, and the process stays."""
 
@@ -183,6 +179,7 @@ async def test_within_the_grace_period_an_agent_may_clean_up(store):
             assert begun.attributes == (await store.query_spans(quick.rollout_id))[0].attributes  # the same process
 
 
+@mostly_in_memory
 @pytest.mark.parametrize("way", ["SIGKILL", "segfault", "_exit", "exit"])
 async def test_a_process_that_dies_takes_only_its_own_rollout(store, way):
     """It counts as a delivery, is offered again, and fails in the end; its neighbours in other processes go on."""
@@ -232,37 +229,6 @@ async def test_an_agent_that_cannot_be_set_up_in_its_process_stops_the_start(sto
             pass
 
 
-async def test_processes_end_with_a_killed_runner(make_ray_store, tmp_path):
-    """SIGKILL to the runner: its agents' processes and what they started end too; the work is offered again."""
-    store = make_ray_store()
-
-    def agent(task, ctx):
-        if not (tmp_path / "pids").exists():
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-            (tmp_path / "writing").write_text(f"{os.getpid()} {child.pid}")
-            (tmp_path / "writing").rename(tmp_path / "pids")
-            time.sleep(100)
-        return 1.0
-
-    made = await store.enqueue_rollout("x")
-    async with rs.RunnerPool(store, agent, size=1, isolation="process", heartbeat_seconds=0.2):
-
-        async def has_started():
-            return (tmp_path / "pids").exists()
-
-        await until(has_started)
-        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-
-        async def runner_pid():
-            worker = await store.get_worker_by_id("runner-0")
-            return worker.heartbeat_stats["pid"] if worker and worker.heartbeat_stats else None
-
-        os.kill(await until(runner_pid), signal.SIGKILL)
-        (finished,) = await store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=30)
-        assert finished.status == "succeeded"
-        await until(lambda: gone(pids), within=10)
-
-
 async def test_the_nursery_may_be_killed(make_memory_store, tmp_path):
     """The process that forks the others is made anew for the next rollout."""
     store = make_memory_store()
@@ -279,6 +245,7 @@ async def test_the_nursery_may_be_killed(make_memory_store, tmp_path):
     assert [a.outcome for a in await store.query_attempts(finished[1].rollout_id)] == ["runner_lost", "ok"]
 
 
+@mostly_in_memory
 @pytest.mark.parametrize("isolation", ["actor", "process"])
 async def test_an_agent_that_takes_too_long_times_out(store, isolation):
     """After `max_agent_seconds` its attempt has status timeout at once; a retry follows the configuration."""

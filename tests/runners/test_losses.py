@@ -28,7 +28,12 @@ async def pid_of(store, worker_id):
     return await until(known)
 
 
-@pytest.mark.parametrize("way", ["SIGKILL", "segfault", "_exit(0)", "exit_actor"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "way", ["SIGKILL", "segfault", pytest.param("_exit(0)", marks=LONG), pytest.param("exit_actor", marks=LONG)]
+)
 async def test_ways_to_die(make_ray_store, way):
     """Killed, crashed, or ended by itself: the work is offered again at once, and the runner is replaced."""
     store = make_ray_store()

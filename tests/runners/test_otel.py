@@ -15,16 +15,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import raystore as rs
-from tests.helpers import until
+from tests.helpers import mostly_in_memory, until
 
 provider = TracerProvider()
 tracer = provider.get_tracer("an-agent")
-
-
-@pytest.fixture(params=["memory", "ray"])
-def store(request):
-    """A store of either kind, on the system clock."""
-    return request.getfixturevalue(f"make_{request.param}_store")()
 
 
 async def run(store, agent, tasks, **options):
@@ -64,6 +58,7 @@ async def test_a_hundred_concurrent_rollouts_do_not_mix(store):
         check_tree(spans[task], task)
 
 
+@mostly_in_memory
 @pytest.mark.parametrize("isolation", ["actor", "process"])
 async def test_agents_in_threads_and_processes(store, isolation):
     """The same for agents that are not async, which run in threads or in processes of their own."""

@@ -12,13 +12,7 @@ import ray
 
 import raystore as rs
 from raystore.types import RolloutConfig
-from tests.helpers import until
-
-
-@pytest.fixture(params=["memory", "ray"])
-def store(request):
-    """A store of either kind, on the system clock."""
-    return request.getfixturevalue(f"make_{request.param}_store")()
+from tests.helpers import mostly_in_memory, until
 
 
 class Undecodable:
@@ -83,6 +77,7 @@ async def test_async_agents_share_a_runner_without_mixing(store):
         assert names == [f"b{i}", f"a{i}", "agentlightning.annotation"]
 
 
+@mostly_in_memory
 async def test_an_agent_class_has_one_instance_for_each_runner(store):
     """setup once, called for each rollout, closed at the end."""
 
@@ -101,6 +96,7 @@ async def test_an_agent_class_has_one_instance_for_each_runner(store):
     assert sorted(r.reward for r in finished) == [1, 2, 3, 4]
 
 
+@mostly_in_memory
 async def test_what_agents_raise(store):
     """An exception fails its attempt with its traceback; Abort is delivered again, Drop never; the pool goes on."""
 
@@ -127,6 +123,7 @@ async def test_what_agents_raise(store):
     assert spans[0].status.status_code == "ERROR" and spans[0].events[0].name == "exception"
 
 
+@mostly_in_memory
 async def test_agents_that_fail_are_retried_by_configuration(store):
     """A retry condition of the rollout works with the pool."""
     config = RolloutConfig(max_attempts=3, retry_condition=["failed"])
@@ -143,6 +140,7 @@ async def test_agents_that_fail_are_retried_by_configuration(store):
     assert len(await store.query_attempts(made.rollout_id)) == 3
 
 
+@mostly_in_memory
 async def test_heartbeats_keep_a_blocking_agent_alive(store):
     """A slow agent that blocks its thread is not taken for dead."""
 
@@ -158,6 +156,7 @@ async def test_heartbeats_keep_a_blocking_agent_alive(store):
         assert worker.worker_id == "runner-0"
 
 
+@mostly_in_memory
 async def test_short_rollouts_do_not_keep_a_long_one_from_its_heartbeats(store):
     """Each start makes the heartbeat thread look again, and must not make it wait again."""
 
@@ -172,6 +171,7 @@ async def test_short_rollouts_do_not_keep_a_long_one_from_its_heartbeats(store):
         assert (await store.get_worker_by_id("runner-0")).heartbeat_stats["pid"]
 
 
+@mostly_in_memory
 async def test_cancelling_reaches_an_async_agent(store):
     """The agent's task is cancelled, and its slot takes the next rollout."""
 
@@ -216,6 +216,7 @@ async def test_closing_drains_what_runs(store):
     assert statuses[0] == "succeeded" and statuses[-1] == "queuing" and "preparing" not in statuses
 
 
+@mostly_in_memory
 async def test_bad_arguments(store):
     """A pool that cannot work is refused before anything starts."""
     with pytest.raises(ValueError, match="size=0"):
@@ -324,6 +325,7 @@ async def test_users_can_write_their_own_runner(make_ray_store):
     assert len(finished) == 5
 
 
+@mostly_in_memory
 async def test_an_agent_that_cancels_itself_fails_alone(store):
     """A cancellation that did not come from outside is the agent's error; the runner goes on."""
 
@@ -375,6 +377,7 @@ async def test_a_task_that_nobody_can_decode_fails_in_the_end(store):
     assert {a.outcome for a in attempts} == {"infra"} and "cannot be decoded" in attempts[0].error
 
 
+@mostly_in_memory
 @pytest.mark.parametrize("ending", [SystemExit(2), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_an_agent_that_wants_to_end_the_process_fails_alone(store, ending, is_async):

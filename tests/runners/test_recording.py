@@ -11,13 +11,7 @@ import pytest
 
 import raystore as rs
 from raystore import semconv
-from tests.helpers import until
-
-
-@pytest.fixture(params=["memory", "ray"])
-def store(request):
-    """A store of either kind, on the system clock."""
-    return request.getfixturevalue(f"make_{request.param}_store")()
+from tests.helpers import mostly_in_memory, until
 
 
 async def test_model_calls_become_triplets(store):
@@ -142,6 +136,7 @@ async def test_run_one_in_a_running_event_loop():
     assert rs.run_one(agent, "x").reward == 1.0
 
 
+@mostly_in_memory
 async def test_spans_are_flushed_by_bytes(store, tmp_path):
     """64 KiB of spans do not wait for the next flush by time."""
 
@@ -168,6 +163,7 @@ async def test_spans_are_flushed_by_bytes(store, tmp_path):
     assert len(await store.query_spans(made.rollout_id)) == 5
 
 
+@mostly_in_memory
 @pytest.mark.parametrize("isolation", ["actor", "process"])
 async def test_spans_that_end_after_their_rollout_are_kept(store, isolation):
     """A thread that the agent left behind ends its span late: it is stored all the same."""
