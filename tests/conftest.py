@@ -52,8 +52,8 @@ def make_ray_store(cluster: None) -> Iterator[MakeStore]:
     """Makes stores on Ray; checks their invariants and ends them after the test."""
     made: list[Any] = []
 
-    def make(**options: Any) -> Any:
-        made.append(rs.start(**options))
+    def make(start: MakeStore = rs.start, **options: Any) -> Any:
+        made.append(start(**options))
         return made[-1]
 
     yield make
