@@ -116,6 +116,7 @@ def start(
         "namespace": namespace,
         "lifetime": "detached" if detached else None,
         "num_cpus": 0,
+        "memory": 1,  # a byte: Ray asks any node to place an actor without requirements, and that one ignores `here`
         "max_restarts": 0,  # an empty store that looks alive is worse than a dead one
         "max_task_retries": 0,  # clients retry, with an identity
         "max_concurrency": MAX_CONCURRENCY,

@@ -38,8 +38,10 @@ class UsersRunner:
 
 async def main(cluster, second, third):
     head = ray.get_runtime_context().get_node_id()
+    for _ in range(5):
+        with rs.start() as another:
+            assert another.info.node == head, "the store is not on the driver's node"
     async with rs.start() as store:
-        assert store.info.node == head, "the store is not on the driver's node"
         mine = [r.rollout_id for r in await store.enqueue_group("x", 5, queue="mine")]
         there = NodeAffinitySchedulingStrategy(second.node_id, soft=False)
         users = UsersRunner.options(scheduling_strategy=there).remote().run.remote(store.actor, 5)
