@@ -279,8 +279,6 @@ class Session:
                 return
             keys = self.ledger.of(operation)
             parked = operation.ticket in self.parked
-        if self.failure is not None or self._closing:
-            return  # the end of the session gives back everything
         if keys:
             self._decline(keys)
         elif parked:
@@ -288,8 +286,12 @@ class Session:
 
     def _cancel_wait(self, operation: Operation) -> None:
         """Nobody waits for a parked call any more; an answer that crosses this still finds it, to be given back."""
-        with contextlib.suppress(StoreClosedError):  # with the session its waits end
-            self.post("cancel_wait", {"of": operation.ticket}, awaited=False, cancels=operation.ticket)
+        self._tell("cancel_wait", {"of": operation.ticket}, cancels=operation.ticket)
+
+    def _tell(self, verb: str, arguments: dict[str, Any], *, cancels: int | None = None) -> None:
+        """Post what nobody waits for; a session that has ended, or is about to, gives back everything anyway."""
+        with contextlib.suppress(StoreClosedError, StoreUnavailableError):
+            self.post(verb, arguments, awaited=False, cancels=cancels)
 
     def tidy(self) -> None:
         """Forget loops that have ended, and see to calls whose coroutines were collected.
@@ -305,7 +307,7 @@ class Session:
         with self.lock:
             self.ledger.forget(keys)
         for rollout_id, attempt_id in keys:
-            self.post("decline", {"rollout_id": rollout_id, "attempt_id": attempt_id}, awaited=False)
+            self._tell("decline", {"rollout_id": rollout_id, "attempt_id": attempt_id})
 
     # -- what the timer asks -----------------------------------------------------------------------------------------
 

@@ -124,7 +124,10 @@ class RunnerActors:
 
     def start(self) -> None:
         """Start all runners, and wait until they are ready."""
-        members = [self._hire(number) for number in range(self._size)]
+        with self._lock:
+            if self._stopping:
+                raise PoolStartError(self._asked(), _available(), "the pool was stopped")
+            members = [self._hire(number) for number in range(self._size)]
         deadline = time.monotonic() + self._start_timeout
         explain_at = time.monotonic() + min(EXPLAIN_SECONDS, self._start_timeout)
         explained = False
@@ -269,7 +272,7 @@ class RunnerActors:
         import ray
 
         self._stopping = True
-        for member in self._members.values():
+        for member in list(self._members.values()):
             ray.kill(member.actor)
 
 

@@ -66,18 +66,20 @@ def check(agent: Any) -> str | None:
     if not callable(agent):
         return "a function agent(task, ctx), or a class with __call__"
     inner = _inner(agent)
-    if inspect.isclass(inner):
-        inner = next((vars(cls)["__call__"] for cls in inner.__mro__ if "__call__" in vars(cls)), None)
-        if inner is None:
-            return "a class with __call__(task, ctx)"
-    if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
+    is_class = inspect.isclass(inner)
+    called = (
+        next((vars(cls)["__call__"] for cls in inner.__mro__ if "__call__" in vars(cls)), None) if is_class else inner
+    )
+    if called is None:
+        return "a class with __call__(task, ctx)"
+    if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
         return "a function that returns, not a generator"
     try:
-        signature = inspect.signature(inner if inspect.isclass(_inner(agent)) else agent)
+        signature = inspect.signature(called if is_class else agent)
     except ValueError:  # of a function in C, which does not say
         return None
     try:
-        signature.bind(*(["self"] if inspect.isclass(_inner(agent)) else []), "task", "ctx")
+        signature.bind(*(["self"] if is_class else []), "task", "ctx")
     except TypeError:
         return f"to be called with (task, ctx), but it takes {signature}"
     return None

@@ -81,7 +81,6 @@ class _Threads:
     def __init__(self, most: int) -> None:
         self._most = most
         self._started = 0
-        self._idle = 0
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def submit(self, function: Callable[[], Ending]) -> asyncio.Future[Ending]:

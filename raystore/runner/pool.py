@@ -136,7 +136,11 @@ class RunnerPool:
         self.stop(drain=kind is None)
 
     async def __aenter__(self) -> RunnerPool:
-        await asyncio.to_thread(self.start)
+        try:
+            await asyncio.to_thread(self.start)
+        except asyncio.CancelledError:  # the thread goes on, and must not leave runners that nobody stops
+            await asyncio.shield(asyncio.to_thread(self.stop, drain=False))
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:

@@ -334,3 +334,25 @@ async def test_a_bulk_call_cancelled_before_it_leaves_leaves_nothing(make_ray_st
         await task
     left = await store.statistics()
     assert left["total_rollouts"] == 0
+
+
+@pytest.mark.parametrize("end", ["closing", "failed"])
+async def test_a_wait_that_is_given_up_while_its_session_ends(make_ray_store, end):
+    """The word that it is parked comes on a thread of Ray's, where an exception would be noise and hold up others."""
+    store = make_ray_store()
+    session = store._transport.session
+    operation = session.post("dequeue", {"queues": ["default"], "limit": 1, "worker_id": None, "timeout": 60.0})
+
+    async def parked():
+        return operation.ticket in session.parked
+
+    await until(parked)
+    session._closing = end == "closing"
+    session.failure = rs.StoreUnavailableError("s", "test") if end == "failed" else None
+    operation.abandoned = True
+    try:
+        session._settle([(operation, [wire.PARKED])])
+    finally:
+        session._closing, session.failure = False, None
+    session.abandon(operation)
+    assert (await store.statistics())["waiters"] == 0

@@ -216,6 +216,32 @@ async def test_closing_drains_what_runs(store):
     assert statuses[0] == "succeeded" and statuses[-1] == "queuing" and "preparing" not in statuses
 
 
+async def test_a_start_that_is_cancelled_leaves_no_runner(store, tmp_path):
+    """The caller gives up while the runners are being made: none of them is left to claim what comes."""
+
+    class Agent:
+        async def setup(self):
+            (tmp_path / f"setup-{os.getpid()}").touch()
+            await asyncio.sleep(1.5)
+
+        def __call__(self, task, ctx):
+            return 1.0
+
+    pool = rs.RunnerPool(store, Agent, size=1)
+    starting = asyncio.create_task(pool.__aenter__())
+
+    async def begun():
+        return list(tmp_path.glob("setup-*"))
+
+    await until(begun)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    made = await store.enqueue_rollout("x")
+    assert await store.wait_for_rollout(made.rollout_id, timeout=2.5) is None
+    assert (await store.get_rollout_by_id(made.rollout_id)).status == "queuing"
+
+
 @mostly_in_memory
 async def test_bad_arguments(store):
     """A pool that cannot work is refused before anything starts."""
