@@ -122,11 +122,11 @@ def test_examples_stop_quietly(tmp_path, name, kills):
         start_new_session=True,
     )  # fmt: skip
     try:
-        begun = "undisturbed: reward" if kills else "step   0"
-        for line in running.stdout:
-            if line.startswith(begun):
+        begun = 0
+        for line in running.stdout:  # until the first step, or that of the second run, in which runners are killed
+            begun += line.startswith("step   0")
+            if begun == 1 + kills:
                 break
-        time.sleep(1)  # in the middle of something
         started = family(psutil.Process(running.pid))
         assert len(started) > 5
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to all in the foreground

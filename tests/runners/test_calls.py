@@ -8,6 +8,7 @@ import time
 import pytest
 
 import raystore as rs
+from tests.helpers import until
 
 ROLLOUTS = 60
 
@@ -24,7 +25,12 @@ async def test_actor_calls_of_a_runner_with_concurrency_1(make_ray_store, work_w
         return 1.0
 
     async with rs.RunnerPool(store, agent, size=1, heartbeat_seconds=1000):
-        await asyncio.sleep(0.5)  # its first heartbeat is sent
+
+        async def has_begun():
+            worker = await store.get_worker_by_id("runner-0")
+            return worker and worker.heartbeat_stats and (await store.statistics())["waiters"] == 1
+
+        await until(has_begun)  # its first heartbeat is sent, and its claim waits
         before = (await store.statistics())["actor_calls"]
         own = 0  # calls of this process
         if work_waits:
@@ -33,7 +39,10 @@ async def test_actor_calls_of_a_runner_with_concurrency_1(make_ray_store, work_w
         else:
             for _ in range(ROLLOUTS):
                 await store.enqueue_rollout("x")
-                await asyncio.sleep(0.08)  # a rollout takes 0.02 s: each claim finds an empty queue
+                own += 1
+                while (await store.statistics())["waiters"] == 0:  # its next claim finds an empty queue
+                    own += 1
+                    await asyncio.sleep(0.02)
                 own += 1
         while True:
             statistics = await store.statistics()

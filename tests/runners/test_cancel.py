@@ -12,6 +12,7 @@ import pytest
 import raystore as rs
 from raystore.types import RolloutConfig
 from tests.helpers import mostly_in_memory, until
+from tests.runners.sleepers import patient, sleeping
 
 
 async def running(store, rollout_ids):
@@ -22,32 +23,6 @@ async def running(store, rollout_ids):
         return statuses == ["running"] * len(rollout_ids)
 
     await until(all_run)
-
-
-def patient(task, ctx):
-    """An agent that is not async, and looks now and then whether it should stop."""
-    with ctx.span("begun"):
-        pass
-    try:
-        while task == "long":
-            ctx.check()
-            time.sleep(0.005)
-    finally:
-        with ctx.span("ended", why=str(ctx.why), cancelled=ctx.cancelled):
-            pass
-    return 1.0
-
-
-async def sleeping(task, ctx):
-    """An agent that sleeps."""
-    with ctx.span("begun"):
-        pass
-    try:
-        await asyncio.sleep(1000 if task == "long" else 0)
-    finally:
-        with ctx.span("ended", why=str(ctx.why), cancelled=ctx.cancelled):
-            pass
-    return 1.0
 
 
 @mostly_in_memory

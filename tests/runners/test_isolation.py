@@ -16,6 +16,7 @@ import pytest
 import raystore as rs
 from raystore.types import RolloutConfig
 from tests.helpers import mostly_in_memory, until
+from tests.runners.sleepers import patient, sleeping
 
 
 async def run(store, agent, tasks, **options):
@@ -138,45 +139,22 @@ async def test_a_process_is_killed_with_all_that_its_agent_started(store, tmp_pa
 
 
 @mostly_in_memory
-async def test_within_the_grace_period_an_agent_may_clean_up(store):
+@pytest.mark.parametrize("agent", [patient, sleeping])
+async def test_within_the_grace_period_an_agent_may_clean_up(store, agent):
     """Sync agents see it at check(), async ones are cancelled; what they send then is kept, and the process stays."""
+    made = await store.enqueue_rollout("long")
+    async with rs.RunnerPool(store, agent, size=1, isolation="process", flush_seconds=0.05):
 
-    def agent(task, ctx):
-        with ctx.span("begun", pid=os.getpid()):
-            pass
-        with ctx.span("work"):
-            try:
-                while task == "long":
-                    ctx.check()
-                    time.sleep(0.01)
-            finally:
-                with ctx.span("cleanup", why=str(ctx.why)):
-                    pass
+        async def begun():
+            return await store.query_spans(made.rollout_id)
 
-    async def async_agent(task, ctx):
-        with ctx.span("begun", pid=os.getpid()):
-            pass
-        with ctx.span("work"):
-            try:
-                await asyncio.sleep(100 if task == "long" else 0)
-            finally:
-                with ctx.span("cleanup", why=str(ctx.why)):
-                    pass
-
-    for candidate in (agent, async_agent):
-        made = await store.enqueue_rollout("long")
-        async with rs.RunnerPool(store, candidate, size=1, isolation="process", flush_seconds=0.05):
-
-            async def begun(made=made):
-                return await store.query_spans(made.rollout_id)
-
-            assert len(await until(begun)) == 1
-            await store.cancel_rollouts([made.rollout_id])
-            quick = await store.enqueue_rollout("quick")
-            await store.wait_for_rollouts(rollout_ids=[quick.rollout_id], timeout=20)
-            begun, cleanup, _ = await store.query_spans(made.rollout_id)
-            assert (cleanup.name, cleanup.attributes["why"]) == ("cleanup", "cancelled")
-            assert begun.attributes == (await store.query_spans(quick.rollout_id))[0].attributes  # the same process
+        assert len(await until(begun)) == 1
+        await store.cancel_rollouts([made.rollout_id])
+        quick = await store.enqueue_rollout("quick")
+        await store.wait_for_rollouts(rollout_ids=[quick.rollout_id], timeout=20)
+        began, ended = await store.query_spans(made.rollout_id)
+        assert (ended.name, ended.attributes) == ("ended", {"why": "cancelled", "cancelled": True})
+        assert began.attributes == (await store.query_spans(quick.rollout_id))[0].attributes  # the same process
 
 
 @mostly_in_memory

@@ -16,6 +16,7 @@ import ray
 import raystore as rs
 from raystore.types import RolloutConfig
 from tests.helpers import make_span, until
+from tests.runners.sleepers import patient, sleeping
 
 
 async def pid_of(store, worker_id):
@@ -86,37 +87,14 @@ async def test_a_runner_that_dies_before_its_claim_was_acknowledged(make_ray_sto
         assert (attempt.sequence_id, attempt.worker_id) == (1, "runner-0.1")
 
 
-@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("agent", [patient, sleeping])
 @pytest.mark.parametrize(("silence", "frozen"), [(1, 4), pytest.param(5, 20, marks=pytest.mark.long)])
-async def test_a_runner_that_only_looks_dead(make_ray_store, is_async, silence, frozen):
+async def test_a_runner_that_only_looks_dead(make_ray_store, agent, silence, frozen):
     """Frozen, superseded, and back: it is told, what it still writes is kept as late, and it takes other work."""
     store = make_ray_store()
-
-    def agent(task, ctx):
-        with ctx.span("begun"):
-            pass
-        try:
-            while task == "long":
-                ctx.check()
-                time.sleep(0.01)
-        finally:
-            with ctx.span("ended", why=str(ctx.why)):
-                pass
-        return 1.0
-
-    async def async_agent(task, ctx):
-        with ctx.span("begun"):
-            pass
-        try:
-            await asyncio.sleep(1000 if task == "long" else 0)
-        finally:
-            with ctx.span("ended", why=str(ctx.why)):
-                pass
-        return 1.0
-
     config = RolloutConfig(unresponsive_seconds=silence, max_attempts=2, retry_condition=["unresponsive"])
     made = await store.enqueue_rollout("long", config=config)
-    async with rs.RunnerPool(store, async_agent if is_async else agent, size=1, flush_seconds=0.05):
+    async with rs.RunnerPool(store, agent, size=1, flush_seconds=0.05):
 
         async def status_is(status):
             return (await store.get_rollout_by_id(made.rollout_id)).status == status
@@ -140,7 +118,8 @@ async def test_a_runner_that_only_looks_dead(make_ray_store, is_async, silence, 
             return [s.name for s in await store.query_spans(made.rollout_id, first.attempt_id)] == ["begun", "ended"]
 
         await until(late)
-        assert (await store.query_spans(made.rollout_id, first.attempt_id))[-1].attributes == {"why": "superseded"}
+        ended = (await store.query_spans(made.rollout_id, first.attempt_id))[-1]
+        assert ended.attributes == {"why": "superseded", "cancelled": True}
         assert (await store.get_rollout_by_id(made.rollout_id)).status == "running"  # of the second attempt
         assert await store.heartbeat([(made.rollout_id, again.attempt.attempt_id)]) == []
         await store.update_attempt(made.rollout_id, again.attempt.attempt_id, status="succeeded")
