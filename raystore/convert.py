@@ -234,10 +234,9 @@ class Encoder:
         ]
 
     def resources(self, resources: NamedResources) -> tuple[Opaque, bool]:
-        """Named resources as a payload, and whether they hold an object."""
-        checked = validated(NamedResources, resources)
-        holds_objects = any(isinstance(resource, ObjectResource) for resource in checked.values())
-        return encode(checked, "resources", self._value_bytes), holds_objects
+        """Named resources, validated before, as a payload, and whether they hold an object."""
+        holds_objects = any(isinstance(resource, ObjectResource) for resource in resources.values())
+        return encode(resources, "resources", self._value_bytes), holds_objects
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:

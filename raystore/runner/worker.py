@@ -386,7 +386,5 @@ async def _reported(report: Callable[[], Any]) -> None:
         await report()
     except ValueError as error:
         logger.warning("A report came too late and was refused: %s", error)
-    except (
-        Exception
-    ):  # an estimator of spans that raises, an outcome that is unknown: the next rollout is not to suffer
+    except Exception:  # whatever it is, the next rollout is not to suffer from it
         logger.exception("A rollout could not be reported")
