@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo examples test test-long test-ray-oldest lint clean
+.PHONY: demo examples test test-long test-ray-oldest bench bench-long bench-peers lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
@@ -23,6 +23,16 @@ test-long: .venv/installed
 test-ray-oldest: .venv-oldest/installed
 	$(LOCAL) .venv-oldest/bin/python -m pytest tests/ray
 
+# What the store costs, as one table; `make bench ARGS="--quick"`, `make bench ARGS="--only 1,7 --json bench.json"`.
+bench: .venv/installed
+	@$(LOCAL) $(BIN)/python -m benchmarks $(ARGS)
+
+bench-long: .venv/installed
+	@$(LOCAL) $(BIN)/python -m benchmarks --only 19 --long $(ARGS)
+
+# What the benchmarks compare with, in an environment of its own; `make bench` finds it there.
+bench-peers: .venv-peers/installed
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,5 +49,11 @@ lint: .venv/installed
 	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,examples]' 'ray[default]==2.49.*'
 	@touch $@
 
+.venv-peers/installed: Makefile
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@echo "Installing agentlightning into .venv-peers (a minute or so, once) ..."
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check 'agentlightning==0.3.*'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .venv-oldest .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -1,10 +1,11 @@
 """How true the accounted bytes are: fills a core with spans as they come from the wire, and compares with the RSS.
 
-Run `python benchmarks/accounting.py`; each case runs in a process of its own. The overheads in `raystore/core/spans.py`
-and `rollouts.py` were set by this.
+Run `python -m benchmarks.accounting`; each case runs in a process of its own. The overheads in `raystore/core/spans.py`
+and `rollouts.py` were set by this, and row 12 is its mixed case.
 """
 
 import gc
+import json
 import os
 import random
 import subprocess
@@ -19,7 +20,7 @@ from raystore.remote import wire
 CASES = {  # sizes of span bodies, rollouts, spans of each
     "small spans": ([200], 10_000, 10),
     "1.6 KB spans": ([1600], 10_000, 10),
-    "mixed, 200 B to 64 KB": ([200, 1000, 4000, 16_000, 64_000], 1000, 20),
+    "mixed, 200 B to 64 KB": ([200, 1000, 4000, 16_000, 64_000], 5000, 20),
     "one span each": ([200], 50_000, 1),
     "no spans": ([200], 50_000, 0),
 }
@@ -45,7 +46,7 @@ def fill(sizes: list[int], rollouts: int, spans: int) -> tuple[int, int]:
             continue
         rows = [
             [
-                rollout.rollout_id, attempt.attempt_id, index, os.urandom(8).hex(), os.urandom(16).hex(),
+                index, os.urandom(8).hex(), os.urandom(16).hex(),
                 os.urandom(8).hex(), "openai.chat.completion", 1.5, 2.5, None, b"\x01" * rng.choice(sizes), -1,
             ]
             for index in range(spans)
@@ -59,10 +60,9 @@ def fill(sizes: list[int], rollouts: int, spans: int) -> tuple[int, int]:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        accounted, grown = fill(*CASES[sys.argv[1]])
-        print(
-            f"{sys.argv[1]:24} accounted {accounted / 1e6:7.1f} MB  RSS {grown / 1e6:7.1f} MB  {accounted / grown:.2f}"
-        )
+        print(json.dumps(fill(*CASES[sys.argv[1]])))
     else:
         for case in CASES:
-            subprocess.run([sys.executable, __file__, case], check=True)
+            command = [sys.executable, "-m", "benchmarks.accounting", case]
+            accounted, grown = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            print(f"{case:24} accounted {accounted / 1e6:7.1f} MB  RSS {grown / 1e6:7.1f} MB  {accounted / grown:.2f}")

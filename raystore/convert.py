@@ -18,7 +18,7 @@ from raystore.codec import decode, encode
 from raystore.core.payload import Opaque
 from raystore.core.records import Record
 from raystore.errors import InvalidValueError
-from raystore.spans import reward_of
+from raystore.spans import REWARD_SPAN, reward_of
 from raystore.types import (
     Attempt,
     AttemptedRollout,
@@ -60,6 +60,8 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 def validated(annotation: Any, value: Any) -> Any:
     """The value if it is of this type; pydantic's ValidationError if not. Instances of a model stay the same object."""
+    if type(value) is annotation and issubclass(annotation, BaseModel):
+        return value
     return _adapter(annotation).validate_python(value)
 
 
@@ -199,44 +201,61 @@ class Encoder:
         return encoded
 
     def span(self, span: Span, *, numbered: bool = True) -> list[Any]:
-        """A span as index and encoded body, in the order of `core.records.Span`."""
+        """A span as index and encoded body, in the order of `core.records.Span` behind rollout and attempt."""
         values = span.__dict__
-        body = {
-            "status": _dump(values["status"]),
-            "attributes": values["attributes"],
-            "resource": _dump(values["resource"]),
-        }
-        if values["events"]:
-            body["events"] = [_dump(event) for event in values["events"]]
-        if values["links"]:
-            body["links"] = [_dump(link) for link in values["links"]]
-        for name in ("context", "parent"):
-            if values[name] is not None:
-                body[name] = _dump(values[name])
-        if span.__pydantic_extra__:
-            body["extra"] = span.__pydantic_extra__
-        size = -1
-        if self._estimator is not None:
-            size = max(int(self._estimator(span)), 0)
+        body = _body(values, span.__pydantic_extra__)
+        name, span_id = values["name"], values["span_id"]
         return [
-            span.rollout_id,
-            span.attempt_id,
-            span.sequence_id if numbered else -1,
-            span.span_id,
-            span.trace_id,
-            span.parent_id,
-            span.name,
-            span.start_time,
-            span.end_time,
-            reward_of(span.name, span.attributes),
-            encode(body, f"span {span.span_id}", self._span_bytes),
-            size,
+            values["sequence_id"] if numbered else -1,
+            span_id,
+            values["trace_id"],
+            values["parent_id"],
+            name,
+            values["start_time"],
+            values["end_time"],
+            reward_of(name, values["attributes"]) if name == REWARD_SPAN else None,
+            encode(body, f"span {span_id}", self._span_bytes),
+            -1 if self._estimator is None else max(int(self._estimator(span)), 0),
         ]
 
     def resources(self, resources: NamedResources) -> tuple[Opaque, bool]:
         """Named resources, validated before, as a payload, and whether they hold an object."""
         holds_objects = any(isinstance(resource, ObjectResource) for resource in resources.values())
         return encode(resources, "resources", self._value_bytes), holds_objects
+
+
+def _body(values: dict[str, Any], extra: dict[str, Any] | None) -> list[Any]:
+    """What of a span is not in its index, as a list; what is as it nearly always is takes next to no place in it.
+
+    Status (its code alone, if there is no more), attributes, resource (None for the empty one), context and parent
+    (1 for what the index says already), and only if there are any: events, links, fields unknown to the model.
+    """
+    status, resource, context, parent = values["status"], values["resource"], values["context"], values["parent"]
+    body = [
+        status.status_code if status.description is None and not status.__pydantic_extra__ else _dump(status),
+        values["attributes"],
+        _dump(resource) if resource.attributes or resource.schema_url else None,
+        context and (_IN_INDEX if _is_in_index(context, values, values["span_id"]) else _dump(context)),
+        parent and (_IN_INDEX if _is_in_index(parent, values, values["parent_id"]) else _dump(parent)),
+    ]
+    events, links = values["events"], values["links"]
+    if events or links or extra:
+        body += [[_dump(event) for event in events], [_dump(link) for link in links], extra or {}]
+    return body
+
+
+_IN_INDEX = 1
+
+
+def _is_in_index(context: SpanContext, values: dict[str, Any], span_id: str | None) -> bool:
+    """Whether a context says nothing but the ids of a span's index."""
+    return (
+        context.span_id == span_id
+        and context.trace_id == values["trace_id"]
+        and context.is_remote is False
+        and context.trace_state == {}
+        and not context.__pydantic_extra__
+    )
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:
@@ -352,7 +371,10 @@ def span(answer: Row) -> Span:
     """A span, from its index and its body."""
     fields = row(answer)
     rollout_id, attempt_id, sequence_id, span_id, trace_id, parent_id, name, start_time, end_time = fields[:9]
-    body = decode(fields[10])
+    status, attributes, resource, context, parent, *rest = decode(fields[10])
+    events, links, extra = rest or ((), (), None)
+    if type(status) is str:
+        status = {"status_code": status, "description": None}
     return build(
         Span,
         {
@@ -363,18 +385,24 @@ def span(answer: Row) -> Span:
             "span_id": span_id,
             "parent_id": parent_id,
             "name": name,
-            "status": _open(TraceStatus, body["status"]),
-            "attributes": body["attributes"],
-            "events": [_open(Event, event) for event in body.get("events", ())],
-            "links": [_link(link) for link in body.get("links", ())],
+            "status": _open(TraceStatus, status),
+            "attributes": attributes,
+            "events": [_open(Event, event) for event in events],
+            "links": [_link(link) for link in links],
             "start_time": start_time,
             "end_time": end_time,
-            "context": _open(SpanContext, body["context"]) if "context" in body else None,
-            "parent": _open(SpanContext, body["parent"]) if "parent" in body else None,
-            "resource": build(OtelResource, body["resource"]),
+            "context": _context(context, trace_id, span_id),
+            "parent": _context(parent, trace_id, parent_id),
+            "resource": build(OtelResource, resource or {"attributes": {}, "schema_url": ""}),
         },
-        body.get("extra"),
+        extra,
     )
+
+
+def _context(context: Any, trace_id: str, span_id: str) -> SpanContext | None:
+    if context == _IN_INDEX:
+        return build(SpanContext, {"trace_id": trace_id, "span_id": span_id, "is_remote": False, "trace_state": {}})
+    return None if context is None else _open(SpanContext, context)
 
 
 def _open(cls: type[M], values: dict[str, Any]) -> M:

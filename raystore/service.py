@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
 import threading
 import time
@@ -18,20 +19,20 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from raystore import reports
+from raystore import reports, shell
 from raystore.clock import Alarm, Clock, ManualClock
-from raystore.config import StoreConfig, resident_bytes, resolve
+from raystore.config import StoreConfig, resolve
 from raystore.core import check, claims, eviction, verbs, watchdog
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.verbs import VERBS
-from raystore.errors import InvalidValueError, StoreClosedError, StoreCorruptError, StoreError, again
+from raystore.errors import StoreClosedError, StoreCorruptError, StoreError, again
 from raystore.probes import Probes
+from raystore.shell import SHELL
 from raystore.waiters import Deliver, Waiter, Waiters
 
 logger = logging.getLogger("raystore.store")
 
 PROTOCOL = 1  #: version of the session protocol; client and store refuse each other when it differs
-PARKED: Any = object()  #: answer of a call that waits; the real one goes to its `deliver`
 LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of the process
 
 
@@ -58,10 +59,12 @@ class Service:
         self.actor_calls = 0
         self.last_eviction_seconds = 0.0
         self.on_notice: Callable[[str], None] = lambda session_id: None  # wakes the session's listen call
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self._lock = threading.RLock()
         self._alarm = alarm(self._ring)
+        self._seeds = random.Random()  # seeded by the system; ids need to be different, not secret
         self._armed: float | None = None
+        self._armed_for: tuple[Any, ...] = ()
         self._failed: StoreCorruptError | None = None
         self._closed = False
         self._withdrawals_seen = 0
@@ -79,13 +82,19 @@ class Service:
             self.operations += 1
             if self._closed:
                 raise StoreClosedError(self.name or self.store_id)
-            changes = verb in VERBS and VERBS[verb].changes
+            spec = VERBS.get(verb)
+            changes = spec is not None and spec.changes
             if self._failed is not None and changes:
                 raise again(self._failed)
             step = self._step(session)
             try:
-                self._advance(step, verb, arguments)
-                return self._run(step, ticket, verb, arguments, deliver)
+                if watchdog.may_be_due(self.state, step):
+                    self._advance(step, verb, arguments)
+                own = SHELL.get(verb)
+                if own is None:
+                    return verbs.run(self.state, step, verb, arguments)
+                own.require(verb, arguments)
+                return own.run(self, shell.Asked(step, ticket, deliver), **arguments)
             except StoreError:
                 raise  # refused before anything changed
             except Exception:
@@ -93,30 +102,29 @@ class Service:
                     raise
                 self._fail(verb, arguments)
             finally:
-                self._settle(writing=arguments.get("rollout_id"))
+                self._settle(arguments.get("rollout_id"))
 
     def defer(self, action: Callable[[], None]) -> None:
         """Do something before the next operation; may be called from anywhere, a garbage collection included."""
         self._deferred.append(action)
-
-    def _run(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
-        waits = getattr(self, f"_{verb}", None) if verb in _SHELL else None
-        if waits is not None:
-            return waits(step, ticket, deliver, **arguments)
-        return verbs.run(self.state, step, verb, arguments)
 
     def _step(self, session: Session | None = None) -> Step:
         now = self.clock.now()
         if self._armed is not None and now > self._armed + LATE_SECONDS and not self.clock.is_manual:
             watchdog.pause(self.state, Step(now), now - self._armed)
             logger.warning("The store stood still for %.1f s; deadlines move by as much", now - self._armed)
-            self._armed = None
-        return Step(now, seed=secrets.randbits(64), session=session, age=self.clock.age())
+            self._armed, self._armed_for = None, ()
+        age = self.clock.age() if self.clock.is_manual else now
+        return Step(now, seed=self._seeds.getrandbits(64), session=session, age=age)
 
     def _advance(self, step: Step, verb: str = "", arguments: dict[str, Any] | None = None) -> None:
         spec = VERBS.get(verb)
         named = spec.rollouts_named(arguments) if spec and arguments else ()
         watchdog.advance(self.state, step, named)
+
+    def advance(self) -> None:
+        """Work off what is due by now."""
+        self._advance(self._step())
 
     def _fail(self, verb: str, arguments: dict[str, Any]) -> None:
         rollout_id = arguments.get("rollout_id")
@@ -125,123 +133,6 @@ class Service:
         logger.critical("%s", self._failed)
         raise self._failed
 
-    # -- calls that may wait -----------------------------------------------------------------------------------------
-
-    def _dequeue(
-        self,
-        step: Step,
-        ticket: int,
-        deliver: Deliver,
-        *,
-        queues: list[str],
-        limit: int,
-        worker_id: str | None,
-        timeout: float,
-    ) -> Any:
-        arguments = {"queues": queues, "limit": limit, "worker_id": worker_id}
-        claimed = VERBS["dequeue"].run(self.state, step, **arguments)
-        if claimed or timeout <= 0 or limit < 1:
-            return claimed
-        return self._park(step, ticket, "dequeue", arguments, timeout, deliver)
-
-    def _wait(self, step: Step, ticket: int, deliver: Deliver, *, rollout_ids: list[str], timeout: float | None) -> Any:
-        missing = self._unfinished(rollout_ids)
-        if not missing or (timeout is not None and timeout <= 0):
-            return self._finished(rollout_ids)
-        return self._park(step, ticket, "wait", {"rollout_ids": rollout_ids}, timeout, deliver, missing)
-
-    def _sort_out(self, step: Step, ticket: int, deliver: Deliver, *, rollout_ids: list[str]) -> Any:
-        """What is finished of these, and where the completion log stands, and what is not: all of one moment."""
-        finished, cursor = self._finished(rollout_ids)
-        finished.sort(key=lambda rollout: self.state.completions.place(rollout.rollout_id))
-        return finished, (cursor, self._unfinished(rollout_ids))
-
-    def _completed(
-        self,
-        step: Step,
-        ticket: int,
-        deliver: Deliver,
-        *,
-        cursor: int | None,
-        limit: int,
-        timeout: float,
-        filters: dict[str, Any],
-    ) -> Any:
-        items, cursor = verbs.completed_after(self.state, cursor, limit, filters)
-        if items or timeout <= 0:
-            return items, cursor
-        arguments = {"cursor": cursor, "limit": limit, "filters": filters}
-        return self._park(step, ticket, "completed", arguments, timeout, deliver)
-
-    def _changes(
-        self,
-        step: Step,
-        ticket: int,
-        deliver: Deliver,
-        *,
-        cursor: int | None,
-        kinds: list[str] | None,
-        limit: int,
-        timeout: float,
-    ) -> Any:
-        items, cursor = verbs.changes_after(self.state, cursor, kinds, limit)
-        if items or timeout <= 0:
-            return items, cursor
-        return self._park(step, ticket, "changes", {"cursor": cursor, "kinds": kinds, "limit": limit}, timeout, deliver)
-
-    def _park(
-        self,
-        step: Step,
-        ticket: int,
-        verb: str,
-        arguments: dict[str, Any],
-        timeout: float | None,
-        deliver: Deliver,
-        missing: list[str] | None = None,
-    ) -> Any:
-        assert step.session is not None
-        deadline = None if timeout is None else step.now + timeout
-        session_id = step.session.session_id
-        self.waiters.park(session_id, ticket, verb, arguments, deadline, deliver, missing or ())
-        return PARKED
-
-    def _cancel_wait(self, step: Step, ticket: int, deliver: Deliver, *, of: int) -> bool:
-        assert step.session is not None
-        waiter = self.waiters.find(step.session.session_id, of)
-        if waiter is not None:
-            self.waiters.remove(waiter)
-        return waiter is not None
-
-    # -- other operations of the shell -------------------------------------------------------------------------------
-
-    def _acknowledge(self, step: Step, ticket: int, deliver: Deliver, *, keys: list[list[str]]) -> list[AttemptKey]:
-        assert step.session is not None
-        return claims.acknowledge(self.state, step, step.session, [(key[0], key[1]) for key in keys])
-
-    def _statistics(self, step: Step, ticket: int, deliver: Deliver) -> dict[str, Any]:
-        return verbs.statistics(self.state) | {
-            "uptime": time.monotonic() - self._started,
-            "memory_capacity_bytes": self.capacity_bytes,
-            "waiters": len(self.waiters),
-            "operations": self.operations,
-            "actor_calls": self.actor_calls,
-            "last_eviction_seconds": self.last_eviction_seconds,
-            "cpu_seconds": time.process_time(),
-            "rss_bytes": resident_bytes(),
-        }
-
-    def _story(self, step: Step, ticket: int, deliver: Deliver, *, rollout_id: str) -> list[str]:
-        return check.story(self.state, rollout_id)
-
-    def _check(self, step: Step, ticket: int, deliver: Deliver) -> None:
-        check.check(self.state)
-
-    def _tick(self, step: Step, ticket: int, deliver: Deliver, *, seconds: float, sessions: bool) -> None:
-        if not isinstance(self.clock, ManualClock):
-            raise InvalidValueError("clock", self.config.clock, "a store started with clock='manual'")
-        self.clock.tick(seconds, sessions=sessions)
-        self._advance(self._step())
-
     # -- after a step ------------------------------------------------------------------------------------------------
 
     def _settle(self, writing: str | None = None) -> None:
@@ -249,7 +140,16 @@ class Service:
         if self._failed is not None:
             return
         state = self.state
-        self._evict(writing)
+        if state.memory_full or state.total_bytes > state.settings.eviction_bytes:
+            self._evict(writing)
+        if state.has_news or self.waiters or state.withdrawals != self._withdrawals_seen:
+            self._tell()
+        self._object_ids.look(state.resources.object_ids)
+        self._arm()
+
+    def _tell(self) -> None:
+        """Let those who wait have what a step brought, until it brings nothing more."""
+        state = self.state
         while True:
             if state.withdrawals != self._withdrawals_seen:
                 self._withdrawals_seen = state.withdrawals
@@ -281,11 +181,9 @@ class Service:
             waiter.arguments["cursor"] = cursor
             if changes:
                 self._answer(waiter, (changes, cursor))
-        self._object_ids.look(state.resources.object_ids)
         noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
             self.on_notice(session_id)
-        self._arm()
 
     def _answer(self, waiter: Waiter, value: Any) -> bool:
         self.waiters.remove(waiter)
@@ -293,27 +191,20 @@ class Service:
 
     def _answer_wait(self, waiter: Waiter) -> None:
         rollout_ids = waiter.arguments["rollout_ids"]
-        missing = self._unfinished(rollout_ids)
+        missing = shell.unfinished(self.state, rollout_ids)
         if missing:  # one that had finished was queued again meanwhile
             self.waiters.wait_for(waiter, missing)
         else:
-            self._answer(waiter, self._finished(rollout_ids))
+            self._answer(waiter, shell.finished(self.state, rollout_ids))
 
     def _answer_expired(self, waiter: Waiter) -> None:
         arguments = waiter.arguments
         if waiter.verb == "wait":
-            self._answer(waiter, self._finished(arguments["rollout_ids"]))
+            self._answer(waiter, shell.finished(self.state, arguments["rollout_ids"]))
         elif waiter.verb == "dequeue":
             self._answer(waiter, [])
         else:
             self._answer(waiter, ([], arguments["cursor"]))
-
-    def _finished(self, rollout_ids: list[str]) -> Any:
-        return verbs.finished_among(self.state, rollout_ids), self.state.completions.last
-
-    def _unfinished(self, rollout_ids: list[str]) -> list[str]:
-        completions, entries = self.state.completions, self.state.entries
-        return [i for i in rollout_ids if i not in completions and i in entries]
 
     def _offer(self, waiter: Waiter) -> None:
         """Hand work to a call that waits for it, if there is some for it."""
@@ -336,8 +227,6 @@ class Service:
                 claims.take_back(self.state, step, session, key, why="declined")
 
     def _evict(self, writing: str | None) -> None:
-        if self.state.total_bytes <= self.state.settings.eviction_bytes and not self.state.memory_full:
-            return
         started = time.perf_counter()
         done = eviction.run(self.state, self._step(), writing)
         if done is None:
@@ -348,7 +237,18 @@ class Service:
     # -- time --------------------------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        """Set the timer to the next instant at which something happens although nobody calls."""
+        """Set the timer to the next instant at which something may happen although nobody calls.
+
+        It may ring for nothing: what moves a deadline later, or makes it meaningless, leaves it set.
+        """
+        state, waiters = self.state, self.waiters
+        due = (
+            state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest, state.paused,
+            waiters.next_deadline() if waiters else None, self._probes.at,
+        )  # fmt: skip
+        if due == self._armed_for:
+            return
+        self._armed_for = due
         age_deadline = watchdog.next_age_deadline(self.state)
         ages = [deadline for deadline in (age_deadline, self._probes.at) if deadline is not None]
         in_seconds = [max(deadline - self.clock.age(), 0.0) for deadline in ages]
@@ -365,10 +265,11 @@ class Service:
 
     def _ring(self) -> None:
         with self._lock:
+            self._armed_for = ()  # it has rung
             if self._closed or self._failed is not None:
                 return
             try:
-                self._advance(self._step())
+                self.advance()
             except Exception:
                 self._fail("advance", {})
             self._probe()
@@ -445,20 +346,3 @@ class Service:
             "limits": self.config.all_limits(),
             "pid": os.getpid(),
         }
-
-
-_SHELL = frozenset(
-    {
-        "dequeue",
-        "wait",
-        "sort_out",
-        "completed",
-        "changes",
-        "cancel_wait",
-        "acknowledge",
-        "statistics",
-        "story",
-        "check",
-        "tick",
-    }
-)

@@ -20,6 +20,7 @@ LAYERS = [
     ["types"],
     ["api"],
     ["clock", "config", "notices", "probes", "reports", "waiters"],
+    ["shell"],
     ["service"],
     ["calls", "codec"],
     ["convert"],

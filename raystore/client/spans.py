@@ -57,7 +57,7 @@ class SpanMethods(Connection):
         parts: list[list[Span]] = []
         arguments = []
         for (rollout_id, attempt_id), members in groups.items():
-            for first, last in cut([size_of(row[10]) for _, row in members]):
+            for first, last in cut([size_of(row[8]) for _, row in members]):
                 part = members[first:last]
                 parts.append([span for span, _ in part])
                 rows = [row for _, row in part]

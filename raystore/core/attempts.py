@@ -99,10 +99,9 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
         if status in ("succeeded", "failed"):
             changes["end_time"] = step.now
     after = before.evolve(**changes)
-    moved = "worker_id" in changes and step.session is not None
-    if moved or _holder_is_gone(state, entry, before.attempt_id):
+    if "worker_id" in changes:
         state.take_hold(entry, before.attempt_id, step.session)
-    _acknowledge_by_writing(state, entry, before.attempt_id)
+    _hear_of(state, step, entry, before.attempt_id)
     state.put_attempt(entry, index, after)
     if is_latest:
         beat = changes.get("last_heartbeat_time")
@@ -118,17 +117,19 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
     return entry.attempts[index]
 
 
-def _holder_is_gone(state: State, entry: Entry, attempt_id: str) -> bool:
-    holder = state.sessions.get(entry.holders.get(attempt_id, ""))
-    return attempt_id in entry.holders and (holder is None or holder.ended_at is not None)
-
-
-def _acknowledge_by_writing(state: State, entry: Entry, attempt_id: str) -> None:
-    """A write shows that the claim arrived: it is a claim no longer."""
-    session = state.sessions.get(entry.holders.get(attempt_id, ""))
-    key = (entry.rollout.rollout_id, attempt_id)
-    if session is not None and session.claims.pop(key, None) is not None:
-        session.held[key] = None
+def _hear_of(state: State, step: Step, entry: Entry, attempt_id: str) -> None:
+    """Somebody wrote to an attempt: its claim has arrived, and it has a holder again if its own had ended."""
+    holder = entry.holders.get(attempt_id)
+    if holder is None:
+        return
+    session = state.sessions.get(holder)
+    if session is None or session.ended_at is not None:  # it was only silent, and is back in a new session
+        state.take_hold(entry, attempt_id, step.session)
+        session = step.session
+    if session is not None and session.claims:
+        key = (entry.rollout.rollout_id, attempt_id)
+        if session.claims.pop(key, None) is not None:
+            session.held[key] = None
 
 
 def _follow(state: State, step: Step, entry: Entry) -> None:
@@ -248,15 +249,17 @@ def add_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans:
 def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | None) -> None:
     """A sign of life from an attempt."""
     before = entry.attempts[index]
+    is_latest = index == len(entry.attempts) - 1
+    _hear_of(state, step, entry, before.attempt_id)
+    if reward is None and is_latest and before.status == entry.rollout.status == "running":  # nothing moves
+        entry.attempts[index] = before.evolve(last_heartbeat_time=step.now)
+        entry.clocks[-1].beat = step.now - state.paused
+        return
     after = before.evolve(status=attempt_after(before.status, SPAN), last_heartbeat_time=step.now)
     if reward is not None:
         after.reward = reward
-    is_latest = index == len(entry.attempts) - 1
     if after.status != before.status:
         after.outcome = None if is_latest else "superseded"
-    if _holder_is_gone(state, entry, before.attempt_id):  # it was only silent, and is back in a new session
-        state.take_hold(entry, before.attempt_id, step.session)
-    _acknowledge_by_writing(state, entry, before.attempt_id)
     state.put_attempt(entry, index, after)
     if not is_latest:
         return
@@ -289,10 +292,8 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list
             useless.append((rollout_id, attempt_id))
         if attempt.status not in ACTIVE:
             continue
-        if _holder_is_gone(state, entry, attempt_id):
-            state.take_hold(entry, attempt_id, step.session)
+        _hear_of(state, step, entry, attempt_id)
         state.put_attempt(entry, index, attempt.evolve(last_heartbeat_time=step.now))
-        _acknowledge_by_writing(state, entry, attempt_id)
         if index == len(entry.attempts) - 1:
             entry.clocks[-1].beat = step.now - state.paused
     return useless

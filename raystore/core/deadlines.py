@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K")
 
+NEVER = float("inf")
+
 
 class Deadlines(Generic[K]):
     """Deadlines by key; `deadline_of` says when a key is really due, None when it no longer is."""
@@ -23,6 +25,7 @@ class Deadlines(Generic[K]):
         self._earliest: dict[K, float] = {}
         self._tie = 0
         self.fires = 0
+        self.soonest = NEVER  #: nothing is due before this; may be earlier than `next`, which looks closer
 
     def guard(self, key: K) -> None:
         """Make sure that `key` is met no later than its deadline."""
@@ -40,6 +43,7 @@ class Deadlines(Generic[K]):
         if len(self._heap) > 256 and len(self._heap) > 4 * len(self._earliest):
             self._heap = [entry for entry in self._heap if self._earliest.get(entry[2]) == entry[0]]
             heapify(self._heap)
+        self.soonest = self._heap[0][0]
 
     def next(self) -> float | None:
         """The earliest instant at which something may be due."""
@@ -50,11 +54,13 @@ class Deadlines(Generic[K]):
                 continue
             actual = self._deadline_of(key)
             if actual == deadline:
+                self.soonest = deadline
                 return deadline
             heappop(self._heap)
             del self._earliest[key]
             if actual is not None:
                 self._push(actual, key)
+        self.soonest = NEVER
         return None
 
     def due(self, now: float, limit: int) -> Iterator[K]:

@@ -92,26 +92,31 @@ class SpanTable:
         """Store spans of one attempt; one whose id the attempt already has is refused, unless duplicates are kept."""
         held = self._by_rollout.get(rollout_id) or _Stored()
         written = Written([], 0, None)
+        kept, size, highest = held.spans, 0, 0
+        before = len(kept)
         for span in spans:
             key: tuple[str, str] | int = (span.attempt_id, span.span_id)
-            if key in held.spans:
+            if key in kept:
                 if not self._keep_duplicates:
                     written.stored.append(False)
                     continue
-                key = len(held.spans)  # spans of a rollout are only ever removed together, so this is unused
+                key = len(kept)  # spans of a rollout are only ever removed together, so this is unused
             if span.size < 0:  # no custom estimator
-                span.size = accounted(span) + (0 if held.spans else FIRST_SPAN_BYTES)
-            held.spans[key] = span
+                span.size = accounted(span) + (0 if kept else FIRST_SPAN_BYTES)
+            kept[key] = span
             written.stored.append(True)
-            written.bytes += span.size
-            self._lift(rollout_id, span.sequence_id)
+            size += span.size
+            if span.sequence_id > highest:
+                highest = span.sequence_id
             if span.reward is not None:
                 written.reward = span.reward
-        if held.spans:
+        if kept:
             self._by_rollout[rollout_id] = held
-        held.bytes += written.bytes
-        self.bytes += written.bytes
-        self.count += sum(written.stored)
+        written.bytes = size
+        held.bytes += size
+        self.bytes += size
+        self.count += len(kept) - before
+        self._lift(rollout_id, highest)
         return written
 
     # -- reading -------------------------------------------------------------------------------------------------

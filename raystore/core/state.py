@@ -182,6 +182,11 @@ class State:
         self.ended: list[str] = []
         self.withdrawals = 0
 
+    @property
+    def has_news(self) -> bool:
+        """Whether a step left something for the shell to look at."""
+        return bool(self.finished or self.queues_touched or self.noticed or self.ended)
+
     # -- look-ups ------------------------------------------------------------------------------------------------
 
     def entry(self, rollout_id: str) -> Entry:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raystore.core import attempts, claims, query, retention, rollouts, workers
@@ -162,8 +162,8 @@ def _decline(state: State, step: Step, *, rollout_id: str, attempt_id: str) -> b
 # -- spans -------------------------------------------------------------------------------------------------------------
 
 
-def _span(row: Iterable[Any]) -> Span:
-    return Span(*row)
+def _spans(rollout_id: str, attempt_id: str, rows: list[list[Any]]) -> list[Span]:
+    return [Span(rollout_id, attempt_id, *row) for row in rows]
 
 
 def _add_spans(
@@ -172,18 +172,18 @@ def _add_spans(
     *,
     rollout_id: str,
     attempt_id: str,
-    spans: list[Iterable[Any]],
+    spans: list[list[Any]],
     chain: Chain | None = None,
 ) -> list[tuple[bool, int]]:
-    made = [_span(row) for row in spans]
+    made = _spans(rollout_id, attempt_id, spans)
     written = attempts.add_spans(state, step, rollout_id, attempt_id, made)
     return [(stored, span.sequence_id) for stored, span in zip(written.stored, made, strict=True)]
 
 
 def _finish(
-    state: State, step: Step, *, rollout_id: str, attempt_id: str, spans: list[Iterable[Any]], changes: dict[str, Any]
+    state: State, step: Step, *, rollout_id: str, attempt_id: str, spans: list[list[Any]], changes: dict[str, Any]
 ) -> tuple[Attempt, list[bool]]:
-    made = [_span(row) for row in spans]
+    made = _spans(rollout_id, attempt_id, spans)
     attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, changes)
     return attempt, written.stored
 
@@ -367,15 +367,20 @@ class Verb:
     run: Callable[..., Any]
     changes: bool = True
     names: tuple[str, ...] = ()  # arguments that name rollouts
+    _known: frozenset[str] | None = field(init=False)  # None: any, handed on to a query, which changes nothing
+    _required: frozenset[str] = field(init=False)
 
-    def accepts(self, arguments: dict[str, Any]) -> bool:
-        """Whether these are arguments of the verb; a peer's nonsense must not fail inside the core."""
-        if self.run.__kwdefaults__ is None and self.run.__code__.co_flags & inspect.CO_VARKEYWORDS:
-            return True  # handed on to a query, which changes nothing
+    def __post_init__(self) -> None:
         code = self.run.__code__
         known = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-        optional = self.run.__kwdefaults__ or {}
-        return all(name in arguments or name in optional for name in known) and all(name in known for name in arguments)
+        takes_any = bool(code.co_flags & inspect.CO_VARKEYWORDS)
+        object.__setattr__(self, "_known", None if takes_any else frozenset(known))
+        object.__setattr__(self, "_required", frozenset(known) - frozenset(self.run.__kwdefaults__ or ()))
+
+    def require(self, verb: str, arguments: dict[str, Any]) -> None:
+        """Refuse what are no arguments of the verb; a peer's nonsense must not fail inside the core."""
+        if not self._required <= arguments.keys() or not (self._known is None or arguments.keys() <= self._known):
+            raise InvalidValueError("operation", (verb, sorted(arguments)), "a verb of this store with its arguments")
 
     def rollouts_named(self, arguments: dict[str, Any]) -> list[str]:
         """The rollouts a call is about, which time must have caught up with before it runs."""
@@ -396,8 +401,9 @@ def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
     part was refused, later parts are refused alike without being tried.
     """
     spec = VERBS.get(verb)
-    if spec is None or not spec.accepts(arguments):
-        raise InvalidValueError("operation", (verb, sorted(arguments)), "a verb of this store with its arguments")
+    if spec is None:
+        raise InvalidValueError("operation", verb, "a verb of this store")
+    spec.require(verb, arguments)
     if arguments.get("chain") is None:
         return spec.run(state, step, **arguments)
     assert step.session is not None

@@ -18,6 +18,17 @@ from raystore.core.state import Entry, State, Step
 SLICE = 1_000  #: deadlines worked off in one step
 
 
+def may_be_due(state: State, step: Step) -> bool:
+    """Whether `advance` may have something to do; answers quickly, since every operation asks."""
+    return (
+        state.deadlines.soonest < step.now - state.paused
+        or state.claim_deadlines.soonest < step.age
+        or state.session_deadlines.soonest < step.age
+        or state.settings.retention_seconds is not None
+        or state.settings.retention_count is not None
+    )
+
+
 def advance(state: State, step: Step, named: Iterable[str] = ()) -> bool:
     """Work off what is due; whether anything changed."""
     active_now = step.now - state.paused

@@ -19,7 +19,8 @@ from raystore.core.state import Session
 from raystore.core.verbs import VERBS, Many
 from raystore.errors import InvalidValueError, to_record
 from raystore.remote import wire
-from raystore.service import PARKED, Service
+from raystore.service import Service
+from raystore.shell import PARKED
 
 SLICE_SECONDS = 0.005  #: a batch that takes longer lets the others in between
 PAGE_BYTES = 8 * 1024 * 1024  #: a longer answer is sent in parts

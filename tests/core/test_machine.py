@@ -188,7 +188,7 @@ class Machine(RuleBasedStateMachine):
         if attempt is None:
             return
         self._catch_up()
-        row = [*key, -1, f"s{self.core.seed}", "t", None, "n", None, None, None, b"\x01", -1]
+        row = [-1, f"s{self.core.seed}", "t", None, "n", None, None, None, b"\x01", -1]
         self.core.run("add_spans", session=self.session, rollout_id=key[0], attempt_id=key[1], spans=[row])
         attempt.beat = self.core.now
         if attempt.status in ("preparing", "unresponsive"):

@@ -119,7 +119,7 @@ def test_eviction_does_not_sort_everything(make_core):
     ids = [core.enqueue() for _ in range(200)]
     for rollout_id in ids:
         (key,) = core.hold(session)
-        row = [rollout_id, key[1], 1, "s", "t", None, "n", None, None, None, b"x", 1000]
+        row = [1, "s", "t", None, "n", None, None, None, b"x", 1000]
         core.run("add_spans", session=session, rollout_id=rollout_id, attempt_id=key[1], spans=[row])
         core.report(key, "succeeded", session)
     kept = [rollout_id for rollout_id in ids if core.state.spans.has(rollout_id)]
@@ -135,7 +135,7 @@ def test_a_full_store_resumes_once_it_is_below_the_safe_threshold(make_core):
     for _ in range(11):
         ids.append(core.enqueue())
         (key,) = core.hold(session)
-        row = [*key, 1, "s", "t", None, "n", None, None, None, b"x", 1000]
+        row = [1, "s", "t", None, "n", None, None, None, b"x", 1000]
         core.run("add_spans", session=session, rollout_id=key[0], attempt_id=key[1], spans=[row])
         core.report(key, "succeeded", session)
     core.enqueue("next")
@@ -151,7 +151,7 @@ def test_heaps_do_not_grow_with_what_is_gone(core):
     for _ in range(3000):
         rollout_id = core.enqueue()
         (key,) = core.hold(session)
-        row = [*key, 1, "s", "t", None, "n", None, None, None, b"x", -1]
+        row = [1, "s", "t", None, "n", None, None, None, b"x", -1]
         core.run("add_spans", session=session, rollout_id=key[0], attempt_id=key[1], spans=[row])
         core.report(key, "succeeded", session)
         core.run("release", rollout_ids=[rollout_id])

@@ -1,0 +1,112 @@
+"""agentlightning's side of the comparison, as a program in an environment of its own.
+
+`python -m benchmarks.peer serve PORT` is its store behind HTTP; `python -m benchmarks.peer work URL` is a client, and
+`python -m benchmarks.peer work memory` has its store in process. Commands and answers are lines of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+from agentlightning import EnqueueRolloutRequest, InMemoryLightningStore, LightningStoreClient, LightningStoreServer
+from agentlightning.types import Span
+
+from benchmarks import shapes
+
+
+async def serve(port: int) -> None:
+    """Serve until the parent closes our standard input."""
+    server = LightningStoreServer(InMemoryLightningStore(thread_safe=True), "127.0.0.1", port, launch_mode="thread")
+    await server.start()
+    print(json.dumps({"url": server.endpoint}), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop()
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+class Worker:
+    """Does what the benchmark asks, with one store."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.desks: dict[tuple[str, int], list[shapes.Desk]] = {}
+
+    async def enqueue(self, rollouts: int) -> list[str]:
+        requests = [EnqueueRolloutRequest(input={"task": number}) for number in range(rollouts)]
+        return [rollout.rollout_id for rollout in await self.store.enqueue_many_rollouts(requests)]
+
+    async def work(self, shape: str, concurrency: int, rollouts: int) -> float:
+        key = (shape, concurrency)
+        if key not in self.desks:
+            self.desks[key] = shapes.desks(Span, shape, concurrency)
+        return await shapes.work(self.store, shape, self.desks[key], rollouts)
+
+    async def collect(self, rollout_ids: list[str]) -> int:
+        """Wait for rollouts and read their spans, as a driver does."""
+        finished: set[str] = set()
+        while len(finished) < len(rollout_ids):
+            done = await self.store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=0.05)
+            finished = {rollout.rollout_id for rollout in done}
+        count = 0
+        for rollout_id in rollout_ids:
+            count += len(await self.store.query_spans(rollout_id))
+        return count
+
+    async def lifecycle_in_process(self, rollouts: int, concurrency: int) -> float:
+        """In process a store keeps the objects it is given, so every span is one of its own, made beforehand."""
+        workers = shapes.desks(Span, "lifecycle", concurrency)
+        pool = [[span.model_copy() for span in workers[n % concurrency].spans] for n in range(rollouts)]
+        await self.enqueue(rollouts)
+        gc.collect()
+        started = time.perf_counter()
+
+        async def one(desk: shapes.Desk) -> None:
+            while pool:
+                desk.spans = pool.pop()
+                await shapes.lifecycle(self.store, desk)
+
+        await asyncio.gather(*(one(desk) for desk in workers))
+        return time.perf_counter() - started
+
+    async def grow(self, rollouts: int, spans: int) -> float:
+        """Bytes of memory for each stored span."""
+        await self.enqueue(rollouts)
+        gc.collect()
+        before = resident_bytes()
+        for _ in range(rollouts):
+            claimed = await self.store.dequeue_rollout(worker_id="w")
+            for index in range(spans):
+                await self.store.add_span(
+                    Span.from_attributes(
+                        attributes=shapes.llm_attributes(index),
+                        rollout_id=claimed.rollout_id,
+                        attempt_id=claimed.attempt.attempt_id,
+                        sequence_id=index + 1,
+                        name="openai.chat.completion",
+                    )
+                )
+        gc.collect()
+        return (resident_bytes() - before) / (rollouts * spans)
+
+
+async def main(target: str) -> None:
+    store: Any = InMemoryLightningStore(thread_safe=True) if target == "memory" else LightningStoreClient(target)
+    worker = Worker(store)
+    print(json.dumps("ready"), flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        command, arguments = json.loads(line)
+        print(json.dumps(await getattr(worker, command)(**arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(int(sys.argv[2])) if sys.argv[1] == "serve" else main(sys.argv[2]))

@@ -1,0 +1,167 @@
+"""Operations that are the service's own: those that may wait for their answer, and those about the process.
+
+One table, as for the verbs of the core: what may wait is answered at once if it can be, and parked if not.
+Not here: waking what is parked (`service`), decisions (`core`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raystore.clock import ManualClock
+from raystore.config import resident_bytes
+from raystore.core import check, claims, verbs
+from raystore.core.records import Rollout
+from raystore.core.state import AttemptKey, State, Step
+from raystore.core.verbs import VERBS, Verb
+from raystore.errors import InvalidValueError
+from raystore.waiters import Deliver
+
+if TYPE_CHECKING:
+    from raystore.service import Service
+
+PARKED: Any = object()  #: answer of a call that waits; the real one goes to its `deliver`
+
+
+@dataclass(slots=True)
+class Asked:
+    """Who asked, and how to answer later."""
+
+    step: Step
+    ticket: int
+    deliver: Deliver
+
+    @property
+    def session_id(self) -> str:
+        """The session that asked."""
+        assert self.step.session is not None
+        return self.step.session.session_id
+
+
+# -- what may wait -----------------------------------------------------------------------------------------------------
+
+
+def _dequeue(
+    service: Service, asked: Asked, *, queues: list[str], limit: int, worker_id: str | None, timeout: float
+) -> Any:
+    arguments = {"queues": queues, "limit": limit, "worker_id": worker_id}
+    claimed = VERBS["dequeue"].run(service.state, asked.step, **arguments)
+    if claimed or timeout <= 0 or limit < 1:
+        return claimed
+    return _park(service, asked, "dequeue", arguments, timeout)
+
+
+def _wait(service: Service, asked: Asked, *, rollout_ids: list[str], timeout: float | None) -> Any:
+    missing = unfinished(service.state, rollout_ids)
+    if not missing or (timeout is not None and timeout <= 0):
+        return finished(service.state, rollout_ids)
+    return _park(service, asked, "wait", {"rollout_ids": rollout_ids}, timeout, missing)
+
+
+def _sort_out(service: Service, asked: Asked, *, rollout_ids: list[str]) -> Any:
+    """What is finished of these, and where the completion log stands, and what is not: all of one moment."""
+    done, cursor = finished(service.state, rollout_ids)
+    done.sort(key=lambda rollout: service.state.completions.place(rollout.rollout_id))
+    return done, (cursor, unfinished(service.state, rollout_ids))
+
+
+def _completed(
+    service: Service, asked: Asked, *, cursor: int | None, limit: int, timeout: float, filters: dict[str, Any]
+) -> Any:
+    items, cursor = verbs.completed_after(service.state, cursor, limit, filters)
+    if items or timeout <= 0:
+        return items, cursor
+    return _park(service, asked, "completed", {"cursor": cursor, "limit": limit, "filters": filters}, timeout)
+
+
+def _changes(
+    service: Service, asked: Asked, *, cursor: int | None, kinds: list[str] | None, limit: int, timeout: float
+) -> Any:
+    items, cursor = verbs.changes_after(service.state, cursor, kinds, limit)
+    if items or timeout <= 0:
+        return items, cursor
+    return _park(service, asked, "changes", {"cursor": cursor, "kinds": kinds, "limit": limit}, timeout)
+
+
+def _park(
+    service: Service,
+    asked: Asked,
+    verb: str,
+    arguments: dict[str, Any],
+    timeout: float | None,
+    missing: list[str] | None = None,
+) -> Any:
+    deadline = None if timeout is None else asked.step.now + timeout
+    service.waiters.park(asked.session_id, asked.ticket, verb, arguments, deadline, asked.deliver, missing or ())
+    return PARKED
+
+
+def _cancel_wait(service: Service, asked: Asked, *, of: int) -> bool:
+    waiter = service.waiters.find(asked.session_id, of)
+    if waiter is not None:
+        service.waiters.remove(waiter)
+    return waiter is not None
+
+
+def finished(state: State, rollout_ids: list[str]) -> tuple[list[Rollout], int]:
+    """Those that are finished, and where the completion log stands."""
+    return verbs.finished_among(state, rollout_ids), state.completions.last
+
+
+def unfinished(state: State, rollout_ids: list[str]) -> list[str]:
+    """Those that exist and are not finished."""
+    completions, entries = state.completions, state.entries
+    return [i for i in rollout_ids if i not in completions and i in entries]
+
+
+# -- others ------------------------------------------------------------------------------------------------------------
+
+
+def _acknowledge(service: Service, asked: Asked, *, keys: list[list[str]]) -> list[AttemptKey]:
+    assert asked.step.session is not None
+    return claims.acknowledge(service.state, asked.step, asked.step.session, [(key[0], key[1]) for key in keys])
+
+
+def _statistics(service: Service, asked: Asked) -> dict[str, Any]:
+    return verbs.statistics(service.state) | {
+        "uptime": time.monotonic() - service.started,
+        "memory_capacity_bytes": service.capacity_bytes,
+        "waiters": len(service.waiters),
+        "operations": service.operations,
+        "actor_calls": service.actor_calls,
+        "last_eviction_seconds": service.last_eviction_seconds,
+        "cpu_seconds": time.process_time(),
+        "rss_bytes": resident_bytes(),
+    }
+
+
+def _story(service: Service, asked: Asked, *, rollout_id: str) -> list[str]:
+    return check.story(service.state, rollout_id)
+
+
+def _check(service: Service, asked: Asked) -> None:
+    check.check(service.state)
+
+
+def _tick(service: Service, asked: Asked, *, seconds: float, sessions: bool) -> None:
+    if not isinstance(service.clock, ManualClock):
+        raise InvalidValueError("clock", service.config.clock, "a store started with clock='manual'")
+    service.clock.tick(seconds, sessions=sessions)
+    service.advance()
+
+
+SHELL: dict[str, Verb] = {
+    "dequeue": Verb(_dequeue),
+    "wait": Verb(_wait, changes=False),
+    "sort_out": Verb(_sort_out, changes=False),
+    "completed": Verb(_completed, changes=False),
+    "changes": Verb(_changes, changes=False),
+    "cancel_wait": Verb(_cancel_wait, changes=False),
+    "acknowledge": Verb(_acknowledge, changes=False),
+    "statistics": Verb(_statistics, changes=False),
+    "story": Verb(_story, changes=False),
+    "check": Verb(_check, changes=False),
+    "tick": Verb(_tick, changes=False),
+}
