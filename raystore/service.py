@@ -32,7 +32,7 @@ from raystore.waiters import Deliver, Waiter, Waiters
 
 logger = logging.getLogger("raystore.store")
 
-PROTOCOL = 1  #: version of the session protocol; client and store refuse each other when it differs
+PROTOCOL = 2  #: version of the session protocol; client and store refuse each other when it differs
 LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of the process
 
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from raystore.calls import Call
@@ -25,7 +25,7 @@ from raystore.shell import PARKED
 class Transport(Protocol):
     """What a client needs to reach its store."""
 
-    async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
+    def call(self, verb: str, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         """Run one operation and return its answer, or raise the error that is its answer."""
 
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:

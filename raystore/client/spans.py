@@ -35,19 +35,14 @@ class SpanMethods(Connection):
         return list(await self._transport.call("next_numbers", {"rollout_ids": rollout_ids}))
 
     async def add_span(self, span: Span) -> Span | None:
-        stored = await self._add(span, numbered=True)
-        return span if stored else None
-
-    async def _add(self, span: Span, *, numbered: bool) -> bool:
         span = validated(Span, span)
-        row = self._encoder.span(span, numbered=numbered)
+        row = self._encoder.span(span)
         arguments = {"rollout_id": span.rollout_id, "attempt_id": span.attempt_id, "spans": [row]}
-        ((stored, sequence_id),) = await self._transport.call("add_spans", arguments)
-        if not numbered:
-            span.sequence_id = sequence_id
-        if not stored:
-            log_duplicate(span)
-        return bool(stored)
+        ((stored, _),) = await self._transport.call("add_spans", arguments)
+        if stored:
+            return span
+        log_duplicate(span)
+        return None
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         groups: dict[tuple[str, str], list[tuple[Span, list[Any]]]] = {}
@@ -82,7 +77,15 @@ class SpanMethods(Connection):
         self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
     ) -> Span | None:
         span = Span.from_opentelemetry(readable_span, rollout_id, attempt_id, sequence_id or 0)
-        return span if await self._add(span, numbered=sequence_id is not None) else None
+        if sequence_id is not None:
+            return await self.add_span(span)
+        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+        rows = [self._encoder.span(span, numbered=False)]
+        ((stored, span.sequence_id),) = await self._transport.call("add_spans", {**arguments, "spans": rows})
+        if stored:
+            return span
+        log_duplicate(span)
+        return None
 
     async def query_spans(
         self,

@@ -26,8 +26,6 @@ logger = logging.getLogger("raystore.store")
 
 LISTEN_SECONDS = 30.0  #: at most; jittered, so that a thousand clients do not come back at once
 
-Frame = tuple[int, int, bytes, list[Any]]  #: epoch, what became of it (`wire.DONE` ...), body, references
-
 
 class StoreActor:
     """One store as an actor. Its methods are the store's protocol, not its API: wrap the handle in a client."""
@@ -83,46 +81,40 @@ class StoreActor:
             "endpoints": {"spans": self._name, "rollouts": self._name},
         }
 
-    async def exchange(
-        self,
-        client: tuple[int, str],
-        session_id: str,
-        sequence: int,
-        answered: int,
-        body: bytes,
-        refs: dict[int, list[Any]],
-    ) -> Frame:
-        """Run a batch of operations of a session; `client` is its protocol and version."""
+    async def exchange(self, frame: bytes, refs: dict[int, list[Any]] | None = None) -> wire.Answer:
+        """Run a batch of operations of a session; what became of it, and their answers."""
         service = self._open()
-        if client[0] != PROTOCOL:
-            return service.epoch, wire.REFUSED, _own_protocol(), []
+        (protocol, *header), *operations = wire.split(frame, refs)
+        if protocol != PROTOCOL:
+            return wire.pack_answer(service.epoch, wire.REFUSED, _own_protocol())
+        _, session_id, sequence, answered, *more = header
         inbox = self._inboxes.get(session_id)
         if inbox is None:
             # A client whose first batch was never answered is new; its second may overtake its first.
             if answered or session_id in service.state.sessions:
-                return service.epoch, wire.ENDED, b"", []
+                return wire.pack_answer(service.epoch, wire.ENDED)
             inbox = self._inboxes[session_id] = Inbox(service, service.open_session(session_id))
             self._sweep(service)
         if inbox.session.ended_at is not None:
-            return service.epoch, wire.ENDED, b"", []
+            return wire.pack_answer(service.epoch, wire.ENDED)
         service.heard(inbox.session)
         try:
-            answer, answer_refs = await inbox.exchange(sequence, answered, body, refs)
+            return await inbox.exchange(sequence, answered, more, operations)
         except SessionEnded:
-            return service.epoch, wire.ENDED, b"", []
-        return service.epoch, wire.DONE, answer, answer_refs
+            return wire.pack_answer(service.epoch, wire.ENDED)
 
-    async def listen(self, client: tuple[int, str], session_id: str, acknowledged: list[int]) -> Frame:
+    async def listen(self, frame: bytes) -> wire.Answer:
         """Wait for answers of parked calls and for notices of a session."""
         service = self._open()
-        if client[0] != PROTOCOL:
-            return service.epoch, wire.REFUSED, _own_protocol(), []
+        protocol, *header = wire.unpack(frame, [])
+        if protocol != PROTOCOL:
+            return wire.pack_answer(service.epoch, wire.REFUSED, _own_protocol())
+        _, session_id, acknowledged = header
         inbox = self._inboxes.get(session_id)
         if inbox is None or inbox.session.ended_at is not None:
-            return service.epoch, wire.ENDED, b"", []
+            return wire.pack_answer(service.epoch, wire.ENDED)
         service.heard(inbox.session)
-        answer, refs = await inbox.listen(acknowledged, LISTEN_SECONDS * random.uniform(0.7, 1.0))
-        return service.epoch, wire.DONE, answer, refs
+        return await inbox.listen(acknowledged, LISTEN_SECONDS * random.uniform(0.7, 1.0))
 
     def _sweep(self, service: Service) -> None:
         """Forget sessions that the state has forgotten."""
@@ -132,8 +124,8 @@ class StoreActor:
                 del self._inboxes[session_id]
 
 
-def _own_protocol() -> bytes:
-    return f"raystore {__version__}, protocol {PROTOCOL}".encode()
+def _own_protocol() -> str:
+    return f"raystore {__version__}, protocol {PROTOCOL}"
 
 
 def _this_node() -> tuple[str, int]:

@@ -41,7 +41,7 @@ class Inbox:
         self.session = session
         self._expected = 1
         self._turns: dict[int, asyncio.Future[None]] = {}
-        self._running: dict[int, asyncio.Future[tuple[bytes, list[Any]]]] = {}
+        self._running: dict[int, asyncio.Future[wire.Answer]] = {}
         self._kept: dict[int, list[tuple[str, dict[str, Any], Reply]]] = {}
         self._outbox: dict[int, Reply] = {}
         self._notices = itertools.count(-1, -1)
@@ -53,10 +53,11 @@ class Inbox:
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
-    async def exchange(
-        self, sequence: int, answered: int, body: bytes, refs: dict[int, list[Any]]
-    ) -> tuple[bytes, list[Any]]:
-        """Run one batch at its place in the order, once, and return its answers."""
+    async def exchange(self, sequence: int, answered: int, header: list[Any], operations: list[Any]) -> wire.Answer:
+        """Run one batch at its place in the order, once, and return its answers.
+
+        `header`: ticket of the first operation, claims that are acknowledged, tickets whose answers have come.
+        """
         running = self._running.get(sequence)
         if running is not None:  # the same batch again, while the first is under way
             return await asyncio.shield(running)
@@ -69,7 +70,7 @@ class Inbox:
                 await turn
             if self.session.ended_at is not None:
                 raise SessionEnded
-            replies, lost = await self._run(sequence, body, refs)
+            replies, lost = await self._run(sequence, header, operations)
             answer = self._answer(replies, lost)
             done.set_result(answer)
             return answer
@@ -82,18 +83,19 @@ class Inbox:
             del self._running[sequence]
 
     async def _run(
-        self, sequence: int, body: bytes, refs: dict[int, list[Any]]
+        self, sequence: int, header: list[Any], operations: list[Any]
     ) -> tuple[list[Reply], list[tuple[str, str]]]:
-        frames = wire.split(body, refs)
-        first_ticket, acknowledged_claims, acknowledged_tickets = next(frames)
+        first_ticket, acknowledged_claims, acknowledged_tickets = header
         self._forget(acknowledged_tickets)
-        lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged_claims])
+        lost: list[tuple[str, str]] = []
+        if acknowledged_claims:
+            lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged_claims])
         if sequence < self._expected:
             return [self._again(*kept) for kept in self._kept.get(sequence, ())], lost
         replies: list[Reply] = []
         kept: list[tuple[str, dict[str, Any], Reply]] = []
         started = time.perf_counter()
-        for number, (verb, arguments) in enumerate(frames):
+        for number, (verb, arguments) in enumerate(operations):
             reply = self._operation(first_ticket + number, verb, arguments)
             replies.append(reply)
             changes = verb in VERBS and VERBS[verb].changes
@@ -154,12 +156,13 @@ class Inbox:
             return self._operation(0, verb, arguments | {"timeout": 0.0})
         return [wire.VALUE, claimed]
 
-    def _answer(self, replies: list[Reply], lost: list[tuple[str, str]]) -> tuple[bytes, list[Any]]:
+    def _answer(self, replies: list[Reply], lost: list[tuple[str, str]]) -> wire.Answer:
         """Pack the answers, with what waits in the outbox if no listen call is there to take it."""
         self._collect_notices()
         later = list(self._outbox.items()) if self._listener is None else []
         replies = [self._paged(reply) for reply in replies]
-        return wire.pack([replies, [[t, self._paged(reply)] for t, reply in later], lost, self._hint()])
+        later = [(ticket, self._paged(reply)) for ticket, reply in later]
+        return wire.pack_answer(self.service.epoch, wire.DONE, replies, later, lost, self._hint())
 
     def _hint(self) -> tuple[int, bool]:
         """Whether the client should keep a listen call parked; numbered, since answers overtake each other."""
@@ -168,7 +171,7 @@ class Inbox:
 
     # -- answers that come later -------------------------------------------------------------------------------------
 
-    async def listen(self, acknowledged: list[int], seconds: float) -> tuple[bytes, list[Any]]:
+    async def listen(self, acknowledged: list[int], seconds: float) -> wire.Answer:
         """Wait until there is something for the client, or for so long."""
         self._forget(acknowledged)
         if self._listener is not None and not self._listener.done():
@@ -185,7 +188,8 @@ class Inbox:
                 if self._listener is listener:
                     self._listener = None
             self._collect_notices()
-        return wire.pack([[[t, self._paged(reply)] for t, reply in self._outbox.items()], self._hint()])
+        later = [(ticket, self._paged(reply)) for ticket, reply in self._outbox.items()]
+        return wire.pack_answer(self.service.epoch, wire.DONE, later, self._hint())
 
     def wake(self) -> None:
         """Let the parked listen call return."""

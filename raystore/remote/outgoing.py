@@ -53,16 +53,21 @@ class Operation(Call):
 class Batch:
     """Operations under way together."""
 
-    __slots__ = ("body", "failing_since", "operations", "refs", "retries", "sequence", "session_id")
+    __slots__ = ("failing_since", "header", "operations", "refs", "retries", "sequence", "session_id")
 
-    def __init__(self, session_id: str, sequence: int, operations: list[Operation], body: bytes) -> None:
+    def __init__(self, session_id: str, sequence: int, operations: list[Operation], header: list[Any]) -> None:
         self.session_id = session_id
         self.sequence = sequence
         self.operations = operations
-        self.body = body
+        self.header = header  # what the actor's `Inbox.exchange` takes beside the operations
         self.refs = {number: op.refs for number, op in enumerate(operations) if op.refs}
         self.failing_since: float | None = None
         self.retries = 0
+
+    def frame(self, client: tuple[int, str], answered: int) -> bytes:
+        """The batch as it travels."""
+        header = [*client, self.session_id, self.sequence, answered, *self.header]
+        return wire.join(header, [operation.frame for operation in self.operations])
 
     def has(self, ticket: int) -> bool:
         """Whether the operation with this ticket is in it."""

@@ -145,8 +145,7 @@ class Session:
         operations = self.outgoing.take()
         first = operations[0].ticket if operations else 0
         header = [first, self.ledger.take(), self.parked.take_acknowledgements()]
-        body = wire.join(header, [operation.frame for operation in operations])
-        batch = Batch(self.session_id, self._next_sequence, operations, body)
+        batch = Batch(self.session_id, self._next_sequence, operations, header)
         self._next_sequence += 1
         self._under_way[batch.sequence] = batch
         return batch
@@ -164,9 +163,8 @@ class Session:
         if not self.is_connected():
             return
         try:
-            reference = self.handle.exchange.remote(
-                CLIENT, batch.session_id, batch.sequence, self._answered, batch.body, batch.refs
-            )
+            frame = batch.frame(CLIENT, self._answered)
+            reference = self.handle.exchange.remote(*((frame, batch.refs) if batch.refs else (frame,)))
             reference.future().add_done_callback(lambda future: self._on_reply(batch, future))
         except Exception as error:  # Ray has been shut down in this process, or refuses the call
             self.fail(StoreUnavailableError(self.store, f"{type(error).__name__}: {error}"))
@@ -176,19 +174,20 @@ class Session:
     def _on_reply(self, batch: Batch, future: Any) -> None:
         """An answer has come, on a thread of Ray's."""
         try:
-            epoch, outcome, body, refs = future.result()
+            answer = future.result()
         except Exception as error:
             self._on_failure(batch, error)
             return
+        epoch, outcome, *rest = wire.unpack_answer(answer)
         if batch.session_id != self.session_id:
             return  # of a session that was renewed: its operations were sent again
         if outcome == wire.REFUSED:
-            self.fail(ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", body.decode()))
+            self.fail(ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", rest[0]))
             return
         if outcome == wire.ENDED or epoch != self.epoch:
             self._renew(epoch)
             return
-        replies, later, lost, hint = wire.unpack(body, refs)
+        replies, later, lost, hint = rest
         for key in lost:
             logger.warning("The claim of attempt %s of rollout %s was lost: acknowledged too late", key[1], key[0])
         answers = list(zip(batch.operations, replies, strict=True))
@@ -201,14 +200,21 @@ class Session:
             answers = [(op, (reply[0] == wire.PARKED and self.parked.park(op)) or reply) for op, reply in answers]
             self.parked.take_hint(hint)
         self._settle(answers)
-        self._receive(later)
-        self.timer.wake()
+        if later:
+            self._receive(later)
+        if self.parked.wanted and not self.parked.listening:
+            self.timer.wake()
 
     def _settle(self, answers: Iterable[tuple[Operation, list[Any]]]) -> None:
         """Give answers to their callers: one wake-up for each loop, however many they are."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Operation]] = {}
         for operation, reply in answers:
             kind = reply[0]
+            if kind == wire.VALUE and operation.cancels is None and operation.verb != "dequeue":
+                operation.put(reply[1], None)
+                if operation.loop is not None and not operation.abandoned:
+                    by_loop.setdefault(operation.loop, []).append(operation)
+                continue
             if kind == wire.PARKED:
                 if operation.abandoned:
                     self._cancel_wait(operation)
@@ -327,7 +333,7 @@ class Session:
         if not self.is_connected():
             return False
         try:
-            reference = self.handle.listen.remote(CLIENT, session_id, tickets)
+            reference = self.handle.listen.remote(wire.pack([*CLIENT, session_id, tickets])[0])
             reference.future().add_done_callback(lambda future: self._on_listened(session_id, tickets, future))
         except Exception as error:
             self.fail(StoreUnavailableError(self.store, f"{type(error).__name__}: {error}"))
@@ -335,20 +341,21 @@ class Session:
 
     def _on_listened(self, session_id: str, tickets: list[int], future: Any) -> None:
         try:
-            epoch, outcome, body, refs = future.result()
+            answer = future.result()
         except Exception as error:
             with self.lock:
                 self.parked.listened(tickets)
             if not self._has_died(error):
                 self.timer.listen_failed()
             return
+        epoch, outcome, *rest = wire.unpack_answer(answer)
         with self.lock:
             self.parked.listened([])
         if session_id != self.session_id:
             self.timer.wake()
             return
         if outcome == wire.DONE and epoch == self.epoch:
-            later, hint = wire.unpack(body, refs)
+            later, hint = rest
             with self.lock:
                 self.parked.take_hint(hint)
                 self.parked.listened([], wanted=bool(later))  # to acknowledge what came

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from raystore.calls import Call
@@ -23,6 +23,15 @@ from raystore.remote.session import Session
 
 _sessions: dict[str, tuple[int, Session]] = {}  # of this process, by store id, with the process they belong to
 _sessions_lock = threading.Lock()
+_pid = os.getpid()
+
+
+def _note_pid() -> None:
+    global _pid
+    _pid = os.getpid()
+
+
+os.register_at_fork(after_in_child=_note_pid)  # asking the system with every operation would cost more than the lock
 
 
 class ActorTransport:
@@ -39,7 +48,7 @@ class ActorTransport:
     def session(self) -> Session:
         """The session of this process; made at first use, and anew in a forked child."""
         session = self._session
-        if session is not None and self._pid == os.getpid() and session.failure is None:
+        if session is not None and self._pid == _pid and session.failure is None:
             return session
         if self._closed:
             raise StoreClosedError(self._known["name"])
@@ -50,7 +59,7 @@ class ActorTransport:
             if self._handle is None or describe(self._handle)["store_id"] != self._known["store_id"]:
                 return session
         with _sessions_lock:
-            pid = os.getpid()
+            pid = _pid
             if self._session is not None and self._session is not session and self._pid == pid:
                 return self._session  # another thread was quicker
             store_id = self._known["store_id"]
@@ -63,8 +72,8 @@ class ActorTransport:
             self._session, self._pid = found, pid
             return found
 
-    async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
-        return await self.session.call(verb, arguments)
+    def call(self, verb: str, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
+        return self.session.call(verb, arguments)
 
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         return self.session.post(verb, arguments)
@@ -85,7 +94,7 @@ class ActorTransport:
             return
         self._closed = True
         session, self._session = self._session, None
-        if session is None or self._pid != os.getpid():
+        if session is None or self._pid != _pid:
             return
         with _sessions_lock:
             session.users -= 1
@@ -99,7 +108,7 @@ class ActorTransport:
 def close_sessions() -> None:
     """Say goodbye to all stores; at the exit of the process."""
     with _sessions_lock:
-        mine = [session for pid, session in _sessions.values() if pid == os.getpid()]
+        mine = [session for pid, session in _sessions.values() if pid == _pid]
         _sessions.clear()
     for session in mine:
         session.close()

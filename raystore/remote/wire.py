@@ -1,13 +1,14 @@
 """How operations and answers cross to an actor: msgpack frames, with object references beside them.
 
-An operation is packed once by its caller (`pack_operation`), a batch is operations one behind the other, an answer is
-packed as a whole. Records travel as their rows. Payloads stay opaque: their bytes are carried, never opened.
+An operation is packed once by its caller (`pack_operation`); a batch is a list of a header and operations, joined
+without packing them again; an answer is packed as a whole. Everything of a call is in one frame, since Ray carries a
+single `bytes` with the least effort. Records travel as their rows. Payloads stay opaque: their bytes are carried, never
+opened.
 Not here: what the values mean (`convert`), when batches leave (`session`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -25,30 +26,54 @@ VALUE, ERROR, PARKED, NOTICE = range(4)
 DONE, ENDED, REFUSED = range(3)
 
 
-class _Refs(list[Any]):
-    """Collects the references of a frame while it is packed."""
+Answer = bytes | tuple[bytes, list[Any]]  #: a frame, with the references that stand beside it if there are any
 
-    def pack(self, value: Any) -> Any:
+
+class _Packing:
+    """Packs frames and collects the references in them."""
+
+    def __init__(self) -> None:
+        self._refs: list[Any] = []
+        self._packer = msgpack.Packer(default=self._extended, unicode_errors="surrogatepass", autoreset=False)
+
+    def _extended(self, value: Any) -> Any:
         if isinstance(value, Record):
             return value.row()
         if isinstance(value, Payload):
-            place = msgpack.packb([value.data, len(self), len(value.refs)])
-            self.extend(value.refs)
+            place = msgpack.packb([value.data, len(self._refs), len(value.refs)])
+            self._refs.extend(value.refs)
             return msgpack.ExtType(_REFS, place)
         raise TypeError(f"{type(value).__name__} cannot travel: {value!r}")
+
+    def pack(self, value: Any) -> tuple[bytes, list[Any]]:
+        """A frame and the references beside it; of no use any more when it raises."""
+        self._packer.pack(value)
+        frame = bytes(self._packer.bytes())
+        self._packer.reset()
+        refs, self._refs = self._refs, []
+        return frame, refs
+
+
+_spare: list[_Packing] = []  # one costs as much to make as a small frame to pack; out of here while in use
+_SPARE_BYTES = 256 * 1024  # one that has grown beyond this is not kept
 
 
 def pack(value: Any) -> tuple[bytes, list[Any]]:
     """A frame and the references beside it."""
-    refs = _Refs()
-    frame = msgpack.packb(value, default=refs.pack, unicode_errors="surrogatepass")
-    return bytes(frame), list(refs)
+    try:
+        packing = _spare.pop()
+    except IndexError:
+        packing = _Packing()
+    frame, refs = packing.pack(value)
+    if len(frame) <= _SPARE_BYTES:
+        _spare.append(packing)
+    return frame, refs
 
 
 def pack_operation(verb: str, arguments: dict[str, Any]) -> tuple[bytes, list[Any]]:
     """One operation as a frame."""
     try:
-        return pack([verb, arguments])
+        return pack((verb, arguments))
     except OverflowError:
         raise InvalidValueError("arguments", verb, "whole numbers of at most 64 bits") from None
 
@@ -68,28 +93,41 @@ def unpack(frame: bytes, refs: list[Any]) -> Any:
     return msgpack.unpackb(frame, ext_hook=_opener(refs), strict_map_key=False, unicode_errors="surrogatepass")
 
 
+def pack_answer(*values: Any) -> Answer:
+    """What an actor returns."""
+    frame, refs = pack(values)
+    return (frame, refs) if refs else frame
+
+
+def unpack_answer(answer: Answer) -> list[Any]:
+    """The values that an actor returned."""
+    frame, refs = (answer, []) if isinstance(answer, bytes) else answer
+    return list(unpack(frame, refs))
+
+
 def join(header: list[Any], operations: list[bytes]) -> bytes:
-    """A batch: a header, and operations one behind the other."""
-    return b"".join([bytes(msgpack.packb(header)), *operations])
+    """A batch: the list of a header and of operations that are packed already."""
+    count = (len(operations) + 1).to_bytes(4, "big")
+    return b"".join((_LIST, count, pack(header)[0], *operations))
 
 
-def split(body: bytes, refs: dict[int, list[Any]]) -> Iterator[Any]:
-    """The header of a batch, then its operations; `refs` has the references of operations by their number."""
+_LIST = b"\xdd"  # in msgpack, what begins a list whose length follows in four bytes
+
+
+def split(frame: bytes, refs: dict[int, list[Any]] | None) -> list[Any]:
+    """The header of a batch, and its operations; `refs` has the references of operations by their number."""
+    if not refs:
+        return list(unpack(frame, []))
     current: list[Any] = []
     unpacker = msgpack.Unpacker(
         ext_hook=lambda code, data: _opener(current)(code, data),
         strict_map_key=False,
         unicode_errors="surrogatepass",
-        max_buffer_size=len(body) or 1,
+        max_buffer_size=len(frame),
     )
-    unpacker.feed(body)
-    yield unpacker.unpack()
-    number = 0
-    while True:
+    unpacker.feed(frame)
+    values = []
+    for number in range(-1, unpacker.read_array_header() - 1):  # the header comes first
         current = refs.get(number, [])
-        try:
-            operation = unpacker.unpack()
-        except msgpack.OutOfData:
-            return
-        yield operation
-        number += 1
+        values.append(unpacker.unpack())
+    return values

@@ -34,10 +34,11 @@ class Handle:
         self.exchange = self
         self.listen = self
 
-    def remote(self, client, session_id, sequence, *rest):
+    def remote(self, frame):
         answer = Future()
-        if rest:
-            self.batches.append((session_id, sequence))
+        header = wire.unpack(frame, [])
+        if isinstance(header[0], list):  # a batch, not a listen call
+            self.batches.append(tuple(header[0][2:4]))
             outcome = self.script.pop(0)
             if isinstance(outcome, Future):
                 answer = outcome
@@ -52,17 +53,17 @@ class Handle:
 HINTS = itertools.count(1)
 
 
-def answered(*replies, later=(), wanted=False):
+def answered(*replies, later=(), wanted=False, epoch=1):
     """The answer to a batch."""
-    return 1, wire.DONE, wire.pack([list(replies), list(later), [], [next(HINTS), wanted]])[0], []
+    return wire.pack_answer(epoch, wire.DONE, replies, later, [], [next(HINTS), wanted])
 
 
-def done(*values):
+def done(*values, **more):
     """The answer to a batch whose operations succeeded."""
-    return answered(*([wire.VALUE, value] for value in values))
+    return answered(*([wire.VALUE, value] for value in values), **more)
 
 
-ENDED = (1, wire.ENDED, b"", [])
+ENDED = wire.pack_answer(1, wire.ENDED)
 
 
 async def test_a_failed_batch_is_sent_again_with_the_same_identity():
@@ -112,8 +113,7 @@ async def test_clients_give_up_in_the_end(monkeypatch):
 
 async def test_an_answer_of_an_older_incarnation_is_not_accepted():
     """Another epoch means another life of the actor: the operation runs in a session of that one."""
-    old = done([99])
-    handle = Handle((0, *old[1:]), (0, *done([1])[1:]))
+    handle = Handle(done([99], epoch=0), done([1], epoch=0))
     session = Session(handle, "s", 1, 10**6)
     assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [1]
     assert session.epoch == 0

@@ -13,6 +13,7 @@ import pytest
 import ray
 
 import raystore as rs
+from raystore.service import PROTOCOL
 from tests.helpers import until
 
 
@@ -20,7 +21,7 @@ async def test_names(make_ray_store):
     """Without a name a store gets one of its own; `info` says who it is."""
     a, b = make_ray_store(), make_ray_store()
     assert a.info.name != b.info.name and a.info.store_id != b.info.store_id
-    assert (a.info.namespace, a.info.protocol, a.info.capabilities["thread_safe"]) == ("raystore", 1, True)
+    assert (a.info.namespace, a.info.protocol, a.info.capabilities["thread_safe"]) == ("raystore", PROTOCOL, True)
     assert a.info.limits["value_bytes"] == 16 * 2**20
     assert {a.info.name, b.info.name} <= {info.name for info in rs.list_stores()}
     assert a.info.name in repr(a)

@@ -114,28 +114,24 @@ async def test_sync_twin_works_inside_a_running_loop(make_ray_store):
     assert (await store.statistics())["sessions"] == 1
 
 
-def _body(first_ticket, *operations):
+async def _exchange(store, session_id, sequence, first_ticket, *operations, client=CLIENT):
     packed = [wire.pack_operation(verb, arguments)[0] for verb, arguments in operations]
-    return wire.join([first_ticket, [], []], packed)
-
-
-async def _exchange(store, session_id, sequence, body, answered=0):
-    _, outcome, answer, refs = await store.actor.exchange.remote(CLIENT, session_id, sequence, answered, body, {})
-    return outcome, wire.unpack(answer, refs)[0] if outcome == wire.DONE else answer
+    frame = wire.join([*client, session_id, sequence, 0, first_ticket, [], []], packed)
+    _, outcome, *rest = wire.unpack_answer(await store.actor.exchange.remote(frame))
+    return outcome, rest[0] if rest else None
 
 
 async def test_a_repeated_batch_has_its_effect_once(make_ray_store):
     """The same batch again gets the same answer: enqueued once, claimed once, numbered once."""
     store = make_ray_store()
-    body = _body(
-        1,
+    operations = (
         ("enqueue", {"requests": [{"input": b"\x01\xa1x", "metadata": b"\x01\x80"}]}),
         ("dequeue", {"queues": ["default"], "limit": 1, "worker_id": None, "timeout": 0.0}),
         ("next_numbers", {"rollout_ids": ["r"]}),
         ("get_latest_resources", {}),
     )
-    first = await _exchange(store, "s", 1, body)
-    again = await _exchange(store, "s", 1, body)
+    first = await _exchange(store, "s", 1, 1, *operations)
+    again = await _exchange(store, "s", 1, 1, *operations)
     assert first == again and first[0] == wire.DONE
     found = await store.statistics()
     assert (found["total_rollouts"], found["total_attempts"]) == (1, 1)
@@ -145,10 +141,10 @@ async def test_a_repeated_batch_has_its_effect_once(make_ray_store):
 async def test_a_batch_that_came_early_is_held(make_ray_store):
     """The second batch runs after the first, whenever they arrive."""
     store = make_ray_store()
-    second = asyncio.ensure_future(_exchange(store, "s", 2, _body(2, ("next_numbers", {"rollout_ids": ["r"]}))))
+    second = asyncio.ensure_future(_exchange(store, "s", 2, 2, ("next_numbers", {"rollout_ids": ["r"]})))
     await asyncio.sleep(0.3)
     assert not second.done()
-    _, first = await _exchange(store, "s", 1, _body(1, ("next_numbers", {"rollout_ids": ["r"]})))
+    _, first = await _exchange(store, "s", 1, 1, ("next_numbers", {"rollout_ids": ["r"]}))
     assert first == [[wire.VALUE, [1]]]
     assert (await second)[1] == [[wire.VALUE, [2]]]
 
@@ -161,7 +157,7 @@ async def test_a_batch_of_an_ended_session_is_not_executed(make_ray_store):
     other = rs.RayLightningStore(store.actor)
     assert session.session_id == other.session_id
     before = session.session_id
-    outcome, _ = await _exchange(store, "judge", 1, _body(1, ("report_session", {"session_id": before})))
+    outcome, _ = await _exchange(store, "judge", 1, 1, ("report_session", {"session_id": before}))
     assert outcome == wire.DONE
     made = await store.enqueue_rollout("after")
     assert session.session_id != before
@@ -180,7 +176,7 @@ async def test_parked_calls_survive_the_end_of_their_session(make_ray_store):
 
     await until(parked)
     session_id = store.session_id
-    await _exchange(store, "judge", 1, _body(1, ("report_session", {"session_id": session_id})))
+    await _exchange(store, "judge", 1, 1, ("report_session", {"session_id": session_id}))
     await store.cancel_rollouts([made.rollout_id])
     assert [r.status for r in await waiting] == ["cancelled"]
 
@@ -188,10 +184,10 @@ async def test_parked_calls_survive_the_end_of_their_session(make_ray_store):
 async def test_protocols_that_do_not_match_refuse_each_other(make_ray_store):
     """Both sides name both versions."""
     store = make_ray_store()
-    outcome, _ = await _exchange(store, "s", 1, _body(1))
+    outcome, _ = await _exchange(store, "s", 1, 1)
     assert outcome == wire.DONE
-    _, outcome, text, _ = await store.actor.exchange.remote((PROTOCOL + 1, "raystore 9"), "t", 1, 0, _body(1), {})
-    assert outcome == wire.REFUSED and f"protocol {PROTOCOL}" in text.decode()
+    outcome, text = await _exchange(store, "t", 1, 1, client=(PROTOCOL + 1, "raystore 9"))
+    assert outcome == wire.REFUSED and f"protocol {PROTOCOL}" in text
     import raystore.remote.session
 
     ours = raystore.remote.session.CLIENT
