@@ -25,7 +25,7 @@ class Call:
 
     __slots__ = ("_answer", "_error", "_event", "_future", "leader", "loop", "parked", "ticket", "verb")
 
-    def __init__(self, verb: str, ticket: int = 0, *, awaited: bool = True) -> None:
+    def __init__(self, verb: str, ticket: int = 0, awaited: bool = True) -> None:
         self.verb = verb
         self.ticket = ticket
         self.parked = False

@@ -29,20 +29,16 @@ _MAX_DEPTH = 64  # deeper values are pickled, which has its own limit and says s
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
     kind = type(value)
-    if kind in _PLAIN_LEAVES:
-        return True
-    if depth == _MAX_DEPTH:
-        return False
     if kind is dict:
         if not _PLAIN_LEAVES.issuperset(map(type, value)):
             return False
         value = value.values()
     elif kind is not list and kind is not tuple:
-        return kind is array and value.typecode in TYPECODES
-    if _PLAIN_LEAVES.issuperset(map(type, value)):  # most containers hold nothing but leaves
-        return True
+        return kind in _PLAIN_LEAVES or (kind is array and value.typecode in TYPECODES)
+    if depth == _MAX_DEPTH:
+        return False
     for item in value:  # noqa: SIM110 - half the cost of `all`
-        if not _is_plain(item, depth + 1):
+        if type(item) not in _PLAIN_LEAVES and not _is_plain(item, depth + 1):
             return False
     return True
 

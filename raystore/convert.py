@@ -231,10 +231,11 @@ def _body(values: dict[str, Any], extra: dict[str, Any] | None) -> list[Any]:
     (1 for what the index says already), and only if there are any: events, links, fields unknown to the model.
     """
     status, resource, context, parent = values["status"], values["resource"], values["context"], values["parent"]
+    said, source = status.__dict__, resource.__dict__
     body = [
-        status.status_code if status.description is None and not status.__pydantic_extra__ else _dump(status),
+        said["status_code"] if said["description"] is None and not status.__pydantic_extra__ else _dump(status),
         values["attributes"],
-        _dump(resource) if resource.attributes or resource.schema_url else None,
+        _dump(resource) if source["attributes"] or source["schema_url"] else None,
         context and (_IN_INDEX if _is_in_index(context, values, values["span_id"]) else _dump(context)),
         parent and (_IN_INDEX if _is_in_index(parent, values, values["parent_id"]) else _dump(parent)),
     ]
@@ -249,11 +250,12 @@ _IN_INDEX = 1
 
 def _is_in_index(context: SpanContext, values: dict[str, Any], span_id: str | None) -> bool:
     """Whether a context says nothing but the ids of a span's index."""
+    own = context.__dict__
     return (
-        context.span_id == span_id
-        and context.trace_id == values["trace_id"]
-        and context.is_remote is False
-        and context.trace_state == {}
+        own["span_id"] == span_id
+        and own["trace_id"] == values["trace_id"]
+        and own["is_remote"] is False
+        and own["trace_state"] == {}
         and not context.__pydantic_extra__
     )
 

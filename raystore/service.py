@@ -24,7 +24,7 @@ from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
 from raystore.core import check, claims, eviction, verbs, watchdog
 from raystore.core.state import AttemptKey, Session, State, Step
-from raystore.core.verbs import VERBS
+from raystore.core.verbs import CHANGING, VERBS
 from raystore.errors import StoreClosedError, StoreCorruptError, StoreError, again
 from raystore.probes import Probes
 from raystore.shell import SHELL
@@ -82,9 +82,7 @@ class Service:
             self.operations += 1
             if self._closed:
                 raise StoreClosedError(self.name or self.store_id)
-            spec = VERBS.get(verb)
-            changes = spec is not None and spec.changes
-            if self._failed is not None and changes:
+            if self._failed is not None and verb in CHANGING:
                 raise again(self._failed)
             step = self._step(session)
             try:
@@ -98,7 +96,7 @@ class Service:
             except StoreError:
                 raise  # refused before anything changed
             except Exception:
-                if not changes:  # a read (or `check`) that fails leaves the state as it was
+                if verb not in CHANGING:  # a read (or `check`) that fails leaves the state as it was
                     raise
                 self._fail(verb, arguments)
             finally:
@@ -187,7 +185,7 @@ class Service:
 
     def _answer(self, waiter: Waiter, value: Any) -> bool:
         self.waiters.remove(waiter)
-        return waiter.deliver(value)
+        return waiter.deliver(waiter.ticket, value)
 
     def _answer_wait(self, waiter: Waiter) -> None:
         rollout_ids = waiter.arguments["rollout_ids"]

@@ -80,7 +80,7 @@ class LocalTransport:
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         call = Call(verb, next(self._tickets))
 
-        def deliver(value: Any) -> bool:
+        def deliver(ticket: int, value: Any) -> bool:
             call.put(value, None)
             return call.loop is None or _wake(call)
 
@@ -138,7 +138,7 @@ class LocalTransport:
         self.service.close()
 
 
-def _nobody(value: Any) -> bool:
+def _nobody(ticket: int, value: Any) -> bool:
     return False
 
 

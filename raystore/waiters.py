@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-#: Gives an answer to the caller; False if the caller is gone, so that what was handed to it can be taken back.
-Deliver = Callable[[Any], bool]
+#: Gives an answer to the caller with this ticket; False if it is gone, so that what was handed to it can be taken back.
+Deliver = Callable[[int, Any], bool]
 
 
 class Waiter:

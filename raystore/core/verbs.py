@@ -455,3 +455,5 @@ VERBS: dict[str, Verb] = {
     "get_worker": Verb(_get_worker, changes=False),
     "report_session": Verb(_report_session),
 }
+
+CHANGING = frozenset(name for name, verb in VERBS.items() if verb.changes)  #: what must not run twice

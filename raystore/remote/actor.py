@@ -81,10 +81,10 @@ class StoreActor:
             "endpoints": {"spans": self._name, "rollouts": self._name},
         }
 
-    async def exchange(self, frame: bytes, refs: dict[int, list[Any]] | None = None) -> wire.Answer:
+    async def exchange(self, *parts: bytes, refs: dict[int, list[Any]] | None = None) -> wire.Answer:
         """Run a batch of operations of a session; what became of it, and their answers."""
         service = self._open()
-        (protocol, *header), *operations = wire.split(frame, refs)
+        (protocol, *header), *operations = wire.split(parts, refs)
         if protocol != PROTOCOL:
             return wire.pack_answer(service.epoch, wire.REFUSED, _own_protocol())
         _, session_id, sequence, answered, *more = header

@@ -16,7 +16,7 @@ from typing import Any
 from raystore.core.payload import Payload, size_of
 from raystore.core.records import Record
 from raystore.core.state import Session
-from raystore.core.verbs import VERBS, Many
+from raystore.core.verbs import CHANGING, Many
 from raystore.errors import InvalidValueError, to_record
 from raystore.remote import wire
 from raystore.service import Service
@@ -95,14 +95,14 @@ class Inbox:
         replies: list[Reply] = []
         kept: list[tuple[str, dict[str, Any], Reply]] = []
         started = time.perf_counter()
-        for number, (verb, arguments) in enumerate(operations):
-            reply = self._operation(first_ticket + number, verb, arguments)
+        for ticket, (verb, arguments) in enumerate(operations, first_ticket):
+            reply = self._operation(ticket, verb, arguments)
             replies.append(reply)
-            changes = verb in VERBS and VERBS[verb].changes
-            keep = changes or reply[0] != wire.VALUE
-            # Arguments are kept for what would run again; spans and payloads are not held longer than needed.
-            again = arguments if not keep or verb == "dequeue" else {}
-            kept.append((verb, again, self._to_keep(verb, reply) if keep else []))
+            if verb in CHANGING or reply[0] != wire.VALUE:
+                # Arguments are kept for what would run again; spans and payloads are not held longer than needed.
+                kept.append((verb, arguments if verb == "dequeue" else {}, self._to_keep(verb, reply)))
+            else:
+                kept.append((verb, arguments, []))
             if time.perf_counter() - started > SLICE_SECONDS:
                 await asyncio.sleep(0)
                 started = time.perf_counter()
@@ -115,19 +115,20 @@ class Inbox:
             self.service.end_session(self.session, why="closed")
         return replies, lost
 
-    def _operation(self, ticket: int, verb: str, arguments: dict[str, Any]) -> Reply:
-        def deliver(value: Any) -> bool:
-            self._outbox[ticket] = [wire.VALUE, value]
-            self.wake()
-            return True  # whether its caller has it, the acknowledgement will tell
+    def _deliver(self, ticket: int, value: Any) -> bool:
+        """Keep the answer of a parked call for the client."""
+        self._outbox[ticket] = [wire.VALUE, value]
+        self.wake()
+        return True  # whether its caller has it, the acknowledgement will tell
 
+    def _operation(self, ticket: int, verb: str, arguments: dict[str, Any]) -> Reply:
         try:
             if verb == "more":
                 return [wire.VALUE, self._more(**arguments)]
             if verb == "close_session":
                 self._closing = True
                 return [wire.VALUE, None]
-            value = self.service.call(self.session, ticket, verb, arguments, deliver)
+            value = self.service.call(self.session, ticket, verb, arguments, self._deliver)
         except Exception as error:  # the answer of this operation; the others of the batch go on
             return [wire.ERROR, *to_record(error)]
         return [wire.PARKED] if value is PARKED else [wire.VALUE, value]

@@ -1,7 +1,8 @@
 """Operations on their way out of a process, and the batches they leave in.
 
 A batch takes operations in order, up to a size that Ray carries inline, or a larger one when much waits; an operation
-that is larger travels alone, and one whose caller has been cancelled does not travel at all.
+that is larger travels alone, and one whose caller has been cancelled does not travel at all. A second batch leaves
+beside the first only if it is worth it.
 Not here: when batches leave and what becomes of them (`session`).
 """
 
@@ -14,13 +15,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from raystore.calls import Call
-from raystore.core.verbs import VERBS
+from raystore.core.verbs import CHANGING
 from raystore.remote import wire
 
-BATCH_BYTES = 90 * 1024  #: Ray carries arguments of up to 100 KiB inline, which is fastest for few
-BULK_BYTES = 1024 * 1024  #: batch size once more than this waits ...
-BULK_FROM_BYTES = 512 * 1024  #: ... so many bytes
+BATCH_BYTES = 384 * 1024  #: of a batch that travels inline, in parts
+BULK_BYTES = 1024 * 1024  #: of a batch that goes through the object store, once as much as this waits
 BATCH_OPERATIONS = 512
+WORTH_OPERATIONS = 32  #: what must wait for a call of its own while another is under way: each costs a millisecond ...
+WORTH_BYTES = 48 * 1024  #: ... of two processes, whatever it carries
+WINDOW = 2  #: batches under way at once
 
 
 class Operation(Call):
@@ -29,7 +32,7 @@ class Operation(Call):
     __slots__ = ("abandoned", "arguments", "cancels", "frame", "issued", "refs", "sent")
 
     def __init__(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> None:
-        super().__init__(verb, awaited=awaited)
+        Call.__init__(self, verb, 0, awaited)
         self.frame, self.refs = wire.pack_operation(verb, arguments)
         self.arguments = arguments if "timeout" in arguments else None  # to wait on, should the session be renewed
         self.issued = time.monotonic()
@@ -40,7 +43,7 @@ class Operation(Call):
     @property
     def changes(self) -> bool:
         """Whether running it twice would be wrong."""
-        return self.verb in VERBS and VERBS[self.verb].changes
+        return self.verb in CHANGING
 
     def shorten(self) -> None:
         """Make an operation that waits wait only for what is left of its time."""
@@ -64,7 +67,7 @@ class Batch:
         self.failing_since: float | None = None
         self.retries = 0
 
-    def frame(self, client: tuple[int, str], answered: int) -> bytes:
+    def parts(self, client: tuple[int, str], answered: int) -> list[bytes]:
         """The batch as it travels."""
         header = [*client, self.session_id, self.sequence, answered, *self.header]
         return wire.join(header, [operation.frame for operation in self.operations])
@@ -101,12 +104,21 @@ class Outgoing:
         """When the operation at the front was issued."""
         return self._waiting[0].issued if self._waiting else None
 
+    def may_leave(self, under_way: int) -> bool:
+        """Whether a batch should leave while so many are under way."""
+        if under_way == 0:
+            return bool(self._waiting)
+        return under_way < WINDOW and (len(self._waiting) >= WORTH_OPERATIONS or self._bytes >= WORTH_BYTES)
+
     def take(self) -> list[Operation]:
-        """What leaves together next."""
-        limit = BULK_BYTES if self._bytes > BULK_FROM_BYTES else BATCH_BYTES
+        """What leaves together next; of much, a half, so that both sides of the window have something to do."""
+        limit = BULK_BYTES if self._bytes > BULK_BYTES else BATCH_BYTES
+        most = len(self._waiting)
+        if most >= 2 * WORTH_OPERATIONS:
+            most = min(most // 2, BATCH_OPERATIONS)
         taken: list[Operation] = []
         size = 0
-        while self._waiting and len(taken) < BATCH_OPERATIONS:
+        while self._waiting and len(taken) < most:
             head = self._waiting[0]
             # Tickets of a batch count up from its first, so a gap (of one that was dropped) ends it.
             if taken and (size + len(head.frame) > limit or head.ticket != taken[-1].ticket + 1):

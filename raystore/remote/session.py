@@ -1,6 +1,6 @@
 """The client's side of a session: every operation of this process to one store, from any loop and thread.
 
-Callers append operations under a lock. Operations issued within one tick of a loop, or while two batches are under way,
+Callers append operations under a lock. Operations issued within one tick of a loop, or while a batch is under way,
 leave together; answers come on a thread of Ray's, go to each waiting loop at once, and that loop sends the next batch.
 A blocked or ended loop holds nothing up: what is left lying is sent by the timer thread (`session_timer`).
 Not here: what operations mean (`client`), the actor's side (`inbox`).
@@ -34,7 +34,7 @@ from raystore.notices import Notices
 from raystore.remote import retries, wire
 from raystore.remote.handshake import CLIENT, ray_connection
 from raystore.remote.ledger import ClaimLedger
-from raystore.remote.outgoing import Batch, Operation, Outgoing
+from raystore.remote.outgoing import WINDOW, Batch, Operation, Outgoing
 from raystore.remote.parked import ParkedCalls
 from raystore.remote.retries import Retries
 from raystore.remote.timer import SessionTimer
@@ -42,8 +42,6 @@ from raystore.service import PROTOCOL
 from raystore.transport import claimed_keys
 
 logger = logging.getLogger("raystore")
-
-WINDOW = 2  #: batches under way at once
 
 
 class Session:
@@ -135,7 +133,10 @@ class Session:
         """Send what waits, as far as the window allows; `empty` sends a batch even without operations."""
         while True:
             with self.lock:
-                if self.failure is not None or len(self._under_way) >= WINDOW or not (self.outgoing or empty):
+                under_way = len(self._under_way)
+                if self.failure is not None or not (
+                    self.outgoing.may_leave(under_way) or (empty and under_way < WINDOW)
+                ):
                     return
                 batch = self._take()
             empty = False
@@ -163,8 +164,9 @@ class Session:
         if not self.is_connected():
             return
         try:
-            frame = batch.frame(CLIENT, self._answered)
-            reference = self.handle.exchange.remote(*((frame, batch.refs) if batch.refs else (frame,)))
+            parts = batch.parts(CLIENT, self._answered)
+            more = {"refs": batch.refs} if batch.refs else {}
+            reference = self.handle.exchange.remote(*parts, **more)
             reference.future().add_done_callback(lambda future: self._on_reply(batch, future))
         except Exception as error:  # Ray has been shut down in this process, or refuses the call
             self.fail(StoreUnavailableError(self.store, f"{type(error).__name__}: {error}"))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from raystore.remote.session import Session
 
 PENDING_SECONDS = 0.02  #: what no loop has sent for so long
+AWAKE_SECONDS = 0.5  #: after the last batch, to look by itself: waking a thread with every call would slow the caller
 ACKNOWLEDGE_SECONDS = 0.5  #: an acknowledgement that found no batch to ride on
 KEEP_ALIVE_SECONDS = 10.0  #: of silence, when no listen call can be parked
 LISTEN_RETRY_SECONDS = 0.5
@@ -103,6 +104,6 @@ class SessionTimer:
             if session.sent_at <= now - KEEP_ALIVE_SECONDS:
                 session.flush(empty=True)
             due.append(session.sent_at + KEEP_ALIVE_SECONDS)
-        if session.has_pending:
+        if session.has_pending or session.sent_at > now - AWAKE_SECONDS:
             due.append(now + PENDING_SECONDS)
         return max(min(due) - now, 0.001) if due else None

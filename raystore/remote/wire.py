@@ -9,6 +9,7 @@ Not here: what the values mean (`convert`), when batches leave (`session`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -25,6 +26,9 @@ VALUE, ERROR, PARKED, NOTICE = range(4)
 # What became of a batch.
 DONE, ENDED, REFUSED = range(3)
 
+
+PART_BYTES = 96_000  #: of one argument, with room for Ray's own bytes beside it
+INLINE_BYTES = 512 * 1024  #: of a call whose arguments are parts
 
 Answer = bytes | tuple[bytes, list[Any]]  #: a frame, with the references that stand beside it if there are any
 
@@ -105,29 +109,45 @@ def unpack_answer(answer: Answer) -> list[Any]:
     return list(unpack(frame, refs))
 
 
-def join(header: list[Any], operations: list[bytes]) -> bytes:
-    """A batch: the list of a header and of operations that are packed already."""
-    count = (len(operations) + 1).to_bytes(4, "big")
-    return b"".join((_LIST, count, pack(header)[0], *operations))
+def join(header: list[Any], operations: list[bytes]) -> list[bytes]:
+    """A batch: the list of a header and of operations that are packed already, in as many parts as travel best.
+
+    Ray carries a call's arguments inline up to 100 KiB each; a larger one goes through the object store, which costs
+    a millisecond and pays off from half a mebibyte on.
+    """
+    values = [pack(header)[0], *operations]
+    if not PART_BYTES < sum(map(len, values)) <= INLINE_BYTES:
+        return [_list(values)]
+    parts: list[list[bytes]] = [[]]
+    size = 0
+    for value in values:
+        if parts[-1] and size + len(value) > PART_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(value)
+        size += len(value)
+    return [_list(part) for part in parts]
 
 
-_LIST = b"\xdd"  # in msgpack, what begins a list whose length follows in four bytes
+def _list(values: list[bytes]) -> bytes:
+    return b"".join((b"\xdd", len(values).to_bytes(4, "big"), *values))  # as msgpack begins a list
 
 
-def split(frame: bytes, refs: dict[int, list[Any]] | None) -> list[Any]:
+def split(parts: Sequence[bytes], refs: dict[int, list[Any]] | None) -> list[Any]:
     """The header of a batch, and its operations; `refs` has the references of operations by their number."""
     if not refs:
-        return list(unpack(frame, []))
-    current: list[Any] = []
-    unpacker = msgpack.Unpacker(
-        ext_hook=lambda code, data: _opener(current)(code, data),
-        strict_map_key=False,
-        unicode_errors="surrogatepass",
-        max_buffer_size=len(frame),
-    )
-    unpacker.feed(frame)
-    values = []
-    for number in range(-1, unpacker.read_array_header() - 1):  # the header comes first
-        current = refs.get(number, [])
-        values.append(unpacker.unpack())
+        return [value for part in parts for value in unpack(part, [])]
+    values: list[Any] = []
+
+    def open_payload(code: int, data: bytes) -> Payload:
+        payload: Payload = _opener(refs.get(len(values) - 1, []))(code, data)  # the header comes first
+        return payload
+
+    for part in parts:
+        unpacker = msgpack.Unpacker(
+            ext_hook=open_payload, strict_map_key=False, unicode_errors="surrogatepass", max_buffer_size=len(part)
+        )
+        unpacker.feed(part)
+        for _ in range(unpacker.read_array_header()):
+            values.append(unpacker.unpack())
     return values

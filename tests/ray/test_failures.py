@@ -34,7 +34,7 @@ class Handle:
         self.exchange = self
         self.listen = self
 
-    def remote(self, frame):
+    def remote(self, frame, *more):
         answer = Future()
         header = wire.unpack(frame, [])
         if isinstance(header[0], list):  # a batch, not a listen call

@@ -133,7 +133,7 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch):
     session = service.open_session("a", eternal=True)
 
     def call(verb, **arguments):
-        return service.call(session, 0, verb, arguments, lambda value: False)
+        return service.call(session, 0, verb, arguments, lambda ticket, value: False)
 
     request = {"input": b"\x01\xc0", "metadata": None, "config": [10.0, None, 1, []]}
     rollout, _ = call("start_rollout", request=request, worker_id=None)
