@@ -154,12 +154,13 @@ async def sequential(scope: Scope) -> list[Line]:
 
             return await counted("plain", ours, measure)
 
-        def agent(task: Any, ctx: Any) -> None:
-            for span in shapes_spans:
+        spans = desk.spans
+
+        async def agent(task: Any, ctx: Any) -> None:
+            for span in spans:
                 ctx.add(span)
 
-        shapes_spans = desk.spans
-        pool = stack.enter_context(rs.RunnerPool(pooled, agent, size=1, concurrency=1))
+        stack.enter_context(rs.RunnerPool(pooled, agent, size=1, concurrency=1))
 
         async def in_pool() -> float:
             async def measure() -> float:
@@ -172,10 +173,9 @@ async def sequential(scope: Scope) -> list[Line]:
         samples = await alternate(
             scope.rounds, {"plain": plain, "pool": in_pool, "naive": _rate(naive, [desk], few, "gathered")}
         )
-        assert pool is not None
     did = f"one sequential runner; {many} rollouts a round (naive {few}); 8 spans and the status gathered"
     did_pool = f"RunnerPool(size=1, concurrency=1), work waiting, {many} rollouts a round"
-    (calls["plain"], calls["pool"]) = (calls["plain"][1:], calls["pool"][1:])  # the first round warmed up
+    calls = {kind: counts[1:] for kind, counts in calls.items()}  # the first round warmed up
     return [
         bound(3, "(a) actor calls per rollout", calls["plain"], at_most(2.0, "calls"), did=did),
         compare(3, "(a) plain code", samples, "naive", at_least(5), unit="rollouts/s", did=did, ours="plain"),

@@ -93,7 +93,7 @@ def _watch_loop(actor: Any) -> None:
             actor.longest_pause = max(actor.longest_pause, time.perf_counter() - before - 0.001)
 
     actor.longest_pause = 0.0
-    actor.watching = asyncio.get_running_loop().create_task(watch())
+    actor.watching = asyncio.run_coroutine_threadsafe(watch(), actor._service._alarm._loop)
 
 
 def _longest_pause(actor: Any) -> float:

@@ -90,6 +90,9 @@ def _unpackb(data: bytes | memoryview) -> Any:
     return msgpack.unpackb(data, strict_map_key=False, ext_hook=_restored)
 
 
+_EMPTY = _packb(PLAIN, {})
+
+
 def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
     """Encode a value; `what` names it in errors."""
     payload = _encode(value)
@@ -132,6 +135,8 @@ def decode(payload: Opaque) -> Any:
     """The value that a payload stands for; None for none."""
     if payload is None:
         return None
+    if payload == _EMPTY:  # the metadata of most rollouts
+        return {}
     data, refs = (payload.data, payload.refs) if isinstance(payload, Payload) else (payload, ())
     tag = data[0]
     if tag == PLAIN:

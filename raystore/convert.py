@@ -117,6 +117,8 @@ def identifiers(name: str, values: Any) -> list[str]:
 
 def queue_names(values: Any) -> list[str]:
     """Names of queues to claim from, at least one."""
+    if values == ("default",):
+        return ["default"]
     names = list(dict.fromkeys(identifier("queues", name) for name in identifiers("queues", values)))
     if not names:
         raise InvalidValueError("queues", values, "at least one name of a queue")

@@ -8,6 +8,7 @@ Not here: decisions (`core`), batches and their order (`inbox`), encoding (`wire
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -16,7 +17,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from raystore import reports, shell
@@ -76,30 +78,60 @@ class Service:
 
     def call(self, session: Session, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
         """Run one operation; its answer, or `PARKED` if the answer will come through `deliver`."""
+        with self._lock:
+            step = self._begin(session)
+            try:
+                return self._perform(step, ticket, verb, arguments, deliver)
+            finally:
+                self._end()
+
+    @contextmanager
+    def slice(self, session: Session) -> Iterator[Callable[[int, str, dict[str, Any], Deliver], Any]]:
+        """Run several operations of a session, which share one instant and one seed, with nothing in between."""
+        with self._lock:
+            step = self._begin(session)
+            try:
+                yield functools.partial(self._perform, step)
+            finally:
+                self._end()
+
+    def _end(self) -> None:
+        self._object_ids.look(self.state.resources.object_ids)
+        self._arm()
+
+    def _begin(self, session: Session) -> Step:
         while self._deferred:
             self._deferred.popleft()()
-        with self._lock:
-            self.operations += 1
-            if self._closed:
-                raise StoreClosedError(self.name or self.store_id)
-            if self._failed is not None and verb in CHANGING:
-                raise again(self._failed)
-            step = self._step(session)
-            try:
-                if watchdog.may_be_due(self.state, step):
-                    self._advance(step, verb, arguments)
-                own = SHELL.get(verb)
-                if own is None:
-                    return verbs.run(self.state, step, verb, arguments)
-                own.require(verb, arguments)
-                return own.run(self, shell.Asked(step, ticket, deliver), **arguments)
-            except StoreError:
-                raise  # refused before anything changed
-            except Exception:
-                if verb not in CHANGING:  # a read (or `check`) that fails leaves the state as it was
-                    raise
-                self._fail(verb, arguments)
-            finally:
+        step = self._step(session)
+        if self.waiters.are_overdue(step.now):
+            self._settle()
+        return step
+
+    def _perform(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
+        self.operations += 1
+        if self._closed:
+            raise StoreClosedError(self.name or self.store_id)
+        if self._failed is not None and verb in CHANGING:
+            raise again(self._failed)
+        state = self.state
+        if self.clock.is_manual:  # it may have been moved by the operation before
+            step = self._step(step.session)
+        try:
+            if watchdog.may_be_due(state, step):
+                self._advance(step, verb, arguments)
+            own = SHELL.get(verb)
+            if own is None:
+                return verbs.run(state, step, verb, arguments)
+            own.require(verb, arguments)
+            return own.run(self, shell.Asked(step, ticket, deliver), **arguments)
+        except StoreError:
+            raise  # refused before anything changed
+        except Exception:
+            if verb not in CHANGING:  # a read (or `check`) that fails leaves the state as it was
+                raise
+            self._fail(verb, arguments)
+        finally:
+            if state.has_news or state.is_full or self.waiters.wants_changes:
                 self._settle(arguments.get("rollout_id"))
 
     def defer(self, action: Callable[[], None]) -> None:
@@ -123,6 +155,7 @@ class Service:
     def advance(self) -> None:
         """Work off what is due by now."""
         self._advance(self._step())
+        self._settle()
 
     def _fail(self, verb: str, arguments: dict[str, Any]) -> None:
         rollout_id = arguments.get("rollout_id")
@@ -134,20 +167,12 @@ class Service:
     # -- after a step ------------------------------------------------------------------------------------------------
 
     def _settle(self, writing: str | None = None) -> None:
-        """Do what a step left to do, until nothing is left, and set the timer."""
+        """Do what a step left to do, and let those who wait have what it brought, until nothing is left."""
         if self._failed is not None:
             return
         state = self.state
-        if state.memory_full or state.total_bytes > state.settings.eviction_bytes:
+        if state.is_full:
             self._evict(writing)
-        if state.has_news or self.waiters or state.withdrawals != self._withdrawals_seen:
-            self._tell()
-        self._object_ids.look(state.resources.object_ids)
-        self._arm()
-
-    def _tell(self) -> None:
-        """Let those who wait have what a step brought, until it brings nothing more."""
-        state = self.state
         while True:
             if state.withdrawals != self._withdrawals_seen:
                 self._withdrawals_seen = state.withdrawals
@@ -272,6 +297,7 @@ class Service:
                 self._fail("advance", {})
             self._probe()
             self._settle()
+            self._arm()
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -291,12 +317,15 @@ class Service:
                     if waiter.verb == "dequeue":
                         self._offer(waiter)
                 self._settle()
+                self._arm()
 
     def acknowledge(self, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
         """The callers of a session have these claims; returns those that are lost."""
         with self._lock:
             lost = claims.acknowledge(self.state, self._step(session), session, keys)
-            self._settle()
+            if lost or self.state.has_news:
+                self._settle()
+                self._arm()
             return lost
 
     def end_session(self, session: Session, *, why: str) -> None:
@@ -304,6 +333,7 @@ class Service:
         with self._lock:
             claims.end_session(self.state, self._step(), session, why=why)
             self._settle()
+            self._arm()
 
     def is_waiting(self, session_id: str) -> bool:
         """Whether a call of this session is parked."""

@@ -139,6 +139,11 @@ class Waiters:
         found = {number: waiter for queue in queues for number, waiter in self._by_queue.get(queue, {}).items()}
         return [found[number] for number in sorted(found)]
 
+    @property
+    def wants_changes(self) -> bool:
+        """Whether a call waits for changes, whatever they are."""
+        return bool(self._by_verb["changes"])
+
     def reading(self, verb: str) -> list[Waiter]:
         """Calls that wait for completions or changes."""
         return list(self._by_verb[verb].values())
@@ -148,6 +153,11 @@ class Waiters:
         while self._deadlines and self._deadlines[0][1] not in self._all:
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
+
+    def are_overdue(self, now: float) -> bool:
+        """Whether a waiting call has run out of time."""
+        deadline = self.next_deadline() if self._deadlines else None
+        return deadline is not None and deadline <= now
 
     def expired(self, now: float) -> list[Waiter]:
         """Calls that have run out of time."""

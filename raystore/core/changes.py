@@ -47,7 +47,7 @@ class ChangeFeed:
             raise CursorTooOldError(cursor, self.oldest)
         found: list[Change] = []
         # A deque is quick at its ends only: what is new stands at the right one.
-        new = self.last - cursor
+        new = max(self.last - cursor, 0)
         if new < len(self._kept) // 2:
             following: Iterable[Change] = reversed(list(islice(reversed(self._kept), new)))
         else:

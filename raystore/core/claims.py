@@ -28,7 +28,6 @@ def claim(
         entry = _next(state, step.session, queues, claimed)
         if entry is None:
             break
-        unqueue(state, entry)
         attempt = attempts.begin(state, step, entry, worker_id=worker_id, kind="claimed")
         claimed.append(entry)
         session = step.session

@@ -27,7 +27,7 @@ class Pass:
 
 def run(state: State, step: Step, writing: str | None) -> Pass | None:
     """Evict if the threshold is crossed, or until a full store is below the safe one; None if nothing was evicted."""
-    if state.total_bytes <= state.settings.eviction_bytes and not state.memory_full:
+    if not state.is_full:
         return None
     done = Pass()
     classes = 1 if state.settings.pause_when_full else len(state.eviction_heaps)

@@ -26,9 +26,10 @@ UNKNOWN_COUNTERS = 10_000
 
 def accounted(span: Span) -> int:
     """Bytes that a span counts for when no custom estimator is set, apart from being the first of its rollout."""
+    body = span.body
     return (
         SPAN_OVERHEAD_BYTES
-        + size_of(span.body)
+        + (len(body) if type(body) is bytes else size_of(body))
         + len(span.span_id)
         + len(span.trace_id)
         + len(span.name)
@@ -92,20 +93,21 @@ class SpanTable:
         """Store spans of one attempt; one whose id the attempt already has is refused, unless duplicates are kept."""
         held = self._by_rollout.get(rollout_id) or _Stored()
         written = Written([], 0, None)
-        kept, size, highest = held.spans, 0, 0
+        kept, stored, size, highest = held.spans, written.stored, 0, 0
         before = len(kept)
         for span in spans:
             key: tuple[str, str] | int = (span.attempt_id, span.span_id)
             if key in kept:
                 if not self._keep_duplicates:
-                    written.stored.append(False)
+                    stored.append(False)
                     continue
                 key = len(kept)  # spans of a rollout are only ever removed together, so this is unused
-            if span.size < 0:  # no custom estimator
-                span.size = accounted(span) + (0 if kept else FIRST_SPAN_BYTES)
+            bytes_ = span.size
+            if bytes_ < 0:  # no custom estimator
+                bytes_ = span.size = accounted(span) + (0 if kept else FIRST_SPAN_BYTES)
             kept[key] = span
-            written.stored.append(True)
-            size += span.size
+            stored.append(True)
+            size += bytes_
             if span.sequence_id > highest:
                 highest = span.sequence_id
             if span.reward is not None:

@@ -183,6 +183,11 @@ class State:
         self.withdrawals = 0
 
     @property
+    def is_full(self) -> bool:
+        """Whether something should be evicted."""
+        return self.memory_full or self.total_bytes > self.settings.eviction_bytes
+
+    @property
     def has_news(self) -> bool:
         """Whether a step left something for the shell to look at."""
         return bool(self.finished or self.queues_touched or self.noticed or self.ended)

@@ -81,12 +81,19 @@ def _cancel_rollouts(
     group_id: str | None,
     tags: dict[str, Any] | None,
 ) -> list[Pair]:
-    chosen = rollout_ids
-    if group_id is not None or tags:
-        matching = rollouts.matching(state, group_id=group_id, tags=tags)
-        wanted = None if chosen is None else set(chosen)
-        chosen = matching if wanted is None else [i for i in matching if i in wanted]
-    return [_with_attempt(state.entries[r.rollout_id]) for r in attempts.cancel(state, step, chosen or [])]
+    chosen = chosen_among(state, rollout_ids, group_id, tags)
+    return [_with_attempt(state.entries[r.rollout_id]) for r in attempts.cancel(state, step, chosen)]
+
+
+def chosen_among(
+    state: State, rollout_ids: list[str] | None, group_id: str | None, tags: dict[str, Any] | None
+) -> list[str]:
+    """Ids of the rollouts that are named, and of the group, and with the tags; what is None chooses everything."""
+    if group_id is None and not tags:
+        return rollout_ids or []
+    matching = rollouts.matching(state, group_id=group_id, tags=tags)
+    wanted = None if rollout_ids is None else set(rollout_ids)
+    return matching if wanted is None else [i for i in matching if i in wanted]
 
 
 def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Rollout]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from raystore.core.payload import Payload, size_of
+from raystore.core.pieces import DIVISIBLE, pieces
 from raystore.core.records import Record
 from raystore.core.state import Session
 from raystore.core.verbs import CHANGING, Many
@@ -21,12 +22,15 @@ from raystore.errors import InvalidValueError, to_record
 from raystore.remote import wire
 from raystore.service import Service
 from raystore.shell import PARKED
+from raystore.waiters import Deliver
 
 SLICE_SECONDS = 0.005  #: a batch that takes longer lets the others in between
-PAGE_BYTES = 8 * 1024 * 1024  #: a longer answer is sent in parts
+PAGE_BYTES = 1024 * 1024  #: a longer answer is sent in parts, so that packing it holds nobody up
+LATER_AT_ONCE = 1_000  #: answers of parked calls that leave together
 PAGES_KEPT = 64  #: unfinished long answers of a session
 
 Reply = list[Any]
+Perform = Callable[[int, str, dict[str, Any], Deliver], Any]
 
 
 class SessionEnded(Exception):
@@ -94,18 +98,28 @@ class Inbox:
             return [self._again(*kept) for kept in self._kept.get(sequence, ())], lost
         replies: list[Reply] = []
         kept: list[tuple[str, dict[str, Any], Reply]] = []
-        started = time.perf_counter()
-        for ticket, (verb, arguments) in enumerate(operations, first_ticket):
-            reply = self._operation(ticket, verb, arguments)
-            replies.append(reply)
-            if verb in CHANGING or reply[0] != wire.VALUE:
-                # Arguments are kept for what would run again; spans and payloads are not held longer than needed.
-                kept.append((verb, arguments if verb == "dequeue" else {}, self._to_keep(verb, reply)))
-            else:
-                kept.append((verb, arguments, []))
-            if time.perf_counter() - started > SLICE_SECONDS:
+        left = self._in_pieces(operations, first_ticket)
+        is_done = False
+        while not is_done:
+            until = time.perf_counter() + SLICE_SECONDS
+            with self.service.slice(self.session) as perform:
+                for ticket, verb, arguments, is_more in left:
+                    reply = self._operation(perform, ticket, verb, arguments)
+                    if is_more:
+                        reply = _joined(replies.pop(), reply)
+                        kept.pop()
+                    replies.append(reply)
+                    if verb in CHANGING or reply[0] != wire.VALUE:
+                        # Arguments are kept for what would run again; spans are not held longer than needed.
+                        kept.append((verb, arguments if verb == "dequeue" else {}, self._to_keep(verb, reply)))
+                    else:
+                        kept.append((verb, arguments, []))
+                    if time.perf_counter() > until:
+                        break
+                else:
+                    is_done = True
+            if not is_done:
                 await asyncio.sleep(0)
-                started = time.perf_counter()
         self._kept[sequence] = kept
         self._expected = sequence + 1
         turn = self._turns.pop(self._expected, None)
@@ -115,20 +129,29 @@ class Inbox:
             self.service.end_session(self.session, why="closed")
         return replies, lost
 
+    def _in_pieces(self, operations: list[Any], first_ticket: int) -> Iterator[tuple[int, str, dict[str, Any], bool]]:
+        """Ticket, verb and arguments; long operations in pieces, and whether it is one that goes on with the last."""
+        for ticket, (verb, arguments) in enumerate(operations, first_ticket):
+            if verb not in DIVISIBLE:
+                yield ticket, verb, arguments, False
+                continue
+            for number, piece in enumerate(pieces(self.service.state, verb, arguments)):
+                yield ticket, verb, piece, number > 0
+
     def _deliver(self, ticket: int, value: Any) -> bool:
         """Keep the answer of a parked call for the client."""
         self._outbox[ticket] = [wire.VALUE, value]
         self.wake()
         return True  # whether its caller has it, the acknowledgement will tell
 
-    def _operation(self, ticket: int, verb: str, arguments: dict[str, Any]) -> Reply:
+    def _operation(self, perform: Perform, ticket: int, verb: str, arguments: dict[str, Any]) -> Reply:
         try:
             if verb == "more":
                 return [wire.VALUE, self._more(**arguments)]
             if verb == "close_session":
                 self._closing = True
                 return [wire.VALUE, None]
-            value = self.service.call(self.session, ticket, verb, arguments, self._deliver)
+            value = perform(ticket, verb, arguments, self._deliver)
         except Exception as error:  # the answer of this operation; the others of the batch go on
             return [wire.ERROR, *to_record(error)]
         return [wire.PARKED] if value is PARKED else [wire.VALUE, value]
@@ -143,7 +166,7 @@ class Inbox:
     def _again(self, verb: str, arguments: dict[str, Any], kept: Reply) -> Reply:
         """The answer of an operation that comes again: as it was; reads run again, and so do claims that are gone."""
         if not kept:
-            return self._operation(0, verb, arguments | {"timeout": 0.0} if "timeout" in arguments else arguments)
+            return self._once_more(verb, arguments)
         if verb != "dequeue" or kept[0] != wire.VALUE:
             return kept
         entries = self.service.state.entries
@@ -154,15 +177,20 @@ class Inbox:
                 entry = entries[rollout_id]
                 claimed.append((entry.rollout, entry.attempts[-1], entry.suspect))
         if kept[1] and not claimed:  # withdrawn meanwhile
-            return self._operation(0, verb, arguments | {"timeout": 0.0})
+            return self._once_more(verb, arguments)
         return [wire.VALUE, claimed]
+
+    def _once_more(self, verb: str, arguments: dict[str, Any]) -> Reply:
+        with self.service.slice(self.session) as perform:
+            return self._operation(
+                perform, 0, verb, arguments | {"timeout": 0.0} if "timeout" in arguments else arguments
+            )
 
     def _answer(self, replies: list[Reply], lost: list[tuple[str, str]]) -> wire.Answer:
         """Pack the answers, with what waits in the outbox if no listen call is there to take it."""
         self._collect_notices()
-        later = list(self._outbox.items()) if self._listener is None else []
+        later = self._later() if self._listener is None else []
         replies = [self._paged(reply) for reply in replies]
-        later = [(ticket, self._paged(reply)) for ticket, reply in later]
         return wire.pack_answer(self.service.epoch, wire.DONE, replies, later, lost, self._hint())
 
     def _hint(self) -> tuple[int, bool]:
@@ -189,8 +217,10 @@ class Inbox:
                 if self._listener is listener:
                     self._listener = None
             self._collect_notices()
-        later = [(ticket, self._paged(reply)) for ticket, reply in self._outbox.items()]
-        return wire.pack_answer(self.service.epoch, wire.DONE, later, self._hint())
+        return wire.pack_answer(self.service.epoch, wire.DONE, self._later(), self._hint())
+
+    def _later(self) -> list[tuple[int, Reply]]:
+        return [(ticket, self._paged(reply)) for ticket, reply in itertools.islice(self._outbox.items(), LATER_AT_ONCE)]
 
     def wake(self) -> None:
         """Let the parked listen call return."""
@@ -243,6 +273,11 @@ class Inbox:
         if rest is None:
             raise InvalidValueError("token", token, "a long answer that was not read to its end yet")
         return Many(rest, len(rest))
+
+
+def _joined(reply: Reply, more: Reply) -> Reply:
+    """The answer of two pieces of one operation."""
+    return [wire.VALUE, reply[1] + more[1]] if reply[0] == more[0] == wire.VALUE else more
 
 
 def _weight(item: Any) -> int:

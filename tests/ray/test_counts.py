@@ -1,0 +1,80 @@
+"""What the data plane costs, in counts: calls, bytes, parked calls. What is timed stands in `benchmarks/`."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgpack
+import ray
+
+from benchmarks import shapes
+from raystore.core.spans import SPAN_OVERHEAD_BYTES
+from raystore.remote import wire
+from raystore.types import EnqueueRolloutRequest, Span
+from tests.helpers import until
+
+
+async def calls_of(store, shape, workers, rollouts):
+    """Actor calls for each of so many rollouts of a shape."""
+    await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=number) for number in range(rollouts)])
+    before = await store.statistics()
+    await shapes.work(store, shape, shapes.desks(Span, shape, workers), rollouts)
+    after = await store.statistics()
+    assert after["rollouts_by_status"] == {"succeeded": rollouts}
+    return (after["actor_calls"] - before["actor_calls"] - 1) / rollouts
+
+
+async def test_a_sequential_runner_makes_two_calls_for_a_rollout(make_ray_store):
+    """One for the claim, one for the spans, the status and the acknowledgement."""
+    assert await calls_of(make_ray_store(), "gathered", 1, 50) <= 2.05  # a listen call may end in between
+
+
+async def test_concurrent_runners_share_calls(make_ray_store):
+    """64 coroutines, each awaiting every one of its 10 operations: about 30 operations travel together."""
+    assert await calls_of(make_ray_store(), "lifecycle", 64, 640) <= 0.5
+
+
+async def test_few_coroutines_share_calls(make_ray_store):
+    """A batch that is small waits for the one under way: 16 coroutines fill one, not two halves of one."""
+    assert await calls_of(make_ray_store(), "lifecycle", 16, 160) <= 1.0
+
+
+async def test_bytes_of_a_span(make_memory_store):
+    """On the wire a span is its attributes and its index, and little else; stored, what is accounted beside them."""
+    store = make_memory_store()
+    rollout = await store.start_rollout("task")
+    (desk,) = shapes.desks(Span, "lifecycle", 1)
+    span = desk.address(rollout)[0]
+    attributes = len(msgpack.packb(span.attributes))
+    index = len(span.span_id) + len(span.trace_id) + len(span.name)
+    row = store._encoder.span(span)
+    names = {"rollout_id": span.rollout_id, "attempt_id": span.attempt_id}
+    frame, _ = wire.pack_operation("add_spans", {**names, "spans": [row]})
+    assert len(frame) <= attributes + index + 150
+    await store.add_span(span)
+    before = (await store.statistics())["total_span_bytes"]
+    await store.add_span(span.model_copy(update={"span_id": "another"}))
+    assert (await store.statistics())["total_span_bytes"] - before <= attributes + index + SPAN_OVERHEAD_BYTES + 100
+
+
+def parked_calls(actor):
+    """In the actor: how many calls have not returned; Ray makes a task of each."""
+    return len(asyncio.all_tasks(actor._service._alarm._loop))
+
+
+async def test_a_process_parks_one_call(make_ray_store):
+    """However many of its coroutines wait, for work, rollouts, completions or changes."""
+    store = make_ray_store()
+    rollouts = await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=n, queue="idle") for n in range(100)])
+    waiting = [asyncio.create_task(store.wait_for_rollout(rollout.rollout_id)) for rollout in rollouts]
+    waiting += [asyncio.create_task(store.dequeue_rollout(timeout=30)) for _ in range(100)]
+    waiting += [asyncio.create_task(store.completed(timeout=30)), asyncio.create_task(store.changes(10**6, timeout=30))]
+
+    async def parked():
+        return (await store.statistics())["waiters"] == len(waiting)
+
+    await until(parked)
+    assert ray.get(store.actor.__ray_call__.remote(parked_calls)) == 1
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
