@@ -38,7 +38,7 @@ def _frame_bytes(store: Any, spans: list[Any]) -> int:
 
     rows = [store._encoder.span(span) for span in spans]
     arguments = {"rollout_id": spans[0].rollout_id, "attempt_id": spans[0].attempt_id, "spans": rows}
-    return len(pack_operation("add_spans", arguments)[0])
+    return len(pack_operation("add_spans", arguments).frame)
 
 
 async def _addressed(store: Any, templates: list[Any], calls: int, per_call: int) -> tuple[list[list[Any]], list[str]]:

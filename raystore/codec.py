@@ -24,6 +24,7 @@ from raystore.packed import TYPECODES
 _PLAIN_LEAVES = frozenset({str, int, float, bool, type(None), bytes})
 _PACKED = 1  # msgpack extension: a type code and the array's bytes, little-endian
 _TUPLE = 2  # msgpack extension: the items as a list
+LARGE_BYTES = 32 * 1024  #: from here on a copy costs more than an argument of its own
 _MAX_DEPTH = 64  # deeper values are pickled, which has its own limit and says so
 
 
@@ -94,12 +95,12 @@ _EMPTY = _packb(PLAIN, {})
 
 
 def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
-    """Encode a value; `what` names it in errors."""
+    """Encode a value; `what` names it in errors. A large one is a `Payload`, which travels without being copied."""
     payload = _encode(value)
     data = payload.data if isinstance(payload, Payload) else payload
     if len(data) > limit_bytes:
         raise PayloadTooLargeError(what, len(data), limit_bytes)
-    return payload
+    return Payload(data, ()) if data is payload and len(data) > LARGE_BYTES else payload
 
 
 def _encode(value: Any) -> bytes | Payload:

@@ -36,6 +36,7 @@ def size_of(payload: Opaque) -> int:
 
 def same_content(one: Opaque, other: Opaque) -> bool:
     """Whether two payloads may stand for the same value; a pickle has no canonical form, so it always may."""
-    if isinstance(one, bytes) and isinstance(other, bytes) and one[0] == other[0] == PLAIN:
-        return one == other
+    mine, theirs = (p.data if isinstance(p, Payload) else p for p in (one, other))
+    if mine is not None and theirs is not None and mine[0] == theirs[0] == PLAIN:
+        return mine == theirs
     return (one is None) == (other is None)

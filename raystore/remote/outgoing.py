@@ -29,16 +29,20 @@ WINDOW = 2  #: batches under way at once
 class Operation(Call):
     """One operation of a session, packed."""
 
-    __slots__ = ("abandoned", "arguments", "cancels", "frame", "issued", "refs", "sent")
+    __slots__ = ("abandoned", "arguments", "cancels", "issued", "packed", "sent", "size")
 
     def __init__(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> None:
         Call.__init__(self, verb, 0, awaited)
-        self.frame, self.refs = wire.pack_operation(verb, arguments)
+        self._pack(arguments)
         self.arguments = arguments if "timeout" in arguments else None  # to wait on, should the session be renewed
         self.issued = time.monotonic()
         self.sent = False
         self.abandoned = False
         self.cancels: int | None = None  # ticket of the parked call that this ends
+
+    def _pack(self, arguments: dict[str, Any]) -> None:
+        self.packed = wire.pack_operation(self.verb, arguments)
+        self.size = len(self.packed.frame) + sum(map(len, self.packed.large))
 
     @property
     def changes(self) -> bool:
@@ -50,7 +54,7 @@ class Operation(Call):
         timeout = self.arguments.get("timeout") if self.arguments else None
         if self.arguments is not None and timeout is not None:
             left = max(self.issued + timeout - time.monotonic(), 0.0)
-            self.frame, self.refs = wire.pack_operation(self.verb, self.arguments | {"timeout": left})
+            self._pack(self.arguments | {"timeout": left})
 
 
 class Batch:
@@ -63,14 +67,15 @@ class Batch:
         self.sequence = sequence
         self.operations = operations
         self.header = header  # what the actor's `Inbox.exchange` takes beside the operations
-        self.refs = {number: op.refs for number, op in enumerate(operations) if op.refs}
+        self.refs = {number: op.packed.refs for number, op in enumerate(operations) if op.packed.refs}
         self.failing_since: float | None = None
         self.retries = 0
 
     def parts(self, client: tuple[int, str], answered: int) -> list[bytes]:
         """The batch as it travels."""
         header = [*client, self.session_id, self.sequence, answered, *self.header]
-        return wire.join(header, [operation.frame for operation in self.operations])
+        large = [payload for operation in self.operations for payload in operation.packed.large]
+        return wire.join(header, [operation.packed.frame for operation in self.operations], large)
 
     def has(self, ticket: int) -> bool:
         """Whether the operation with this ticket is in it."""
@@ -92,13 +97,13 @@ class Outgoing:
         """Let an operation wait at the end; it gets its ticket."""
         operation.ticket = next(self._tickets)
         self._waiting.append(operation)
-        self._bytes += len(operation.frame)
+        self._bytes += operation.size
 
     def drop(self, operation: Operation) -> None:
         """An operation that has not left will not leave."""
         if operation in self._waiting:
             self._waiting.remove(operation)
-            self._bytes -= len(operation.frame)
+            self._bytes -= operation.size
 
     def oldest(self) -> float | None:
         """When the operation at the front was issued."""
@@ -121,15 +126,15 @@ class Outgoing:
         while self._waiting and len(taken) < most:
             head = self._waiting[0]
             # Tickets of a batch count up from its first, so a gap (of one that was dropped) ends it.
-            if taken and (size + len(head.frame) > limit or head.ticket != taken[-1].ticket + 1):
+            if taken and (size + head.size > limit or head.ticket != taken[-1].ticket + 1):
                 break
             self._waiting.popleft()
-            self._bytes -= len(head.frame)
+            self._bytes -= head.size
             if head.is_cancelled:
                 continue  # nobody waits for it, and it has not left: it never was
             head.sent = True
             taken.append(head)
-            size += len(head.frame)
+            size += head.size
         return taken
 
     def put_back(self, operations: Iterable[Operation]) -> None:

@@ -80,9 +80,8 @@ class Session:
         """Take an operation; it takes effect in the order of the calls of this method."""
         operation = Operation(verb, arguments, awaited=awaited)
         operation.cancels = cancels
-        size = len(operation.frame)
-        if size > self.call_bytes:
-            raise PayloadTooLargeError(f"call {verb}", size, self.call_bytes)
+        if operation.size > self.call_bytes:
+            raise PayloadTooLargeError(f"call {verb}", operation.size, self.call_bytes)
         with self.lock:
             if self.failure is not None:
                 raise again(self.failure)

@@ -9,8 +9,8 @@ Not here: what the values mean (`convert`), when batches leave (`session`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -19,6 +19,7 @@ from raystore.core.records import Record
 from raystore.errors import InvalidValueError
 
 _REFS = 1  # extension type: a payload whose references stand in the list beside the frame
+_LARGE = 2  # extension type: the place of a payload that stands beside the frame
 
 # What an answer to one operation is.
 VALUE, ERROR, PARKED, NOTICE = range(4)
@@ -33,48 +34,61 @@ INLINE_BYTES = 512 * 1024  #: of a call whose arguments are parts
 Answer = bytes | tuple[bytes, list[Any]]  #: a frame, with the references that stand beside it if there are any
 
 
+class Packed(NamedTuple):
+    """A frame, and what stands beside it: object references, and large payloads in the order of their places."""
+
+    frame: bytes
+    refs: list[Any]
+    large: list[bytes]
+
+
 class _Packing:
     """Packs frames and collects the references in them."""
 
     def __init__(self) -> None:
         self._refs: list[Any] = []
+        self._large: list[bytes] = []
         self._packer = msgpack.Packer(default=self._extended, unicode_errors="surrogatepass", autoreset=False)
 
     def _extended(self, value: Any) -> Any:
         if isinstance(value, Record):
             return value.row()
+        if isinstance(value, Payload) and not value.refs:
+            self._large.append(value.data)
+            return msgpack.ExtType(_LARGE, b"")
         if isinstance(value, Payload):
             place = msgpack.packb([value.data, len(self._refs), len(value.refs)])
             self._refs.extend(value.refs)
             return msgpack.ExtType(_REFS, place)
         raise TypeError(f"{type(value).__name__} cannot travel: {value!r}")
 
-    def pack(self, value: Any) -> tuple[bytes, list[Any]]:
-        """A frame and the references beside it; of no use any more when it raises."""
+    def pack(self, value: Any) -> Packed:
+        """A frame and what stands beside it; of no use any more when it raises."""
         self._packer.pack(value)
         frame = bytes(self._packer.bytes())
         self._packer.reset()
-        refs, self._refs = self._refs, []
-        return frame, refs
+        packed = Packed(frame, self._refs, self._large)
+        self._refs, self._large = [], []
+        return packed
 
 
 _spare: list[_Packing] = []  # one costs as much to make as a small frame to pack; out of here while in use
-_SPARE_BYTES = 256 * 1024  # one that has grown beyond this is not kept
+_SPARE_BYTES = 2 * 1024 * 1024  # one that has grown beyond this is not kept
 
 
-def pack(value: Any) -> tuple[bytes, list[Any]]:
-    """A frame and the references beside it."""
+def pack(value: Any) -> Packed:
+    """A frame and what stands beside it."""
     try:
         packing = _spare.pop()
     except IndexError:
         packing = _Packing()
-    frame, refs = packing.pack(value)
-    if len(frame) <= _SPARE_BYTES:
+    packed = packing.pack(value)
+    if len(packed.frame) <= _SPARE_BYTES:
         _spare.append(packing)
-    return frame, refs
+    return packed
 
 
-def pack_operation(verb: str, arguments: dict[str, Any]) -> tuple[bytes, list[Any]]:
+def pack_operation(verb: str, arguments: dict[str, Any]) -> Packed:
     """One operation as a frame."""
     try:
         return pack((verb, arguments))
@@ -82,8 +96,10 @@ def pack_operation(verb: str, arguments: dict[str, Any]) -> tuple[bytes, list[An
         raise InvalidValueError("arguments", verb, "whole numbers of at most 64 bits") from None
 
 
-def _opener(refs: list[Any]) -> Any:
+def _opener(refs: list[Any], large: Iterator[bytes]) -> Any:
     def hook(code: int, data: bytes) -> Any:
+        if code == _LARGE:
+            return next(large)
         if code != _REFS:
             raise ValueError(f"frame has an unknown extension {code}")
         body, first, count = msgpack.unpackb(data)
@@ -92,14 +108,15 @@ def _opener(refs: list[Any]) -> Any:
     return hook
 
 
-def unpack(frame: bytes, refs: list[Any]) -> Any:
+def unpack(frame: bytes | memoryview, refs: list[Any], large: Iterator[bytes] = iter(())) -> Any:  # noqa: B008 - empty
     """The value of a frame."""
-    return msgpack.unpackb(frame, ext_hook=_opener(refs), strict_map_key=False, unicode_errors="surrogatepass")
+    opener = _opener(refs, large)
+    return msgpack.unpackb(frame, ext_hook=opener, strict_map_key=False, unicode_errors="surrogatepass")
 
 
 def pack_answer(*values: Any) -> Answer:
     """What an actor returns."""
-    frame, refs = pack(values)
+    frame, refs, _ = pack(values)
     return (frame, refs) if refs else frame
 
 
@@ -109,45 +126,47 @@ def unpack_answer(answer: Answer) -> list[Any]:
     return list(unpack(frame, refs))
 
 
-def join(header: list[Any], operations: list[bytes]) -> list[bytes]:
-    """A batch: the list of a header and of operations that are packed already, in as many parts as travel best.
+def join(header: list[Any], operations: list[bytes], large: list[bytes]) -> list[bytes]:
+    """A batch as the arguments of a call: a header and operations that are packed already, and large payloads.
 
     Ray carries a call's arguments inline up to 100 KiB each; a larger one goes through the object store, which costs
-    a millisecond and pays off from half a mebibyte on.
+    a millisecond and pays off from half a mebibyte on. So there are as many parts as travel best; the first byte says
+    how many, and large payloads follow, which nobody needs to copy into a frame and out again.
     """
-    values = [pack(header)[0], *operations]
-    if not PART_BYTES < sum(map(len, values)) <= INLINE_BYTES:
-        return [_list(values)]
+    values = [pack(header).frame, *operations]
     parts: list[list[bytes]] = [[]]
     size = 0
+    is_inline = sum(map(len, values)) <= INLINE_BYTES
     for value in values:
-        if parts[-1] and size + len(value) > PART_BYTES:
+        if parts[-1] and is_inline and size + len(value) > PART_BYTES:
             parts.append([])
             size = 0
         parts[-1].append(value)
         size += len(value)
-    return [_list(part) for part in parts]
+    count = bytes((len(parts),))
+    return [*(b"".join((count, _LIST, len(part).to_bytes(4, "big"), *part)) for part in parts), *large]
 
 
-def _list(values: list[bytes]) -> bytes:
-    return b"".join((b"\xdd", len(values).to_bytes(4, "big"), *values))  # as msgpack begins a list
+_LIST = b"\xdd"  # in msgpack, what begins a list whose length follows in four bytes
 
 
 def split(parts: Sequence[bytes], refs: dict[int, list[Any]] | None) -> list[Any]:
     """The header of a batch, and its operations; `refs` has the references of operations by their number."""
+    count = parts[0][0]
+    large = iter(parts[count:])
+    frames = [memoryview(part)[1:] for part in parts[:count]]
     if not refs:
-        return [value for part in parts for value in unpack(part, [])]
+        return [value for frame in frames for value in unpack(frame, [], large)]
     values: list[Any] = []
 
-    def open_payload(code: int, data: bytes) -> Payload:
-        payload: Payload = _opener(refs.get(len(values) - 1, []))(code, data)  # the header comes first
-        return payload
+    def open_payload(code: int, data: bytes) -> Any:
+        return _opener(refs.get(len(values) - 1, []), large)(code, data)  # the header comes first
 
-    for part in parts:
+    for frame in frames:
         unpacker = msgpack.Unpacker(
-            ext_hook=open_payload, strict_map_key=False, unicode_errors="surrogatepass", max_buffer_size=len(part)
+            ext_hook=open_payload, strict_map_key=False, unicode_errors="surrogatepass", max_buffer_size=len(frame)
         )
-        unpacker.feed(part)
+        unpacker.feed(frame)
         for _ in range(unpacker.read_array_header()):
             values.append(unpacker.unpack())
     return values

@@ -36,9 +36,8 @@ class Handle:
 
     def remote(self, frame, *more):
         answer = Future()
-        header = wire.unpack(frame, [])
-        if isinstance(header[0], list):  # a batch, not a listen call
-            self.batches.append(tuple(header[0][2:4]))
+        if frame[0] == 1:  # a batch of one part, not a listen call
+            self.batches.append(tuple(wire.split([frame], None)[0][2:4]))
             outcome = self.script.pop(0)
             if isinstance(outcome, Future):
                 answer = outcome
