@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 
-from raystore.core.eviction import Pass
 from raystore.core.resources import OBJECT_IDS_WARNED
+from raystore.core.state import Pass
 
 logger = logging.getLogger("raystore.store")
 

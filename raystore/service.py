@@ -60,6 +60,7 @@ class Service:
         self.operations = 0
         self.actor_calls = 0
         self.last_eviction_seconds = 0.0
+        self._eviction_seconds = 0.0  # of the pass that is under way
         self.on_notice: Callable[[str], None] = lambda session_id: None  # wakes the session's listen call
         self.started = time.monotonic()
         self._lock = threading.RLock()
@@ -252,10 +253,12 @@ class Service:
     def _evict(self, writing: str | None) -> None:
         started = time.perf_counter()
         done = eviction.run(self.state, self._step(), writing)
-        if done is None:
-            return
-        self.last_eviction_seconds = time.perf_counter() - started
-        reports.eviction(done, self.last_eviction_seconds)
+        self._eviction_seconds += time.perf_counter() - started
+        if done is not None:
+            self.last_eviction_seconds = self._eviction_seconds
+            reports.eviction(done, self.last_eviction_seconds)
+        if self.state.eviction_pass is None:
+            self._eviction_seconds = 0.0
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -268,6 +271,7 @@ class Service:
         due = (
             state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest, state.paused,
             waiters.next_deadline() if waiters else None, self._probes.at,
+            state.eviction_pass and state.eviction_pass.spans,
         )  # fmt: skip
         if due == self._armed_for:
             return
@@ -283,6 +287,8 @@ class Service:
             in_seconds += [max(time - now, 0.0) for time in times]
             core = [time for time in (deadline, age_deadline) if time is not None]
             self._armed = max(min(core), now) if core else None
+        if state.eviction_pass is not None:
+            in_seconds.append(0.0)
         # Deadlines are strict: a hair later, so that the ring finds them passed.
         self._alarm.set(min(in_seconds) + 0.001 if in_seconds else None)
 

@@ -8,33 +8,30 @@ Not here: measuring the machine and resolving thresholds (`config`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from raystore.core.lifecycle import FINISHED
-from raystore.core.state import State, Step
+from raystore.core.state import Pass, State, Step
 
-
-@dataclass(slots=True)
-class Pass:
-    """What one eviction pass did."""
-
-    rollout_ids: list[str] = field(default_factory=list)
-    spans: int = 0
-    bytes: int = 0
-    unread: list[str] = field(default_factory=list)  # finished and never read: somebody may miss them
+SLICE_SPANS = 2_000  #: evicted at once, or the spans of one rollout if there are more
 
 
 def run(state: State, step: Step, writing: str | None) -> Pass | None:
-    """Evict if the threshold is crossed, or until a full store is below the safe one; None if nothing was evicted."""
+    """Evict a slice if the threshold is crossed, a pass is under way, or the store is full; the pass once it is over.
+
+    A pass works in slices, so that nobody is held up; it is over at the safe threshold. None if there was nothing to do
+    or there is more.
+    """
     if not state.is_full:
         return None
-    done = Pass()
+    done = state.eviction_pass or Pass()
+    state.eviction_pass = None
+    until = done.spans + SLICE_SPANS
     classes = 1 if state.settings.pause_when_full else len(state.eviction_heaps)
     spared: list[tuple[int, tuple[float, int, str]]] = []
     for number in range(classes):
         heap = state.eviction_heaps[number]
-        while heap and state.total_bytes > state.settings.safe_bytes:
+        while heap and state.total_bytes > state.settings.safe_bytes and done.spans < until:
             item = heappop(heap)
             entry = state.entries.get(item[2])
             if entry is None or not state.spans.has(item[2]) or state.eviction_class(entry) != number:
@@ -44,10 +41,13 @@ def run(state: State, step: Step, writing: str | None) -> Pass | None:
             else:
                 evict(state, item[2], done)
     for number, item in spared:
-        if state.total_bytes > state.settings.safe_bytes and state.spans.has(item[2]):
+        if state.total_bytes > state.settings.safe_bytes and state.spans.has(item[2]) and done.spans < until:
             evict(state, item[2], done)
         elif state.spans.has(item[2]):
             heappush(state.eviction_heaps[number], item)
+    if done.spans >= until and state.total_bytes > state.settings.safe_bytes:
+        state.eviction_pass = done
+        return None
     if done.rollout_ids:
         state.eviction_passes += 1
         state.changes.append(step.now, "evicted", rollouts=len(done.rollout_ids), spans=done.spans, bytes=done.bytes)

@@ -140,6 +140,16 @@ class Entry:
         return sum(attempt.outcome not in UNCHARGED for attempt in self.attempts)
 
 
+@dataclass(slots=True)
+class Pass:
+    """What one eviction pass did, or has done so far."""
+
+    rollout_ids: list[str] = field(default_factory=list)
+    spans: int = 0
+    bytes: int = 0
+    unread: list[str] = field(default_factory=list)  # finished and never read: somebody may miss them
+
+
 def is_live_attempt(attempt: Attempt) -> bool:
     """Whether somebody should be running this attempt; a superseded one only keeps its status."""
     return attempt.status in ACTIVE and attempt.outcome is None
@@ -172,6 +182,7 @@ class State:
         self.eviction_heaps: list[list[tuple[float, int, str]]] = [[], [], [], []]
         self.disposable_released: dict[str, None] = {}  # finished and released, for retention
         self.disposable_read: dict[str, None] = {}  # finished, read, and not released
+        self.eviction_pass: Pass | None = None  # one that has more to do
         self.evicted_rollouts = 0
         self.eviction_passes = 0
         self.memory_full = False
@@ -185,7 +196,8 @@ class State:
     @property
     def is_full(self) -> bool:
         """Whether something should be evicted."""
-        return self.memory_full or self.total_bytes > self.settings.eviction_bytes
+        is_above = self.total_bytes > self.settings.eviction_bytes
+        return is_above or self.memory_full or self.eviction_pass is not None
 
     @property
     def has_news(self) -> bool:

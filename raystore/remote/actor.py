@@ -41,7 +41,8 @@ class StoreActor:
         self._remarks = _stand_upright()
         gc.collect()
         gc.freeze()  # what was imported lives as long as the actor
-        gc.set_threshold(50_000, 50, 1_000)  # the records form no cycles; full collections would only pause the loop
+        # Records form no cycles: what survives a look or two is not looked at again, which would only pause the loop.
+        gc.set_threshold(3_000, 2, 250_000)
 
     def _open(self) -> Service:
         """The service, made on the loop that owns it from then on."""

@@ -18,8 +18,8 @@ from raystore.calls import Call
 from raystore.core.verbs import CHANGING
 from raystore.remote import wire
 
-BATCH_BYTES = 384 * 1024  #: of a batch that travels inline, in parts
-BULK_BYTES = 1024 * 1024  #: of a batch that goes through the object store, once as much as this waits
+BATCH_BYTES = 384 * 1024  #: of a batch
+BULK_BYTES = 1024 * 1024  #: of a batch once as much as this waits
 BATCH_OPERATIONS = 512
 WORTH_OPERATIONS = 32  #: what must wait for a call of its own while another is under way: each costs a millisecond ...
 WORTH_BYTES = 48 * 1024  #: ... of two processes, whatever it carries

@@ -29,7 +29,7 @@ DONE, ENDED, REFUSED = range(3)
 
 
 PART_BYTES = 96_000  #: of one argument, with room for Ray's own bytes beside it
-INLINE_BYTES = 512 * 1024  #: of a call whose arguments are parts
+INLINE_BYTES = 1152 * 1024  #: of a frame that travels in parts
 
 Answer = bytes | tuple[bytes, list[Any]]  #: a frame, with the references that stand beside it if there are any
 
@@ -130,21 +130,17 @@ def join(header: list[Any], operations: list[bytes], large: list[bytes]) -> list
     """A batch as the arguments of a call: a header and operations that are packed already, and large payloads.
 
     Ray carries a call's arguments inline up to 100 KiB each; a larger one goes through the object store, which costs
-    a millisecond and pays off from half a mebibyte on. So there are as many parts as travel best; the first byte says
-    how many, and large payloads follow, which nobody needs to copy into a frame and out again.
+    a millisecond, and pages of it stay mapped into the actor. So a frame is cut into parts as long as that pays off;
+    its first byte says how many. Large payloads follow, which nobody needs to copy into a frame and out again.
     """
     values = [pack(header).frame, *operations]
-    parts: list[list[bytes]] = [[]]
-    size = 0
-    is_inline = sum(map(len, values)) <= INLINE_BYTES
-    for value in values:
-        if parts[-1] and is_inline and size + len(value) > PART_BYTES:
-            parts.append([])
-            size = 0
-        parts[-1].append(value)
-        size += len(value)
-    count = bytes((len(parts),))
-    return [*(b"".join((count, _LIST, len(part).to_bytes(4, "big"), *part)) for part in parts), *large]
+    size = sum(map(len, values))
+    count = -(-size // PART_BYTES) if size <= INLINE_BYTES else 1
+    frame = b"".join((bytes((count,)), _LIST, len(values).to_bytes(4, "big"), *values))
+    if count == 1:
+        return [frame, *large]
+    length = len(frame) // count + 1
+    return [*(frame[first : first + length] for first in range(0, len(frame), length)), *large]
 
 
 _LIST = b"\xdd"  # in msgpack, what begins a list whose length follows in four bytes
@@ -153,20 +149,19 @@ _LIST = b"\xdd"  # in msgpack, what begins a list whose length follows in four b
 def split(parts: Sequence[bytes], refs: dict[int, list[Any]] | None) -> list[Any]:
     """The header of a batch, and its operations; `refs` has the references of operations by their number."""
     count = parts[0][0]
+    frame = memoryview(parts[0] if count == 1 else b"".join(parts[:count]))[1:]
     large = iter(parts[count:])
-    frames = [memoryview(part)[1:] for part in parts[:count]]
     if not refs:
-        return [value for frame in frames for value in unpack(frame, [], large)]
+        return list(unpack(frame, [], large))
     values: list[Any] = []
 
     def open_payload(code: int, data: bytes) -> Any:
         return _opener(refs.get(len(values) - 1, []), large)(code, data)  # the header comes first
 
-    for frame in frames:
-        unpacker = msgpack.Unpacker(
-            ext_hook=open_payload, strict_map_key=False, unicode_errors="surrogatepass", max_buffer_size=len(frame)
-        )
-        unpacker.feed(frame)
-        for _ in range(unpacker.read_array_header()):
-            values.append(unpacker.unpack())
+    unpacker = msgpack.Unpacker(
+        ext_hook=open_payload, strict_map_key=False, unicode_errors="surrogatepass", max_buffer_size=len(frame)
+    )
+    unpacker.feed(frame)
+    for _ in range(unpacker.read_array_header()):
+        values.append(unpacker.unpack())
     return values

@@ -283,3 +283,24 @@ async def test_advance_is_sliced(make_memory_store, monkeypatch):
     await store.dequeue_many_rollouts(limit=95)
     finished = await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=10)
     assert {r.status for r in finished} == {"failed"}
+
+
+async def test_eviction_goes_on_in_slices(make_memory_store, monkeypatch):
+    """A pass that frees much is cut, so that nobody waits for all of it; it goes on although nobody calls."""
+    monkeypatch.setattr("raystore.core.eviction.SLICE_SPANS", 5)
+    store = make_memory_store(eviction_memory_threshold=400_000, safe_memory_threshold=100_000)
+    rollouts = [await store.start_rollout(number) for number in range(40)]
+    text = "x" * 10_000
+    for rollout in rollouts[:-1]:
+        await store.add_span(make_span(rollout, attributes={"text": text}))
+        before = (await store.statistics())["evicted_spans"]
+        if before:
+            break
+    assert before == 5 and (await store.statistics())["eviction_passes"] == 0
+
+    async def is_over():
+        return store._service.state.eviction_passes == 1
+
+    await until(is_over)
+    found = await store.statistics()
+    assert found["accounted_bytes"] <= 100_000 and found["evicted_spans"] > 20
