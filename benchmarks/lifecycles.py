@@ -54,13 +54,13 @@ async def concurrent(scope: Scope) -> list[Line]:
         agl = _peer(stack, 1)
         for concurrency in (64, 256):
             workers = shapes.desks(rs.Span, "lifecycle", concurrency)
-            many, few = scope.amount(4096), scope.amount(512)
+            many, few = scope.amount(4096), scope.amount(256)
             samples = await alternate(
                 scope.rounds,
                 {
                     "ours": _rate(ours, workers, many),
                     "naive": _rate(naive, workers, few),
-                    "agl-http": _agl_rate(agl, concurrency, scope.amount(256)) if concurrency == 64 else None,
+                    "agl-http": _agl_rate(agl, concurrency, scope.amount(192)) if concurrency == 64 else None,
                 },
             )
             did = f"{LIFECYCLE}; {concurrency} coroutines; {many} rollouts a round (naive {few})"
@@ -81,7 +81,7 @@ def _shared_rate(work: Callable[[], Awaitable[Any]], prepare: Callable[[], Await
     return measure
 
 
-async def _over_processes(scope: Scope, shape: str, ours_count: int, other_count: int) -> dict[str, list[float]]:
+async def _over_processes(scope: Scope, shape: str, *, against_naive: bool) -> dict[str, list[float]]:
     """Rollouts per second over four processes of 16 workers each."""
     is_queued = shapes.SHAPES[shape][3]
 
@@ -93,7 +93,7 @@ async def _over_processes(scope: Scope, shape: str, ours_count: int, other_count
         mine = stack.enter_context(closing(Runners(ours, 4)))
         theirs = stack.enter_context(closing(Runners(naive, 4)))
         agl = _peer(stack, 4)
-        many, few = scope.amount(ours_count), scope.amount(other_count)
+        many, few = scope.amount(4096), scope.amount(256)
 
         def rate(store: Any, runners: Any, rollouts: int) -> Measure:
             async def prepare() -> None:
@@ -105,7 +105,7 @@ async def _over_processes(scope: Scope, shape: str, ours_count: int, other_count
 
         parties: dict[str, Measure | None] = {
             "ours": rate(ours, mine, many),
-            "naive": rate(naive, theirs, few),
+            "naive": rate(naive, theirs, few) if against_naive else None,
             "agl-http": rate(agl, agl, few) if agl else None,
         }
         return await alternate(scope.rounds, parties)
@@ -113,7 +113,7 @@ async def _over_processes(scope: Scope, shape: str, ours_count: int, other_count
 
 async def processes(scope: Scope) -> list[Line]:
     """Row 2."""
-    samples = await _over_processes(scope, "lifecycle", 4096, 512)
+    samples = await _over_processes(scope, "lifecycle", against_naive=True)
     did = f"{LIFECYCLE}; 4 processes of 16 coroutines; {scope.amount(4096)} rollouts a round"
     return [
         compare(2, "lifecycle, 4 processes", samples, against, at_least(goal), unit="rollouts/s", did=did)
@@ -125,7 +125,7 @@ async def micro_shapes(scope: Scope) -> list[Line]:
     """Row 17."""
     lines = []
     for shape in ("rollout", "dequeue-update-attempt"):
-        samples = await _over_processes(scope, shape, 4096, 512)
+        samples = await _over_processes(scope, shape, against_naive=False)
         did = f"agentlightning's micro shape; 4 processes of 16 coroutines; {scope.amount(4096)} rollouts a round"
         lines.append(compare(17, shape, samples, "agl-http", at_least(20), unit="rollouts/s", did=did))
     return lines

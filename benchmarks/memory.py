@@ -22,7 +22,7 @@ from benchmarks.parties import Program, has_peers, in_own_process
 from benchmarks.scope import Scope
 from benchmarks.table import Line, at_most, bound, compare, figure
 
-ROLLOUTS, SPANS = 2000, 10
+ROLLOUTS, SPANS = 800, 10
 
 
 async def grow(rollouts: int, spans: int) -> float:

@@ -125,7 +125,13 @@ class Program:
             [str(PEERS_PYTHON), "-m", "benchmarks.peer", *arguments],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        self.hello = self._read()
+        self._is_ready = False
+
+    def wait_until_ready(self) -> None:
+        """Wait for its first words: it imports for some seconds, so several are started before any is waited for."""
+        if not self._is_ready:
+            self._read()
+            self._is_ready = True
 
     def _read(self) -> Any:
         assert self._process.stdout is not None
@@ -136,6 +142,7 @@ class Program:
 
     async def ask(self, command: str, **arguments: Any) -> Any:
         """One command and its answer."""
+        self.wait_until_ready()
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([command, arguments]) + "\n")
         self._process.stdin.flush()
@@ -159,9 +166,12 @@ class Agl:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
         self._server = Program("serve", str(port))
-        self.clients = [Program("work", self._server.hello["url"]) for _ in range(clients)]
-        self.driver = Program("work", self._server.hello["url"])
+        self.clients = [Program("work", url) for _ in range(clients)]
+        self.driver = Program("work", url)
+        for program in (self._server, *self.clients, self.driver):
+            program.wait_until_ready()
 
     async def work(self, shape: str, concurrency: int, rollouts: int) -> None:
         """Share out so many rollouts over the clients."""

@@ -40,10 +40,17 @@ def has_tags(tags: dict[str, Any]) -> Condition:
 _ABSENT = object()
 
 
-def select(records: Iterable[R], conditions: list[Condition], logic: str) -> list[R]:
-    """The records that meet all conditions ("and"), or any ("or"); no condition selects everything."""
+def check(logic: str = "and", sort_order: str = "asc") -> None:
+    """Refuse what is no way to join conditions, or to sort."""
     if logic not in ("and", "or"):
         raise InvalidValueError("filter_logic", logic, "'and' or 'or'")
+    if sort_order not in ("asc", "desc"):
+        raise InvalidValueError("sort_order", sort_order, "'asc' or 'desc'")
+
+
+def select(records: Iterable[R], conditions: list[Condition], logic: str) -> list[R]:
+    """The records that meet all conditions ("and"), or any ("or"); no condition selects everything."""
+    check(logic)
     if not conditions:
         return list(records)
     if logic == "and":
@@ -56,8 +63,7 @@ def arrange(records: list[R], sort_by: str | None, sort_order: str, sortable: di
 
     `sortable` maps each field that may be sorted by to the value that stands in for None. The sort is stable.
     """
-    if sort_order not in ("asc", "desc"):
-        raise InvalidValueError("sort_order", sort_order, "'asc' or 'desc'")
+    check(sort_order=sort_order)
     if sort_by is None:
         return records
     if sort_by not in sortable:

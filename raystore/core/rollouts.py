@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from heapq import heapify, heappush
+from itertools import groupby, islice
 from typing import Any
 
 from raystore.core import query
@@ -276,6 +277,9 @@ def find(
             indexed.append(state.indexes.find((key, must[name])))
     for tag in (must.get("tags") or {}).items():
         indexed.append(state.indexes.find(("tag", tag)))
+    query.check(filter_logic, sort_order)
+    if not (indexed or conditions or mode) and sort_by in (None, "start_time"):
+        return _by_age(state, sort_by is not None and sort_order == "desc", limit, offset), len(state.entries)
     if indexed:
         smallest, *others = sorted(indexed, key=len)  # type: ignore[arg-type]
         sets = [other if isinstance(other, dict) else frozenset(other) for other in others]
@@ -288,6 +292,16 @@ def find(
     matches = query.select((entry.rollout for entry in entries), conditions, filter_logic)
     matches = query.arrange(matches, sort_by, sort_order, query.ROLLOUT_SORT)
     return [state.entries[rollout.rollout_id] for rollout in query.page(matches, limit, offset)], len(matches)
+
+
+def _by_age(state: State, is_newest_first: bool, limit: int, offset: int) -> list[Entry]:
+    """A page of all rollouts, which stand in the order of their start; those of one instant keep their order."""
+    query.page([], limit, offset)  # refuses what is no page
+    entries: Iterable[Entry] = state.entries.values()
+    if is_newest_first:
+        newest = groupby(reversed(state.entries.values()), key=lambda entry: entry.rollout.start_time)
+        entries = (entry for _, instant in newest for entry in reversed(list(instant)))
+    return list(islice(entries, offset, None if limit == -1 else offset + limit))
 
 
 def set_reward(state: State, entry: Entry, reward: float) -> None:

@@ -152,6 +152,11 @@ async def test_query_pages_and_sorts(store):
     store.testing.tick(1)
     await store.update_rollout(made[3].rollout_id, status="failed")
     assert [r.input for r in await store.query_rollouts(sort_by="end_time", limit=1)] == [3]
+    first, *_ = await store.query_rollouts(sort_by="start_time", limit=1)
+    newest = await store.query_rollouts(sort_by="start_time", sort_order="desc", limit=2, offset=1)
+    everything = list(await store.query_rollouts())
+    assert first == everything[0] and newest.total == len(everything)
+    assert newest == sorted(everything, key=lambda r: r.start_time, reverse=True)[1:3]
     last = await store.query_rollouts(sort_by="end_time", sort_order="desc")
     assert last[-1].input == 3
 
