@@ -53,7 +53,7 @@ def main() -> int:
         numbers = [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
         if unknown := [number for number in numbers if number not in ROWS]:
             parser.error(f"--only names rows {unknown}; there are {sorted(ROWS)}")
-    started = time.time()
+    started, commit = time.time(), _commit()
     logging.getLogger("raystore").setLevel(logging.WARNING)
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
@@ -63,7 +63,7 @@ def main() -> int:
         ray.shutdown()
     about = {
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(started)),
         "minutes": round((time.time() - started) / 60, 1),
         "python": platform.python_version(),

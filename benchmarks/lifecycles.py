@@ -54,13 +54,13 @@ async def concurrent(scope: Scope) -> list[Line]:
         agl = _peer(stack, 1)
         for concurrency in (64, 256):
             workers = shapes.desks(rs.Span, "lifecycle", concurrency)
-            many, few = scope.amount(4096), scope.amount(256)
+            many, few = scope.amount(4096), scope.amount(192)
             samples = await alternate(
                 scope.rounds,
                 {
                     "ours": _rate(ours, workers, many),
                     "naive": _rate(naive, workers, few),
-                    "agl-http": _agl_rate(agl, concurrency, scope.amount(192)) if concurrency == 64 else None,
+                    "agl-http": _agl_rate(agl, concurrency, scope.amount(128)) if concurrency == 64 else None,
                 },
             )
             did = f"{LIFECYCLE}; {concurrency} coroutines; {many} rollouts a round (naive {few})"
@@ -93,7 +93,7 @@ async def _over_processes(scope: Scope, shape: str, *, against_naive: bool) -> d
         mine = stack.enter_context(closing(Runners(ours, 4)))
         theirs = stack.enter_context(closing(Runners(naive, 4)))
         agl = _peer(stack, 4)
-        many, few = scope.amount(4096), scope.amount(256)
+        many, few = scope.amount(4096), scope.amount(160)
 
         def rate(store: Any, runners: Any, rollouts: int) -> Measure:
             async def prepare() -> None:
@@ -133,7 +133,7 @@ async def micro_shapes(scope: Scope) -> list[Line]:
 
 async def sequential(scope: Scope) -> list[Line]:
     """Row 3."""
-    many, few = scope.amount(1000), scope.amount(300)
+    many, few = scope.amount(800), scope.amount(160)
     calls: dict[str, list[float]] = {"plain": [], "pool": []}
     with ExitStack() as stack:
         ours, naive = stack.enter_context(rs.start()), stack.enter_context(closing(Naive()))

@@ -1,0 +1,95 @@
+"""Where the time of a lifecycle goes: py-spy samples both processes, and the samples are sorted by what they belong to.
+
+Run `python -m benchmarks.profile [COROUTINES]`. Only threads that hold the interpreter's lock are sampled; what Ray
+does in threads of its own shows in the CPU time. Writes `runs/profile-client.txt` and `runs/profile-store.txt` as
+collapsed stacks, which any flame graph tool reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from subprocess import PIPE
+
+import ray
+
+import raystore as rs
+from benchmarks import shapes
+from benchmarks.parties import enqueue
+
+SECONDS, RATE = 4, 500
+ROLLOUTS = 4000
+
+#: What a stack belongs to: the first of these that appears anywhere in it.
+KINDS = {
+    "encode, decode": ("raystore/convert.py", "raystore/codec.py"),
+    "pack, unpack frames": ("remote/wire.py",),
+    "core": ("raystore/core/",),
+    "service": ("raystore/service.py", "raystore/shell.py", "raystore/waiters.py"),
+    "inbox and actor": ("remote/inbox.py", "remote/actor.py"),
+    "session": ("remote/session.py", "remote/outgoing.py", "raystore/calls.py", "remote/timer.py", "/transport.py"),
+    "methods and caller": ("raystore/client/", "benchmarks/shapes.py"),
+    "Ray, Python": ("ray/",),
+    "asyncio": ("asyncio/",),
+}  # fmt: skip
+
+
+def sort(path: Path) -> dict[str, float]:
+    """Percent of the samples for each kind."""
+    counts: Counter[str] = Counter()
+    for line in path.read_text().splitlines():
+        stack, _, samples = line.rpartition(" ")
+        kind = next((kind for kind, marks in KINDS.items() if any(mark in stack for mark in marks)), "Ray, native")
+        counts[kind] += int(samples)
+    total = sum(counts.values())
+    return {kind: 100 * samples / total for kind, samples in counts.most_common()}
+
+
+async def main(coroutines: int, runs: Path) -> None:
+    """Profile both sides while lifecycles run."""
+    with rs.start() as store:
+        workers = shapes.desks(rs.Span, "lifecycle", coroutines)
+
+        async def measured() -> str:
+            await enqueue(store, ROLLOUTS)
+            before, mine = await store.statistics(), time.process_time()
+            seconds = await shapes.work(store, "lifecycle", workers, ROLLOUTS)
+            mine, after = time.process_time() - mine, await store.statistics()
+            served, calls = (after[name] - before[name] for name in ("cpu_seconds", "actor_calls"))
+            wall, mine, served = (value / ROLLOUTS * 1e6 for value in (seconds, mine, served))
+            return (
+                f"{coroutines} coroutines: {1e6 / wall:,.0f} rollouts/s; a rollout takes {wall:.0f} us, "
+                f"{mine:.0f} us CPU of its client, {served:.0f} us CPU of the store, {calls / ROLLOUTS:.2f} actor calls"
+            )
+
+        await measured()
+        print(await measured())
+        pids = {"client": os.getpid(), "store": ray.get(store.actor.describe.remote())["pid"]}
+        spies = []
+        for name, pid in pids.items():
+            output = runs / f"profile-{name}.txt"
+            command = ["record", "-d", SECONDS, "-r", RATE, "--gil", "-t", "-f", "raw", "-o", output, "-p", pid]
+            spy = Path(sys.executable).parent / "py-spy"
+            spies.append(await asyncio.create_subprocess_exec(spy, *map(str, command), stdout=PIPE, stderr=PIPE))
+        until = time.monotonic() + SECONDS
+        while time.monotonic() < until:
+            await measured()
+        for spying in spies:
+            await spying.communicate()
+    for name in pids:
+        shares = sort(runs / f"profile-{name}.txt")
+        print(f"{name}: " + ", ".join(f"{kind} {share:.0f} %" for kind, share in shares.items()))
+
+
+if __name__ == "__main__":
+    logging.getLogger("raystore").setLevel(logging.WARNING)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    folder = Path("runs")
+    folder.mkdir(exist_ok=True)
+    asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 64, folder))
+    ray.shutdown()
