@@ -246,7 +246,8 @@ async def training_step(scope: Scope) -> list[Line]:
             await running
             return seconds
 
-        samples = await alternate(scope.rounds, {"ours": mine, "agl-http": theirs if agl else None})
+        parties: dict[str, Measure | None] = {"ours": mine, "agl-http": theirs if agl else None}
+        samples = await alternate(scope.rounds, parties, warm=False)
     did = f"{rollouts} rollouts of 10 spans enqueued, run by 4 processes of 16 coroutines, waited for, read with spans"
     return [compare(16, "a training step", samples, "agl-http", at_most(0.1), unit="s", did=did)]
 

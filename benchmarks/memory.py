@@ -104,7 +104,7 @@ def _longest_pause(actor: Any) -> float:
 
 async def evicting(scope: Scope) -> list[Line]:
     """Row 13."""
-    threshold = scope.amount(256) * 2**20
+    threshold = scope.amount(192) * 2**20
     fed = 0
     peaks, pauses = [], []
     with ExitStack() as stack:

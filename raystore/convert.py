@@ -377,7 +377,7 @@ def span(answer: Row) -> Span:
     rollout_id, attempt_id, sequence_id, span_id, trace_id, parent_id, name, start_time, end_time = fields[:9]
     status, attributes, resource, context, parent, *rest = decode(fields[10])
     events, links, extra = rest or ((), (), None)
-    if type(status) is str:
+    if not isinstance(status, dict):
         status = {"status_code": status, "description": None}
     return build(
         Span,

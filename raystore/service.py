@@ -132,7 +132,8 @@ class Service:
                 raise
             self._fail(verb, arguments)
         finally:
-            if state.has_news or state.is_full or self.waiters.wants_changes:
+            is_news = state.has_news or state.withdrawals != self._withdrawals_seen
+            if is_news or state.is_full or self.waiters.wants_changes:
                 self._settle(arguments.get("rollout_id"))
 
     def defer(self, action: Callable[[], None]) -> None:
@@ -267,15 +268,8 @@ class Service:
 
         It may ring for nothing: what moves a deadline later, or makes it meaningless, leaves it set.
         """
-        state, waiters = self.state, self.waiters
-        due = (
-            state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest, state.paused,
-            waiters.next_deadline() if waiters else None, self._probes.at,
-            state.eviction_pass and state.eviction_pass.spans,
-        )  # fmt: skip
-        if due == self._armed_for:
+        if self._soonest() == self._armed_for:
             return
-        self._armed_for = due
         age_deadline = watchdog.next_age_deadline(self.state)
         ages = [deadline for deadline in (age_deadline, self._probes.at) if deadline is not None]
         in_seconds = [max(deadline - self.clock.age(), 0.0) for deadline in ages]
@@ -287,10 +281,20 @@ class Service:
             in_seconds += [max(time - now, 0.0) for time in times]
             core = [time for time in (deadline, age_deadline) if time is not None]
             self._armed = max(min(core), now) if core else None
-        if state.eviction_pass is not None:
+        if self.state.eviction_pass is not None:
             in_seconds.append(0.0)
         # Deadlines are strict: a hair later, so that the ring finds them passed.
         self._alarm.set(min(in_seconds) + 0.001 if in_seconds else None)
+        self._armed_for = self._soonest()  # as it is now that `next_deadline` has looked
+
+    def _soonest(self) -> tuple[Any, ...]:
+        """What the alarm depends on: while it stays the same, the alarm may stay."""
+        state, waiters = self.state, self.waiters
+        return (
+            state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest, state.paused,
+            waiters.next_deadline() if waiters else None, self._probes.at,
+            state.eviction_pass and state.eviction_pass.spans,
+        )  # fmt: skip
 
     def _ring(self) -> None:
         with self._lock:
@@ -298,7 +302,7 @@ class Service:
             if self._closed or self._failed is not None:
                 return
             try:
-                self.advance()
+                self._advance(self._step())
             except Exception:
                 self._fail("advance", {})
             self._probe()
@@ -329,9 +333,9 @@ class Service:
         """The callers of a session have these claims; returns those that are lost."""
         with self._lock:
             lost = claims.acknowledge(self.state, self._step(session), session, keys)
-            if lost or self.state.has_news:
+            if lost or self.state.has_news or self.waiters.wants_changes:
                 self._settle()
-                self._arm()
+            self._arm()
             return lost
 
     def end_session(self, session: Session, *, why: str) -> None:

@@ -26,6 +26,8 @@ def run(state: State, step: Step, writing: str | None) -> Pass | None:
         return None
     done = state.eviction_pass or Pass()
     state.eviction_pass = None
+    if writing is not None:
+        done.written.add(writing)
     until = done.spans + SLICE_SPANS
     classes = 1 if state.settings.pause_when_full else len(state.eviction_heaps)
     spared: list[tuple[int, tuple[float, int, str]]] = []
@@ -36,7 +38,7 @@ def run(state: State, step: Step, writing: str | None) -> Pass | None:
             entry = state.entries.get(item[2])
             if entry is None or not state.spans.has(item[2]) or state.eviction_class(entry) != number:
                 continue  # deleted, evicted, or known to another class by now
-            if item[2] == writing:
+            if item[2] in done.written:
                 spared.append((number, item))
             else:
                 evict(state, item[2], done)

@@ -20,12 +20,11 @@ def pieces(state: State, verb: str, arguments: dict[str, Any]) -> list[dict[str,
     """The arguments of each piece of an operation that is divisible."""
     try:
         VERBS[verb].require(verb, arguments)
-    except InvalidValueError:
-        return [arguments]  # to be refused when it runs
-    if verb == "cancel_rollouts":
-        ids = chosen_among(state, **arguments)
-        arguments = {"group_id": None, "tags": None}
-    else:
-        ids = arguments["rollout_ids"]
-    cuts = [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)]
-    return [arguments | {"rollout_ids": part} for part in cuts or [[]]]
+        if verb == "cancel_rollouts":
+            ids, rest = chosen_among(state, **arguments), {"group_id": None, "tags": None}
+        else:
+            ids, rest = arguments["rollout_ids"], {}
+        cuts = [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)]
+    except (InvalidValueError, TypeError, AttributeError):
+        return [arguments]  # no arguments of this verb: to be refused when it runs
+    return [rest | {"rollout_ids": part} for part in cuts or [[]]]

@@ -148,6 +148,7 @@ class Pass:
     spans: int = 0
     bytes: int = 0
     unread: list[str] = field(default_factory=list)  # finished and never read: somebody may miss them
+    written: set[str] = field(default_factory=set)  # rollouts that were written to meanwhile: they go last
 
 
 def is_live_attempt(attempt: Attempt) -> bool:

@@ -27,7 +27,7 @@ from raystore.waiters import Deliver
 SLICE_SECONDS = 0.005  #: a batch that takes longer lets the others in between
 PAGE_BYTES = 1024 * 1024  #: a longer answer is sent in parts, so that packing it holds nobody up
 LATER_AT_ONCE = 1_000  #: answers of parked calls that leave together
-PAGES_KEPT = 64  #: unfinished long answers of a session
+PAGES_KEPT = 4_096  #: unfinished long answers of a session
 
 Reply = list[Any]
 Perform = Callable[[int, str, dict[str, Any], Deliver], Any]
@@ -109,7 +109,7 @@ class Inbox:
                         reply = _joined(replies.pop(), reply)
                         kept.pop()
                     replies.append(reply)
-                    if verb in CHANGING or reply[0] != wire.VALUE:
+                    if verb in CHANGING or verb == "more" or reply[0] != wire.VALUE:
                         # Arguments are kept for what would run again; spans are not held longer than needed.
                         kept.append((verb, arguments if verb == "dequeue" else {}, self._to_keep(verb, reply)))
                     else:
@@ -220,7 +220,12 @@ class Inbox:
         return wire.pack_answer(self.service.epoch, wire.DONE, self._later(), self._hint())
 
     def _later(self) -> list[tuple[int, Reply]]:
-        return [(ticket, self._paged(reply)) for ticket, reply in itertools.islice(self._outbox.items(), LATER_AT_ONCE)]
+        """What waits in the outbox; a long answer is cut once, however often it is sent."""
+        later = [
+            (ticket, self._paged(reply)) for ticket, reply in itertools.islice(self._outbox.items(), LATER_AT_ONCE)
+        ]
+        self._outbox.update(later)
+        return later
 
     def wake(self) -> None:
         """Let the parked listen call return."""
@@ -277,7 +282,9 @@ class Inbox:
 
 def _joined(reply: Reply, more: Reply) -> Reply:
     """The answer of two pieces of one operation."""
-    return [wire.VALUE, reply[1] + more[1]] if reply[0] == more[0] == wire.VALUE else more
+    if reply[0] != wire.VALUE:
+        return reply
+    return [wire.VALUE, reply[1] + more[1]] if more[0] == wire.VALUE else more
 
 
 def _weight(item: Any) -> int:

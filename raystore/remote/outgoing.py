@@ -8,6 +8,7 @@ Not here: when batches leave and what becomes of them (`session`).
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from collections import deque
@@ -104,6 +105,10 @@ class Outgoing:
         if operation in self._waiting:
             self._waiting.remove(operation)
             self._bytes -= operation.size
+
+    def first_loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop of the operation at the front; None for one of a blocking thread, or if there is none."""
+        return self._waiting[0].loop if self._waiting else None
 
     def oldest(self) -> float | None:
         """When the operation at the front was issued."""

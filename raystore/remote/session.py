@@ -237,7 +237,9 @@ class Session:
             except RuntimeError:  # the loop is closed, and its callers with it
                 for operation in operations:
                     self.abandon(operation)
-        if not by_loop:
+        with self.lock:
+            waiting = self.outgoing.first_loop()
+        if waiting not in by_loop:  # what waits belongs to a thread, or to a loop that this wakes not
             self.flush()
 
     def _wake(self, loop: asyncio.AbstractEventLoop, operations: list[Operation]) -> None:
@@ -260,9 +262,12 @@ class Session:
 
     def _arrived(self, operation: Operation, keys: list[AttemptKey]) -> None:
         with self.lock:
-            if not operation.abandoned:
+            is_wanted = not operation.abandoned
+            if is_wanted:
                 self.ledger.arrived(operation, keys)
-                return
+        if is_wanted:
+            self.timer.wake_for_pending()  # to acknowledge them if their caller stays busy
+            return
         self._decline(keys)
 
     def _seen(self, keys: list[AttemptKey], *, acknowledged: bool = False) -> None:
@@ -452,6 +457,7 @@ class Session:
         self._closing = True
         if self.failure is None:
             self.post("close_session", {}, awaited=False)
+            self.flush(empty=True)  # beside a batch that is under way, if need be
             deadline = time.monotonic() + 1.0
             while self.has_pending and time.monotonic() < deadline and self.failure is None:
                 time.sleep(0.002)

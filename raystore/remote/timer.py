@@ -60,12 +60,13 @@ class SessionTimer:
 
     def _run(self) -> None:
         while True:
+            self._asleep = True  # what comes from here on wakes us, whether we have looked at it or not
             seconds = self._work()
             with self._wake:
                 if self._closed:
                     return
                 if not self._woken:
-                    self._asleep = seconds is None or seconds > PENDING_SECONDS
+                    self._asleep = seconds is None or seconds > 1.5 * PENDING_SECONDS
                     self._wake.wait(seconds)
                     self._asleep = False
                 self._woken = False

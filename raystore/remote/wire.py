@@ -116,7 +116,8 @@ def unpack(frame: bytes | memoryview, refs: list[Any], large: Iterator[bytes] = 
 
 def pack_answer(*values: Any) -> Answer:
     """What an actor returns."""
-    frame, refs, _ = pack(values)
+    frame, refs, large = pack(values)
+    assert not large, "an actor holds large payloads as bytes, which stand in the frame"
     return (frame, refs) if refs else frame
 
 

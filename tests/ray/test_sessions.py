@@ -352,3 +352,14 @@ async def test_a_wait_that_is_given_up_while_its_session_ends(make_ray_store, en
         session._closing, session.failure = False, None
     session.abandon(operation)
     assert (await store.statistics())["waiters"] == 0
+
+
+async def test_many_long_answers_at_once(make_ray_store):
+    """Each is sent in parts; however many there are in a batch, none loses its rest."""
+    store = make_ray_store()
+    rollouts = [await store.start_rollout(number) for number in range(80)]
+    text = "x" * 400_000
+    for rollout in rollouts:
+        await store.add_many_spans([make_span(rollout, n + 1, attributes={"text": text}) for n in range(3)])
+    answers = await asyncio.gather(*(store.query_spans(rollout.rollout_id) for rollout in rollouts))
+    assert [len(answer) for answer in answers] == [3] * 80

@@ -304,3 +304,36 @@ async def test_eviction_goes_on_in_slices(make_memory_store, monkeypatch):
     await until(is_over)
     found = await store.statistics()
     assert found["accounted_bytes"] <= 100_000 and found["evicted_spans"] > 20
+
+
+async def test_the_alarm_is_set_for_a_deadline_that_returns(make_memory_store):
+    """A deadline that lost its meaning and got it back is met although nobody calls."""
+    store = make_memory_store()
+    rollout = await store.start_rollout("task", config=RolloutConfig(timeout_seconds=0.5))
+    await store.add_span(make_span(rollout))
+    await store.update_rollout(rollout.rollout_id, status="queuing")
+    waiting = asyncio.create_task(store.wait_for_rollout(rollout.rollout_id, timeout=20))
+    await asyncio.sleep(0)
+    await store.add_span(make_span(rollout, 2))  # its agent goes on
+    started = time.monotonic()
+    assert (await waiting).status == "failed"
+    assert time.monotonic() - started < 10
+
+
+async def test_slices_of_an_eviction_spare_what_is_written(make_memory_store, monkeypatch):
+    """Also the slices that come later, from the alarm: the rollout being written goes last."""
+    monkeypatch.setattr("raystore.core.eviction.SLICE_SPANS", 5)
+    store = make_memory_store(eviction_memory_threshold=400_000, safe_memory_threshold=300_000)
+    written, *others = [await store.start_rollout(number) for number in range(10)]
+    text = "x" * 5_000
+    for number in range(90):
+        for rollout in others if number < 6 else [written]:
+            await store.add_span(make_span(rollout, number + 1, attributes={"text": text}))
+        if store._service.state.eviction_pass is not None:
+            break
+
+    async def is_over():
+        return store._service.state.eviction_passes == 1
+
+    await until(is_over)
+    assert len(await store.query_spans(written.rollout_id)) > 0
