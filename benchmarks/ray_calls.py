@@ -6,6 +6,7 @@ Run `python -m benchmarks.ray_calls`. The sizes of batches in `raystore/remote` 
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import Any
 
 import ray
@@ -45,11 +46,13 @@ def measure(actor: Any, parts: list[bytes]) -> tuple[float, float, float]:
 if __name__ == "__main__":
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     empty = Empty.remote()
+    measure(empty, [b""])  # warms up
     print("| KB | wall, one argument | wall, in parts | caller CPU, one | in parts | actor CPU, one | in parts |")
     print("|---|---|---|---|---|---|---|")
     for count in (0, 1, 2, 4, 8, 11, 16):
         data = b"x" * PART
-        whole, cut = measure(empty, [data * count]), measure(empty, [data] * count)
+        rounds = [(measure(empty, [data * count]), measure(empty, [data] * count)) for _ in range(3)]
+        whole, cut = (tuple(map(median, zip(*side, strict=True))) for side in zip(*rounds, strict=True))
         pairs = " | ".join(f"{a:,.0f} | {b:,.0f}" for a, b in zip(whole, cut, strict=True))
         print(f"| {count * PART / 1000:,.0f} | {pairs} |")
     ray.shutdown()
