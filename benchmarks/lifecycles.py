@@ -175,7 +175,7 @@ async def sequential(scope: Scope) -> list[Line]:
         )
     did = f"one sequential runner; {many} rollouts a round (naive {few}); 8 spans and the status gathered"
     did_pool = f"RunnerPool(size=1, concurrency=1), work waiting, {many} rollouts a round"
-    calls = {kind: counts[1:] for kind, counts in calls.items()}  # the first round warmed up
+    calls = {kind: counts[-scope.rounds :] for kind, counts in calls.items()}  # a first round warms up
     return [
         bound(3, "(a) actor calls per rollout", calls["plain"], at_most(2.0, "calls"), did=did),
         compare(3, "(a) plain code", samples, "naive", at_least(5), unit="rollouts/s", did=did, ours="plain"),

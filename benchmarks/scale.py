@@ -1,6 +1,6 @@
 """Rows 9, 10 and 19: what a million rollouts cost, standing and passing through.
 
-`python -m benchmarks.scale ROUNDS` measures rows 9 and 10 in a process of its own.
+`python -m benchmarks.scale ROUNDS ROLLOUTS` measures rows 9 and 10 in a process of its own.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ async def _queries(store: rs.InMemoryLightningStore) -> dict[str, Callable[[], A
     }
 
 
-async def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
+async def measure(rounds: int, rollouts: int) -> dict[str, dict[str, list[float]]]:
     """Microseconds, by name and size of the store."""
-    small, large = await _filled(SMALL), await _filled(LARGE)
+    small, large = await _filled(SMALL), await _filled(rollouts)
     gc.collect()
     gc.freeze()
     gc.set_threshold(*THRESHOLDS)
@@ -122,21 +122,22 @@ _measured: dict[str, dict[str, list[float]]] = {}  # filling a store with a mill
 
 async def _measure_once(scope: Scope) -> dict[str, dict[str, list[float]]]:
     if not _measured:
-        _measured.update(await in_own_process("scale", scope.rounds))
+        _measured.update(await in_own_process("scale", scope.rounds, scope.amount(LARGE)))
     return _measured
 
 
 async def operations(scope: Scope) -> list[Line]:
     """Row 9."""
     taken = (await _measure_once(scope))["an operation"]
-    did = "enqueue, claim, 2 spans, get, succeed; 1,000,000 rollouts and 100,000 running against 1,000 and 100"
+    large = scope.amount(LARGE)
+    did = f"enqueue, claim, 2 spans, get, succeed; {large:,} rollouts and {large // 10:,} running against 1,000 and 100"
     return [compare(9, "an operation at scale", taken, "small", at_most(1.25), unit="µs", did=did)]
 
 
 async def queries(scope: Scope) -> list[Line]:
     """Row 10."""
     taken = await _measure_once(scope)
-    did = f"{MATCHES} matches among 1,000,000 rollouts against as many among 1,000"
+    did = f"{MATCHES} matches among {scope.amount(LARGE):,} rollouts against as many among 1,000"
     return [
         compare(10, f"query {name}", samples, "small", at_most(2), unit="µs", did=did)
         for name, samples in taken.items()
@@ -179,4 +180,4 @@ async def flat(scope: Scope) -> list[Line]:
 ROWS = {9: operations, 10: queries, 19: flat}
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(measure(int(sys.argv[1])))))
+    print(json.dumps(asyncio.run(measure(int(sys.argv[1]), int(sys.argv[2])))))

@@ -15,8 +15,8 @@ class Scope:
     @property
     def rounds(self) -> int:
         """In which the parties take turns."""
-        return 2 if self.quick else 5
+        return 1 if self.quick else 5
 
     def amount(self, full: int) -> int:
-        """So much work, or a quarter of it for a quick look."""
-        return max(full // 4, 1) if self.quick else full
+        """So much work, or an eighth of it for a quick look."""
+        return max(full // 8, 1) if self.quick else full

@@ -86,7 +86,11 @@ Measure = Callable[[], Awaitable[float]]
 
 
 async def alternate(rounds: int, parties: Mapping[str, Measure | None], *, warm: bool = True) -> dict[str, list[float]]:
-    """Let the parties take turns, so that a noisy minute hits all of them; None is a party that is not there."""
+    """Let the parties take turns, so that a noisy minute hits all of them; None is a party that is not there.
+
+    A first round warms up and does not count, unless there is only one.
+    """
+    warm = warm and rounds > 1
     present = {name: measure for name, measure in parties.items() if measure is not None}
     samples: dict[str, list[float]] = {name: [] for name in present}
     for number in range(rounds + warm):
