@@ -32,7 +32,7 @@ async def _through(limit: Any, size: int, calls: int) -> float:
     return calls / (time.perf_counter() - started)
 
 
-def _frame_bytes(store: Any, spans: list[Any]) -> int:
+def frame_bytes(store: Any, spans: list[Any]) -> int:
     """What these spans are on the wire."""
     from raystore.remote.wire import pack_operation
 
@@ -64,7 +64,7 @@ async def bulk_spans(scope: Scope) -> list[Line]:
     with ExitStack() as stack:
         store = stack.enter_context(rs.start())
         limit = stack.enter_context(killing(Limit.remote()))
-        size = _frame_bytes(store, (await _addressed(store, templates, 1, per_call))[0][0])
+        size = frame_bytes(store, (await _addressed(store, templates, 1, per_call))[0][0])
 
         async def ours() -> float:
             lists, rollout_ids = await _addressed(store, templates, calls, per_call)

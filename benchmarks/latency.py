@@ -13,7 +13,7 @@ import ray
 
 import raystore as rs
 from benchmarks import shapes
-from benchmarks.ingest import _frame_bytes
+from benchmarks.ingest import frame_bytes
 from benchmarks.parties import Limit, Prober, enqueue, killing
 from benchmarks.scope import Scope
 from benchmarks.table import Line, alternate, at_most, bound, compare, percentile
@@ -28,7 +28,7 @@ async def single_call(scope: Scope) -> list[Line]:
         store = stack.enter_context(rs.start())
         limit = stack.enter_context(killing(Limit.remote()))
         (desk,) = shapes.desks(rs.Span, "lifecycle", 1)
-        data = os.urandom(_frame_bytes(store, desk.spans[:1]))
+        data = os.urandom(frame_bytes(store, desk.spans[:1]))
         for _ in range(scope.rounds):
             rollout = await store.start_rollout("one")
             spans = [

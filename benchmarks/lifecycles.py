@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, closing
@@ -193,18 +192,8 @@ async def in_process(scope: Scope) -> list[Line]:
         workers = shapes.desks(rs.Span, "lifecycle", concurrency)
 
         async def mine() -> float:
-            pool = [[span.model_copy() for span in workers[n % concurrency].spans] for n in range(many)]
             await enqueue(ours, many)
-            gc.collect()
-            started = time.perf_counter()
-
-            async def one(desk: shapes.Desk) -> None:
-                while pool:
-                    desk.spans = pool.pop()
-                    await shapes.lifecycle(ours, desk)
-
-            await asyncio.gather(*(one(desk) for desk in workers))
-            return many / (time.perf_counter() - started)
+            return many / await shapes.work_in_process(ours, workers, many)
 
         async def theirs() -> float:
             assert agl is not None

@@ -31,19 +31,7 @@ async def grow(rollouts: int, spans: int) -> float:
     await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input={"task": n}) for n in range(rollouts)])
     gc.collect()
     before = psutil.Process().memory_info().rss
-    for _ in range(rollouts):
-        claimed = await store.dequeue_rollout(worker_id="w")
-        assert claimed is not None
-        for index in range(spans):
-            await store.add_span(
-                rs.Span.from_attributes(
-                    attributes=shapes.llm_attributes(index),
-                    rollout_id=claimed.rollout_id,
-                    attempt_id=claimed.attempt.attempt_id,
-                    sequence_id=index + 1,
-                    name="openai.chat.completion",
-                )
-            )
+    await shapes.fill(store, rs.Span, rollouts, spans)
     gc.collect()
     return (psutil.Process().memory_info().rss - before) / (rollouts * spans)
 

@@ -11,7 +11,6 @@ import gc
 import json
 import resource
 import sys
-import time
 from typing import Any
 
 from agentlightning import EnqueueRolloutRequest, InMemoryLightningStore, LightningStoreClient, LightningStoreServer
@@ -63,38 +62,16 @@ class Worker:
         return count
 
     async def lifecycle_in_process(self, rollouts: int, concurrency: int) -> float:
-        """In process a store keeps the objects it is given, so every span is one of its own, made beforehand."""
-        workers = shapes.desks(Span, "lifecycle", concurrency)
-        pool = [[span.model_copy() for span in workers[n % concurrency].spans] for n in range(rollouts)]
+        """Seconds of lifecycles on a store of this process."""
         await self.enqueue(rollouts)
-        gc.collect()
-        started = time.perf_counter()
-
-        async def one(desk: shapes.Desk) -> None:
-            while pool:
-                desk.spans = pool.pop()
-                await shapes.lifecycle(self.store, desk)
-
-        await asyncio.gather(*(one(desk) for desk in workers))
-        return time.perf_counter() - started
+        return await shapes.work_in_process(self.store, shapes.desks(Span, "lifecycle", concurrency), rollouts)
 
     async def grow(self, rollouts: int, spans: int) -> float:
         """Bytes of memory for each stored span."""
         await self.enqueue(rollouts)
         gc.collect()
         before = resident_bytes()
-        for _ in range(rollouts):
-            claimed = await self.store.dequeue_rollout(worker_id="w")
-            for index in range(spans):
-                await self.store.add_span(
-                    Span.from_attributes(
-                        attributes=shapes.llm_attributes(index),
-                        rollout_id=claimed.rollout_id,
-                        attempt_id=claimed.attempt.attempt_id,
-                        sequence_id=index + 1,
-                        name="openai.chat.completion",
-                    )
-                )
+        await shapes.fill(self.store, Span, rollouts, spans)
         gc.collect()
         return (resident_bytes() - before) / (rollouts * spans)
 

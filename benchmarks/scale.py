@@ -18,8 +18,8 @@ import raystore as rs
 from benchmarks.parties import in_own_process
 from benchmarks.scope import Scope
 from benchmarks.table import Line, at_most, bound, compare
+from raystore.remote.actor import COLLECTOR_THRESHOLDS
 
-THRESHOLDS = (3_000, 2, 250_000)  #: of the collector, as in the actor
 LARGE, SMALL = 1_000_000, 1_000
 MATCHES = 20  #: of every query, whatever the size
 CONFIG = rs.RolloutConfig(timeout_seconds=86_400, unresponsive_seconds=86_400)
@@ -95,7 +95,7 @@ async def measure(rounds: int, rollouts: int) -> dict[str, dict[str, list[float]
     small, large = await _filled(SMALL), await _filled(rollouts)
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*THRESHOLDS)
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
     taken: dict[str, dict[str, list[float]]] = {"an operation": {"ours": [], "small": []}}
     for number in range(rounds + 1):
         for size, store in (("ours", large), ("small", small)):

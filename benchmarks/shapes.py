@@ -7,6 +7,7 @@ Needs nothing but the standard library, since it also runs where raystore is not
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import string
 import time
@@ -149,3 +150,37 @@ async def work(store: Any, shape: str, workers: list[Desk], rollouts: int) -> fl
     started_at = time.perf_counter()
     await asyncio.gather(*(one(desk) for desk in workers))
     return time.perf_counter() - started_at
+
+
+async def work_in_process(store: Any, workers: list[Desk], rollouts: int) -> float:
+    """Lifecycles of rollouts that are there already; seconds.
+
+    In process a store may keep the objects it is given, so every span is one of its own, made beforehand.
+    """
+    made = [[span.model_copy() for span in workers[n % len(workers)].spans] for n in range(rollouts)]
+    gc.collect()
+    started_at = time.perf_counter()
+
+    async def one(desk: Desk) -> None:
+        while made:
+            desk.spans = made.pop()
+            await lifecycle(store, desk)
+
+    await asyncio.gather(*(one(desk) for desk in workers))
+    return time.perf_counter() - started_at
+
+
+async def fill(store: Any, span_class: Any, rollouts: int, spans: int) -> None:
+    """Give so many spans, all different objects, to each of so many rollouts that are there already."""
+    for _ in range(rollouts):
+        claimed = await store.dequeue_rollout(worker_id="w")
+        for index in range(spans):
+            await store.add_span(
+                span_class.from_attributes(
+                    attributes=llm_attributes(index),
+                    rollout_id=claimed.rollout_id,
+                    attempt_id=claimed.attempt.attempt_id,
+                    sequence_id=index + 1,
+                    name="openai.chat.completion",
+                )
+            )

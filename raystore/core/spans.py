@@ -17,7 +17,7 @@ from raystore.core.records import Span
 #: Bytes of process memory that one stored span takes beside its body and its texts (record, dictionary entry, keys),
 #: and what the first of a rollout takes in addition. Measured by `benchmarks/accounting.py`: with these the accounted
 #: total is within 10 % of the growth in RSS.
-SPAN_OVERHEAD_BYTES = 775
+SPAN_OVERHEAD_BYTES = 700
 FIRST_SPAN_BYTES = 500
 
 #: Numbers may be asked for rollouts that do not exist (the contract is lenient); only so many of those are remembered.

@@ -88,7 +88,7 @@ def _cancel_rollouts(
 def chosen_among(
     state: State, rollout_ids: list[str] | None, group_id: str | None, tags: dict[str, Any] | None
 ) -> list[str]:
-    """Ids of the rollouts that are named, and of the group, and with the tags; what is None chooses everything."""
+    """Ids of the rollouts that are named (None: any), in the group, and carry the tags, as far as these are given."""
     if group_id is None and not tags:
         return rollout_ids or []
     matching = rollouts.matching(state, group_id=group_id, tags=tags)

@@ -24,6 +24,8 @@ from raystore.service import PROTOCOL, Service
 
 logger = logging.getLogger("raystore.store")
 
+#: Records form no cycles: what survives a look or two is not looked at again, which would only pause the loop.
+COLLECTOR_THRESHOLDS = (3_000, 2, 250_000)
 LISTEN_SECONDS = 30.0  #: at most; jittered, so that a thousand clients do not come back at once
 
 
@@ -41,8 +43,7 @@ class StoreActor:
         self._remarks = _stand_upright()
         gc.collect()
         gc.freeze()  # what was imported lives as long as the actor
-        # Records form no cycles: what survives a look or two is not looked at again, which would only pause the loop.
-        gc.set_threshold(3_000, 2, 250_000)
+        gc.set_threshold(*COLLECTOR_THRESHOLDS)
 
     def _open(self) -> Service:
         """The service, made on the loop that owns it from then on."""

@@ -9,7 +9,7 @@ Not here: what the values mean (`convert`), when batches leave (`session`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -108,9 +108,9 @@ def _opener(refs: list[Any], large: Iterator[bytes]) -> Any:
     return hook
 
 
-def unpack(frame: bytes | memoryview, refs: list[Any], large: Iterator[bytes] = iter(())) -> Any:  # noqa: B008 - empty
+def unpack(frame: bytes | memoryview, refs: list[Any], large: Iterable[bytes] = ()) -> Any:
     """The value of a frame."""
-    opener = _opener(refs, large)
+    opener = _opener(refs, iter(large))
     return msgpack.unpackb(frame, ext_hook=opener, strict_map_key=False, unicode_errors="surrogatepass")
 
 
