@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 
 from benchmarks import bulk, ingest, latency, lifecycles, memory, scale
-from benchmarks.parties import has_peers
+from benchmarks.parties import close_idle, has_peers
 from benchmarks.scope import Scope
 from benchmarks.table import HEADER, Line, as_json, markdown
 
@@ -60,6 +60,7 @@ def main() -> int:
         print(" | ".join(HEADER))
         lines = asyncio.run(run(numbers, Scope(quick=options.quick, long=options.long)))
     finally:
+        close_idle()
         ray.shutdown()
     about = {
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),

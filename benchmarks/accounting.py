@@ -13,9 +13,9 @@ import sys
 
 import psutil
 
+from raystore import wire
 from raystore.core import verbs
 from raystore.core.state import Session, Settings, State, Step
-from raystore.remote import wire
 
 CASES = {  # sizes of span bodies, rollouts, spans of each
     "small spans": ([200], 10_000, 10),

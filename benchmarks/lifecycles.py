@@ -188,7 +188,7 @@ async def in_process(scope: Scope) -> list[Line]:
     concurrency, many, few = 16, scope.amount(4000), scope.amount(500)
     with ExitStack() as stack:
         ours = stack.enter_context(rs.InMemoryLightningStore())
-        agl = stack.enter_context(closing(Program("work", "memory"))) if has_peers() else None
+        agl = stack.enter_context(closing(Program("work"))) if has_peers() else None
         workers = shapes.desks(rs.Span, "lifecycle", concurrency)
 
         async def mine() -> float:

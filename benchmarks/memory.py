@@ -42,7 +42,7 @@ async def per_span(scope: Scope) -> list[Line]:
     for _ in range(scope.rounds):
         samples["ours"].append(await in_own_process("memory", ROLLOUTS, SPANS))
         if has_peers():
-            with closing(Program("work", "memory")) as agl:
+            with closing(Program("work")) as agl:
                 samples["agl-memory"].append(await agl.ask("grow", rollouts=ROLLOUTS, spans=SPANS))
     did = f"growth of RSS over {ROLLOUTS * SPANS:,} spans of 1.6 KB, in process, a new process each round"
     return [compare(11, "memory of a span", samples, "agl-memory", at_most(0.35), unit="bytes", did=did)]

@@ -140,12 +140,20 @@ class Program:
                 return json.loads(line)
         raise RuntimeError(f"agentlightning's process ended with code {self._process.wait()}")
 
-    async def ask(self, command: str, **arguments: Any) -> Any:
-        """One command and its answer."""
+    def _write(self, command: str, arguments: dict[str, Any]) -> None:
         self.wait_until_ready()
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([command, arguments]) + "\n")
         self._process.stdin.flush()
+
+    def tell(self, command: str, **arguments: Any) -> Any:
+        """One command and its answer, at once."""
+        self._write(command, arguments)
+        return self._read()
+
+    async def ask(self, command: str, **arguments: Any) -> Any:
+        """One command and its answer."""
+        self._write(command, arguments)
         return await asyncio.to_thread(self._read)
 
     def close(self) -> None:
@@ -168,10 +176,12 @@ class Agl:
             port = free.getsockname()[1]
         url = f"http://127.0.0.1:{port}"
         self._server = Program("serve", str(port))
-        self.clients = [Program("work", url) for _ in range(clients)]
-        self.driver = Program("work", url)
-        for program in (self._server, *self.clients, self.driver):
+        programs = [_idle_clients.pop() if _idle_clients else Program("work") for _ in range(clients + 1)]
+        self.driver, *self.clients = programs
+        for program in (self._server, *programs):
             program.wait_until_ready()
+        for program in programs:
+            program.tell("connect", url=url)
 
     async def work(self, shape: str, concurrency: int, rollouts: int) -> None:
         """Share out so many rollouts over the clients."""
@@ -185,8 +195,17 @@ class Agl:
 
     def close(self) -> None:
         """End all its processes."""
-        for program in [*self.clients, self.driver, self._server]:
-            program.close()
+        _idle_clients.extend([*self.clients, self.driver])
+        self._server.close()
+
+
+_idle_clients: list[Program] = []  # each imports for seconds; they go from one server to the next
+
+
+def close_idle() -> None:
+    """End the processes that would serve other rows."""
+    while _idle_clients:
+        _idle_clients.pop().close()
 
 
 def has_peers() -> bool:

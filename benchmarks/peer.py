@@ -1,7 +1,7 @@
 """agentlightning's side of the comparison, as a program in an environment of its own.
 
-`python -m benchmarks.peer serve PORT` is its store behind HTTP; `python -m benchmarks.peer work URL` is a client, and
-`python -m benchmarks.peer work memory` has its store in process. Commands and answers are lines of JSON.
+`python -m benchmarks.peer serve PORT` is its store behind HTTP; `python -m benchmarks.peer work` has its store in
+process, until it is told to `connect` to a server. Commands and answers are lines of JSON.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ class Worker:
         self.store = store
         self.desks: dict[tuple[str, int], list[shapes.Desk]] = {}
 
+    async def connect(self, url: str) -> None:
+        """Be a client of this server from now on."""
+        if isinstance(self.store, LightningStoreClient):
+            await self.store.close()
+        self.store = LightningStoreClient(url)
+
     async def enqueue(self, rollouts: int) -> list[str]:
         requests = [EnqueueRolloutRequest(input={"task": number}) for number in range(rollouts)]
         return [rollout.rollout_id for rollout in await self.store.enqueue_many_rollouts(requests)]
@@ -76,9 +82,8 @@ class Worker:
         return (resident_bytes() - before) / (rollouts * spans)
 
 
-async def main(target: str) -> None:
-    store: Any = InMemoryLightningStore(thread_safe=True) if target == "memory" else LightningStoreClient(target)
-    worker = Worker(store)
+async def main() -> None:
+    worker = Worker(InMemoryLightningStore(thread_safe=True))
     print(json.dumps("ready"), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
         command, arguments = json.loads(line)
@@ -86,4 +91,4 @@ async def main(target: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[2])) if sys.argv[1] == "serve" else main(sys.argv[2]))
+    asyncio.run(serve(int(sys.argv[2])) if sys.argv[1] == "serve" else main())

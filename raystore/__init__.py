@@ -53,6 +53,8 @@ _NAMES = {
         ConflictError OverloadedError CursorTooOldError SpansEvictedError PayloadLostError PayloadTooLargeError
         StoreUnavailableError OutcomeUnknownError StoreClosedError StoreCorruptError StoreNotFoundError
         StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError AgentProcessError PoolStartError
+        JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError
+        JournalFailedError FencedError
         Abort Drop
     """,
 }

@@ -20,8 +20,8 @@ class Clock:
 
     is_manual = False
 
-    def __init__(self) -> None:
-        self._start_wall = time.time()
+    def __init__(self, not_before: float = 0.0) -> None:
+        self._start_wall = max(time.time(), not_before)
         self._start = time.monotonic()
 
     def now(self) -> float:
@@ -38,8 +38,8 @@ class ManualClock(Clock):
 
     is_manual = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, not_before: float = 0.0) -> None:
+        super().__init__(not_before)
         self._ticked = 0.0
         self._aged = 0.0
 

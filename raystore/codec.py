@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 
 from raystore.core.payload import PICKLED, PLAIN, Opaque, Payload
-from raystore.errors import PayloadTooLargeError
+from raystore.errors import PayloadLostError, PayloadTooLargeError
 from raystore.packed import TYPECODES
 
 _PLAIN_LEAVES = frozenset({str, int, float, bool, type(None), bytes})
@@ -157,6 +157,10 @@ class _Unpickler(pickle.Unpickler):
     refs: tuple[Any, ...] = ()
 
     def persistent_load(self, pid: Any) -> Any:
+        if pid >= len(self.refs):
+            raise PayloadLostError(
+                "an object reference", "the store was started again since; a journal keeps no objects"
+            )
         return self.refs[pid]
 
 

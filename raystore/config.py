@@ -44,12 +44,15 @@ class StoreConfig:
     keep_resources: int | None = None
     limits: dict[str, int] = field(default_factory=dict)
     clock: str = "system"
+    journal: str | None = None
+    durability: str = "power"
 
     def check(self) -> None:
         """Raise for a value that no machine could make valid."""
         _one_of("duplicate_spans", self.duplicate_spans, ("reject", "keep"))
         _one_of("on_memory_full", self.on_memory_full, ("evict", "pause"))
         _one_of("clock", self.clock, ("system", "manual"))
+        _one_of("durability", self.durability, ("power", "process", "none"))
         _count("max_deliveries", self.max_deliveries, at_least=1)
         for name in ("max_queued", "keep_resources"):
             if getattr(self, name) is not None:
@@ -162,6 +165,7 @@ def resolve(config: StoreConfig, capacity_bytes: int) -> Settings:
         retention_count=retention_count,
         keep_resources=config.keep_resources,
         default_config=Config(*config.default_config),
+        on_disk=config.journal is not None,
     )
 
 

@@ -6,13 +6,15 @@ Not here: sharing with other processes, for which there is `raystore.start`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from raystore._sync import SyncStore
 from raystore.client import StoreClient
 from raystore.clock import ThreadAlarm
-from raystore.config import memory_capacity
+from raystore.config import memory_capacity, resolve
+from raystore.journal.opening import open_journal
 from raystore.options import make_config, make_encoder
 from raystore.service import Service
 from raystore.testing import Testing
@@ -42,6 +44,9 @@ class InMemoryLightningStore(StoreClient):
         keep_resources: int | None = None,
         limits: dict[str, int] | None = None,
         clock: str = "system",
+        journal: str | None = None,
+        durability: str = "power",
+        resume: str = "auto",
         thread_safe: bool = True,
         tracker: Any = None,
         scan_debounce_seconds: float = 10.0,
@@ -59,8 +64,14 @@ class InMemoryLightningStore(StoreClient):
             keep_resources=keep_resources,
             limits=limits,
             clock=clock,
+            journal=journal,
+            durability=durability,
+            resume=resume,
         )
-        self._service = Service(config, capacity_bytes=memory_capacity(), alarm=ThreadAlarm)
+        capacity = memory_capacity()
+        settings = resolve(config, capacity)
+        opened = open_journal(config, settings, name=None, resume=resume, now=time.time()) if config.journal else None
+        self._service = Service(config, capacity_bytes=capacity, alarm=ThreadAlarm, opened=opened)
         self._transport = LocalTransport(self._service)
         self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
         self.sync = SyncStore(self)

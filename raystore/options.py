@@ -5,6 +5,7 @@ Not here: what they mean (`config` and the README), options of one kind of store
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from raystore.config import StoreConfig
 from raystore.convert import Encoder, validated
 from raystore.errors import AgentNotPicklableError, InvalidValueError
 from raystore.types import RolloutConfig, Span
+
+RESUME = ("auto", "must", "never")
 
 
 def make_config(
@@ -28,8 +31,15 @@ def make_config(
     keep_resources: int | None,
     limits: dict[str, int] | None,
     clock: str,
+    journal: str | os.PathLike[str] | None,
+    durability: str,
+    resume: str,
 ) -> StoreConfig:
     """A checked configuration; raises for a value that is not valid."""
+    if resume not in RESUME:
+        raise InvalidValueError("resume", resume, " or ".join(map(repr, RESUME)))
+    if journal is None and resume == "must":
+        raise InvalidValueError("resume", resume, "a journal= to resume from")
     chosen = validated(RolloutConfig, default_config if default_config is not None else RolloutConfig())
     config = StoreConfig(
         eviction_memory_threshold=eviction_memory_threshold,
@@ -49,6 +59,8 @@ def make_config(
         keep_resources=keep_resources,
         limits=dict(limits or {}),
         clock=clock,
+        journal=None if journal is None else os.path.abspath(os.path.expanduser(journal)),
+        durability=durability,
     )
     config.check()
     return config

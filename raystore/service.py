@@ -24,17 +24,21 @@ from typing import Any
 from raystore import reports, shell
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
-from raystore.core import check, claims, eviction, verbs, watchdog
+from raystore.core import check, eviction, verbs, watchdog
 from raystore.core.state import AttemptKey, Session, State, Step
+from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING, VERBS
 from raystore.errors import StoreClosedError, StoreCorruptError, StoreError, again
+from raystore.journal.bodies import Bodies
+from raystore.journal.opening import Opened
+from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.probes import Probes
 from raystore.shell import SHELL
 from raystore.waiters import Deliver, Waiter, Waiters
 
 logger = logging.getLogger("raystore.store")
 
-PROTOCOL = 2  #: version of the session protocol; client and store refuse each other when it differs
+PROTOCOL = 3  #: version of the session protocol; client and store refuse each other when it differs
 LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of the process
 
 
@@ -48,15 +52,27 @@ class Service:
         capacity_bytes: int,
         alarm: Callable[[Callable[[], None]], Alarm],
         name: str | None = None,
+        opened: Opened | None = None,
+        on_failure: Callable[[StoreError], None] = lambda error: None,
     ) -> None:
         self.config = config
         self.name = name
         self.capacity_bytes = capacity_bytes
-        self.state = State(resolve(config, capacity_bytes))
-        self.clock: Clock = ManualClock() if config.clock == "manual" else Clock()
+        self.journal = opened
+        self._recorder: Recorder | None = None
+        self._bodies: Bodies | None = None
+        if opened is None:
+            self.state = State(resolve(config, capacity_bytes))
+            self.store_id, self.epoch, not_before = secrets.token_hex(8), time.time_ns(), 0.0
+        else:
+            self.state, self.store_id, self.epoch = opened.state, opened.store_id, opened.epoch
+            not_before = opened.not_before
+            self._recorder = opened.recorder
+            self._bodies = Bodies(opened.recorder.log.directory)
+            opened.recorder.log.on_failure = self._journal_failed
+        self.on_failure = on_failure
+        self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
         self.waiters = Waiters()
-        self.store_id = secrets.token_hex(8)
-        self.epoch = time.time_ns()
         self.operations = 0
         self.actor_calls = 0
         self.last_eviction_seconds = 0.0
@@ -68,7 +84,7 @@ class Service:
         self._seeds = random.Random()  # seeded by the system; ids need to be different, not secret
         self._armed: float | None = None
         self._armed_for: tuple[Any, ...] = ()
-        self._failed: StoreCorruptError | None = None
+        self._failed: StoreError | None = None
         self._closed = False
         self._withdrawals_seen = 0
         self._probes = Probes()
@@ -79,30 +95,42 @@ class Service:
 
     def call(self, session: Session, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
         """Run one operation; its answer, or `PARKED` if the answer will come through `deliver`."""
+        source = None
+        if self._recorder is not None and verb in CHANGING:
+            source = local_source(session.session_id, ticket, verb, arguments)
         with self._lock:
-            step = self._begin(session)
+            step = self._begin(session, source)
             try:
                 return self._perform(step, ticket, verb, arguments, deliver)
             finally:
                 self._end()
 
     @contextmanager
-    def slice(self, session: Session) -> Iterator[Callable[[int, str, dict[str, Any], Deliver], Any]]:
-        """Run several operations of a session, which share one instant and one seed, with nothing in between."""
+    def slice(
+        self, session: Session, source: Source | None = None
+    ) -> Iterator[Callable[[int, str, dict[str, Any], Deliver], Any]]:
+        """Run several operations of a session, which share one instant and one seed, with nothing in between.
+
+        `source` is what a journal needs to know of operations that change something.
+        """
         with self._lock:
-            step = self._begin(session)
+            step = self._begin(session, source)
             try:
                 yield functools.partial(self._perform, step)
             finally:
                 self._end()
 
     def _end(self) -> None:
+        if self._recorder is not None:
+            self._recorder.end()
         self._object_ids.look(self.state.resources.object_ids)
         self._arm()
 
-    def _begin(self, session: Session) -> Step:
+    def _begin(self, session: Session, source: Source | None) -> Step:
         while self._deferred:
             self._deferred.popleft()()
+        if self._recorder is not None:
+            self._recorder.begin(source)
         step = self._step(session)
         if self.waiters.are_overdue(step.now):
             self._settle()
@@ -115,11 +143,15 @@ class Service:
         if self._failed is not None and verb in CHANGING:
             raise again(self._failed)
         state = self.state
+        recorder, is_item = self._recorder, False
         if self.clock.is_manual:  # it may have been moved by the operation before
             step = self._step(step.session)
         try:
             if watchdog.may_be_due(state, step):
                 self._advance(step, verb, arguments)
+            if recorder is not None:
+                recorder.item(step, ticket, verb)
+                is_item = True
             own = SHELL.get(verb)
             if own is None:
                 return verbs.run(state, step, verb, arguments)
@@ -130,7 +162,7 @@ class Service:
         except Exception:
             if verb not in CHANGING:  # a read (or `check`) that fails leaves the state as it was
                 raise
-            self._fail(verb, arguments)
+            self._fail(verb, arguments, is_item=is_item)
         finally:
             is_news = state.has_news or state.withdrawals != self._withdrawals_seen
             if is_news or state.is_full or self.waiters.wants_changes:
@@ -143,28 +175,64 @@ class Service:
     def _step(self, session: Session | None = None) -> Step:
         now = self.clock.now()
         if self._armed is not None and now > self._armed + LATE_SECONDS and not self.clock.is_manual:
-            watchdog.pause(self.state, Step(now), now - self._armed)
+            self._do("pause", Step(now), now - self._armed)
             logger.warning("The store stood still for %.1f s; deadlines move by as much", now - self._armed)
             self._armed, self._armed_for = None, ()
         age = self.clock.age() if self.clock.is_manual else now
         return Step(now, seed=self._seeds.getrandbits(64), session=session, age=age)
 
     def _advance(self, step: Step, verb: str = "", arguments: dict[str, Any] | None = None) -> None:
+        if self._recorder is not None and self._recorder.log.is_full:
+            return  # what is due stays due
         spec = VERBS.get(verb)
         named = spec.rollouts_named(arguments) if spec and arguments else ()
-        watchdog.advance(self.state, step, named)
+        due = watchdog.due(self.state, step, named)
+        if due:
+            self._do("advance", step, due.expired, due.withdrawn, due.silent, due.forgotten, due.deleted)
+
+    def _do(self, kind: str, step: Step, *arguments: Any) -> Any:
+        """A change that is no operation of a caller."""
+        minted = step.minted
+        done = STEPS[kind](self.state, step, *arguments)
+        if self._recorder is not None and (done or kind != "hand_over"):
+            self._recorder.change(kind, step, minted, arguments)
+        return done
 
     def advance(self) -> None:
         """Work off what is due by now."""
         self._advance(self._step())
         self._settle()
 
-    def _fail(self, verb: str, arguments: dict[str, Any]) -> None:
+    def _fail(self, verb: str, arguments: dict[str, Any], *, is_item: bool = False) -> None:
         rollout_id = arguments.get("rollout_id")
         story = check.story(self.state, rollout_id) if isinstance(rollout_id, str) else []
-        self._failed = StoreCorruptError(verb, "\n".join(story), traceback.format_exc())
-        logger.critical("%s", self._failed)
-        raise self._failed
+        failed = StoreCorruptError(verb, "\n".join(story), traceback.format_exc())
+        logger.critical("%s", failed)
+        self._failed = failed
+        if self._recorder is not None:
+            if is_item:
+                self._recorder.failed(failed)
+            self._recorder.log.then(self._recorder.log.last, lambda error: self.on_failure(error or failed))
+        raise failed
+
+    def with_bodies(self, items: list[Any]) -> list[Any]:
+        """Spans with those bodies that are on disk only; other records as they are."""
+        return items if self._bodies is None else self._bodies.load(items)
+
+    # -- durability --------------------------------------------------------------------------------------------------
+
+    def when_safe(self, told: Callable[[StoreError | None], None]) -> bool:
+        """Call `told` once everything that has happened so far is as durable as was asked for; False if it is.
+
+        What an answer says must not leave before. `told` gets the error if that will never be; on any thread.
+        """
+        recorder = self._recorder
+        return recorder is not None and recorder.log.then(recorder.position, told)
+
+    def _journal_failed(self, error: StoreError) -> None:
+        """On the writer's thread."""
+        self._failed = error
+        self.on_failure(error)
 
     # -- after a step ------------------------------------------------------------------------------------------------
 
@@ -174,6 +242,8 @@ class Service:
             return
         state = self.state
         if state.is_full:
+            if self._recorder is not None:
+                state.spans.written = self._recorder.log.durable
             self._evict(writing)
         while True:
             if state.withdrawals != self._withdrawals_seen:
@@ -238,18 +308,20 @@ class Service:
             return
         if not any(self.state.queues.length(queue) for queue in waiter.arguments["queues"]):
             return
+        if self._recorder is not None and self._recorder.log.is_full:
+            return
         if waiter.session_id in self._probes:
             self._probes.hurry(self.clock.age())
             return
-        step = self._step(session)
-        claimed = claims.claim(self.state, step, **waiter.arguments, note_empty=False)
+        claimed = self._do(
+            "hand_over", self._step(session), waiter.session_id, waiter.ticket, *waiter.arguments.values()
+        )
         if not claimed:
             return
         value = [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
         if not self._answer(waiter, value):  # its caller has gone
-            for rollout, attempt, _ in value:
-                key = (rollout.rollout_id, attempt.attempt_id)
-                claims.take_back(self.state, step, session, key, why="declined")
+            keys = [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in value]
+            self._do("take_back", self._step(session), waiter.session_id, keys)
 
     def _evict(self, writing: str | None) -> None:
         started = time.perf_counter()
@@ -314,9 +386,9 @@ class Service:
     def open_session(self, session_id: str, *, eternal: bool = False) -> Session:
         """A client process speaks for the first time."""
         with self._lock:
-            session = claims.open_session(self.state, self._step(), session_id, eternal=eternal)
+            self._do("open_session", self._step(), session_id, eternal)
             self._arm()
-            return session
+            return self.state.sessions[session_id]
 
     def heard(self, session: Session) -> None:
         """A session spoke: it is alive, and may be handed work."""
@@ -332,16 +404,23 @@ class Service:
     def acknowledge(self, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
         """The callers of a session have these claims; returns those that are lost."""
         with self._lock:
-            lost = claims.acknowledge(self.state, self._step(session), session, keys)
+            lost: list[AttemptKey] = self._do("acknowledge", self._step(session), session.session_id, keys)
             if lost or self.state.has_news or self.waiters.wants_changes:
                 self._settle()
             self._arm()
             return lost
 
+    def claims_left(self, session: Session) -> None:
+        """The claims of a session leave only now, so that the time in which they are to be acknowledged begins."""
+        with self._lock:
+            age = self.clock.age()
+            for key in session.claims:
+                session.claims[key] = age
+
     def end_session(self, session: Session, *, why: str) -> None:
         """A client process has ended."""
         with self._lock:
-            claims.end_session(self.state, self._step(), session, why=why)
+            self._do("end_session", self._step(), session.session_id, why)
             self._settle()
             self._arm()
 
@@ -373,6 +452,9 @@ class Service:
             for waiter in self.waiters.drain():
                 self._answer_expired(waiter)
             self._alarm.close()
+            recorder = self._recorder
+        if recorder is not None:
+            recorder.log.close()
 
     def info(self) -> dict[str, Any]:
         """Who this store is."""

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from raystore.clock import ManualClock
 from raystore.config import resident_bytes
-from raystore.core import check, claims, verbs
+from raystore.core import check, verbs
+from raystore.core.batches import taken_over
+from raystore.core.counts import counts
 from raystore.core.records import Rollout
-from raystore.core.state import AttemptKey, State, Step
+from raystore.core.state import State, Step
 from raystore.core.verbs import VERBS, Verb
 from raystore.errors import InvalidValueError
 from raystore.waiters import Deliver
@@ -44,8 +46,18 @@ class Asked:
 
 
 def _dequeue(
-    service: Service, asked: Asked, *, queues: list[str], limit: int, worker_id: str | None, timeout: float
+    service: Service,
+    asked: Asked,
+    *,
+    queues: list[str],
+    limit: int,
+    worker_id: str | None,
+    timeout: float,
+    of: int | None = None,
 ) -> Any:
+    assert asked.step.session is not None
+    if claimed := taken_over(service.state, asked.step.session, of):
+        return claimed
     arguments = {"queues": queues, "limit": limit, "worker_id": worker_id}
     claimed = VERBS["dequeue"].run(service.state, asked.step, **arguments)
     if claimed or timeout <= 0 or limit < 1:
@@ -119,13 +131,8 @@ def unfinished(state: State, rollout_ids: list[str]) -> list[str]:
 # -- others ------------------------------------------------------------------------------------------------------------
 
 
-def _acknowledge(service: Service, asked: Asked, *, keys: list[list[str]]) -> list[AttemptKey]:
-    assert asked.step.session is not None
-    return claims.acknowledge(service.state, asked.step, asked.step.session, [(key[0], key[1]) for key in keys])
-
-
 def _statistics(service: Service, asked: Asked) -> dict[str, Any]:
-    return verbs.statistics(service.state) | {
+    return counts(service.state) | {
         "uptime": time.monotonic() - service.started,
         "memory_capacity_bytes": service.capacity_bytes,
         "waiters": len(service.waiters),
@@ -159,7 +166,6 @@ SHELL: dict[str, Verb] = {
     "completed": Verb(_completed, changes=False),
     "changes": Verb(_changes, changes=False),
     "cancel_wait": Verb(_cancel_wait, changes=False),
-    "acknowledge": Verb(_acknowledge, changes=False),
     "statistics": Verb(_statistics, changes=False),
     "story": Verb(_story, changes=False),
     "check": Verb(_check, changes=False),

@@ -7,7 +7,6 @@ Not here: the transport to an actor (`session`).
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import itertools
@@ -16,7 +15,8 @@ from typing import Any, Protocol
 
 from raystore.calls import Call
 from raystore.core.state import Session
-from raystore.errors import StoreClosedError
+from raystore.core.verbs import Many
+from raystore.errors import StoreClosedError, StoreError
 from raystore.notices import Handler, Notices
 from raystore.service import Service
 from raystore.shell import PARKED
@@ -61,7 +61,7 @@ class LocalTransport:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._session: Session = service.open_session("local", eternal=True)
+        self._session: Session = service.open_session("local", eternal=True)  # anew with each process
         self._tickets = itertools.count(1)
         self._notices = Notices()
         service.on_notice = self._hand_on
@@ -81,29 +81,63 @@ class LocalTransport:
         call = Call(verb, next(self._tickets))
 
         def deliver(ticket: int, value: Any) -> bool:
+            def give(lost: StoreError | None) -> None:
+                call.put(value, lost)
+                _wake(call)
+
+            if call.loop is not None and call.loop.is_closed():
+                return False
+            if self.service.when_safe(give):
+                return True
             call.put(value, None)
-            return call.loop is None or _wake(call)
+            return _wake(call)
 
         try:
             answer = self.service.call(self._session, call.ticket, verb, arguments, deliver)
         except Exception as error:  # the answer of this call, raised where it is awaited
-            call.put(None, error)
-            call.wake()
+            self._give(call, None, error)
             return call
         if answer is PARKED:
             call.parked = True
             return call
         if verb == "dequeue" and answer:  # nothing can come between a caller and an answer at once
             self.service.acknowledge(self._session, claimed_keys(answer))
-        call.put(answer, None)
-        call.wake()
+        self._give(call, answer, None)
         return call
+
+    def _give(self, call: Call, answer: Any, error: Exception | None) -> None:
+        """Give a call of this thread its answer, once what it says is safe."""
+
+        def give(lost: StoreError | None) -> None:
+            call.put(answer, lost or error)
+            _wake(call)
+
+        if not self.service.when_safe(give):
+            call.put(answer, error)
+            call.wake()
+
+    async def _safe(self) -> None:
+        """Wait until what has happened so far is safe."""
+        call = Call("safe")
+
+        def wake(lost: StoreError | None) -> None:
+            call.put(None, lost)
+            _wake(call)
+
+        if self.service.when_safe(wake):
+            await call
 
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
         if arguments.get("timeout", 0) == 0:  # answered at once: no future, no wake-up
-            answer = self.service.call(self._session, 0, verb, arguments, _nobody)
-            if verb == "dequeue" and answer:
-                self.service.acknowledge(self._session, claimed_keys(answer))
+            try:
+                answer = self.service.call(self._session, 0, verb, arguments, _nobody)
+                if verb == "dequeue" and answer:
+                    self.service.acknowledge(self._session, claimed_keys(answer))
+                elif isinstance(answer, Many):
+                    answer.items = self.service.with_bodies(answer.items)
+            finally:
+                if self.service.journal is not None:
+                    await self._safe()
             return answer
         while True:
             call = self.post(verb, arguments)
@@ -143,7 +177,8 @@ def _nobody(ticket: int, value: Any) -> bool:
 
 
 def _wake(call: Call) -> bool:
-    assert isinstance(call.loop, asyncio.AbstractEventLoop)
+    if call.loop is None:  # a blocking thread, which the answer itself has woken
+        return True
     try:
         call.loop.call_soon_threadsafe(call.wake)
     except RuntimeError:  # the loop is closed, and its caller with it

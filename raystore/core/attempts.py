@@ -28,6 +28,7 @@ from raystore.core.lifecycle import (
     attempt_after,
     rollout_after,
 )
+from raystore.core.payload import OnDisk
 from raystore.core.records import Attempt, Rollout, Span
 from raystore.core.rollouts import create, enter_eviction, move, set_reward
 from raystore.core.spans import Written
@@ -237,10 +238,13 @@ def add_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans:
         if span.sequence_id < 0:  # "the next one", asked for in the same call
             span.sequence_id = state.spans.next_number(rollout_id, known=True)
     had_none = not state.spans.has(rollout_id)
-    written = state.spans.add(rollout_id, spans)
+    places = None
+    if step.record:
+        places = [OnDisk.place_of(step.record, step.operation, number) for number in range(len(spans))]
+    written = state.spans.add(rollout_id, spans, places)
     if not any(written.stored):
         return written
-    if had_none:
+    if had_none and state.spans.has(rollout_id):
         enter_eviction(state, entry)
     _beat(state, step, entry, index, written.reward)
     return written

@@ -34,6 +34,9 @@ class ChangeFeed:
         self.last += 1
         self._kept.append(Change(self.last, time, kind, rollout_id, attempt_id, detail or None))
 
+    def __iter__(self) -> Iterator[Change]:
+        return iter(self._kept)
+
     @property
     def oldest(self) -> int:
         """Sequence number of the oldest change that is kept."""

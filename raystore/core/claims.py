@@ -169,19 +169,3 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
         state.drained = None
     state.session_deadlines.guard(session.session_id)
     state.queues_touched.update(state.queues.lengths())
-
-
-def advance_sessions(state: State, step: Step, limit: int) -> bool:
-    """Withdraw claims and end sessions whose time has come; whether anything changed."""
-    changed = False
-    for session_id, key in state.claim_deadlines.due(step.age, limit):
-        take_back(state, step, state.sessions[session_id], key, why="withdrawn")
-        changed = True
-    for session_id in state.session_deadlines.due(step.age, limit):
-        session = state.sessions[session_id]
-        if session.ended_at is not None:
-            del state.sessions[session_id]
-        else:
-            end_session(state, step, session, why="silence")
-        changed = True
-    return changed

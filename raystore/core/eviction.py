@@ -2,7 +2,8 @@
 
 Above the eviction threshold a pass frees down to the safe threshold: released rollouts, then those finished and read,
 then other finished ones, then running ones; the oldest start first within each class. The rollout being written goes
-last. Rollouts and attempts stay, and reading what was evicted raises.
+last. Rollouts and attempts stay, and reading what was evicted raises. With a journal only the bodies of spans leave the
+memory, and are read from disk when asked for.
 Not here: measuring the machine and resolving thresholds (`config`).
 """
 
@@ -29,7 +30,8 @@ def run(state: State, step: Step, writing: str | None) -> Pass | None:
     if writing is not None:
         done.written.add(writing)
     until = done.spans + SLICE_SPANS
-    classes = 1 if state.settings.pause_when_full else len(state.eviction_heaps)
+    pauses = state.settings.pause_when_full and not state.settings.on_disk
+    classes = 1 if pauses else len(state.eviction_heaps)
     spared: list[tuple[int, tuple[float, int, str]]] = []
     for number in range(classes):
         heap = state.eviction_heaps[number]
@@ -52,11 +54,12 @@ def run(state: State, step: Step, writing: str | None) -> Pass | None:
         return None
     if done.rollout_ids:
         state.eviction_passes += 1
+    if done.rollout_ids and not state.settings.on_disk:
         state.changes.append(step.now, "evicted", rollouts=len(done.rollout_ids), spans=done.spans, bytes=done.bytes)
     if state.memory_full and state.total_bytes <= state.settings.safe_bytes:
         state.memory_full = False
         state.queues_touched.update(state.queues.lengths())
-    elif state.settings.pause_when_full and state.total_bytes > state.settings.eviction_bytes and not state.memory_full:
+    elif pauses and state.total_bytes > state.settings.eviction_bytes and not state.memory_full:
         state.memory_full = True
         state.changes.append(step.now, "memory_full", bytes=state.total_bytes)
     return done if done.rollout_ids else None
@@ -66,9 +69,10 @@ def evict(state: State, rollout_id: str, done: Pass) -> None:
     """Drop the spans of one rollout."""
     entry = state.entries[rollout_id]
     count, size = state.spans.evict(rollout_id)
-    state.evicted_rollouts += 1
+    state.evicted_rollouts += not state.settings.on_disk
     done.rollout_ids.append(rollout_id)
     done.spans += count
     done.bytes += size
-    if entry.rollout.status in FINISHED and not entry.read and not entry.released:
+    is_lost = not state.settings.on_disk
+    if is_lost and entry.rollout.status in FINISHED and not entry.read and not entry.released:
         done.unread.append(rollout_id)

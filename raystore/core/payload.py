@@ -23,13 +23,39 @@ class Payload:
         self.refs = refs
 
 
+class OnDisk:
+    """A body that is in the journal and not in memory: in which record, of which operation of it, which span."""
+
+    __slots__ = ("place", "size")
+
+    OPERATIONS = 1 << 10  #: what a place can tell apart within a record
+    SPANS = 1 << 16
+
+    def __init__(self, place: int, size: int) -> None:
+        self.place = place
+        self.size = size  # in bytes, once it is read
+
+    @staticmethod
+    def place_of(record: int, operation: int, span: int) -> int:
+        """A place as one number; 0 if it cannot be told, so that the body has to stay in memory."""
+        if not record or operation >= OnDisk.OPERATIONS or span >= OnDisk.SPANS:
+            return 0
+        return (record * OnDisk.OPERATIONS + operation) * OnDisk.SPANS + span
+
+    @staticmethod
+    def parts(place: int) -> tuple[int, int, int]:
+        """Record, operation, span."""
+        rest, span = divmod(place, OnDisk.SPANS)
+        return *divmod(rest, OnDisk.OPERATIONS), span
+
+
 #: What the core stores for `input`, `metadata`, resources and span bodies. None stands for "no value".
 Opaque = bytes | Payload | None
 
 
-def size_of(payload: Opaque) -> int:
+def size_of(payload: Opaque | OnDisk) -> int:
     """Bytes of the encoded value; referenced objects live in the object store and are not counted."""
-    if payload is None:
+    if payload is None or isinstance(payload, OnDisk):
         return 0
     return len(payload.data if isinstance(payload, Payload) else payload)
 

@@ -32,6 +32,10 @@ class Queues:
     def __iter__(self) -> Iterator[str]:
         return iter(self._waiting)
 
+    def orders(self) -> list[tuple[str, tuple[str, bool], Order]]:
+        """What waits, in which line, at which place."""
+        return [(rollout_id, line, order) for rollout_id, (line, order) in self._waiting.items()]
+
     def length(self, queue: str) -> int:
         """How many rollouts wait in one queue."""
         return self._lengths.get(queue, 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypeVar, dataclass_transform
 
-from raystore.core.payload import Opaque
+from raystore.core.payload import OnDisk, Opaque
 
 T = TypeVar("T", bound="type[Record]")
 
@@ -140,7 +140,7 @@ class Span(Record):
     start_time: float | None
     end_time: float | None
     reward: float | None
-    body: Opaque
+    body: Opaque | OnDisk
     size: int
 
 

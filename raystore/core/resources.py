@@ -23,7 +23,7 @@ class ResourceTable:
     """All resources of a store."""
 
     def __init__(self, keep: int | None) -> None:
-        self._keep = keep
+        self.keep = keep
         self._versions: dict[str, dict[int, Resources]] = {}
         self._references: dict[tuple[str, int], int] = {}
         self.latest_id: str | None = None
@@ -127,10 +127,10 @@ class ResourceTable:
         return any((resources_id, version) in self._references for version in self._versions[resources_id])
 
     def _drop_old_ids(self) -> None:
-        if self._keep is None or len(self._versions) <= self._keep:
+        if self.keep is None or len(self._versions) <= self.keep:
             return
         by_age = sorted(self._versions, key=lambda key: self.all_versions(key)[-1].update_time)
-        for resources_id in by_age[: len(by_age) - self._keep]:
+        for resources_id in by_age[: len(by_age) - self.keep]:
             if resources_id != self.latest_id and not self._referred(resources_id):
                 self._drop(resources_id)
 
@@ -138,6 +138,10 @@ class ResourceTable:
         """What is kept of one id, oldest first."""
         versions = self._versions.get(resources_id, {})
         return [versions[version] for version in sorted(versions)]
+
+    def everything(self) -> list[Resources]:
+        """All that is kept of all ids."""
+        return [held for resources_id in sorted(self._versions) for held in self.all_versions(resources_id)]
 
     def delete(self, resources_id: str) -> None:
         """Forget an id with all its versions."""

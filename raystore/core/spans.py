@@ -7,11 +7,12 @@ Not here: whether rollout and attempt exist, what a span does to a status (`atte
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from raystore.core.payload import size_of
+from raystore.core.payload import OnDisk, size_of
 from raystore.core.records import Span
 
 #: Bytes of process memory that one stored span takes beside its body and its texts (record, dictionary entry, keys),
@@ -49,18 +50,25 @@ class Written:
 class _Stored:
     """The spans of one rollout."""
 
-    __slots__ = ("bytes", "spans")
+    __slots__ = ("bytes", "cached", "places", "spans")
 
     def __init__(self) -> None:
         self.spans: dict[tuple[str, str] | int, Span] = {}
         self.bytes = 0
+        self.cached = 0  # spans of which the body is in memory
+        self.places: array[int] | None = None  # in a journal, in the order of the spans
 
 
 class SpanTable:
-    """All spans of a store."""
+    """All spans of a store.
+
+    With a journal a body is on disk once, and in memory as long as there is room.
+    """
 
     def __init__(self, *, keep_duplicates: bool) -> None:
-        self._keep_duplicates = keep_duplicates
+        self.keep_duplicates = keep_duplicates
+        self.keeps_bodies = True  # else every body stays where it is on disk
+        self.written = 0  # records of a journal up to here can be read from disk
         self._by_rollout: dict[str, _Stored] = {}
         self._counters: dict[str, int] = {}
         self._unknown: OrderedDict[str, int] = OrderedDict()
@@ -83,14 +91,23 @@ class SpanTable:
             self._unknown.popitem(last=False)
         return number
 
+    def counters(self) -> list[tuple[str, int]]:
+        """The newest number of each rollout, also of those that do not exist."""
+        return [*self._counters.items(), *self._unknown.items()]
+
     def _lift(self, rollout_id: str, number: int) -> None:
         if number > self._counters.get(rollout_id, 0):
             self._counters[rollout_id] = number
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def add(self, rollout_id: str, spans: Iterable[Span]) -> Written:
-        """Store spans of one attempt; one whose id the attempt already has is refused, unless duplicates are kept."""
+    def add(self, rollout_id: str, spans: Iterable[Span], places: Iterable[int] | None = None) -> Written:
+        """Store spans of one attempt; one whose id the attempt already has is refused, unless duplicates are kept.
+
+        `places` says where in a journal each body is, if there is one.
+        """
+        if places is not None:
+            return self._add_on_disk(rollout_id, list(spans), list(places))
         held = self._by_rollout.get(rollout_id) or _Stored()
         written = Written([], 0, None)
         kept, stored, size, highest = held.spans, written.stored, 0, 0
@@ -98,7 +115,7 @@ class SpanTable:
         for span in spans:
             key: tuple[str, str] | int = (span.attempt_id, span.span_id)
             if key in kept:
-                if not self._keep_duplicates:
+                if not self.keep_duplicates:
                     stored.append(False)
                     continue
                 key = len(kept)  # spans of a rollout are only ever removed together, so this is unused
@@ -114,11 +131,23 @@ class SpanTable:
                 written.reward = span.reward
         if kept:
             self._by_rollout[rollout_id] = held
+        held.cached += len(kept) - before
         written.bytes = size
         held.bytes += size
         self.bytes += size
         self.count += len(kept) - before
         self._lift(rollout_id, highest)
+        return written
+
+    def _add_on_disk(self, rollout_id: str, spans: list[Span], places: list[int]) -> Written:
+        written = self.add(rollout_id, spans)
+        if any(written.stored):
+            held = self._by_rollout[rollout_id]
+            if held.places is None:
+                held.places = array("Q")
+            held.places.extend(place for place, is_stored in zip(places, written.stored, strict=True) if is_stored)
+            if not self.keeps_bodies:
+                self._drop_bodies(held)
         return written
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -134,16 +163,47 @@ class SpanTable:
 
     def has(self, rollout_id: str) -> bool:
         """Whether there is a span to evict."""
-        return rollout_id in self._by_rollout
+        held = self._by_rollout.get(rollout_id)
+        return held is not None and held.cached > 0
+
+    def is_on_disk(self, rollout_id: str) -> bool:
+        """Whether the bodies of a rollout can be dropped and read again."""
+        held = self._by_rollout.get(rollout_id)
+        return held is not None and held.places is not None
 
     # -- freeing -------------------------------------------------------------------------------------------------
 
     def evict(self, rollout_id: str) -> tuple[int, int]:
-        """Drop the spans of a rollout and remember that they are gone; how many, and how many bytes."""
-        held = self._remove(rollout_id)
+        """Free the spans of a rollout: how many, and how many bytes.
+
+        With a journal their bodies leave the memory. Without one they are gone, which is remembered.
+        """
+        held = self._by_rollout[rollout_id]
+        if held.places is not None:
+            return self._drop_bodies(held)
+        self._remove(rollout_id)
         self.evicted.add(rollout_id)
         self.evicted_spans += len(held.spans)
         return len(held.spans), held.bytes
+
+    def _drop_bodies(self, held: _Stored) -> tuple[int, int]:
+        assert held.places is not None
+        dropped = freed = stay = 0
+        for (key, span), place in zip(held.spans.items(), held.places, strict=True):
+            if isinstance(span.body, OnDisk):
+                continue
+            if not place or OnDisk.parts(place)[0] > self.written:
+                stay += 1
+                continue
+            body = size_of(span.body)
+            size = min(body, span.size)
+            held.spans[key] = span.evolve(body=OnDisk(place, body), size=span.size - size)
+            freed += size
+            dropped += 1
+        held.bytes -= freed
+        held.cached = stay
+        self.bytes -= freed
+        return dropped, freed
 
     def forget(self, rollout_id: str) -> None:
         """Drop everything about a rollout that is deleted."""

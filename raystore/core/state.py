@@ -16,6 +16,7 @@ from raystore.core.changes import ChangeFeed, CompletionLog
 from raystore.core.deadlines import Deadlines
 from raystore.core.indexes import Indexes, Key, keys_of
 from raystore.core.lifecycle import ACTIVE, FINISHED, UNCHARGED
+from raystore.core.line import Line
 from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker
 from raystore.core.resources import ResourceTable
@@ -44,24 +45,27 @@ class Settings:
     retention_count: int | None = None
     keep_resources: int | None = None
     default_config: Config = field(default_factory=Config)
+    on_disk: bool = False  # a journal has every span, so that evicting one loses nothing
 
 
 class Step:
     """One change of the state: its time, the session that asked, and the seed of the ids it mints."""
 
-    __slots__ = ("_minted", "age", "now", "seed", "session")
+    __slots__ = ("age", "minted", "now", "operation", "record", "seed", "session")
 
     def __init__(self, now: float, *, seed: int = 0, session: Session | None = None, age: float | None = None) -> None:
         self.now = now
         self.age = now if age is None else age  # claims and sessions age on a clock of their own (manual clocks)
         self.seed = seed
         self.session = session
-        self._minted = 0
+        self.minted = 0  # ids so far
+        self.record = 0  # number of the record of a journal that has the bytes of what runs; 0 without one
+        self.operation = 0  # and of the operation within it
 
     def mint(self, prefix: str, digits: int) -> str:
         """A new id in the contract's format, the same at every replay of this step."""
-        self._minted += 1
-        return prefix + sha1(f"{self.seed}/{self._minted}".encode()).hexdigest()[:digits]
+        self.minted += 1
+        return prefix + sha1(f"{self.seed}/{self.minted}".encode()).hexdigest()[:digits]
 
 
 class Chain:
@@ -77,7 +81,9 @@ class Chain:
 class Session:
     """One client process: what it holds, what it was handed and has not acknowledged, what it should be told."""
 
-    __slots__ = ("chains", "claims", "ended_at", "eternal", "held", "last_heard", "lost", "notices", "session_id")
+    __slots__ = (
+        "chains", "claims", "ended_at", "eternal", "held", "last_heard", "line", "lost", "notices", "session_id",
+    )  # fmt: skip
 
     def __init__(self, session_id: str, *, age: float, eternal: bool = False) -> None:
         self.session_id = session_id
@@ -89,6 +95,7 @@ class Session:
         self.lost: dict[AttemptKey, Attempt] = {}  # withdrawn claims, which a late acknowledgement may re-instate
         self.notices: list[tuple[str, str, str]] = []  # kind, rollout id, attempt id
         self.chains: dict[int, Chain] = {}  # bulk calls of which the last part has not come yet
+        self.line = Line()
 
     @property
     def is_idle(self) -> bool:
@@ -193,6 +200,12 @@ class State:
         self.noticed: set[str] = set()
         self.ended: list[str] = []
         self.withdrawals = 0
+
+    def configure(self, settings: Settings) -> None:
+        """Go on with other settings."""
+        self.settings = settings
+        self.spans.keep_duplicates = settings.keep_duplicates
+        self.resources.keep = settings.keep_resources
 
     @property
     def is_full(self) -> bool:

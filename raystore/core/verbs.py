@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raystore.core import attempts, claims, query, retention, rollouts, workers
-from raystore.core.changes import FEED_LENGTH
 from raystore.core.lifecycle import FINISHED
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
-from raystore.core.state import Chain, Entry, State, Step, is_live_attempt
+from raystore.core.state import AttemptKey, Chain, Entry, State, Step, is_live_attempt
 from raystore.errors import InvalidValueError, SpansEvictedError, StoreError, again
 
 
@@ -164,6 +163,11 @@ def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]
 def _decline(state: State, step: Step, *, rollout_id: str, attempt_id: str) -> bool:
     assert step.session is not None
     return claims.take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
+
+
+def _acknowledge(state: State, step: Step, *, keys: list[list[str]]) -> list[AttemptKey]:
+    assert step.session is not None
+    return claims.acknowledge(state, step, step.session, [(key[0], key[1]) for key in keys])
 
 
 # -- spans -------------------------------------------------------------------------------------------------------------
@@ -338,35 +342,6 @@ def _report_session(state: State, step: Step, *, session_id: str | None, worker_
     return bool(live)
 
 
-def statistics(state: State) -> dict[str, Any]:
-    """Counts of the core; the shell adds its own."""
-    return {
-        "total_rollouts": len(state.entries),
-        "total_attempts": state.attempt_count,
-        "total_spans": state.spans.count,
-        "total_resources": len(state.resources),
-        "total_workers": len(state.workers),
-        "total_span_bytes": state.spans.bytes,
-        "eviction_threshold_bytes": state.settings.eviction_bytes,
-        "safe_threshold_bytes": state.settings.safe_bytes,
-        "payload_bytes": state.payload_bytes + state.resources.bytes,
-        "accounted_bytes": state.total_bytes,
-        "evicted_spans": state.spans.evicted_spans,
-        "evicted_rollouts": state.evicted_rollouts,
-        "eviction_passes": state.eviction_passes,
-        "deadline_fires": state.deadlines.fires,
-        "sessions": sum(session.ended_at is None for session in state.sessions.values()),
-        "queue_length": len(state.queues),
-        "queue_lengths": state.queues.lengths(),
-        "rollouts_by_status": state.indexes.counts("status"),
-        "suspects": len(state.suspects),
-        "withdrawals": state.withdrawals,
-        "changes": state.changes.last,
-        "change_feed_length": FEED_LENGTH,
-        "memory_full": state.memory_full,
-    }
-
-
 @dataclass(slots=True, frozen=True)
 class Verb:
     """One entry of the table."""
@@ -447,6 +422,7 @@ VERBS: dict[str, Verb] = {
     "update_attempt": Verb(_update_attempt, names=_ONE),
     "heartbeat": Verb(_heartbeat),
     "decline": Verb(_decline, names=_ONE),
+    "acknowledge": Verb(_acknowledge),
     "add_spans": Verb(_add_spans, names=_ONE),
     "finish": Verb(_finish, names=_ONE),
     "next_numbers": Verb(_next_numbers),

@@ -1,19 +1,21 @@
 """What time does: attempts that time out or fall silent, claims and sessions that age, retention.
 
-`advance` opens every step, so that what a caller sees is never older than its call; it costs what has expired, not what
-exists. Many at once are worked off in slices, and a verb first settles the rollouts it names.
+What is `due` is worked off before every step, so that what a caller sees is never older than its call; it costs what
+has expired, not what exists. Many at once are worked off in slices, and a verb first settles the rollouts it names.
+Finding and working off are two: what was found is recorded, and a replay works off the same.
 Not here: reading a clock, being called when nobody calls (`service` arms one timer at `next_deadline`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from raystore.core import retention
 from raystore.core.attempts import settle
-from raystore.core.claims import advance_sessions
-from raystore.core.lifecycle import SILENCE, TIMEOUT
-from raystore.core.state import Entry, State, Step
+from raystore.core.claims import end_session, take_back
+from raystore.core.lifecycle import ACTIVE, SILENCE, TIMEOUT
+from raystore.core.state import AttemptKey, Entry, State, Step
 
 SLICE = 1_000  #: deadlines worked off in one step
 
@@ -29,27 +31,51 @@ def may_be_due(state: State, step: Step) -> bool:
     )
 
 
-def advance(state: State, step: Step, named: Iterable[str] = ()) -> bool:
-    """Work off what is due; whether anything changed."""
+@dataclass(slots=True)
+class Due:
+    """What is due at one instant, by name: found by whoever has a clock, worked off by `advance`."""
+
+    expired: list[str]  # rollouts whose latest attempt timed out or fell silent
+    withdrawn: list[tuple[str, AttemptKey]]  # claims, with their sessions
+    silent: list[str]  # sessions that have ended
+    forgotten: list[str]  # sessions that ended long ago
+    deleted: list[str]  # rollouts that the retention rule lets go
+
+    def __bool__(self) -> bool:
+        return bool(self.expired or self.withdrawn or self.silent or self.forgotten or self.deleted)
+
+
+def due(state: State, step: Step, named: Iterable[str] = ()) -> Due:
+    """What is due, up to a slice of each kind, and of the rollouts that are named in any case."""
     active_now = step.now - state.paused
-    changed = False
-    left = SLICE
-    for rollout_id in state.deadlines.due(active_now, SLICE):
+    expired = list(state.deadlines.due(active_now, SLICE))
+    if len(expired) == SLICE:
+        known = set(expired)
+        expired += [i for i in dict.fromkeys(named) if i not in known and _is_due(state, i, active_now)]
+    withdrawn = list(state.claim_deadlines.due(step.age, SLICE))
+    sessions = list(state.session_deadlines.due(step.age, SLICE))
+    ended = {session_id for session_id in sessions if state.sessions[session_id].ended_at is not None}
+    return Due(
+        expired,
+        withdrawn,
+        [session_id for session_id in sessions if session_id not in ended],
+        [session_id for session_id in sessions if session_id in ended],
+        retention.due(state, step.now, SLICE),
+    )
+
+
+def advance(state: State, step: Step, due: Due) -> None:
+    """Work off what is due."""
+    active_now = step.now - state.paused
+    for rollout_id in due.expired:
         _expire(state, step, state.entries[rollout_id], active_now)
-        changed = True
-        left -= 1
-    if left == 0:
-        for rollout_id in named:
-            entry = state.entries.get(rollout_id)
-            if entry is not None and _is_due(state, rollout_id, active_now):
-                _expire(state, step, entry, active_now)
-    if advance_sessions(state, step, SLICE):
-        changed = True
-    expired = retention.due(state, step.now, SLICE)
-    if expired:
-        retention.delete(state, step, expired)
-        changed = True
-    return changed
+    for session_id, key in due.withdrawn:
+        take_back(state, step, state.sessions[session_id], key, why="withdrawn")
+    for session_id in due.silent:
+        end_session(state, step, state.sessions[session_id], why="silence")
+    for session_id in due.forgotten:
+        del state.sessions[session_id]
+    retention.delete(state, step, due.deleted)
 
 
 def _is_due(state: State, rollout_id: str, active_now: float) -> bool:
@@ -73,6 +99,23 @@ def pause(state: State, step: Step, seconds: float) -> None:
         for key in session.claims:
             session.claims[key] += seconds
     state.changes.append(step.now, "paused", seconds=seconds)
+
+
+def resume(state: State, step: Step, away: float) -> None:
+    """Another process goes on with the store: nobody could be heard meanwhile, so everybody gets a full period."""
+    state.paused += away
+    for session_id, session in list(state.sessions.items()):
+        session.last_heard = step.age
+        session.claims = dict.fromkeys(session.claims, step.age)
+        if session.eternal:  # the process that ran the store itself
+            end_session(state, step, session, why="ended with its store")
+            del state.sessions[session_id]
+    for status in ACTIVE:
+        for rollout_id in state.indexes.find(("status", status)):
+            entry = state.entries[rollout_id]
+            entry.clocks[-1].beat = step.now - state.paused
+            state.deadlines.guard(rollout_id)
+    state.changes.append(step.now, "resumed", seconds=away)
 
 
 def next_deadline(state: State) -> float | None:

@@ -6,6 +6,7 @@ Not here: what the actor does (`actor`), what a client does (`store`).
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,9 @@ def start(
     keep_resources: int | None = None,
     limits: dict[str, int] | None = None,
     clock: str = "system",
+    journal: str | os.PathLike[str] | None = None,
+    durability: str = "power",
+    resume: str = "auto",
     actor_options: dict[str, Any] | None = None,
 ) -> RayLightningStore:
     """Start a store on Ray and return a client of it.
@@ -81,11 +85,19 @@ def start(
         keep_resources: newest resources ids to keep; older ones go when nobody refers to them. Default: all stay.
         limits: bytes of one value, span and call: {"value_bytes", "span_bytes", "call_bytes"}.
         clock: "system", or "manual" for tests (`store.testing.tick`).
+        journal: a directory, in which everything that happens is written down; a store that is started there again goes
+            on where it was, and an actor that dies is restarted by Ray and does the same. It must be reachable from
+            every node on which the actor may be placed.
+        durability: when an answer may leave: "power": once what it says is on disk; "process": once the system has it
+            (a crash of the process loses nothing, one of the machine the newest); "none": at once.
+        resume: "auto": go on with the run in `journal` if it is of a store of this name, else begin one; "must": go on
+            with the run that is there; "never": begin one, in an empty directory.
         actor_options: for Ray, e.g. {"scheduling_strategy": ..., "runtime_env": ...}.
 
     Raises:
         StoreExistsError: the name exists, or exists with another configuration.
         InvalidValueError, ValueError: an option has a value that is not valid.
+        JournalError: the journal is missing, damaged, in use, or of another run.
     """
     if exist not in ("error", "attach"):
         raise InvalidValueError("exist", exist, "'error' or 'attach'")
@@ -102,6 +114,9 @@ def start(
         keep_resources=keep_resources,
         limits=limits,
         clock=clock,
+        journal=journal,
+        durability=durability,
+        resume=resume,
     )
     if name is not None:
         identifier("name", name)
@@ -117,7 +132,8 @@ def start(
         "lifetime": "detached" if detached else None,
         "num_cpus": 0,
         "memory": 1,  # a byte: Ray asks any node to place an actor without requirements, and that one ignores `here`
-        "max_restarts": 0,  # an empty store that looks alive is worse than a dead one
+        # Without a journal it would come back empty, and a store that only looks alive is worse than a dead one.
+        "max_restarts": 0 if config.journal is None else -1,
         "max_task_retries": 0,  # clients retry, with an identity
         "max_concurrency": MAX_CONCURRENCY,
         "enable_task_events": False,
@@ -125,7 +141,7 @@ def start(
         "scheduling_strategy": here,
     } | (actor_options or {})
     try:
-        handle = ray.remote(StoreActor).options(**options).remote(config, name, namespace)
+        handle = ray.remote(StoreActor).options(**options).remote(config, name, namespace, resume=resume)
     except ValueError:  # somebody else started one of this name in the same moment
         existing = find_actor(name, namespace)
         if existing is None:
@@ -133,7 +149,11 @@ def start(
         return _take_existing(existing, name, namespace, exist, config)
     if not detached:
         _owned.append(handle)  # else the store would end with the last object that refers to it
-    store = RayLightningStore(handle, owns=not detached)
+    try:
+        store = RayLightningStore(handle, owns=not detached)
+    except StoreError:  # it could not begin, or not go on
+        ray.kill(handle)
+        raise
     known = store._known
     logger.info(
         "Started store %r in namespace %r: memory capacity %d bytes, eviction above %d, down to %d",

@@ -15,6 +15,7 @@ from raystore.errors import (
     NotAStoreError,
     ProtocolMismatchError,
     StoreUnavailableError,
+    from_record,
 )
 from raystore.service import PROTOCOL
 from raystore.types import StoreInfo
@@ -45,6 +46,8 @@ def describe(handle: Any) -> dict[str, Any]:
         raise StoreUnavailableError(repr(handle), f"no answer within {HANDSHAKE_SECONDS:g} s") from None
     if not isinstance(known, dict) or known.get("kind") != "raystore":
         raise NotAStoreError(f"The actor {handle!r}")
+    if known.get("refusal") is not None:
+        raise from_record(*known["refusal"])
     if known["protocol"] != PROTOCOL:
         theirs = f"raystore {known['version']}, protocol {known['protocol']}"
         raise ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", theirs)

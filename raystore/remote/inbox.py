@@ -8,18 +8,21 @@ Not here: the client's side (`session`), what an operation does (`service`).
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from raystore.core.payload import Payload, size_of
-from raystore.core.pieces import DIVISIBLE, pieces
+from raystore import wire
+from raystore.core.batches import Item, Run, again, claimed_again
+from raystore.core.line import VALUE, Kept, Reply
+from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
 from raystore.core.state import Session
-from raystore.core.verbs import CHANGING, Many
+from raystore.core.verbs import Many
 from raystore.errors import InvalidValueError, to_record
-from raystore.remote import wire
+from raystore.journal.recorder import Source
 from raystore.service import Service
 from raystore.shell import PARKED
 from raystore.waiters import Deliver
@@ -29,7 +32,6 @@ PAGE_BYTES = 1024 * 1024  #: a longer answer is sent in parts, so that packing i
 LATER_AT_ONCE = 1_000  #: answers of parked calls that leave together
 PAGES_KEPT = 4_096  #: unfinished long answers of a session
 
-Reply = list[Any]
 Perform = Callable[[int, str, dict[str, Any], Deliver], Any]
 
 
@@ -43,11 +45,12 @@ class Inbox:
     def __init__(self, service: Service, session: Session) -> None:
         self.service = service
         self.session = session
-        self._expected = 1
         self._turns: dict[int, asyncio.Future[None]] = {}
         self._running: dict[int, asyncio.Future[wire.Answer]] = {}
-        self._kept: dict[int, list[tuple[str, dict[str, Any], Reply]]] = {}
-        self._outbox: dict[int, Reply] = {}
+        handed = session.line.handed  # by a process that ran this store before
+        self._outbox: dict[int, Reply] = {
+            ticket: [VALUE, claimed_again(service.state, session, keys)] for ticket, keys in handed.items()
+        }
         self._notices = itertools.count(-1, -1)
         self._listener: asyncio.Future[None] | None = None
         self._pages: dict[int, list[Any]] = {}
@@ -57,24 +60,26 @@ class Inbox:
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
-    async def exchange(self, sequence: int, answered: int, header: list[Any], operations: list[Any]) -> wire.Answer:
+    async def exchange(
+        self, sequence: int, answered: int, header: list[Any], operations: list[Any], parts: Sequence[bytes]
+    ) -> wire.Answer:
         """Run one batch at its place in the order, once, and return its answers.
 
-        `header`: ticket of the first operation, claims that are acknowledged, tickets whose answers have come.
+        `header`: ticket of the first operation, claims that are acknowledged, tickets whose answers have come. `parts`:
+        the batch as it came, for a journal.
         """
         running = self._running.get(sequence)
         if running is not None:  # the same batch again, while the first is under way
             return await asyncio.shield(running)
         done = self._running[sequence] = asyncio.get_running_loop().create_future()
         try:
-            for earlier in [number for number in self._kept if number <= answered]:
-                del self._kept[earlier]
-            if sequence > self._expected:
+            self.session.line.heard(answered)
+            if sequence > self.session.line.expected:
                 turn = self._turns[sequence] = asyncio.get_running_loop().create_future()
                 await turn
             if self.session.ended_at is not None:
                 raise SessionEnded
-            replies, lost = await self._run(sequence, header, operations)
+            replies, lost = await self._run(sequence, header, operations, parts)
             answer = self._answer(replies, lost)
             done.set_result(answer)
             return answer
@@ -87,56 +92,45 @@ class Inbox:
             del self._running[sequence]
 
     async def _run(
-        self, sequence: int, header: list[Any], operations: list[Any]
+        self, sequence: int, header: list[Any], operations: list[Any], parts: Sequence[bytes]
     ) -> tuple[list[Reply], list[tuple[str, str]]]:
         first_ticket, acknowledged_claims, acknowledged_tickets = header
         self._forget(acknowledged_tickets)
         lost: list[tuple[str, str]] = []
         if acknowledged_claims:
             lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged_claims])
-        if sequence < self._expected:
-            return [self._again(*kept) for kept in self._kept.get(sequence, ())], lost
-        replies: list[Reply] = []
-        kept: list[tuple[str, dict[str, Any], Reply]] = []
-        left = self._in_pieces(operations, first_ticket)
+        line = self.session.line
+        if sequence < line.expected:
+            before = line.find(sequence, first_ticket)
+            return self._again(before, operations) if before else [], lost
+        kept = line.begin(sequence, first_ticket)
+        before = Kept(first_ticket, list(kept.replies))  # of a process that ran this store before
+        run = Run(self.service.state, kept, operations)
+        source = Source(self.session.session_id, sequence, first_ticket, parts)
         is_done = False
         while not is_done:
             until = time.perf_counter() + SLICE_SECONDS
-            with self.service.slice(self.session) as perform:
-                for ticket, verb, arguments, is_more in left:
-                    reply = self._operation(perform, ticket, verb, arguments)
-                    if is_more:
-                        reply = _joined(replies.pop(), reply)
-                        kept.pop()
-                    replies.append(reply)
-                    if verb in CHANGING or verb == "more" or reply[0] != wire.VALUE:
-                        # Arguments are kept for what would run again; spans are not held longer than needed.
-                        kept.append((verb, arguments if verb == "dequeue" else {}, self._to_keep(verb, reply)))
-                    else:
-                        kept.append((verb, arguments, []))
+            with self.service.slice(self.session, source) as perform:
+                for item in run:
+                    run.answer(item, self._operation(perform, item))
                     if time.perf_counter() > until:
                         break
                 else:
                     is_done = True
             if not is_done:
                 await asyncio.sleep(0)
-        self._kept[sequence] = kept
-        self._expected = sequence + 1
-        turn = self._turns.pop(self._expected, None)
+        line.end(sequence)
+        turn = self._turns.pop(sequence + 1, None)
         if turn is not None and not turn.done():
             turn.set_result(None)
         if self._closing:
             self.service.end_session(self.session, why="closed")
-        return replies, lost
+        first = min(run.ran, default=len(operations))
+        replies = [run.ran[number] for number in range(first, len(operations))]
+        return self._again(before, operations[:first]) + replies if first else replies, lost
 
-    def _in_pieces(self, operations: list[Any], first_ticket: int) -> Iterator[tuple[int, str, dict[str, Any], bool]]:
-        """Ticket, verb and arguments; long operations in pieces, and whether it is one that goes on with the last."""
-        for ticket, (verb, arguments) in enumerate(operations, first_ticket):
-            if verb not in DIVISIBLE:
-                yield ticket, verb, arguments, False
-                continue
-            for number, piece in enumerate(pieces(self.service.state, verb, arguments)):
-                yield ticket, verb, piece, number > 0
+    def _again(self, kept: Kept, operations: list[Any]) -> list[Reply]:
+        return again(self.service.state, self.session, kept, operations, self._once_more)
 
     def _deliver(self, ticket: int, value: Any) -> bool:
         """Keep the answer of a parked call for the client."""
@@ -144,47 +138,23 @@ class Inbox:
         self.wake()
         return True  # whether its caller has it, the acknowledgement will tell
 
-    def _operation(self, perform: Perform, ticket: int, verb: str, arguments: dict[str, Any]) -> Reply:
+    def _operation(self, perform: Perform, item: Item) -> Reply:
+        verb, arguments = item.verb, item.arguments
         try:
             if verb == "more":
                 return [wire.VALUE, self._more(**arguments)]
             if verb == "close_session":
                 self._closing = True
                 return [wire.VALUE, None]
-            value = perform(ticket, verb, arguments, self._deliver)
+            if verb == "dequeue":
+                self._outbox.pop(arguments.get("of", 0), None)  # it asks again for what may lie there
+            value = perform(item.ticket, verb, arguments, self._deliver)
         except Exception as error:  # the answer of this operation; the others of the batch go on
             return [wire.ERROR, *to_record(error)]
         return [wire.PARKED] if value is PARKED else [wire.VALUE, value]
 
-    @staticmethod
-    def _to_keep(verb: str, reply: Reply) -> Reply:
-        """What is kept of an answer in case it must be given again: of claims the ids only."""
-        if verb != "dequeue" or reply[0] != wire.VALUE:
-            return reply
-        return [wire.VALUE, [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in reply[1]]]
-
-    def _again(self, verb: str, arguments: dict[str, Any], kept: Reply) -> Reply:
-        """The answer of an operation that comes again: as it was; reads run again, and so do claims that are gone."""
-        if not kept:
-            return self._once_more(verb, arguments)
-        if verb != "dequeue" or kept[0] != wire.VALUE:
-            return kept
-        entries = self.service.state.entries
-        claimed = []
-        for rollout_id, attempt_id in kept[1]:
-            key = (rollout_id, attempt_id)
-            if key in self.session.claims or key in self.session.held:
-                entry = entries[rollout_id]
-                claimed.append((entry.rollout, entry.attempts[-1], entry.suspect))
-        if kept[1] and not claimed:  # withdrawn meanwhile
-            return self._once_more(verb, arguments)
-        return [wire.VALUE, claimed]
-
-    def _once_more(self, verb: str, arguments: dict[str, Any]) -> Reply:
-        with self.service.slice(self.session) as perform:
-            return self._operation(
-                perform, 0, verb, arguments | {"timeout": 0.0} if "timeout" in arguments else arguments
-            )
+    def _once_more(self, item: Item) -> Reply:
+        return self._operation(functools.partial(self.service.call, self.session), item)
 
     def _answer(self, replies: list[Reply], lost: list[tuple[str, str]]) -> wire.Answer:
         """Pack the answers, with what waits in the outbox if no listen call is there to take it."""
@@ -270,8 +240,8 @@ class Inbox:
                 self._pages[token] = items[index:]
                 if len(self._pages) > PAGES_KEPT:
                     del self._pages[next(iter(self._pages))]
-                return items[:index], token
-        return items, None
+                return self.service.with_bodies(items[:index]), token
+        return self.service.with_bodies(items), None
 
     def _more(self, token: int) -> Many:
         rest = self._pages.pop(token, None)
@@ -280,17 +250,11 @@ class Inbox:
         return Many(rest, len(rest))
 
 
-def _joined(reply: Reply, more: Reply) -> Reply:
-    """The answer of two pieces of one operation."""
-    if reply[0] != wire.VALUE:
-        return reply
-    return [wire.VALUE, reply[1] + more[1]] if more[0] == wire.VALUE else more
-
-
 def _weight(item: Any) -> int:
     """Bytes that a record brings into an answer, nearly."""
     if isinstance(item, tuple):
         return sum(_weight(part) for part in item)
     if isinstance(item, Record):
-        return 200 + sum(size_of(value) for value in item.row() if isinstance(value, (bytes, Payload)))
+        bodies = (value for value in item.row() if isinstance(value, (bytes, Payload, OnDisk)))
+        return 200 + sum(body.size if isinstance(body, OnDisk) else size_of(body) for body in bodies)
     return 0

@@ -15,9 +15,9 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from raystore import wire
 from raystore.calls import Call
 from raystore.core.verbs import CHANGING
-from raystore.remote import wire
 
 BATCH_BYTES = 384 * 1024  #: of a batch
 BULK_BYTES = 1024 * 1024  #: of a batch once as much as this waits
@@ -52,10 +52,20 @@ class Operation(Call):
 
     def shorten(self) -> None:
         """Make an operation that waits wait only for what is left of its time."""
-        timeout = self.arguments.get("timeout") if self.arguments else None
-        if self.arguments is not None and timeout is not None:
-            left = max(self.issued + timeout - time.monotonic(), 0.0)
-            self._pack(self.arguments | {"timeout": left})
+        self._pack_again()
+
+    def resume(self) -> None:
+        """Make an operation that waited ask again: for what it may have been handed, then for what is left."""
+        self._pack_again(**({"of": self.ticket} if self.verb == "dequeue" else {}))
+
+    def _pack_again(self, **more: Any) -> None:
+        if self.arguments is None:
+            return
+        timeout = self.arguments.get("timeout")
+        if timeout is not None:
+            more["timeout"] = max(self.issued + timeout - time.monotonic(), 0.0)
+        if more:
+            self._pack(self.arguments | more)
 
 
 class Batch:

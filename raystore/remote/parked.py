@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from raystore.remote import wire
+from raystore import wire
 from raystore.remote.outgoing import Operation
 
 Reply = list[Any]
@@ -82,6 +82,11 @@ class ParkedCalls:
         self.listening = False
         self._acknowledgements = unsent + self._acknowledgements
         self._wanted = self._wanted or wanted
+
+    def of_before(self) -> list[Operation]:
+        """The calls that are parked, when a new process takes over; its hints are numbered from the beginning."""
+        self._hint, self._wanted = 0, True
+        return list(self._waiting.values())
 
     def unwanted(self) -> None:
         """The store knows nothing of this session."""

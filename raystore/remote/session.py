@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 
+from raystore import wire
 from raystore.core.state import AttemptKey
 from raystore.errors import (
     OutcomeUnknownError,
@@ -31,9 +32,10 @@ from raystore.errors import (
     from_record,
 )
 from raystore.notices import Notices
-from raystore.remote import retries, wire
+from raystore.remote import retries
 from raystore.remote.handshake import CLIENT, ray_connection
 from raystore.remote.ledger import ClaimLedger
+from raystore.remote.listening import Listening
 from raystore.remote.outgoing import WINDOW, Batch, Operation, Outgoing
 from raystore.remote.parked import ParkedCalls
 from raystore.remote.retries import Retries
@@ -70,6 +72,7 @@ class Session:
         self._flushing: set[asyncio.AbstractEventLoop] = set()
         self._closing = False
         self._orphans: deque[Operation] = deque()
+        self.listening = Listening(self)
         self.timer = SessionTimer(self)
 
     # -- taking operations -------------------------------------------------------------------------------------------
@@ -185,14 +188,21 @@ class Session:
         if outcome == wire.REFUSED:
             self.fail(ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", rest[0]))
             return
-        if outcome == wire.ENDED or epoch != self.epoch:
-            self._renew(epoch)
+        if outcome == wire.BROKEN:  # the store came back and could not go on
+            self.fail(from_record(*rest[0]))
+            return
+        if epoch < self.epoch:  # of a process that has been replaced, and does not know it yet
+            self._on_failure(batch, StoreUnavailableError(self.store, "a process answered that was replaced"))
+            return
+        if outcome == wire.ENDED:
+            self.renew(epoch)
             return
         replies, later, lost, hint = rest
         for key in lost:
             logger.warning("The claim of attempt %s of rollout %s was lost: acknowledged too late", key[1], key[0])
         answers = list(zip(batch.operations, replies, strict=True))
         with self.lock:
+            resumed = self.follow(epoch)
             self._under_way.pop(batch.sequence, None)
             self._answered_ahead.add(batch.sequence)
             while self._answered + 1 in self._answered_ahead:
@@ -202,7 +212,8 @@ class Session:
             self.parked.take_hint(hint)
         self._settle(answers)
         if later:
-            self._receive(later)
+            self.receive(later)
+        self.resume(resumed)
         if self.parked.wanted and not self.parked.listening:
             self.timer.wake()
 
@@ -247,7 +258,7 @@ class Session:
             operation.wake()
         loop.call_soon(self.flush)  # behind the callers, so that what they issue now leaves with it
 
-    def _receive(self, later: list[Any]) -> None:
+    def receive(self, later: list[Any]) -> None:
         """Hand out what came for parked calls, and notices."""
         with self.lock:
             answers, notices = self.parked.receive(later, self._is_under_way)
@@ -328,56 +339,31 @@ class Session:
         """Whether something waits to be sent, or for an answer."""
         return bool(self.outgoing or self._under_way)
 
-    def listen_if_wanted(self) -> bool:
-        """Park a listen call if the store has something to say; whether one is parked."""
-        with self.lock:
-            if self.parked.listening or not self.parked.wanted or self.failure is not None:
-                return self.parked.listening
-            tickets = self.parked.take_acknowledgements()
-            session_id = self.session_id
-            self.parked.listening = True
-        if not self.is_connected():
-            return False
-        try:
-            reference = self.handle.listen.remote(wire.pack([*CLIENT, session_id, tickets])[0])
-            reference.future().add_done_callback(lambda future: self._on_listened(session_id, tickets, future))
-        except Exception as error:
-            self.fail(StoreUnavailableError(self.store, f"{type(error).__name__}: {error}"))
-        return True
+    # -- when the store is another process ---------------------------------------------------------------------------
 
-    def _on_listened(self, session_id: str, tickets: list[int], future: Any) -> None:
-        try:
-            answer = future.result()
-        except Exception as error:
-            with self.lock:
-                self.parked.listened(tickets)
-            if not self._has_died(error):
-                self.timer.listen_failed()
-            return
-        epoch, outcome, *rest = wire.unpack_answer(answer)
+    def follow(self, epoch: int) -> list[Operation]:
+        """Note that a newer process answers; the calls that were parked in the one before. Called with the lock."""
+        if epoch <= self.epoch:
+            return []
+        self.epoch = epoch
+        return self.parked.of_before()
+
+    def resume(self, operations: list[Operation]) -> None:
+        """Let calls wait again that were parked in a process that is no more, unless it had answered them."""
         with self.lock:
-            self.parked.listened([])
-        if session_id != self.session_id:
-            self.timer.wake()
-            return
-        if outcome == wire.DONE and epoch == self.epoch:
-            later, hint = rest
-            with self.lock:
-                self.parked.take_hint(hint)
-                self.parked.listened([], wanted=bool(later))  # to acknowledge what came
-            self._receive(later)
-            self.listen_if_wanted()
-        elif outcome == wire.ENDED and self.parked:
-            self._renew(epoch)
-        else:
-            self.parked.unwanted()
-        self.timer.wake()
+            operations = [op for op in operations if op.ticket in self.parked and not op.abandoned]
+            for operation in operations:
+                self.parked.forget(operation.ticket)
+                operation.resume()
+            self.outgoing.put_back(operations)
+        if operations:
+            self.flush()
 
     # -- when things go wrong ----------------------------------------------------------------------------------------
 
     def _on_failure(self, batch: Batch, error: Exception) -> None:
         """A batch has no answer: it may have run. It is sent again with the same identity."""
-        if self._has_died(error):
+        if self.has_died(error):
             return
         with self.lock:
             again_later = self.retries.add(batch)
@@ -386,7 +372,7 @@ class Session:
         else:
             self._give_up(batch, error)
 
-    def _has_died(self, error: Exception) -> bool:
+    def has_died(self, error: Exception) -> bool:
         if isinstance(error, ray.exceptions.ActorDiedError):
             self.fail(StoreUnavailableError(self.store, f"its actor has died. {_first_line(error)}"))
             return True
@@ -398,9 +384,9 @@ class Session:
             kind = OutcomeUnknownError if operation.changes else StoreUnavailableError
             self._refuse(operation, kind(self.store, why))
         batch.operations = []
-        self._renew(self.epoch)
+        self.renew(self.epoch)
 
-    def _renew(self, epoch: int) -> None:
+    def renew(self, epoch: int) -> None:
         """The store knows this session no longer: what it cannot have executed is sent in a new one.
 
         What was sent once was never executed, since an ended session executes nothing. Of what was sent more than

@@ -96,7 +96,7 @@ class SessionTimer:
             else:
                 due.append(waiting + ACKNOWLEDGE_SECONDS)
         if now >= self._no_listen_before:
-            listening = session.listen_if_wanted()
+            listening = session.listening.start()
         else:
             listening = False
             due.append(self._no_listen_before)

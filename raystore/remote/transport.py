@@ -21,7 +21,7 @@ from raystore.remote.handshake import describe, find_actor, ray_connection
 from raystore.remote.outgoing import Operation
 from raystore.remote.session import Session
 
-_sessions: dict[str, tuple[int, Session]] = {}  # of this process, by store id, with the process they belong to
+_sessions: dict[bytes, tuple[int, Session]] = {}  # of this process, by actor, with the process they belong to
 _sessions_lock = threading.Lock()
 _pid = os.getpid()
 
@@ -45,6 +45,11 @@ class ActorTransport:
         self._pid = 0
 
     @property
+    def _actor_id(self) -> bytes:
+        """One run may be gone on with by another actor, so the id of the store is not enough."""
+        return bytes(self._handle._actor_id.binary())
+
+    @property
     def session(self) -> Session:
         """The session of this process; made at first use, and anew in a forked child."""
         session = self._session
@@ -62,12 +67,11 @@ class ActorTransport:
             pid = _pid
             if self._session is not None and self._session is not session and self._pid == pid:
                 return self._session  # another thread was quicker
-            store_id = self._known["store_id"]
-            owner, found = _sessions.get(store_id, (0, None))
+            owner, found = _sessions.get(self._actor_id, (0, None))
             if found is None or owner != pid or found.failure is not None:
                 limit = self._known["limits"]["call_bytes"]
                 found = Session(self._handle, self._known["name"], self._known["epoch"], limit)
-                _sessions[store_id] = (pid, found)
+                _sessions[self._actor_id] = (pid, found)
             found.users += 1
             self._session, self._pid = found, pid
             return found
@@ -100,7 +104,7 @@ class ActorTransport:
             session.users -= 1
             last = session.users == 0
             if last:
-                _sessions.pop(self._known["store_id"], None)
+                _sessions.pop(self._actor_id, None)
         if last:
             session.close()
 

@@ -27,11 +27,14 @@ class Core:
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
-        watchdog.advance(self.state, self.step())
+        self.advance(self.step())
+
+    def advance(self, step: Step) -> None:
+        watchdog.advance(self.state, step, watchdog.due(self.state, step))
 
     def run(self, verb: str, *, session: Session | None = None, **arguments: Any) -> Any:
         step = self.step(session)
-        watchdog.advance(self.state, step)
+        self.advance(step)
         answer = verbs.run(self.state, step, verb, arguments)
         eviction.run(self.state, step, arguments.get("rollout_id"))
         return answer

@@ -8,8 +8,8 @@ import msgpack
 import ray
 
 from benchmarks import shapes
+from raystore import wire
 from raystore.core.spans import SPAN_OVERHEAD_BYTES
-from raystore.remote import wire
 from raystore.types import EnqueueRolloutRequest, Span
 from tests.helpers import until
 

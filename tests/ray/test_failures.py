@@ -18,7 +18,8 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.remote import outgoing, retries, wire
+from raystore import wire
+from raystore.remote import outgoing, retries
 from raystore.remote.session import Session
 from tests.helpers import until
 
@@ -111,8 +112,8 @@ async def test_clients_give_up_in_the_end(monkeypatch):
 
 
 async def test_an_answer_of_an_older_incarnation_is_not_accepted():
-    """Another epoch means another life of the actor: the operation runs in a session of that one."""
-    handle = Handle(done([99], epoch=0), done([1], epoch=0))
+    """A process that was replaced and does not know it: the operation is repeated, and the newer one's answer counts."""
+    handle = Handle(done([99], epoch=0), done([1], epoch=2))
     session = Session(handle, "s", 1, 10**6)
     assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [1]
     assert session.epoch == 0

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.remote import wire
+from raystore import wire
 from raystore.service import PROTOCOL
 from tests.helpers import claim, make_span, until
 

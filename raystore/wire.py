@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from raystore.core.line import ERROR as ERROR
+from raystore.core.line import NOTICE as NOTICE
+from raystore.core.line import PARKED as PARKED
+from raystore.core.line import VALUE as VALUE
 from raystore.core.payload import Payload
 from raystore.core.records import Record
 from raystore.errors import InvalidValueError
@@ -21,11 +25,8 @@ from raystore.errors import InvalidValueError
 _REFS = 1  # extension type: a payload whose references stand in the list beside the frame
 _LARGE = 2  # extension type: the place of a payload that stands beside the frame
 
-# What an answer to one operation is.
-VALUE, ERROR, PARKED, NOTICE = range(4)
-
 # What became of a batch.
-DONE, ENDED, REFUSED = range(3)
+DONE, ENDED, REFUSED, BROKEN = range(4)
 
 
 PART_BYTES = 96_000  #: of one argument, with room for Ray's own bytes beside it

@@ -1,0 +1,82 @@
+"""A state as one number, so that two processes can tell whether they hold the same.
+
+Everything that a replay must reproduce counts. What only a process itself knows does not: what was read, who was heard
+when, which bodies are in memory, what waits to be sent.
+Not here: comparing (`journal`), the invariants of one state (`check`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any
+
+from raystore.core.payload import OnDisk, Payload
+from raystore.core.records import Record
+from raystore.core.state import Chain, Entry, Session, State
+from raystore.errors import StoreError, to_record
+
+
+def digest(state: State) -> str:
+    """The digest of a state, 32 hexadecimal digits."""
+    made = blake2b(digest_size=16)
+    for part in parts(state):
+        made.update(repr(part).encode("utf-8", "surrogatepass"))
+        made.update(b"\n")
+    return made.hexdigest()
+
+
+def parts(state: State) -> Iterator[Any]:
+    """A state as plain values, in an order that depends on nothing else; two lists of them show a difference."""
+    yield "counts", state.rollouts_made, state.attempts_made, state.paused, state.payload_bytes, state.drained
+    for rollout_id in sorted(state.entries):
+        yield "rollout", rollout_id, _entry(state, state.entries[rollout_id])
+    yield "queue", sorted(state.queues.orders())
+    yield "suspects", list(state.suspects)
+    for worker_id in sorted(state.workers):
+        yield "worker", _plain(state.workers[worker_id])
+    yield "resources", [_plain(held) for held in state.resources.everything()]
+    yield "latest resources", state.resources.latest_id, state.resources.policy_version
+    yield "span counters", sorted(state.spans.counters())
+    for session_id in sorted(state.sessions):
+        yield "session", session_id, _session(state.sessions[session_id])
+    yield "changes", state.changes.last, [_plain(change) for change in state.changes]
+    yield "completions", state.completions.last, list(state.completions.after(None))
+
+
+def _entry(state: State, entry: Entry) -> list[Any]:
+    spans = [[*_plain(span)[:-2]] for span in state.spans.of(entry.rollout.rollout_id)]
+    return [
+        _plain(entry.rollout), [_plain(attempt) for attempt in entry.attempts], entry.number, entry.order,
+        _plain(entry.given), entry.bytes, entry.released, entry.former, entry.suspect, entry.deliveries,
+        [(clock.start, clock.beat) for clock in entry.clocks], sorted(entry.holders.items()), spans,
+        entry.rollout.rollout_id in state.spans.evicted,
+    ]  # fmt: skip
+
+
+def _session(session: Session) -> list[Any]:
+    return [
+        session.eternal, session.ended_at, list(session.claims), list(session.held),
+        [(key, _plain(attempt)) for key, attempt in session.lost.items()],
+        sorted((number, _chain(chain)) for number, chain in session.chains.items()),
+    ]  # fmt: skip
+
+
+def _chain(chain: Chain) -> list[Any]:
+    refusal = to_record(chain.refusal) if isinstance(chain.refusal, StoreError) else None
+    return [sorted(chain.notes.items()), refusal]
+
+
+def _plain(value: Any) -> Any:
+    """A record as its values; of object references only how many there were."""
+    if isinstance(value, Record):
+        return [_plain(field) for field in value.row()]
+    if isinstance(value, Payload):
+        return value.data
+    if isinstance(value, OnDisk):
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return sorted((name, _plain(item)) for name, item in value.items())
+    return value

@@ -1,0 +1,70 @@
+"""What is kept of a session's batches, in case one comes again.
+
+Answers of changes are kept until the client has them; of claims only the ids, of what changes nothing only that it is
+to be run again.
+Not here: running batches (`batches`), holding what came early (`inbox`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any, NamedTuple
+
+# What an answer to one operation is.
+VALUE, ERROR, PARKED, NOTICE = range(4)
+
+Reply = list[Any]
+AGAIN: Reply = []  #: kept for what is to be run again if it is asked again
+HANDED_KEPT = 64  #: handed-over claims of which is known that most have been acknowledged
+
+
+class Kept(NamedTuple):
+    """What is kept of a batch that ran, or runs."""
+
+    first_ticket: int
+    replies: list[Reply]
+
+
+class Line:
+    """The batches of one session."""
+
+    __slots__ = ("answered", "expected", "handed", "kept")
+
+    def __init__(self) -> None:
+        self.expected = 1
+        self.answered = 0  # the client has all answers up to here
+        self.kept: dict[int, Kept] = {}
+        self.handed: dict[int, list[tuple[str, str]]] = {}  # by ticket: claims that parked calls were handed
+
+    def heard(self, answered: int) -> None:
+        """The client has all answers up to a batch."""
+        for sequence in [number for number in self.kept if number <= answered]:
+            del self.kept[sequence]
+        self.answered = max(self.answered, answered)
+        self.expected = max(self.expected, answered + 1)  # what changed nothing may have left no trace
+
+    def find(self, sequence: int, first_ticket: int) -> Kept | None:
+        """What is kept of a batch that came before; None if the client has its answer.
+
+        A batch of which nothing is kept, and which nobody answered, changed nothing.
+        """
+        return None if sequence <= self.answered else self.kept.get(sequence, Kept(first_ticket, []))
+
+    def begin(self, sequence: int, first_ticket: int) -> Kept:
+        """A batch starts, or goes on after it was cut short."""
+        self.expected = sequence
+        return self.kept.setdefault(sequence, Kept(first_ticket, []))
+
+    def end(self, sequence: int) -> None:
+        """A batch has run to its end."""
+        self.expected = sequence + 1
+
+    def hand(self, ticket: int, keys: list[tuple[str, str]], open_claims: Container[tuple[str, str]]) -> None:
+        """A parked call was handed claims: its answer is known now."""
+        if len(self.handed) > HANDED_KEPT:
+            self.handed = {t: k for t, k in self.handed.items() if any(key in open_claims for key in k)}
+        self.handed[ticket] = keys
+        for kept in self.kept.values():
+            number = ticket - kept.first_ticket
+            if 0 <= number < len(kept.replies):
+                kept.replies[number] = [PARKED]

@@ -1,0 +1,110 @@
+"""Bodies of spans that are on disk only, read when somebody asks.
+
+A place is a record's number, an operation in it, and a span of that. The record is found by the segment's name and a
+sparse index of its frames, which is made by looking at their heads when first needed.
+Not here: which bodies are in memory (`core.spans`).
+"""
+
+from __future__ import annotations
+
+import mmap
+from array import array
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+from raystore import wire
+from raystore.core.payload import OnDisk
+from raystore.core.records import Span
+from raystore.errors import JournalDamagedError
+from raystore.journal import frames, records
+from raystore.journal.segments import Directory
+
+SPARSE_BYTES = 256 * 1024  #: one entry of an index for so much of a segment
+
+
+class _Segment:
+    """One file, and where in it records are."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._map()
+        head, self._indexed = frames.unpack_head(self._data, str(path))
+        self.first = head.first
+        self._last = head.first - 1  # number of the newest record that the index covers
+        self._firsts = array("Q")
+        self._offsets = array("Q")
+
+    def _map(self) -> None:
+        with open(self._path, "rb") as file:
+            self._data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+
+    def _index(self) -> None:
+        """Look at the heads of frames that were not there the last time."""
+        while (found := frames.skip_frame(self._data, self._indexed)) is not None:
+            numbers, end = found
+            if not self._offsets or self._indexed - self._offsets[-1] >= SPARSE_BYTES:
+                self._firsts.append(numbers.start)
+                self._offsets.append(self._indexed)
+            self._last, self._indexed = numbers.stop - 1, end
+
+    def record(self, number: int) -> list[memoryview] | None:
+        """A record by its number; None if it is not here, or cannot be read."""
+        if number > self._last:
+            self._map()
+            self._index()
+        entry = bisect_right(self._firsts, number) - 1
+        at = self._offsets[entry] if entry >= 0 else 0
+        while entry >= 0 and (found := frames.skip_frame(self._data, at)) is not None:
+            numbers, end = found
+            if number in numbers:
+                frame = frames.read_frame(self._data, at)
+                return list(frame.records())[number - numbers.start] if frame is not None else None
+            at = end
+        return None
+
+
+class Bodies:
+    """The bodies of one journal."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._segments: dict[Path, _Segment] = {}
+
+    def load(self, items: list[Any]) -> list[Any]:
+        """Records, and spans among them with their bodies; bodies that were written together are read together."""
+        last: tuple[int, list[Any]] | None = None
+        loaded = []
+        for item in items:
+            if isinstance(item, Span) and isinstance(item.body, OnDisk):
+                number, operation, place = OnDisk.parts(item.body.place)
+                if last is None or last[0] != number:
+                    last = (number, self._operations(number))
+                row = last[1][operation][1]["spans"][place]
+                item = item.evolve(body=row[records.BODY])
+            loaded.append(item)
+        return loaded
+
+    def _operations(self, number: int) -> list[Any]:
+        record = self._record(number)
+        told = records.unpack(record[0])
+        parts = [bytes(part) for part in record[1:]]
+        if told.kind == records.CALL:
+            return [wire.unpack(parts[0], [], parts[1:])]
+        return wire.split(parts, None)[1:]
+
+    def _record(self, number: int) -> list[memoryview]:
+        for epoch in sorted({found[0] for found in self._directory.segments()}, reverse=True):
+            segments = [self._open(path) for e, _, path in self._directory.segments() if e == epoch]
+            holding = [segment for segment in segments if segment.first <= number]
+            if holding:  # of what an earlier writer added unknowingly, later ones use the same numbers
+                record = holding[-1].record(number)
+                if record is not None:
+                    return record
+                break
+        raise JournalDamagedError(str(self._directory.path), 0, f"record {number}, with spans, cannot be read any more")
+
+    def _open(self, path: Path) -> _Segment:
+        if path not in self._segments:
+            self._segments[path] = _Segment(path)
+        return self._segments[path]

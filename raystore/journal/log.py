@@ -1,0 +1,235 @@
+"""The writing end of a journal: records in, groups committed by a thread of their own, and who waits for them told.
+
+While one group is being written the next one gathers; nothing waits for a timer. Space is set aside before a change is
+accepted, so that a full disk refuses changes and never breaks off in the middle of one. An error of the disk ends the
+writer: what it says of earlier writes cannot be known any more.
+Not here: what records mean (`records`), reading (`replay`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError
+from raystore.journal import frames
+from raystore.journal.frames import Head, Record
+from raystore.journal.segments import Directory
+
+logger = logging.getLogger("raystore.store")
+
+SEGMENT_BYTES = 64 * 1024 * 1024  #: a segment that has grown beyond is followed by a new one
+SPACE_BYTES = 4 * 1024 * 1024  #: set aside at once, at least
+SLACK_BYTES = 256 * 1024  #: kept for what time brings while the disk is full
+IDLE_SECONDS = 1.0  #: how often an idle writer looks for a newer one
+FULL_SECONDS = 0.1  #: how often a full disk is asked for space
+_CHUNKS_AT_ONCE = 1024  # the system's limit for one write
+
+Told = Callable[[StoreError | None], None]  #: called on the writer's thread, with the error that ended it if one did
+
+
+class Log:
+    """The segments of one epoch."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        store_id: str,
+        epoch: int,
+        first: int,
+        durability: str,
+    ) -> None:
+        self.directory = directory
+        self.epoch = epoch
+        self.commits = 0
+        self.failure: StoreError | None = None
+        self.last = first - 1  #: number of the newest record
+        self.durable = first - 1  #: everything up to here may be relied on
+        self._store_id = store_id
+        self._syncs = durability == "power"
+        self._waits = durability != "none"
+        self.on_failure: Callable[[StoreError], None] = lambda error: None
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._pending: list[Record] = []
+        self._pending_bytes = 0
+        self._waiting: deque[tuple[int, Told]] = deque()
+        self._closing = False
+        self._number = 0
+        self._fd = -1
+        self._offset = 0
+        self._space = 0  # bytes of the segment that the file system has promised
+        self._asked_at = 0.0
+        self._safe = first - 1  # on disk, whatever happens
+        self._unsynced = False
+        self._begin_segment(first)
+        self._thread = threading.Thread(target=self._run, name="raystore-journal", daemon=True)
+        self._thread.start()
+
+    # -- for whoever changes the state -------------------------------------------------------------------------------
+
+    def append(self, record: Record) -> int:
+        """Take a record; its number."""
+        with self._lock:
+            self._pending.append(record)
+            self._pending_bytes += sum(map(len, record)) + 64
+            self.last += 1
+            if len(self._pending) == 1:
+                self._work.notify()
+            return self.last
+
+    def then(self, number: int, told: Told) -> bool:
+        """Call `told` once a record may be relied on; False if it may already, and nothing will be called."""
+        if self.failure is None and (number <= self.durable or not self._waits):
+            return False
+        with self._lock:
+            if self.failure is None and number <= self.durable:
+                return False
+            if self.failure is None:
+                self._waiting.append((number, told))
+                return True
+        told(self.failure)
+        return True
+
+    def admit(self, size: int) -> None:
+        """Make sure that there is space for a change of so many bytes; raises `JournalFullError` if there is none."""
+        if self._offset + self._pending_bytes + size + SLACK_BYTES > self._space:
+            with self._lock:
+                self._set_aside(size)
+
+    def _set_aside(self, size: int) -> None:
+        missing = self._offset + self._pending_bytes + size + SLACK_BYTES - self._space
+        if missing <= 0:
+            return
+        now = time.monotonic()
+        if now - self._asked_at < FULL_SECONDS and self._asked_at:
+            raise JournalFullError(str(self.directory.path), FULL_SECONDS)
+        for more in (max(missing, SPACE_BYTES), missing):  # what is wanted, or else what is needed
+            try:
+                os.posix_fallocate(self._fd, self._space, more)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+            else:
+                self._asked_at = 0.0
+                self._space += more
+                return
+        self._asked_at = now
+        raise JournalFullError(str(self.directory.path), FULL_SECONDS)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the disk refused space when it was asked last."""
+        return self._asked_at > 0.0
+
+    def close(self) -> None:
+        """Commit what is left, and let go of the file."""
+        with self._lock:
+            self._closing = True
+            self._work.notify()
+        self._thread.join()
+
+    # -- on the writer's thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._commit():
+                pass
+            os.ftruncate(self._fd, self._offset)
+            os.fsync(self._fd)
+            os.close(self._fd)
+        except StoreError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(JournalFailedError(str(self.directory.path), f"{type(error).__name__}: {error}"))
+
+    def _commit(self) -> bool:
+        """Commit one group, or look around if there is none for a while; whether to go on."""
+        with self._lock:
+            if not self._pending and not self._closing:
+                self._work.wait(IDLE_SECONDS)
+            group, self._pending = self._pending, []
+            size, closing = self._pending_bytes, self._closing
+            first = self.last - len(group) + 1
+        if group:
+            self._write(frames.pack_frame(group, first, self._safe))
+            self._unsynced = True
+        if self._unsynced and (self._syncs or not group):
+            os.fdatasync(self._fd)
+            self._unsynced = False
+        if not self._unsynced:
+            self._safe = first + len(group) - 1
+        if self.directory.is_fenced(self.epoch):
+            raise FencedError(str(self.directory.path), self.epoch)
+        if not group:
+            return not closing
+        told = []
+        with self._lock:
+            self.commits += 1
+            self._pending_bytes -= size
+            self.durable = first + len(group) - 1
+            while self._waiting and self._waiting[0][0] <= self.durable:
+                told.append(self._waiting.popleft()[1])
+        for tell in told:
+            tell(None)
+        if self._offset > SEGMENT_BYTES:
+            self._rotate(self.durable + 1)
+        return True
+
+    def _write(self, chunks: list[bytes]) -> None:
+        left = [memoryview(chunk) for chunk in chunks if chunk]
+        at = 0
+        while at < len(left):
+            written = os.pwritev(self._fd, left[at : at + _CHUNKS_AT_ONCE], self._offset)
+            self._offset += written
+            while at < len(left) and written >= len(left[at]):
+                written -= len(left[at])
+                at += 1
+            if written:
+                left[at] = left[at][written:]
+
+    def _rotate(self, first: int) -> None:
+        """Go on in a new segment; in this one for as long as there is no space for another."""
+        before, end = self._fd, self._offset
+        with self._lock:
+            try:
+                self._begin_segment(first)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                return
+        os.ftruncate(before, end)
+        os.fdatasync(before)
+        os.close(before)
+
+    def _begin_segment(self, first: int) -> None:
+        path = self.directory.segment(self.epoch, self._number + 1)
+        head = frames.pack_head(Head(self._store_id, self.epoch, self._number + 1, first))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(fd, 0, SPACE_BYTES)
+            os.pwrite(fd, head, 0)
+            os.fsync(fd)
+        except OSError:
+            os.close(fd)
+            path.unlink()
+            raise
+        self.directory.sync()
+        self._fd, self._offset, self._space, self._number = fd, len(head), SPACE_BYTES, self._number + 1
+
+    def _fail(self, error: StoreError) -> None:
+        logger.critical("%s", error)
+        with self._lock:
+            self.failure = error
+            waiting, self._waiting = list(self._waiting), deque()
+        self.on_failure(error)
+        for _, tell in waiting:
+            tell(error)

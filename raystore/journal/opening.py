@@ -1,0 +1,113 @@
+"""Beginning to write a journal: as a new run, or going on with the one that is there.
+
+Not here: the options (`config`), replay itself (`replay`).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from raystore.config import StoreConfig
+from raystore.core.state import Settings, State, Step
+from raystore.core.steps import STEPS
+from raystore.errors import FencedError, JournalInUseError, JournalMissingError
+from raystore.journal import records
+from raystore.journal.log import Log
+from raystore.journal.reading import Reading
+from raystore.journal.recorder import Recorder
+from raystore.journal.replay import Replay, replay
+from raystore.journal.segments import Directory
+
+logger = logging.getLogger("raystore.store")
+
+
+@dataclass(slots=True)
+class Opened:
+    """A journal that is being written, and the state to go on from."""
+
+    state: State
+    recorder: Recorder
+    store_id: str
+    epoch: int
+    not_before: float  # the clock of the run stands there
+    is_resumed: bool
+    remarks: list[str]
+
+
+def open_journal(
+    config: StoreConfig, settings: Settings, *, name: str | None, resume: str, now: float, writer: str | None = None
+) -> Opened:
+    """Become the writer of a store's journal.
+
+    `resume`: "auto" goes on with the run that is there, if it is of this store, and begins one if there is none; "must"
+    goes on, with whatever run, also if its writer seems alive; "never" begins one where there is none; "again" is for
+    a process that takes the place of another of the same `writer`, which must find its run, and nobody else's since.
+    `now` is the wall clock.
+    """
+    assert config.journal is not None
+    directory = Directory(config.journal)
+    _check(directory, name, resume, writer)
+    epoch = directory.begin_epoch()
+    reading = Reading(directory, epoch)
+    found = replay(reading)
+    is_resumed = bool(found.started)
+    store_id = found.started.get("store_id") or secrets.token_hex(8)
+    first = reading.place.last + 1
+    log = Log(directory, store_id=store_id, epoch=epoch, first=first, durability=config.durability)
+    state = found.state
+    step = Step(max(now, found.now))
+    told = {"store_id": store_id, "name": name if name is not None else found.started.get("name"), "writer": writer}
+    place = reading.place
+    begun = [told, asdict(settings) | {"default_config": settings.default_config.row()}]
+    log.append(
+        [records.pack(records.START, step, 0, None, [*begun, [place.epoch, place.number, place.offset, place.last]])]
+    )
+    state.configure(settings)
+    state.spans.keeps_bodies = True
+    recorder = Recorder(log)
+    if is_resumed:
+        away = [step.now - found.now]
+        STEPS["resume"](state, step, *away)
+        recorder.change("resume", step, 0, away)
+    remarks = [
+        f"{cut.bytes} bytes behind byte {cut.offset} of {cut.segment} were never finished, and are left out"
+        for cut in reading.cuts
+    ]
+    for remark in remarks:
+        logger.warning("Journal %s: %s", directory.path, remark)
+    return Opened(state, recorder, store_id, epoch, found.now, is_resumed, remarks)
+
+
+def _check(directory: Directory, name: str | None, resume: str, writer: str | None) -> None:
+    """Refuse to write where that is not what was asked for, before anybody who writes there is disturbed."""
+    path = str(directory.path)
+    is_there = bool(directory.segments())
+    if resume == "never" and is_there:
+        raise JournalInUseError(path, "it holds a run, and resume='never' asks for a new one; take an empty directory")
+    if resume == "must" and not is_there:
+        raise JournalMissingError(path, "resume='must' asks for a run")
+    if resume == "again" and not is_there:
+        raise JournalMissingError(path, "this store wrote one before it was restarted, perhaps on another node")
+    if resume == "auto" and (writer := directory.writer()) is not None:
+        raise JournalInUseError(path, f"a running store writes it ({writer}). Connect to that store, or end it first")
+    who = Reading(directory).who
+    if resume == "again" and who and who.get("writer") != writer:
+        raise FencedError(path, max(directory.epochs()))
+    theirs = who.get("name")
+    if resume == "auto" and name is not None and theirs is not None and theirs != name:
+        raise JournalInUseError(
+            path,
+            f"it holds the run of store {theirs!r}, and this is {name!r}. Start that one, or take another directory; "
+            "resume='must' goes on with it under this name",
+        )
+
+
+def read_run(path: str | Path) -> Replay:
+    """The state that a journal holds, without becoming its writer."""
+    directory = Directory(path)
+    if not directory.segments():
+        raise JournalMissingError(str(directory.path), "there are no segments")
+    return replay(Reading(directory))

@@ -1,0 +1,89 @@
+"""Everything that a journal holds, in order: the segments of all its writers, each as far as its successor read it.
+
+What no successor read was never acknowledged. A tail that was never finished is left out and told; anything else that
+cannot be read is damage.
+Not here: frames (`frames`), files (`segments`), what records mean (`replay`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raystore.errors import JournalDamagedError
+from raystore.journal import records
+from raystore.journal.segments import Cut, Directory, Place, read_segment, tail
+
+Segment = tuple[int, int, Path]
+
+
+class Reading:
+    """One pass over a journal, up to the writers that began before `epoch`."""
+
+    def __init__(self, directory: Directory, epoch: int | None = None) -> None:
+        self.cuts: list[Cut] = []
+        self.place = Place(0, 0, 0, 0)  # where it has come to
+        self.who: dict[str, Any] = {}  # what the newest writer said of itself; empty if there is none
+        self._limits: dict[int, Place] = {}  # by epoch, if a later one read it
+        self._segments = self._that_count(
+            [found for found in directory.segments() if epoch is None or found[0] < epoch]
+        )
+
+    def _that_count(self, segments: list[Segment]) -> list[Segment]:
+        """The segments of the newest writer that has begun, of the one that it followed, and so on."""
+        by_epoch: dict[int, list[Segment]] = {}
+        for segment in segments:
+            by_epoch.setdefault(segment[0], []).append(segment)
+        chosen: list[Segment] = []
+        epoch = max(by_epoch, default=0)
+        while epoch:
+            if epoch not in by_epoch:
+                raise JournalDamagedError(str(segments[0][2].parent), 0, f"the segments of epoch {epoch} are missing")
+            began = _beginning(by_epoch[epoch])
+            if began is None:  # it never acknowledged anything
+                if chosen:
+                    raise JournalDamagedError(str(by_epoch[epoch][0][2]), 0, "it is empty, and a later writer read it")
+                epoch = max((earlier for earlier in by_epoch if earlier < epoch), default=0)
+                continue
+            who, after = began
+            self.who = self.who or who
+            chosen = by_epoch[epoch] + chosen
+            self._limits[after.epoch] = after
+            epoch = after.epoch
+        return chosen
+
+    def __iter__(self) -> Iterator[tuple[int, list[memoryview]]]:
+        """Number and chunks of each record."""
+        expected = 1
+        for epoch, number, path in self._segments:
+            limit = self._limits.get(epoch)
+            if limit is not None and number > limit.number:
+                continue  # its writer did not know yet that it had a successor
+            is_cut = limit is not None and number == limit.number
+            head, found = read_segment(path, limit.offset if limit is not None and is_cut else None)
+            if head.first != expected or (head.epoch, head.number) != (epoch, number):
+                raise JournalDamagedError(str(path), 0, f"it begins with record {head.first}, and {expected} is next")
+            end = 0
+            for frame in found:
+                for record in frame.records():
+                    yield expected, record
+                    expected += 1
+                end = frame.end
+                self.place = Place(epoch, number, end, expected - 1)
+            if limit is not None and is_cut and expected - 1 != limit.last:
+                raise JournalDamagedError(str(path), end, f"its records end at {expected - 1}, and not at {limit.last}")
+            if path is self._segments[-1][2] and (cut := tail(path, end)) is not None:
+                self.cuts.append(cut)
+
+
+def _beginning(segments: list[Segment]) -> tuple[dict[str, Any], Place] | None:
+    """Who a writer was, and up to where it had read when it began; None if it never did."""
+    _, found = read_segment(segments[0][2])
+    frame = next(found, None)
+    if frame is None:
+        return None
+    told = records.unpack(next(frame.records())[0])
+    if told.kind != records.START:
+        raise JournalDamagedError(str(segments[0][2]), frame.at, "the first record of an epoch is missing")
+    return told.arguments[0], Place(*told.arguments[2])

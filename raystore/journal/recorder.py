@@ -1,0 +1,125 @@
+"""What a service does, written down while it does it.
+
+A batch is recorded when it has run as far as it runs without a break: at its end, or before anything else is. Batches
+of reads leave no record.
+Not here: the form of records (`records`), committing them (`log`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raystore import wire
+from raystore.core.state import Step
+from raystore.core.verbs import CHANGING
+from raystore.errors import JournalFullError, StoreError, again, to_record
+from raystore.journal import records
+from raystore.journal.log import Log
+
+LOCAL = 0  #: sequence of what is no batch: a call within the store's process
+
+
+class Source:
+    """Where the items of a slice come from: a batch, as it came."""
+
+    __slots__ = ("first_ticket", "parts", "record", "refused", "sequence", "session_id", "unwritten")
+
+    def __init__(self, session_id: str, sequence: int, first_ticket: int, parts: Sequence[bytes]) -> None:
+        self.session_id = session_id
+        self.sequence = sequence
+        self.first_ticket = first_ticket
+        self.refused: StoreError | None = None  # why none of it may change anything
+        self.parts = parts
+        self.record = 0  # number of the record that holds the bytes, once there is one
+        self.unwritten = 0  # items that ran since
+
+
+class Recorder:
+    """The pen of one service, which holds a lock around every call."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self._source: Source | None = None
+        self._step: Step | None = None
+        self._minted = 0
+        self._is_worth = False  # something may have changed since the last record
+
+    def begin(self, source: Source | None) -> None:
+        """A slice begins; without a source, of what changes nothing."""
+        self._source, self._step = source, None
+        if source is not None and not source.record and source.refused is None:
+            try:
+                self.log.admit(sum(map(len, source.parts)))
+            except JournalFullError as error:
+                source.refused = error
+
+    def item(self, step: Step, ticket: int, verb: str) -> None:
+        """An item is about to run: it is told where its bytes will be. Raises if there is no room for what it does."""
+        source = self._source
+        if source is None:
+            assert verb not in CHANGING, f"{verb} would leave no record"
+            return
+        if source.refused is not None:
+            if verb in CHANGING:
+                raise again(source.refused)
+            return
+        if step is not self._step:
+            self._close()
+            self._step, self._minted = step, step.minted
+        source.unwritten += 1
+        self._is_worth = self._is_worth or verb in CHANGING
+        step.record = source.record or self.log.last + 1
+        step.operation = ticket - source.first_ticket
+
+    @property
+    def position(self) -> int:
+        """Number of the record that holds the newest of what was done."""
+        return self.log.last + self._is_worth
+
+    def end(self) -> None:
+        """A slice ends."""
+        self._close()
+
+    def change(self, kind: str, step: Step, minted: int, arguments: Sequence[Any]) -> None:
+        """A step that is no operation was done."""
+        self._close()
+        session_id = step.session.session_id if step.session else None
+        self.log.append([records.pack(kind, step, minted, session_id, arguments)])
+
+    def failed(self, error: Exception) -> None:
+        """The item that runs has broken the state: it is to be left out, and its caller told if it comes again."""
+        source, step = self._source, self._step
+        assert source is not None and step is not None
+        source.unwritten -= 1
+        if source.sequence == LOCAL:
+            self._is_worth = False
+            return
+        self._is_worth = self._is_worth and (source.unwritten > 0 or not source.record)
+        self._close()
+        arguments = [source.sequence, *to_record(error)]
+        self.log.append([records.pack(records.FAILED, step, step.minted, source.session_id, arguments)])
+
+    def _close(self) -> None:
+        """Write down what ran since the last record."""
+        if not self._is_worth:
+            return
+        source, step = self._source, self._step
+        assert source is not None and step is not None
+        if source.sequence == LOCAL:
+            head = records.pack(records.CALL, step, self._minted, source.session_id, [])
+            source.record = self.log.append([head, *source.parts])
+        elif not source.record:
+            head = records.pack(records.BATCH, step, self._minted, source.session_id, [source.unwritten])
+            source.record = self.log.append([head, *source.parts])
+        else:
+            arguments = [source.sequence, source.unwritten]
+            self.log.append([records.pack(records.MORE, step, self._minted, source.session_id, arguments)])
+        source.unwritten, self._is_worth = 0, False
+        self._minted = step.minted
+
+
+def local_source(session_id: str, ticket: int, verb: str, arguments: dict[str, Any]) -> Source:
+    """A call within the store's process, as bytes."""
+    packed = wire.pack_operation(verb, arguments)
+    return Source(session_id, LOCAL, ticket, [packed.frame, *packed.large])

@@ -1,0 +1,52 @@
+"""What is written down of a store: batches as they came, steps by name, and the start of each process.
+
+The first chunk of a record is its head, `[kind, now, age, seed, minted, session, arguments]`; a batch brings the bytes
+it came in as further chunks, so that it is not encoded again. A batch that was interrupted (by others, or by a step) is
+one record with its bytes and one more for each part that ran later.
+Not here: making the records (`recorder`), what they do (`replay`), how they stand in a file (`frames`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from raystore import wire
+from raystore.core.state import Step
+
+START = "start"  # a process begins to write: arguments [who, settings, place up to which it read]
+BATCH = "batch"  # [items that ran], and the batch's bytes
+MORE = "more"  # [sequence, items that ran] of a batch that is known
+CALL = "call"  # an operation of a caller in the store's own process, as bytes
+FAILED = "failed"  # [sequence, class of the error, its arguments]: an item that must not be run again
+
+
+BODY = 8  #: where the body stands in a span as it travels
+
+
+class Told(NamedTuple):
+    """The head of a record."""
+
+    kind: str
+    now: float
+    age: float
+    seed: int
+    minted: int
+    session_id: str | None
+    arguments: list[Any]
+
+    def step(self) -> Step:
+        """The step that it was."""
+        step = Step(self.now, seed=self.seed, age=self.age)
+        step.minted = self.minted
+        return step
+
+
+def pack(kind: str, step: Step, minted: int, session_id: str | None, arguments: Sequence[Any]) -> bytes:
+    """The head of a record."""
+    return wire.pack((kind, step.now, step.age, step.seed, minted, session_id, arguments)).frame
+
+
+def unpack(head: bytes | memoryview) -> Told:
+    """The head of a record, read."""
+    return Told(*wire.unpack(head, []))

@@ -1,0 +1,151 @@
+"""Where a journal is: a directory with one file for each segment, and one for each process that ever wrote there.
+
+Whoever wants to write creates `epoch.N` for the next N, exclusively, and only then reads what is there; whoever wrote
+before finds it and stops. So what an earlier writer has acknowledged, its successor has read. A writer of an earlier
+epoch may still add to its last segment unknowingly; the first record of each epoch says up to where it read.
+Not here: frames (`frames`), writing (`log`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from raystore.errors import JournalDamagedError
+from raystore.journal import frames
+from raystore.journal.frames import Frame, Head
+
+EPOCH = "epoch.{:08d}"
+SEGMENT = "{:08d}-{:08d}.journal"  # epoch and number
+
+
+@dataclass(slots=True, frozen=True, order=True)
+class Place:
+    """A place in a journal: behind the last byte that was read, and the number of the last record."""
+
+    epoch: int
+    number: int
+    offset: int
+    last: int
+
+
+@dataclass(slots=True, frozen=True)
+class Cut:
+    """A tail that was never finished, and is not read."""
+
+    segment: str
+    offset: int
+    bytes: int
+
+
+class Directory:
+    """The directory of one journal."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser().absolute()
+
+    def epochs(self) -> list[int]:
+        """All epochs there ever were, oldest first."""
+        return sorted(int(p.name[6:]) for p in self.path.glob("epoch.*") if p.name[6:].isdigit())
+
+    def segments(self) -> list[tuple[int, int, Path]]:
+        """All segments in order: epoch, number within it, file."""
+        found = []
+        for path in self.path.glob("*.journal"):
+            epoch, _, number = path.stem.partition("-")
+            if epoch.isdigit() and number.isdigit():
+                found.append((int(epoch), int(number), path))
+        return sorted(found)
+
+    def segment(self, epoch: int, number: int) -> Path:
+        """The file of a segment."""
+        return self.path / SEGMENT.format(epoch, number)
+
+    def begin_epoch(self) -> int:
+        """Become the writer: from here on the one before is not."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        told = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}).encode()
+        epoch = max(self.epochs(), default=0) + 1
+        while True:
+            try:
+                fd = os.open(self.path / EPOCH.format(epoch), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                break
+            except FileExistsError:  # somebody else, in the same moment
+                epoch += 1
+        try:
+            os.write(fd, told)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self.sync()
+        return epoch
+
+    def is_fenced(self, epoch: int) -> bool:
+        """Whether there is a newer writer."""
+        return os.path.exists(self.path / EPOCH.format(epoch + 1))
+
+    def sync(self) -> None:
+        """Make names of files durable."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def writer(self) -> str | None:
+        """Who has the newest segment open on this machine, for people to read; None if nobody has."""
+        segments = self.segments()
+        if not segments:
+            return None
+        with open(segments[-1][2], "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                epoch = self.path / EPOCH.format(segments[-1][0])
+                return epoch.read_text() if epoch.exists() else "another process"
+        return None
+
+
+def read_segment(path: Path, until: int | None = None) -> tuple[Head, Iterator[Frame]]:
+    """The head of a segment and its frames, up to an offset; the iterator ends where nothing whole follows.
+
+    Raises `JournalDamagedError` where something that was finished once cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise JournalDamagedError(str(path), 0, "it is empty")
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    data = memoryview(mapped)[: size if until is None else min(until, size)]
+    head, at = frames.unpack_head(data, str(path))
+    return head, _frames(path, data, at, head.first)
+
+
+def _frames(path: Path, data: memoryview, at: int, expected: int) -> Iterator[Frame]:
+    while (frame := frames.read_frame(data, at)) is not None:
+        if frame.first != expected:
+            raise JournalDamagedError(str(path), at, f"record {expected} was expected, and {frame.first} stands there")
+        expected += frame.count
+        at = frame.end
+        yield frame
+    later = frames.find_frame(data, at)
+    if later is not None and later.safe >= expected:
+        raise JournalDamagedError(
+            str(path), at, f"record {expected} cannot be read, although it was on disk before record {later.first}"
+        )
+
+
+def tail(path: Path, at: int) -> Cut | None:
+    """What stands behind the last whole frame of a segment; None if that is nothing but space for more."""
+    with open(path, "rb") as file:
+        file.seek(at)
+        rest = file.read()
+    used = len(rest.rstrip(b"\0"))
+    return Cut(path.name, at, used) if used else None

@@ -1,0 +1,239 @@
+"""What is on disk: frames, segments, epochs; torn tails are cut and told, damage is refused, writers are fenced."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import threading
+import time
+
+import pytest
+
+from raystore.core.state import Step
+from raystore.errors import FencedError, JournalDamagedError, JournalFormatError, JournalFullError
+from raystore.journal import frames, log, records
+from raystore.journal.log import Log
+from raystore.journal.reading import Reading
+from raystore.journal.segments import Directory
+
+
+def start_record(after=(0, 0, 0, 0)):
+    """What begins an epoch."""
+    return [records.pack(records.START, Step(1.0), 0, None, [{"store_id": "s"}, {}, list(after)])]
+
+
+def write(directory, count, *, epoch=None, first=1, after=(0, 0, 0, 0), each=1, durability="power", size=40):
+    """A writer's records, `each` in a group; the writer is closed."""
+    epoch = directory.begin_epoch() if epoch is None else epoch
+    made = Log(directory, store_id="s", epoch=epoch, first=first, durability=durability)
+    made.append(start_record(after))
+    for number in range(1, count):
+        made.append([b"head", b"%06d" % number, bytes(size)])
+        if number % each == 0:
+            wait(made)
+    wait(made)
+    made.close()
+    return epoch
+
+
+def wait(made, number=None):
+    """Until a record may be relied on."""
+    done = threading.Event()
+    failed = []
+
+    def told(error):
+        failed.append(error)
+        done.set()
+
+    if made.then(made.last if number is None else number, told):
+        assert done.wait(10)
+        if failed[0] is not None:
+            raise failed[0]
+
+
+def bodies(directory, epoch=None):
+    """The second chunk of each record but those that begin an epoch."""
+    return [bytes(record[1]) for _, record in Reading(directory, epoch) if len(record) > 1]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """An empty journal."""
+    made = Directory(tmp_path / "journal")
+    made.path.mkdir()
+    return made
+
+
+def test_what_is_written_is_read(directory):
+    """In order, over segments, in groups of any size."""
+    write(directory, 500, each=7)
+    assert bodies(directory) == [b"%06d" % n for n in range(1, 500)]
+
+
+def test_segments_follow_each_other(directory, monkeypatch):
+    """A long journal is many files; what is behind the last frame of one is nothing."""
+    monkeypatch.setattr(log, "SEGMENT_BYTES", 4_000)
+    write(directory, 300)
+    assert len(directory.segments()) > 5
+    reading = Reading(directory)
+    assert len(list(reading)) == 300
+    assert reading.cuts == []
+
+
+def test_a_log_cut_anywhere_is_a_prefix(directory, tmp_path):
+    """Every length that a file may have after a crash: whole groups up to there, and a word about the rest."""
+    write(directory, 40, each=3)
+    (_, _, path), data = directory.segments()[0], directory.segments()[0][2].read_bytes()
+    whole = bodies(directory)
+    head = frames.unpack_head(data, "x")[1]
+    first = frames.read_frame(memoryview(data), head).end
+    seen = set()
+    for length in range(first, len(data) + 1):
+        path.write_bytes(data[:length])
+        reading = Reading(directory)
+        found = [bytes(record[1]) for _, record in reading if len(record) > 1]
+        assert found == whole[: len(found)]
+        ends_between = reading.place.offset == length
+        assert ends_between or reading.cuts or not data[reading.place.offset : length].strip(b"\0")
+        seen.add(len(found))
+    assert len(whole) in seen and len(seen) > 10
+
+
+def test_a_flipped_bit_is_found(directory):
+    """Wherever it is: what was once on disk is refused, and the end of the log may only be a cut that is told."""
+    write(directory, 60, each=2)
+    path = directory.segments()[0][2]
+    data = path.read_bytes()
+    whole = bodies(directory)
+    lots = random.Random(1)
+    refused = cut = 0
+    for _ in range(3_000):
+        bit = lots.randrange(len(data) * 8)
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            reading = Reading(directory)
+            found = [bytes(record[1]) for _, record in reading if len(record) > 1]
+        except (JournalDamagedError, JournalFormatError):
+            refused += 1
+            continue
+        assert found == whole[: len(found)]
+        assert reading.cuts or found == whole, f"bit {bit} made a difference that nobody was told of"
+        cut += 1
+    assert refused > 2_000
+    assert cut > 0
+
+
+def test_a_newer_format_is_refused_by_name(directory):
+    """What a later raystore wrote is not guessed at."""
+    write(directory, 3)
+    path = directory.segments()[0][2]
+    newer = b"%d " % (frames.FORMAT + 1)
+    path.write_bytes(path.read_bytes().replace(b"journal %d " % frames.FORMAT, b"journal " + newer, 1))
+    with pytest.raises(JournalFormatError, match=f"format {frames.FORMAT + 1}"):
+        bodies(directory)
+
+
+def test_a_missing_segment_is_found(directory, monkeypatch):
+    """In the middle, and one that a later writer has read."""
+    monkeypatch.setattr(log, "SEGMENT_BYTES", 2_000)
+    write(directory, 100)
+    segments = directory.segments()
+    middle = segments[len(segments) // 2][2]
+    middle.rename(middle.with_suffix(".gone"))
+    with pytest.raises(JournalDamagedError, match="is next"):
+        bodies(directory)
+
+
+def test_a_writer_stops_before_its_answers_leave_once_there_is_a_newer_one(directory):
+    """What it commits after that was acknowledged by nobody, and is read by nobody."""
+    first = directory.begin_epoch()
+    old = Log(directory, store_id="s", epoch=first, first=1, durability="power")
+    failures = []
+    old.on_failure = failures.append
+    old.append(start_record())
+    old.append([b"head", b"acknowledged"])
+    wait(old)
+    second = directory.begin_epoch()
+    reading = Reading(directory, second)
+    assert [bytes(record[1]) for _, record in reading if len(record) > 1] == [b"acknowledged"]
+    old.append([b"head", b"too late"])
+    with pytest.raises(FencedError):
+        wait(old)
+    assert [type(error) for error in failures] == [FencedError]
+    place = reading.place
+    after = (place.epoch, place.number, place.offset, place.last)
+    write(directory, 3, epoch=second, first=place.last + 1, after=after)
+    assert bodies(directory) == [b"acknowledged", b"000001", b"000002"]
+
+
+def test_an_idle_writer_ends_within_three_seconds(directory):
+    """It looks every second whether there is a newer one."""
+    old = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
+    ended = threading.Event()
+    old.on_failure = lambda error: ended.set()
+    old.append(start_record())
+    wait(old)
+    started = time.monotonic()
+    directory.begin_epoch()
+    assert ended.wait(3)
+    assert time.monotonic() - started < 3
+
+
+def test_an_epoch_that_never_began_is_passed_over(directory):
+    """A process that died before its first record was on disk has acknowledged nothing."""
+    write(directory, 5)
+    torn = directory.begin_epoch()
+    head = frames.pack_head(frames.Head("s", torn, 1, 6))
+    directory.segment(torn, 1).write_bytes(head + b"\xf5JF\n and no more")
+    third = directory.begin_epoch()
+    assert len(bodies(directory, third)) == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MiB; needs the right to mount one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a file system: {mounted.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def test_a_full_disk_refuses_changes_and_takes_them_again(small_disk):
+    """Before anything was changed; what was accepted before is committed; with space again it goes on by itself."""
+    directory = Directory(small_disk / "journal")
+    made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
+    made.append(start_record())
+    filler = small_disk / "filler"
+    with open(filler, "wb") as file:
+        left = os.statvfs(small_disk)
+        file.write(bytes(left.f_bavail * left.f_frsize))
+    taken = 0
+    with pytest.raises(JournalFullError, match="full"):
+        while True:
+            made.admit(100_000)
+            made.append([b"head", bytes(100_000)])
+            taken += 1
+    wait(made)
+    assert 20 < taken < 45
+    filler.unlink()
+    time.sleep(log.FULL_SECONDS)
+    made.admit(100_000)
+    made.append([b"head", b"with space again"])
+    wait(made)
+    made.close()
+    assert bodies(directory)[-1] == b"with space again"
+    assert len(bodies(directory)) == taken + 1
+
+
+def test_a_copy_of_a_journal_is_a_journal(directory, tmp_path):
+    """Nothing in it depends on where it is."""
+    write(directory, 50)
+    shutil.copytree(directory.path, tmp_path / "copy")
+    assert bodies(Directory(tmp_path / "copy")) == bodies(directory)

@@ -1,0 +1,156 @@
+"""A store in this process that ends and goes on: what was acknowledged is there, exactly as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+import raystore as rs
+from raystore.core.digest import digest, parts
+from raystore.errors import JournalInUseError, JournalMissingError
+from raystore.journal.opening import read_run
+from raystore.types import EnqueueRolloutRequest, RolloutConfig
+from tests.helpers import make_span
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where the journal is."""
+    return tmp_path / "journal"
+
+
+@pytest.fixture
+def open_store(path):
+    """Opens the store of the journal, and closes it in the end."""
+    stores = []
+
+    def make(**options):
+        stores.append(rs.InMemoryLightningStore(**{"journal": path, "clock": "manual", **options}))
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+def assert_same(live, path):
+    """The journal says exactly what the store holds."""
+    replayed = read_run(path).state
+    differing = [(a, b) for a, b in zip(parts(live), parts(replayed), strict=True) if a != b]
+    assert differing[:1] == []
+    assert digest(live) == digest(replayed)
+
+
+KINDS = [
+    "enqueue", "group", "bulk", "dequeue", "dequeue", "park", "start", "span", "span", "finish", "fail", "number",
+    "cancel", "tick", "resources", "update", "release", "delete", "worker",
+]  # fmt: skip
+
+
+async def some_work(store, lots, count=60):
+    """Calls of all kinds, drawn by lot."""
+    claimed = []
+    for number in range(count):
+        kind = lots.choice(KINDS)
+        running = claimed[-1] if claimed else None
+        try:
+            if kind == "enqueue":
+                config = RolloutConfig(timeout_seconds=5, max_attempts=3, retry_condition=["timeout", "failed"])
+                await store.enqueue_rollout({"n": number}, config=config, tags={"n": number % 3}, priority=number % 2)
+            elif kind == "group":
+                await store.enqueue_group("task", 3, group_id=f"g{number % 4}")
+            elif kind == "bulk":
+                await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i) for i in range(5)])
+            elif kind == "dequeue":
+                if (got := await store.dequeue_rollout(f"w{number % 3}")) is not None:
+                    claimed.append(got)
+            elif kind == "park":
+                waiting = asyncio.ensure_future(store.dequeue_rollout("w9", timeout=30))
+                await asyncio.sleep(0)
+                await store.enqueue_rollout("for whoever waits")
+                claimed.append(await waiting)
+            elif kind == "start":
+                claimed.append(await store.start_rollout("started"))
+            elif kind == "span" and running:
+                ids = (running.rollout_id, running.attempt.attempt_id)
+                await asyncio.gather(*(store.add_span(make_span(running, i)) for i in range(1, 4)))
+                await store.get_next_span_sequence_id(*ids)
+            elif kind in ("finish", "fail") and running:
+                status = "succeeded" if kind == "finish" else "failed"
+                await store.update_attempt(running.rollout_id, running.attempt.attempt_id, status=status)
+                claimed.pop()
+            elif kind == "cancel":
+                await store.cancel_rollouts(group_id=f"g{number % 4}")
+            elif kind == "tick":
+                await store.testing.tick(lots.choice([1.0, 3.0, 7.0]))
+            elif kind == "resources":
+                await store.update_resources(
+                    lots.choice(["a", "b"]), {"p": rs.PromptTemplate(template=str(number), engine="f-string")}
+                )
+            elif kind == "update" and running:
+                await store.update_rollout(running.rollout_id, status=lots.choice(["queuing", "succeeded"]))
+            elif kind == "release":
+                await store.release([r.rollout_id for r in await store.query_rollouts(status=["succeeded"], limit=3)])
+            elif kind == "delete":
+                await store.delete_rollouts(
+                    [r.rollout_id for r in await store.query_rollouts(status=["cancelled"], limit=2)]
+                )
+            elif kind == "worker":
+                await store.update_worker(f"w{number % 3}", {"load": number})
+            elif kind == "number":
+                await store.get_many_span_sequence_ids([("ro-unknown", "at-x")])
+        except ValueError:
+            pass  # refused: also a fact to be replayed
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_replay_is_the_same_state_bit_for_bit(open_store, path, seed):
+    """Whatever was asked, refused, timed out or waited for: the journal makes the same state of it."""
+    store = open_store(durability="process")
+    asyncio.run(some_work(store, random.Random(seed), 200))
+    store.sync.check()
+    store.close()
+    assert_same(store._service.state, path)
+
+
+def test_a_store_goes_on_where_it_was(open_store, path):
+    """Queue, finished work, spans and resources are there; what ran is offered again, since its process has ended."""
+    store = open_store()
+    first, second, third = (store.sync.enqueue_rollout(i) for i in range(3))
+    store.sync.update_resources("policy", {"p": rs.PromptTemplate(template="x", engine="f-string")}, policy_version=7)
+    done = store.sync.dequeue_rollout("w")
+    store.sync.add_span(make_span(done, attributes={"answer": 42}))
+    store.sync.update_attempt(done.rollout_id, done.attempt.attempt_id, status="succeeded")
+    running = store.sync.dequeue_rollout("w")
+    store.close()
+
+    again = open_store()
+    assert again.info.store_id == store.info.store_id
+    assert again.info.epoch == store.info.epoch + 1
+    assert again.sync.get_rollout_by_id(first.rollout_id).status == "succeeded"
+    assert again.sync.get_latest_resources().policy_version == 7
+    (span,) = again.sync.query_spans(first.rollout_id)
+    assert span.attributes == {"answer": 42}
+    assert running.rollout_id == second.rollout_id
+    assert again.sync.get_rollout_by_id(second.rollout_id).status == "requeuing"
+    assert [again.sync.dequeue_rollout().rollout_id for _ in range(2)] == [second.rollout_id, third.rollout_id]
+    again.sync.check()
+    again.close()
+    assert_same(again._service.state, path)
+
+
+def test_resume_says_what_is_asked_for(open_store, path):
+    """ "must" needs a run, "never" an empty directory, and nobody writes where a living store does."""
+    with pytest.raises(JournalMissingError, match="resume='must'"):
+        open_store(resume="must")
+    store = open_store(resume="never")
+    with pytest.raises(JournalInUseError, match="running store"):
+        open_store()
+    store.close()
+    with pytest.raises(JournalInUseError, match="resume='never'"):
+        open_store(resume="never")
+    open_store(resume="must").close()
+    with pytest.raises(ValueError, match="resume"):
+        open_store(resume="perhaps")

@@ -1,0 +1,174 @@
+"""A store with a journal whose process is killed: it comes back as it was, and its clients ride through."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import ray
+
+import raystore as rs
+from raystore import wire
+from raystore.core.digest import digest
+from raystore.journal.opening import read_run
+from raystore.service import PROTOCOL
+from tests.helpers import make_span, until
+
+
+async def process_of(store):
+    """The process that the store's actor is now."""
+    return (await store.actor.describe.remote())["pid"]
+
+
+async def kill(store):
+    """End the store's process as the kernel would when memory runs out."""
+    os.kill(await process_of(store), signal.SIGKILL)
+
+
+@pytest.fixture
+def make_durable(make_ray_store, tmp_path):
+    """Makes stores with a journal."""
+    return lambda **options: make_ray_store(**{"journal": tmp_path / "journal", **options})
+
+
+async def test_clients_ride_through_the_death_of_the_store(make_durable):
+    """Calls, parked claims and waits of before, and claims that were acknowledged: nothing is lost, nobody is told."""
+    store = make_durable()
+    first = await store.enqueue_rollout("first")
+    running = await store.dequeue_rollout("w")
+    await store.add_span(make_span(running))
+    finished = asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=[first.rollout_id], timeout=60))
+    parked = asyncio.ensure_future(store.dequeue_rollout(queues=("other",), timeout=60))
+    await until(lambda: _waiters(store, 2))
+    before = store.info.epoch
+    await kill(store)
+    second = await store.enqueue_rollout("second", queue="other")
+    assert (await parked).rollout_id == second.rollout_id
+    await store.update_attempt(first.rollout_id, running.attempt.attempt_id, status="succeeded")
+    (done,) = await finished
+    assert done.status == "succeeded"
+    assert len(await store.query_spans(first.rollout_id)) == 1
+    assert (await store.actor.describe.remote())["epoch"] == before + 1
+    assert (await store.statistics())["total_attempts"] == 2
+
+
+async def _waiters(store, count):
+    return (await store.statistics())["waiters"] == count
+
+
+async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_durable):
+    """The answer is the one it had: ids, claims and refusals; reads run again; what had not run runs now."""
+    store = make_durable()
+    handle = store.actor
+    request = {"input": b"\x01\xa1x", "metadata": None}
+    operations = [
+        ["enqueue", {"requests": [request, request]}],
+        ["dequeue", {"queues": ["default"], "limit": 1, "worker_id": "w", "timeout": 0.0}],
+        ["update_rollout", {"rollout_id": "ro-unknown", "changes": {}}],
+        ["statistics", {}],
+    ]
+    packed = [wire.pack_operation(*operation).frame for operation in operations]
+
+    async def send():
+        epoch = (await handle.describe.remote())["epoch"]
+        parts = wire.join([PROTOCOL, "test", "session", 1, 0, 1, [], []], packed, [])
+        answered, outcome, replies, *_ = wire.unpack_answer(await handle.exchange.remote(*parts))
+        assert (answered, outcome) == (epoch, wire.DONE)
+        return replies
+
+    enqueued, claimed, refused, counted = await send()
+    await kill(store)
+    await until(lambda: _answers(handle))
+    again = await send()
+    assert again[:3] == [enqueued, claimed, refused]
+    assert refused[0] == wire.ERROR
+    assert again[3][1]["total_rollouts"] == counted[1]["total_rollouts"] == 2
+    assert (await store.statistics())["total_attempts"] == 1
+    # Nobody acknowledges the claim, so that it is withdrawn.
+    await until(lambda: _queued(store, 2), within=15)
+
+
+async def _answers(handle):
+    try:
+        return await handle.describe.remote()
+    except ray.exceptions.ActorUnavailableError:
+        return False
+
+
+async def _queued(store, count):
+    return (await store.statistics())["queue_length"] == count
+
+
+async def test_a_store_whose_journal_is_gone_does_not_come_back_empty(make_durable, tmp_path):
+    """Its clients get an error that says so."""
+    store = make_durable()
+    await store.enqueue_rollout("x")
+    shutil.move(tmp_path / "journal", tmp_path / "elsewhere")
+    await kill(store)
+    with pytest.raises(rs.JournalMissingError, match="restarted"):
+        await store.enqueue_rollout("y")
+    store.close()
+
+
+async def test_a_second_store_takes_over_only_when_told_to(make_durable, tmp_path):
+    """Two processes that write one journal: the newer one has all that the older one acknowledged, which then ends."""
+    store = make_durable(name="first")
+    await store.enqueue_rollout("x")
+    with pytest.raises(rs.JournalInUseError, match="running store"):
+        make_durable(name="first-again")
+    pid = await process_of(store)
+    taken = make_durable(name="second", resume="must")
+    assert (await taken.statistics())["total_rollouts"] == 1
+    started = time.monotonic()
+    await until(lambda: _has_ended(pid), within=4)
+    assert time.monotonic() - started < 4
+    with pytest.raises(
+        rs.FencedError, match="newer writer"
+    ):  # Ray starts the older one again, which must not come back
+        await store.enqueue_rollout("z")
+    assert (await taken.enqueue_rollout("y")).status == "queuing"
+    assert (await taken.statistics())["total_rollouts"] == 2
+    store.close()
+
+
+async def _has_ended(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+async def test_many_kills_leave_the_state_that_the_journal_says(make_durable, tmp_path):
+    """Work goes on through kills at any moment; what was acknowledged is there, once."""
+    store = make_durable()
+    made, stop = [], asyncio.Event()
+
+    async def work(number):
+        while not stop.is_set():
+            rollout = await store.enqueue_rollout({"n": number})
+            made.append(rollout.rollout_id)
+            claimed = await store.dequeue_rollout(f"w{number}", timeout=20)
+            await store.add_span(make_span(claimed))
+            await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
+
+    working = [asyncio.ensure_future(work(number)) for number in range(8)]
+    for _ in range(3):
+        await asyncio.sleep(0.7)
+        await kill(store)
+        await until(lambda: _answers(store.actor))
+    await asyncio.sleep(0.5)
+    stop.set()
+    await asyncio.gather(*working)
+    statistics = await store.statistics()
+    assert statistics["total_rollouts"] == len(set(made)) == len(made)
+    assert statistics["rollouts_by_status"] == {"succeeded": len(made)}
+    assert statistics["total_spans"] == len(made)
+    await store.check()
+    replayed = read_run(tmp_path / "journal").state
+    assert len(replayed.entries) == len(made)
+    assert digest(replayed) == digest(read_run(tmp_path / "journal").state)
