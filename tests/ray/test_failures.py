@@ -112,11 +112,11 @@ async def test_clients_give_up_in_the_end(monkeypatch):
 
 
 async def test_an_answer_of_an_older_incarnation_is_not_accepted():
-    """A process that was replaced and does not know it: the operation is repeated, and the newer one's answer counts."""
+    """A process was replaced and does not know it: the operation is repeated, and the newer one's answer counts."""
     handle = Handle(done([99], epoch=0), done([1], epoch=2))
     session = Session(handle, "s", 1, 10**6)
     assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [1]
-    assert session.epoch == 0
+    assert session.epoch == 2
     session.fail(rs.StoreClosedError("s"))
 
 
