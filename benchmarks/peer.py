@@ -40,11 +40,12 @@ class Worker:
         self.store = store
         self.desks: dict[tuple[str, int], list[shapes.Desk]] = {}
 
-    async def connect(self, url: str) -> None:
+    async def connect(self, url: str) -> str:
         """Be a client of this server from now on."""
         if isinstance(self.store, LightningStoreClient):
             await self.store.close()
         self.store = LightningStoreClient(url)
+        return url
 
     async def enqueue(self, rollouts: int) -> list[str]:
         requests = [EnqueueRolloutRequest(input={"task": number}) for number in range(rollouts)]
