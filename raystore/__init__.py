@@ -40,6 +40,7 @@ _NAMES = {
     "raystore.triplet": "Triplet triplets",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
+        Batch LedgerEntry
         ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource NamedResources PaginatedResult
         UNSET Unset is_queuing is_running is_finished LightningStoreCapabilities LightningStoreStatistics
         RolloutStatus AttemptStatus RolloutMode WorkerStatus TaskInput
@@ -54,7 +55,7 @@ _NAMES = {
         StoreUnavailableError OutcomeUnknownError StoreClosedError StoreCorruptError StoreNotFoundError
         StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError AgentProcessError PoolStartError
         JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError
-        JournalFailedError FencedError
+        JournalFailedError FencedError SealedError BatchConflictError
         Abort Drop
     """,
 }

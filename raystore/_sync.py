@@ -16,9 +16,11 @@ from raystore.types import (
     Attempt,
     AttemptedRollout,
     AttemptStatus,
+    Batch,
     Change,
     EnqueueRolloutRequest,
     FilterLogic,
+    LedgerEntry,
     LightningStoreStatistics,
     NamedResources,
     Page,
@@ -425,6 +427,68 @@ class SyncStore:
         """Spans of many rollouts in one call, by sequence number; unknown ids give an empty list."""
         return run_blocking(
             self._store.query_many_spans(rollout_ids, attempt_id, allow_partial=allow_partial)
+        )
+
+    def take(
+        self,
+        n: int,
+        *,
+        consumer: str,
+        timeout: float = 0.0,
+    ) -> Batch:
+        """Up to `n` finished rollouts for `consumer`, in completion order; it sees each of them once."""
+        return run_blocking(
+            self._store.take(n, consumer=consumer, timeout=timeout)
+        )
+
+    def ack(
+        self,
+        batch: Batch,
+        *,
+        step: int,
+        note: str | None = None,
+    ) -> None:
+        """Step `step` of the consumer's model has consumed a batch. It is kept until a checkpoint covers that step."""
+        return run_blocking(
+            self._store.ack(batch, step=step, note=note)
+        )
+
+    def nack(
+        self,
+        batch: Batch,
+    ) -> None:
+        """Give a batch back unconsumed; its rollouts come again before all others. Raises `BatchConflictError`."""
+        return run_blocking(
+            self._store.nack(batch)
+        )
+
+    def checkpoint(
+        self,
+        consumer: str,
+        step: int,
+    ) -> int:
+        """The consumer's model is durable at `step`: what was acknowledged up to it is released; how many rollouts."""
+        return run_blocking(
+            self._store.checkpoint(consumer, step)
+        )
+
+    def rewind(
+        self,
+        consumer: str,
+        step: int,
+    ) -> int:
+        """The consumer's model is at `step` again: what later steps consumed, or none did, comes again; how many."""
+        return run_blocking(
+            self._store.rewind(consumer, step)
+        )
+
+    def ledger(
+        self,
+        consumer: str,
+    ) -> list[LedgerEntry]:
+        """What a consumer took of the rollouts that are still kept, in the order in which it took them."""
+        return run_blocking(
+            self._store.ledger(consumer)
         )
 
     def add_resources(

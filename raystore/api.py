@@ -26,9 +26,11 @@ from raystore.types import (
     Attempt,
     AttemptedRollout,
     AttemptStatus,
+    Batch,
     Change,
     EnqueueRolloutRequest,
     FilterLogic,
+    LedgerEntry,
     LightningStoreCapabilities,
     LightningStoreStatistics,
     NamedResources,
@@ -391,6 +393,49 @@ class LightningStore(ABC):
         allow_partial: bool = False,
     ) -> dict[str, list[Span]]:
         """Spans of many rollouts in one call, by sequence number; unknown ids give an empty list."""
+
+    # -- training on each rollout exactly once -----------------------------------------------------------------------
+
+    @abstractmethod
+    async def take(self, n: int, *, consumer: str, timeout: float = 0.0) -> Batch:
+        """Up to `n` finished rollouts for `consumer`, in completion order; it sees each of them once.
+
+        Waits up to `timeout` until there are `n`, and then gives what there is, also nothing (batch number 0). Rollouts
+        that were cancelled or dropped are passed over. A batch that this consumer holds already is given again, so that
+        a trainer that comes back after a crash goes on with it. What is in a batch is sealed: late reports are kept on
+        their attempts only, and running it again or deleting it raises `SealedError`.
+        """
+
+    @abstractmethod
+    async def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
+        """Step `step` of the consumer's model has consumed a batch. It is kept until a checkpoint covers that step.
+
+        To be said again without harm. Raises `BatchConflictError` if the consumer does not hold the batch.
+        """
+
+    @abstractmethod
+    async def nack(self, batch: Batch) -> None:
+        """Give a batch back unconsumed; its rollouts come again before all others. Raises `BatchConflictError`."""
+
+    @abstractmethod
+    async def checkpoint(self, consumer: str, step: int) -> int:
+        """The consumer's model is durable at `step`: what was acknowledged up to it is released; how many rollouts.
+
+        A rollout that several consumers took is released once all of them have said so. Raises `BatchConflictError` for
+        a step before its last checkpoint.
+        """
+
+    @abstractmethod
+    async def rewind(self, consumer: str, step: int) -> int:
+        """The consumer's model is at `step` again: what later steps consumed, or none did, comes again; how many.
+
+        To be said after each start of a trainer, with the step of the model that it loaded. They come in the order in
+        which they were taken. Raises `BatchConflictError` for a step before its last checkpoint.
+        """
+
+    @abstractmethod
+    async def ledger(self, consumer: str) -> list[LedgerEntry]:
+        """What a consumer took of the rollouts that are still kept, in the order in which it took them."""
 
     # -- resources ---------------------------------------------------------------------------------------------------
 

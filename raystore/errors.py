@@ -88,6 +88,34 @@ class ConflictError(StoreError, ValueError):
         )
 
 
+class SealedError(ConflictError):
+    """A consumer has taken this rollout to train on it, so that its outcome stands."""
+
+    def __init__(self, rollout_id: str, consumers: list[str]) -> None:
+        super().__init__(rollout_id, consumers)
+
+    def __str__(self) -> str:
+        rollout_id, consumers = self.args
+        return (
+            f"Rollout {rollout_id} has been taken by consumer {', '.join(map(repr, consumers))} and cannot be run "
+            "again or deleted: enqueue a new one, or give the batch back first (nack, rewind)."
+        )
+
+
+class BatchConflictError(ConflictError):
+    """A consumer said of a batch what cannot be true; nothing was changed."""
+
+    def __init__(self, consumer: str, why: str) -> None:
+        super().__init__(consumer, why)  # type: ignore[arg-type]  # its arguments are its own
+
+    def __str__(self) -> str:
+        consumer, why = self.args
+        return (
+            f"Consumer {consumer!r}: {why}. After a restart, say rewind(consumer, step) with the step of the model "
+            "that was loaded, and take again."
+        )
+
+
 class OverloadedError(StoreError, RuntimeError):
     """The queue is full (`max_queued`), or the call is larger than it may be; nothing was enqueued."""
 

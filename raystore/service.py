@@ -32,9 +32,10 @@ from raystore.errors import StoreClosedError, StoreCorruptError, StoreError, aga
 from raystore.journal.bodies import Bodies
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
+from raystore.offers import Offers
 from raystore.probes import Probes
 from raystore.shell import SHELL
-from raystore.waiters import Deliver, Waiter, Waiters
+from raystore.waiters import Deliver, Waiters
 
 logger = logging.getLogger("raystore.store")
 
@@ -73,6 +74,7 @@ class Service:
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
         self.waiters = Waiters()
+        self._offers = Offers(self)
         self.operations = 0
         self.actor_calls = 0
         self.last_eviction_seconds = 0.0
@@ -87,7 +89,7 @@ class Service:
         self._failed: StoreError | None = None
         self._closed = False
         self._withdrawals_seen = 0
-        self._probes = Probes()
+        self.probes = Probes()
         self._object_ids = reports.ObjectIds()
         self._deferred: deque[Callable[[], None]] = deque()
 
@@ -131,7 +133,7 @@ class Service:
             self._deferred.popleft()()
         if self._recorder is not None:
             self._recorder.begin(source)
-        step = self._step(session)
+        step = self.step(session)
         if self.waiters.are_overdue(step.now):
             self._settle()
         return step
@@ -145,7 +147,7 @@ class Service:
         state = self.state
         recorder, is_item = self._recorder, False
         if self.clock.is_manual:  # it may have been moved by the operation before
-            step = self._step(step.session)
+            step = self.step(step.session)
         try:
             if watchdog.may_be_due(state, step):
                 self._advance(step, verb, arguments)
@@ -172,35 +174,36 @@ class Service:
         """Do something before the next operation; may be called from anywhere, a garbage collection included."""
         self._deferred.append(action)
 
-    def _step(self, session: Session | None = None) -> Step:
+    def step(self, session: Session | None = None) -> Step:
         now = self.clock.now()
         if self._armed is not None and now > self._armed + LATE_SECONDS and not self.clock.is_manual:
-            self._do("pause", Step(now), now - self._armed)
+            self.do("pause", Step(now), now - self._armed)
             logger.warning("The store stood still for %.1f s; deadlines move by as much", now - self._armed)
             self._armed, self._armed_for = None, ()
         age = self.clock.age() if self.clock.is_manual else now
         return Step(now, seed=self._seeds.getrandbits(64), session=session, age=age)
 
     def _advance(self, step: Step, verb: str = "", arguments: dict[str, Any] | None = None) -> None:
-        if self._recorder is not None and self._recorder.log.is_full:
+        if self.is_disk_full:
             return  # what is due stays due
         spec = VERBS.get(verb)
         named = spec.rollouts_named(arguments) if spec and arguments else ()
         due = watchdog.due(self.state, step, named)
         if due:
-            self._do("advance", step, due.expired, due.withdrawn, due.silent, due.forgotten, due.deleted)
+            self.do("advance", step, due.expired, due.withdrawn, due.silent, due.forgotten, due.deleted)
 
-    def _do(self, kind: str, step: Step, *arguments: Any) -> Any:
+    def do(self, kind: str, step: Step, *arguments: Any) -> Any:
         """A change that is no operation of a caller."""
-        minted = step.minted
+        minted, drained = step.minted, self.state.drained
         done = STEPS[kind](self.state, step, *arguments)
-        if self._recorder is not None and (done or kind != "hand_over"):
+        is_change = done or kind != "hand_over" or self.state.drained != drained
+        if self._recorder is not None and is_change:
             self._recorder.change(kind, step, minted, arguments)
         return done
 
     def advance(self) -> None:
         """Work off what is due by now."""
-        self._advance(self._step())
+        self._advance(self.step())
         self._settle()
 
     def _fail(self, verb: str, arguments: dict[str, Any], *, is_item: bool = False) -> None:
@@ -218,6 +221,11 @@ class Service:
     def with_bodies(self, items: list[Any]) -> list[Any]:
         """Spans with those bodies that are on disk only; other records as they are."""
         return items if self._bodies is None else self._bodies.load(items)
+
+    @property
+    def is_disk_full(self) -> bool:
+        """Whether nothing can be written down at the moment."""
+        return self._recorder is not None and self._recorder.log.is_full
 
     # -- durability --------------------------------------------------------------------------------------------------
 
@@ -254,78 +262,38 @@ class Service:
                 self._drop_waiters(session_id)
                 self.on_notice(session_id)
             for waiter in self.waiters.expired(self.clock.now()):
-                self._answer_expired(waiter)
-            if state.finished:
+                self._offers.answer_expired(waiter)
+            if state.finished or state.came_back:
                 finished, state.finished = state.finished, []
                 for rollout_id in finished:
                     for waiter in self.waiters.finished(rollout_id):
-                        self._answer_wait(waiter)
+                        self._offers.answer_wait(waiter)
+                news, state.came_back = None if state.came_back else len(finished), False
+                for waiter in self.waiters.reading("take"):
+                    self._offers.offer_batch(waiter, news)
                 for waiter in self.waiters.reading("completed"):
                     items, cursor = verbs.completed_after(state, **waiter.arguments)
                     waiter.arguments["cursor"] = cursor
                     if items:
-                        self._answer(waiter, (items, cursor))
+                        self._offers.answer(waiter, (items, cursor))
             elif state.queues_touched:
                 touched, state.queues_touched = state.queues_touched, set()
                 for waiter in self.waiters.wanting(touched):
-                    self._offer(waiter)
+                    self._offers.offer(waiter)
             else:
                 break
         for waiter in self.waiters.reading("changes"):
             changes, cursor = verbs.changes_after(state, **waiter.arguments)
             waiter.arguments["cursor"] = cursor
             if changes:
-                self._answer(waiter, (changes, cursor))
+                self._offers.answer(waiter, (changes, cursor))
         noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
             self.on_notice(session_id)
 
-    def _answer(self, waiter: Waiter, value: Any) -> bool:
-        self.waiters.remove(waiter)
-        return waiter.deliver(waiter.ticket, value)
-
-    def _answer_wait(self, waiter: Waiter) -> None:
-        rollout_ids = waiter.arguments["rollout_ids"]
-        missing = shell.unfinished(self.state, rollout_ids)
-        if missing:  # one that had finished was queued again meanwhile
-            self.waiters.wait_for(waiter, missing)
-        else:
-            self._answer(waiter, shell.finished(self.state, rollout_ids))
-
-    def _answer_expired(self, waiter: Waiter) -> None:
-        arguments = waiter.arguments
-        if waiter.verb == "wait":
-            self._answer(waiter, shell.finished(self.state, arguments["rollout_ids"]))
-        elif waiter.verb == "dequeue":
-            self._answer(waiter, [])
-        else:
-            self._answer(waiter, ([], arguments["cursor"]))
-
-    def _offer(self, waiter: Waiter) -> None:
-        """Hand work to a call that waits for it, if there is some for it."""
-        session = self.state.sessions.get(waiter.session_id)
-        if session is None or session.ended_at is not None:
-            return
-        if not any(self.state.queues.length(queue) for queue in waiter.arguments["queues"]):
-            return
-        if self._recorder is not None and self._recorder.log.is_full:
-            return
-        if waiter.session_id in self._probes:
-            self._probes.hurry(self.clock.age())
-            return
-        claimed = self._do(
-            "hand_over", self._step(session), waiter.session_id, waiter.ticket, *waiter.arguments.values()
-        )
-        if not claimed:
-            return
-        value = [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
-        if not self._answer(waiter, value):  # its caller has gone
-            keys = [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in value]
-            self._do("take_back", self._step(session), waiter.session_id, keys)
-
     def _evict(self, writing: str | None) -> None:
         started = time.perf_counter()
-        done = eviction.run(self.state, self._step(), writing)
+        done = eviction.run(self.state, self.step(), writing)
         self._eviction_seconds += time.perf_counter() - started
         if done is not None:
             self.last_eviction_seconds = self._eviction_seconds
@@ -343,7 +311,7 @@ class Service:
         if self._soonest() == self._armed_for:
             return
         age_deadline = watchdog.next_age_deadline(self.state)
-        ages = [deadline for deadline in (age_deadline, self._probes.at) if deadline is not None]
+        ages = [deadline for deadline in (age_deadline, self.probes.at) if deadline is not None]
         in_seconds = [max(deadline - self.clock.age(), 0.0) for deadline in ages]
         deadline = watchdog.next_deadline(self.state)
         self._armed = None
@@ -364,7 +332,7 @@ class Service:
         state, waiters = self.state, self.waiters
         return (
             state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest, state.paused,
-            waiters.next_deadline() if waiters else None, self._probes.at,
+            waiters.next_deadline() if waiters else None, self.probes.at,
             state.eviction_pass and state.eviction_pass.spans,
         )  # fmt: skip
 
@@ -374,7 +342,7 @@ class Service:
             if self._closed or self._failed is not None:
                 return
             try:
-                self._advance(self._step())
+                self._advance(self.step())
             except Exception:
                 self._fail("advance", {})
             self._probe()
@@ -386,7 +354,7 @@ class Service:
     def open_session(self, session_id: str, *, eternal: bool = False) -> Session:
         """A client process speaks for the first time."""
         with self._lock:
-            self._do("open_session", self._step(), session_id, eternal)
+            self.do("open_session", self.step(), session_id, eternal)
             self._arm()
             return self.state.sessions[session_id]
 
@@ -394,17 +362,17 @@ class Service:
         """A session spoke: it is alive, and may be handed work."""
         with self._lock:
             session.last_heard = self.clock.age()
-            if self._probes.heard(session.session_id):
+            if self.probes.heard(session.session_id):
                 for waiter in self.waiters.of_session(session.session_id):
                     if waiter.verb == "dequeue":
-                        self._offer(waiter)
+                        self._offers.offer(waiter)
                 self._settle()
                 self._arm()
 
     def acknowledge(self, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
         """The callers of a session have these claims; returns those that are lost."""
         with self._lock:
-            lost: list[AttemptKey] = self._do("acknowledge", self._step(session), session.session_id, keys)
+            lost: list[AttemptKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
             if lost or self.state.has_news or self.waiters.wants_changes:
                 self._settle()
             self._arm()
@@ -420,7 +388,7 @@ class Service:
     def end_session(self, session: Session, *, why: str) -> None:
         """A client process has ended."""
         with self._lock:
-            self._do("end_session", self._step(), session.session_id, why)
+            self.do("end_session", self.step(), session.session_id, why)
             self._settle()
             self._arm()
 
@@ -431,16 +399,16 @@ class Service:
     def _drop_waiters(self, session_id: str) -> None:
         for waiter in self.waiters.of_session(session_id):
             self.waiters.remove(waiter)
-        self._probes.heard(session_id)
+        self.probes.heard(session_id)
 
     def _suspend(self) -> None:
         """A claim was withdrawn: ask those who wait for work whether they live, before handing out more."""
         waiting = (self.state.sessions.get(session_id) for session_id in self.waiters.sessions_wanting_work())
-        self._probes.suspend((s.session_id for s in waiting if s is not None and not s.eternal), self.clock.age())
+        self.probes.suspend((s.session_id for s in waiting if s is not None and not s.eternal), self.clock.age())
         self._probe()
 
     def _probe(self) -> None:
-        for session_id in self._probes.due(self.clock.age(), is_work_waiting=len(self.state.queues) > 0):
+        for session_id in self.probes.due(self.clock.age(), is_work_waiting=len(self.state.queues) > 0):
             self.on_notice(session_id)
 
     def close(self) -> None:
@@ -450,7 +418,7 @@ class Service:
                 return
             self._closed = True
             for waiter in self.waiters.drain():
-                self._answer_expired(waiter)
+                self._offers.answer_expired(waiter)
             self._alarm.close()
             recorder = self._recorder
         if recorder is not None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from raystore.clock import ManualClock
 from raystore.config import resident_bytes
-from raystore.core import check, verbs
+from raystore.core import check, consumers, verbs
 from raystore.core.batches import taken_over
 from raystore.core.counts import counts
 from raystore.core.records import Rollout
 from raystore.core.state import State, Step
-from raystore.core.verbs import VERBS, Verb
+from raystore.core.verb import Verb
+from raystore.core.verbs import VERBS
 from raystore.errors import InvalidValueError
 from raystore.waiters import Deliver
 
@@ -63,6 +64,14 @@ def _dequeue(
     if claimed or timeout <= 0 or limit < 1:
         return claimed
     return _park(service, asked, "dequeue", arguments, timeout)
+
+
+def _take(service: Service, asked: Asked, *, consumer: str, count: int, timeout: float) -> Any:
+    taken = verbs.take(service.state, asked.step, consumer=consumer, count=count, must=timeout <= 0)
+    if taken is not None:
+        return taken
+    missing = consumers.missing(service.state, consumer, count)
+    return _park(service, asked, "take", {"consumer": consumer, "count": count, "missing": missing}, timeout)
 
 
 def _wait(service: Service, asked: Asked, *, rollout_ids: list[str], timeout: float | None) -> Any:
@@ -161,6 +170,7 @@ def _tick(service: Service, asked: Asked, *, seconds: float, sessions: bool) -> 
 
 SHELL: dict[str, Verb] = {
     "dequeue": Verb(_dequeue),
+    "take": Verb(_take),
     "wait": Verb(_wait, changes=False),
     "sort_out": Verb(_sort_out, changes=False),
     "completed": Verb(_completed, changes=False),

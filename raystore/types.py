@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from raystore.errors import PayloadLostError
 from raystore.spans import Event as Event
@@ -335,6 +335,38 @@ class Page(BaseModel, Generic[T]):
 
     items: list[T]
     cursor: int | None
+
+
+class Batch(BaseModel):
+    """Finished rollouts that a consumer holds, to train on them.
+
+    Attributes:
+        consumer: who holds it.
+        number: of the batch, counted for each consumer from 1; 0 for an empty one.
+        rollouts: in the order in which they finished, or came back.
+    """
+
+    consumer: str
+    number: int
+    rollouts: list[SerializeAsAny[Rollout]]
+
+
+class LedgerEntry(BaseModel):
+    """That a consumer took a rollout.
+
+    Attributes:
+        rollout_id: which.
+        batch: in which batch, in the order in which they were taken.
+        step: of the model, which consumed it; None while it is only held.
+        is_durable: whether a checkpoint covers that step, so that it will not come again.
+        note: what was said when it was acknowledged.
+    """
+
+    rollout_id: str
+    batch: int
+    step: int | None
+    is_durable: bool
+    note: str | None
 
 
 class Change(BaseModel):

@@ -50,7 +50,7 @@ class Waiters:
         self._by_rollout: dict[str, dict[int, Waiter]] = {}
         self._by_queue: dict[str, dict[int, Waiter]] = {}
         self._by_session: dict[str, dict[int, Waiter]] = {}
-        self._by_verb: dict[str, dict[int, Waiter]] = {"completed": {}, "changes": {}}
+        self._by_verb: dict[str, dict[int, Waiter]] = {"completed": {}, "changes": {}, "take": {}}
         self._deadlines: list[tuple[float, int]] = []
 
     def __len__(self) -> int:

@@ -23,6 +23,7 @@ LAYERS = [
     ["wire"],
     ["journal"],
     ["shell"],
+    ["offers"],
     ["service"],
     ["calls", "codec"],
     ["convert"],

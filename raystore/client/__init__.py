@@ -16,6 +16,7 @@ from raystore.client.attempts import AttemptMethods
 from raystore.client.resources import ResourceMethods
 from raystore.client.rollouts import RolloutMethods
 from raystore.client.spans import SpanMethods
+from raystore.client.training import TrainingMethods
 from raystore.client.waiting import WaitingMethods
 from raystore.client.workers import WorkerMethods
 from raystore.notices import Handler
@@ -23,7 +24,14 @@ from raystore.types import LightningStoreCapabilities, LightningStoreStatistics
 
 
 class StoreClient(
-    RolloutMethods, WaitingMethods, AttemptMethods, SpanMethods, ResourceMethods, WorkerMethods, LightningStore
+    RolloutMethods,
+    WaitingMethods,
+    AttemptMethods,
+    SpanMethods,
+    TrainingMethods,
+    ResourceMethods,
+    WorkerMethods,
+    LightningStore,
 ):
     """The methods that every store has."""
 

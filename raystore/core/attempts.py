@@ -33,6 +33,7 @@ from raystore.core.records import Attempt, Rollout, Span
 from raystore.core.rollouts import create, enter_eviction, move, set_reward
 from raystore.core.spans import Written
 from raystore.core.state import Entry, State, Step
+from raystore.errors import SealedError
 
 
 def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind: str) -> Attempt:
@@ -82,6 +83,8 @@ def start_rollout(state: State, step: Step, request: dict[str, Any], worker_id: 
 def start_attempt(state: State, step: Step, rollout_id: str, worker_id: str | None) -> Entry:
     """Start another attempt by hand, from whatever status."""
     entry = state.entry(rollout_id)
+    if entry.is_sealed:
+        raise SealedError(rollout_id, sorted(entry.taken))
     begin(state, step, entry, worker_id=worker_id, kind="started")
     return entry
 
@@ -111,7 +114,7 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
             state.deadlines.guard(rollout_id)
         if status is not None:
             _follow(state, step, entry)
-        if after.reward is not None and after.reward != entry.rollout.reward:
+        if after.reward is not None and after.reward != entry.rollout.reward and not entry.is_sealed:
             set_reward(state, entry, after.reward)
     if after.worker_id is not None and (status is not None or changes.get("worker_id") is not None):
         workers.follow(state, step, after)
@@ -134,10 +137,10 @@ def _hear_of(state: State, step: Step, entry: Entry, attempt_id: str) -> None:
 
 
 def _follow(state: State, step: Step, entry: Entry) -> None:
-    """Let the rollout follow from its latest attempt; a cancelled rollout stays cancelled."""
+    """Let the rollout follow from its latest attempt; what is cancelled or sealed stays as it is."""
     attempt = entry.attempts[-1]
     rollout = entry.rollout
-    if rollout.status == "cancelled":
+    if rollout.status == "cancelled" or entry.is_sealed:
         return
     status = rollout_after(
         attempt.status,
@@ -275,7 +278,7 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
         if rollout.status in QUEUED:  # an attempt that goes on gets its time back from here
             state.changes.append(step.now, "retry_withdrawn", rollout.rollout_id, after.attempt_id)
         move(state, step, entry, ROLLOUT_ON_SPAN[rollout.status])
-    if reward is not None:
+    if reward is not None and not entry.is_sealed:
         set_reward(state, entry, reward)
 
 

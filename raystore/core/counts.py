@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raystore.core import consumers
 from raystore.core.changes import FEED_LENGTH
 from raystore.core.state import State
 
@@ -37,4 +38,5 @@ def counts(state: State) -> dict[str, Any]:
         "changes": state.changes.last,
         "change_feed_length": FEED_LENGTH,
         "memory_full": state.memory_full,
+        "consumers": consumers.describe(state),
     }

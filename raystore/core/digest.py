@@ -13,7 +13,7 @@ from typing import Any
 
 from raystore.core.payload import OnDisk, Payload
 from raystore.core.records import Record
-from raystore.core.state import Chain, Entry, Session, State
+from raystore.core.state import Chain, Consumer, Entry, Session, State
 from raystore.errors import StoreError, to_record
 
 
@@ -35,6 +35,8 @@ def parts(state: State) -> Iterator[Any]:
     yield "suspects", list(state.suspects)
     for worker_id in sorted(state.workers):
         yield "worker", _plain(state.workers[worker_id])
+    for name in sorted(state.consumers):
+        yield "consumer", name, _consumer(state.consumers[name])
     yield "resources", [_plain(held) for held in state.resources.everything()]
     yield "latest resources", state.resources.latest_id, state.resources.policy_version
     yield "span counters", sorted(state.spans.counters())
@@ -51,7 +53,13 @@ def _entry(state: State, entry: Entry) -> list[Any]:
         _plain(entry.given), entry.bytes, entry.released, entry.former, entry.suspect, entry.deliveries,
         [(clock.start, clock.beat) for clock in entry.clocks], sorted(entry.holders.items()), spans,
         entry.rollout.rollout_id in state.spans.evicted,
+        sorted((name, t.batch, t.step, t.note, t.is_durable) for name, t in entry.taken.items()),
     ]  # fmt: skip
+
+
+def _consumer(known: Consumer) -> list[Any]:
+    batches, steps = sorted(known.batches.items()), sorted(known.steps.items())
+    return [known.cursor, list(known.returned), known.made, known.open, batches, steps, known.checkpoint]
 
 
 def _session(session: Session) -> list[Any]:

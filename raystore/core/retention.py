@@ -11,11 +11,17 @@ from collections.abc import Iterable
 
 from raystore.core.rollouts import unqueue
 from raystore.core.state import State, Step, is_live_attempt
+from raystore.errors import SealedError
 
 
 def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
     """Delete rollouts with all that belongs to them; holders of running attempts are told. Unknown ids are skipped."""
     deleted = 0
+    rollout_ids = list(rollout_ids)
+    for rollout_id in rollout_ids:
+        entry = state.entries.get(rollout_id)
+        if entry is not None and entry.is_held:
+            raise SealedError(rollout_id, sorted(entry.taken))
     for rollout_id in rollout_ids:
         entry = state.entries.get(rollout_id)
         if entry is None:

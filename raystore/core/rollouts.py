@@ -18,7 +18,7 @@ from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
 from raystore.core.payload import same_content, size_of
 from raystore.core.records import Config, Rollout
 from raystore.core.state import Entry, State, Step, is_live_attempt
-from raystore.errors import ConflictError, InvalidValueError, OverloadedError
+from raystore.errors import ConflictError, InvalidValueError, OverloadedError, SealedError
 
 ROLLOUT_OVERHEAD_BYTES = 1_500  #: record, entry and index entries of one rollout with an attempt, beside its payloads
 RETRY_AFTER_SECONDS = 1.0
@@ -172,6 +172,8 @@ def update(state: State, step: Step, rollout_id: str, changes: dict[str, Any]) -
     entry = state.entry(rollout_id)
     changes = dict(changes)
     status = changes.pop("status", None)
+    if status is not None and entry.is_sealed:
+        raise SealedError(rollout_id, sorted(entry.taken))
     config = changes.pop("config", None)
     if config is not None:
         changes["config"] = Config(*config)
@@ -237,7 +239,7 @@ def mark_read(state: State, entry: Entry) -> None:
     if entry.read or entry.rollout.status not in FINISHED:
         return
     entry.read = True
-    if not entry.released:
+    if not entry.released and not entry.is_held:
         state.disposable_read[rollout_id] = None
     if state.spans.has(rollout_id):
         enter_eviction(state, entry)

@@ -8,8 +8,10 @@ Not here: decisions (`lifecycle` and the verbs), time (`Step` carries it), durab
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha1
+from types import MappingProxyType
 from typing import Any
 
 from raystore.core.changes import ChangeFeed, CompletionLog
@@ -103,6 +105,36 @@ class Session:
         return not self.claims and not self.held
 
 
+class Taken:
+    """That a consumer has taken a rollout: in which batch, which step of its model consumed it, whether for ever."""
+
+    __slots__ = ("batch", "is_durable", "note", "step")
+
+    def __init__(self, batch: int, step: int | None = None, *, note: str | None = None) -> None:
+        self.batch = batch
+        self.step = step
+        self.note = note
+        self.is_durable = False
+
+
+class Consumer:
+    """Who trains on finished rollouts: what it has seen, what it holds, what its durable model consumed."""
+
+    __slots__ = ("batches", "checkpoint", "cursor", "made", "open", "returned", "steps")
+
+    def __init__(self) -> None:
+        self.cursor: int | None = None  # in the completion log: up to here it was given everything
+        self.returned: dict[str, None] = {}  # came back, to be given again before anything new
+        self.made = 0  # batches so far
+        self.open: int | None = None  # the batch that it holds and has not consumed
+        self.batches: dict[int, list[str]] = {}  # rollouts of batches that no checkpoint has released
+        self.steps: dict[int, int] = {}  # of those, which step consumed which
+        self.checkpoint: int | None = None  # the model is durable at this step
+
+
+NOBODY: Mapping[str, Taken] = MappingProxyType({})  #: shared by all rollouts that nobody took
+
+
 class AttemptClock:
     """When an attempt started and gave its last sign of life, on the clock that stands still in pauses."""
 
@@ -118,7 +150,7 @@ class Entry:
 
     __slots__ = (
         "attempts", "bytes", "clocks", "deliveries", "former", "given", "holders", "number",
-        "order", "read", "released", "rollout", "suspect",
+        "order", "read", "released", "rollout", "suspect", "taken",
     )  # fmt: skip
 
     def __init__(self, rollout: Rollout, *, number: int, given: tuple[Any, ...] | None, size: int) -> None:
@@ -135,6 +167,17 @@ class Entry:
         self.deliveries = 0  # charged ones: infra, and losses while alone
         self.clocks: list[AttemptClock] = []  # one for each attempt
         self.holders: dict[str, str] = {}  # attempt id -> session id
+        self.taken = NOBODY  # by consumer; replaced, never edited
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether somebody trains on it, or has: nothing about it is decided any more."""
+        return bool(self.taken)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody may have to train on it again."""
+        return any(not taken.is_durable for taken in self.taken.values())
 
     @property
     def latest(self) -> Attempt | None:
@@ -174,6 +217,7 @@ class State:
         self.drained: str | None = None  # the session that takes no work until it is idle, for a suspect
         self.indexes = Indexes()
         self.workers: dict[str, Worker] = {}
+        self.consumers: dict[str, Consumer] = {}
         self.resources = ResourceTable(settings.keep_resources)
         self.spans = SpanTable(keep_duplicates=settings.keep_duplicates)
         self.sessions: dict[str, Session] = {}
@@ -196,6 +240,7 @@ class State:
         self.memory_full = False
         # What the shell should look at after a step; it empties these.
         self.finished: list[str] = []
+        self.came_back = False  # to a consumer
         self.queues_touched: set[str] = set()
         self.noticed: set[str] = set()
         self.ended: list[str] = []
@@ -216,7 +261,7 @@ class State:
     @property
     def has_news(self) -> bool:
         """Whether a step left something for the shell to look at."""
-        return bool(self.finished or self.queues_touched or self.noticed or self.ended)
+        return bool(self.finished or self.came_back or self.queues_touched or self.noticed or self.ended)
 
     # -- look-ups ------------------------------------------------------------------------------------------------
 
@@ -386,5 +431,5 @@ class State:
         if entry.released:
             return 0
         if entry.rollout.status in FINISHED:
-            return 1 if entry.read else 2
+            return 1 if entry.read and not entry.is_held else 2
         return 3

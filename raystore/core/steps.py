@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from raystore.core import claims, watchdog
+from raystore.core import claims, verbs, watchdog
 from raystore.core.state import AttemptKey, Entry, State, Step
 
 
@@ -33,6 +33,11 @@ def _hand_over(
         keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
         session.line.hand(ticket, keys, session.claims)
     return claimed
+
+
+def _take(state: State, step: Step, consumer: str, count: int, must: bool) -> Any:
+    """Give a call that waits for a batch what there is."""
+    return verbs.take(state, step, consumer=consumer, count=count, must=must)
 
 
 def _take_back(state: State, step: Step, session_id: str, keys: list[AttemptKey]) -> None:
@@ -58,6 +63,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "resume": watchdog.resume,
     "advance": _advance,
     "hand_over": _hand_over,
+    "take": _take,
     "take_back": _take_back,
     "acknowledge": _acknowledge,
     "open_session": _open_session,

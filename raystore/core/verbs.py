@@ -8,15 +8,15 @@ Not here: encoding, sessions' batches, parked calls (`service`).
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from raystore.core import attempts, claims, query, retention, rollouts, workers
+from raystore.core import attempts, claims, consumers, query, retention, rollouts, workers
 from raystore.core.lifecycle import FINISHED
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
 from raystore.core.state import AttemptKey, Chain, Entry, State, Step, is_live_attempt
+from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError, SpansEvictedError, StoreError, again
 
 
@@ -252,6 +252,42 @@ def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_parti
     return state.spans.of(rollout_id, attempt_id)
 
 
+# -- consumers ---------------------------------------------------------------------------------------------------------
+
+
+def take(state: State, step: Step, *, consumer: str, count: int, must: bool) -> tuple[list[Pair], int] | None:
+    """A batch of so many; of fewer only if it `must` be now, else None."""
+    if not must and consumers.missing(state, consumer, count):
+        return None
+    batch, rollout_ids = consumers.take(state, step, consumer, count)
+    return [_with_attempt(state.entries[rollout_id]) for rollout_id in rollout_ids], batch
+
+
+def _take(state: State, step: Step, *, consumer: str, count: int) -> tuple[list[Pair], int] | None:
+    return take(state, step, consumer=consumer, count=count, must=True)
+
+
+def _ack(state: State, step: Step, *, consumer: str, batch: int, at_step: int, note: str | None) -> None:
+    consumers.acknowledge(state, step, consumer, batch, at_step, note)
+
+
+def _nack(state: State, step: Step, *, consumer: str, batch: int) -> None:
+    consumers.give_back(state, step, consumer, batch)
+
+
+def _checkpoint(state: State, step: Step, *, consumer: str, at_step: int) -> int:
+    return consumers.checkpoint(state, step, consumer, at_step)
+
+
+def _rewind(state: State, step: Step, *, consumer: str, at_step: int) -> int:
+    return consumers.rewind(state, step, consumer, at_step)
+
+
+def _ledger(state: State, step: Step, *, consumer: str) -> Many:
+    rows = consumers.ledger(state, consumer)
+    return Many(rows, len(rows))
+
+
 # -- resources and workers ---------------------------------------------------------------------------------------------
 
 
@@ -342,40 +378,6 @@ def _report_session(state: State, step: Step, *, session_id: str | None, worker_
     return bool(live)
 
 
-@dataclass(slots=True, frozen=True)
-class Verb:
-    """One entry of the table."""
-
-    run: Callable[..., Any]
-    changes: bool = True
-    names: tuple[str, ...] = ()  # arguments that name rollouts
-    _known: frozenset[str] | None = field(init=False)  # None: any, handed on to a query, which changes nothing
-    _required: frozenset[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        code = self.run.__code__
-        known = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-        takes_any = bool(code.co_flags & inspect.CO_VARKEYWORDS)
-        object.__setattr__(self, "_known", None if takes_any else frozenset(known))
-        object.__setattr__(self, "_required", frozenset(known) - frozenset(self.run.__kwdefaults__ or ()))
-
-    def require(self, verb: str, arguments: dict[str, Any]) -> None:
-        """Refuse what are no arguments of the verb; a peer's nonsense must not fail inside the core."""
-        if not self._required <= arguments.keys() or not (self._known is None or arguments.keys() <= self._known):
-            raise InvalidValueError("operation", (verb, sorted(arguments)), "a verb of this store with its arguments")
-
-    def rollouts_named(self, arguments: dict[str, Any]) -> list[str]:
-        """The rollouts a call is about, which time must have caught up with before it runs."""
-        named: list[str] = []
-        for name in self.names:
-            value = arguments.get(name)
-            if isinstance(value, str):
-                named.append(value)
-            elif value is not None:
-                named.extend(value)
-        return named
-
-
 def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
     """Run one verb.
 
@@ -428,6 +430,12 @@ VERBS: dict[str, Verb] = {
     "next_numbers": Verb(_next_numbers),
     "query_spans": Verb(_query_spans, changes=False, names=_ONE),
     "query_many_spans": Verb(_query_many_spans, changes=False, names=_LIST),
+    "take": Verb(_take),
+    "ack": Verb(_ack),
+    "nack": Verb(_nack),
+    "checkpoint": Verb(_checkpoint),
+    "rewind": Verb(_rewind),
+    "ledger": Verb(_ledger, changes=False),
     "put_resources": Verb(_put_resources),
     "get_resources": Verb(_get_resources, changes=False),
     "get_latest_resources": Verb(_get_latest_resources, changes=False),

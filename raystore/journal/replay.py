@@ -107,6 +107,10 @@ class Replay:
         try:
             if verb == "dequeue":
                 return self._dequeue(step, **arguments)
+            if verb == "take":
+                must = arguments.pop("timeout") <= 0
+                taken = verbs.take(self.state, step, must=must, **arguments)
+                return AGAIN if taken is None else [VALUE, taken]
             return [VALUE, verbs.run(self.state, step, verb, arguments)]
         except StoreError as refusal:
             return [ERROR, *to_record(refusal)]
@@ -120,6 +124,7 @@ class Replay:
         """Nobody waits while the past is repeated."""
         state = self.state
         state.finished.clear()
+        state.came_back = False
         state.queues_touched.clear()
         state.ended.clear()
         for session_id in state.noticed:

@@ -13,7 +13,8 @@ import raystore as rs
 from raystore.clock import Clock, ThreadAlarm
 from raystore.config import StoreConfig
 from raystore.core import watchdog
-from raystore.core.verbs import VERBS, Verb
+from raystore.core.verb import Verb
+from raystore.core.verbs import VERBS
 from raystore.service import Service
 from raystore.types import RolloutConfig
 from tests.helpers import claim, make_span, until
