@@ -31,7 +31,7 @@ LAYERS = [
     ["transport"],
     ["_sync"],
     ["client", "testing"],
-    ["remote.inbox", "remote.actor"],
+    ["remote.inbox", "remote.front", "remote.actor"],
     [
         "remote.handshake",
         "remote.outgoing",

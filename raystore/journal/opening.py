@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 from raystore.config import StoreConfig
 from raystore.core.state import Settings, State, Step
@@ -19,7 +20,7 @@ from raystore.journal.log import Log
 from raystore.journal.reading import Reading
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
-from raystore.journal.segments import Directory
+from raystore.journal.segments import Directory, Place
 
 logger = logging.getLogger("raystore.store")
 
@@ -53,32 +54,35 @@ def open_journal(
     epoch = directory.begin_epoch()
     reading = Reading(directory, epoch)
     found = replay(reading)
-    is_resumed = bool(found.started)
     store_id = found.started.get("store_id") or secrets.token_hex(8)
     first = reading.place.last + 1
     log = Log(directory, store_id=store_id, epoch=epoch, first=first, durability=config.durability)
-    state = found.state
-    step = Step(max(now, found.now))
-    told = {"store_id": store_id, "name": name if name is not None else found.started.get("name"), "writer": writer}
-    place = reading.place
-    begun = [told, asdict(settings) | {"default_config": settings.default_config.row()}]
-    log.append(
-        [records.pack(records.START, step, 0, None, [*begun, [place.epoch, place.number, place.offset, place.last]])]
-    )
-    state.configure(settings)
-    state.spans.keeps_bodies = True
-    recorder = Recorder(log)
-    if is_resumed:
-        away = [step.now - found.now]
-        STEPS["resume"](state, step, *away)
-        recorder.change("resume", step, 0, away)
+    who = {"store_id": store_id, "name": name if name is not None else found.started.get("name"), "writer": writer}
     remarks = [
         f"{cut.bytes} bytes behind byte {cut.offset} of {cut.segment} were never finished, and are left out"
         for cut in reading.cuts
     ]
     for remark in remarks:
         logger.warning("Journal %s: %s", directory.path, remark)
-    return Opened(state, recorder, store_id, epoch, found.now, is_resumed, remarks)
+    return go_on(found, log, settings, who=who, after=reading.place, now=now, remarks=remarks)
+
+
+def go_on(
+    found: Replay, log: Log, settings: Settings, *, who: dict[str, Any], after: Place, now: float, remarks: list[str]
+) -> Opened:
+    """Write down that a process begins, and let what it found be what it goes on from."""
+    state = found.state
+    step = Step(max(now, found.now))
+    begun: list[Any] = [who, asdict(settings) | {"default_config": settings.default_config.row()}, astuple(after)]
+    log.append([records.pack(records.START, step, 0, None, begun)])
+    state.configure(settings)
+    state.spans.keeps_bodies = True
+    recorder = Recorder(log)
+    if found.started:
+        away = step.now - found.now
+        STEPS["resume"](state, step, away)
+        recorder.change("resume", step, 0, [away])
+    return Opened(state, recorder, who["store_id"], log.epoch, found.now, bool(found.started), remarks)
 
 
 def _check(directory: Directory, name: str | None, resume: str, writer: str | None) -> None:

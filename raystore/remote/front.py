@@ -1,0 +1,117 @@
+"""A service behind the session protocol: batches and listen calls of many sessions, as bytes in and bytes out.
+
+What an answer says is as durable as was asked for before it leaves.
+Not here: Ray (`actor`), the order and the answers of one session (`inbox`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+from raystore import __version__, wire
+from raystore.core.state import Session
+from raystore.errors import StoreError
+from raystore.remote.inbox import Inbox, SessionEnded
+from raystore.service import PROTOCOL, Service
+
+LISTEN_SECONDS = 30.0  #: at most; jittered, so that a thousand clients do not come back at once
+SLOW_SECONDS = 0.1  #: an answer that waited for the disk for longer starts the time anew in which to acknowledge claims
+
+
+class Front:
+    """The sessions of one service."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._is_durable = service.journal is not None
+        service.on_notice = self._wake
+        # Of the process before this one, if there was one:
+        self._inboxes = {name: Inbox(service, session) for name, session in service.state.sessions.items()}
+
+    def _wake(self, session_id: str) -> None:
+        inbox = self._inboxes.get(session_id)
+        if inbox is not None and inbox.session.ended_at is not None:
+            inbox.release()
+        elif inbox is not None:
+            inbox.wake()
+
+    async def exchange(self, parts: tuple[bytes, ...], refs: dict[int, list[Any]] | None = None) -> wire.Answer:
+        """Run a batch of operations of a session; what became of it, and their answers."""
+        service = self.service
+        service.actor_calls += 1
+        (protocol, *header), *operations = wire.split(parts, refs)
+        if protocol != PROTOCOL:
+            return wire.pack_answer(service.epoch, wire.REFUSED, own_protocol())
+        _, session_id, sequence, answered, *more = header
+        inbox = self._inboxes.get(session_id)
+        if inbox is None:
+            # A client whose first batch was never answered is new; its second may overtake its first.
+            if answered or session_id in service.state.sessions:
+                return wire.pack_answer(service.epoch, wire.ENDED)
+            inbox = self._inboxes[session_id] = Inbox(service, service.open_session(session_id))
+            self._sweep()
+        if inbox.session.ended_at is not None:
+            return wire.pack_answer(service.epoch, wire.ENDED)
+        service.heard(inbox.session)
+        try:
+            answer = await inbox.exchange(sequence, answered, more, operations, parts)
+        except SessionEnded:
+            return wire.pack_answer(service.epoch, wire.ENDED)
+        if self._is_durable:
+            await self._safe(inbox.session)
+        return answer
+
+    async def listen(self, frame: bytes) -> wire.Answer:
+        """Wait for answers of parked calls and for notices of a session."""
+        service = self.service
+        service.actor_calls += 1
+        protocol, *header = wire.unpack(frame, [])
+        if protocol != PROTOCOL:
+            return wire.pack_answer(service.epoch, wire.REFUSED, own_protocol())
+        _, session_id, acknowledged, epoch = header
+        inbox = self._inboxes.get(session_id)
+        if inbox is None or inbox.session.ended_at is not None:
+            return wire.pack_answer(service.epoch, wire.ENDED)
+        service.heard(inbox.session)
+        # A client that knows of the process before has calls that are parked nowhere: it is told at once.
+        seconds = LISTEN_SECONDS * random.uniform(0.7, 1.0) if epoch == service.epoch else 0.0
+        answer = await inbox.listen(acknowledged, seconds)
+        if self._is_durable:
+            await self._safe(inbox.session)
+        return answer
+
+    async def _safe(self, session: Session) -> None:
+        """Let nothing leave before what it says is as durable as was asked for."""
+        service = self.service
+        loop = asyncio.get_running_loop()
+        safe: asyncio.Future[None] = loop.create_future()
+
+        def tell(lost: StoreError | None) -> None:
+            if lost is None:  # else the process is about to end
+                loop.call_soon_threadsafe(_set, safe)
+
+        started = loop.time()
+        if not service.when_safe(tell):
+            return
+        await safe
+        if loop.time() - started > SLOW_SECONDS:
+            service.claims_left(session)
+
+    def _sweep(self) -> None:
+        """Forget sessions that the state has forgotten."""
+        for session_id, inbox in list(self._inboxes.items()):
+            if session_id not in self.service.state.sessions:
+                inbox.release()
+                del self._inboxes[session_id]
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def own_protocol() -> str:
+    """What this side of a session is."""
+    return f"raystore {__version__}, protocol {PROTOCOL}"

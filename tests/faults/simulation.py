@@ -1,0 +1,400 @@
+"""A store, its disk, its clients and the way between them, in one thread, by the lots of one seed.
+
+Batches and answers are dropped, doubled, delayed and overtake each other; the store dies at any moment, with some of
+what it had not committed on disk; another process goes on while it may still run. Clients repeat what got no answer.
+At the end the four counts: what was acknowledged and is lost, what is there twice, what nobody asked for, and whether a
+replay of the disk is the state that the store has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from typing import Any
+
+from raystore import wire
+from raystore.codec import encode
+from raystore.config import StoreConfig
+from raystore.core import check
+from raystore.core.digest import digest
+from raystore.core.state import Settings
+from raystore.errors import FencedError
+from raystore.journal.opening import go_on
+from raystore.journal.replay import replay
+from raystore.journal.segments import Place
+from raystore.remote import inbox
+from raystore.remote.front import Front
+from raystore.service import PROTOCOL, Service
+
+SETTINGS = Settings(eviction_bytes=10**9, safe_bytes=10**8, keep_duplicates=True, on_disk=True)
+
+
+class Lost(Exception):
+    """No answer came, as when an actor cannot be reached."""
+
+
+class Disk:
+    """What survives: everything that was committed, and a part of the rest."""
+
+    def __init__(self) -> None:
+        self.records: list[list[bytes]] = []
+        self.committed = 0
+        self.epoch = 0
+
+    def crash(self, lots: random.Random) -> None:
+        """The process that writes dies, in the middle of whatever it does."""
+        del self.records[lots.randint(self.committed, len(self.records)) :]
+
+    def replay(self) -> Any:
+        """What a process that starts now finds."""
+        numbered = enumerate(([memoryview(chunk) for chunk in record] for record in self.records), 1)
+        return replay(numbered)
+
+
+class SimulatedLog:
+    """The writing end of a journal, which commits when it is told to."""
+
+    def __init__(self, disk: Disk) -> None:
+        disk.epoch += 1
+        self.disk, self.epoch = disk, disk.epoch
+        self.last = self.durable = len(disk.records)
+        self.directory = "simulated"
+        self.on_failure = lambda error: None
+        self.is_full = False
+        self._waiting: list[tuple[int, Any]] = []
+
+    def admit(self, size: int) -> None:
+        """There is always room."""
+
+    def append(self, record: Any) -> int:
+        if self.is_newest:
+            self.disk.records.append([bytes(chunk) for chunk in record])
+        self.last += 1
+        return self.last
+
+    @property
+    def is_newest(self) -> bool:
+        return self.disk.epoch == self.epoch
+
+    def then(self, number: int, told: Any) -> bool:
+        if number <= self.durable:
+            return False
+        self._waiting.append((number, told))
+        return True
+
+    def commit(self, upto: int) -> None:
+        """Everything up to here is on disk; a writer that has a successor finds that out now."""
+        if not self.is_newest:
+            error = FencedError("simulated", self.epoch)
+            waiting, self._waiting = self._waiting, []
+            for _, told in waiting:
+                told(error)
+            return
+        self.durable = self.disk.committed = max(min(upto, self.last), self.durable)
+        ready = [told for number, told in self._waiting if number <= self.durable]
+        self._waiting = [(number, told) for number, told in self._waiting if number > self.durable]
+        for told in ready:
+            told(None)
+
+
+class NoAlarm:
+    """Nothing happens by itself."""
+
+    def __init__(self, ring: Any) -> None:
+        pass
+
+    def set(self, seconds: float | None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class World:
+    """One run."""
+
+    def __init__(self, seed: int, *, peers: int = 3, loss: float = 0.15, crashes: float = 0.03) -> None:
+        self.lots = random.Random(seed)
+        self.loss, self.crashes = loss, crashes
+        self.disk = Disk()
+        self.kills = 0
+        self.lingering: list[SimulatedLog] = []  # of processes that were replaced and still run
+        self.start()
+        self.peers = [Peer(self, f"p{number}") for number in range(peers)]
+
+    def start(self) -> None:
+        """A process begins, with what is on disk."""
+        self.log = SimulatedLog(self.disk)
+        found = self.disk.replay()
+        who = {"store_id": "s", "name": "n", "writer": None}
+        opened = go_on(found, self.log, SETTINGS, who=who, after=Place(0, 0, 0, 0), now=time.time(), remarks=[])  # type: ignore[arg-type]
+        config = StoreConfig(clock="manual", journal="simulated", duplicate_spans="keep")
+        opened.recorder.log.directory = "."  # type: ignore[assignment]  # spans are read from memory here
+        self.service = Service(config, capacity_bytes=2**33, alarm=NoAlarm, name="n", opened=opened)
+        self.service._seeds = random.Random(self.lots.random())
+        self.front = Front(self.service)
+
+    def replace(self) -> None:
+        """The store's process dies, or is believed to be dead and goes on."""
+        self.kills += 1
+        if self.lots.random() < 0.3:
+            self.lingering.append(self.log)  # it has a successor and does not know it
+        self.disk.crash(self.lots)
+        self.start()
+
+    async def call(self, parts: list[bytes]) -> Any:
+        """A call to the store, with all that may become of it."""
+        await self.pause()
+        if self.lots.random() < self.loss:
+            raise Lost
+        front, log = self.front, self.log
+        if self.lots.random() < self.loss:
+            self.spawn(front.exchange(tuple(parts)))  # it comes twice
+        answer = await front.exchange(tuple(parts))
+        await self.pause()
+        is_gone = log is not self.log and log not in self.lingering
+        if is_gone or self.lots.random() < self.loss:
+            raise Lost
+        return answer
+
+    def spawn(self, coroutine: Any) -> None:
+        self.tasks.append(asyncio.ensure_future(coroutine))
+
+    async def pause(self) -> None:
+        for _ in range(self.lots.randrange(4)):
+            await asyncio.sleep(0)
+
+    async def run(self, operations: int) -> dict[str, int]:
+        """Let every peer do so much; what came of it."""
+        self.tasks: list[asyncio.Future[Any]] = []
+        inbox.SLICE_SECONDS = self.lots.choice([-1.0, 1.0])  # a batch is cut behind each operation, or never
+        working = [asyncio.ensure_future(peer.work(operations)) for peer in self.peers]
+        while not all(task.done() for task in working):
+            for task in working:
+                if task.done():
+                    task.result()
+            await asyncio.sleep(0)
+            log = self.lots.choice([self.log, self.log, *self.lingering])
+            if self.lots.random() < 0.6:
+                log.commit(self.lots.randint(log.durable, log.last))
+            if self.lots.random() < self.crashes:
+                self.replace()
+                for peer in self.peers:
+                    peer.unreachable()
+        for task in working:
+            task.result()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.log.commit(self.log.last)
+        return self.counts()
+
+    def counts(self) -> dict[str, int]:
+        """Lost, doubled, unexpected, out of order, and whether the disk says the same as the memory."""
+        state = self.service.state
+        check.check(state)
+        made: dict[bytes, list[Any]] = {}
+        for entry in state.entries.values():
+            made.setdefault(entry.rollout.input, []).append(entry)
+        asked = {value for peer in self.peers for value in peer.asked}
+        lost = doubled = disordered = 0
+        for peer in self.peers:
+            lost += sum(value not in made for value in peer.enqueued)
+            numbers = [made[value][0].number for value in peer.asked if value in made]
+            disordered += numbers != sorted(numbers)
+            for rollout_id, attempt_id, span_id in peer.spans:
+                there = [s for s in state.spans.of(rollout_id, attempt_id) if s.span_id == span_id]
+                lost += not there
+                doubled += len(there) > 1
+            for rollout_id, attempt_id, status in peer.finished:
+                attempts = {a.attempt_id: a for a in state.entries[rollout_id].attempts}
+                lost += attempt_id not in attempts or attempts[attempt_id].status != status
+            for rollout_id, attempt_id in peer.claimed:
+                lost += attempt_id not in {a.attempt_id for a in state.entries[rollout_id].attempts}
+            lost += sum(peer.name not in state.entries[i].taken for i in peer.consumed)
+            doubled += len(peer.consumed) - len(set(peer.consumed))
+        claims = [key for peer in self.peers for key in peer.claimed]
+        doubled += sum(len(entries) > 1 for entries in made.values()) + len(claims) - len(set(claims))
+        return {
+            "lost": lost,
+            "doubled": doubled,
+            "unexpected": len(made.keys() - asked),
+            "disordered": disordered,
+            "replay differs": int(digest(self.disk.replay().state) != digest(state)),
+        }
+
+
+KINDS = ["enqueue", "enqueue", "dequeue", "park", "span", "span", "finish", "take", "ack", "read"]
+
+
+class Peer:
+    """A client process: operations in order, two batches under way, repeated until they are answered."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name = world, name
+        self.epoch = 0
+        self.answered = 0
+        self.ahead: set[int] = set()
+        self.sequences = itertools.count(1)
+        self.tickets = itertools.count(1)
+        self.numbers = itertools.count(1)
+        self.acknowledgements: list[Any] = []
+        self.received: list[int] = []
+        self.parked: dict[int, dict[str, Any]] = {}
+        self.again: list[list[Any]] = []
+        self.running: list[tuple[str, str]] = []
+        self.batch: int | None = None  # held
+        self.newest = 0  # acknowledged
+        self.held: dict[int, list[str]] = {}
+        self.step = 0
+        self.given_up = asyncio.Event()
+        # what it was told
+        self.asked: list[bytes] = []
+        self.enqueued: list[bytes] = []
+        self.claimed: list[tuple[str, str]] = []
+        self.spans: list[tuple[str, str, str]] = []
+        self.finished: list[tuple[str, str, str]] = []
+        self.consumed: list[str] = []
+
+    def unreachable(self) -> None:
+        """What is under way has no answer coming."""
+        gone, self.given_up = self.given_up, asyncio.Event()
+        gone.set()
+
+    async def work(self, operations: int) -> None:
+        under_way: set[asyncio.Future[Any]] = set()
+        done = 0
+        while done < operations or under_way or self.parked or self.again:
+            if len(under_way) < 2:
+                batch, self.again = self.again, []
+                while done < operations and len(batch) < self.world.lots.randint(1, 4):
+                    batch.append(self.next_operation())
+                    done += 1
+                if done >= operations and self.parked and not batch:  # so that nobody waits for ever
+                    batch.append(self.enqueue())
+                if batch:
+                    under_way.add(asyncio.ensure_future(self.send(batch)))
+            await asyncio.sleep(0)
+            for task in [task for task in under_way if task.done()]:
+                under_way.discard(task)
+                task.result()
+
+    def next_operation(self) -> list[Any]:
+        kind = self.world.lots.choice(
+            ["enqueue", "enqueue", "dequeue", "park", "span", "finish", "take", "ack", "read"]
+        )
+        if kind in ("span", "finish") and self.running:
+            rollout_id, attempt_id = self.world.lots.choice(self.running)
+            names = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+            if kind == "span":
+                span = [
+                    next(self.numbers),
+                    f"{self.name}-{next(self.numbers)}",
+                    "t",
+                    None,
+                    "n",
+                    None,
+                    None,
+                    None,
+                    b"b",
+                    -1,
+                ]
+                return ["add_spans", names | {"spans": [span]}]
+            self.running.remove((rollout_id, attempt_id))
+            return ["update_attempt", names | {"changes": {"status": "succeeded"}}]
+        if kind in ("dequeue", "park"):
+            timeout = 1e6 if kind == "park" else 0.0
+            return ["dequeue", {"queues": ["default"], "limit": 1, "worker_id": None, "timeout": timeout}]
+        if kind == "take":
+            return ["take", {"consumer": self.name, "count": 2, "timeout": 0.0}]
+        if kind == "ack" and self.batch is not None:
+            batch, self.batch = self.batch, None
+            self.newest = batch
+            self.step += 1
+            return ["ack", {"consumer": self.name, "batch": batch, "at_step": self.step, "note": None}]
+        return ["get_latest_resources", {}] if kind == "read" else self.enqueue()
+
+    def enqueue(self) -> list[Any]:
+        value = encode(f"{self.name}/{next(self.numbers)}", "input", 1000)
+        assert isinstance(value, bytes)
+        self.asked.append(value)
+        return ["enqueue", {"requests": [{"input": value, "metadata": None}]}]
+
+    async def send(self, operations: list[list[Any]]) -> None:
+        sequence, first = next(self.sequences), next(self.tickets)
+        for _ in operations[1:]:
+            next(self.tickets)
+        claims, self.acknowledgements = self.acknowledgements, []
+        received, self.received = self.received, []
+        packed = [wire.pack_operation(*operation).frame for operation in operations]
+        while True:
+            header = [PROTOCOL, "test", self.name, sequence, self.answered, first, claims, received]
+            calling = asyncio.ensure_future(self.world.call(wire.join(header, packed, [])))
+            giving_up = asyncio.ensure_future(self.given_up.wait())
+            await asyncio.wait({calling, giving_up}, return_when=asyncio.FIRST_COMPLETED)
+            giving_up.cancel()
+            if not calling.done():
+                calling.cancel()
+                continue
+            if calling.exception() is not None:
+                if not isinstance(calling.exception(), Lost):
+                    calling.result()
+                continue
+            epoch, outcome, *rest = wire.unpack_answer(calling.result())
+            if epoch < self.epoch:
+                continue
+            assert outcome == wire.DONE, f"a batch was answered {outcome}"
+            break
+        replies, later, _, _ = rest
+        self.ahead.add(sequence)
+        while self.answered + 1 in self.ahead:
+            self.answered += 1
+        for number, (operation, reply) in enumerate(zip(operations, replies, strict=True)):
+            self.take_answer(operation, first + number, reply)
+        for ticket, reply in later:
+            self.received.append(ticket)
+            if (arguments := self.parked.pop(ticket, None)) is not None:
+                self.take_answer(["dequeue", arguments], ticket, reply)
+        if epoch > self.epoch and self.epoch:
+            for ticket, arguments in list(self.parked.items()):
+                del self.parked[ticket]
+                self.again.append(["dequeue", arguments | {"of": ticket}])
+        self.epoch = epoch
+
+    def take_answer(self, operation: list[Any], ticket: int, reply: list[Any]) -> None:
+        verb, arguments = operation
+        if reply[0] == wire.PARKED:
+            self.parked[ticket] = {name: value for name, value in arguments.items() if name != "of"}
+            return
+        if verb == "ack" and reply[0] == wire.VALUE:
+            self.consumed += self.held[arguments["batch"]]
+            return
+        assert reply[0] == wire.VALUE, f"{operation} was answered {reply}"
+        if verb == "enqueue":
+            self.enqueued += [request["input"] for request in arguments["requests"]]
+        elif verb == "dequeue":
+            for rollout, attempt, _ in reply[1]:
+                self.claimed.append((rollout[0], attempt[1]))
+                self.running.append((rollout[0], attempt[1]))
+                self.acknowledgements.append((rollout[0], attempt[1]))
+        elif verb == "add_spans":
+            self.spans.append((arguments["rollout_id"], arguments["attempt_id"], arguments["spans"][0][1]))
+        elif verb == "update_attempt":
+            self.finished.append((arguments["rollout_id"], arguments["attempt_id"], "succeeded"))
+        elif verb == "take" and reply[1][1] > self.newest:  # else asked before it was acknowledged
+            self.batch = reply[1][1]
+            self.held[self.batch] = [rollout[0] for rollout, _ in reply[1][0]]
+
+
+def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int], int]:
+    """The counts of one run, and how often the store was killed in it."""
+    slice_seconds = inbox.SLICE_SECONDS
+    loop = asyncio.new_event_loop()
+    try:
+        world = World(seed, **how)
+        return loop.run_until_complete(asyncio.wait_for(world.run(operations), 20)), world.kills
+    finally:
+        inbox.SLICE_SECONDS = slice_seconds
+        loop.close()
