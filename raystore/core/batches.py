@@ -63,7 +63,7 @@ class Run:
             reply = _joined(self._ran.get(item.number, kept[-1]), reply)
             kept.pop()
         self._ran[item.number] = reply
-        kept.append(_to_keep(item.verb, reply))
+        kept.append(to_keep(item.verb, reply))
 
     @property
     def ran(self) -> dict[int, Reply]:
@@ -81,7 +81,11 @@ def again(
         if reply and verb == "dequeue" and reply[0] == VALUE:
             claimed = claimed_again(state, session, reply[1])
             reply = [VALUE, claimed] if claimed or not reply[1] else AGAIN  # withdrawn meanwhile
-        answers.append(reply or run(Item(number, kept.first_ticket + number, verb, arguments, False)))
+        if not reply:
+            ticket = kept.first_ticket + number
+            reply = run(Item(number, ticket, verb, arguments, False))
+            session.line.note(ticket, to_keep(verb, reply))
+        answers.append(reply)
     return answers
 
 
@@ -104,7 +108,8 @@ def taken_over(state: State, session: Session, ticket: int | None) -> list[tuple
     return claimed_again(state, session, keys) if keys else []
 
 
-def _to_keep(verb: str, reply: Reply) -> Reply:
+def to_keep(verb: str, reply: Reply) -> Reply:
+    """What is kept of an answer: of claims the ids, of what may run again nothing."""
     if verb == "dequeue" and reply[:1] == [VALUE]:
         return [VALUE, [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in reply[1]]]
     return reply if not reply or verb in CHANGING or verb == "more" or reply[0] != VALUE else AGAIN

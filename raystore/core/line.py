@@ -64,7 +64,11 @@ class Line:
         if len(self.handed) > HANDED_KEPT:
             self.handed = {t: k for t, k in self.handed.items() if any(key in open_claims for key in k)}
         self.handed[ticket] = keys
+        self.note(ticket, [PARKED])
+
+    def note(self, ticket: int, reply: Reply) -> None:
+        """An operation has another answer to be kept from now on."""
         for kept in self.kept.values():
             number = ticket - kept.first_ticket
             if 0 <= number < len(kept.replies):
-                kept.replies[number] = [PARKED]
+                kept.replies[number] = reply

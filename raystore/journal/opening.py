@@ -54,6 +54,7 @@ def open_journal(
     epoch = directory.begin_epoch()
     reading = Reading(directory, epoch)
     found = replay(reading)
+    reading.sync()  # of a process that died, the last records may be in the system's memory only
     store_id = found.started.get("store_id") or secrets.token_hex(8)
     first = reading.place.last + 1
     log = Log(directory, store_id=store_id, epoch=epoch, first=first, durability=config.durability)

@@ -7,6 +7,7 @@ Not here: frames (`frames`), files (`segments`), what records mean (`replay`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ class Reading:
                 raise JournalDamagedError(str(path), end, f"its records end at {expected - 1}, and not at {limit.last}")
             if path is self._segments[-1][2] and (cut := tail(path, end)) is not None:
                 self.cuts.append(cut)
+
+    def sync(self) -> None:
+        """Make durable what was read; only the last segment may not be."""
+        if self._segments:
+            fd = os.open(self._segments[-1][2], os.O_RDWR)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 def _beginning(segments: list[Segment]) -> tuple[dict[str, Any], Place] | None:

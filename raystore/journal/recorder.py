@@ -23,12 +23,15 @@ LOCAL = 0  #: sequence of what is no batch: a call within the store's process
 class Source:
     """Where the items of a slice come from: a batch, as it came."""
 
-    __slots__ = ("first_ticket", "parts", "record", "refused", "sequence", "session_id", "unwritten")
+    __slots__ = ("begun", "first_ticket", "parts", "record", "refused", "sequence", "session_id", "unwritten")
 
-    def __init__(self, session_id: str, sequence: int, first_ticket: int, parts: Sequence[bytes]) -> None:
+    def __init__(
+        self, session_id: str, sequence: int, first_ticket: int, parts: Sequence[bytes], begun: int = 0
+    ) -> None:
         self.session_id = session_id
         self.sequence = sequence
         self.first_ticket = first_ticket
+        self.begun = begun  # operations that ran before, when it was interrupted
         self.refused: StoreError | None = None  # why none of it may change anything
         self.parts = parts
         self.record = 0  # number of the record that holds the bytes, once there is one
@@ -107,10 +110,10 @@ class Recorder:
         source, step = self._source, self._step
         assert source is not None and step is not None
         if source.sequence == LOCAL:
-            head = records.pack(records.CALL, step, self._minted, source.session_id, [])
+            head = records.pack(records.CALL, step, self._minted, source.session_id, [source.first_ticket])
             source.record = self.log.append([head, *source.parts])
         elif not source.record:
-            head = records.pack(records.BATCH, step, self._minted, source.session_id, [source.unwritten])
+            head = records.pack(records.BATCH, step, self._minted, source.session_id, [source.unwritten, source.begun])
             source.record = self.log.append([head, *source.parts])
         else:
             arguments = [source.sequence, source.unwritten]

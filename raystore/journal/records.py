@@ -15,9 +15,9 @@ from raystore import wire
 from raystore.core.state import Step
 
 START = "start"  # a process begins to write: arguments [who, settings, place up to which it read]
-BATCH = "batch"  # [items that ran], and the batch's bytes
+BATCH = "batch"  # [items that ran, operations that had run before], and the batch's bytes
 MORE = "more"  # [sequence, items that ran] of a batch that is known
-CALL = "call"  # an operation of a caller in the store's own process, as bytes
+CALL = "call"  # [ticket], and the bytes of an operation: in the store's own process, or of a batch that came again
 FAILED = "failed"  # [sequence, class of the error, its arguments]: an item that must not be run again
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from raystore import wire
 from raystore.core import verbs
-from raystore.core.batches import Run, taken_over
+from raystore.core.batches import Run, taken_over, to_keep
 from raystore.core.line import AGAIN, ERROR, VALUE, Reply
 from raystore.core.records import Config
 from raystore.core.state import Session, Settings, State, Step
@@ -75,9 +75,12 @@ class Replay:
         _, _, session_id, sequence, answered, first_ticket, *_ = header
         line = self._session(told).line
         line.heard(answered)
-        run = Run(self.state, line.begin(sequence, first_ticket), operations)
+        count, begun = told.arguments
+        kept = line.begin(sequence, first_ticket)
+        kept.replies.extend([AGAIN] * (begun - len(kept.replies)))  # what left no record changed nothing
+        run = Run(self.state, kept, operations)
         self._runs[session_id] = (self.last, run)
-        self._run(told, told.arguments[0])
+        self._run(told, count)
 
     def _more(self, told: Told, record: list[memoryview]) -> None:
         self._run(told, told.arguments[1])
@@ -94,7 +97,8 @@ class Replay:
         verb, arguments = wire.unpack(record[1], [], (bytes(part) for part in record[2:]))
         step = self._step(told)
         step.record = self.last
-        self._operation(step, verb, arguments)
+        reply = self._operation(step, verb, arguments)
+        self._session(told).line.note(told.arguments[0], to_keep(verb, reply))
 
     def _failed(self, told: Told, record: list[memoryview]) -> None:
         _, name, arguments = told.arguments

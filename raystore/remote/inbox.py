@@ -106,7 +106,7 @@ class Inbox:
         kept = line.begin(sequence, first_ticket)
         before = Kept(first_ticket, list(kept.replies))  # of a process that ran this store before
         run = Run(self.service.state, kept, operations)
-        source = Source(self.session.session_id, sequence, first_ticket, parts)
+        source = Source(self.session.session_id, sequence, first_ticket, parts, len(kept.replies))
         is_done = False
         while not is_done:
             until = time.perf_counter() + SLICE_SECONDS

@@ -47,8 +47,13 @@ class Disk:
         """The process that writes dies, in the middle of whatever it does."""
         del self.records[lots.randint(self.committed, len(self.records)) :]
 
+    def open(self) -> Any:
+        """What a process finds that begins to write now; it makes sure of that first."""
+        self.committed = len(self.records)
+        return self.replay()
+
     def replay(self) -> Any:
-        """What a process that starts now finds."""
+        """What whoever looks now finds."""
         numbered = enumerate(([memoryview(chunk) for chunk in record] for record in self.records), 1)
         return replay(numbered)
 
@@ -115,9 +120,11 @@ class NoAlarm:
 class World:
     """One run."""
 
-    def __init__(self, seed: int, *, peers: int = 3, loss: float = 0.15, crashes: float = 0.03) -> None:
+    def __init__(
+        self, seed: int, *, peers: int = 3, loss: float = 0.15, twice: float = 0.15, crashes: float = 0.03
+    ) -> None:
         self.lots = random.Random(seed)
-        self.loss, self.crashes = loss, crashes
+        self.loss, self.twice, self.crashes = loss, twice, crashes
         self.disk = Disk()
         self.kills = 0
         self.lingering: list[SimulatedLog] = []  # of processes that were replaced and still run
@@ -127,7 +134,7 @@ class World:
     def start(self) -> None:
         """A process begins, with what is on disk."""
         self.log = SimulatedLog(self.disk)
-        found = self.disk.replay()
+        found = self.disk.open()
         who = {"store_id": "s", "name": "n", "writer": None}
         opened = go_on(found, self.log, SETTINGS, who=who, after=Place(0, 0, 0, 0), now=time.time(), remarks=[])  # type: ignore[arg-type]
         config = StoreConfig(clock="manual", journal="simulated", duplicate_spans="keep")
@@ -141,8 +148,15 @@ class World:
         self.kills += 1
         if self.lots.random() < 0.3:
             self.lingering.append(self.log)  # it has a successor and does not know it
+        else:
+            self.break_calls()
         self.disk.crash(self.lots)
         self.start()
+
+    def break_calls(self) -> None:
+        """A process has ended: calls that are under way get no answer, also those that went to another."""
+        for peer in self.peers:
+            peer.unreachable()
 
     async def call(self, parts: list[bytes]) -> Any:
         """A call to the store, with all that may become of it."""
@@ -150,7 +164,7 @@ class World:
         if self.lots.random() < self.loss:
             raise Lost
         front, log = self.front, self.log
-        if self.lots.random() < self.loss:
+        if self.lots.random() < self.twice:
             self.spawn(front.exchange(tuple(parts)))  # it comes twice
         answer = await front.exchange(tuple(parts))
         await self.pause()
@@ -179,10 +193,12 @@ class World:
             log = self.lots.choice([self.log, self.log, *self.lingering])
             if self.lots.random() < 0.6:
                 log.commit(self.lots.randint(log.durable, log.last))
+                if not log.is_newest:  # it has found out, and ends
+                    await self.pause()
+                    self.lingering.remove(log)
+                    self.break_calls()
             if self.lots.random() < self.crashes:
                 self.replace()
-                for peer in self.peers:
-                    peer.unreachable()
         for task in working:
             task.result()
         for task in self.tasks:
@@ -215,6 +231,11 @@ class World:
                 lost += attempt_id not in {a.attempt_id for a in state.entries[rollout_id].attempts}
             lost += sum(peer.name not in state.entries[i].taken for i in peer.consumed)
             doubled += len(peer.consumed) - len(set(peer.consumed))
+        orphaned = sum(
+            (rollout_id, attempt_id) not in next(peer.claimed for peer in self.peers if peer.name == holder)
+            for rollout_id, entry in state.entries.items()
+            for attempt_id, holder in entry.holders.items()
+        )
         claims = [key for peer in self.peers for key in peer.claimed]
         doubled += sum(len(entries) > 1 for entries in made.values()) + len(claims) - len(set(claims))
         return {
@@ -222,6 +243,7 @@ class World:
             "doubled": doubled,
             "unexpected": len(made.keys() - asked),
             "disordered": disordered,
+            "orphaned": orphaned,
             "replay differs": int(digest(self.disk.replay().state) != digest(state)),
         }
 
@@ -243,6 +265,7 @@ class Peer:
         self.acknowledgements: list[Any] = []
         self.received: list[int] = []
         self.parked: dict[int, dict[str, Any]] = {}
+        self.early: dict[int, list[Any]] = {}
         self.again: list[list[Any]] = []
         self.running: list[tuple[str, str]] = []
         self.batch: int | None = None  # held
@@ -264,7 +287,7 @@ class Peer:
         gone.set()
 
     async def work(self, operations: int) -> None:
-        under_way: set[asyncio.Future[Any]] = set()
+        under_way: list[asyncio.Future[Any]] = []
         done = 0
         while done < operations or under_way or self.parked or self.again:
             if len(under_way) < 2:
@@ -275,10 +298,10 @@ class Peer:
                 if done >= operations and self.parked and not batch:  # so that nobody waits for ever
                     batch.append(self.enqueue())
                 if batch:
-                    under_way.add(asyncio.ensure_future(self.send(batch)))
+                    under_way.append(asyncio.ensure_future(self.send(batch)))
             await asyncio.sleep(0)
             for task in [task for task in under_way if task.done()]:
-                under_way.discard(task)
+                under_way.remove(task)
                 task.result()
 
     def next_operation(self) -> list[Any]:
@@ -348,23 +371,29 @@ class Peer:
             assert outcome == wire.DONE, f"a batch was answered {outcome}"
             break
         replies, later, _, _ = rest
+        of_before = list(self.parked) if epoch > self.epoch and self.epoch else []
         self.ahead.add(sequence)
         while self.answered + 1 in self.ahead:
             self.answered += 1
         for number, (operation, reply) in enumerate(zip(operations, replies, strict=True)):
             self.take_answer(operation, first + number, reply)
         for ticket, reply in later:
+            if ticket in self.received:
+                continue
             self.received.append(ticket)
             if (arguments := self.parked.pop(ticket, None)) is not None:
                 self.take_answer(["dequeue", arguments], ticket, reply)
-        if epoch > self.epoch and self.epoch:
-            for ticket, arguments in list(self.parked.items()):
-                del self.parked[ticket]
+            else:
+                self.early[ticket] = reply
+        for ticket in of_before:
+            if (arguments := self.parked.pop(ticket, None)) is not None:
                 self.again.append(["dequeue", arguments | {"of": ticket}])
         self.epoch = epoch
 
     def take_answer(self, operation: list[Any], ticket: int, reply: list[Any]) -> None:
         verb, arguments = operation
+        if reply[0] == wire.PARKED and ticket in self.early:  # the answer has overtaken this
+            reply = self.early.pop(ticket)
         if reply[0] == wire.PARKED:
             self.parked[ticket] = {name: value for name, value in arguments.items() if name != "of"}
             return
@@ -397,4 +426,11 @@ def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int
         return loop.run_until_complete(asyncio.wait_for(world.run(operations), 20)), world.kills
     finally:
         inbox.SLICE_SECONDS = slice_seconds
+        loop.run_until_complete(_end(asyncio.all_tasks(loop)))
         loop.close()
+
+
+async def _end(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,154 @@
+"""Rows 5 to 7 of the fault suite, simulated; and that the simulation would find what it is there to find.
+
+A failing seed is run again by `python -m tests.faults.test_simulated SEED`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from raystore.core import batches
+from raystore.journal.recorder import Recorder
+from raystore.journal.replay import Replay
+from tests.faults import simulation
+from tests.faults.simulation import SimulatedLog, simulate
+
+NOTHING = {"lost": 0, "doubled": 0, "unexpected": 0, "disordered": 0, "orphaned": 0, "replay differs": 0}
+
+
+def run(seeds, **how):
+    """The sum of the counts, the number of kills, and the first seed that failed."""
+    total, kills, failed = dict(NOTHING), 0, None
+    for seed in seeds:
+        counts, killed = simulate(seed, **how)
+        total = {name: total[name] + counts[name] for name in total}
+        kills += killed
+        if failed is None and any(counts.values()):
+            failed = seed
+    return total, kills, failed
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("row", "what", "how"), [
+    (5, "simulated faults", {}),
+    (6, "every call may come twice", {"loss": 0.0, "twice": 1.0, "crashes": 0.0}),
+    (7, "calls reordered and lost", {"loss": 0.3, "crashes": 0.0}),
+])  # fmt: skip
+def test_nothing_is_lost_or_done_twice(report, amount, row, what, how):
+    """Whatever the way and the disk do to it."""
+    seeds = range(1_000_000 * row, 1_000_000 * row + amount(250 if row == 5 else 80, 8_000 if row == 5 else 1_500))
+    total, kills, failed = run(seeds, **how)
+    did = f"{len(seeds)} seeds of 3 clients and 40 operations each, {kills} kills"
+    report(row, what, figure=total, bar="0 of each", met=total == NOTHING, seed=failed or seeds.start, did=did)
+    assert (kills > len(seeds)) == (row == 5)
+
+
+def acknowledge_early(monkeypatch):
+    """Answers leave before what they say is on disk."""
+    monkeypatch.setattr(SimulatedLog, "then", lambda log, number, told: False)
+
+
+def forget_answers(monkeypatch):
+    """A batch that comes again runs again."""
+
+    def again(state, session, kept, operations, run):
+        return [run(batches.Item(n, kept.first_ticket + n, *o, False)) for n, o in enumerate(operations)]
+
+    monkeypatch.setattr("raystore.remote.inbox.again", again)
+
+
+def look_for_no_successor(monkeypatch):
+    """A writer that has been replaced goes on acknowledging."""
+    before = SimulatedLog.commit
+
+    def commit(log, upto):
+        if log.is_newest:
+            return before(log, upto)
+        waiting, log._waiting = log._waiting, []
+        for _, told in waiting:
+            told(None)
+
+    monkeypatch.setattr(SimulatedLog, "commit", commit)
+
+
+def lose_what_was_committed(monkeypatch):
+    """A disk that says it has what it has not."""
+    monkeypatch.setattr(simulation.Disk, "crash", lambda disk, lots: disk.records.__delitem__(slice(-2, None)))
+
+
+def record_no_acknowledgements(monkeypatch):
+    """A change without a record."""
+    before = Recorder.change
+    monkeypatch.setattr(
+        Recorder, "change", lambda pen, kind, *rest: None if kind == "acknowledge" else before(pen, kind, *rest)
+    )
+
+
+def record_no_hand_overs(monkeypatch):
+    """Work given to calls that wait, without a record."""
+    before = Recorder.change
+    monkeypatch.setattr(
+        Recorder, "change", lambda pen, kind, *rest: None if kind == "hand_over" else before(pen, kind, *rest)
+    )
+
+
+def mint_other_ids(monkeypatch):
+    """A replay that does not use the seeds that were recorded."""
+    before = Replay._step
+
+    def step(replay, told):
+        made = before(replay, told)
+        made.seed += 1
+        return made
+
+    monkeypatch.setattr(Replay, "_step", step)
+
+
+def count_one_less(monkeypatch):
+    """The record of a batch says that less of it ran."""
+    before = Recorder._close
+
+    def close(pen):
+        if pen._source is not None and pen._source.unwritten > 1:
+            pen._source.unwritten -= 1
+        before(pen)
+
+    monkeypatch.setattr(Recorder, "_close", close)
+
+
+def take_other_time(monkeypatch):
+    """A replay with a clock of its own."""
+    before = Replay._step
+    monkeypatch.setattr(Replay, "_step", lambda replay, told: before(replay, told._replace(now=told.now + 1)))
+
+
+def forget_what_was_handed(monkeypatch):
+    """A process that goes on does not know what parked calls were handed, so that nobody holds it."""
+    monkeypatch.setattr("raystore.remote.inbox.claimed_again", lambda state, session, keys: [])
+
+
+BROKEN = [
+    acknowledge_early, forget_answers, look_for_no_successor, lose_what_was_committed, record_no_acknowledgements,
+    record_no_hand_overs, mint_other_ids, count_one_less, take_other_time, forget_what_was_handed,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("breaks", BROKEN, ids=lambda breaks: breaks.__name__)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_store_that_is_broken_is_found_out(monkeypatch, breaks):
+    """Each of these, within a hundred seeds."""
+    breaks(monkeypatch)
+    for seed in range(100):
+        try:
+            counts, _ = simulate(seed)
+        except Exception:  # an invariant of the state, or an answer that cannot be: found as well
+            return
+        if any(counts.values()):
+            return
+    pytest.fail("a hundred seeds saw nothing wrong")
+
+
+if __name__ == "__main__":
+    print(simulate(int(sys.argv[1])))  # noqa: T201
