@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo examples test test-long test-ray-oldest bench bench-long bench-peers lint clean
+.PHONY: demo examples test test-long faults test-ray-oldest bench bench-long bench-peers lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
@@ -18,6 +18,10 @@ test: lint
 
 test-long: .venv/installed
 	$(LOCAL) $(BIN)/python -m pytest -m long
+
+# The fault suite in its long form; each row adds a line to runs/faults.jsonl.
+faults: .venv/installed
+	$(LOCAL) FAULTS=long $(BIN)/python -m pytest tests/faults -s
 
 # The oldest Ray of the range in pyproject.toml, in an environment of its own.
 test-ray-oldest: .venv-oldest/installed
