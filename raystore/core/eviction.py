@@ -33,6 +33,7 @@ def run(state: State, step: Step, writing: str | None) -> Pass | None:
     pauses = state.settings.pause_when_full and not state.settings.on_disk
     classes = 1 if pauses else len(state.eviction_heaps)
     spared: list[tuple[int, tuple[float, int, str]]] = []
+    kept: list[tuple[int, tuple[float, int, str]]] = []
     for number in range(classes):
         heap = state.eviction_heaps[number]
         while heap and state.total_bytes > state.settings.safe_bytes and done.spans < until:
@@ -44,10 +45,13 @@ def run(state: State, step: Step, writing: str | None) -> Pass | None:
                 spared.append((number, item))
             else:
                 evict(state, item[2], done)
+                kept.append((number, item))
     for number, item in spared:
         if state.total_bytes > state.settings.safe_bytes and state.spans.has(item[2]) and done.spans < until:
             evict(state, item[2], done)
-        elif state.spans.has(item[2]):
+        kept.append((number, item))
+    for number, item in kept:
+        if state.spans.has(item[2]):  # spared, or not on disk yet
             heappush(state.eviction_heaps[number], item)
     if done.spans >= until and state.total_bytes > state.settings.safe_bytes:
         state.eviction_pass = done

@@ -154,3 +154,56 @@ def test_resume_says_what_is_asked_for(open_store, path):
     open_store(resume="must").close()
     with pytest.raises(ValueError, match="resume"):
         open_store(resume="perhaps")
+
+
+async def fill(store, rollouts=40, spans=8):
+    """Ids of rollouts with spans of 1.6 KB each."""
+    made = []
+    for number in range(rollouts):
+        rollout = await store.start_rollout(number)
+        sent = [make_span(rollout, i, attributes={"text": f"{number}/{i}/" + "x" * 1500}) for i in range(1, spans + 1)]
+        await store.add_many_spans(sent[:3])
+        await asyncio.gather(*(store.add_span(span) for span in sent[3:]))
+        made.append(rollout.rollout_id)
+    return made
+
+
+def texts(spans):
+    return [span.attributes["text"][:-1500] for span in spans]
+
+
+@pytest.fixture(params=["memory", pytest.param("ray", marks=pytest.mark.timeout(60))])
+def make_any(request, path):
+    """Makes stores of either kind with the journal."""
+    make = request.getfixturevalue(f"make_{request.param}_store")
+    return lambda **options: make(**{"journal": path, **options})
+
+
+async def test_evicted_spans_are_read_from_disk(make_any):
+    """With a journal eviction frees memory and loses nothing: whole traces, pages of them, and filters."""
+    store = make_any(eviction_memory_threshold=200_000, safe_memory_threshold=100_000)
+    made = await fill(store)
+    counted = await store.statistics()
+    assert counted["eviction_passes"] > 0
+    assert counted["evicted_rollouts"] == 0
+    assert counted["total_spans"] == 320
+    for number, rollout_id in enumerate(made):
+        assert texts(await store.query_spans(rollout_id)) == [f"{number}/{i}/" for i in range(1, 9)]
+    assert texts(await store.query_spans(made[0], limit=2, offset=3, sort_order="desc")) == ["0/5/", "0/4/"]
+    many = await store.query_many_spans(made)
+    assert [len(spans) for spans in many.values()] == [8] * 40
+
+
+async def test_spans_are_on_disk_after_a_restart(open_store):
+    """No body is loaded by a replay, and each is found, also in segments of earlier processes."""
+    store = open_store()
+    first = await fill(store, 5)
+    store.close()
+    store = open_store()
+    second = await fill(store, 5)
+    store.close()
+    store = open_store()
+    assert (await store.statistics())["total_span_bytes"] < 80 * 1500
+    assert texts(await store.query_spans(first[1])) == [f"1/{i}/" for i in range(1, 9)]
+    assert texts(await store.query_spans(second[4])) == [f"4/{i}/" for i in range(1, 9)]
+    await store.check()
