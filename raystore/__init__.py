@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from raystore import semconv as semconv
     from raystore.errors import *  # noqa: F403
     from raystore.memory import InMemoryLightningStore as InMemoryLightningStore
+    from raystore.recovered import RecoveredRun as RecoveredRun
+    from raystore.recovered import recover as recover
     from raystore.remote.cluster import connect as connect
     from raystore.remote.cluster import list_stores as list_stores
     from raystore.remote.cluster import start as start
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "raystore.api": "LightningStore",
     "raystore.memory": "InMemoryLightningStore",
+    "raystore.recovered": "RecoveredRun recover",
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current run_one",
@@ -55,7 +58,7 @@ _NAMES = {
         StoreUnavailableError OutcomeUnknownError StoreClosedError StoreCorruptError StoreNotFoundError
         StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError AgentProcessError PoolStartError
         JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError
-        JournalFailedError FencedError SealedError BatchConflictError
+        JournalFailedError FencedError SealedError BatchConflictError ReadOnlyError
         Abort Drop
     """,
 }

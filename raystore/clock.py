@@ -66,6 +66,19 @@ class Alarm(Protocol):
         """Never ring again."""
 
 
+class NoAlarm:
+    """Never rings: for what stands still."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        pass
+
+    def set(self, seconds: float | None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class LoopAlarm:
     """An alarm on the event loop that owns the store (in an actor)."""
 

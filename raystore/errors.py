@@ -307,6 +307,19 @@ class JournalFailedError(JournalError, OSError):
         return f"The journal in {path} could not be written ({why}), so the store has ended; start it again to go on."
 
 
+class ReadOnlyError(StoreError, RuntimeError):
+    """A run that was recovered for reading takes no changes."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+
+    def __str__(self) -> str:
+        return (
+            f"The run in {self.args[0]} was opened for reading. To go on with it, start a store there: "
+            "rs.start(name, journal=...) or rs.InMemoryLightningStore(journal=...)."
+        )
+
+
 class FencedError(JournalError, RuntimeError):
     """Another process writes this journal now."""
 

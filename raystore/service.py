@@ -28,8 +28,9 @@ from raystore.core import check, eviction, verbs, watchdog
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING, VERBS
-from raystore.errors import StoreClosedError, StoreCorruptError, StoreError, again
+from raystore.errors import JournalFullError, ReadOnlyError, StoreClosedError, StoreCorruptError, StoreError, again
 from raystore.journal.bodies import Bodies
+from raystore.journal.log import FULL_SECONDS
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.offers import Offers
@@ -69,8 +70,7 @@ class Service:
             self.state, self.store_id, self.epoch = opened.state, opened.store_id, opened.epoch
             not_before = opened.not_before
             self._recorder = opened.recorder
-            self._bodies = Bodies(opened.recorder.log.directory)
-            opened.recorder.log.on_failure = self._journal_failed
+            self._bodies = Bodies(opened.directory)
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
         self.waiters = Waiters()
@@ -87,6 +87,10 @@ class Service:
         self._armed: float | None = None
         self._armed_for: tuple[Any, ...] = ()
         self._failed: StoreError | None = None
+        if self._recorder is not None:
+            self._recorder.log.on_failure = self._journal_failed
+        elif opened is not None:
+            self._failed = ReadOnlyError(str(opened.directory.path))
         self._closed = False
         self._withdrawals_seen = 0
         self.probes = Probes()
@@ -149,7 +153,7 @@ class Service:
         if self.clock.is_manual:  # it may have been moved by the operation before
             step = self.step(step.session)
         try:
-            if watchdog.may_be_due(state, step):
+            if self._failed is None and watchdog.may_be_due(state, step):
                 self._advance(step, verb, arguments)
             if recorder is not None:
                 recorder.item(step, ticket, verb)
@@ -225,7 +229,13 @@ class Service:
     @property
     def is_disk_full(self) -> bool:
         """Whether nothing can be written down at the moment."""
-        return self._recorder is not None and self._recorder.log.is_full
+        if self._recorder is None or not self._recorder.log.is_full:
+            return False
+        try:
+            self._recorder.log.admit(0)
+        except JournalFullError:
+            return True
+        return False
 
     # -- durability --------------------------------------------------------------------------------------------------
 
@@ -323,6 +333,8 @@ class Service:
             self._armed = max(min(core), now) if core else None
         if self.state.eviction_pass is not None:
             in_seconds.append(0.0)
+        if self.is_disk_full:
+            in_seconds = [max(seconds, FULL_SECONDS) for seconds in in_seconds]
         # Deadlines are strict: a hair later, so that the ring finds them passed.
         self._alarm.set(min(in_seconds) + 0.001 if in_seconds else None)
         self._armed_for = self._soonest()  # as it is now that `next_deadline` has looked

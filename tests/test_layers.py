@@ -43,7 +43,7 @@ LAYERS = [
         "remote.session",
     ],
     ["remote.transport"],
-    ["memory", "remote.store"],
+    ["memory", "recovered", "remote.store"],
     ["remote.cluster"],
     ["runner"],
     ["otel"],

@@ -30,7 +30,8 @@ class Opened:
     """A journal that is being written, and the state to go on from."""
 
     state: State
-    recorder: Recorder
+    directory: Directory
+    recorder: Recorder | None  # None: for reading only
     store_id: str
     epoch: int
     not_before: float  # the clock of the run stands there
@@ -83,7 +84,7 @@ def go_on(
         away = step.now - found.now
         STEPS["resume"](state, step, away)
         recorder.change("resume", step, 0, [away])
-    return Opened(state, recorder, who["store_id"], log.epoch, found.now, bool(found.started), remarks)
+    return Opened(state, log.directory, recorder, who["store_id"], log.epoch, found.now, bool(found.started), remarks)
 
 
 def _check(directory: Directory, name: str | None, resume: str, writer: str | None) -> None:
@@ -116,3 +117,10 @@ def read_run(path: str | Path) -> Replay:
     if not directory.segments():
         raise JournalMissingError(str(directory.path), "there are no segments")
     return replay(Reading(directory))
+
+
+def open_for_reading(path: str | Path) -> Opened:
+    """A run to look at; whoever writes it is not disturbed."""
+    found = read_run(path)
+    epoch = max(Directory(path).epochs(), default=0)
+    return Opened(found.state, Directory(path), None, found.started["store_id"], epoch, found.now, True, [])

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from raystore import wire
+from raystore.clock import NoAlarm
 from raystore.codec import encode
 from raystore.config import StoreConfig
 from raystore.core import check
@@ -23,7 +24,7 @@ from raystore.core.state import Settings
 from raystore.errors import FencedError
 from raystore.journal.opening import go_on
 from raystore.journal.replay import replay
-from raystore.journal.segments import Place
+from raystore.journal.segments import Directory, Place
 from raystore.remote import inbox
 from raystore.remote.front import Front
 from raystore.service import PROTOCOL, Service
@@ -65,7 +66,7 @@ class SimulatedLog:
         disk.epoch += 1
         self.disk, self.epoch = disk, disk.epoch
         self.last = self.durable = len(disk.records)
-        self.directory = "simulated"
+        self.directory = Directory("simulated")  # of which nothing is read: spans are in memory here
         self.on_failure = lambda error: None
         self.is_full = False
         self._waiting: list[tuple[int, Any]] = []
@@ -104,19 +105,6 @@ class SimulatedLog:
             told(None)
 
 
-class NoAlarm:
-    """Nothing happens by itself."""
-
-    def __init__(self, ring: Any) -> None:
-        pass
-
-    def set(self, seconds: float | None) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class World:
     """One run."""
 
@@ -138,7 +126,6 @@ class World:
         who = {"store_id": "s", "name": "n", "writer": None}
         opened = go_on(found, self.log, SETTINGS, who=who, after=Place(0, 0, 0, 0), now=time.time(), remarks=[])  # type: ignore[arg-type]
         config = StoreConfig(clock="manual", journal="simulated", duplicate_spans="keep")
-        opened.recorder.log.directory = "."  # type: ignore[assignment]  # spans are read from memory here
         self.service = Service(config, capacity_bytes=2**33, alarm=NoAlarm, name="n", opened=opened)
         self.service._seeds = random.Random(self.lots.random())
         self.front = Front(self.service)

@@ -207,3 +207,24 @@ async def test_spans_are_on_disk_after_a_restart(open_store):
     assert texts(await store.query_spans(first[1])) == [f"1/{i}/" for i in range(1, 9)]
     assert texts(await store.query_spans(second[4])) == [f"4/{i}/" for i in range(1, 9)]
     await store.check()
+
+
+def test_a_run_is_opened_for_reading(open_store, path):
+    """While it runs, and when it has ended: everything is there, nothing can be changed, nobody is disturbed."""
+    store = open_store()
+    rollout = store.sync.start_rollout({"task": 1})
+    store.sync.add_span(make_span(rollout, attributes={"answer": 42}))
+    before = sorted(file.name for file in path.iterdir())
+    with rs.recover(path) as run:
+        assert run.sync.get_rollout_by_id(rollout.rollout_id).input == {"task": 1}
+        (span,) = run.sync.query_spans(rollout.rollout_id)
+        assert span.attributes == {"answer": 42}
+        assert run.sync.get_rollout_by_id(rollout.rollout_id).status == "running"
+        with pytest.raises(rs.ReadOnlyError, match="opened for reading"):
+            run.sync.enqueue_rollout("x")
+    assert sorted(file.name for file in path.iterdir()) == before
+    store.sync.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")
+    store.close()
+    assert rs.recover(path).sync.get_rollout_by_id(rollout.rollout_id).status == "succeeded"
+    with pytest.raises(JournalMissingError):
+        rs.recover(path / "elsewhere")

@@ -1,0 +1,50 @@
+"""A run as its journal has it, to look at: without Ray, and without disturbing whoever writes it.
+
+Not here: going on with a run, for which a store is started on its journal.
+"""
+
+from __future__ import annotations
+
+import os
+
+from raystore._sync import SyncStore
+from raystore.client import StoreClient
+from raystore.clock import NoAlarm
+from raystore.config import StoreConfig, memory_capacity
+from raystore.journal.opening import open_for_reading
+from raystore.options import make_encoder
+from raystore.service import Service
+from raystore.transport import LocalTransport
+
+
+class RecoveredRun(StoreClient):
+    """The methods of a store, of which those that would change something raise `ReadOnlyError`.
+
+    Time stands still where the journal ends: what ran then is shown as running.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        config = StoreConfig(clock="manual", journal=str(path))
+        opened = open_for_reading(os.fspath(path))
+        self._service = Service(config, capacity_bytes=memory_capacity(), alarm=NoAlarm, opened=opened)
+        self._transport = LocalTransport(self._service)
+        self._encoder = make_encoder(config.all_limits(), None)
+        self.sync = SyncStore(self)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._transport.close()
+
+    def __enter__(self) -> RecoveredRun:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def recover(path: str | os.PathLike[str]) -> RecoveredRun:
+    """Open a finished, crashed or running run for reading, by the directory of its journal.
+
+    Raises `JournalMissingError`, `JournalDamagedError`, `JournalFormatError`.
+    """
+    return RecoveredRun(path)
