@@ -80,7 +80,10 @@ async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, re
     workers = [Worker.remote(store.actor, f"w{number}") for number in range(4)]
     working = [worker.work.remote(4) for worker in workers]
     kills, back = amount(4, 200 if row == 8 else 30), []
+    until = time.monotonic() + amount(60, 540)  # the journal grows with the run, and each process reads it all
     for number in range(kills):
+        if time.monotonic() > until:
+            break
         known = await reached(store)
         await asyncio.sleep(lots.uniform(0.1, 1.2))
         ENDS[ends[number % len(ends)]](known["pid"])
@@ -109,7 +112,7 @@ async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, re
         "lost": lost, "doubled": doubled, "back after s, median": round(statistics.median(back), 2),
         "p99": round(back[int(0.99 * (len(back) - 1))], 2), "claims withdrawn": sum(told[3] for told in done),
     }  # fmt: skip
-    did = f"{kills} kills ({', '.join(ends)}), {operations} acknowledged operations of 4 processes x 4 coroutines"
+    did = f"{len(back)} kills of {kills} ({', '.join(ends)}), {operations} acknowledged operations of 4 processes x 4 coroutines"
     report(row, "store killed under load", figure=figure, bar="lost 0, doubled 0", met=lost == doubled == 0,
            seed=seed, did=did)  # fmt: skip
-    assert operations > 20 * kills
+    assert operations > 20 * len(back)
