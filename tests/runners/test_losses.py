@@ -64,7 +64,7 @@ async def test_ways_to_die(make_ray_store, way):
             return
         assert statuses == ["succeeded"] * 7
         assert (lost.status, lost.outcome, done[0].outcome) == ("unresponsive", "runner_lost", "ok")
-        # Twice, unless the claim was acknowledged before the process died: else its first attempt is not there any more.
+        # Twice, unless the claim was acknowledged before the process died: else its first attempt is there no more.
         assert pool.worker_ids in (["runner-0.1"], ["runner-0.2"])
 
 
