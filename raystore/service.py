@@ -187,14 +187,16 @@ class Service:
         age = self.clock.age() if self.clock.is_manual else now
         return Step(now, seed=self._seeds.getrandbits(64), session=session, age=age)
 
-    def _advance(self, step: Step, verb: str = "", arguments: dict[str, Any] | None = None) -> None:
+    def _advance(self, step: Step, verb: str = "", arguments: dict[str, Any] | None = None) -> bool:
+        """Work off a slice of what is due; whether there was anything."""
         if self.is_disk_full:
-            return  # what is due stays due
+            return False  # what is due stays due
         spec = VERBS.get(verb)
         named = spec.rollouts_named(arguments) if spec and arguments else ()
         due = watchdog.due(self.state, step, named)
         if due:
             self.do("advance", step, due.expired, due.withdrawn, due.silent, due.forgotten, due.deleted)
+        return bool(due)
 
     def do(self, kind: str, step: Step, *arguments: Any) -> Any:
         """A change that is no operation of a caller."""
@@ -205,8 +207,15 @@ class Service:
             self._recorder.change(kind, step, minted, arguments)
         return done
 
+    def catch_up(self) -> None:
+        """Work off all that is due by now."""
+        with self._lock:
+            while self._failed is None and watchdog.may_be_due(self.state, step := self.step()):
+                if not self._advance(step):
+                    break
+
     def advance(self) -> None:
-        """Work off what is due by now."""
+        """Work off what is due by now, and let those who wait have what it brings."""
         self._advance(self.step())
         self._settle()
 

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 from raystore.clock import ManualClock
 from raystore.config import resident_bytes
 from raystore.core import check, consumers, verbs
-from raystore.core.batches import taken_over
 from raystore.core.counts import counts
 from raystore.core.records import Rollout
 from raystore.core.state import State, Step
 from raystore.core.verb import Verb
-from raystore.core.verbs import VERBS
 from raystore.errors import InvalidValueError
 from raystore.waiters import Deliver
 
@@ -53,25 +51,21 @@ def _dequeue(
     queues: list[str],
     limit: int,
     worker_id: str | None,
-    timeout: float,
+    timeout: float = 0.0,
     of: int | None = None,
 ) -> Any:
-    assert asked.step.session is not None
-    if claimed := taken_over(service.state, asked.step.session, of):
-        return claimed
-    arguments = {"queues": queues, "limit": limit, "worker_id": worker_id}
-    claimed = VERBS["dequeue"].run(service.state, asked.step, **arguments)
-    if claimed or timeout <= 0 or limit < 1:
-        return claimed
-    return _park(service, asked, "dequeue", arguments, timeout)
+    wanted = {"queues": queues, "limit": limit, "worker_id": worker_id}
+    claimed = verbs.run(service.state, asked.step, "dequeue", wanted | {"timeout": timeout, "of": of})
+    return _park(service, asked, "dequeue", wanted, timeout) if claimed is None else claimed
 
 
-def _take(service: Service, asked: Asked, *, consumer: str, count: int, timeout: float) -> Any:
-    taken = verbs.take(service.state, asked.step, consumer=consumer, count=count, must=timeout <= 0)
+def _take(service: Service, asked: Asked, *, consumer: str, count: int, timeout: float = 0.0) -> Any:
+    wanted = {"consumer": consumer, "count": count}
+    taken = verbs.run(service.state, asked.step, "take", wanted | {"timeout": timeout})
     if taken is not None:
         return taken
     missing = consumers.missing(service.state, consumer, count)
-    return _park(service, asked, "take", {"consumer": consumer, "count": count, "missing": missing}, timeout)
+    return _park(service, asked, "take", wanted | {"missing": missing}, timeout)
 
 
 def _wait(service: Service, asked: Asked, *, rollout_ids: list[str], timeout: float | None) -> Any:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from raystore.core.line import AGAIN, VALUE, Kept, Reply
+from raystore.core.claims import claimed_again
+from raystore.core.line import AGAIN, PARTLY, VALUE, Kept, Reply
 from raystore.core.pieces import DIVISIBLE, pieces
-from raystore.core.state import AttemptKey, Session, State
+from raystore.core.state import Session, State
 from raystore.core.verbs import CHANGING
 
 
@@ -23,24 +24,35 @@ class Item(NamedTuple):
     ticket: int
     verb: str
     arguments: dict[str, Any]
-    is_more: bool  # of the operation before
+    is_more: bool = False  # of the operation before
+    is_last: bool = True  # of its operation
 
 
-def _items(state: State, kept: Kept, operations: list[Any]) -> Iterator[Item]:
+def _items(state: State, kept: Kept, operations: list[Any], catch_up: Callable[[], None]) -> Iterator[Item]:
     first = len(kept.replies)
-    is_more = first > 0 and operations[first - 1][0] in DIVISIBLE and kept.replies[-1][:1] == [VALUE]
-    if is_more:  # it may have been cut short; what is done already does not count twice
+    is_more = first > 0 and kept.replies[-1][:1] == [PARTLY]
+    if is_more:  # what is done already does not count twice
         first -= 1
     for number in range(first, len(operations)):
-        verb, arguments = operations[number]
+        verb, arguments = _operation(operations[number])
         ticket = kept.first_ticket + number
         if verb not in DIVISIBLE:
-            yield Item(number, ticket, verb, arguments, False)
+            yield Item(number, ticket, verb, arguments)
             continue
-        for piece in pieces(state, verb, arguments):
-            yield Item(number, ticket, verb, piece, is_more)
+        catch_up()
+        cuts = pieces(state, verb, arguments)
+        for index, piece in enumerate(cuts, 1):
+            yield Item(number, ticket, verb, piece, is_more, index == len(cuts))
             is_more = True
         is_more = False
+
+
+def _operation(given: Any) -> tuple[str, dict[str, Any]]:
+    """Verb and arguments; of what is neither, a verb that does not exist."""
+    match given:
+        case [str(verb), dict(arguments)]:
+            return verb, arguments
+    return "", {}
 
 
 class Run:
@@ -48,10 +60,13 @@ class Run:
 
     __slots__ = ("_items", "_kept", "_ran")
 
-    def __init__(self, state: State, kept: Kept, operations: list[Any]) -> None:
+    def __init__(
+        self, state: State, kept: Kept, operations: list[Any], catch_up: Callable[[], None] = lambda: None
+    ) -> None:
+        """`catch_up` works off what is due before a long operation is cut, so that the cuts stay what they are."""
         self._kept = kept
         self._ran: dict[int, Reply] = {}  # answers by number of the operation
-        self._items = _items(state, kept, operations)
+        self._items = _items(state, kept, operations, catch_up)
 
     def __iter__(self) -> Iterator[Item]:
         return self._items
@@ -60,10 +75,9 @@ class Run:
         """Note the answer of an item."""
         kept = self._kept.replies
         if item.is_more:
-            reply = _joined(self._ran.get(item.number, kept[-1]), reply)
-            kept.pop()
+            reply = _joined([VALUE, *kept.pop()[1:]], reply)
         self._ran[item.number] = reply
-        kept.append(to_keep(item.verb, reply))
+        kept.append(to_keep(item.verb, reply) if item.is_last else [PARTLY, *reply[1:]])
 
     @property
     def ran(self) -> dict[int, Reply]:
@@ -76,36 +90,17 @@ def again(
 ) -> list[Reply]:
     """The answers of a batch that comes again; `run` runs what changes nothing, or nothing any more."""
     answers = []
-    for number, (verb, arguments) in enumerate(operations):
+    for number, (verb, arguments) in enumerate(map(_operation, operations)):
         reply = kept.replies[number] if number < len(kept.replies) else AGAIN
         if reply and verb == "dequeue" and reply[0] == VALUE:
             claimed = claimed_again(state, session, reply[1])
             reply = [VALUE, claimed] if claimed or not reply[1] else AGAIN  # withdrawn meanwhile
         if not reply:
             ticket = kept.first_ticket + number
-            reply = run(Item(number, ticket, verb, arguments, False))
+            reply = run(Item(number, ticket, verb, arguments))
             session.line.note(ticket, to_keep(verb, reply))
         answers.append(reply)
     return answers
-
-
-def claimed_again(state: State, session: Session, keys: list[AttemptKey]) -> list[tuple[Any, Any, bool]]:
-    """What a dequeue answered, as it is now; without what the session holds no longer."""
-    claimed = []
-    for key in keys:
-        if key in session.claims or key in session.held:
-            entry = state.entries[key[0]]
-            claimed.append((entry.rollout, entry.attempts[-1], entry.suspect))
-    return claimed
-
-
-def taken_over(state: State, session: Session, ticket: int | None) -> list[tuple[Any, Any, bool]]:
-    """The claims that a parked dequeue was handed whose caller asks again, in a new operation that names its ticket.
-
-    Empty if it was handed nothing, or holds nothing of that any more: then this is a dequeue like any other.
-    """
-    keys = session.line.handed.pop(ticket, None) if ticket is not None else None
-    return claimed_again(state, session, keys) if keys else []
 
 
 def to_keep(verb: str, reply: Reply) -> Reply:

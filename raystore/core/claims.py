@@ -10,8 +10,11 @@ Not here: who waits for work (`waiters`), when acknowledgements are sent (`sessi
 from __future__ import annotations
 
 from raystore.core import attempts, workers
+from raystore.core.records import Attempt, Rollout
 from raystore.core.rollouts import move, unqueue
 from raystore.core.state import AttemptKey, Entry, Session, State, Step
+
+Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
 
 LOST_CLAIMS_KEPT = 1_000  #: of a session, so that a late acknowledgement can be told what became of its claim
 
@@ -136,6 +139,25 @@ def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, wh
         if worker is not None and worker.current_attempt_id == key[1]:
             workers.came_away_empty(state, step, attempt.worker_id)
     return True
+
+
+def claimed_again(state: State, session: Session, keys: list[AttemptKey]) -> list[Claimed]:
+    """What a dequeue answered, as it is now; without what the session holds no longer."""
+    claimed = []
+    for key in keys:
+        if key in session.claims or key in session.held:
+            entry = state.entries[key[0]]
+            claimed.append((entry.rollout, entry.attempts[-1], entry.suspect))
+    return claimed
+
+
+def taken_over(state: State, session: Session, ticket: int) -> list[Claimed]:
+    """The claims that a parked dequeue was handed whose caller asks again, in a new operation that names its ticket.
+
+    Empty if it was handed nothing, or holds nothing of that any more: then this is a dequeue like any other.
+    """
+    keys = session.line.handed.pop(ticket, None)
+    return claimed_again(state, session, keys) if keys else []
 
 
 def open_session(state: State, step: Step, session_id: str, *, eternal: bool = False) -> Session:

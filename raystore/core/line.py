@@ -7,11 +7,12 @@ Not here: running batches (`batches`), holding what came early (`inbox`).
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 # What an answer to one operation is.
 VALUE, ERROR, PARKED, NOTICE = range(4)
+PARTLY = -1  #: kept of a long operation of which a part has run; never sent
 
 Reply = list[Any]
 AGAIN: Reply = []  #: kept for what is to be run again if it is asked again
@@ -28,27 +29,36 @@ class Kept(NamedTuple):
 class Line:
     """The batches of one session."""
 
-    __slots__ = ("answered", "expected", "handed", "kept")
+    __slots__ = ("ahead", "answered", "expected", "handed", "kept")
 
     def __init__(self) -> None:
         self.expected = 1
-        self.answered = 0  # the client has all answers up to here
+        self.answered = 0  # the client has all answers up to here ...
+        self.ahead: set[int] = set()  # ... and these
         self.kept: dict[int, Kept] = {}
         self.handed: dict[int, list[tuple[str, str]]] = {}  # by ticket: claims that parked calls were handed
 
-    def heard(self, answered: int) -> None:
-        """The client has all answers up to a batch."""
+    def heard(self, answered: int, ahead: Iterable[int]) -> None:
+        """The client has all answers up to a batch, and those of some later ones."""
         for sequence in [number for number in self.kept if number <= answered]:
             del self.kept[sequence]
         self.answered = max(self.answered, answered)
-        self.expected = max(self.expected, answered + 1)  # what changed nothing may have left no trace
+        self.ahead = {number for number in self.ahead.union(ahead) if number > self.answered}
+        self._expect(max(self.expected, answered + 1))
+
+    def _expect(self, sequence: int) -> None:
+        """What changed nothing may have left no trace, and does not come again once the client has its answer."""
+        while sequence in self.ahead:
+            sequence += 1
+        self.expected = sequence
 
     def find(self, sequence: int, first_ticket: int) -> Kept | None:
         """What is kept of a batch that came before; None if the client has its answer.
 
         A batch of which nothing is kept, and which nobody answered, changed nothing.
         """
-        return None if sequence <= self.answered else self.kept.get(sequence, Kept(first_ticket, []))
+        is_answered = sequence <= self.answered or sequence in self.ahead
+        return None if is_answered else self.kept.get(sequence, Kept(first_ticket, []))
 
     def begin(self, sequence: int, first_ticket: int) -> Kept:
         """A batch starts, or goes on after it was cut short."""
@@ -57,7 +67,7 @@ class Line:
 
     def end(self, sequence: int) -> None:
         """A batch has run to its end."""
-        self.expected = sequence + 1
+        self._expect(sequence + 1)
 
     def hand(self, ticket: int, keys: list[tuple[str, str]], open_claims: Container[tuple[str, str]]) -> None:
         """A parked call was handed claims: its answer is known now."""

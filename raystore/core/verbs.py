@@ -51,9 +51,21 @@ def _enqueue(
 
 
 def _dequeue(
-    state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None
-) -> list[tuple[Rollout, Attempt, bool]]:
+    state: State,
+    step: Step,
+    *,
+    queues: list[str],
+    limit: int,
+    worker_id: str | None,
+    timeout: float = 0.0,
+    of: int | None = None,
+) -> list[claims.Claimed] | None:
+    """What is claimed; None if there is nothing and the caller waits. `of` asks for what a parked call was handed."""
+    if of is not None and step.session is not None and (handed := claims.taken_over(state, step.session, of)):
+        return handed
     claimed = claims.claim(state, step, queues=queues, limit=limit, worker_id=worker_id)
+    if not claimed and timeout > 0 and limit > 0:
+        return None
     return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
 
 
@@ -263,8 +275,10 @@ def take(state: State, step: Step, *, consumer: str, count: int, must: bool) -> 
     return [_with_attempt(state.entries[rollout_id]) for rollout_id in rollout_ids], batch
 
 
-def _take(state: State, step: Step, *, consumer: str, count: int) -> tuple[list[Pair], int] | None:
-    return take(state, step, consumer=consumer, count=count, must=True)
+def _take(
+    state: State, step: Step, *, consumer: str, count: int, timeout: float = 0.0
+) -> tuple[list[Pair], int] | None:
+    return take(state, step, consumer=consumer, count=count, must=timeout <= 0)
 
 
 def _ack(state: State, step: Step, *, consumer: str, batch: int, at_step: int, note: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from raystore import wire
 from raystore.core import verbs
-from raystore.core.batches import Run, taken_over, to_keep
+from raystore.core.batches import Run, to_keep
 from raystore.core.line import AGAIN, ERROR, VALUE, Reply
 from raystore.core.records import Config
 from raystore.core.state import Session, Settings, State, Step
@@ -21,6 +21,7 @@ from raystore.errors import StoreError, to_record
 from raystore.journal import records
 from raystore.journal.records import Told
 
+WAITING = frozenset({"dequeue", "take"})  #: what changes something and may wait before it does
 NOTICES_KEPT = 1_000  #: of a session; which of them it has seen is not known, so the newest come again
 
 
@@ -72,9 +73,9 @@ class Replay:
 
     def _batch(self, told: Told, record: list[memoryview]) -> None:
         header, *operations = wire.split([bytes(part) for part in record[1:]], None)
-        _, _, session_id, sequence, answered, first_ticket, *_ = header
+        _, _, session_id, sequence, answered, ahead, first_ticket, *_ = header
         line = self._session(told).line
-        line.heard(answered)
+        line.heard(answered, ahead)
         count, begun = told.arguments
         kept = line.begin(sequence, first_ticket)
         kept.replies.extend([AGAIN] * (begun - len(kept.replies)))  # what left no record changed nothing
@@ -109,20 +110,10 @@ class Replay:
         if verb not in CHANGING:
             return AGAIN
         try:
-            if verb == "dequeue":
-                return self._dequeue(step, **arguments)
-            if verb == "take":
-                must = arguments.pop("timeout") <= 0
-                taken = verbs.take(self.state, step, must=must, **arguments)
-                return AGAIN if taken is None else [VALUE, taken]
-            return [VALUE, verbs.run(self.state, step, verb, arguments)]
+            value = verbs.run(self.state, step, verb, arguments)
         except StoreError as refusal:
             return [ERROR, *to_record(refusal)]
-
-    def _dequeue(self, step: Step, *, timeout: float, of: int | None = None, **arguments: Any) -> Reply:
-        assert step.session is not None
-        claimed = taken_over(self.state, step.session, of) or verbs.run(self.state, step, "dequeue", arguments)
-        return AGAIN if not claimed and timeout > 0 else [VALUE, claimed]  # it waited, once
+        return AGAIN if value is None and verb in WAITING else [VALUE, value]  # it waited, once
 
     def _forget_news(self) -> None:
         """Nobody waits while the past is repeated."""

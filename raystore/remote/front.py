@@ -44,11 +44,11 @@ class Front:
         (protocol, *header), *operations = wire.split(parts, refs)
         if protocol != PROTOCOL:
             return wire.pack_answer(service.epoch, wire.REFUSED, own_protocol())
-        _, session_id, sequence, answered, *more = header
+        _, session_id, sequence, answered, ahead, *more = header
         inbox = self._inboxes.get(session_id)
         if inbox is None:
             # A client whose first batch was never answered is new; its second may overtake its first.
-            if answered or session_id in service.state.sessions:
+            if answered or ahead or session_id in service.state.sessions:
                 return wire.pack_answer(service.epoch, wire.ENDED)
             inbox = self._inboxes[session_id] = Inbox(service, service.open_session(session_id))
             self._sweep()
@@ -56,7 +56,7 @@ class Front:
             return wire.pack_answer(service.epoch, wire.ENDED)
         service.heard(inbox.session)
         try:
-            answer = await inbox.exchange(sequence, answered, more, operations, parts)
+            answer = await inbox.exchange(sequence, (answered, ahead), more, operations, parts)
         except SessionEnded:
             return wire.pack_answer(service.epoch, wire.ENDED)
         if self._is_durable:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from raystore import wire
-from raystore.core.batches import Item, Run, again, claimed_again
+from raystore.core.batches import Item, Run, again
+from raystore.core.claims import claimed_again
 from raystore.core.line import VALUE, Kept, Reply
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
@@ -61,19 +62,26 @@ class Inbox:
     # -- batches -----------------------------------------------------------------------------------------------------
 
     async def exchange(
-        self, sequence: int, answered: int, header: list[Any], operations: list[Any], parts: Sequence[bytes]
+        self,
+        sequence: int,
+        answered: tuple[int, list[int]],
+        header: list[Any],
+        operations: list[Any],
+        parts: Sequence[bytes],
     ) -> wire.Answer:
         """Run one batch at its place in the order, once, and return its answers.
 
-        `header`: ticket of the first operation, claims that are acknowledged, tickets whose answers have come. `parts`:
-        the batch as it came, for a journal.
+        `answered`: up to where the client has all answers, and which later ones. `header`: ticket of the first
+        operation, claims that are acknowledged, tickets whose answers have come. `parts`: the batch as it came, for a
+        journal.
         """
         running = self._running.get(sequence)
         if running is not None:  # the same batch again, while the first is under way
             return await asyncio.shield(running)
         done = self._running[sequence] = asyncio.get_running_loop().create_future()
         try:
-            self.session.line.heard(answered)
+            self.session.line.heard(*answered)
+            self._take_turns()
             if sequence > self.session.line.expected:
                 turn = self._turns[sequence] = asyncio.get_running_loop().create_future()
                 await turn
@@ -105,14 +113,14 @@ class Inbox:
             return self._again(before, operations) if before else [], lost
         kept = line.begin(sequence, first_ticket)
         before = Kept(first_ticket, list(kept.replies))  # of a process that ran this store before
-        run = Run(self.service.state, kept, operations)
+        run = Run(self.service.state, kept, operations, self.service.catch_up)
         source = Source(self.session.session_id, sequence, first_ticket, parts, len(kept.replies))
         is_done = False
         while not is_done:
             until = time.perf_counter() + SLICE_SECONDS
             with self.service.slice(self.session, source) as perform:
                 for item in run:
-                    run.answer(item, self._operation(perform, item))
+                    run.answer(item, self._operation(perform, item, source))
                     if time.perf_counter() > until:
                         break
                 else:
@@ -120,14 +128,19 @@ class Inbox:
             if not is_done:
                 await asyncio.sleep(0)
         line.end(sequence)
-        turn = self._turns.pop(sequence + 1, None)
-        if turn is not None and not turn.done():
-            turn.set_result(None)
+        self._take_turns()
         if self._closing:
             self.service.end_session(self.session, why="closed")
         first = min(run.ran, default=len(operations))
         replies = [run.ran[number] for number in range(first, len(operations))]
         return self._again(before, operations[:first]) + replies if first else replies, lost
+
+    def _take_turns(self) -> None:
+        """Let the batch that is expected run if it is here, and let go of what came too late."""
+        for sequence in [number for number in self._turns if number <= self.session.line.expected]:
+            turn = self._turns.pop(sequence)
+            if not turn.done():
+                turn.set_result(None)
 
     def _again(self, kept: Kept, operations: list[Any]) -> list[Reply]:
         return again(self.service.state, self.session, kept, operations, self._once_more)
@@ -138,12 +151,14 @@ class Inbox:
         self.wake()
         return True  # whether its caller has it, the acknowledgement will tell
 
-    def _operation(self, perform: Perform, item: Item) -> Reply:
+    def _operation(self, perform: Perform, item: Item, source: Source | None = None) -> Reply:
         verb, arguments = item.verb, item.arguments
         try:
-            if verb == "more":
-                return [wire.VALUE, self._more(**arguments)]
-            if verb == "close_session":
+            if verb in ("more", "close_session"):  # not the service's, but of the batch
+                if source is not None:
+                    source.unwritten += 1
+                if verb == "more":
+                    return [wire.VALUE, self._more(**arguments)]
                 self._closing = True
                 return [wire.VALUE, None]
             if verb == "dequeue":

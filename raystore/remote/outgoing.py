@@ -82,9 +82,9 @@ class Batch:
         self.failing_since: float | None = None
         self.retries = 0
 
-    def parts(self, client: tuple[int, str], answered: int) -> list[bytes]:
-        """The batch as it travels."""
-        header = [*client, self.session_id, self.sequence, answered, *self.header]
+    def parts(self, client: tuple[int, str], answered: int, ahead: Iterable[int]) -> list[bytes]:
+        """The batch as it travels; up to where all answers have come, and which later ones."""
+        header = [*client, self.session_id, self.sequence, answered, list(ahead), *self.header]
         large = [payload for operation in self.operations for payload in operation.packed.large]
         return wire.join(header, [operation.packed.frame for operation in self.operations], large)
 

@@ -166,7 +166,7 @@ class Session:
         if not self.is_connected():
             return
         try:
-            parts = batch.parts(CLIENT, self._answered)
+            parts = batch.parts(CLIENT, self._answered, self._answered_ahead)
             more = {"refs": batch.refs} if batch.refs else {}
             reference = self.handle.exchange.remote(*parts, **more)
             reference.future().add_done_callback(lambda future: self._on_reply(batch, future))

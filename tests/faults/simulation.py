@@ -340,7 +340,7 @@ class Peer:
         received, self.received = self.received, []
         packed = [wire.pack_operation(*operation).frame for operation in operations]
         while True:
-            header = [PROTOCOL, "test", self.name, sequence, self.answered, first, claims, received]
+            header = [PROTOCOL, "test", self.name, sequence, self.answered, sorted(self.ahead), first, claims, received]
             calling = asyncio.ensure_future(self.world.call(wire.join(header, packed, [])))
             giving_up = asyncio.ensure_future(self.given_up.wait())
             await asyncio.wait({calling, giving_up}, return_when=asyncio.FIRST_COMPLETED)
@@ -362,6 +362,7 @@ class Peer:
         self.ahead.add(sequence)
         while self.answered + 1 in self.ahead:
             self.answered += 1
+            self.ahead.discard(self.answered)
         for number, (operation, reply) in enumerate(zip(operations, replies, strict=True)):
             self.take_answer(operation, first + number, reply)
         for ticket, reply in later:

@@ -54,7 +54,7 @@ def forget_answers(monkeypatch):
     """A batch that comes again runs again."""
 
     def again(state, session, kept, operations, run):
-        return [run(batches.Item(n, kept.first_ticket + n, *o, False)) for n, o in enumerate(operations)]
+        return [run(batches.Item(n, kept.first_ticket + n, *o)) for n, o in enumerate(operations)]
 
     monkeypatch.setattr("raystore.remote.inbox.again", again)
 

@@ -75,7 +75,7 @@ async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_d
 
     async def send():
         epoch = (await handle.describe.remote())["epoch"]
-        parts = wire.join([PROTOCOL, "test", "session", 1, 0, 1, [], []], packed, [])
+        parts = wire.join([PROTOCOL, "test", "session", 1, 0, [], 1, [], []], packed, [])
         answered, outcome, replies, *_ = wire.unpack_answer(await handle.exchange.remote(*parts))
         assert (answered, outcome) == (epoch, wire.DONE)
         return replies

@@ -116,7 +116,7 @@ async def test_sync_twin_works_inside_a_running_loop(make_ray_store):
 
 async def _exchange(store, session_id, sequence, first_ticket, *operations, client=CLIENT):
     packed = [wire.pack_operation(verb, arguments).frame for verb, arguments in operations]
-    parts = wire.join([*client, session_id, sequence, 0, first_ticket, [], []], packed, [])
+    parts = wire.join([*client, session_id, sequence, 0, [], first_ticket, [], []], packed, [])
     _, outcome, *rest = wire.unpack_answer(await store.actor.exchange.remote(*parts))
     return outcome, rest[0] if rest else None
 

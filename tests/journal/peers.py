@@ -1,0 +1,91 @@
+"""A store behind its protocol, without Ray: batches in and answers out, and another process on the same journal.
+
+The clients of these tests are written by hand, so that they may also send what no client of ours would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raystore import wire
+from raystore.clock import NoAlarm
+from raystore.codec import encode
+from raystore.config import StoreConfig, resolve
+from raystore.core.digest import parts
+from raystore.journal.opening import open_journal, read_run
+from raystore.remote.front import Front
+from raystore.service import PROTOCOL, Service
+
+CAPACITY = 2**33
+
+
+class Store:
+    """One process of a store; `follow` makes the next one, as after a SIGKILL."""
+
+    def __init__(self, path: Any, *, resume: str = "auto", **options: Any) -> None:
+        self.path, self.options = path, options
+        config = StoreConfig(**{"clock": "manual", "journal": str(path), "durability": "process", **options})
+        opened = open_journal(config, resolve(config, CAPACITY), name="s", resume=resume, now=1e9)
+        self.service = Service(config, capacity_bytes=CAPACITY, alarm=NoAlarm, name="s", opened=opened)
+        self.front = Front(self.service)
+
+    @property
+    def state(self) -> Any:
+        return self.service.state
+
+    def follow(self) -> Store:
+        """The process that goes on; this one has died."""
+        assert self.service.journal is not None and self.service.journal.recorder is not None
+        self.service.journal.recorder.log.close()
+        return Store(self.path, resume="must", **self.options)
+
+    def difference(self) -> list[Any]:
+        """The first thing in which a replay of the journal differs from the state."""
+        pairs = zip(parts(self.state), parts(read_run(self.path).state), strict=False)
+        return [pair for pair in pairs if pair[0] != pair[1]][:1]
+
+
+class Peer:
+    """One session."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ticket = 1
+        self.sequence = 0
+        self.sent: dict[int, Any] = {}
+
+    def batch(self, *operations: Any, answered: int | None = None, refs: dict[int, list[Any]] | None = None) -> int:
+        """Make the next batch; its number."""
+        self.sequence += 1
+        answered = self.sequence - 1 if answered is None else answered
+        self.sent[self.sequence] = (self.ticket, operations, answered, refs)
+        self.ticket += len(operations)
+        return self.sequence
+
+    def parts(self, sequence: int, *, answered: int | None = None, ahead: list[int] | None = None) -> Any:
+        """A batch as it travels."""
+        first, operations, was_answered, _ = self.sent[sequence]
+        answered = was_answered if answered is None else answered
+        header = [PROTOCOL, "test", self.name, sequence, answered, ahead or [], first, [], []]
+        return tuple(wire.join(header, [wire.pack(operation).frame for operation in operations], []))
+
+    async def send(self, store: Store, sequence: int, **how: Any) -> list[Any]:
+        """Send a batch, for the first time or again; the replies."""
+        answer = await store.front.exchange(self.parts(sequence, **how), self.sent[sequence][3])
+        _, outcome, replies, *_ = wire.unpack_answer(answer)
+        assert outcome == wire.DONE
+        return list(replies)
+
+    async def call(self, store: Store, verb: str, **arguments: Any) -> Any:
+        """One operation in a batch of its own."""
+        (reply,) = await self.send(store, self.batch([verb, arguments]))
+        return reply
+
+
+def request(value: Any = "x", **more: Any) -> dict[str, Any]:
+    """What enqueues one rollout."""
+    return {"input": encode(value, "input", 10**6), "metadata": None, **more}
+
+
+def enqueue(value: Any = "x", **more: Any) -> list[Any]:
+    return ["enqueue", {"requests": [request(value, **more)]}]

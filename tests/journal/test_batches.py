@@ -1,0 +1,121 @@
+"""What a batch does is what a replay of it does, whatever is in it; one that comes again runs nothing twice."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from raystore import wire
+from tests.journal.peers import Peer, Store, enqueue, request
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "journal"
+
+
+def inputs(store):
+    return [entry.rollout.input[2:].decode() for entry in store.state.entries.values()]
+
+
+@pytest.mark.parametrize("beside", [["more", {"token": "none"}], ["close_session", {}], ["statistics", {}]])
+async def test_writes_beside_anything_are_replayed(path, beside):
+    """Also behind operations that are none of the service's."""
+    store, peer = Store(path), Peer("p")
+    await peer.send(store, peer.batch(enqueue("a"), beside, enqueue("b"), beside))
+    await peer.send(store, peer.batch(beside, enqueue("c"))) if beside[0] != "close_session" else None
+    assert store.difference() == []
+    assert inputs(store.follow()) == inputs(store)
+
+
+@pytest.mark.parametrize("nonsense", [
+    ["dequeue", {"queues": ["default"]}],
+    ["dequeue", {"queues": ["default"], "limit": 1, "worker_id": None, "until": 3}],
+    ["take", {"consumer": "c"}],
+    ["take", {"consumer": "c", "count": 1, "timeout": 0.0, "more": 1}],
+    ["enqueue", "text"],
+    ["cancel_rollouts", {"rollout_ids": 3, "group_id": None, "tags": None, "x": 1}],
+    "nothing",
+    [1, {}],
+])  # fmt: skip
+async def test_nonsense_is_refused_and_does_not_break_the_replay(path, nonsense):
+    """What was refused is refused again, and what stood beside it is done."""
+    store, peer = Store(path), Peer("p")
+    replies = await peer.send(store, peer.batch(enqueue("a"), nonsense, enqueue("b")))
+    assert [reply[0] for reply in replies] == [wire.VALUE, wire.ERROR, wire.VALUE]
+    assert replies[1][1] == "InvalidValueError"
+    assert store.difference() == []
+    assert inputs(store.follow()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("operation", [
+    ["delete_rollouts", {"rollout_ids": ["r"]}],
+    ["cancel_rollouts", {"rollout_ids": None, "group_id": "g", "tags": None}],
+])  # fmt: skip
+async def test_a_long_operation_that_has_run_does_not_run_again(path, operation):
+    """A client repeats it after a restart; what others did since stands, and the answer is the one it had."""
+    store, peer, other = Store(path), Peer("p"), Peer("o")
+    await other.call(store, "enqueue", requests=[request(rollout_id="r", group_id="g")])
+    sequence = peer.batch(operation)
+    answer = await peer.send(store, sequence)
+    store = store.follow()
+    await other.call(store, "enqueue", requests=[request(rollout_id="r2", group_id="g")])
+    if operation[0] == "delete_rollouts":
+        await other.call(store, "enqueue", requests=[request(rollout_id="r", group_id="g")])
+    before = {i: entry.rollout.status for i, entry in store.state.entries.items()}
+    assert [reply[0] for reply in await peer.send(store, sequence)] == [wire.VALUE]
+    assert {i: entry.rollout.status for i, entry in store.state.entries.items()} == before
+    assert answer[0][0] == wire.VALUE
+    assert store.difference() == []
+
+
+async def test_a_long_operation_that_was_cut_short_goes_on(path, monkeypatch):
+    """The process died between two pieces: the rest runs, and the answer is of the whole."""
+    monkeypatch.setattr("raystore.remote.inbox.SLICE_SECONDS", -1.0)
+    store, peer = Store(path), Peer("p")
+    ids = [f"r{number}" for number in range(250)]
+    await peer.call(store, "enqueue", requests=[request(rollout_id=i, group_id="g") for i in ids])
+    sequence = peer.batch(["cancel_rollouts", {"rollout_ids": ids, "group_id": None, "tags": None}], enqueue("last"))
+    running = store.front.exchange(peer.parts(sequence), None)
+    running.send(None)  # the first piece
+    running.close()
+    assert sum(entry.rollout.status == "cancelled" for entry in store.state.entries.values()) == 100
+    store = store.follow()
+    cancelled, _ = await peer.send(store, sequence)
+    assert [pair[0][0] for pair in cancelled[1]] == ids
+    assert {entry.rollout.status for i, entry in store.state.entries.items() if i in ids} == {"cancelled"}
+    assert store.difference() == []
+
+
+async def test_what_is_due_is_worked_off_before_a_long_operation_is_cut(path):
+    """Retention takes rollouts of the group away in the same moment; a replay cuts as it was cut."""
+    store, peer = Store(path, retention=10), Peer("p")
+    done = [f"d{number}" for number in range(60)]
+    waiting = [f"w{number}" for number in range(90)]
+    await peer.call(store, "enqueue", requests=[request(rollout_id=i, group_id="g") for i in done + waiting])
+    await peer.call(store, "cancel_rollouts", rollout_ids=done, group_id=None, tags=None)
+    await peer.call(store, "release", rollout_ids=done)
+    store.service.clock.tick(20, sessions=False)
+    reply = await peer.call(store, "cancel_rollouts", rollout_ids=None, group_id="g", tags=None)
+    assert len(reply[1]) == 90
+    assert set(store.state.entries) == set(waiting)
+    assert store.difference() == []
+    assert len(store.follow().state.entries) == 90
+
+
+async def test_a_batch_does_not_wait_for_one_that_the_client_has(path):
+    """Of two batches under way the later one's answer came: it does not come again, and the next one runs."""
+    store, peer = Store(path), Peer("p")
+    first, second = peer.batch(enqueue("a")), peer.batch(["statistics", {}], answered=0)
+    await peer.send(store, first)
+    await peer.send(store, second)
+    store = store.follow()
+    third = peer.batch(enqueue("c"), answered=0)
+    waiting = asyncio.ensure_future(peer.send(store, third, answered=0))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    await peer.send(store, first, answered=0, ahead=[second])
+    assert (await asyncio.wait_for(waiting, 5))[0][0] == wire.VALUE
+    assert sorted(inputs(store)) == ["a", "c"]
+    assert store.difference() == []
