@@ -58,7 +58,7 @@ _NAMES = {
         StoreUnavailableError OutcomeUnknownError StoreClosedError StoreCorruptError StoreNotFoundError
         StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError AgentProcessError PoolStartError
         JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError
-        JournalFailedError FencedError SealedError BatchConflictError ReadOnlyError
+        JournalFailedError FencedError SealedError BatchConflictError ReadOnlyError AnswerGoneError
         Abort Drop
     """,
 }

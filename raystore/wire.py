@@ -54,7 +54,7 @@ class _Packing:
     def _extended(self, value: Any) -> Any:
         if isinstance(value, Record):
             return value.row()
-        if isinstance(value, Payload) and not value.refs:
+        if isinstance(value, Payload) and not value.refs and not self.is_answer:
             self._large.append(value.data)
             return msgpack.ExtType(_LARGE, b"")
         if isinstance(value, Payload):
@@ -62,6 +62,8 @@ class _Packing:
             self._refs.extend(value.refs)
             return msgpack.ExtType(_REFS, place)
         raise TypeError(f"{type(value).__name__} cannot travel: {value!r}")
+
+    is_answer = False  #: then a payload without references has lost them, which the frame says
 
     def pack(self, value: Any) -> Packed:
         """A frame and what stands beside it; of no use any more when it raises."""
@@ -77,12 +79,13 @@ _spare: list[_Packing] = []  # one costs as much to make as a small frame to pac
 _SPARE_BYTES = 2 * 1024 * 1024  # one that has grown beyond this is not kept
 
 
-def pack(value: Any) -> Packed:
+def pack(value: Any, *, is_answer: bool = False) -> Packed:
     """A frame and what stands beside it."""
     try:
         packing = _spare.pop()
     except IndexError:
         packing = _Packing()
+    packing.is_answer = is_answer
     packed = packing.pack(value)
     if len(packed.frame) <= _SPARE_BYTES:
         _spare.append(packing)
@@ -117,8 +120,7 @@ def unpack(frame: bytes | memoryview, refs: list[Any], large: Iterable[bytes] = 
 
 def pack_answer(*values: Any) -> Answer:
     """What an actor returns."""
-    frame, refs, large = pack(values)
-    assert not large, "an actor holds large payloads as bytes, which stand in the frame"
+    frame, refs, _ = pack(values, is_answer=True)
     return (frame, refs) if refs else frame
 
 

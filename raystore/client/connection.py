@@ -13,6 +13,7 @@ from raystore import convert
 from raystore.calls import Call
 from raystore.convert import Encoder
 from raystore.core.verbs import Many
+from raystore.errors import AnswerGoneError
 from raystore.transport import Transport
 from raystore.types import PaginatedResult
 
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 PART_ITEMS = 512  #: bulk calls are cut into parts of at most so many items ...
 PART_BYTES = 1024 * 1024  #: ... and so many bytes, so that one caller cannot hold up the others
+
+TRIES = 3  #: how often a long read that was interrupted is begun again
 
 _chain_ids = itertools.count(1)
 
@@ -42,16 +45,26 @@ class Connection:
         )
 
     async def _many(self, verb: str, arguments: dict[str, Any]) -> tuple[list[Any], Any]:
-        """All rows of an answer, and what comes with them; an actor sends a long one in parts."""
-        answer = await self._transport.call(verb, arguments)
-        if isinstance(answer, Many):
-            return answer.items, answer.total
-        items, beside, *more = answer
-        token = more[0] if more else None
-        while token is not None:
-            part, _, token = await self._transport.call("more", {"token": token})
-            items += part
-        return items, beside
+        """All rows of an answer, and what comes with them; an actor sends a long one in parts.
+
+        If the rest of it is gone (the store was restarted meanwhile) it is asked for again from the beginning.
+        """
+        for again in range(TRIES, -1, -1):
+            answer = await self._transport.call(verb, arguments)
+            if isinstance(answer, Many):
+                return answer.items, answer.total
+            items, beside, *more = answer
+            token = more[0] if more else None
+            try:
+                while token is not None:
+                    part, _, token = await self._transport.call("more", {"token": token})
+                    items += part
+            except AnswerGoneError:
+                if not again:
+                    raise
+            else:
+                return items, beside
+        raise AssertionError("the last try returns or raises")
 
     async def _parts(self, verb: str, parts: list[dict[str, Any]]) -> list[Any]:
         """Run the parts of a bulk call; their answers. A caller that is cancelled takes back what has not left."""

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from raystore.core.payload import OnDisk, size_of
+from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Span
 
 #: Bytes of process memory that one stored span takes beside its body and its texts (record, dictionary entry, keys),
@@ -192,7 +192,8 @@ class SpanTable:
         for (key, span), place in zip(held.spans.items(), held.places, strict=True):
             if isinstance(span.body, OnDisk):
                 continue
-            if not place or OnDisk.parts(place)[0] > self.written:
+            has_refs = isinstance(span.body, Payload) and span.body.refs  # which are not on disk
+            if not place or has_refs or OnDisk.parts(place)[0] > self.written:
                 stay += 1
                 continue
             body = size_of(span.body)

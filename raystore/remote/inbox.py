@@ -22,7 +22,7 @@ from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
 from raystore.core.state import Session
 from raystore.core.verbs import Many
-from raystore.errors import InvalidValueError, to_record
+from raystore.errors import AnswerGoneError, to_record
 from raystore.journal.recorder import Source
 from raystore.service import Service
 from raystore.shell import PARKED
@@ -52,10 +52,12 @@ class Inbox:
         self._outbox: dict[int, Reply] = {
             ticket: [VALUE, claimed_again(service.state, session, keys)] for ticket, keys in handed.items()
         }
-        self._notices = itertools.count(-1, -1)
+        # Of another process, the same numbers would stand for something else.
+        first = service.epoch << 32 if service.journal is not None else 0
+        self._notices = itertools.count(-1 - first, -1)
         self._listener: asyncio.Future[None] | None = None
         self._pages: dict[int, list[Any]] = {}
-        self._tokens = itertools.count(1)
+        self._tokens = itertools.count(1 + first)
         self._hints = itertools.count(1)
         self._closing = False
 
@@ -261,7 +263,7 @@ class Inbox:
     def _more(self, token: int) -> Many:
         rest = self._pages.pop(token, None)
         if rest is None:
-            raise InvalidValueError("token", token, "a long answer that was not read to its end yet")
+            raise AnswerGoneError(token)
         return Many(rest, len(rest))
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import ray
 
+import raystore as rs
 from raystore import wire
+from raystore.codec import decode, encode
+from raystore.core.payload import Payload
+from raystore.service import PROTOCOL
 from tests.journal.peers import Peer, Store, enqueue, request
 
 
@@ -119,3 +124,58 @@ async def test_a_batch_does_not_wait_for_one_that_the_client_has(path):
     assert (await asyncio.wait_for(waiting, 5))[0][0] == wire.VALUE
     assert sorted(inputs(store)) == ["a", "c"]
     assert store.difference() == []
+
+
+async def test_a_long_read_never_goes_on_with_another_one(path, monkeypatch):
+    """After a restart what was left of it is gone, which is said; the client begins again."""
+    monkeypatch.setattr("raystore.remote.inbox.PAGE_BYTES", 300)
+    store, peer = Store(path), Peer("p")
+    await peer.call(store, "enqueue", requests=[request(rollout_id=f"r{n}") for n in range(4)])
+    every = dict.fromkeys(["status_in", "rollout_id_in", "rollout_id_contains", "sort_by"]) | {
+        "filter_logic": "and", "must": {}, "sort_order": "asc", "limit": -1, "offset": 0,
+    }  # fmt: skip
+    (_, (first, total, token)) = await peer.call(store, "query_rollouts", **every)
+    assert (len(first), total) == (1, 4)
+    store = store.follow()
+    (_, (_, _, other)) = await peer.call(store, "query_rollouts", **every)
+    assert other != token
+    reply = await peer.call(store, "more", token=token)
+    assert reply[:2] == [wire.ERROR, "AnswerGoneError"]
+    assert (await peer.call(store, "more", token=other))[0] == wire.VALUE
+
+
+async def test_notices_of_another_process_are_others(path):
+    """An acknowledgement of one that came before the restart does not hide one that comes after it."""
+    store, peer = Store(path), Peer("p")
+    numbers = []
+    for _ in range(2):
+        await peer.send(store, peer.batch(enqueue("x")))
+        _, claimed = await peer.call(store, "dequeue", queues=["default"], limit=1, worker_id=None, timeout=0.0)
+        rollout_id = claimed[0][0][0]
+        sequence = peer.batch(["cancel_rollouts", {"rollout_ids": [rollout_id], "group_id": None, "tags": None}])
+        answer = await store.front.exchange(peer.parts(sequence), None)
+        _, _, _, later, *_ = wire.unpack_answer(answer)
+        numbers += [number for number, reply in later if reply[0] == wire.NOTICE]
+        store = store.follow()
+    assert len(set(numbers)) == len(numbers) >= 2
+
+
+async def test_a_payload_whose_references_are_gone_says_so(path):
+    """A journal keeps no objects: the rollout is handed out, and reading its value raises by name."""
+    lost = Payload(b"\x02pickled", ("an object reference",))
+    store, peer = Store(path), Peer("p")
+    packed = wire.pack(("enqueue", {"requests": [{"input": lost, "metadata": None}]}))
+    header = [PROTOCOL, "test", "p", 1, 0, [], 1, [], []]
+    await store.front.exchange(tuple(wire.join(header, [packed.frame], [])), {0: packed.refs})
+    peer.sequence, peer.ticket = 1, 2
+    store = store.follow()
+    _, claimed = await peer.call(store, "dequeue", queues=["default"], limit=1, worker_id=None, timeout=0.0)
+    ((rollout, _, _),) = claimed
+    assert (rollout[1].data, rollout[1].refs) == (lost.data, ())
+
+
+def test_reading_lost_references_raises_by_name():
+    """Not an IndexError of a pickle."""
+    whole = encode([ray.ObjectRef.nil()], "x", 1000)
+    with pytest.raises(rs.PayloadLostError, match="journal"):
+        decode(Payload(whole.data, ()))

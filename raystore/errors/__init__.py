@@ -3,16 +3,24 @@
 Each error carries facts positionally, so that it survives pickling and the trip through an actor (which sends
 the class name and `args`), and has a builtin as second base, so that an `except ValueError` written for the
 reference goes on working. Messages use the reference's words where it has some.
-Not here: pydantic's `ValidationError`, which a malformed value raises in the caller's process.
+Not here: errors of a journal (`journal`), and pydantic's `ValidationError`, which a malformed value raises in the
+caller's process.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-
-class StoreError(Exception):
-    """The root of raystore's errors."""
+from raystore.errors.base import StoreError as StoreError
+from raystore.errors.journal import FencedError as FencedError
+from raystore.errors.journal import JournalDamagedError as JournalDamagedError
+from raystore.errors.journal import JournalError as JournalError
+from raystore.errors.journal import JournalFailedError as JournalFailedError
+from raystore.errors.journal import JournalFormatError as JournalFormatError
+from raystore.errors.journal import JournalFullError as JournalFullError
+from raystore.errors.journal import JournalInUseError as JournalInUseError
+from raystore.errors.journal import JournalMissingError as JournalMissingError
+from raystore.errors.journal import ReadOnlyError as ReadOnlyError
 
 
 class InvalidValueError(StoreError, ValueError):
@@ -161,6 +169,16 @@ class SpansEvictedError(StoreError, RuntimeError):
         return f"Spans for rollout {self.args[0]} have been evicted"
 
 
+class AnswerGoneError(StoreError, LookupError):
+    """The rest of a long answer is gone: the store was restarted, or has had too many others to keep it."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__(token)
+
+    def __str__(self) -> str:
+        return f"The rest of a long answer ({self.args[0]}) is gone; ask again"
+
+
 class PayloadLostError(StoreError, LookupError):
     """The value behind a record is gone: its owner died, or a newer version replaced it."""
 
@@ -222,114 +240,6 @@ class StoreCorruptError(StoreError, RuntimeError):
         return (
             f"The store failed inside {verb} and takes no more writes, since its state can no longer be trusted. "
             f"This is a bug in raystore; please report it with the following.\n{story}\n{trace}"
-        )
-
-
-class JournalError(StoreError):
-    """The root of what may be wrong with a journal."""
-
-
-class JournalDamagedError(JournalError, ValueError):
-    """A journal cannot be read where it was once written; nothing of it was changed."""
-
-    def __init__(self, where: str, offset: int, why: str) -> None:
-        super().__init__(where, offset, why)
-
-    def __str__(self) -> str:
-        where, offset, why = self.args
-        return (
-            f"The journal is damaged in {where} at byte {offset}: {why}. The store does not start, since what follows "
-            "would be built on a gap. Restore the file from a copy, or start in another directory."
-        )
-
-
-class JournalFormatError(JournalError, ValueError):
-    """A journal was written by a newer raystore."""
-
-    def __init__(self, where: str, theirs: int, ours: int) -> None:
-        super().__init__(where, theirs, ours)
-
-    def __str__(self) -> str:
-        where, theirs, ours = self.args
-        return (
-            f"{where} is of journal format {theirs}, and this raystore reads up to format {ours}: install a newer one."
-        )
-
-
-class JournalMissingError(JournalError, LookupError):
-    """A journal that should be there is not."""
-
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(path, why)
-
-    def __str__(self) -> str:
-        path, why = self.args
-        return (
-            f"There is no journal in {path}: {why}. The store does not start empty in its place; mount the directory "
-            "that the run was written to, or start a new run with resume='never' in an empty one."
-        )
-
-
-class JournalInUseError(JournalError, ValueError):
-    """A journal belongs to another run, or to a store that is running."""
-
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(path, why)
-
-    def __str__(self) -> str:
-        path, why = self.args
-        return f"The journal in {path} is not to be used like this: {why}."
-
-
-class JournalFullError(JournalError, OSError):
-    """The disk of the journal is full: nothing was changed, and reads go on. Changes are taken again once it is not."""
-
-    def __init__(self, path: str, retry_after_seconds: float) -> None:
-        super().__init__(path, retry_after_seconds)
-        self.retry_after_seconds = retry_after_seconds
-
-    def __str__(self) -> str:
-        path, retry_after = self.args
-        return (
-            f"The disk of the journal in {path} is full, so the store takes no changes; nothing was changed. Free some "
-            f"space: the store goes on by itself. Try again in {retry_after:g} s."
-        )
-
-
-class JournalFailedError(JournalError, OSError):
-    """The disk of the journal failed: what was not acknowledged may be lost, and nothing more is acknowledged."""
-
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(path, why)
-
-    def __str__(self) -> str:
-        path, why = self.args
-        return f"The journal in {path} could not be written ({why}), so the store has ended; start it again to go on."
-
-
-class ReadOnlyError(StoreError, RuntimeError):
-    """A run that was recovered for reading takes no changes."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-
-    def __str__(self) -> str:
-        return (
-            f"The run in {self.args[0]} was opened for reading. To go on with it, start a store there: "
-            "rs.start(name, journal=...) or rs.InMemoryLightningStore(journal=...)."
-        )
-
-
-class FencedError(JournalError, RuntimeError):
-    """Another process writes this journal now."""
-
-    def __init__(self, path: str, epoch: int) -> None:
-        super().__init__(path, epoch)
-
-    def __str__(self) -> str:
-        path, epoch = self.args
-        return (
-            f"The journal in {path} has a newer writer than epoch {epoch}, so this store has ended. Use the newer one."
         )
 
 
