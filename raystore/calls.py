@@ -43,6 +43,10 @@ class Call:
             self.loop = asyncio.get_running_loop()
             self._future = self.loop.create_future()
 
+    def hold(self, answer: Any) -> None:
+        """Note the answer, which the caller is not to have yet."""
+        self._answer = answer
+
     def put(self, answer: Any, error: Exception | None) -> None:
         """Set the answer, without waking the caller of an event loop yet."""
         self._answer = answer

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from raystore import shell
-from raystore.core import consumers
+from raystore.core import consumers, verbs
 from raystore.waiters import Waiter
 
 if TYPE_CHECKING:
@@ -25,6 +25,30 @@ class Offers:
         """Give a call its answer; whether its caller is there."""
         self._service.waiters.remove(waiter)
         return waiter.deliver(waiter.ticket, value)
+
+    def give_finished(self) -> None:
+        """Rollouts have finished, or came back to a consumer: let those have them who wait for that."""
+        state, waiters = self._service.state, self._service.waiters
+        finished, state.finished = state.finished, []
+        for rollout_id in finished:
+            for waiter in waiters.finished(rollout_id):
+                self.answer_wait(waiter)
+        news, state.came_back = None if state.came_back else len(finished), False
+        for waiter in waiters.reading("take"):
+            self.offer_batch(waiter, news)
+        for waiter in waiters.reading("completed"):
+            items, cursor = verbs.completed_after(state, **waiter.arguments)
+            waiter.arguments["cursor"] = cursor
+            if items:
+                self.answer(waiter, (items, cursor))
+
+    def give_changes(self) -> None:
+        """Let those have what changed who wait for changes."""
+        for waiter in self._service.waiters.reading("changes"):
+            changes, cursor = verbs.changes_after(self._service.state, **waiter.arguments)
+            waiter.arguments["cursor"] = cursor
+            if changes:
+                self.answer(waiter, (changes, cursor))
 
     def answer_wait(self, waiter: Waiter) -> None:
         """All that a call waited for has finished."""

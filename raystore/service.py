@@ -8,6 +8,7 @@ Not here: decisions (`core`), batches and their order (`inbox`), encoding (`wire
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -18,8 +19,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from raystore import reports, shell
 from raystore.clock import Alarm, Clock, ManualClock
@@ -55,8 +55,9 @@ class Service:
         alarm: Callable[[Callable[[], None]], Alarm],
         name: str | None = None,
         opened: Opened | None = None,
-        on_failure: Callable[[StoreError], None] = lambda error: None,
+        on_failure: Callable[[StoreError], None] | None = None,
     ) -> None:
+        """`on_failure` ends the process, for which another one goes on; without it callers are told."""
         self.config = config
         self.name = name
         self.capacity_bytes = capacity_bytes
@@ -88,7 +89,7 @@ class Service:
         self._armed_for: tuple[Any, ...] = ()
         self._failed: StoreError | None = None
         if self._recorder is not None:
-            self._recorder.log.on_failure = self._journal_failed
+            self._recorder.log.watch(self._journal_failed)
         elif opened is not None:
             self._failed = ReadOnlyError(str(opened.directory.path))
         self._closed = False
@@ -111,7 +112,7 @@ class Service:
             finally:
                 self._end()
 
-    @contextmanager
+    @contextlib.contextmanager
     def slice(
         self, session: Session, source: Source | None = None
     ) -> Iterator[Callable[[int, str, dict[str, Any], Deliver], Any]]:
@@ -133,6 +134,8 @@ class Service:
         self._arm()
 
     def _begin(self, session: Session, source: Source | None) -> Step:
+        if self._closed:
+            raise StoreClosedError(self.name or self.store_id)
         while self._deferred:
             self._deferred.popleft()()
         if self._recorder is not None:
@@ -144,8 +147,6 @@ class Service:
 
     def _perform(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
         self.operations += 1
-        if self._closed:
-            raise StoreClosedError(self.name or self.store_id)
         if self._failed is not None and verb in CHANGING:
             raise again(self._failed)
         state = self.state
@@ -201,7 +202,10 @@ class Service:
     def do(self, kind: str, step: Step, *arguments: Any) -> Any:
         """A change that is no operation of a caller."""
         minted, drained = step.minted, self.state.drained
-        done = STEPS[kind](self.state, step, *arguments)
+        try:
+            done = STEPS[kind](self.state, step, *arguments)
+        except Exception:
+            self._fail(kind, {})
         is_change = done or kind != "hand_over" or self.state.drained != drained
         if self._recorder is not None and is_change:
             self._recorder.change(kind, step, minted, arguments)
@@ -219,21 +223,35 @@ class Service:
         self._advance(self.step())
         self._settle()
 
-    def _fail(self, verb: str, arguments: dict[str, Any], *, is_item: bool = False) -> None:
+    def _fail(self, verb: str, arguments: dict[str, Any], *, is_item: bool = False) -> NoReturn:
+        """The state can no longer be trusted: take no more changes, and let whoever waits know."""
         rollout_id = arguments.get("rollout_id")
         story = check.story(self.state, rollout_id) if isinstance(rollout_id, str) else []
         failed = StoreCorruptError(verb, "\n".join(story), traceback.format_exc())
         logger.critical("%s", failed)
         self._failed = failed
-        if self._recorder is not None:
-            if is_item:
-                self._recorder.failed(failed)
-            self._recorder.log.then(self._recorder.log.last, lambda error: self.on_failure(error or failed))
+        if self._recorder is not None and is_item:
+            self._recorder.failed(failed)
+        if self._recorder is None or self.on_failure is None:
+            self._refuse_waiters(failed)
+        else:
+            end = self.on_failure  # once it is known what is not to be run again
+            if not self._recorder.log.then(self._recorder.log.last, lambda error: end(error or failed)):
+                end(failed)
         raise failed
+
+    def _refuse_waiters(self, error: StoreError) -> None:
+        for waiter in self.waiters.drain():
+            self._offers.answer(waiter, again(error))
 
     def with_bodies(self, items: list[Any]) -> list[Any]:
         """Spans with those bodies that are on disk only; other records as they are."""
         return items if self._bodies is None else self._bodies.load(items)
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether nothing ever changes here, so that there is nothing to wait for."""
+        return isinstance(self._failed, ReadOnlyError)
 
     @property
     def is_disk_full(self) -> bool:
@@ -258,8 +276,11 @@ class Service:
 
     def _journal_failed(self, error: StoreError) -> None:
         """On the writer's thread."""
-        self._failed = error
-        self.on_failure(error)
+        if self.on_failure is not None:
+            self.on_failure(error)
+        with self._lock:
+            self._failed = error
+            self._refuse_waiters(error)
 
     # -- after a step ------------------------------------------------------------------------------------------------
 
@@ -283,29 +304,14 @@ class Service:
             for waiter in self.waiters.expired(self.clock.now()):
                 self._offers.answer_expired(waiter)
             if state.finished or state.came_back:
-                finished, state.finished = state.finished, []
-                for rollout_id in finished:
-                    for waiter in self.waiters.finished(rollout_id):
-                        self._offers.answer_wait(waiter)
-                news, state.came_back = None if state.came_back else len(finished), False
-                for waiter in self.waiters.reading("take"):
-                    self._offers.offer_batch(waiter, news)
-                for waiter in self.waiters.reading("completed"):
-                    items, cursor = verbs.completed_after(state, **waiter.arguments)
-                    waiter.arguments["cursor"] = cursor
-                    if items:
-                        self._offers.answer(waiter, (items, cursor))
+                self._offers.give_finished()
             elif state.queues_touched:
                 touched, state.queues_touched = state.queues_touched, set()
                 for waiter in self.waiters.wanting(touched):
                     self._offers.offer(waiter)
             else:
                 break
-        for waiter in self.waiters.reading("changes"):
-            changes, cursor = verbs.changes_after(state, **waiter.arguments)
-            waiter.arguments["cursor"] = cursor
-            if changes:
-                self._offers.answer(waiter, (changes, cursor))
+        self._offers.give_changes()
         noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
             self.on_notice(session_id)
@@ -362,12 +368,10 @@ class Service:
             self._armed_for = ()  # it has rung
             if self._closed or self._failed is not None:
                 return
-            try:
+            with contextlib.suppress(StoreCorruptError):  # which has been said
                 self._advance(self.step())
-            except Exception:
-                self._fail("advance", {})
-            self._probe()
-            self._settle()
+                self._probe()
+                self._settle()
             self._arm()
 
     # -- sessions ----------------------------------------------------------------------------------------------------
@@ -393,6 +397,8 @@ class Service:
     def acknowledge(self, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
         """The callers of a session have these claims; returns those that are lost."""
         with self._lock:
+            if self._closed:
+                raise StoreClosedError(self.name or self.store_id)
             lost: list[AttemptKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
             if lost or self.state.has_news or self.waiters.wants_changes:
                 self._settle()

@@ -70,7 +70,7 @@ def _take(service: Service, asked: Asked, *, consumer: str, count: int, timeout:
 
 def _wait(service: Service, asked: Asked, *, rollout_ids: list[str], timeout: float | None) -> Any:
     missing = unfinished(service.state, rollout_ids)
-    if not missing or (timeout is not None and timeout <= 0):
+    if not missing or service.stands_still or (timeout is not None and timeout <= 0):
         return finished(service.state, rollout_ids)
     return _park(service, asked, "wait", {"rollout_ids": rollout_ids}, timeout, missing)
 
@@ -86,7 +86,7 @@ def _completed(
     service: Service, asked: Asked, *, cursor: int | None, limit: int, timeout: float, filters: dict[str, Any]
 ) -> Any:
     items, cursor = verbs.completed_after(service.state, cursor, limit, filters)
-    if items or timeout <= 0:
+    if items or service.stands_still or timeout <= 0:
         return items, cursor
     return _park(service, asked, "completed", {"cursor": cursor, "limit": limit, "filters": filters}, timeout)
 
@@ -95,7 +95,7 @@ def _changes(
     service: Service, asked: Asked, *, cursor: int | None, kinds: list[str] | None, limit: int, timeout: float
 ) -> Any:
     items, cursor = verbs.changes_after(service.state, cursor, kinds, limit)
-    if items or timeout <= 0:
+    if items or service.stands_still or timeout <= 0:
         return items, cursor
     return _park(service, asked, "changes", {"cursor": cursor, "kinds": kinds, "limit": limit}, timeout)
 

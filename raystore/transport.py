@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from raystore.calls import Call
 from raystore.core.state import Session
 from raystore.core.verbs import Many
-from raystore.errors import StoreClosedError, StoreError
+from raystore.errors import JournalError, StoreClosedError, StoreCorruptError, StoreError
 from raystore.notices import Handler, Notices
 from raystore.service import Service
 from raystore.shell import PARKED
@@ -81,86 +81,68 @@ class LocalTransport:
         call = Call(verb, next(self._tickets))
 
         def deliver(ticket: int, value: Any) -> bool:
-            def give(lost: StoreError | None) -> None:
-                call.put(value, lost)
-                _wake(call)
-
             if call.loop is not None and call.loop.is_closed():
                 return False
-            if self.service.when_safe(give):
-                return True
-            call.put(value, None)
-            return _wake(call)
+            if isinstance(value, StoreError):
+                call.put(None, value)
+                return _wake(call)
+            return self._give(call, value, None)
 
         try:
             answer = self.service.call(self._session, call.ticket, verb, arguments, deliver)
         except Exception as error:  # the answer of this call, raised where it is awaited
-            self._give(call, None, error)
+            self._give(call, None, error, is_own=True)
             return call
         if answer is PARKED:
             call.parked = True
             return call
-        if verb == "dequeue" and answer:  # nothing can come between a caller and an answer at once
-            self.service.acknowledge(self._session, claimed_keys(answer))
-        self._give(call, answer, None)
+        self._give(call, answer, None, is_own=True)
         return call
 
-    def _give(self, call: Call, answer: Any, error: Exception | None) -> None:
-        """Give a call of this thread its answer, once what it says is safe."""
+    def _give(self, call: Call, answer: Any, error: Exception | None, *, is_own: bool = False) -> bool:
+        """Give a call its answer once what it says is safe; whether its caller is there. `is_own`: of this thread."""
 
         def give(lost: StoreError | None) -> None:
             call.put(answer, lost or error)
             _wake(call)
 
-        if not self.service.when_safe(give):
-            call.put(answer, error)
+        call.hold(answer)
+        if self.service.when_safe(give):
+            return True
+        call.put(answer, error)
+        if is_own:
             call.wake()
-
-    async def _safe(self) -> None:
-        """Wait until what has happened so far is safe."""
-        call = Call("safe")
-
-        def wake(lost: StoreError | None) -> None:
-            call.put(None, lost)
-            _wake(call)
-
-        if self.service.when_safe(wake):
-            await call
+        return is_own or _wake(call)
 
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
-        if arguments.get("timeout", 0) == 0:  # answered at once: no future, no wake-up
-            try:
-                answer = self.service.call(self._session, 0, verb, arguments, _nobody)
-                if verb == "dequeue" and answer:
-                    self.service.acknowledge(self._session, claimed_keys(answer))
-                elif isinstance(answer, Many):
-                    answer.items = self.service.with_bodies(answer.items)
-            finally:
-                if self.service.journal is not None:
-                    await self._safe()
+        if self.service.journal is None and arguments.get("timeout", 0) == 0:  # answered at once: no future, no wake-up
+            answer = self.service.call(self._session, 0, verb, arguments, _nobody)
+            if verb == "dequeue" and answer:  # nothing can come between
+                self.service.acknowledge(self._session, claimed_keys(answer))
             return answer
         while True:
             call = self.post(verb, arguments)
             try:
                 answer = await call
             except GeneratorExit:  # collected, in the middle of whatever this thread does: not now
-                if call.parked:
-                    self.service.defer(functools.partial(self.abandon, call))
+                self.service.defer(functools.partial(self.abandon, call))
                 raise
             except BaseException:
-                if call.parked:
-                    self.abandon(call)
+                self.abandon(call)
                 raise
-            claimed = claimed_keys(answer) if call.parked and verb == "dequeue" else []
+            if isinstance(answer, Many):
+                answer.items = self.service.with_bodies(answer.items)
+            claimed = claimed_keys(answer) if verb == "dequeue" else []
             if not claimed or not self.service.acknowledge(self._session, claimed):
                 return answer
             # The loop was blocked for so long that the work went to somebody else: try again.
 
     def abandon(self, call: Call) -> None:
         """The caller has gone: it waits no longer, and what it was handed goes back."""
-        if not call.parked:
+        if not call.parked and call.verb != "dequeue":
             return
-        with contextlib.suppress(StoreClosedError):  # a closed store has taken everything back already
+        # A store that is closed, or has failed, gives out nothing and has nothing to take back.
+        with contextlib.suppress(StoreClosedError, StoreCorruptError, JournalError):
             self.service.call(self._session, 0, "cancel_wait", {"of": call.ticket}, _nobody)
             if call.verb == "dequeue":
                 for rollout_id, attempt_id in claimed_keys(call.answer):

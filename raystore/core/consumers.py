@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from raystore.core.lifecycle import FINISHED
-from raystore.core.rollouts import enter_eviction, release
+from raystore.core.rollouts import enter_eviction, enter_retention, release
 from raystore.core.state import NOBODY, Consumer, Entry, State, Step, Taken
 from raystore.errors import BatchConflictError
 
@@ -44,7 +44,7 @@ def take(state: State, step: Step, consumer: str, count: int) -> tuple[int, list
     for rollout_id in chosen:
         entry = state.entries[rollout_id]
         entry.taken = {**entry.taken, consumer: Taken(known.made)}
-        state.disposable_read.pop(rollout_id, None)
+        enter_retention(state, entry)
         if state.spans.has(rollout_id):
             enter_eviction(state, entry)
         if rollout_id in known.returned:
@@ -122,7 +122,8 @@ def checkpoint(state: State, step: Step, consumer: str, at_step: int) -> int:
                 continue
             count += 1
             entry.taken[consumer].is_durable = True
-            if all(taken.is_durable for taken in entry.taken.values()):
+            if not entry.is_held:
+                enter_retention(state, entry)  # it may have been released before
                 released.append(rollout_id)
     release(state, released)
     state.changes.append(step.now, "checkpoint", consumer=consumer, step=at_step, rollouts=count)
@@ -149,8 +150,7 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
             if entry is not None:
                 entry.taken = {name: taken for name, taken in entry.taken.items() if name != consumer} or NOBODY
                 back[rollout_id] = None
-                if entry.read and not entry.released and not entry.is_held:
-                    state.disposable_read[rollout_id] = None
+                enter_retention(state, entry)
                 if state.spans.has(rollout_id):
                     enter_eviction(state, entry)
         known.steps.pop(batch, None)

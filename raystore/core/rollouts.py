@@ -134,14 +134,11 @@ def move(
         end_time = step.now
         state.completions.append(rollout_id)
         state.finished.append(rollout_id)
-        if entry.released:
-            state.disposable_released[rollout_id] = None
     elif before.status in FINISHED:
         state.completions.discard(rollout_id)
-        state.disposable_released.pop(rollout_id, None)
-        state.disposable_read.pop(rollout_id, None)
         entry.read = False
     state.put_rollout(entry, before.evolve(status=status, end_time=end_time))
+    enter_retention(state, entry)
     if status in QUEUED:
         if rollout_id not in state.queues:
             place = entry.order if keep_place else None
@@ -155,6 +152,20 @@ def move(
             enter_eviction(state, entry)
     if status in ACTIVE:
         state.deadlines.guard(rollout_id)
+
+
+def enter_retention(state: State, entry: Entry) -> None:
+    """Make a rollout known to the retention rule if nobody needs it any more, and unknown if somebody does."""
+    rollout_id = entry.rollout.rollout_id
+    is_free = entry.rollout.status in FINISHED and not entry.is_held
+    for disposable, belongs in (
+        (state.disposable_released, is_free and entry.released),
+        (state.disposable_read, is_free and entry.read and not entry.released),
+    ):
+        if belongs:
+            disposable.setdefault(rollout_id)
+        else:
+            disposable.pop(rollout_id, None)
 
 
 def enter_eviction(state: State, entry: Entry) -> None:
@@ -225,9 +236,7 @@ def release(state: State, rollout_ids: Iterable[str]) -> int:
             continue
         entry.released = True
         released += 1
-        if entry.rollout.status in FINISHED:
-            state.disposable_read.pop(rollout_id, None)
-            state.disposable_released[rollout_id] = None
+        enter_retention(state, entry)
         if state.spans.has(rollout_id):
             enter_eviction(state, entry)
     return released
@@ -239,8 +248,7 @@ def mark_read(state: State, entry: Entry) -> None:
     if entry.read or entry.rollout.status not in FINISHED:
         return
     entry.read = True
-    if not entry.released and not entry.is_held:
-        state.disposable_read[rollout_id] = None
+    enter_retention(state, entry)
     if state.spans.has(rollout_id):
         enter_eviction(state, entry)
 

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError
+from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreClosedError, StoreError
 from raystore.journal import frames
 from raystore.journal.frames import Head, Record
 from raystore.journal.segments import Directory
@@ -48,20 +48,20 @@ class Log:
     ) -> None:
         self.directory = directory
         self.epoch = epoch
-        self.commits = 0
         self.failure: StoreError | None = None
         self.last = first - 1  #: number of the newest record
         self.durable = first - 1  #: everything up to here may be relied on
         self._store_id = store_id
         self._syncs = durability == "power"
         self._waits = durability != "none"
-        self.on_failure: Callable[[StoreError], None] = lambda error: None
+        self._on_failure: Callable[[StoreError], None] = lambda error: None
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._pending: list[Record] = []
         self._pending_bytes = 0
         self._waiting: deque[tuple[int, Told]] = deque()
         self._closing = False
+        self._is_open = True
         self._number = 0
         self._fd = -1
         self._offset = 0
@@ -85,17 +85,26 @@ class Log:
                 self._work.notify()
             return self.last
 
+    def watch(self, on_failure: Callable[[StoreError], None]) -> None:
+        """Call `on_failure` if the writer ends by an error, on its thread; at once if it has."""
+        with self._lock:
+            self._on_failure = on_failure
+            failure = self.failure
+        if failure is not None:
+            on_failure(failure)
+
     def then(self, number: int, told: Told) -> bool:
         """Call `told` once a record may be relied on; False if it may already, and nothing will be called."""
         if self.failure is None and (number <= self.durable or not self._waits):
             return False
         with self._lock:
-            if self.failure is None and number <= self.durable:
+            failure = self.failure
+            if failure is None and number <= self.durable:
                 return False
-            if self.failure is None:
+            if failure is None and self._is_open:
                 self._waiting.append((number, told))
                 return True
-        told(self.failure)
+        told(failure or StoreClosedError(str(self.directory.path)))
         return True
 
     def admit(self, size: int) -> None:
@@ -135,6 +144,11 @@ class Log:
             self._closing = True
             self._work.notify()
         self._thread.join()
+        with self._lock:
+            self._is_open = False
+            left, self._waiting = list(self._waiting), deque()
+        for _, tell in left:
+            tell(StoreClosedError(str(self.directory.path)))
 
     # -- on the writer's thread --------------------------------------------------------------------------------------
 
@@ -147,7 +161,7 @@ class Log:
             os.close(self._fd)
         except StoreError as error:
             self._fail(error)
-        except OSError as error:
+        except Exception as error:  # whatever it is, nobody must wait for ever
             self._fail(JournalFailedError(str(self.directory.path), f"{type(error).__name__}: {error}"))
 
     def _commit(self) -> bool:
@@ -172,7 +186,6 @@ class Log:
             return not closing
         told = []
         with self._lock:
-            self.commits += 1
             self._pending_bytes -= size
             self.durable = first + len(group) - 1
             while self._waiting and self._waiting[0][0] <= self.durable:
@@ -230,6 +243,7 @@ class Log:
         with self._lock:
             self.failure = error
             waiting, self._waiting = list(self._waiting), deque()
-        self.on_failure(error)
+            on_failure = self._on_failure
+        on_failure(error)
         for _, tell in waiting:
             tell(error)

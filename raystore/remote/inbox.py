@@ -22,7 +22,7 @@ from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
 from raystore.core.state import Session
 from raystore.core.verbs import Many
-from raystore.errors import AnswerGoneError, to_record
+from raystore.errors import AnswerGoneError, StoreError, to_record
 from raystore.journal.recorder import Source
 from raystore.service import Service
 from raystore.shell import PARKED
@@ -149,7 +149,8 @@ class Inbox:
 
     def _deliver(self, ticket: int, value: Any) -> bool:
         """Keep the answer of a parked call for the client."""
-        self._outbox[ticket] = [wire.VALUE, value]
+        is_error = isinstance(value, StoreError)
+        self._outbox[ticket] = [wire.ERROR, *to_record(value)] if is_error else [wire.VALUE, value]
         self.wake()
         return True  # whether its caller has it, the acknowledgement will tell
 

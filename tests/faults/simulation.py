@@ -67,9 +67,11 @@ class SimulatedLog:
         self.disk, self.epoch = disk, disk.epoch
         self.last = self.durable = len(disk.records)
         self.directory = Directory("simulated")  # of which nothing is read: spans are in memory here
-        self.on_failure = lambda error: None
         self.is_full = False
         self._waiting: list[tuple[int, Any]] = []
+
+    def watch(self, on_failure: Any) -> None:
+        """Who finds out that it was replaced, finds out by its answers here."""
 
     def admit(self, size: int) -> None:
         """There is always room."""

@@ -153,7 +153,7 @@ def test_a_writer_stops_before_its_answers_leave_once_there_is_a_newer_one(direc
     first = directory.begin_epoch()
     old = Log(directory, store_id="s", epoch=first, first=1, durability="power")
     failures = []
-    old.on_failure = failures.append
+    old.watch(failures.append)
     old.append(start_record())
     old.append([b"head", b"acknowledged"])
     wait(old)
@@ -174,7 +174,7 @@ def test_an_idle_writer_ends_within_three_seconds(directory):
     """It looks every second whether there is a newer one."""
     old = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
     ended = threading.Event()
-    old.on_failure = lambda error: ended.set()
+    old.watch(lambda error: ended.set())
     old.append(start_record())
     wait(old)
     started = time.monotonic()
