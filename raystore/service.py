@@ -157,7 +157,7 @@ class Service:
             if self._failed is None and watchdog.may_be_due(state, step):
                 self._advance(step, verb, arguments)
             if recorder is not None:
-                recorder.item(step, ticket, verb)
+                recorder.item(step, ticket, verb, arguments)
                 is_item = True
             own = SHELL.get(verb)
             if own is None:
@@ -231,7 +231,7 @@ class Service:
         logger.critical("%s", failed)
         self._failed = failed
         if self._recorder is not None and is_item:
-            self._recorder.failed(failed)
+            self._recorder.left_out(failed)
         if self._recorder is None or self.on_failure is None:
             self._refuse_waiters(failed)
         else:

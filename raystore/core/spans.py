@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Span
@@ -147,7 +148,7 @@ class SpanTable:
                 held.places = array("Q")
             held.places.extend(place for place, is_stored in zip(places, written.stored, strict=True) if is_stored)
             if not self.keeps_bodies:
-                self._drop_bodies(held)
+                self._drop_bodies(held, newest=len(places))
         return written
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -186,15 +187,16 @@ class SpanTable:
         self.evicted_spans += len(held.spans)
         return len(held.spans), held.bytes
 
-    def _drop_bodies(self, held: _Stored) -> tuple[int, int]:
+    def _drop_bodies(self, held: _Stored, newest: int | None = None) -> tuple[int, int]:
+        """Let bodies be on disk only, of all spans or the newest; how many, and how many bytes."""
         assert held.places is not None
-        dropped = freed = stay = 0
-        for (key, span), place in zip(held.spans.items(), held.places, strict=True):
+        dropped = freed = 0
+        spans = zip(reversed(held.spans.items()), reversed(held.places), strict=True)
+        for (key, span), place in list(islice(spans, newest)):
             if isinstance(span.body, OnDisk):
                 continue
             has_refs = isinstance(span.body, Payload) and span.body.refs  # which are not on disk
             if not place or has_refs or OnDisk.parts(place)[0] > self.written:
-                stay += 1
                 continue
             body = size_of(span.body)
             size = min(body, span.size)
@@ -202,7 +204,7 @@ class SpanTable:
             freed += size
             dropped += 1
         held.bytes -= freed
-        held.cached = stay
+        held.cached -= dropped
         self.bytes -= freed
         return dropped, freed
 

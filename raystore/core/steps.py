@@ -60,7 +60,6 @@ def _end_session(state: State, step: Step, session_id: str, why: str) -> None:
 
 STEPS: dict[str, Callable[..., Any]] = {
     "pause": _pause,
-    "resume": watchdog.resume,
     "advance": _advance,
     "hand_over": _hand_over,
     "take": _take,

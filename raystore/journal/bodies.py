@@ -7,7 +7,8 @@ Not here: which bodies are in memory (`core.spans`).
 
 from __future__ import annotations
 
-import mmap
+import os
+import threading
 from array import array
 from bisect import bisect_right
 from pathlib import Path
@@ -24,24 +25,27 @@ SPARSE_BYTES = 256 * 1024  #: one entry of an index for so much of a segment
 
 
 class _Segment:
-    """One file, and where in it records are."""
+    """One file, and where in it records are. Its writer may go on, and cut off what space it did not need."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._map()
-        head, self._indexed = frames.unpack_head(self._data, str(path))
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as somebody may ask
+        head, self._indexed = frames.unpack_head(self._read(0, frames.HEAD_BYTES), str(path))
         self.first = head.first
         self._last = head.first - 1  # number of the newest record that the index covers
         self._firsts = array("Q")
         self._offsets = array("Q")
 
-    def _map(self) -> None:
-        with open(self._path, "rb") as file:
-            self._data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+    def _read(self, at: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, at)
+
+    def _skip(self, at: int) -> tuple[range, int] | None:
+        """Numbers of the records of the frame at an offset, and where it ends."""
+        return frames.skip_frame(self._read(at, frames.FRAME_BYTES), at)
 
     def _index(self) -> None:
         """Look at the heads of frames that were not there the last time."""
-        while (found := frames.skip_frame(self._data, self._indexed)) is not None:
+        size = os.fstat(self._file.fileno()).st_size
+        while (found := self._skip(self._indexed)) is not None and found[1] <= size:
             numbers, end = found
             if not self._offsets or self._indexed - self._offsets[-1] >= SPARSE_BYTES:
                 self._firsts.append(numbers.start)
@@ -51,14 +55,13 @@ class _Segment:
     def record(self, number: int) -> list[memoryview] | None:
         """A record by its number; None if it is not here, or cannot be read."""
         if number > self._last:
-            self._map()
             self._index()
         entry = bisect_right(self._firsts, number) - 1
         at = self._offsets[entry] if entry >= 0 else 0
-        while entry >= 0 and (found := frames.skip_frame(self._data, at)) is not None:
+        while entry >= 0 and (found := self._skip(at)) is not None:
             numbers, end = found
             if number in numbers:
-                frame = frames.read_frame(self._data, at)
+                frame = frames.read_frame(memoryview(self._read(at, end - at)), 0)
                 return list(frame.records())[number - numbers.start] if frame is not None else None
             at = end
         return None
@@ -69,6 +72,7 @@ class Bodies:
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
+        self._lock = threading.Lock()  # callers of a store in process may ask from several threads
         self._segments: dict[Path, _Segment] = {}
 
     def load(self, items: list[Any]) -> list[Any]:
@@ -86,7 +90,8 @@ class Bodies:
         return loaded
 
     def _operations(self, number: int) -> list[Any]:
-        record = self._record(number)
+        with self._lock:
+            record = self._record(number)
         told = records.unpack(record[0])
         parts = [bytes(part) for part in record[1:]]
         if told.kind == records.CALL:

@@ -23,6 +23,8 @@ MAGIC = b"raystore journal "
 #: magic, records in the frame, length of the body, checksum, number of its first record, safe up to this record
 _FRAME = struct.Struct("<4sIQIQQ")
 _FRAME_MAGIC = b"\xf5JF\n"
+FRAME_BYTES = _FRAME.size  #: of the head of a frame
+HEAD_BYTES = 1024  #: the head of a segment is not longer
 _LENGTH = struct.Struct("<I")
 _CHUNKS = struct.Struct("<H")
 
@@ -49,7 +51,7 @@ def pack_head(head: Head) -> bytes:
 
 def unpack_head(data: bytes | memoryview, where: str) -> tuple[Head, int]:
     """The head of a segment, and how long it is; raises if it is none, is damaged, or of a newer format."""
-    line, _, rest = bytes(data[:1024]).partition(b"\n")
+    line, _, rest = bytes(data[:HEAD_BYTES]).partition(b"\n")
     if not line.startswith(MAGIC):
         raise JournalDamagedError(where, 0, "it does not begin like a segment of a journal")
     try:
@@ -122,13 +124,15 @@ def read_frame(data: memoryview, at: int) -> Frame | None:
     return Frame(at, begin + length, first, count, safe, data[begin : begin + length])
 
 
-def skip_frame(data: memoryview, at: int) -> tuple[range, int] | None:
-    """Numbers of the records of the frame at an offset, and where it ends; believed without a look at its body."""
-    if at + _FRAME.size > len(data):
+def skip_frame(head: bytes, at: int) -> tuple[range, int] | None:
+    """Numbers of the records of a frame with this head, and where it ends if it stands at an offset.
+
+    Believed without a look at its body; None if this is no head.
+    """
+    if len(head) < FRAME_BYTES:
         return None
-    magic, count, length, _, first, _ = _FRAME.unpack_from(data, at)
-    end = at + _FRAME.size + length
-    return (range(first, first + count), end) if magic == _FRAME_MAGIC and end <= len(data) else None
+    magic, count, length, _, first, _ = _FRAME.unpack(head)
+    return (range(first, first + count), at + FRAME_BYTES + length) if magic == _FRAME_MAGIC else None
 
 
 def find_frame(data: memoryview, at: int) -> Frame | None:

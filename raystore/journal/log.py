@@ -34,6 +34,11 @@ _CHUNKS_AT_ONCE = 1024  # the system's limit for one write
 Told = Callable[[StoreError | None], None]  #: called on the writer's thread, with the error that ended it if one did
 
 
+def is_full(error: OSError) -> bool:
+    """Whether there is no space, rather than something wrong."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 class Log:
     """The segments of one epoch."""
 
@@ -62,14 +67,13 @@ class Log:
         self._waiting: deque[tuple[int, Told]] = deque()
         self._closing = False
         self._is_open = True
-        self._number = 0
-        self._fd = -1
-        self._offset = 0
-        self._space = 0  # bytes of the segment that the file system has promised
+        self._number = 0  # of the segment
+        self._promised = 0  # size of the change that was let in last, and may not be here yet
         self._asked_at = 0.0
         self._safe = first - 1  # on disk, whatever happens
         self._unsynced = False
-        self._begin_segment(first)
+        self._fd, self._offset, self._space = self._make_segment(first)
+        self._number = 1
         self._thread = threading.Thread(target=self._run, name="raystore-journal", daemon=True)
         self._thread.start()
 
@@ -109,8 +113,9 @@ class Log:
 
     def admit(self, size: int) -> None:
         """Make sure that there is space for a change of so many bytes; raises `JournalFullError` if there is none."""
-        if self._offset + self._pending_bytes + size + SLACK_BYTES > self._space:
-            with self._lock:
+        with self._lock:
+            self._promised = size
+            if self._is_open and self.failure is None:
                 self._set_aside(size)
 
     def _set_aside(self, size: int) -> None:
@@ -124,7 +129,7 @@ class Log:
             try:
                 os.posix_fallocate(self._fd, self._space, more)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if not is_full(error):
                     raise
             else:
                 self._asked_at = 0.0
@@ -158,11 +163,12 @@ class Log:
                 pass
             os.ftruncate(self._fd, self._offset)
             os.fsync(self._fd)
-            os.close(self._fd)
         except StoreError as error:
             self._fail(error)
         except Exception as error:  # whatever it is, nobody must wait for ever
             self._fail(JournalFailedError(str(self.directory.path), f"{type(error).__name__}: {error}"))
+        finally:
+            os.close(self._fd)
 
     def _commit(self) -> bool:
         """Commit one group, or look around if there is none for a while; whether to go on."""
@@ -210,33 +216,46 @@ class Log:
 
     def _rotate(self, first: int) -> None:
         """Go on in a new segment; in this one for as long as there is no space for another."""
-        before, end = self._fd, self._offset
+        os.fdatasync(self._fd)  # before there is a next one, which would make a tail that is lost a gap
+        try:
+            fd, offset, space = self._make_segment(first)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return
         with self._lock:
-            try:
-                self._begin_segment(first)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                return
+            if offset + self._pending_bytes + self._promised + SLACK_BYTES <= space:
+                before, end = self._fd, self._offset
+                self._fd, self._offset, self._space = fd, offset, space
+                self._number += 1
+            else:  # what has been promised meanwhile has its place in the old one
+                before, end = -1, 0
+        if before < 0:
+            os.close(fd)
+            self.directory.segment(self.epoch, self._number + 1).unlink()
+            return
         os.ftruncate(before, end)
-        os.fdatasync(before)
         os.close(before)
 
-    def _begin_segment(self, first: int) -> None:
+    def _make_segment(self, first: int) -> tuple[int, int, int]:
+        """A new segment, whole from the moment that it has its name: file, where frames begin, and space in it."""
         path = self.directory.segment(self.epoch, self._number + 1)
+        unfinished = path.with_name(path.name + ".new")
         head = frames.pack_head(Head(self._store_id, self.epoch, self._number + 1, first))
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        space = max(SPACE_BYTES, 2 * (self._pending_bytes + self._promised + SLACK_BYTES))
+        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(fd, 0, SPACE_BYTES)
+            os.posix_fallocate(fd, 0, space)
             os.pwrite(fd, head, 0)
             os.fsync(fd)
+            unfinished.rename(path)  # the epoch is ours alone, so that nobody else makes this one
         except OSError:
             os.close(fd)
-            path.unlink()
+            unfinished.unlink()
             raise
         self.directory.sync()
-        self._fd, self._offset, self._space, self._number = fd, len(head), SPACE_BYTES, self._number + 1
+        return fd, len(head), space
 
     def _fail(self, error: StoreError) -> None:
         logger.critical("%s", error)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from raystore.config import StoreConfig
+from raystore.core import watchdog
 from raystore.core.state import Settings, State, Step
-from raystore.core.steps import STEPS
-from raystore.errors import FencedError, JournalInUseError, JournalMissingError
+from raystore.errors import FencedError, JournalFullError, JournalInUseError, JournalMissingError
 from raystore.journal import records
-from raystore.journal.log import Log
+from raystore.journal.log import FULL_SECONDS, Log, is_full
 from raystore.journal.reading import Reading
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
@@ -35,7 +35,6 @@ class Opened:
     store_id: str
     epoch: int
     not_before: float  # the clock of the run stands there
-    is_resumed: bool
     remarks: list[str]
 
 
@@ -52,6 +51,17 @@ def open_journal(
     assert config.journal is not None
     directory = Directory(config.journal)
     _check(directory, name, resume, writer)
+    try:
+        return _begin(directory, config, settings, name=name, now=now, writer=writer)
+    except OSError as error:
+        if is_full(error):
+            raise JournalFullError(str(directory.path), FULL_SECONDS) from None
+        raise
+
+
+def _begin(
+    directory: Directory, config: StoreConfig, settings: Settings, *, name: str | None, now: float, writer: str | None
+) -> Opened:
     epoch = directory.begin_epoch()
     reading = Reading(directory, epoch)
     found = replay(reading)
@@ -75,16 +85,15 @@ def go_on(
     """Write down that a process begins, and let what it found be what it goes on from."""
     state = found.state
     step = Step(max(now, found.now))
-    begun: list[Any] = [who, asdict(settings) | {"default_config": settings.default_config.row()}, astuple(after)]
+    away = step.now - found.now if found.started else None
+    told = asdict(settings) | {"default_config": settings.default_config.row()}
+    begun: list[Any] = [who, told, astuple(after), away]
     log.append([records.pack(records.START, step, 0, None, begun)])
     state.configure(settings)
+    if away is not None:
+        watchdog.resume(state, step, away)
     state.spans.keeps_bodies = True
-    recorder = Recorder(log)
-    if found.started:
-        away = step.now - found.now
-        STEPS["resume"](state, step, away)
-        recorder.change("resume", step, 0, [away])
-    return Opened(state, log.directory, recorder, who["store_id"], log.epoch, found.now, bool(found.started), remarks)
+    return Opened(state, log.directory, Recorder(log), who["store_id"], log.epoch, found.now, remarks)
 
 
 def _check(directory: Directory, name: str | None, resume: str, writer: str | None) -> None:
@@ -123,4 +132,4 @@ def open_for_reading(path: str | Path) -> Opened:
     """A run to look at; whoever writes it is not disturbed."""
     found = read_run(path)
     epoch = max(Directory(path).epochs(), default=0)
-    return Opened(found.state, Directory(path), None, found.started["store_id"], epoch, found.now, True, [])
+    return Opened(found.state, Directory(path), None, found.started["store_id"], epoch, found.now, [])

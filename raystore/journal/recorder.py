@@ -47,6 +47,7 @@ class Recorder:
         self._step: Step | None = None
         self._minted = 0
         self._is_worth = False  # something may have changed since the last record
+        self._refused: dict[tuple[str, int], StoreError] = {}  # bulk calls of which a part found no room
 
     def begin(self, source: Source | None) -> None:
         """A slice begins; without a source, of what changes nothing."""
@@ -57,7 +58,7 @@ class Recorder:
             except JournalFullError as error:
                 source.refused = error
 
-    def item(self, step: Step, ticket: int, verb: str) -> None:
+    def item(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any]) -> None:
         """An item is about to run: it is told where its bytes will be. Raises if there is no room for what it does."""
         source = self._source
         if source is None:
@@ -65,6 +66,7 @@ class Recorder:
             return
         if source.refused is not None:
             if verb in CHANGING:
+                self._refuse_chain(source, arguments, source.refused)
                 raise again(source.refused)
             return
         if step is not self._step:
@@ -74,6 +76,22 @@ class Recorder:
         self._is_worth = self._is_worth or verb in CHANGING
         step.record = source.record or self.log.last + 1
         step.operation = ticket - source.first_ticket
+        if self._refused and (refusal := self._refuse_chain(source, arguments)) is not None:
+            self.left_out(refusal)
+            raise refusal
+
+    def _refuse_chain(
+        self, source: Source, arguments: dict[str, Any], why: StoreError | None = None
+    ) -> Exception | None:
+        """Why a part of a bulk call is refused: an earlier part was, for want of room."""
+        if not arguments.get("chain"):
+            return None
+        number, is_last = arguments["chain"]
+        key = (source.session_id, number)
+        refused = self._refused.setdefault(key, why) if why is not None else self._refused.get(key)
+        if is_last:
+            self._refused.pop(key, None)
+        return again(refused) if refused is not None else None
 
     @property
     def position(self) -> int:
@@ -90,8 +108,8 @@ class Recorder:
         session_id = step.session.session_id if step.session else None
         self.log.append([records.pack(kind, step, minted, session_id, arguments)])
 
-    def failed(self, error: Exception) -> None:
-        """The item that runs has broken the state: it is to be left out, and its caller told if it comes again."""
+    def left_out(self, error: Exception) -> None:
+        """The item that runs has broken the state, or did not run at all: this is its answer, also another time."""
         source, step = self._source, self._step
         assert source is not None and step is not None
         source.unwritten -= 1
@@ -101,7 +119,7 @@ class Recorder:
         self._is_worth = self._is_worth and (source.unwritten > 0 or not source.record)
         self._close()
         arguments = [source.sequence, *to_record(error)]
-        self.log.append([records.pack(records.FAILED, step, step.minted, source.session_id, arguments)])
+        self.log.append([records.pack(records.LEFT_OUT, step, step.minted, source.session_id, arguments)])
 
     def _close(self) -> None:
         """Write down what ran since the last record."""

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from raystore import wire
 from raystore.core.state import Step
 
-START = "start"  # a process begins to write: arguments [who, settings, place up to which it read]
+START = "start"  # a process begins to write: [who, settings, place up to which it read, how long nobody wrote or None]
 BATCH = "batch"  # [items that ran, operations that had run before], and the batch's bytes
 MORE = "more"  # [sequence, items that ran] of a batch that is known
 CALL = "call"  # [ticket], and the bytes of an operation: in the store's own process, or of a batch that came again
-FAILED = "failed"  # [sequence, class of the error, its arguments]: an item that must not be run again
+LEFT_OUT = "left_out"  # [sequence, class of the error, its arguments]: an item that is not to be run, and its answer
 
 
 BODY = 8  #: where the body stands in a span as it travels

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from raystore import wire
-from raystore.core import verbs
+from raystore.core import verbs, watchdog
 from raystore.core.batches import Run, to_keep
 from raystore.core.line import AGAIN, ERROR, VALUE, Reply
 from raystore.core.records import Config
@@ -46,7 +46,7 @@ class Replay:
             records.BATCH: self._batch,
             records.MORE: self._more,
             records.CALL: self._call,
-            records.FAILED: self._failed,
+            records.LEFT_OUT: self._left_out,
         }
         known = kinds.get(told.kind)
         if known is not None:
@@ -65,9 +65,11 @@ class Replay:
         return self.state.sessions[told.session_id]
 
     def _start(self, told: Told, record: list[memoryview]) -> None:
-        self.started, settings = told.arguments[0], dict(told.arguments[1])
-        settings["default_config"] = Config(*settings["default_config"])
-        self.state.configure(Settings(**settings))
+        self.started, settings, _, away = told.arguments
+        default_config = Config(*settings["default_config"])
+        self.state.configure(Settings(**{**settings, "default_config": default_config}))
+        if away is not None:
+            watchdog.resume(self.state, told.step(), away)
 
     # -- operations --------------------------------------------------------------------------------------------------
 
@@ -101,7 +103,7 @@ class Replay:
         reply = self._operation(step, verb, arguments)
         self._session(told).line.note(told.arguments[0], to_keep(verb, reply))
 
-    def _failed(self, told: Told, record: list[memoryview]) -> None:
+    def _left_out(self, told: Told, record: list[memoryview]) -> None:
         _, name, arguments = told.arguments
         _, run = self._runs[self._session(told).session_id]
         run.answer(next(iter(run)), [ERROR, name, arguments])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import os
 import socket
 import time
@@ -84,6 +83,8 @@ class Directory:
             os.fsync(fd)
         finally:
             os.close(fd)
+        for unfinished in self.path.glob("*.new"):  # of writers that died while they made a segment
+            unfinished.unlink(missing_ok=True)
         self.sync()
         return epoch
 
@@ -119,11 +120,8 @@ def read_segment(path: Path, until: int | None = None) -> tuple[Head, Iterator[F
     Raises `JournalDamagedError` where something that was finished once cannot be read.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            raise JournalDamagedError(str(path), 0, "it is empty")
-        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    data = memoryview(mapped)[: size if until is None else min(until, size)]
+        held = file.read()  # not mapped: its writer may cut off the space that it did not need
+    data = memoryview(held)[: len(held) if until is None else min(until, len(held))]
     head, at = frames.unpack_head(data, str(path))
     return head, _frames(path, data, at, head.first)
 

@@ -21,7 +21,8 @@ import ray
 from raystore import __version__, wire
 from raystore.clock import LoopAlarm
 from raystore.config import StoreConfig, memory_capacity, resolve
-from raystore.errors import FencedError, StoreError, to_record
+from raystore.core.state import Settings
+from raystore.errors import FencedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
 from raystore.remote.front import Front
 from raystore.service import PROTOCOL, Service
@@ -30,6 +31,7 @@ logger = logging.getLogger("raystore.store")
 
 #: Records form no cycles: what survives a look or two is not looked at again, which would only pause the loop.
 COLLECTOR_THRESHOLDS = (3_000, 2, 250_000)
+FULL_PATIENCE_SECONDS = 60.0  #: clients try for as long
 FAILED, FENCED = 70, 71  #: exit codes
 
 
@@ -58,9 +60,7 @@ class StoreActor:
             resume = "again"
         try:
             if config.journal is not None:
-                settings = resolve(config, self._capacity)
-                writer = ray.get_runtime_context().get_actor_id()
-                self._opened = open_journal(config, settings, name=name, resume=resume, now=time.time(), writer=writer)
+                self._opened = _open(config, resolve(config, self._capacity), name, resume)
         except StoreError as error:
             logger.critical("%s", error)
             self._refusal = error
@@ -121,6 +121,19 @@ def _end(error: StoreError) -> None:
     """End this process at once: what it could still say might not be true. Ray starts another one, which replays."""
     logging.shutdown()
     os._exit(FENCED if isinstance(error, FencedError) else FAILED)
+
+
+def _open(config: StoreConfig, settings: Settings, name: str, resume: str) -> Opened:
+    """Become the writer of the journal; one that goes on waits for a while if there is no room on the disk."""
+    writer = ray.get_runtime_context().get_actor_id()
+    until = time.monotonic() + FULL_PATIENCE_SECONDS
+    while True:
+        try:
+            return open_journal(config, settings, name=name, resume=resume, now=time.time(), writer=writer)
+        except JournalFullError:
+            if resume != "again" or time.monotonic() > until:
+                raise
+            time.sleep(0.5)
 
 
 def _is_another_process() -> bool:

@@ -89,8 +89,7 @@ class Front:
         safe: asyncio.Future[None] = loop.create_future()
 
         def tell(lost: StoreError | None) -> None:
-            if lost is None:  # else the process is about to end
-                loop.call_soon_threadsafe(_set, safe)
+            loop.call_soon_threadsafe(_set, safe, lost)
 
         started = loop.time()
         if not service.when_safe(tell):
@@ -107,9 +106,13 @@ class Front:
                 del self._inboxes[session_id]
 
 
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
+def _set(future: asyncio.Future[None], lost: StoreError | None) -> None:
+    if future.done():
+        return
+    if lost is None:
         future.set_result(None)
+    else:
+        future.set_exception(lost)
 
 
 def own_protocol() -> str:

@@ -155,7 +155,10 @@ class World:
         front, log = self.front, self.log
         if self.lots.random() < self.twice:
             self.spawn(front.exchange(tuple(parts)))  # it comes twice
-        answer = await front.exchange(tuple(parts))
+        try:
+            answer = await front.exchange(tuple(parts))
+        except FencedError:
+            raise Lost from None  # its process has ended
         await self.pause()
         is_gone = log is not self.log and log not in self.lingering
         if is_gone or self.lots.random() < self.loss:
@@ -237,7 +240,7 @@ class World:
         }
 
 
-KINDS = ["enqueue", "enqueue", "dequeue", "park", "span", "span", "finish", "take", "ack", "read"]
+KINDS = ["enqueue", "enqueue", "dequeue", "park", "span", "span", "finish", "take", "ack", "read", "release", "more"]
 
 
 class Peer:
@@ -295,7 +298,7 @@ class Peer:
 
     def next_operation(self) -> list[Any]:
         kind = self.world.lots.choice(
-            ["enqueue", "enqueue", "dequeue", "park", "span", "finish", "take", "ack", "read"]
+            ["enqueue", "enqueue", "dequeue", "park", "span", "finish", "take", "ack", "read", "release", "more"]
         )
         if kind in ("span", "finish") and self.running:
             rollout_id, attempt_id = self.world.lots.choice(self.running)
@@ -326,6 +329,11 @@ class Peer:
             self.newest = batch
             self.step += 1
             return ["ack", {"consumer": self.name, "batch": batch, "at_step": self.step, "note": None}]
+        if kind == "release":
+            ids = [rollout_id for rollout_id, _ in self.claimed]
+            return ["release", {"rollout_ids": ids * 40}]  # in several pieces, once there are some
+        if kind == "more":
+            return ["more", {"token": 0}]
         return ["get_latest_resources", {}] if kind == "read" else self.enqueue()
 
     def enqueue(self) -> list[Any]:
@@ -387,6 +395,9 @@ class Peer:
         if reply[0] == wire.PARKED:
             self.parked[ticket] = {name: value for name, value in arguments.items() if name != "of"}
             return
+        if verb == "more":
+            assert reply[1] == "AnswerGoneError"
+            return
         if verb == "ack" and reply[0] == wire.VALUE:
             self.consumed += self.held[arguments["batch"]]
             return
@@ -416,11 +427,13 @@ def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int
         return loop.run_until_complete(asyncio.wait_for(world.run(operations), 20)), world.kills
     finally:
         inbox.SLICE_SECONDS = slice_seconds
-        loop.run_until_complete(_end(asyncio.all_tasks(loop)))
+        loop.run_until_complete(_end())
         loop.close()
 
 
-async def _end(tasks: set[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def _end() -> None:
+    """Nothing is left behind, also of a run that was broken off."""
+    while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -179,3 +179,28 @@ def test_reading_lost_references_raises_by_name():
     whole = encode([ray.ObjectRef.nil()], "x", 1000)
     with pytest.raises(rs.PayloadLostError, match="journal"):
         decode(Payload(whole.data, ()))
+
+
+async def test_a_bulk_call_of_which_a_part_found_no_room_is_refused_from_there_on(path, monkeypatch):
+    """Also what would have found room: there is no hole in it, and a replay says the same."""
+    store, peer = Store(path), Peer("p")
+
+    def part(value, is_last):
+        return ["enqueue", {"requests": [request(value)], "admit": 0, "chain": [7, is_last]}]
+
+    def refuse(size):
+        raise rs.JournalFullError("p", 0.1)
+
+    assert (await peer.send(store, peer.batch(part("1", False))))[0][0] == wire.VALUE
+    with monkeypatch.context() as full:
+        full.setattr(store.service.journal.recorder.log, "admit", refuse)
+        refused = await peer.send(store, peer.batch(part("2", False)))
+    assert refused[0][1] == "JournalFullError"
+    replies = await peer.send(store, peer.batch(enqueue("beside"), part("3", True), enqueue("behind")))
+    assert [reply[0] for reply in replies] == [wire.VALUE, wire.ERROR, wire.VALUE]
+    assert replies[1][1] == "JournalFullError"
+    assert inputs(store) == ["1", "beside", "behind"]
+    assert store.difference() == []
+    store = store.follow()
+    assert inputs(store) == ["1", "beside", "behind"]
+    assert (await peer.send(store, peer.batch(enqueue("new"))))[0][0] == wire.VALUE

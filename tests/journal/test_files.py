@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -237,3 +238,57 @@ def test_a_copy_of_a_journal_is_a_journal(directory, tmp_path):
     write(directory, 50)
     shutil.copytree(directory.path, tmp_path / "copy")
     assert bodies(Directory(tmp_path / "copy")) == bodies(directory)
+
+
+def test_a_writer_that_dies_while_it_makes_a_segment_leaves_a_journal(directory, monkeypatch):
+    """At any moment of it: the next one goes on, and tidies up."""
+    write(directory, 5)
+    for call in ("posix_fallocate", "pwrite", "fsync", "rename"):
+
+        def die(*_, call=call):
+            raise KeyboardInterrupt(call)
+
+        epoch = directory.begin_epoch()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path if call == "rename" else os, call, die)
+            with pytest.raises(KeyboardInterrupt, match=call):
+                Log(directory, store_id="s", epoch=epoch, first=6, durability="power")
+        assert len(bodies(directory)) == 4
+    assert list(directory.path.glob("*.new"))
+    directory.begin_epoch()
+    assert list(directory.path.glob("*.new")) == []
+
+
+def test_a_reader_is_not_hurt_by_a_writer_that_goes_on(directory, monkeypatch):
+    """Segments lose the space they did not need while somebody reads them."""
+    monkeypatch.setattr(log, "SEGMENT_BYTES", 20_000)
+    made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
+    made.append(start_record())
+    for number in range(1, 400):
+        made.append([b"head", b"%06d" % number, bytes(200)])
+        if number % 20 == 0:
+            wait(made)
+            reading = Reading(directory)
+            found = iter(reading)
+            next(found)
+            made.append([b"head", b"%06d" % 0, bytes(30_000)])
+            wait(made)
+            assert len(list(found)) >= number
+    made.close()
+
+
+def test_what_was_let_in_before_a_rotation_has_its_place(small_disk, monkeypatch):
+    """A rotation on a disk that is nearly full does not break off what waits."""
+    monkeypatch.setattr(log, "SEGMENT_BYTES", 1_000_000)
+    directory = Directory(small_disk / "journal")
+    made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
+    made.append(start_record())
+    taken = 0
+    with pytest.raises(JournalFullError):
+        while True:
+            made.admit(150_000)
+            made.append([b"head", b"%06d" % taken, bytes(150_000)])
+            taken += 1
+    wait(made)
+    made.close()
+    assert [int(body) for body in bodies(directory)] == list(range(taken))
