@@ -166,7 +166,7 @@ class World:
         return answer
 
     def spawn(self, coroutine: Any) -> None:
-        self.tasks.append(asyncio.ensure_future(coroutine))
+        self.tasks.append(_start(coroutine))
 
     async def pause(self) -> None:
         for _ in range(self.lots.randrange(4)):
@@ -176,7 +176,7 @@ class World:
         """Let every peer do so much; what came of it."""
         self.tasks: list[asyncio.Future[Any]] = []
         inbox.SLICE_SECONDS = self.lots.choice([-1.0, 1.0])  # a batch is cut behind each operation, or never
-        working = [asyncio.ensure_future(peer.work(operations)) for peer in self.peers]
+        working = [_start(peer.work(operations)) for peer in self.peers]
         while not all(task.done() for task in working):
             for task in working:
                 if task.done():
@@ -290,7 +290,7 @@ class Peer:
                 if done >= operations and self.parked and not batch:  # so that nobody waits for ever
                     batch.append(self.enqueue())
                 if batch:
-                    under_way.append(asyncio.ensure_future(self.send(batch)))
+                    under_way.append(_start(self.send(batch)))
             await asyncio.sleep(0)
             for task in [task for task in under_way if task.done()]:
                 under_way.remove(task)
@@ -351,8 +351,8 @@ class Peer:
         packed = [wire.pack_operation(*operation).frame for operation in operations]
         while True:
             header = [PROTOCOL, "test", self.name, sequence, self.answered, sorted(self.ahead), first, claims, received]
-            calling = asyncio.ensure_future(self.world.call(wire.join(header, packed, [])))
-            giving_up = asyncio.ensure_future(self.given_up.wait())
+            calling = _start(self.world.call(wire.join(header, packed, [])))
+            giving_up = _start(self.given_up.wait())
             await asyncio.wait({calling, giving_up}, return_when=asyncio.FIRST_COMPLETED)
             giving_up.cancel()
             if not calling.done():
@@ -429,6 +429,13 @@ def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int
         inbox.SLICE_SECONDS = slice_seconds
         loop.run_until_complete(_end())
         loop.close()
+
+
+def _start(coroutine: Any) -> asyncio.Future[Any]:
+    """A task whose end is seen by somebody in any case, also if its run is broken off."""
+    task = asyncio.ensure_future(coroutine)
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return task
 
 
 async def _end() -> None:
