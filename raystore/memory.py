@@ -93,22 +93,6 @@ class InMemoryLightningStore(StoreClient):
             endpoints={},
         )
 
-    def close(self) -> None:
-        """End the store; calls that wait are answered with what there is, later ones raise `StoreClosedError`."""
-        self._transport.close()
-
-    def __enter__(self) -> InMemoryLightningStore:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> InMemoryLightningStore:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.close()
-
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "An InMemoryLightningStore lives in its process and cannot be pickled. To share a store with other "

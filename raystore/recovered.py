@@ -31,16 +31,6 @@ class RecoveredRun(StoreClient):
         self._encoder = make_encoder(config.all_limits(), None)
         self.sync = SyncStore(self)
 
-    def close(self) -> None:
-        """Let go of it."""
-        self._transport.close()
-
-    def __enter__(self) -> RecoveredRun:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 def recover(path: str | os.PathLike[str]) -> RecoveredRun:
     """Open a finished, crashed or running run for reading, by the directory of its journal.

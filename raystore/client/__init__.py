@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
+from typing import Self
 
 from raystore._sync import SyncStore
 from raystore.api import LightningStore
@@ -36,6 +37,22 @@ class StoreClient(
     """The methods that every store has."""
 
     sync: SyncStore
+
+    def close(self) -> None:
+        """Stop using the store; calls that wait are answered with what there is, later ones are told."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
 
     def listen_for_notices(self, handler: Handler) -> Callable[[], None]:
         """Call `handler` (kind, rollout id, attempt id) for what becomes of attempts this process holds.

@@ -106,8 +106,8 @@ def _check(directory: Directory, name: str | None, resume: str, writer: str | No
         raise JournalMissingError(path, "resume='must' asks for a run")
     if resume == "again" and not is_there:
         raise JournalMissingError(path, "this store wrote one before it was restarted, perhaps on another node")
-    if resume == "auto" and (writer := directory.writer()) is not None:
-        raise JournalInUseError(path, f"a running store writes it ({writer}). Connect to that store, or end it first")
+    if resume == "auto" and (running := directory.writer()) is not None:
+        raise JournalInUseError(path, f"a running store writes it ({running}). Connect to that store, or end it first")
     who = Reading(directory).who
     if resume == "again" and who and who.get("writer") != writer:
         raise FencedError(path, max(directory.epochs()))

@@ -93,18 +93,6 @@ class RayLightningStore(StoreClient):
             self._owns = False
             ray.kill(self.actor)
 
-    def __enter__(self) -> RayLightningStore:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> RayLightningStore:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.close()
-
     def __reduce__(self) -> tuple[Callable[..., RayLightningStore], tuple[str, str, str]]:
         if self._origin is not None:
             return _rebuild, self._origin
