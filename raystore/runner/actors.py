@@ -59,7 +59,7 @@ class RunnerActor:
         """Work until stopped."""
         await self._open()
         await self._runner.run()
-        self._store.close()  # type: ignore[attr-defined]
+        self._store.close()
 
     async def stop(self, drain: bool) -> None:
         """Claim nothing more."""
