@@ -247,6 +247,7 @@ def add_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans:
     written = state.spans.add(rollout_id, spans, places)
     if not any(written.stored):
         return written
+    state.touch(rollout_id)
     if had_none and state.spans.has(rollout_id):
         enter_eviction(state, entry)
     _beat(state, step, entry, index, written.reward)

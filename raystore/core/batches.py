@@ -7,7 +7,8 @@ Not here: what is kept (`line`), parking, sending (`inbox`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from raystore.core.claims import claimed_again
@@ -28,25 +29,6 @@ class Item(NamedTuple):
     is_last: bool = True  # of its operation
 
 
-def _items(state: State, kept: Kept, operations: list[Any], catch_up: Callable[[], None]) -> Iterator[Item]:
-    first = len(kept.replies)
-    is_more = first > 0 and kept.replies[-1][:1] == [PARTLY]
-    if is_more:  # what is done already does not count twice
-        first -= 1
-    for number in range(first, len(operations)):
-        verb, arguments = _operation(operations[number])
-        ticket = kept.first_ticket + number
-        if verb not in DIVISIBLE:
-            yield Item(number, ticket, verb, arguments)
-            continue
-        catch_up()
-        cuts = pieces(state, verb, arguments)
-        for index, piece in enumerate(cuts, 1):
-            yield Item(number, ticket, verb, piece, is_more, index == len(cuts))
-            is_more = True
-        is_more = False
-
-
 def _operation(given: Any) -> tuple[str, dict[str, Any]]:
     """Verb and arguments; of what is neither, a verb that does not exist."""
     match given:
@@ -58,18 +40,50 @@ def _operation(given: Any) -> tuple[str, dict[str, Any]]:
 class Run:
     """A batch under way: an iterator of its items, and the answers so far."""
 
-    __slots__ = ("_items", "_kept", "_ran")
+    __slots__ = ("_catch_up", "_is_more", "_kept", "_operations", "_ran", "_state", "cut", "next")
 
     def __init__(
         self, state: State, kept: Kept, operations: list[Any], catch_up: Callable[[], None] = lambda: None
     ) -> None:
         """`catch_up` works off what is due before a long operation is cut, so that the cuts stay what they are."""
-        self._kept = kept
+        self._state, self._kept, self._operations, self._catch_up = state, kept, operations, catch_up
         self._ran: dict[int, Reply] = {}  # answers by number of the operation
-        self._items = _items(state, kept, operations, catch_up)
+        self.next = len(kept.replies)  # operation
+        self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]
+        if self._is_more:  # what is done already does not count twice
+            self.next -= 1
+        self.cut: deque[Item] = deque()  # pieces of the operation before, which run first
 
     def __iter__(self) -> Iterator[Item]:
-        return self._items
+        return self
+
+    def __next__(self) -> Item:
+        if self.cut:
+            return self.cut.popleft()
+        number = self.next
+        if number >= len(self._operations):
+            raise StopIteration
+        self.next += 1
+        verb, arguments = _operation(self._operations[number])
+        ticket = self._kept.first_ticket + number
+        if verb not in DIVISIBLE:
+            return Item(number, ticket, verb, arguments)
+        self._catch_up()
+        cuts = pieces(self._state, verb, arguments)
+        for index, piece in enumerate(cuts, 1):
+            self.cut.append(Item(number, ticket, verb, piece, self._is_more or index > 1, index == len(cuts)))
+        self._is_more = False
+        return self.cut.popleft()
+
+    def go_on(self, number: int, cut: Iterable[Item]) -> None:
+        """Go on where another run of the same batch stood."""
+        self.next, self.cut, self._is_more = number, deque(cut), False
+
+    @property
+    def may_change(self) -> bool:
+        """Whether anything is left that may change something."""
+        left = (_operation(operation)[0] for operation in self._operations[self.next :])
+        return bool(self.cut) or any(verb in CHANGING for verb in left)
 
     def answer(self, item: Item, reply: Reply) -> None:
         """Note the answer of an item."""

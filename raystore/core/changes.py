@@ -34,6 +34,11 @@ class ChangeFeed:
         self.last += 1
         self._kept.append(Change(self.last, time, kind, rollout_id, attempt_id, detail or None))
 
+    def restore(self, last: int, kept: Iterable[Change]) -> None:
+        """Fill an empty feed."""
+        self.last = last
+        self._kept.extend(kept)
+
     def __iter__(self) -> Iterator[Change]:
         return iter(self._kept)
 
@@ -93,6 +98,16 @@ class CompletionLog:
             kept = [(s, i) for s, i in zip(self._sequences, self._ids, strict=True) if self._place.get(i) == s]
             self._sequences = [sequence for sequence, _ in kept]
             self._ids = [rollout_id for _, rollout_id in kept]
+
+    def image(self) -> tuple[int, list[int], list[str]]:
+        """The log as plain values."""
+        kept = list(self.after(None))
+        return self.last, [sequence for sequence, _ in kept], [rollout_id for _, rollout_id in kept]
+
+    def restore(self, image: tuple[int, list[int], list[str]]) -> None:
+        """Fill an empty log from an image."""
+        self.last, self._sequences, self._ids = image
+        self._place = dict(zip(self._ids, self._sequences, strict=True))
 
     def place(self, rollout_id: str) -> int:
         """Where a finished rollout stands in the log."""

@@ -44,6 +44,7 @@ def take(state: State, step: Step, consumer: str, count: int) -> tuple[int, list
     for rollout_id in chosen:
         entry = state.entries[rollout_id]
         entry.taken = {**entry.taken, consumer: Taken(known.made)}
+        state.touch(rollout_id)
         enter_retention(state, entry)
         if state.spans.has(rollout_id):
             enter_eviction(state, entry)
@@ -94,6 +95,7 @@ def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: in
     for rollout_id in known.batches[batch]:
         if (entry := state.entries.get(rollout_id)) is not None:
             entry.taken = {**entry.taken, consumer: Taken(batch, at_step, note=note)}
+            state.touch(rollout_id)
     state.changes.append(step.now, "consumed", consumer=consumer, batch=batch, step=at_step, note=note)
 
 
@@ -122,6 +124,7 @@ def checkpoint(state: State, step: Step, consumer: str, at_step: int) -> int:
                 continue
             count += 1
             entry.taken[consumer].is_durable = True
+            state.touch(rollout_id)
             if not entry.is_held:
                 enter_retention(state, entry)  # it may have been released before
                 released.append(rollout_id)
@@ -150,6 +153,7 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
             if entry is not None:
                 entry.taken = {name: taken for name, taken in entry.taken.items() if name != consumer} or NOBODY
                 back[rollout_id] = None
+                state.touch(rollout_id)
                 enter_retention(state, entry)
                 if state.spans.has(rollout_id):
                     enter_eviction(state, entry)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 from raystore.core.payload import OnDisk, Payload
@@ -23,6 +24,24 @@ def digest(state: State) -> str:
     for part in parts(state):
         made.update(repr(part).encode("utf-8", "surrogatepass"))
         made.update(b"\n")
+    return made.hexdigest()
+
+
+def verify(state: State, count: int) -> str:
+    """A digest of the rollouts that were touched longest ago, so many, which count as untouched from now on.
+
+    Two processes that follow the same steps touch the same rollouts in the same order, and find the same digest.
+    """
+    made = blake2b(digest_size=16)
+    for rollout_id in list(islice(state.touched, count)):
+        del state.touched[rollout_id]
+        entry = state.entries.get(rollout_id)
+        made.update(repr((rollout_id, _entry(state, entry) if entry else None)).encode("utf-8", "surrogatepass"))
+    sums = (
+        len(state.entries), len(state.queues), len(state.sessions), len(state.workers), state.spans.count,
+        state.changes.last, state.completions.last, state.rollouts_made, state.attempts_made, state.payload_bytes,
+    )  # fmt: skip
+    made.update(repr(sums).encode())
     return made.hexdigest()
 
 

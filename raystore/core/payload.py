@@ -30,6 +30,7 @@ class OnDisk:
 
     OPERATIONS = 1 << 10  #: what a place can tell apart within a record
     SPANS = 1 << 16
+    RECORD = OPERATIONS * SPANS  #: from one record to the next
 
     def __init__(self, place: int, size: int) -> None:
         self.place = place

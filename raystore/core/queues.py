@@ -8,7 +8,7 @@ Not here: whether a rollout may wait at all (`lifecycle`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 
 Order = tuple[int, int]
@@ -35,6 +35,17 @@ class Queues:
     def orders(self) -> list[tuple[str, tuple[str, bool], Order]]:
         """What waits, in which line, at which place."""
         return [(rollout_id, line, order) for rollout_id, (line, order) in self._waiting.items()]
+
+    @property
+    def arrivals(self) -> int:
+        """How many places at the tail were given."""
+        return self._arrivals
+
+    def restore(self, orders: Iterable[tuple[str, tuple[str, bool], Order]], arrivals: int) -> None:
+        """Let wait what waited."""
+        for rollout_id, (queue, aside), order in orders:
+            self.put(queue, rollout_id, (order[0], order[1]), aside=aside)
+        self._arrivals = arrivals
 
     def length(self, queue: str) -> int:
         """How many rollouts wait in one queue."""

@@ -143,6 +143,21 @@ class ResourceTable:
         """All that is kept of all ids."""
         return [held for resources_id in sorted(self._versions) for held in self.all_versions(resources_id)]
 
+    def image(self) -> list[Any]:
+        """The table as plain values."""
+        versions = [[held.row() for held in versions.values()] for versions in self._versions.values()]
+        return [versions, list(self._references.items()), self.latest_id, self.policy_version, list(self._object_ids)]
+
+    def restore(self, image: list[Any]) -> None:
+        """Fill an empty table from an image."""
+        versions, references, self.latest_id, self.policy_version, object_ids = image
+        for rows in versions:
+            held = [Resources(*row) for row in rows]
+            self._versions[held[0].resources_id] = {record.version: record for record in held}
+            self.bytes += sum(size_of(record.resources) + RECORD_OVERHEAD_BYTES for record in held)
+        self._references = {(resources_id, version): count for (resources_id, version), count in references}
+        self._object_ids = set(object_ids)
+
     def delete(self, resources_id: str) -> None:
         """Forget an id with all its versions."""
         if resources_id not in self._versions:

@@ -40,6 +40,7 @@ def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
         state.payload_bytes -= entry.bytes
         state.attempt_count -= len(entry.attempts)
         del state.entries[rollout_id]
+        state.touch(rollout_id)
         state.finished.append(rollout_id)  # nobody should wait for it any longer
         state.changes.append(step.now, "deleted", rollout_id)
         deleted += 1

@@ -53,6 +53,7 @@ def create(state: State, step: Step, status: str, request: dict[str, Any], lates
     state.rollouts_made += 1
     entry = Entry(rollout, number=state.rollouts_made, given=given, size=size)
     state.entries[rollout.rollout_id] = entry
+    state.touch(rollout.rollout_id)
     state.payload_bytes += size
     for key in keys_of(rollout, None):
         state.indexes.add(rollout.rollout_id, key)
@@ -235,6 +236,7 @@ def release(state: State, rollout_ids: Iterable[str]) -> int:
         if entry is None or entry.released:
             continue
         entry.released = True
+        state.touch(rollout_id)
         released += 1
         enter_retention(state, entry)
         if state.spans.has(rollout_id):

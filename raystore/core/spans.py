@@ -2,6 +2,7 @@
 
 Tells the rest of the core only a summary of what was written (`Written`), and keeps the sequence counters, so that
 spans could one day live on another node than the rollouts they belong to.
+The index of a rollout may be on disk only (in a snapshot), and is read when somebody asks for it.
 Not here: whether rollout and attempt exist, what a span does to a status (`attempts`).
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Span
@@ -60,6 +62,24 @@ class _Stored:
         self.places: array[int] | None = None  # in a journal, in the order of the spans
 
 
+Index = tuple["array[int]", list[list[Any]]]  #: of one rollout: where each body is in a journal, and a row for each
+
+
+def _row(span: Span) -> list[Any]:
+    """A span without its rollout; of a body on disk only how long it is."""
+    body = span.body.size if isinstance(span.body, OnDisk) else span.body
+    return [*span.row()[1:-2], body, span.size]
+
+
+def _indexed(rollout_id: str, index: Index) -> list[Span]:
+    spans = [Span(rollout_id, *row) for row in index[1]]
+    for place, span in zip(index[0], spans, strict=True):
+        body: Any = span.body
+        if isinstance(body, int):
+            span.body = OnDisk(place, body)
+    return spans
+
+
 class SpanTable:
     """All spans of a store.
 
@@ -71,6 +91,8 @@ class SpanTable:
         self.keeps_bodies = True  # else every body stays where it is on disk
         self.written = 0  # records of a journal up to here can be read from disk
         self._by_rollout: dict[str, _Stored] = {}
+        self._elsewhere: dict[str, int] = {}  # rollouts whose index is on disk, and where
+        self.read_index: Callable[[int], Index] = lambda place: (array("Q"), [])
         self._counters: dict[str, int] = {}
         self._unknown: OrderedDict[str, int] = OrderedDict()
         self.evicted: set[str] = set()
@@ -92,6 +114,10 @@ class SpanTable:
             self._unknown.popitem(last=False)
         return number
 
+    def newest_number(self, rollout_id: str) -> int:
+        """The newest number of a rollout that exists; 0 if it has none."""
+        return self._counters.get(rollout_id, 0)
+
     def counters(self) -> list[tuple[str, int]]:
         """The newest number of each rollout, also of those that do not exist."""
         return [*self._counters.items(), *self._unknown.items()]
@@ -109,7 +135,7 @@ class SpanTable:
         """
         if places is not None:
             return self._add_on_disk(rollout_id, list(spans), list(places))
-        held = self._by_rollout.get(rollout_id) or _Stored()
+        held = self._held(rollout_id) or _Stored()
         written = Written([], 0, None)
         kept, stored, size, highest = held.spans, written.stored, 0, 0
         before = len(kept)
@@ -151,26 +177,67 @@ class SpanTable:
                 self._drop_bodies(held, newest=len(places))
         return written
 
+    # -- an index on disk ----------------------------------------------------------------------------------------
+
+    def _held(self, rollout_id: str) -> _Stored | None:
+        """The spans of a rollout, in memory from now on."""
+        held = self._by_rollout.get(rollout_id)
+        place = self._elsewhere.pop(rollout_id, 0) if held is None else 0
+        if not place:
+            return held
+        index = self.read_index(place)
+        held = self._by_rollout[rollout_id] = _Stored()
+        for number, span in enumerate(_indexed(rollout_id, index)):
+            key: tuple[str, str] | int = (span.attempt_id, span.span_id)
+            held.spans[number if key in held.spans else key] = span
+        held.places = index[0]
+        held.bytes = sum(span.size for span in held.spans.values())
+        self.bytes += held.bytes
+        return held
+
+    def place(self, rollout_id: str) -> int:
+        """Where on disk the index of a rollout is; 0 if it is in memory, or empty."""
+        return self._elsewhere.get(rollout_id, 0)
+
+    def index(self, rollout_id: str) -> Index | None:
+        """The index of a rollout that is in memory, to be written to disk."""
+        held = self._by_rollout.get(rollout_id)
+        if held is None or held.places is None:
+            return None
+        return held.places, [_row(span) for span in held.spans.values()]
+
+    def image(self) -> list[Any]:
+        """What is no rollout's own, as plain values."""
+        return [self.count, list(self._unknown.items()), self.evicted_spans]
+
+    def restore(self, image: list[Any]) -> None:
+        """Take what is no rollout's own from an image."""
+        self.count, unknown, self.evicted_spans = image
+        self._unknown.update(unknown)
+
+    def restore_rollouts(self, ids: list[str], newest: list[int], places: list[int], evicted: list[str]) -> None:
+        """Enter rollouts whose spans are on disk: their newest numbers, and where the index is."""
+        self._counters.update((i, number) for i, number in zip(ids, newest, strict=True) if number)
+        self._elsewhere.update((i, place) for i, place in zip(ids, places, strict=True) if place)
+        self.evicted.update(evicted)
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     def of(self, rollout_id: str, attempt_id: str | None = None) -> list[Span]:
         """The spans of a rollout, or of one of its attempts, in the order of their arrival."""
         held = self._by_rollout.get(rollout_id)
-        if held is None:
+        if held is not None:
+            spans = list(held.spans.values())
+        elif rollout_id in self._elsewhere:
+            spans = _indexed(rollout_id, self.read_index(self._elsewhere[rollout_id]))
+        else:
             return []
-        if attempt_id is None:
-            return list(held.spans.values())
-        return [span for span in held.spans.values() if span.attempt_id == attempt_id]
+        return spans if attempt_id is None else [span for span in spans if span.attempt_id == attempt_id]
 
     def has(self, rollout_id: str) -> bool:
         """Whether there is a span to evict."""
         held = self._by_rollout.get(rollout_id)
         return held is not None and held.cached > 0
-
-    def is_on_disk(self, rollout_id: str) -> bool:
-        """Whether the bodies of a rollout can be dropped and read again."""
-        held = self._by_rollout.get(rollout_id)
-        return held is not None and held.places is not None
 
     # -- freeing -------------------------------------------------------------------------------------------------
 
@@ -210,7 +277,7 @@ class SpanTable:
 
     def forget(self, rollout_id: str) -> None:
         """Drop everything about a rollout that is deleted."""
-        if rollout_id in self._by_rollout:
+        if self._held(rollout_id) is not None:
             self._remove(rollout_id)
         self.evicted.discard(rollout_id)
         self._counters.pop(rollout_id, None)
@@ -224,6 +291,7 @@ class SpanTable:
     def check(self, rollout_ids: Iterable[str]) -> None:
         """Verify the sums, and that every span belongs to a rollout that exists."""
         known = set(rollout_ids)
+        assert self._elsewhere.keys() <= known, "spans on disk of an unknown rollout"
         assert self._by_rollout.keys() <= known, "spans of an unknown rollout"
         assert self.evicted <= known, "an evicted mark of an unknown rollout"
         assert self._counters.keys() <= known, "a counter of an unknown rollout"
@@ -233,4 +301,6 @@ class SpanTable:
             highest = max(span.sequence_id for span in held.spans.values())
             assert self._counters.get(rollout_id, 0) >= highest, f"counter of {rollout_id} below its spans"
         assert self.bytes == sum(held.bytes for held in self._by_rollout.values()), "total span bytes"
-        assert self.count == sum(len(held.spans) for held in self._by_rollout.values()), "span count"
+        elsewhere = sum(len(self.read_index(place)[0]) for place in self._elsewhere.values())
+        assert self.count == elsewhere + sum(len(held.spans) for held in self._by_rollout.values()), "span count"
+        assert not self._elsewhere.keys() & self._by_rollout.keys(), "spans that are in memory and on disk"

@@ -245,6 +245,7 @@ class State:
         self.noticed: set[str] = set()
         self.ended: list[str] = []
         self.withdrawals = 0
+        self.touched: dict[str, None] = {}  # with a journal: rollouts that were changed since they were last verified
 
     def configure(self, settings: Settings) -> None:
         """Go on with other settings."""
@@ -290,9 +291,15 @@ class State:
 
     # -- replacing records ---------------------------------------------------------------------------------------
 
+    def touch(self, rollout_id: str) -> None:
+        """Note that a rollout has changed."""
+        if self.settings.on_disk:
+            self.touched[rollout_id] = None
+
     def put_rollout(self, entry: Entry, rollout: Rollout) -> None:
         """Replace a rollout."""
         old = entry.rollout
+        self.touch(rollout.rollout_id)
         if old.status != rollout.status:
             self.indexes.remove(rollout.rollout_id, ("status", old.status))
             self.indexes.add(rollout.rollout_id, ("status", rollout.status))
@@ -301,6 +308,7 @@ class State:
     def put_attempt(self, entry: Entry, index: int, attempt: Attempt) -> None:
         """Replace an attempt (or append one), and what follows from whether it is live."""
         old = entry.attempts[index] if index < len(entry.attempts) else None
+        self.touch(attempt.rollout_id)
         is_latest = index >= len(entry.attempts) - 1
         if is_latest:
             self._index_worker(entry, attempt)
@@ -322,6 +330,7 @@ class State:
     def remove_latest(self, entry: Entry) -> Attempt:
         """Take the latest attempt back as if it had never been."""
         attempt = entry.attempts[-1]
+        self.touch(attempt.rollout_id)
         self.let_go(entry, attempt.attempt_id)
         entry.holders.pop(attempt.attempt_id, None)
         if is_live_attempt(attempt):
@@ -412,6 +421,16 @@ class State:
         if session.ended_at is not None:
             return session.ended_at + SESSION_RECORD_SECONDS
         return session.last_heard + SESSION_SILENCE_SECONDS
+
+    def guard_all(self) -> None:
+        """Guard every deadline there is."""
+        for status in ACTIVE:
+            for rollout_id in self.indexes.find(("status", status)):
+                self.deadlines.guard(rollout_id)
+        for session in self.sessions.values():
+            self.session_deadlines.guard(session.session_id)
+            for key in session.claims:
+                self.claim_deadlines.guard((session.session_id, key))
 
     # -- sums ----------------------------------------------------------------------------------------------------
 

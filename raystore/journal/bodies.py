@@ -19,7 +19,8 @@ from raystore.core.payload import OnDisk
 from raystore.core.records import Span
 from raystore.errors import JournalDamagedError
 from raystore.journal import frames, records
-from raystore.journal.segments import Directory
+from raystore.journal.reading import settled
+from raystore.journal.segments import BODIES, RECORDS, Directory
 
 SPARSE_BYTES = 256 * 1024  #: one entry of an index for so much of a segment
 
@@ -98,16 +99,27 @@ class Bodies:
             return [wire.unpack(parts[0], [], parts[1:])]
         return wire.split(parts, None)[1:]
 
+    def forget_files(self) -> None:
+        """Let go of all files: a helper has replaced some of them."""
+        with self._lock:
+            self._segments = {}
+
     def _record(self, number: int) -> list[memoryview]:
-        for epoch in sorted({found[0] for found in self._directory.segments()}, reverse=True):
-            segments = [self._open(path) for e, _, path in self._directory.segments() if e == epoch]
+        record = settled(lambda: self._find(number))
+        if record is None:
+            where = str(self._directory.path)
+            raise JournalDamagedError(where, 0, f"record {number}, with spans, cannot be read any more")
+        return record
+
+    def _find(self, number: int) -> list[memoryview] | None:
+        """Of what an earlier writer added unknowingly, later ones use the same numbers: the newest counts."""
+        files = self._directory.segments(RECORDS, BODIES)
+        for epoch in sorted({found[0] for found in files}, reverse=True):
+            segments = [self._open(path) for e, _, path in files if e == epoch]
             holding = [segment for segment in segments if segment.first <= number]
-            if holding:  # of what an earlier writer added unknowingly, later ones use the same numbers
-                record = holding[-1].record(number)
-                if record is not None:
-                    return record
-                break
-        raise JournalDamagedError(str(self._directory.path), 0, f"record {number}, with spans, cannot be read any more")
+            if holding:
+                return holding[-1].record(number)
+        return None
 
     def _open(self, path: Path) -> _Segment:
         if path not in self._segments:

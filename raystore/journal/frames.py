@@ -24,7 +24,7 @@ MAGIC = b"raystore journal "
 _FRAME = struct.Struct("<4sIQIQQ")
 _FRAME_MAGIC = b"\xf5JF\n"
 FRAME_BYTES = _FRAME.size  #: of the head of a frame
-HEAD_BYTES = 1024  #: the head of a segment is not longer
+HEAD_BYTES = 4096  #: the head of a file is not longer
 _LENGTH = struct.Struct("<I")
 _CHUNKS = struct.Struct("<H")
 
@@ -38,14 +38,15 @@ class Head:
     store_id: str
     epoch: int
     number: int  # within its epoch
-    first: int  # number of its first record
+    first: int  # number of its first record; of a snapshot, of the first behind it
     format: int = FORMAT
+    more: dict[str, Any] | None = None  # of a snapshot
 
 
 def pack_head(head: Head) -> bytes:
     """The first bytes of a segment."""
     told = {"store_id": head.store_id, "epoch": head.epoch, "number": head.number, "first": head.first}
-    body = json.dumps(told).encode()
+    body = json.dumps(told | ({"more": head.more} if head.more is not None else {})).encode()
     return b"%s%d %d %08x\n%s\n" % (MAGIC, head.format, len(body), zlib.crc32(body), body)
 
 

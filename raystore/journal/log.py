@@ -60,6 +60,8 @@ class Log:
         self._syncs = durability == "power"
         self._waits = durability != "none"
         self._on_failure: Callable[[StoreError], None] = lambda error: None
+        self.on_closed: Callable[[int, int, bool], None] = lambda number, size, is_asked: None
+        self._is_asked = False  # for a new segment
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._pending: list[Record] = []
@@ -143,6 +145,12 @@ class Log:
         """Whether the disk refused space when it was asked last."""
         return self._asked_at > 0.0
 
+    def rotate(self) -> None:
+        """Go on in a new segment soon; `on_closed` is told of the old one, on the writer's thread."""
+        with self._lock:
+            self._is_asked = True
+            self._work.notify()
+
     def close(self) -> None:
         """Commit what is left, and let go of the file."""
         with self._lock:
@@ -173,7 +181,7 @@ class Log:
     def _commit(self) -> bool:
         """Commit one group, or look around if there is none for a while; whether to go on."""
         with self._lock:
-            if not self._pending and not self._closing:
+            if not self._pending and not self._closing and not self._is_asked:
                 self._work.wait(IDLE_SECONDS)
             group, self._pending = self._pending, []
             size, closing = self._pending_bytes, self._closing
@@ -189,6 +197,8 @@ class Log:
         if self.directory.is_fenced(self.epoch):
             raise FencedError(str(self.directory.path), self.epoch)
         if not group:
+            if self._is_asked and not closing:
+                self._rotate(first)
             return not closing
         told = []
         with self._lock:
@@ -198,7 +208,7 @@ class Log:
                 told.append(self._waiting.popleft()[1])
         for tell in told:
             tell(None)
-        if self._offset > SEGMENT_BYTES:
+        if self._offset > SEGMENT_BYTES or self._is_asked:
             self._rotate(self.durable + 1)
         return True
 
@@ -217,11 +227,14 @@ class Log:
     def _rotate(self, first: int) -> None:
         """Go on in a new segment; in this one for as long as there is no space for another."""
         os.fdatasync(self._fd)  # before there is a next one, which would make a tail that is lost a gap
+        is_asked, self._is_asked = self._is_asked, False
         try:
             fd, offset, space = self._make_segment(first)
         except OSError as error:
             if not is_full(error):
                 raise
+            if is_asked:
+                self.on_closed(0, 0, is_asked)
             return
         with self._lock:
             if offset + self._pending_bytes + self._promised + SLACK_BYTES <= space:
@@ -233,9 +246,12 @@ class Log:
         if before < 0:
             os.close(fd)
             self.directory.segment(self.epoch, self._number + 1).unlink()
+            if is_asked:
+                self.on_closed(0, 0, is_asked)
             return
         os.ftruncate(before, end)
         os.close(before)
+        self.on_closed(self._number - 1, end, is_asked)
 
     def _make_segment(self, first: int) -> tuple[int, int, int]:
         """A new segment, whole from the moment that it has its name: file, where frames begin, and space in it."""

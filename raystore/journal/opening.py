@@ -16,8 +16,9 @@ from raystore.core import watchdog
 from raystore.core.state import Settings, State, Step
 from raystore.errors import FencedError, JournalFullError, JournalInUseError, JournalMissingError
 from raystore.journal import records
+from raystore.journal.keeper import Keeper
 from raystore.journal.log import FULL_SECONDS, Log, is_full
-from raystore.journal.reading import Reading
+from raystore.journal.reading import Reading, settled
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
 from raystore.journal.segments import Directory, Place
@@ -36,6 +37,7 @@ class Opened:
     epoch: int
     not_before: float  # the clock of the run stands there
     remarks: list[str]
+    keeper: Keeper | None = None
 
 
 def open_journal(
@@ -63,8 +65,12 @@ def _begin(
     directory: Directory, config: StoreConfig, settings: Settings, *, name: str | None, now: float, writer: str | None
 ) -> Opened:
     epoch = directory.begin_epoch()
-    reading = Reading(directory, epoch)
-    found = replay(reading)
+
+    def read() -> tuple[Reading, Replay]:
+        reading = Reading(directory, epoch)
+        return reading, replay(reading)
+
+    reading, found = settled(read)
     reading.sync()  # of a process that died, the last records may be in the system's memory only
     store_id = found.started.get("store_id") or secrets.token_hex(8)
     first = reading.place.last + 1
@@ -74,6 +80,7 @@ def _begin(
         f"{cut.bytes} bytes behind byte {cut.offset} of {cut.segment} were never finished, and are left out"
         for cut in reading.cuts
     ]
+    remarks += [f"a replay differs from what the store was at record {number}" for number in found.differences]
     for remark in remarks:
         logger.warning("Journal %s: %s", directory.path, remark)
     return go_on(found, log, settings, who=who, after=reading.place, now=now, remarks=remarks)
@@ -93,7 +100,11 @@ def go_on(
     if away is not None:
         watchdog.resume(state, step, away)
     state.spans.keeps_bodies = True
-    return Opened(state, log.directory, Recorder(log), who["store_id"], log.epoch, found.now, remarks)
+    keeper = Keeper(log.directory, log.epoch, found.operations)
+    if found.differences:
+        keeper.failed = remarks[-1]  # the evidence is kept
+    log.on_closed = keeper.closed
+    return Opened(state, log.directory, Recorder(log), who["store_id"], log.epoch, found.now, remarks, keeper)
 
 
 def _check(directory: Directory, name: str | None, resume: str, writer: str | None) -> None:
@@ -108,7 +119,7 @@ def _check(directory: Directory, name: str | None, resume: str, writer: str | No
         raise JournalMissingError(path, "this store wrote one before it was restarted, perhaps on another node")
     if resume == "auto" and (running := directory.writer()) is not None:
         raise JournalInUseError(path, f"a running store writes it ({running}). Connect to that store, or end it first")
-    who = Reading(directory).who
+    who = settled(lambda: Reading(directory).who)
     if resume == "again" and who and who.get("writer") != writer:
         raise FencedError(path, max(directory.epochs()))
     theirs = who.get("name")
@@ -125,7 +136,7 @@ def read_run(path: str | Path) -> Replay:
     directory = Directory(path)
     if not directory.segments():
         raise JournalMissingError(str(directory.path), "there are no segments")
-    return replay(Reading(directory))
+    return settled(lambda: replay(Reading(directory)))
 
 
 def open_for_reading(path: str | Path) -> Opened:

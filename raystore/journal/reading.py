@@ -1,4 +1,5 @@
-"""Everything that a journal holds, in order: the segments of all its writers, each as far as its successor read it.
+"""Everything that a journal holds, in order: its newest snapshot, and the segments behind it of all its writers, each
+as far as its successor read it.
 
 What no successor read was never acknowledged. A tail that was never finished is left out and told; anything else that
 cannot be read is damage.
@@ -8,27 +9,39 @@ Not here: frames (`frames`), files (`segments`), what records mean (`replay`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raystore.errors import JournalDamagedError
-from raystore.journal import records
-from raystore.journal.segments import Cut, Directory, Place, read_segment, tail
+from raystore.journal import records, snapshot
+from raystore.journal.segments import SNAPSHOT, Cut, Directory, Place, read_segment, tail
 
 Segment = tuple[int, int, Path]
+T = TypeVar("T")
+
+READINGS = 20  #: while a helper replaces segments by a snapshot
 
 
 class Reading:
-    """One pass over a journal, up to the writers that began before `epoch`."""
+    """One pass over a journal, up to the writers that began before `epoch`, or `until` a segment."""
 
-    def __init__(self, directory: Directory, epoch: int | None = None) -> None:
+    def __init__(self, directory: Directory, epoch: int | None = None, until: tuple[int, int] | None = None) -> None:
         self.cuts: list[Cut] = []
         self.place = Place(0, 0, 0, 0)  # where it has come to
         self.who: dict[str, Any] = {}  # what the newest writer said of itself; empty if there is none
+        self.snapshot: Path | None = None  # to begin with
+
+        def is_wanted(found: Segment) -> bool:
+            return (epoch is None or found[0] < epoch) and (until is None or found[:2] <= until)
+
+        if snapshots := [found for found in directory.segments(SNAPSHOT) if is_wanted(found)]:
+            self.snapshot = snapshots[-1][2]
+            self.place, self.who = snapshot.read_head(self.snapshot)
         self._limits: dict[int, Place] = {}  # by epoch, if a later one read it
+        begin = (self.place.epoch, self.place.number)
         self._segments = self._that_count(
-            [found for found in directory.segments() if epoch is None or found[0] < epoch]
+            [found for found in directory.segments() if found[:2] > begin and is_wanted(found)]
         )
 
     def _that_count(self, segments: list[Segment]) -> list[Segment]:
@@ -37,26 +50,30 @@ class Reading:
         for segment in segments:
             by_epoch.setdefault(segment[0], []).append(segment)
         chosen: list[Segment] = []
-        epoch = max(by_epoch, default=0)
-        while epoch:
+        base = self.place.epoch
+        epoch = max(by_epoch, default=base)
+        is_newest = True
+        while epoch > base:
             if epoch not in by_epoch:
                 raise JournalDamagedError(str(segments[0][2].parent), 0, f"the segments of epoch {epoch} are missing")
             began = _beginning(by_epoch[epoch])
             if began is None:  # it never acknowledged anything
                 if chosen:
                     raise JournalDamagedError(str(by_epoch[epoch][0][2]), 0, "it is empty, and a later writer read it")
-                epoch = max((earlier for earlier in by_epoch if earlier < epoch), default=0)
+                epoch = max((earlier for earlier in by_epoch if earlier < epoch), default=base)
                 continue
             who, after = began
-            self.who = self.who or who
+            self.who, is_newest = (who if is_newest else self.who), False
             chosen = by_epoch[epoch] + chosen
             self._limits[after.epoch] = after
             epoch = after.epoch
-        return chosen
+        if epoch < base:
+            raise JournalDamagedError(str(self.snapshot), 0, "the writer that followed did not read what it holds")
+        return by_epoch.get(base, []) + chosen
 
     def __iter__(self) -> Iterator[tuple[int, list[memoryview]]]:
-        """Number and chunks of each record."""
-        expected = 1
+        """Number and chunks of each record behind the snapshot."""
+        expected = self.place.last + 1
         for epoch, number, path in self._segments:
             limit = self._limits.get(epoch)
             if limit is not None and number > limit.number:
@@ -97,3 +114,13 @@ def _beginning(segments: list[Segment]) -> tuple[dict[str, Any], Place] | None:
     if told.kind != records.START:
         raise JournalDamagedError(str(segments[0][2]), frame.at, "the first record of an epoch is missing")
     return told.arguments[0], Place(*told.arguments[2])
+
+
+def settled(read: Callable[[], T]) -> T:
+    """What `read` finds, which begins anew if a helper has replaced a file by another meanwhile."""
+    for _ in range(READINGS):
+        try:
+            return read()
+        except FileNotFoundError:
+            continue
+    return read()

@@ -43,6 +43,7 @@ class Recorder:
 
     def __init__(self, log: Log) -> None:
         self.log = log
+        self.operations = 0  # written down
         self._source: Source | None = None
         self._step: Step | None = None
         self._minted = 0
@@ -105,8 +106,13 @@ class Recorder:
     def change(self, kind: str, step: Step, minted: int, arguments: Sequence[Any]) -> None:
         """A step that is no operation was done."""
         self._close()
+        self.operations += 1
         session_id = step.session.session_id if step.session else None
         self.log.append([records.pack(kind, step, minted, session_id, arguments)])
+
+    def verified(self, now: float, count: int, digest: str) -> None:
+        """What the state is now, of the rollouts that were touched longest ago, for whoever does all this again."""
+        self.log.append([records.pack(records.VERIFIED, Step(now), 0, None, [count, digest])])
 
     def left_out(self, error: Exception) -> None:
         """The item that runs has broken the state, or did not run at all: this is its answer, also another time."""
@@ -136,6 +142,7 @@ class Recorder:
         else:
             arguments = [source.sequence, source.unwritten]
             self.log.append([records.pack(records.MORE, step, self._minted, source.session_id, arguments)])
+        self.operations += source.unwritten
         source.unwritten, self._is_worth = 0, False
         self._minted = step.minted
 

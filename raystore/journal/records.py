@@ -18,6 +18,7 @@ START = "start"  # a process begins to write: [who, settings, place up to which 
 BATCH = "batch"  # [items that ran, operations that had run before], and the batch's bytes
 MORE = "more"  # [sequence, items that ran] of a batch that is known
 CALL = "call"  # [ticket], and the bytes of an operation: in the store's own process, or of a batch that came again
+VERIFIED = "verified"  # [rollouts, digest]: what the writer found of those that were touched longest ago
 LEFT_OUT = "left_out"  # [sequence, class of the error, its arguments]: an item that is not to be run, and its answer
 
 

@@ -1,28 +1,43 @@
-"""The state of a store, made anew from its journal: every record through the same core, in order.
+"""The state of a store, made anew from its journal: a snapshot, and every record behind it through the same core.
 
-Pure but for the source of records. Bodies of spans are not kept: they stay where they are on disk.
-Not here: finding and checking the records (`segments`), going on from there (`service`).
+Bodies of spans are not kept: they stay where they are on disk. What the writer found of its state from time to time is
+compared with what is found here.
+Not here: finding and checking the records (`reading`), going on from there (`service`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from raystore import wire
 from raystore.core import verbs, watchdog
-from raystore.core.batches import Run, to_keep
-from raystore.core.line import AGAIN, ERROR, VALUE, Reply
+from raystore.core.batches import Item, Run, to_keep
+from raystore.core.digest import verify
+from raystore.core.line import AGAIN, ERROR, VALUE, Kept, Reply
 from raystore.core.records import Config
 from raystore.core.state import Session, Settings, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING
 from raystore.errors import StoreError, to_record
-from raystore.journal import records
+from raystore.journal import records, snapshot
+from raystore.journal.frames import Head
+from raystore.journal.reading import Reading
 from raystore.journal.records import Told
+from raystore.journal.segments import Place
 
 WAITING = frozenset({"dequeue", "take"})  #: what changes something and may wait before it does
 NOTICES_KEPT = 1_000  #: of a session; which of them it has seen is not known, so the newest come again
+
+
+class _Begun(NamedTuple):
+    """The newest batch of a session, which may go on."""
+
+    record: int  # number of the record with its bytes
+    sequence: int
+    run: Run
+    parts: list[bytes]
 
 
 class Replay:
@@ -33,8 +48,43 @@ class Replay:
         self.last = 0  # number of the newest record
         self.now = 0.0  # its time
         self.started: dict[str, Any] = {}  # what the newest process said of itself
+        self.operations = 0  # that were done again
+        self.differences: list[int] = []  # records at which the writer had found something else
         self.state.spans.keeps_bodies = False
-        self._runs: dict[str, tuple[int, Run]] = {}  # by session: number of the record with its bytes, and the run
+        self._settings: dict[str, Any] = {}
+        self._runs: dict[str, _Begun] = {}  # by session
+        self._indexes: snapshot.IndexFile | None = None
+
+    @classmethod
+    def of_snapshot(cls, path: Path) -> Replay:
+        """The state that a snapshot holds."""
+        follower = cls()
+        state = follower.state
+        follower._indexes, more = snapshot.read(path, state)
+        follower.last, follower.now, follower.started = more["last"], more["now"], more["started"]
+        follower._configure(more["settings"])
+        for session_id, record, sequence, parts, number, cut in more["runs"]:
+            header, *operations = wire.split(parts, None)
+            kept = state.sessions[session_id].line.kept.get(sequence) or Kept(header[6], [])
+            run = Run(state, kept, operations)
+            run.go_on(number, [Item(*row) for row in cut])
+            follower._runs[session_id] = _Begun(record, sequence, run, parts)
+        state.spans.written = follower.last
+        return follower
+
+    def write(self, path: Path, place: Place, before_it_counts: Callable[[], None] = lambda: None) -> set[int]:
+        """Write a snapshot, which goes up to a place; the numbers of the records that hold bodies of its spans."""
+        runs = [
+            (session_id, begun.record, begun.sequence, begun.parts, begun.run.next, [tuple(i) for i in begun.run.cut])
+            for session_id, begun in self._runs.items()
+            if session_id in self.state.sessions and begun.run.may_change
+        ]
+        more = {
+            "last": self.last, "now": self.now, "started": self.started, "settings": self._settings, "runs": runs,
+        }  # fmt: skip
+        told = {"offset": place.offset, "who": self.started}
+        head = Head(self.started["store_id"], place.epoch, place.number, place.last + 1, more=told)
+        return snapshot.write(path, head, self.state, self._indexes, more, before_it_counts)
 
     def feed(self, number: int, record: list[memoryview]) -> None:
         """Do what one record says."""
@@ -47,11 +97,13 @@ class Replay:
             records.MORE: self._more,
             records.CALL: self._call,
             records.LEFT_OUT: self._left_out,
+            records.VERIFIED: self._verified,
         }
         known = kinds.get(told.kind)
         if known is not None:
             known(told, record)
         else:
+            self.operations += 1
             STEPS[told.kind](self.state, self._step(told), *_keys_restored(told))
         self._forget_news()
 
@@ -66,15 +118,25 @@ class Replay:
 
     def _start(self, told: Told, record: list[memoryview]) -> None:
         self.started, settings, _, away = told.arguments
-        default_config = Config(*settings["default_config"])
-        self.state.configure(Settings(**{**settings, "default_config": default_config}))
+        self._configure(settings)
         if away is not None:
             watchdog.resume(self.state, told.step(), away)
+
+    def _configure(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        default_config = Config(*settings["default_config"])
+        self.state.configure(Settings(**{**settings, "default_config": default_config}))
+
+    def _verified(self, told: Told, record: list[memoryview]) -> None:
+        count, digest = told.arguments
+        if verify(self.state, count) != digest:
+            self.differences.append(self.last)
 
     # -- operations --------------------------------------------------------------------------------------------------
 
     def _batch(self, told: Told, record: list[memoryview]) -> None:
-        header, *operations = wire.split([bytes(part) for part in record[1:]], None)
+        parts = [bytes(part) for part in record[1:]]
+        header, *operations = wire.split(parts, None)
         _, _, session_id, sequence, answered, ahead, first_ticket, *_ = header
         line = self._session(told).line
         line.heard(answered, ahead)
@@ -82,7 +144,7 @@ class Replay:
         kept = line.begin(sequence, first_ticket)
         kept.replies.extend([AGAIN] * (begun - len(kept.replies)))  # what left no record changed nothing
         run = Run(self.state, kept, operations)
-        self._runs[session_id] = (self.last, run)
+        self._runs[session_id] = _Begun(self.last, sequence, run, parts)
         self._run(told, count)
 
     def _more(self, told: Told, record: list[memoryview]) -> None:
@@ -90,7 +152,7 @@ class Replay:
 
     def _run(self, told: Told, count: int) -> None:
         session, step = self._session(told), self._step(told)
-        step.record, run = self._runs[session.session_id]
+        step.record, _, run, _ = self._runs[session.session_id]
         for _ in range(count):
             item = next(iter(run))
             step.operation = item.number
@@ -105,12 +167,13 @@ class Replay:
 
     def _left_out(self, told: Told, record: list[memoryview]) -> None:
         _, name, arguments = told.arguments
-        _, run = self._runs[self._session(told).session_id]
+        run = self._runs[self._session(told).session_id].run
         run.answer(next(iter(run)), [ERROR, name, arguments])
 
     def _operation(self, step: Step, verb: str, arguments: dict[str, Any]) -> Reply:
         if verb not in CHANGING:
             return AGAIN
+        self.operations += 1
         try:
             value = verbs.run(self.state, step, verb, arguments)
         except StoreError as refusal:
@@ -142,9 +205,9 @@ def _keys_restored(told: Told) -> list[Any]:
     return told.arguments
 
 
-def replay(numbered: Iterable[tuple[int, list[memoryview]]]) -> Replay:
+def replay(reading: Reading) -> Replay:
     """Follow a journal to its end."""
-    follower = Replay()
-    for number, record in numbered:
+    follower = Replay.of_snapshot(reading.snapshot) if reading.snapshot is not None else Replay()
+    for number, record in reading:
         follower.feed(number, record)
     return follower

@@ -22,7 +22,8 @@ from raystore.journal import frames
 from raystore.journal.frames import Frame, Head
 
 EPOCH = "epoch.{:08d}"
-SEGMENT = "{:08d}-{:08d}.journal"  # epoch and number
+SEGMENT = "{:08d}-{:08d}"  # epoch and number
+RECORDS, BODIES, SNAPSHOT = ".journal", ".bodies", ".snapshot"  # kinds of files
 
 
 @dataclass(slots=True, frozen=True, order=True)
@@ -54,18 +55,19 @@ class Directory:
         """All epochs there ever were, oldest first."""
         return sorted(int(p.name[6:]) for p in self.path.glob("epoch.*") if p.name[6:].isdigit())
 
-    def segments(self) -> list[tuple[int, int, Path]]:
-        """All segments in order: epoch, number within it, file."""
+    def segments(self, *kinds: str) -> list[tuple[int, int, Path]]:
+        """All files of these kinds (default: records) in order: epoch, number within it, file."""
         found = []
-        for path in self.path.glob("*.journal"):
-            epoch, _, number = path.stem.partition("-")
-            if epoch.isdigit() and number.isdigit():
-                found.append((int(epoch), int(number), path))
+        for name in os.listdir(self.path) if self.path.is_dir() else ():
+            stem, kind = os.path.splitext(name)
+            epoch, _, number = stem.partition("-")
+            if kind in (kinds or (RECORDS,)) and epoch.isdigit() and number.isdigit():
+                found.append((int(epoch), int(number), self.path / name))
         return sorted(found)
 
-    def segment(self, epoch: int, number: int) -> Path:
+    def segment(self, epoch: int, number: int, kind: str = RECORDS) -> Path:
         """The file of a segment."""
-        return self.path / SEGMENT.format(epoch, number)
+        return self.path / (SEGMENT.format(epoch, number) + kind)
 
     def begin_epoch(self) -> int:
         """Become the writer: from here on the one before is not."""

@@ -11,7 +11,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import shutil
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from raystore import wire
@@ -22,8 +25,9 @@ from raystore.core import check
 from raystore.core.digest import digest
 from raystore.core.state import Settings
 from raystore.errors import FencedError
+from raystore.journal import keeper
 from raystore.journal.opening import go_on
-from raystore.journal.replay import replay
+from raystore.journal.replay import Replay
 from raystore.journal.segments import Directory, Place
 from raystore.remote import inbox
 from raystore.remote.front import Front
@@ -37,12 +41,14 @@ class Lost(Exception):
 
 
 class Disk:
-    """What survives: everything that was committed, and a part of the rest."""
+    """What survives: everything that was committed, and a part of the rest; and a snapshot of some of it."""
 
     def __init__(self) -> None:
         self.records: list[list[bytes]] = []
         self.committed = 0
         self.epoch = 0
+        self.path = Path(tempfile.mkdtemp(prefix="simulated-"))
+        self.snapshot: Path | None = None
 
     def crash(self, lots: random.Random) -> None:
         """The process that writes dies, in the middle of whatever it does."""
@@ -51,12 +57,25 @@ class Disk:
     def open(self) -> Any:
         """What a process finds that begins to write now; it makes sure of that first."""
         self.committed = len(self.records)
-        return self.replay()
+        return self.follow()
 
-    def replay(self) -> Any:
+    def follow(self, upto: int | None = None, *, from_snapshot: bool = True) -> Replay:
         """What whoever looks now finds."""
-        numbered = enumerate(([memoryview(chunk) for chunk in record] for record in self.records), 1)
-        return replay(numbered)
+        is_there = from_snapshot and self.snapshot is not None
+        follower = Replay.of_snapshot(self.snapshot) if is_there else Replay()
+        for number, record in enumerate(self.records[:upto], 1):
+            if number > follower.last:
+                follower.feed(number, [memoryview(chunk) for chunk in record])
+        assert not follower.differences, f"verified otherwise at {follower.differences}"
+        return follower
+
+    def compact(self, upto: int) -> None:
+        """A helper makes a snapshot up to a record."""
+        if upto <= 0 or (self.snapshot is not None and int(self.snapshot.name) >= upto):
+            return
+        path = self.path / str(upto)
+        self.follow(upto).write(path, Place(1, 1, 0, upto))
+        self.snapshot = path
 
 
 class SimulatedLog:
@@ -111,10 +130,17 @@ class World:
     """One run."""
 
     def __init__(
-        self, seed: int, *, peers: int = 3, loss: float = 0.15, twice: float = 0.15, crashes: float = 0.03
+        self,
+        seed: int,
+        *,
+        peers: int = 3,
+        loss: float = 0.15,
+        twice: float = 0.15,
+        crashes: float = 0.03,
+        snapshots: float = 0.01,
     ) -> None:
         self.lots = random.Random(seed)
-        self.loss, self.twice, self.crashes = loss, twice, crashes
+        self.loss, self.twice, self.crashes, self.snapshots = loss, twice, crashes, snapshots
         self.disk = Disk()
         self.kills = 0
         self.lingering: list[SimulatedLog] = []  # of processes that were replaced and still run
@@ -176,6 +202,7 @@ class World:
         """Let every peer do so much; what came of it."""
         self.tasks: list[asyncio.Future[Any]] = []
         inbox.SLICE_SECONDS = self.lots.choice([-1.0, 1.0])  # a batch is cut behind each operation, or never
+        keeper.VERIFY_LAG = self.lots.choice([0, 5])
         working = [_start(peer.work(operations)) for peer in self.peers]
         while not all(task.done() for task in working):
             for task in working:
@@ -189,6 +216,8 @@ class World:
                     await self.pause()
                     self.lingering.remove(log)
                     self.break_calls()
+            if self.lots.random() < self.snapshots:
+                self.disk.compact(self.lots.randint(0, self.disk.committed))
             if self.lots.random() < self.crashes:
                 self.replace()
         for task in working:
@@ -236,7 +265,8 @@ class World:
             "unexpected": len(made.keys() - asked),
             "disordered": disordered,
             "orphaned": orphaned,
-            "replay differs": int(digest(self.disk.replay().state) != digest(state)),
+            "replay differs": int(digest(self.disk.follow(from_snapshot=False).state) != digest(state)),
+            "snapshot differs": int(digest(self.disk.follow().state) != digest(state)),
         }
 
 
@@ -420,13 +450,14 @@ class Peer:
 
 def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int], int]:
     """The counts of one run, and how often the store was killed in it."""
-    slice_seconds = inbox.SLICE_SECONDS
+    slice_seconds, verify_lag = inbox.SLICE_SECONDS, keeper.VERIFY_LAG
     loop = asyncio.new_event_loop()
+    world = World(seed, **how)
     try:
-        world = World(seed, **how)
         return loop.run_until_complete(asyncio.wait_for(world.run(operations), 20)), world.kills
     finally:
-        inbox.SLICE_SECONDS = slice_seconds
+        inbox.SLICE_SECONDS, keeper.VERIFY_LAG = slice_seconds, verify_lag
+        shutil.rmtree(world.disk.path)
         loop.run_until_complete(_end())
         loop.close()
 

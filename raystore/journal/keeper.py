@@ -1,0 +1,143 @@
+"""Keeping a journal short: when enough has been written since the last snapshot, a helper process makes the next.
+
+The writer goes on in a new segment, and the helper reads what is closed; the store's own process does nothing but start
+it and hear of its end. From time to time a digest of the rollouts that were touched longest ago is written down:
+whoever reads the journal must find the same. If a helper does not, that is an alarm, and nothing more is deleted.
+Not here: what the helper does (`compaction`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from raystore.core.digest import verify
+from raystore.core.state import State
+from raystore.journal.log import SEGMENT_BYTES
+from raystore.journal.recorder import Recorder
+from raystore.journal.segments import Directory
+
+logger = logging.getLogger("raystore.store")
+
+VERIFY_LAG = 2_000  #: so many rollouts are touched before the first of them is looked at: most have come to rest then
+VERIFY_AT_ONCE = 64
+
+OPERATIONS = 20_000  #: since the last snapshot; reading so many again takes about a second
+MOST_FAILURES = 8  #: each doubles what is waited for
+SHARE = 10  #: and as many as so many rollouts, since each is read and written again
+
+
+class Keeper:
+    """Has a helper make snapshots for one writer of a journal."""
+
+    def __init__(self, directory: Directory, epoch: int, operations: int) -> None:
+        """`operations` are those that were read behind the last snapshot."""
+        self.directory = directory
+        self.epoch = epoch
+        self._since = -operations  # number of the operation behind the last snapshot
+        self._seen = 0  # operations of this writer
+        self._counted = 0  # of them, up to the segment that is being replaced
+        self._to_verify = 0  # rollouts before the segment may be closed
+        self._is_asked = False
+        self.made = 0  # snapshots
+        self.failed = ""  # why there will be no more
+        self.last: dict[str, Any] = {}  # what the last helper said
+        self.on_done: Callable[[], None] = lambda: None
+        self._bytes = 0  # closed since the last snapshot
+        self._failures = 0
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._helper: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def operations(self) -> int:
+        """How many have been written since the last snapshot."""
+        return self._seen - self._since
+
+    def look(self, recorder: Recorder, state: State, now: float) -> None:
+        """Do what is due after a step: write down a digest, go on in a new segment so that the one before can go."""
+        self._seen = recorder.operations
+        touched = len(state.touched)
+        if touched and (touched > VERIFY_LAG or self._to_verify > 0):
+            recorder.verified(now, VERIFY_AT_ONCE, verify(state, VERIFY_AT_ONCE))
+        if self._to_verify > 0:
+            self._to_verify -= VERIFY_AT_ONCE
+            if self._to_verify <= 0:
+                recorder.log.rotate()
+        elif not self._is_asked and self._is_due(len(state.entries)):
+            self._is_asked = True
+            self._to_verify = touched + 1
+
+    def _is_due(self, rollouts: int) -> bool:
+        return self.operations >= max(OPERATIONS, rollouts // SHARE) << self._failures and not self.failed
+
+    def closed(self, number: int, size: int, is_asked: bool) -> None:
+        """A segment was closed, because that `is_asked` or because it was full; on the writer's thread.
+
+        Number 0 says that it was asked for in vain, since there is no room.
+        """
+        with self._lock:
+            if not number:
+                self._is_asked, self._failures = False, min(self._failures + 1, MOST_FAILURES)
+                return
+            self._bytes += size
+            enough = max(SEGMENT_BYTES, self.last.get("bytes", 0)) << self._failures
+            if self._is_closed or self.failed or self._thread is not None or not (is_asked or self._bytes >= enough):
+                return
+            self._counted, self._bytes = self._seen, 0
+            self._thread = threading.Thread(target=self._help, args=(number,), name="raystore-keeper", daemon=True)
+            self._thread.start()
+
+    def _help(self, number: int) -> None:
+        """Run a helper to its end, on a thread of its own."""
+        command = [sys.executable, "-m", "raystore.journal.compaction"]
+        command += [str(self.directory.path), str(self.epoch), str(number)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        told, wrong = b"", ""
+        try:
+            with self._lock:
+                if self._is_closed:
+                    return
+                helper = self._helper = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+                )
+            told, errors = helper.communicate()
+            outcome = json.loads(told) if told else {"error": errors.decode(errors="replace")[-2000:]}
+        except (OSError, ValueError) as error:
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        wrong = outcome.get("error", "")
+        with self._lock:
+            self._thread = self._helper = None
+            self._is_asked = False
+            if self._is_closed:
+                return
+            if "differs" in outcome:
+                self.failed = f"a replay differs from the store at records {outcome['differs']}"
+            elif wrong:
+                self._failures = min(self._failures + 1, MOST_FAILURES)
+            else:
+                self._failures, self.last, self.made = 0, outcome, self.made + 1
+                self._since = self._counted
+        if self.failed:
+            logger.critical("Journal %s: %s; nothing of it is deleted any more", self.directory.path, self.failed)
+        elif wrong:
+            logger.warning("Journal %s: no snapshot was made (%s); trying later", self.directory.path, wrong)
+        else:
+            self.on_done()
+
+    def close(self) -> None:
+        """End the helper, if there is one: what it has not finished does not count."""
+        with self._lock:
+            self._is_closed = True
+            helper, thread = self._helper, self._thread
+        if helper is not None:
+            helper.kill()
+        if thread is not None:
+            thread.join()

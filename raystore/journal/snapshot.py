@@ -1,0 +1,213 @@
+"""A state in one file, from which a journal goes on: made by a helper, read when a store starts.
+
+The file begins like a segment. Then comes the index of the spans of each rollout, which is read when somebody asks for
+it, then the sections of the image in frames, and last where these begin. It has its name only once it is whole and on
+disk; what it says of bodies is where they are in the segments.
+Not here: what is in an image (`core.image`), when one is made (`keeper`), which segments it replaces (`compaction`).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+
+from raystore.core.image import image, restore
+from raystore.core.payload import OnDisk, Payload
+from raystore.core.records import Attempt, Change, Config, Record, Resources, Rollout, Span, Worker
+from raystore.core.spans import Index
+from raystore.core.state import State
+from raystore.errors import JournalDamagedError
+from raystore.journal import frames
+from raystore.journal.frames import Head
+from raystore.journal.segments import Place
+
+_END = struct.Struct("<8sQI")  # magic, where the sections begin, how many there are
+_END_MAGIC = b"rs-image"
+_INDEX = struct.Struct("<III")  # checksum, bytes of the rows, spans
+_READ_BYTES = 16 * 1024 * 1024
+
+# Extension types.
+_PAYLOAD, _TUPLE, _RECORD = 1, 2, 16
+_KINDS: list[type[Record]] = [Config, Rollout, Attempt, Worker, Resources, Span, Change]
+
+
+def _extended(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return msgpack.ExtType(_TUPLE, _pack(list(value), exactly=True))
+    if isinstance(value, Record):
+        return msgpack.ExtType(_RECORD + _KINDS.index(type(value)), _pack(list(value.row()), exactly=True))
+    if isinstance(value, Payload):  # references are not kept
+        return msgpack.ExtType(_PAYLOAD, value.data)
+    raise TypeError(f"{type(value).__name__} has no place in a snapshot: {value!r}")
+
+
+def _opened(code: int, data: bytes) -> Any:
+    if code == _PAYLOAD:
+        return Payload(data, ())
+    value = _unpack(data)
+    return tuple(value) if code == _TUPLE else _KINDS[code - _RECORD](*value)
+
+
+def _pack(value: Any, *, exactly: bool) -> bytes:
+    """As bytes; `exactly` tells tuples from lists, and records from rows."""
+    return bytes(msgpack.packb(value, default=_extended, strict_types=exactly, unicode_errors="surrogatepass"))
+
+
+def _unpack(data: bytes | memoryview) -> Any:
+    return msgpack.unpackb(data, ext_hook=_opened, strict_map_key=False, unicode_errors="surrogatepass")
+
+
+class IndexFile:
+    """The span indexes in a snapshot."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as somebody may ask
+
+    def raw(self, place: int) -> bytes:
+        """An index as it stands in the file."""
+        data = os.pread(self._file.fileno(), 4096, place)
+        checksum, length, count = _INDEX.unpack_from(data)
+        size = _INDEX.size + 8 * count + length
+        if len(data) < size:
+            data = os.pread(self._file.fileno(), size, place)
+        if len(data) < size or zlib.crc32(data[4:size]) != checksum:
+            raise JournalDamagedError(str(self._path), place, "the index of the spans of a rollout cannot be read")
+        return data[:size]
+
+    def read(self, place: int) -> Index:
+        """An index: where each body is, and a row for each span."""
+        return unpack_index(self.raw(place))
+
+
+def places_in(raw: bytes) -> array[int]:
+    """Where the bodies are of which this is the index."""
+    _, _, count = _INDEX.unpack_from(raw)
+    places = array("Q")
+    places.frombytes(raw[_INDEX.size : _INDEX.size + 8 * count])
+    return places
+
+
+def unpack_index(raw: bytes) -> Index:
+    """An index from its bytes."""
+    places = places_in(raw)
+    return places, _unpack(raw[_INDEX.size + 8 * len(places) :])
+
+
+def pack_index(index: Index) -> bytes:
+    """An index as bytes."""
+    places, rows = index
+    body = _pack(rows, exactly=False)
+    rest = struct.pack("<II", len(body), len(places)) + places.tobytes() + body
+    return struct.pack("<I", zlib.crc32(rest)) + rest
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path,
+    head: Head,
+    state: State,
+    old: IndexFile | None,
+    more: dict[str, Any],
+    before_it_counts: Callable[[], None] = lambda: None,
+) -> set[int]:
+    """Write a state; the numbers of the records that hold bodies of its spans.
+
+    `old` is where indexes are that have not been read. `more` is what the journal knows beside the state.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
+    needed: set[int] = set()
+    with open(unfinished, "wb", buffering=_READ_BYTES) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(frames.pack_head(head))
+        places = _write_indexes(file, state, old, needed)
+        begin, count = file.tell(), 0
+        for name, value in image(state, lambda rollout_id: places.get(rollout_id, 0)):
+            _write_section(file, name, value, count)
+            count += 1
+        _write_section(file, "more", more, count)
+        file.write(_END.pack(_END_MAGIC, begin, count + 1))
+        file.flush()
+        os.fsync(file.fileno())
+    before_it_counts()
+    unfinished.rename(path)
+    return needed
+
+
+def _write_indexes(file: BinaryIO, state: State, old: IndexFile | None, needed: set[int]) -> dict[str, int]:
+    at = file.tell()
+    written: dict[str, int] = {}
+    for rollout_id in state.entries:
+        if place := state.spans.place(rollout_id):
+            assert old is not None
+            raw = old.raw(place)
+        elif (index := state.spans.index(rollout_id)) is not None:
+            raw = pack_index(index)
+        else:
+            continue
+        written[rollout_id] = at
+        needed.update(place // OnDisk.RECORD for place in places_in(raw))
+        file.write(raw)
+        at += len(raw)
+    return written
+
+
+def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
+    packed = _pack(value, exactly=name in ("session", "more"))
+    for chunk in frames.pack_frame([[name.encode(), packed]], number, 0):
+        file.write(chunk)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_head(path: Path) -> tuple[Place, dict[str, Any]]:
+    """Up to where a snapshot goes, and who wrote the journal then."""
+    with open(path, "rb") as file:
+        head = frames.unpack_head(file.read(frames.HEAD_BYTES), str(path))[0]
+    assert head.more is not None
+    return Place(head.epoch, head.number, head.more["offset"], head.first - 1), head.more["who"]
+
+
+def read(path: Path, state: State) -> tuple[IndexFile, dict[str, Any]]:
+    """Fill an empty state; where its span indexes are, and what the journal knew beside it."""
+    indexes = IndexFile(path)
+    more: dict[str, Any] = {}
+    with open(path, "rb", buffering=0) as file:
+        restore(state, _sections(file, path, more))
+    state.spans.read_index = indexes.read
+    return indexes, more
+
+
+def _sections(file: Any, path: Path, more: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - _END.size, 0))
+    try:
+        magic, begin, count = _END.unpack(file.read(_END.size))
+    except struct.error:
+        magic, begin, count = b"", 0, 0
+    if magic != _END_MAGIC:
+        raise JournalDamagedError(str(path), size, "the snapshot does not end like one")
+    file.seek(begin)
+    data = memoryview(file.read(size - _END.size - begin))
+    at = 0
+    for number in range(count):
+        frame = frames.read_frame(data, at)
+        if frame is None or frame.first != number:
+            raise JournalDamagedError(str(path), begin + at, f"section {number} of the snapshot cannot be read")
+        at = frame.end
+        name, packed = next(frame.records())
+        value = _unpack(packed)
+        if bytes(name) == b"more":
+            more.update(value)
+        else:
+            yield bytes(name).decode(), value

@@ -1,0 +1,203 @@
+"""Snapshots: a helper replaces closed segments by the state, and everything is still there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import raystore as rs
+from raystore.core.digest import digest
+from raystore.journal import compaction, keeper
+from raystore.journal.opening import read_run
+from raystore.journal.segments import BODIES, SNAPSHOT, Directory
+from tests.helpers import make_span
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """A snapshot every few hundred operations, and digests nearly at once."""
+    monkeypatch.setattr(keeper, "OPERATIONS", 300)
+    monkeypatch.setattr(keeper, "VERIFY_LAG", 20)
+
+
+def store_of(path, **options):
+    return rs.InMemoryLightningStore(journal=path, durability="process", **options)
+
+
+async def work(store, count, *, text="x"):
+    """Rollouts with two spans each, most of them finished; their ids."""
+    made = []
+    for number in range(count):
+        enqueued = await store.enqueue_rollout({"n": number, "text": text * 50}, tags={"even": number % 2 == 0})
+        rollout = await store.dequeue_rollout()
+        spans = [make_span(rollout, sequence_id=i, attributes={"body": f"{number}/{i}" * 20}) for i in (1, 2)]
+        await store.add_many_spans(spans)
+        if number % 10:
+            await store.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")
+        made.append(enqueued.rollout_id)
+    return made
+
+
+async def until(happened, what, seconds=30):
+    """Wait for a helper."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, what
+        await asyncio.sleep(0.02)
+
+
+def of(store):
+    return store._service.journal.keeper
+
+
+async def test_a_snapshot_takes_the_place_of_segments(tmp_path):
+    """The journal is short, the state is the same, and bodies are read from where the helper left them."""
+    path = tmp_path / "j"
+    store = store_of(path)
+    made = await work(store, 400)
+    await until(lambda: of(store).made >= 2, "no snapshot was made")
+    made += await work(store, 30)
+    before = digest(store._service.state)
+    assert digest(read_run(path).state) == before
+    directory = Directory(path)
+    assert len(directory.segments(SNAPSHOT)) == 1
+    assert len(directory.segments()) <= 2
+    assert of(store).operations < 1_000
+    store.close()
+    again = store_of(path)
+    assert again._service.state.entries.keys() == set(made)
+    await again.check()
+    for number in (0, 7, 200, 399, 429):
+        spans = await again.query_spans(made[number])
+        n = number if number < 400 else number - 400
+        assert [span.attributes["body"] for span in spans] == [f"{n}/{i}" * 20 for i in (1, 2)]
+    again.close()
+
+
+async def test_deleted_rollouts_leave_the_disk(tmp_path, monkeypatch):
+    """Retention bounds the disk: bodies of what was deleted are dropped with the segment, or by a copy without them."""
+    path = tmp_path / "j"
+    store = store_of(path, retention={"max_rollouts": 20})
+    for _ in range(6):
+        made = await work(store, 150)
+        await store.release(made)
+    await store.statistics()
+    count = of(store).made
+    await until(lambda: of(store).made > 0, "no snapshot was made")
+    await work(store, 200)
+    await until(lambda: of(store).made > count, "no further snapshot was made")
+    kept = sum(p.stat().st_size for _, _, p in Directory(path).segments(BODIES))
+    assert store._service.state.spans.count < 700 < 1_100 * 2  # those that are running, or were since
+    assert kept < 700 * 700, f"{kept} bytes are kept"
+    for rollout in await store.query_rollouts():
+        assert len(await store.query_spans(rollout.rollout_id)) == 2
+    store.close()
+
+
+async def test_a_helper_that_dies_leaves_everything(tmp_path):
+    """SIGKILL at any moment of a helper: the journal is whole, and another one finishes."""
+    path = tmp_path / "j"
+    store = store_of(path)
+    kills = 0
+    for round_ in range(40):
+        await work(store, 40)
+        helper = of(store)._helper
+        if helper is not None and round_ < 30:
+            await asyncio.sleep(0.01 * (round_ % 12))
+            helper.send_signal(signal.SIGKILL)
+            kills += 1
+    await until(lambda: of(store).made > 0 or of(store)._thread is None, "a helper hangs")
+    assert kills > 2
+    assert digest(read_run(path).state) == digest(store._service.state)
+    store.close()
+    again = store_of(path)
+    await again.check()
+    again.close()
+
+
+async def test_a_state_that_differs_deletes_nothing(tmp_path, monkeypatch, caplog):
+    """A replay that does not find what the writer found is an alarm, and the evidence stays."""
+    path = tmp_path / "j"
+    monkeypatch.setattr(keeper, "verify", lambda state, count: (keeper_verify(state, count), "another")[1])
+    keeper_verify = compaction.replay.__globals__["verify"]
+    store = store_of(path)
+    await work(store, 200)
+    await until(lambda: of(store).failed, "nobody noticed")
+    assert "differs" in caplog.text
+    assert not Directory(path).segments(SNAPSHOT)
+    store.close()
+    found = read_run(path)
+    assert found.differences
+    assert digest(found.state) == digest(store._service.state)
+
+
+async def test_a_helper_of_an_earlier_writer_does_nothing(tmp_path):
+    """Its snapshot does not count once somebody else writes."""
+    path = tmp_path / "j"
+    store = store_of(path)
+    await work(store, 20)
+    store.close()
+    directory = Directory(path)
+    epoch = directory.epochs()[-1]
+    directory.begin_epoch()
+    with pytest.raises(rs.FencedError):
+        compaction.compact(directory, epoch, 1)
+    assert not directory.segments(SNAPSHOT)
+    assert len(directory.segments()) == 1
+
+
+async def test_a_torn_snapshot_is_refused(tmp_path):
+    """A snapshot that cannot be read is damage, wherever it is."""
+    path = tmp_path / "j"
+    store = store_of(path)
+    await work(store, 200)
+    await until(lambda: of(store).made > 0, "no snapshot was made")
+    store.close()
+    ((_, _, file),) = Directory(path).segments(SNAPSHOT)
+    whole = file.read_bytes()
+    sections = whole.rindex(b"plain")
+    for at in (0, 20, sections, sections + 100, len(whole) - 30, len(whole) - 3):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises((rs.JournalDamagedError, rs.JournalFormatError)):
+            read_run(path)
+    for length in (0, 10, sections, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(rs.JournalDamagedError):
+            read_run(path)
+    file.write_bytes(whole)
+    read_run(path)
+
+
+async def test_a_journal_of_many_processes_is_compacted(tmp_path):
+    """Each process goes on with the snapshot of another, and makes its own."""
+    path = tmp_path / "j"
+    made = []
+    for _ in range(5):
+        store = store_of(path)
+        assert store._service.state.entries.keys() == set(made)
+        made += await work(store, 120)
+        await until(lambda store=store: of(store)._thread is None, "a helper hangs")
+        store.close()
+    store = store_of(path)
+    assert len(Directory(path).segments()) < 6
+    assert {r.rollout_id for r in await store.query_rollouts()} == set(made)
+    spans = await store.query_many_spans(made, attempt_id=None)
+    assert sum(map(len, spans.values())) == 2 * len(made)
+    assert all(span.attributes["body"] for of_one in spans.values() for span in of_one)
+    store.close()
+
+
+def test_the_helper_is_a_command(tmp_path):
+    """It says what is wrong, and ends with a code that tells."""
+    told = subprocess.run(
+        [sys.executable, "-m", "raystore.journal.compaction", str(tmp_path / "none"), "1", "1"],
+        capture_output=True, text=True, env=os.environ, check=False,
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert "error" in told.stdout
