@@ -8,6 +8,7 @@ Not here: deciding that something happened.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -99,14 +100,16 @@ class CompletionLog:
             self._sequences = [sequence for sequence, _ in kept]
             self._ids = [rollout_id for _, rollout_id in kept]
 
-    def image(self) -> tuple[int, list[int], list[str]]:
-        """The log as plain values."""
+    def image(self, numbers: dict[str, int]) -> list[Any]:
+        """The log, with rollouts by their numbers."""
         kept = list(self.after(None))
-        return self.last, [sequence for sequence, _ in kept], [rollout_id for _, rollout_id in kept]
+        who = array("I", (numbers[rollout_id] for _, rollout_id in kept))
+        return [self.last, array("Q", (sequence for sequence, _ in kept)).tobytes(), who.tobytes()]
 
-    def restore(self, image: tuple[int, list[int], list[str]]) -> None:
+    def restore(self, image: list[Any], ids: list[str]) -> None:
         """Fill an empty log from an image."""
-        self.last, self._sequences, self._ids = image
+        self.last, sequences, who = image
+        self._sequences, self._ids = list(array("Q", sequences)), [ids[number] for number in array("I", who)]
         self._place = dict(zip(self._ids, self._sequences, strict=True))
 
     def place(self, rollout_id: str) -> int:

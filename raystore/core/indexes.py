@@ -6,8 +6,8 @@ Not here: what else a query filters by (`query`).
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterator
 from typing import Any
 
 from raystore.core.records import Attempt, Rollout
@@ -41,20 +41,15 @@ class Indexes:
         """Enter a rollout under a key."""
         self._ids.setdefault(key, {})[rollout_id] = None
 
-    def enter_all(self, entries: Iterable[tuple[str, Rollout, Attempt | None]]) -> None:
-        """Enter many rollouts under all their keys."""
-        found: defaultdict[Key, dict[str, None]] = defaultdict(dict)
-        for rollout_id, rollout, attempt in entries:  # the keys of `keys_of`, at a third of its cost
-            found["status", rollout.status][rollout_id] = None
-            found["queue", rollout.queue][rollout_id] = None
-            if rollout.group_id is not None:
-                found["group", rollout.group_id][rollout_id] = None
-            for name, value in rollout.tags.items():
-                found["tag", (name, value)][rollout_id] = None
-            if attempt is not None and attempt.worker_id is not None:
-                found["worker", attempt.worker_id][rollout_id] = None
-        for key, ids in found.items():
-            self._ids.setdefault(key, {}).update(ids)
+    def image(self, numbers: dict[str, int]) -> list[Any]:
+        """The keys, and the numbers of the rollouts under each."""
+        return [(key, array("I", map(numbers.__getitem__, ids)).tobytes()) for key, ids in self._ids.items()]
+
+    def restore(self, image: list[Any], ids: list[str]) -> None:
+        """Fill empty indexes from an image."""
+        for (name, value), numbers in image:
+            key = (name, tuple(value) if isinstance(value, list) else value)
+            self._ids[key] = dict.fromkeys(map(ids.__getitem__, array("I", numbers)))
 
     def remove(self, rollout_id: str, key: Key) -> None:
         """Take a rollout out from under a key."""

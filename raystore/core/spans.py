@@ -114,10 +114,6 @@ class SpanTable:
             self._unknown.popitem(last=False)
         return number
 
-    def newest_number(self, rollout_id: str) -> int:
-        """The newest number of a rollout that exists; 0 if it has none."""
-        return self._counters.get(rollout_id, 0)
-
     def counters(self) -> list[tuple[str, int]]:
         """The newest number of each rollout, also of those that do not exist."""
         return [*self._counters.items(), *self._unknown.items()]
@@ -206,20 +202,20 @@ class SpanTable:
             return None
         return held.places, [_row(span) for span in held.spans.values()]
 
-    def image(self) -> list[Any]:
-        """What is no rollout's own, as plain values."""
-        return [self.count, list(self._unknown.items()), self.evicted_spans]
+    def image(self, ids: Iterable[str], places: dict[str, int]) -> list[Any]:
+        """The newest number of each rollout, and where its index was written to; and what is no rollout's own."""
+        newest = array("Q", (self._counters.get(rollout_id, 0) for rollout_id in ids))
+        where = array("Q", (places.get(rollout_id, 0) for rollout_id in ids))
+        unknown = list(self._unknown.items())
+        return [newest.tobytes(), where.tobytes(), list(self.evicted), self.count, unknown, self.evicted_spans]
 
-    def restore(self, image: list[Any]) -> None:
-        """Take what is no rollout's own from an image."""
-        self.count, unknown, self.evicted_spans = image
-        self._unknown.update(unknown)
-
-    def restore_rollouts(self, ids: list[str], newest: list[int], places: list[int], evicted: list[str]) -> None:
-        """Enter rollouts whose spans are on disk: their newest numbers, and where the index is."""
-        self._counters.update((i, number) for i, number in zip(ids, newest, strict=True) if number)
-        self._elsewhere.update((i, place) for i, place in zip(ids, places, strict=True) if place)
+    def restore(self, image: list[Any], ids: list[str]) -> None:
+        """Fill an empty table from an image."""
+        newest, where, evicted, self.count, unknown, self.evicted_spans = image
+        self._counters = {i: number for i, number in zip(ids, array("Q", newest), strict=True) if number}
+        self._elsewhere = {i: place for i, place in zip(ids, array("Q", where), strict=True) if place}
         self.evicted.update(evicted)
+        self._unknown.update(unknown)
 
     # -- reading -------------------------------------------------------------------------------------------------
 

@@ -149,9 +149,11 @@ class Entry:
     """All that is known of one rollout."""
 
     __slots__ = (
-        "attempts", "bytes", "clocks", "deliveries", "former", "given", "holders", "number",
+        "attempts", "bytes", "clocks", "cold", "deliveries", "former", "given", "holders", "number",
         "order", "read", "released", "rollout", "suspect", "taken",
     )  # fmt: skip
+
+    cold: Any  # the chunk of a snapshot that it is in; only as long as nobody needed it
 
     def __init__(self, rollout: Rollout, *, number: int, given: tuple[Any, ...] | None, size: int) -> None:
         self.rollout = rollout
@@ -168,6 +170,13 @@ class Entry:
         self.clocks: list[AttemptClock] = []  # one for each attempt
         self.holders: dict[str, str] = {}  # attempt id -> session id
         self.taken = NOBODY  # by consumer; replaced, never edited
+
+    def __getattr__(self, name: str) -> Any:
+        """A field that is not there yet: the entry is as it was found in a snapshot."""
+        if name == "cold" or name not in Entry.__slots__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.cold.thaw()
+        return getattr(self, name)
 
     @property
     def is_sealed(self) -> bool:

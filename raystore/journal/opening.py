@@ -21,7 +21,7 @@ from raystore.journal.log import FULL_SECONDS, Log, is_full
 from raystore.journal.reading import Reading, settled
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
-from raystore.journal.segments import Directory, Place
+from raystore.journal.segments import RECORDS, SNAPSHOT, Directory, Place
 
 logger = logging.getLogger("raystore.store")
 
@@ -110,7 +110,7 @@ def go_on(
 def _check(directory: Directory, name: str | None, resume: str, writer: str | None) -> None:
     """Refuse to write where that is not what was asked for, before anybody who writes there is disturbed."""
     path = str(directory.path)
-    is_there = bool(directory.segments())
+    is_there = bool(directory.segments(RECORDS, SNAPSHOT))
     if resume == "never" and is_there:
         raise JournalInUseError(path, "it holds a run, and resume='never' asks for a new one; take an empty directory")
     if resume == "must" and not is_there:
@@ -134,7 +134,7 @@ def _check(directory: Directory, name: str | None, resume: str, writer: str | No
 def read_run(path: str | Path) -> Replay:
     """The state that a journal holds, without becoming its writer."""
     directory = Directory(path)
-    if not directory.segments():
+    if not directory.segments(RECORDS, SNAPSHOT):
         raise JournalMissingError(str(directory.path), "there are no segments")
     return settled(lambda: replay(Reading(directory)))
 

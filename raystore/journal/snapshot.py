@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import msgpack
 
+from raystore.core.cold import Chunk
 from raystore.core.image import image, restore
 from raystore.core.payload import OnDisk, Payload
 from raystore.core.records import Attempt, Change, Config, Record, Resources, Rollout, Span, Worker
@@ -131,7 +132,7 @@ def write(
         file.write(frames.pack_head(head))
         places = _write_indexes(file, state, old, needed)
         begin, count = file.tell(), 0
-        for name, value in image(state, lambda rollout_id: places.get(rollout_id, 0)):
+        for name, value in image(state, places):
             _write_section(file, name, value, count)
             count += 1
         _write_section(file, "more", more, count)
@@ -162,7 +163,7 @@ def _write_indexes(file: BinaryIO, state: State, old: IndexFile | None, needed: 
 
 
 def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
-    packed = _pack(value, exactly=name in ("session", "more"))
+    packed = bytes(value.packed) if isinstance(value, Chunk) else _pack(value, exactly=name in ("session", "more"))
     for chunk in frames.pack_frame([[name.encode(), packed]], number, 0):
         file.write(chunk)
 
@@ -183,7 +184,7 @@ def read(path: Path, state: State) -> tuple[IndexFile, dict[str, Any]]:
     indexes = IndexFile(path)
     more: dict[str, Any] = {}
     with open(path, "rb", buffering=0) as file:
-        restore(state, _sections(file, path, more))
+        restore(state, _sections(file, path, more), _unpack)
     state.spans.read_index = indexes.read
     return indexes, more
 
@@ -206,8 +207,8 @@ def _sections(file: Any, path: Path, more: dict[str, Any]) -> Iterator[tuple[str
             raise JournalDamagedError(str(path), begin + at, f"section {number} of the snapshot cannot be read")
         at = frame.end
         name, packed = next(frame.records())
-        value = _unpack(packed)
-        if bytes(name) == b"more":
-            more.update(value)
+        section = bytes(name).decode()
+        if section == "more":
+            more.update(_unpack(packed))
         else:
-            yield bytes(name).decode(), value
+            yield section, bytes(packed) if section == "chunk" else _unpack(packed)
