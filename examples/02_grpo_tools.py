@@ -1,9 +1,9 @@
 """GRPO in numpy on a multi-turn tool task, twice: undisturbed, and with a runner killed at each step.
 
-The task: find out a hidden code by looking up its digits, one tool call each, then answer it. The policy is a table of
-logits, published at each step as a versioned object; the driver keeps two batches of groups in flight, so rollouts are
-up to two versions old and are weighted by importance ratios. In the second run a runner process is SIGKILLed at each
-step, in the middle of its rollouts. Both runs learn, and the ledger shows that no rollout was lost or trained on twice.
+Task and policy are in `grpo`. The policy is published at each step as a versioned object; the driver keeps two batches
+of groups in flight, so rollouts are up to two versions old and are weighted by importance ratios. In the second run a
+runner process is SIGKILLed at each step, in the middle of its rollouts. Both runs learn, and the ledger shows that no
+rollout was lost or trained on twice.
 
     python examples/02_grpo_tools.py --runners 4 --steps 60 --seed 0
 """
@@ -19,59 +19,17 @@ from collections import Counter
 
 import harness
 import numpy as np
+from grpo import GROUPS, SIZE, agent, codes, improve, new_policy, softmax
 
 import raystore as rs
 
-DIGITS, VALUES, TURNS = 3, 4, 6
-ANSWER = 3  # tokens 0, 1, 2 look up a digit; in a state of answering a token is a digit
-UNKNOWN = 2**DIGITS + VALUES  # states: what is known already (a bit for each digit), then answering with a known value
-GROUPS, SIZE = 16, 8
-RATE, CLIP = 8.0, 0.2
 
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
-async def agent(task: dict, ctx: rs.Context) -> float:
-    """Look up digits until the policy wants to answer; the reward is the part of the code that is right."""
-    policy = softmax(ctx.resources["policy"].get())
-    draw = np.random.default_rng(int(ctx.rollout.rollout_id.removeprefix("ro-"), 16))
-
-    def act(state: int) -> int:
-        token = int(draw.choice(VALUES, p=policy[state]))
-        ctx.llm(prompt_ids=[state], response_ids=[token], logprobs=[np.log(policy[state][token])], model="table")
-        return token
-
-    known: dict[int, int] = {}
-    for _ in range(TURNS):
-        token = act(sum(1 << digit for digit in known))
-        if token == ANSWER:
-            answer = [act(2**DIGITS + known[digit] if digit in known else UNKNOWN) for digit in range(DIGITS)]
-            return float(np.mean(np.equal(answer, task["code"])))
-        with ctx.span("look_up", digit=token) as span:
-            await asyncio.sleep(0.002)  # a tool takes its time
-            known[token] = task["code"][token]
-            span.set("value", known[token])
-    return 0.0  # never answered
-
-
-def improve(logits: np.ndarray, history: dict[int, np.ndarray], groups: list[list[list[rs.Triplet]]]) -> np.ndarray:
-    """One step of GRPO: advantages within each group, importance ratios from the version of each attempt, clipped."""
-    gradient = np.zeros_like(logits)
-    policy = softmax(logits)
-    for group in groups:
-        rewards = np.array([turns[0].reward for turns in group])
-        for turns, advantage in zip(group, (rewards - rewards.mean()) / (rewards.std() + 1e-4), strict=True):
-            for turn in turns:
-                state, token = turn.prompt_ids[0], turn.response_ids[0]
-                behaviour = history[turn.policy_version][state, token]
-                assert abs(np.log(behaviour) - turn.logprobs[0]) < 1e-6  # it was this version indeed
-                ratio = policy[state, token] / behaviour
-                if not (advantage > 0 and ratio > 1 + CLIP) and not (advantage < 0 and ratio < 1 - CLIP):
-                    gradient[state] += ratio * advantage * ((np.arange(VALUES) == token) - policy[state])
-    return logits + RATE * gradient / (GROUPS * SIZE)
+def check_versions(history: dict[int, np.ndarray], groups: list[list[list[rs.Triplet]]]) -> None:
+    """Each turn was taken by the version of the policy that its attempt names."""
+    for turns in (turns for group in groups for turns in group):
+        for turn in turns:
+            behaviour = history[turn.policy_version][turn.prompt_ids[0], turn.response_ids[0]]
+            assert abs(np.log(behaviour) - turn.logprobs[0]) < 1e-6
 
 
 async def kill_a_runner(store: rs.RayLightningStore, chance: random.Random, killed: set[int]) -> None:
@@ -91,7 +49,7 @@ async def kill_a_runner(store: rs.RayLightningStore, chance: random.Random, kill
 
 async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -> tuple[list[float], Counter]:
     """The algorithm. Returns the mean reward of each step, and a ledger of rollouts."""
-    logits = np.zeros((UNKNOWN + 1, VALUES))
+    logits = new_policy()
     history, curve, ledger = {}, [], Counter()
     trained: set[str] = set()
     killed: set[int] = set()
@@ -103,8 +61,7 @@ async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -
 
     async def ask(step: int) -> None:
         """Enqueue the groups of one step: they leave in one call."""
-        codes = np.random.default_rng([run.seed, step]).integers(VALUES, size=(GROUPS, DIGITS)).tolist()
-        groups = await asyncio.gather(*(store.enqueue_group({"code": code}, SIZE) for code in codes))
+        groups = await asyncio.gather(*(store.enqueue_group({"code": code}, SIZE) for code in codes(run.seed, step)))
         ledger["enqueued"] += sum(map(len, groups))
         if kills:
             await kill_a_runner(store, chance, killed)
@@ -129,7 +86,9 @@ async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -
         ledger["dropped"] += sum(r.status != "succeeded" for group in ended for r in group)
         ids = [r.rollout_id for group in rollouts for r in group]
         spans = await store.query_many_spans(ids)
-        logits = improve(logits, history, [[rs.triplets(spans[r.rollout_id]) for r in group] for group in rollouts])
+        turns = [[rs.triplets(spans[r.rollout_id]) for r in group] for group in rollouts]
+        check_versions(history, turns)
+        logits = improve(logits, turns)
         ledger["doubled"] += len(trained.intersection(ids))
         trained.update(ids)
         ledger["trained"] = len(trained)

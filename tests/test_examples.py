@@ -88,6 +88,22 @@ def test_grpo_learns_through_kills(tmp_path, steps):
     assert {line["staleness"] for line in metrics} <= {0, 1, 2}
 
 
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("steps", [17, pytest.param(24, marks=pytest.mark.long)])
+def test_everything_dies_and_is_trained_exactly_once(tmp_path, steps):
+    """Store, runners and trainer are killed, the latter at each point between a step and its checkpoint."""
+    done, metrics = example("05_crash_and_resume", "--steps", steps, cwd=tmp_path)
+    check(done, metrics, tmp_path, steps=2 * steps)
+    assert done.stdout.count(f"asked {128 * steps}, trained {128 * steps}, lost 0, doubled 0") == 2
+    for point in ("optimiser step", "ack", "saved", "checkpoint"):
+        assert f"after: {point}\n" in done.stdout
+    assert "4 x trainer" in done.stdout and "both ledgers are correct" in done.stdout
+    undisturbed, with_kills = (
+        [line["reward"] for line in metrics if line["kills"] is kills] for kills in (False, True)
+    )
+    assert with_kills == pytest.approx(undisturbed, abs=0.1)
+
+
 @pytest.mark.parametrize("steps", [6, pytest.param(12, marks=pytest.mark.long)])
 def test_an_agent_of_opentelemetry_is_trained(tmp_path, steps):
     """Its file does not know raystore; every span of it arrives."""
