@@ -8,7 +8,7 @@ Not here: tables and indexes, which are there from the start (`image`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from itertools import chain
 from typing import Any
@@ -30,28 +30,27 @@ _REPEATED = frozenset(
 class Chunk:
     """Some rollouts of a snapshot, until one of them is needed."""
 
-    __slots__ = ("_read", "entries", "ids", "packed")
+    __slots__ = ("_entries", "_ids", "_members", "_read", "packed")
 
-    def __init__(self, packed: bytes | memoryview, read: Callable[[bytes | memoryview], list[Any]]) -> None:
+    def __init__(
+        self,
+        packed: bytes,
+        read: Callable[[bytes], list[Any]],
+        members: Iterable[int],
+        ids: list[str],
+        entries: dict[str, Entry],
+    ) -> None:
+        """`members` are the places of its rollouts among `ids`; their entries will be in `entries`."""
         self.packed = packed
-        self._read = read
-        self.ids: list[str] = []
-        self.entries: list[Entry] = []
-
-    def add(self, rollout_id: str) -> Entry:
-        """The entry of the next rollout, empty."""
-        entry = Entry.__new__(Entry)
-        entry.cold = self
-        self.ids.append(rollout_id)
-        self.entries.append(entry)
-        return entry
+        self._read, self._members, self._ids, self._entries = read, members, ids, entries
 
     def thaw(self) -> None:
         """Fill the entries of all its rollouts."""
-        entries, self.entries = self.entries, []
+        ids = [self._ids[member] for member in self._members]
+        entries = [self._entries[rollout_id] for rollout_id in ids]  # whoever deletes one looks at it first
         for entry in entries:
             del entry.cold
-        fill(entries, self.ids, self._read(self.packed))
+        fill(entries, ids, self._read(self.packed))
 
 
 def _names(kind: type[Record]) -> list[str]:

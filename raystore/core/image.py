@@ -29,13 +29,10 @@ def image(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
     """
     yield "plain", [getattr(state, name) for name in _PLAIN]
     numbers = {rollout_id: number for number, rollout_id in enumerate(state.entries)}
-    chunks = array("I", bytes(4 * len(numbers)))
     yield "ids", list(numbers)
-    for number, (chunk, members) in enumerate(_chunks(state)):
-        for member in members:
-            chunks[member] = number
+    for chunk, members in _chunks(state):
+        yield "members", array("I", members).tobytes()
         yield "chunk", chunk
-    yield "entries", chunks.tobytes()
     yield "indexes", state.indexes.image(numbers)
     yield "spans", state.spans.image(numbers, places)
     yield "completions", state.completions.image(numbers)
@@ -75,12 +72,13 @@ def _chunks(state: State) -> Iterator[tuple[Any, list[int]]]:
 def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[[Any], Any]) -> None:
     """Fill an empty state from the sections of an image; `unpack` makes a chunk's columns of what it came in."""
     ids: list[str] = []
-    chunks: list[Chunk] = []
+    members: list[array[int]] = []
+    chunks: list[Chunk | None] = []  # by number of the rollout
     known: dict[str, Callable[[Any], None]] = {
         "plain": lambda values: _restore_plain(state, values),
-        "ids": ids.extend,
-        "chunk": lambda packed: chunks.append(Chunk(packed, unpack)),
-        "entries": lambda which: _restore_entries(state, ids, chunks, array("I", which)),
+        "ids": lambda found: _number(found, ids, chunks),
+        "members": lambda found: members.append(array("I", found)),
+        "chunk": lambda packed: _place(Chunk(packed, unpack, members[-1], ids, state.entries), members.pop(), chunks),
         "indexes": lambda found: state.indexes.restore(found, ids),
         "spans": lambda found: state.spans.restore(found, ids),
         "completions": lambda found: state.completions.restore(found, ids),
@@ -95,7 +93,10 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
     }
     for name, value in sections:
         known[name](value)
-    state.guard_all()
+    make = Entry.__new__
+    for rollout_id, chunk in zip(ids, chunks, strict=True):
+        entry = state.entries[rollout_id] = make(Entry)
+        entry.cold = chunk
 
 
 def _restore_plain(state: State, values: list[Any]) -> None:
@@ -103,9 +104,14 @@ def _restore_plain(state: State, values: list[Any]) -> None:
         setattr(state, name, value)
 
 
-def _restore_entries(state: State, ids: list[str], chunks: list[Chunk], which: Iterable[int]) -> None:
-    adders = [chunk.add for chunk in chunks]
-    state.entries = {rollout_id: adders[number](rollout_id) for rollout_id, number in zip(ids, which, strict=True)}
+def _number(found: list[str], ids: list[str], chunks: list[Chunk | None]) -> None:
+    ids.extend(found)
+    chunks.extend([None] * len(found))
+
+
+def _place(chunk: Chunk, members: Iterable[int], chunks: list[Chunk | None]) -> None:
+    for member in members:
+        chunks[member] = chunk
 
 
 def _restore_waiting(state: State, orders: list[Any], arrivals: int, suspects: list[str]) -> None:

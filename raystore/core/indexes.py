@@ -14,6 +14,8 @@ from raystore.core.records import Attempt, Rollout
 
 Key = tuple[str, Any]
 
+PACKED = 20_000  #: an index that is longer is made at the start, since that would hold up whoever asks
+
 
 def keys_of(rollout: Rollout, attempt: Attempt | None) -> Iterator[Key]:
     """The index keys under which a rollout can be found."""
@@ -32,27 +34,45 @@ class Indexes:
 
     def __init__(self) -> None:
         self._ids: dict[Key, dict[str, None]] = {}
+        self._packed: dict[Key, tuple[array[int], list[str]]] = {}  # as they stood in an image, until somebody asks
 
     def find(self, key: Key) -> dict[str, None]:
         """The rollouts under one key."""
+        if key in self._packed:
+            self._unpack(key)
         return self._ids.get(key, {})
+
+    def _unpack(self, key: Key) -> None:
+        numbers, ids = self._packed.pop(key)
+        self._ids[key] = dict.fromkeys(map(ids.__getitem__, numbers))
 
     def add(self, rollout_id: str, key: Key) -> None:
         """Enter a rollout under a key."""
+        if key in self._packed:
+            self._unpack(key)
         self._ids.setdefault(key, {})[rollout_id] = None
 
     def image(self, numbers: dict[str, int]) -> list[Any]:
         """The keys, and the numbers of the rollouts under each."""
+        self._unpack_all()
         return [(key, array("I", map(numbers.__getitem__, ids)).tobytes()) for key, ids in self._ids.items()]
+
+    def _unpack_all(self) -> None:
+        for key in list(self._packed):
+            self._unpack(key)
 
     def restore(self, image: list[Any], ids: list[str]) -> None:
         """Fill empty indexes from an image."""
         for (name, value), numbers in image:
             key = (name, tuple(value) if isinstance(value, list) else value)
-            self._ids[key] = dict.fromkeys(map(ids.__getitem__, array("I", numbers)))
+            self._packed[key] = (array("I", numbers), ids)
+            if len(self._packed[key][0]) > PACKED:
+                self._unpack(key)
 
     def remove(self, rollout_id: str, key: Key) -> None:
         """Take a rollout out from under a key."""
+        if key in self._packed:
+            self._unpack(key)
         ids = self._ids[key]
         del ids[rollout_id]
         if not ids:
@@ -60,10 +80,12 @@ class Indexes:
 
     def counts(self, name: str) -> dict[Any, int]:
         """How many rollouts there are for each value of one index."""
-        return {value: len(ids) for (index, value), ids in self._ids.items() if index == name}
+        packed = {value: len(numbers) for (index, value), (numbers, _) in self._packed.items() if index == name}
+        return packed | {value: len(ids) for (index, value), ids in self._ids.items() if index == name}
 
     def check(self, expected: dict[str, set[Key]]) -> None:
         """Verify that exactly these keys are entered for exactly these rollouts."""
+        self._unpack_all()
         actual: dict[str, set[Key]] = {}
         for key, ids in self._ids.items():
             for rollout_id in ids:

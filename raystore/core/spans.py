@@ -27,6 +27,8 @@ FIRST_SPAN_BYTES = 500
 #: Numbers may be asked for rollouts that do not exist (the contract is lenient); only so many of those are remembered.
 UNKNOWN_COUNTERS = 10_000
 
+NUMBERS = 1 << 20  #: below a place on disk there is room for a number up to this
+
 
 def accounted(span: Span) -> int:
     """Bytes that a span counts for when no custom estimator is set, apart from being the first of its rollout."""
@@ -91,7 +93,7 @@ class SpanTable:
         self.keeps_bodies = True  # else every body stays where it is on disk
         self.written = 0  # records of a journal up to here can be read from disk
         self._by_rollout: dict[str, _Stored] = {}
-        self._elsewhere: dict[str, int] = {}  # rollouts whose index is on disk, and where
+        self._elsewhere: dict[str, int] = {}  # rollouts whose index is on disk: where (times NUMBERS), newest number
         self.read_index: Callable[[int], Index] = lambda place: (array("Q"), [])
         self._counters: dict[str, int] = {}
         self._unknown: OrderedDict[str, int] = OrderedDict()
@@ -105,7 +107,7 @@ class SpanTable:
     def next_number(self, rollout_id: str, *, known: bool) -> int:
         """The next sequence number of a rollout; numbers start at 1 and are never given twice."""
         if known:
-            number = self._counters.get(rollout_id, 0) + 1
+            number = self._newest(rollout_id) + 1
             self._counters[rollout_id] = number
             return number
         number = self._unknown.pop(rollout_id, 0) + 1
@@ -116,10 +118,15 @@ class SpanTable:
 
     def counters(self) -> list[tuple[str, int]]:
         """The newest number of each rollout, also of those that do not exist."""
-        return [*self._counters.items(), *self._unknown.items()]
+        on_disk = ((i, known % NUMBERS) for i, known in self._elsewhere.items() if i not in self._counters)
+        return [*self._counters.items(), *on_disk, *self._unknown.items()]
+
+    def _newest(self, rollout_id: str) -> int:
+        number = self._counters.get(rollout_id)
+        return self._elsewhere.get(rollout_id, 0) % NUMBERS if number is None else number
 
     def _lift(self, rollout_id: str, number: int) -> None:
-        if number > self._counters.get(rollout_id, 0):
+        if number > self._newest(rollout_id):
             self._counters[rollout_id] = number
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -178,9 +185,11 @@ class SpanTable:
     def _held(self, rollout_id: str) -> _Stored | None:
         """The spans of a rollout, in memory from now on."""
         held = self._by_rollout.get(rollout_id)
-        place = self._elsewhere.pop(rollout_id, 0) if held is None else 0
-        if not place:
+        known = self._elsewhere.pop(rollout_id, 0) if held is None else 0
+        if not known:
             return held
+        place, newest = divmod(known, NUMBERS)
+        self._counters.setdefault(rollout_id, newest)
         index = self.read_index(place)
         held = self._by_rollout[rollout_id] = _Stored()
         for number, span in enumerate(_indexed(rollout_id, index)):
@@ -193,7 +202,7 @@ class SpanTable:
 
     def place(self, rollout_id: str) -> int:
         """Where on disk the index of a rollout is; 0 if it is in memory, or empty."""
-        return self._elsewhere.get(rollout_id, 0)
+        return self._elsewhere.get(rollout_id, 0) // NUMBERS
 
     def index(self, rollout_id: str) -> Index | None:
         """The index of a rollout that is in memory, to be written to disk."""
@@ -204,16 +213,17 @@ class SpanTable:
 
     def image(self, ids: Iterable[str], places: dict[str, int]) -> list[Any]:
         """The newest number of each rollout, and where its index was written to; and what is no rollout's own."""
-        newest = array("Q", (self._counters.get(rollout_id, 0) for rollout_id in ids))
-        where = array("Q", (places.get(rollout_id, 0) for rollout_id in ids))
+        newest = [self._newest(rollout_id) for rollout_id in ids]
+        known = [places.get(i, 0) * NUMBERS + min(n, NUMBERS - 1) for i, n in zip(ids, newest, strict=True)]
+        high = [(i, n) for i, n in zip(ids, newest, strict=True) if n and (n >= NUMBERS or i not in places)]
         unknown = list(self._unknown.items())
-        return [newest.tobytes(), where.tobytes(), list(self.evicted), self.count, unknown, self.evicted_spans]
+        return [array("Q", known).tobytes(), high, list(self.evicted), self.count, unknown, self.evicted_spans]
 
     def restore(self, image: list[Any], ids: list[str]) -> None:
         """Fill an empty table from an image."""
-        newest, where, evicted, self.count, unknown, self.evicted_spans = image
-        self._counters = {i: number for i, number in zip(ids, array("Q", newest), strict=True) if number}
-        self._elsewhere = {i: place for i, place in zip(ids, array("Q", where), strict=True) if place}
+        elsewhere, high, evicted, self.count, unknown, self.evicted_spans = image
+        self._counters = dict(high)
+        self._elsewhere = {i: known for i, known in zip(ids, array("Q", elsewhere), strict=True) if known >= NUMBERS}
         self.evicted.update(evicted)
         self._unknown.update(unknown)
 
@@ -225,7 +235,7 @@ class SpanTable:
         if held is not None:
             spans = list(held.spans.values())
         elif rollout_id in self._elsewhere:
-            spans = _indexed(rollout_id, self.read_index(self._elsewhere[rollout_id]))
+            spans = _indexed(rollout_id, self.read_index(self.place(rollout_id)))
         else:
             return []
         return spans if attempt_id is None else [span for span in spans if span.attempt_id == attempt_id]
@@ -297,6 +307,6 @@ class SpanTable:
             highest = max(span.sequence_id for span in held.spans.values())
             assert self._counters.get(rollout_id, 0) >= highest, f"counter of {rollout_id} below its spans"
         assert self.bytes == sum(held.bytes for held in self._by_rollout.values()), "total span bytes"
-        elsewhere = sum(len(self.read_index(place)[0]) for place in self._elsewhere.values())
+        elsewhere = sum(len(self.read_index(place)[0]) for place in map(self.place, self._elsewhere))
         assert self.count == elsewhere + sum(len(held.spans) for held in self._by_rollout.values()), "span count"
         assert not self._elsewhere.keys() & self._by_rollout.keys(), "spans that are in memory and on disk"

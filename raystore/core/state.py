@@ -436,6 +436,10 @@ class State:
         for status in ACTIVE:
             for rollout_id in self.indexes.find(("status", status)):
                 self.deadlines.guard(rollout_id)
+        self.guard_sessions()
+
+    def guard_sessions(self) -> None:
+        """Guard the deadlines of sessions and claims."""
         for session in self.sessions.values():
             self.session_deadlines.guard(session.session_id)
             for key in session.claims:

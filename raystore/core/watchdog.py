@@ -115,6 +115,7 @@ def resume(state: State, step: Step, away: float) -> None:
             entry = state.entries[rollout_id]
             entry.clocks[-1].beat = step.now - state.paused
             state.deadlines.guard(rollout_id)
+    state.guard_sessions()
     state.changes.append(step.now, "resumed", seconds=away)
 
 

@@ -142,5 +142,6 @@ def read_run(path: str | Path) -> Replay:
 def open_for_reading(path: str | Path) -> Opened:
     """A run to look at; whoever writes it is not disturbed."""
     found = read_run(path)
+    found.state.guard_all()
     epoch = max(Directory(path).epochs(), default=0)
     return Opened(found.state, Directory(path), None, found.started["store_id"], epoch, found.now, [])
