@@ -32,7 +32,7 @@ bench: .venv/installed
 	@$(LOCAL) $(BIN)/python -m benchmarks $(ARGS)
 
 bench-long: .venv/installed
-	@$(LOCAL) $(BIN)/python -m benchmarks --only 19 --long $(ARGS)
+	@$(LOCAL) $(BIN)/python -m benchmarks --only 19,23 --long $(ARGS)
 
 # What the benchmarks compare with, in an environment of its own; `make bench` finds it there.
 bench-peers: .venv-peers/installed

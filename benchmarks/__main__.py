@@ -14,12 +14,12 @@ from pathlib import Path
 
 import ray
 
-from benchmarks import bulk, ingest, latency, lifecycles, memory, scale
+from benchmarks import bulk, durability, ingest, latency, lifecycles, memory, scale
 from benchmarks.parties import close_idle, has_peers
 from benchmarks.scope import Scope
 from benchmarks.table import HEADER, Line, as_json, markdown
 
-ROWS = lifecycles.ROWS | ingest.ROWS | bulk.ROWS | latency.ROWS | scale.ROWS | memory.ROWS
+ROWS = lifecycles.ROWS | ingest.ROWS | bulk.ROWS | latency.ROWS | scale.ROWS | memory.ROWS | durability.ROWS
 
 
 def _commit() -> str:
@@ -44,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--only", help="rows, as in 1,7,13-15")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less work: a look, not a result")
-    parser.add_argument("--long", action="store_true", help="row 19 in full")
+    parser.add_argument("--long", action="store_true", help="rows 19 and 23 in full")
     parser.add_argument("--json", type=Path, help="also write the lines with their samples here")
     options = parser.parse_args()
     numbers = sorted(ROWS)

@@ -17,7 +17,7 @@ from benchmarks.table import Line, Measure, alternate, at_least, at_most, bound,
 LIFECYCLE = "claim, 8 spans of 1.6 KB, succeed"
 
 
-def _rate(store: Any, workers: list[shapes.Desk], rollouts: int, shape: str = "lifecycle") -> Measure:
+def lifecycle_rate(store: Any, workers: list[shapes.Desk], rollouts: int, shape: str = "lifecycle") -> Measure:
     """Rollouts per second of workers in this process."""
 
     async def measure() -> float:
@@ -57,8 +57,8 @@ async def concurrent(scope: Scope) -> list[Line]:
             samples = await alternate(
                 scope.rounds,
                 {
-                    "ours": _rate(ours, workers, many),
-                    "naive": _rate(naive, workers, few),
+                    "ours": lifecycle_rate(ours, workers, many),
+                    "naive": lifecycle_rate(naive, workers, few),
                     "agl-http": _agl_rate(agl, concurrency, scope.amount(128)) if concurrency == 64 else None,
                 },
             )
@@ -170,7 +170,7 @@ async def sequential(scope: Scope) -> list[Line]:
             return await counted("pool", pooled, measure)
 
         samples = await alternate(
-            scope.rounds, {"plain": plain, "pool": in_pool, "naive": _rate(naive, [desk], few, "gathered")}
+            scope.rounds, {"plain": plain, "pool": in_pool, "naive": lifecycle_rate(naive, [desk], few, "gathered")}
         )
     did = f"one sequential runner; {many} rollouts a round (naive {few}); 8 spans and the status gathered"
     did_pool = f"RunnerPool(size=1, concurrency=1), work waiting, {many} rollouts a round"

@@ -72,9 +72,9 @@ class Service:
             not_before = opened.not_before
             self._recorder = opened.recorder
             self._bodies = Bodies(opened.directory)
-        self._keeper = None if opened is None else opened.keeper
-        if self._keeper is not None and self._bodies is not None:
-            self._keeper.on_done = self._bodies.forget_files
+        self.keeper = None if opened is None else opened.keeper
+        if self.keeper is not None and self._bodies is not None:
+            self.keeper.on_done = self._bodies.forget_files
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
         self.waiters = Waiters()
@@ -133,8 +133,8 @@ class Service:
     def _end(self) -> None:
         if self._recorder is not None:
             self._recorder.end()
-            if self._keeper is not None:
-                self._keeper.look(self._recorder, self.state, self.clock.now())
+            if self.keeper is not None:
+                self.keeper.look(self._recorder, self.state, self.clock.now())
         self._object_ids.look(self.state.resources.object_ids)
         self._arm()
 
@@ -453,8 +453,8 @@ class Service:
                 self._offers.answer_expired(waiter)
             self._alarm.close()
             recorder = self._recorder
-        if self._keeper is not None:
-            self._keeper.close()
+        if self.keeper is not None:
+            self.keeper.close()
         if recorder is not None:
             recorder.log.close()
 

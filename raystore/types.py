@@ -424,6 +424,7 @@ class LightningStoreStatistics(TypedDict, total=False):
     memory_full: bool
     actor_calls: int
     operations: int
+    journal: dict[str, Any] | None  # its snapshots, what was written since, and why there are no more if so
 
 
 class StoreInfo(BaseModel):

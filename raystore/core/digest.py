@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
+from zlib import crc32
 
 from raystore.core.payload import OnDisk, Payload
 from raystore.core.records import Record
@@ -36,7 +37,8 @@ def verify(state: State, count: int) -> str:
     for rollout_id in list(islice(state.touched, count)):
         del state.touched[rollout_id]
         entry = state.entries.get(rollout_id)
-        made.update(repr((rollout_id, _entry(state, entry) if entry else None)).encode("utf-8", "surrogatepass"))
+        found = _entry(state, entry, is_brief=True) if entry else None
+        made.update(repr((rollout_id, found)).encode("utf-8", "surrogatepass"))
     sums = (
         len(state.entries), len(state.queues), len(state.sessions), len(state.workers), state.spans.count,
         state.changes.last, state.completions.last, state.rollouts_made, state.attempts_made, state.payload_bytes,
@@ -65,15 +67,37 @@ def parts(state: State) -> Iterator[Any]:
     yield "completions", state.completions.last, list(state.completions.after(None))
 
 
-def _entry(state: State, entry: Entry) -> list[Any]:
-    spans = [[*_plain(span)[:-2]] for span in state.spans.of(entry.rollout.rollout_id)]
+def _entry(state: State, entry: Entry, *, is_brief: bool = False) -> list[Any]:
+    """A rollout; `is_brief` leaves out what never changes of a span."""
+    rollout_id = entry.rollout.rollout_id
+    spans: list[Any] = [(s.attempt_id, s.sequence_id, s.span_id) for s in state.spans.of(rollout_id)]
+    if not is_brief:
+        spans += [
+            (s.trace_id, s.parent_id, s.name, s.start_time, s.end_time, s.reward) for s in state.spans.of(rollout_id)
+        ]
+    rollout = [_content(field) for field in entry.rollout.row()]
+    attempts = [[_content(field) for field in attempt.row()] for attempt in entry.attempts]
     return [
-        _plain(entry.rollout), [_plain(attempt) for attempt in entry.attempts], entry.number, entry.order,
-        _plain(entry.given), entry.bytes, entry.released, entry.former, entry.suspect, entry.deliveries,
+        rollout, attempts, entry.number, entry.order, _plain(entry.given) if entry.given else None, entry.bytes,
+        entry.released, entry.former, entry.suspect, entry.deliveries,
         [(clock.start, clock.beat) for clock in entry.clocks], sorted(entry.holders.items()), spans,
-        entry.rollout.rollout_id in state.spans.evicted,
+        rollout_id in state.spans.evicted,
         sorted((name, t.batch, t.step, t.note, t.is_durable) for name, t in entry.taken.items()),
     ]  # fmt: skip
+
+
+_BRIEF = frozenset({str, int, float, bool, type(None)})
+
+
+def _content(field: Any) -> Any:
+    """A field as a value; of long ones only what tells them apart."""
+    if type(field) in _BRIEF:
+        return field
+    if isinstance(field, bytes):
+        return len(field), crc32(field)
+    if isinstance(field, Payload):
+        return len(field.data), crc32(field.data)
+    return _plain(field)
 
 
 def _consumer(known: Consumer) -> list[Any]:

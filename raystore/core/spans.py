@@ -12,7 +12,6 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from raystore.core.payload import OnDisk, Payload, size_of
@@ -170,14 +169,20 @@ class SpanTable:
         return written
 
     def _add_on_disk(self, rollout_id: str, spans: list[Span], places: list[int]) -> Written:
+        if not self.keeps_bodies:
+            for span, place in zip(spans, places, strict=True):
+                body = size_of(span.body)
+                if place and not (isinstance(span.body, Payload) and span.body.refs):
+                    span.body, span.size = OnDisk(place, body), span.size - min(body, max(span.size, 0))
         written = self.add(rollout_id, spans)
         if any(written.stored):
             held = self._by_rollout[rollout_id]
             if held.places is None:
                 held.places = array("Q")
-            held.places.extend(place for place, is_stored in zip(places, written.stored, strict=True) if is_stored)
-            if not self.keeps_bodies:
-                self._drop_bodies(held, newest=len(places))
+            for span, place, is_stored in zip(spans, places, written.stored, strict=True):
+                if is_stored:
+                    held.places.append(place)
+                    held.cached -= type(span.body) is OnDisk
         return written
 
     # -- an index on disk ----------------------------------------------------------------------------------------
@@ -260,12 +265,11 @@ class SpanTable:
         self.evicted_spans += len(held.spans)
         return len(held.spans), held.bytes
 
-    def _drop_bodies(self, held: _Stored, newest: int | None = None) -> tuple[int, int]:
-        """Let bodies be on disk only, of all spans or the newest; how many, and how many bytes."""
+    def _drop_bodies(self, held: _Stored) -> tuple[int, int]:
+        """Let bodies be on disk only; how many, and how many bytes."""
         assert held.places is not None
         dropped = freed = 0
-        spans = zip(reversed(held.spans.items()), reversed(held.places), strict=True)
-        for (key, span), place in list(islice(spans, newest)):
+        for (key, span), place in zip(list(held.spans.items()), held.places, strict=True):
             if isinstance(span.body, OnDisk):
                 continue
             has_refs = isinstance(span.body, Payload) and span.body.refs  # which are not on disk

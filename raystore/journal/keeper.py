@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ logger = logging.getLogger("raystore.store")
 VERIFY_LAG = 2_000  #: so many rollouts are touched before the first of them is looked at: most have come to rest then
 VERIFY_AT_ONCE = 64
 
-OPERATIONS = 20_000  #: since the last snapshot; reading so many again takes about a second
+OPERATIONS = 30_000  #: since the last snapshot; reading so many again takes one to two seconds
 MOST_FAILURES = 8  #: each doubles what is waited for
 SHARE = 10  #: and as many as so many rollouts, since each is read and written again
 
@@ -46,6 +47,7 @@ class Keeper:
         self._to_verify = 0  # rollouts before the segment may be closed
         self._is_asked = False
         self.made = 0  # snapshots
+        self.longest_seconds = 0.0  # that the store was held up for a digest
         self.failed = ""  # why there will be no more
         self.last: dict[str, Any] = {}  # what the last helper said
         self.on_done: Callable[[], None] = lambda: None
@@ -61,12 +63,26 @@ class Keeper:
         """How many have been written since the last snapshot."""
         return self._seen - self._since
 
+    def statistics(self) -> dict[str, Any]:
+        """What `statistics()` says of a journal."""
+        return {
+            "operations_since_snapshot": self.operations,
+            "snapshots": self.made,
+            "snapshot_bytes": self.last.get("bytes", 0),
+            "snapshot_seconds": self.last.get("seconds", 0.0),
+            "helper_rss_bytes": self.last.get("rss", 0),
+            "longest_pause_seconds": self.longest_seconds,
+            "failed": self.failed,
+        }
+
     def look(self, recorder: Recorder, state: State, now: float) -> None:
         """Do what is due after a step: write down a digest, go on in a new segment so that the one before can go."""
         self._seen = recorder.operations
         touched = len(state.touched)
         if touched and (touched > VERIFY_LAG or self._to_verify > 0):
+            started = time.perf_counter()
             recorder.verified(now, VERIFY_AT_ONCE, verify(state, VERIFY_AT_ONCE))
+            self.longest_seconds = max(self.longest_seconds, time.perf_counter() - started)
         if self._to_verify > 0:
             self._to_verify -= VERIFY_AT_ONCE
             if self._to_verify <= 0:

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -31,6 +32,7 @@ logger = logging.getLogger("raystore.store")
 
 #: Records form no cycles: what survives a look or two is not looked at again, which would only pause the loop.
 COLLECTOR_THRESHOLDS = (3_000, 2, 250_000)
+SWITCH_SECONDS = 0.0005  #: so that the thread that writes a journal need not wait for a busy loop for long
 FULL_PATIENCE_SECONDS = 60.0  #: clients try for as long
 FAILED, FENCED = 70, 71  #: exit codes
 
@@ -64,6 +66,8 @@ class StoreActor:
         except StoreError as error:
             logger.critical("%s", error)
             self._refusal = error
+        if self._opened is not None:
+            sys.setswitchinterval(SWITCH_SECONDS)
         gc.collect()
         gc.freeze()  # what was imported lives as long as the actor
         gc.set_threshold(*COLLECTOR_THRESHOLDS)
