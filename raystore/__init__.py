@@ -54,11 +54,12 @@ _NAMES = {
     """,
     "raystore.errors": """
         StoreError InvalidValueError RolloutNotFoundError AttemptNotFoundError ResourcesNotFoundError ClaimLostError
-        ConflictError OverloadedError CursorTooOldError SpansEvictedError PayloadLostError PayloadTooLargeError
-        StoreUnavailableError OutcomeUnknownError StoreClosedError StoreCorruptError StoreNotFoundError
-        StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError AgentProcessError PoolStartError
+        ConflictError OverloadedError StoreOverloadedError CursorTooOldError SpansEvictedError PayloadLostError
+        PayloadTooLargeError StoreUnavailableError OutcomeUnknownError StoreClosedError StoreCorruptError
+        StoreNotFoundError StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError
+        AgentProcessError PoolStartError
         JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError
-        JournalFailedError FencedError SealedError BatchConflictError ReadOnlyError AnswerGoneError
+        JournalFailedError JournalHeldError FencedError SealedError BatchConflictError ReadOnlyError AnswerGoneError
         Abort Drop
     """,
 }

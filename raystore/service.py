@@ -24,11 +24,11 @@ from typing import Any, NoReturn
 from raystore import reports, shell
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
-from raystore.core import check, eviction, verbs, watchdog
+from raystore.core import bounds, check, claims, eviction, verbs, watchdog
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING, VERBS
-from raystore.errors import JournalFullError, ReadOnlyError, StoreClosedError, StoreCorruptError, StoreError, again
+from raystore.errors import OverloadedError, ReadOnlyError, StoreClosedError, StoreCorruptError, StoreError, again
 from raystore.journal.bodies import Bodies
 from raystore.journal.log import FULL_SECONDS
 from raystore.journal.opening import Opened
@@ -81,6 +81,7 @@ class Service:
         self._offers = Offers(self)
         self.operations = 0
         self.actor_calls = 0
+        self.overloads = 0  # what was refused since there was too much of something
         self.last_eviction_seconds = 0.0
         self._eviction_seconds = 0.0  # of the pass that is under way
         self.on_notice: Callable[[str], None] = lambda session_id: None  # wakes the session's listen call
@@ -94,7 +95,7 @@ class Service:
         if self._recorder is not None:
             self._recorder.log.watch(self._journal_failed)
         elif opened is not None:
-            self._failed = ReadOnlyError(str(opened.directory.path))
+            self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
         self._withdrawals_seen = 0
         self.probes = Probes()
@@ -169,8 +170,9 @@ class Service:
                 return verbs.run(state, step, verb, arguments)
             own.require(verb, arguments)
             return own.run(self, shell.Asked(step, ticket, deliver), **arguments)
-        except StoreError:
-            raise  # refused before anything changed
+        except StoreError as refusal:  # before anything changed
+            self.overloads += isinstance(refusal, OverloadedError)
+            raise
         except Exception:
             if verb not in CHANGING:  # a read (or `check`) that fails leaves the state as it was
                 raise
@@ -261,13 +263,7 @@ class Service:
     @property
     def is_disk_full(self) -> bool:
         """Whether nothing can be written down at the moment."""
-        if self._recorder is None or not self._recorder.log.is_full:
-            return False
-        try:
-            self._recorder.log.admit(0)
-        except JournalFullError:
-            return True
-        return False
+        return self._recorder is not None and self._recorder.log.is_full
 
     # -- durability --------------------------------------------------------------------------------------------------
 
@@ -384,6 +380,7 @@ class Service:
     def open_session(self, session_id: str, *, eternal: bool = False) -> Session:
         """A client process speaks for the first time."""
         with self._lock:
+            bounds.admit("sessions", claims.live_sessions(self.state), bounds.SESSIONS)
             self.do("open_session", self.step(), session_id, eternal)
             self._arm()
             return self.state.sessions[session_id]

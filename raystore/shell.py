@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raystore.clock import ManualClock
 from raystore.config import resident_bytes
-from raystore.core import check, consumers, verbs
+from raystore.core import bounds, check, consumers, verbs
 from raystore.core.counts import counts
 from raystore.core.records import Rollout
 from raystore.core.state import State, Step
@@ -108,6 +108,7 @@ def _park(
     timeout: float | None,
     missing: list[str] | None = None,
 ) -> Any:
+    bounds.admit("calls that wait", len(service.waiters), bounds.WAITERS)
     deadline = None if timeout is None else asked.step.now + timeout
     service.waiters.park(asked.session_id, asked.ticket, verb, arguments, deadline, asked.deliver, missing or ())
     return PARKED
@@ -141,6 +142,7 @@ def _statistics(service: Service, asked: Asked) -> dict[str, Any]:
         "waiters": len(service.waiters),
         "operations": service.operations,
         "actor_calls": service.actor_calls,
+        "overloads": service.overloads,
         "last_eviction_seconds": service.last_eviction_seconds,
         "cpu_seconds": time.process_time(),
         "rss_bytes": resident_bytes(),

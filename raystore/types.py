@@ -424,6 +424,7 @@ class LightningStoreStatistics(TypedDict, total=False):
     memory_full: bool
     actor_calls: int
     operations: int
+    overloads: int  # what was refused since there was too much of something
     journal: dict[str, Any] | None  # its snapshots, what was written since, and why there are no more if so
 
 

@@ -9,7 +9,7 @@ Not here: who waits for work (`waiters`), when acknowledgements are sent (`sessi
 
 from __future__ import annotations
 
-from raystore.core import attempts, workers
+from raystore.core import attempts, bounds, workers
 from raystore.core.records import Attempt, Rollout
 from raystore.core.rollouts import move, unqueue
 from raystore.core.state import AttemptKey, Entry, Session, State, Step
@@ -166,6 +166,13 @@ def open_session(state: State, step: Step, session_id: str, *, eternal: bool = F
     state.sessions[session_id] = session
     state.session_deadlines.guard(session_id)
     return session
+
+
+def live_sessions(state: State) -> int:
+    """How many sessions have not ended; an upper bound of it as long as there are few."""
+    if len(state.sessions) < bounds.SESSIONS:
+        return len(state.sessions)
+    return sum(session.ended_at is None for session in state.sessions.values())
 
 
 def end_session(state: State, step: Step, session: Session, *, why: str) -> None:

@@ -38,6 +38,7 @@ Pair = tuple[Rollout, Attempt | None]
 
 
 def _start_rollout(state: State, step: Step, *, request: dict[str, Any], worker_id: str | None) -> Pair:
+    workers.admit(state, worker_id)
     return _with_attempt(attempts.start_rollout(state, step, request, worker_id))
 
 
@@ -63,6 +64,7 @@ def _dequeue(
     """What is claimed; None if there is nothing and the caller waits. `of` asks for what a parked call was handed."""
     if of is not None and step.session is not None and (handed := claims.taken_over(state, step.session, of)):
         return handed
+    workers.admit(state, worker_id)
     claimed = claims.claim(state, step, queues=queues, limit=limit, worker_id=worker_id)
     if not claimed and timeout > 0 and limit > 0:
         return None
@@ -148,6 +150,7 @@ def _delete_rollouts(state: State, step: Step, *, rollout_ids: list[str]) -> int
 
 
 def _start_attempt(state: State, step: Step, *, rollout_id: str, worker_id: str | None) -> Pair:
+    workers.admit(state, worker_id)
     return _with_attempt(attempts.start_attempt(state, step, rollout_id, worker_id))
 
 
@@ -165,6 +168,7 @@ def _get_latest_attempt(state: State, step: Step, *, rollout_id: str) -> Attempt
 
 
 def _update_attempt(state: State, step: Step, *, rollout_id: str, attempt_id: str, changes: dict[str, Any]) -> Attempt:
+    workers.admit(state, changes.get("worker_id"))
     return attempts.report(state, step, rollout_id, attempt_id, changes)
 
 
@@ -364,6 +368,7 @@ def _delete_resources(state: State, step: Step, *, resources_id: str) -> None:
 
 
 def _update_worker(state: State, step: Step, *, worker_id: str, changes: dict[str, Any]) -> Worker:
+    workers.admit(state, worker_id)
     return workers.update(state, step, worker_id, changes)
 
 

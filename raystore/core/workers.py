@@ -9,10 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore.core import query
+from raystore.core import bounds, query
 from raystore.core.payload import Opaque
 from raystore.core.records import Attempt, Worker
 from raystore.core.state import State, Step
+
+
+def admit(state: State, worker_id: str | None) -> None:
+    """Refuse a worker that is new when there are too many."""
+    if worker_id is not None and worker_id not in state.workers:
+        bounds.admit("workers", len(state.workers), bounds.WORKERS)
 
 
 def update(state: State, step: Step, worker_id: str, changes: dict[str, Opaque]) -> Worker:

@@ -18,6 +18,7 @@ from raystore.errors.journal import JournalError as JournalError
 from raystore.errors.journal import JournalFailedError as JournalFailedError
 from raystore.errors.journal import JournalFormatError as JournalFormatError
 from raystore.errors.journal import JournalFullError as JournalFullError
+from raystore.errors.journal import JournalHeldError as JournalHeldError
 from raystore.errors.journal import JournalInUseError as JournalInUseError
 from raystore.errors.journal import JournalMissingError as JournalMissingError
 from raystore.errors.journal import ReadOnlyError as ReadOnlyError
@@ -141,6 +142,21 @@ class OverloadedError(StoreError, RuntimeError):
         return (
             f"The queue is full: {queued} rollouts wait and max_queued is {max_queued}. Runners are slower than the "
             f"driver; wait for completions and try again in {retry_after:g} s, or raise max_queued."
+        )
+
+
+class StoreOverloadedError(OverloadedError):
+    """Something of which a store holds only so much has reached its bound; nothing was changed."""
+
+    def __init__(self, what: str, number: int, bound: int, retry_after_seconds: float) -> None:
+        StoreError.__init__(self, what, number, bound, retry_after_seconds)
+        self.retry_after_seconds = retry_after_seconds
+
+    def __str__(self) -> str:
+        what, number, bound, retry_after = self.args
+        return (
+            f"The store holds {number} {what}, and its bound is {bound}: more is asked of it than it can do, or "
+            f"something leaks. Nothing was changed; try again in {retry_after:g} s, and look at `statistics()`."
         )
 
 

@@ -103,6 +103,21 @@ class ReadOnlyError(StoreError, RuntimeError):
         )
 
 
+class JournalHeldError(ReadOnlyError):
+    """A record of the journal ends every process that reads it; what was before it can be read."""
+
+    def __init__(self, path: str, record: int, deaths: int) -> None:
+        StoreError.__init__(self, path, record, deaths)
+
+    def __str__(self) -> str:
+        path, record, deaths = self.args
+        return (
+            f"Record {record} of the journal in {path} ended {deaths} processes in a row that read it, so the store "
+            "goes no further: it serves what was before that record, and takes no changes. The process may have run "
+            "out of memory, or raystore has a fault; the logs of those processes say more. resume='must' tries again."
+        )
+
+
 class FencedError(JournalError, RuntimeError):
     """Another process writes this journal now."""
 

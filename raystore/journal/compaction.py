@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from raystore.errors import FencedError, JournalMissingError, StoreError
+from raystore.failpoints import failpoint
 from raystore.journal import frames
 from raystore.journal.frames import Head
 from raystore.journal.reading import Reading
@@ -49,8 +50,11 @@ def compact(directory: Directory, epoch: int, number: int) -> dict[str, Any]:
             raise FencedError(str(directory.path), epoch)
 
     needed = follower.write(path, place, stop_if_replaced)
+    failpoint("snapshot.named")
     directory.sync()
+    failpoint("snapshot.there")
     freed = _drop_segments(directory, place, sorted(needed))
+    failpoint("segments.dropped")
     for old in before:
         old.unlink(missing_ok=True)
     directory.sync()
@@ -69,6 +73,7 @@ def _drop_segments(directory: Directory, place: Place, needed: list[int]) -> int
     for epoch, number, path in directory.segments(RECORDS, BODIES):
         if (epoch, number) > (place.epoch, place.number):
             break
+        failpoint("segments.dropping")
         size = path.stat().st_size
         count, first, last = _records_in(path)
         live = needed[bisect_left(needed, first) : bisect_left(needed, last + 1)]
@@ -111,7 +116,9 @@ def _copy(path: Path, target: Path, live: set[int]) -> int:
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
+    failpoint("bodies.written")
     unfinished.rename(target)
+    failpoint("bodies.named")
     return size
 
 

@@ -8,6 +8,7 @@ Not here: what records mean (`records`), reading (`replay`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -17,7 +18,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreClosedError, StoreError
+from raystore.errors import (
+    FencedError,
+    JournalFailedError,
+    JournalFullError,
+    StoreClosedError,
+    StoreError,
+    StoreOverloadedError,
+)
+from raystore.failpoints import failpoint
 from raystore.journal import frames
 from raystore.journal.frames import Head, Record
 from raystore.journal.segments import Directory
@@ -28,6 +37,9 @@ SEGMENT_BYTES = 64 * 1024 * 1024  #: a segment that has grown beyond is followed
 SPACE_BYTES = 4 * 1024 * 1024  #: set aside at once, at least
 SLACK_BYTES = 256 * 1024  #: kept for what time brings while the disk is full
 IDLE_SECONDS = 1.0  #: how often an idle writer looks for a newer one
+PENDING_BYTES = 32 * 1024 * 1024  #: that wait for the disk; beyond, changes are refused
+PENDING_SECONDS = 10  #: and as soon as the oldest of them waits for so long
+SLOW_SECONDS = 1.0  #: after which to try again
 FULL_SECONDS = 0.1  #: how often a full disk is asked for space
 _CHUNKS_AT_ONCE = 1024  # the system's limit for one write
 
@@ -66,6 +78,7 @@ class Log:
         self._work = threading.Condition(self._lock)
         self._pending: list[Record] = []
         self._pending_bytes = 0
+        self._behind_since = 0.0  # since when something waits that is not durable; 0 if nothing does
         self._waiting: deque[tuple[int, Told]] = deque()
         self._closing = False
         self._is_open = True
@@ -89,6 +102,7 @@ class Log:
             self.last += 1
             if len(self._pending) == 1:
                 self._work.notify()
+                self._behind_since = self._behind_since or time.monotonic()
             return self.last
 
     def watch(self, on_failure: Callable[[StoreError], None]) -> None:
@@ -114,10 +128,19 @@ class Log:
         return True
 
     def admit(self, size: int) -> None:
-        """Make sure that there is space for a change of so many bytes; raises `JournalFullError` if there is none."""
+        """Make sure that there is space for a change of so many bytes.
+
+        Raises `JournalFullError` if there is none, and `StoreOverloadedError` if the disk is too slow for what comes.
+        """
         with self._lock:
             self._promised = size
             if self._is_open and self.failure is None:
+                if self._pending_bytes > PENDING_BYTES:
+                    what = "bytes that wait for the disk of its journal"
+                    raise StoreOverloadedError(what, self._pending_bytes, PENDING_BYTES, SLOW_SECONDS)
+                if self._behind_since and (age := time.monotonic() - self._behind_since) > PENDING_SECONDS:
+                    what = "seconds of changes that wait for the disk of its journal"
+                    raise StoreOverloadedError(what, int(age), PENDING_SECONDS, SLOW_SECONDS)
                 self._set_aside(size)
 
     def _set_aside(self, size: int) -> None:
@@ -129,6 +152,7 @@ class Log:
             raise JournalFullError(str(self.directory.path), FULL_SECONDS)
         for more in (max(missing, SPACE_BYTES), missing):  # what is wanted, or else what is needed
             try:
+                failpoint("log.space")
                 os.posix_fallocate(self._fd, self._space, more)
             except OSError as error:
                 if not is_full(error):
@@ -142,7 +166,11 @@ class Log:
 
     @property
     def is_full(self) -> bool:
-        """Whether the disk refused space when it was asked last."""
+        """Whether the disk refuses space; it is asked again now and then."""
+        if not self._asked_at:
+            return False
+        with self._lock, contextlib.suppress(JournalFullError):
+            self._set_aside(0)
         return self._asked_at > 0.0
 
     def rotate(self) -> None:
@@ -169,6 +197,7 @@ class Log:
         try:
             while self._commit():
                 pass
+            failpoint("log.closing")
             os.ftruncate(self._fd, self._offset)
             os.fsync(self._fd)
         except StoreError as error:
@@ -187,10 +216,13 @@ class Log:
             size, closing = self._pending_bytes, self._closing
             first = self.last - len(group) + 1
         if group:
+            failpoint("log.gathered")
             self._write(frames.pack_frame(group, first, self._safe))
             self._unsynced = True
         if self._unsynced and (self._syncs or not group):
+            failpoint("log.written")
             os.fdatasync(self._fd)
+            failpoint("log.synced")
             self._unsynced = False
         if not self._unsynced:
             self._safe = first + len(group) - 1
@@ -200,14 +232,18 @@ class Log:
             if self._is_asked and not closing:
                 self._rotate(first)
             return not closing
+        failpoint("log.not_fenced")
         told = []
         with self._lock:
             self._pending_bytes -= size
             self.durable = first + len(group) - 1
+            self._behind_since = time.monotonic() if self._pending else 0.0
             while self._waiting and self._waiting[0][0] <= self.durable:
                 told.append(self._waiting.popleft()[1])
+        failpoint("log.durable")
         for tell in told:
             tell(None)
+        failpoint("log.told")
         if self._offset > SEGMENT_BYTES or self._is_asked:
             self._rotate(self.durable + 1)
         return True
@@ -216,6 +252,7 @@ class Log:
         left = [memoryview(chunk) for chunk in chunks if chunk]
         at = 0
         while at < len(left):
+            failpoint("log.write")
             written = os.pwritev(self._fd, left[at : at + _CHUNKS_AT_ONCE], self._offset)
             self._offset += written
             while at < len(left) and written >= len(left[at]):
@@ -226,6 +263,7 @@ class Log:
 
     def _rotate(self, first: int) -> None:
         """Go on in a new segment; in this one for as long as there is no space for another."""
+        failpoint("log.full")
         os.fdatasync(self._fd)  # before there is a next one, which would make a tail that is lost a gap
         is_asked, self._is_asked = self._is_asked, False
         try:
@@ -249,8 +287,10 @@ class Log:
             if is_asked:
                 self.on_closed(0, 0, is_asked)
             return
+        failpoint("log.rotated")
         os.ftruncate(before, end)
         os.close(before)
+        failpoint("log.cut")
         self.on_closed(self._number - 1, end, is_asked)
 
     def _make_segment(self, first: int) -> tuple[int, int, int]:
@@ -262,15 +302,20 @@ class Log:
         fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            failpoint("segment.created")
             os.posix_fallocate(fd, 0, space)
+            failpoint("segment.allocated")
             os.pwrite(fd, head, 0)
             os.fsync(fd)
+            failpoint("segment.synced")
             unfinished.rename(path)  # the epoch is ours alone, so that nobody else makes this one
         except OSError:
             os.close(fd)
             unfinished.unlink()
             raise
+        failpoint("segment.named")
         self.directory.sync()
+        failpoint("segment.there")
         return fd, len(head), space
 
     def _fail(self, error: StoreError) -> None:

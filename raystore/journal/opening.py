@@ -14,16 +14,27 @@ from typing import Any
 from raystore.config import StoreConfig
 from raystore.core import watchdog
 from raystore.core.state import Settings, State, Step
-from raystore.errors import FencedError, JournalFullError, JournalInUseError, JournalMissingError
+from raystore.errors import (
+    FencedError,
+    JournalFullError,
+    JournalHeldError,
+    JournalInUseError,
+    JournalMissingError,
+    StoreError,
+)
+from raystore.failpoints import failpoint
 from raystore.journal import records
 from raystore.journal.keeper import Keeper
 from raystore.journal.log import FULL_SECONDS, Log, is_full
+from raystore.journal.progress import Progress
 from raystore.journal.reading import Reading, settled
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
 from raystore.journal.segments import RECORDS, SNAPSHOT, Directory, Place
 
 logger = logging.getLogger("raystore.store")
+
+HOLD_AFTER = 2  #: processes that end at the same record: the next one serves what was before it, and goes no further
 
 
 @dataclass(slots=True)
@@ -38,6 +49,7 @@ class Opened:
     not_before: float  # the clock of the run stands there
     remarks: list[str]
     keeper: Keeper | None = None
+    held: StoreError | None = None  # why nothing may be written
 
 
 def open_journal(
@@ -54,7 +66,7 @@ def open_journal(
     directory = Directory(config.journal)
     _check(directory, name, resume, writer)
     try:
-        return _begin(directory, config, settings, name=name, now=now, writer=writer)
+        return _begin(directory, config, settings, name=name, now=now, writer=writer, is_forced=resume == "must")
     except OSError as error:
         if is_full(error):
             raise JournalFullError(str(directory.path), FULL_SECONDS) from None
@@ -62,15 +74,42 @@ def open_journal(
 
 
 def _begin(
-    directory: Directory, config: StoreConfig, settings: Settings, *, name: str | None, now: float, writer: str | None
+    directory: Directory,
+    config: StoreConfig,
+    settings: Settings,
+    *,
+    name: str | None,
+    now: float,
+    writer: str | None,
+    is_forced: bool,
 ) -> Opened:
     epoch = directory.begin_epoch()
+    failpoint("opening.epoch")
+    progress = Progress(directory.path)
+    stop_at = progress.died_at if progress.deaths >= HOLD_AFTER and not is_forced else None
 
     def read() -> tuple[Reading, Replay]:
         reading = Reading(directory, epoch)
-        return reading, replay(reading)
+        if stop_at is not None and reading.place.last == stop_at:
+            raise JournalHeldError(str(directory.path), stop_at, progress.deaths)
+        return reading, replay(reading, before=progress.at, stop_at=stop_at)
 
-    reading, found = settled(read)
+    try:
+        reading, found = settled(read)
+    except StoreError:
+        progress.done()  # which is told, and is no death
+        raise
+    if stop_at is not None:
+        held = JournalHeldError(str(directory.path), stop_at, progress.deaths)
+        logger.critical("%s", held)
+        progress.at(stop_at)
+        found.state.guard_all()
+        found.state.configure(settings)
+        return Opened(
+            found.state, directory, None, found.started["store_id"], epoch, found.now, [str(held)], held=held
+        )  # fmt: skip
+    progress.done()
+    failpoint("opening.read")
     reading.sync()  # of a process that died, the last records may be in the system's memory only
     store_id = found.started.get("store_id") or secrets.token_hex(8)
     first = reading.place.last + 1

@@ -13,7 +13,7 @@ from typing import Any
 from raystore import wire
 from raystore.core.state import Step
 from raystore.core.verbs import CHANGING
-from raystore.errors import JournalFullError, StoreError, again, to_record
+from raystore.errors import JournalFullError, OverloadedError, StoreError, again, to_record
 from raystore.journal import records
 from raystore.journal.log import Log
 
@@ -56,7 +56,7 @@ class Recorder:
         if source is not None and not source.record and source.refused is None:
             try:
                 self.log.admit(sum(map(len, source.parts)))
-            except JournalFullError as error:
+            except (JournalFullError, OverloadedError) as error:
                 source.refused = error
 
     def item(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any]) -> None:

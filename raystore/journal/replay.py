@@ -21,6 +21,7 @@ from raystore.core.state import Session, Settings, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING
 from raystore.errors import StoreError, to_record
+from raystore.failpoints import failpoint
 from raystore.journal import records, snapshot
 from raystore.journal.frames import Head
 from raystore.journal.reading import Reading
@@ -205,9 +206,21 @@ def _keys_restored(told: Told) -> list[Any]:
     return told.arguments
 
 
-def replay(reading: Reading) -> Replay:
-    """Follow a journal to its end."""
-    follower = Replay.of_snapshot(reading.snapshot) if reading.snapshot is not None else Replay()
+def replay(
+    reading: Reading, *, before: Callable[[int], None] = lambda record: None, stop_at: int | None = None
+) -> Replay:
+    """Follow a journal to its end, or to the record before `stop_at`; `before` is told of each that is next.
+
+    A snapshot counts as the newest record that it holds.
+    """
+    follower = Replay()
+    if reading.snapshot is not None:
+        before(reading.place.last)
+        follower = Replay.of_snapshot(reading.snapshot)
     for number, record in reading:
+        if number == stop_at:
+            break
+        before(number)
+        failpoint("replay.record")
         follower.feed(number, record)
     return follower

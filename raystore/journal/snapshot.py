@@ -25,6 +25,7 @@ from raystore.core.records import Attempt, Change, Config, Record, Resources, Ro
 from raystore.core.spans import Index
 from raystore.core.state import State
 from raystore.errors import JournalDamagedError
+from raystore.failpoints import failpoint
 from raystore.journal import frames
 from raystore.journal.frames import Head
 from raystore.journal.segments import Place
@@ -138,7 +139,9 @@ def write(
         _write_section(file, "more", more, count)
         file.write(_END.pack(_END_MAGIC, begin, count + 1))
         file.flush()
+        failpoint("snapshot.written")
         os.fsync(file.fileno())
+    failpoint("snapshot.synced")
     before_it_counts()
     unfinished.rename(path)
     return needed

@@ -104,7 +104,7 @@ class StoreActor:
             "capacity_bytes": self._capacity,
             "eviction_bytes": settings.eviction_bytes,
             "safe_bytes": settings.safe_bytes,
-            "remarks": self._remarks,
+            "remarks": self._remarks + ([] if self._opened is None else self._opened.remarks),
             "endpoints": {"spans": self._name, "rollouts": self._name},
         }
 

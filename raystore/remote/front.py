@@ -12,7 +12,7 @@ from typing import Any
 
 from raystore import __version__, wire
 from raystore.core.state import Session
-from raystore.errors import StoreError
+from raystore.errors import StoreError, StoreOverloadedError, to_record
 from raystore.remote.inbox import Inbox, SessionEnded
 from raystore.service import PROTOCOL, Service
 
@@ -50,7 +50,12 @@ class Front:
             # A client whose first batch was never answered is new; its second may overtake its first.
             if answered or ahead or session_id in service.state.sessions:
                 return wire.pack_answer(service.epoch, wire.ENDED)
-            inbox = self._inboxes[session_id] = Inbox(service, service.open_session(session_id))
+            try:
+                session = service.open_session(session_id)
+            except StoreOverloadedError as refusal:
+                service.overloads += 1
+                return wire.pack_answer(service.epoch, wire.BROKEN, to_record(refusal))
+            inbox = self._inboxes[session_id] = Inbox(service, session)
             self._sweep()
         if inbox.session.ended_at is not None:
             return wire.pack_answer(service.epoch, wire.ENDED)

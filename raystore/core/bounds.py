@@ -1,0 +1,19 @@
+"""How many of each thing a store holds: beyond, whatever would make one more is refused, and nothing is changed.
+
+Not here: what a user chooses (`max_queued`, `limits`), bytes (`eviction`, and those that wait for a journal's disk).
+"""
+
+from __future__ import annotations
+
+from raystore.errors import StoreOverloadedError
+
+WORKERS = 100_000  #: records of runners
+WAITERS = 100_000  #: calls that wait
+SESSIONS = 10_000  #: client processes
+RETRY_SECONDS = 5.0
+
+
+def admit(what: str, number: int, bound: int) -> None:
+    """Raise `StoreOverloadedError` if there is no room for one more."""
+    if number >= bound:
+        raise StoreOverloadedError(what, number, bound, RETRY_SECONDS)
