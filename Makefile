@@ -21,7 +21,7 @@ test-long: .venv/installed
 
 # The fault suite in its long form; each row adds a line to runs/faults.jsonl.
 faults: .venv/installed
-	$(LOCAL) FAULTS=long $(BIN)/python -m pytest tests/faults -s
+	$(LOCAL) FAULTS=long $(BIN)/python -m pytest -m fault -s
 
 # The oldest Ray of the range in pyproject.toml, in an environment of its own.
 test-ray-oldest: .venv-oldest/installed
