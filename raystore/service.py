@@ -41,6 +41,7 @@ from raystore.waiters import Deliver, Waiters
 logger = logging.getLogger("raystore.store")
 
 PROTOCOL = 3  #: version of the session protocol; client and store refuse each other when it differs
+TICK_SECONDS = 1.0  #: between looks at the clock while there are deadlines, so that a standstill is measured
 LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of the process
 
 
@@ -346,7 +347,8 @@ class Service:
             times = [time for time in (deadline, self.waiters.next_deadline()) if time is not None]
             in_seconds += [max(time - now, 0.0) for time in times]
             core = [time for time in (deadline, age_deadline) if time is not None]
-            self._armed = max(min(core), now) if core else None
+            self._armed = min(max(min(core), now), now + TICK_SECONDS) if core else None
+            in_seconds += [TICK_SECONDS] if core else []
         if self.state.eviction_pass is not None:
             in_seconds.append(0.0)
         if self.is_disk_full:

@@ -49,67 +49,6 @@ async def parked(store, count):
     await until(enough)
 
 
-@pytest.mark.parametrize("end", ["kill", pytest.param("exit", marks=pytest.mark.long)])
-@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.long)])
-async def test_dead_callers_with_a_parked_claim_lose_nothing(make_ray_store, end, count):
-    """Work that is handed to processes that have died is offered again within 8 s."""
-    store = make_ray_store()
-    batch = 10
-    for _ in range(count // batch):
-        claimers = [Claimer.remote(store.actor) for _ in range(batch)]
-        pids = await asyncio.gather(*(c.pid.remote() for c in claimers))
-        refs = [c.park.remote() for c in claimers]
-        await parked(store, batch)
-        if end == "kill":
-            for pid in pids:
-                freeze_and_kill(pid)
-        else:
-            for claimer in claimers:
-                claimer.leave.remote()
-            await asyncio.sleep(0.5)
-        started = time.monotonic()
-        made = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=i) for i in range(batch)])
-        got = []
-        while len(got) < batch:
-            claimed = await store.dequeue_rollout(timeout=10)
-            assert claimed is not None, f"{batch - len(got)} of {batch} rollouts were lost"
-            got.append(claimed)
-            await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
-        assert time.monotonic() - started < 8
-        assert {r.rollout_id for r in got} == {r.rollout_id for r in made}
-        assert {r.attempt.sequence_id for r in got} == {1}
-        del refs
-
-
-@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.long)])
-async def test_callers_that_time_out_lose_nothing(make_ray_store, count):
-    """Work that comes in the instant in which a claim runs out of time goes to somebody."""
-    store = make_ray_store()
-    for attempt in range(count):
-        waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=0.05))
-        await asyncio.sleep(0.045 + 0.001 * (attempt % 10))
-        made = await store.enqueue_rollout(attempt)
-        claimed = await waiting or await store.dequeue_rollout(timeout=5)
-        assert claimed.rollout_id == made.rollout_id
-
-
-async def test_callers_cancelled_around_the_answer_lose_nothing(make_ray_store):
-    """Cancelled at any moment around the answer, a claim is given back at once, or was had."""
-    store = make_ray_store()
-    for attempt in range(100):
-        waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=30))
-        await asyncio.sleep(0.002)
-        enqueued = asyncio.ensure_future(store.enqueue_rollout(attempt))
-        await asyncio.sleep(0.0002 * (attempt % 30))
-        waiting.cancel()
-        (claimed,) = await asyncio.gather(waiting, return_exceptions=True)
-        made = await enqueued
-        if isinstance(claimed, asyncio.CancelledError):
-            claimed = await store.dequeue_rollout(timeout=2)
-        assert claimed.rollout_id == made.rollout_id
-        await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
-
-
 async def test_a_loop_that_is_blocked_keeps_its_claim(make_ray_store):
     """An agent that blocks its loop for longer than a claim may wait for acknowledgement loses nothing."""
     store = make_ray_store()

@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import subprocess
-import sys
-import textwrap
 from concurrent.futures import Future
 
 import pytest
@@ -160,47 +156,3 @@ def _threads():
     import threading
 
     return [thread for thread in threading.enumerate() if thread.is_alive()]
-
-
-@pytest.mark.skipif(
-    tuple(map(int, ray.__version__.split(".")[:2])) < (2, 60), reason="Ray's knob for losing replies had another form"
-)
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("operations", "lost"), [(5, 20), pytest.param(25, 40, marks=pytest.mark.long)])
-def test_replies_that_ray_loses_are_asked_for_again(tmp_path, operations, lost):
-    """Ray drops a part of its replies: every operation has its effect exactly once."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import asyncio, json, os
-            lose = {"num_failures": -1, "req_failure_prob": 0, "resp_failure_prob": int(os.environ["LOST"])}
-            os.environ["RAY_testing_rpc_failure"] = json.dumps({"CoreWorkerService.grpc_client.PushTask": lose})
-            import ray, raystore as rs
-            ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
-            store = rs.start()
-
-            async def main():
-                numbers = []
-                for _ in range(int(os.environ["OPERATIONS"])):
-                    numbers.append(await store.get_next_span_sequence_id("r", "a"))
-                made = [await store.enqueue_rollout(i) for i in range(3)]
-                claimed = []
-                while len(claimed) < 3:  # a claim whose reply is lost for too long is withdrawn, and offered again
-                    if (rollout := await store.dequeue_rollout(timeout=5)) is not None:
-                        await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
-                        claimed.append(rollout)
-                calls = (await store.statistics())["actor_calls"]
-                print(numbers == list(range(1, len(numbers) + 1)), [r.input for r in claimed], calls)
-
-            asyncio.run(main())
-            """
-        )
-    )
-    environment = os.environ | {"LOST": str(lost), "OPERATIONS": str(operations)}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=290, env=environment)
-    assert done.returncode == 0, done.stderr
-    exact, calls = done.stdout.strip().rsplit(" ", 1)
-    assert exact == "True [0, 1, 2]"
-    if operations == 25:  # so many that losing none is out of the question
-        assert int(calls) > 25 + 3 + 6 + 2, "no reply was lost, so nothing was shown"
