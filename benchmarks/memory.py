@@ -9,7 +9,6 @@ import asyncio
 import gc
 import json
 import sys
-import time
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -21,6 +20,7 @@ from benchmarks import shapes
 from benchmarks.parties import Program, has_peers, in_own_process
 from benchmarks.scope import Scope
 from benchmarks.table import Line, at_most, bound, compare, figure
+from benchmarks.watch import forget_peak, longest_pause, peak_bytes, watch_loop
 
 ROLLOUTS, SPANS = 800, 10
 
@@ -60,36 +60,6 @@ async def accounted(scope: Scope) -> list[Line]:
     return [bound(12, "accounted bytes against RSS", off, at_most(10, "%"), did=did, against="growth of RSS")]
 
 
-def _peak_bytes(pid: int) -> int:
-    """The most that a process was resident since `_forget_peak`."""
-    with open(f"/proc/{pid}/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
-
-def _forget_peak(pid: int) -> None:
-    with open(f"/proc/{pid}/clear_refs", "w") as file:
-        file.write("5")
-
-
-def _watch_loop(actor: Any) -> None:
-    """In the actor: start to note how late the loop comes back to a task that sleeps a millisecond at a time."""
-
-    async def watch() -> None:
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(0.001)
-            actor.longest_pause = max(actor.longest_pause, time.perf_counter() - before - 0.001)
-
-    actor.longest_pause = 0.0
-    actor.watching = asyncio.run_coroutine_threadsafe(watch(), actor._service._alarm._loop)
-
-
-def _longest_pause(actor: Any) -> float:
-    """In the actor: seconds."""
-    actor.watching.cancel()
-    return float(actor.longest_pause)
-
-
 async def evicting(scope: Scope) -> list[Line]:
     """Row 13."""
     threshold = scope.amount(192) * 2**20
@@ -99,8 +69,8 @@ async def evicting(scope: Scope) -> list[Line]:
         store: Any = stack.enter_context(rs.start(eviction_memory_threshold=threshold))
         pid = ray.get(store.actor.describe.remote())["pid"]
         idle = psutil.Process(pid).memory_info().rss
-        _forget_peak(pid)
-        await store.actor.__ray_call__.remote(_watch_loop)
+        forget_peak(pid)
+        await store.actor.__ray_call__.remote(watch_loop)
         (desk,) = shapes.desks(rs.Span, "lifecycle", 1)
 
         async def feed() -> int:
@@ -114,8 +84,8 @@ async def evicting(scope: Scope) -> list[Line]:
         while fed < 10 * threshold:
             fed += sum(await asyncio.gather(*(feed() for _ in range(32))))
         known = await store.statistics()
-        peaks.append((_peak_bytes(pid) - idle) / threshold)
-        pauses.append(await store.actor.__ray_call__.remote(_longest_pause) * 1000)
+        peaks.append((peak_bytes(pid) - idle) / threshold)
+        pauses.append(await store.actor.__ray_call__.remote(longest_pause) * 1000)
     did = (
         f"{fed / 2**20:,.0f} MiB of spans of 1.6 KB against a threshold of {threshold / 2**20:,.0f} MiB; "
         f"{known['eviction_passes']} passes evicted {known['evicted_spans']:,} spans"

@@ -55,9 +55,9 @@ _NAMES = {
     "raystore.errors": """
         StoreError InvalidValueError RolloutNotFoundError AttemptNotFoundError ResourcesNotFoundError ClaimLostError
         ConflictError OverloadedError StoreOverloadedError CursorTooOldError SpansEvictedError PayloadLostError
-        PayloadTooLargeError StoreUnavailableError OutcomeUnknownError StoreClosedError StoreCorruptError
-        StoreNotFoundError StoreExistsError NotAStoreError ProtocolMismatchError AgentNotPicklableError
-        AgentProcessError PoolStartError
+        PayloadTooLargeError PayloadNotPicklableError StoreUnavailableError OutcomeUnknownError StoreClosedError
+        StoreCorruptError StoreNotFoundError StoreExistsError NotAStoreError ProtocolMismatchError
+        AgentNotPicklableError AgentProcessError PoolStartError
         JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError
         JournalFailedError JournalHeldError FencedError SealedError BatchConflictError ReadOnlyError AnswerGoneError
         Abort Drop

@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 
 from raystore.core.payload import PICKLED, PLAIN, Opaque, Payload
-from raystore.errors import PayloadLostError, PayloadTooLargeError
+from raystore.errors import PayloadLostError, PayloadNotPicklableError, PayloadTooLargeError
 from raystore.packed import TYPECODES
 
 _PLAIN_LEAVES = frozenset({str, int, float, bool, type(None), bytes})
@@ -96,7 +96,10 @@ _EMPTY = _packb(PLAIN, {})
 
 def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
     """Encode a value; `what` names it in errors. A large one is a `Payload`, which travels without being copied."""
-    payload = _encode(value)
+    try:
+        payload = _encode(value)
+    except Exception as error:  # whatever the value's own `__reduce__` raises
+        raise PayloadNotPicklableError(what, f"{type(error).__name__}: {error}") from error
     data = payload.data if isinstance(payload, Payload) else payload
     if len(data) > limit_bytes:
         raise PayloadTooLargeError(what, len(data), limit_bytes)

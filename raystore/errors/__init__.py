@@ -220,6 +220,20 @@ class PayloadTooLargeError(StoreError, ValueError):
         )
 
 
+class PayloadNotPicklableError(StoreError, TypeError):
+    """A value cannot be sent: it is neither plain data nor something that cloudpickle can pickle."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(what, why)
+
+    def __str__(self) -> str:
+        what, why = self.args
+        return (
+            f"{what} cannot be pickled ({why}); nothing was changed. Pass plain data, or what the value is made from: "
+            "a path, a name, or a reference (ObjectResource, ray.put)."
+        )
+
+
 class StoreUnavailableError(StoreError, ConnectionError):
     """The store cannot be reached: its actor is dead, or did not answer for as long as clients retry."""
 

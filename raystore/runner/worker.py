@@ -25,6 +25,7 @@ from raystore.calls import run_blocking
 from raystore.client import StoreClient
 from raystore.errors import (
     OutcomeUnknownError,
+    PayloadNotPicklableError,
     PayloadTooLargeError,
     ResourcesNotFoundError,
     StoreClosedError,
@@ -372,7 +373,7 @@ class Runner:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether an error is about what was to be sent, and not about the store: too large, or not to be encoded."""
-    return isinstance(error, PayloadTooLargeError) or not isinstance(error, StoreError)
+    return isinstance(error, (PayloadTooLargeError, PayloadNotPicklableError)) or not isinstance(error, StoreError)
 
 
 def _refused(refusal: Exception) -> Ending:

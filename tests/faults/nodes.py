@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import sys
 import time
@@ -16,6 +17,12 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raystore as rs
+from tests.faults.processes import describe, later
+from tests.helpers import until
+
+#: With its defaults Ray takes a node for dead after 15 s of silence, which is no time of the store's.
+QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
+         "health_check_failure_threshold": 2}  # fmt: skip
 
 
 async def main(cluster: Cluster, journal: str, kills: int) -> dict[str, Any]:
@@ -27,8 +34,10 @@ async def main(cluster: Cluster, journal: str, kills: int) -> dict[str, Any]:
                          actor_options={"scheduling_strategy": there})  # fmt: skip
         assert store.info.node == node.node_id, "the store is not where it was asked to be"
         made += [(await store.enqueue_rollout(i)).rollout_id for i in range(50)]
+        before = (await describe(store))["epoch"]
         killed = time.monotonic()
         await asyncio.to_thread(cluster.remove_node, node, allow_graceful=False)
+        await until(functools.partial(later, store, before))
         made.append((await store.enqueue_rollout("after")).rollout_id)
         slowest = max(slowest, time.monotonic() - killed)
         rollouts = {rollout.rollout_id for rollout in await store.query_rollouts()}
@@ -39,7 +48,8 @@ async def main(cluster: Cluster, journal: str, kills: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    options = {"num_cpus": 2, "include_dashboard": False, "_system_config": QUICK}
+    cluster = Cluster(initialize_head=True, head_node_args=options)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         cluster.add_node(num_cpus=2)

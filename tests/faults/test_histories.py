@@ -6,9 +6,7 @@ The store is killed in mid-run, so that the histories go over the end of a proce
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import signal
 import time
 
 import pytest
@@ -16,6 +14,7 @@ import ray
 
 import raystore as rs
 from tests.faults.histories import NEVER, Call, is_register, wrong_in_queue
+from tests.faults.processes import kill
 
 
 def put(value, start, end=NEVER):
@@ -118,10 +117,6 @@ class Client:
 
         await asyncio.gather(*(one(number) for number in range(coroutines)))
         return calls
-
-
-async def kill(store):
-    os.kill((await store.actor.describe.remote())["pid"], signal.SIGKILL)
 
 
 @pytest.mark.timeout(900)

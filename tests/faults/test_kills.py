@@ -13,7 +13,8 @@ import pytest
 import ray
 
 import raystore as rs
-from tests.helpers import make_span
+from tests.faults.processes import describe, later
+from tests.helpers import make_span, until
 
 ENDS = {
     "SIGKILL": lambda pid: os.kill(pid, signal.SIGKILL),
@@ -58,18 +59,6 @@ class Worker:
         self.is_over = True
 
 
-async def reached(store, after=0):
-    """What the store says of itself, once a process of a later epoch answers."""
-    while True:
-        try:
-            known = await store.actor.describe.remote()
-            if known["epoch"] > after:
-                return known
-        except ray.exceptions.ActorUnavailableError:
-            pass
-        await asyncio.sleep(0.02)
-
-
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("row", "ends"), [(8, ["SIGKILL"]), (10, list(ENDS))], ids=["sigkill", "three-ways"])
 async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, report, amount, row, ends):
@@ -80,15 +69,15 @@ async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, re
     workers = [Worker.remote(store.actor, f"w{number}") for number in range(4)]
     working = [worker.work.remote(4) for worker in workers]
     kills, back = amount(4, 200 if row == 8 else 30), []
-    until = time.monotonic() + amount(60, 540)  # the journal grows with the run, and each process reads it all
+    stop = time.monotonic() + amount(60, 540)  # the journal grows with the run, and each process reads it all
     for number in range(kills):
-        if time.monotonic() > until:
+        if time.monotonic() > stop:
             break
-        known = await reached(store)
+        known = await describe(store)
         await asyncio.sleep(lots.uniform(0.1, 1.2))
         ENDS[ends[number % len(ends)]](known["pid"])
         killed = time.monotonic()
-        await reached(store, after=known["epoch"])
+        await until(lambda epoch=known["epoch"]: later(store, epoch), within=60)
         back.append(time.monotonic() - killed)
     await asyncio.sleep(0.5)
     await asyncio.gather(*(worker.stop.remote() for worker in workers))

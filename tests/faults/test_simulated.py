@@ -15,7 +15,9 @@ from raystore.journal.replay import Replay
 from tests.faults import simulation
 from tests.faults.simulation import SimulatedLog, simulate
 
-NOTHING = {"lost": 0, "doubled": 0, "unexpected": 0, "disordered": 0, "orphaned": 0, "replay differs": 0}
+NOTHING = dict.fromkeys(
+    ["lost", "doubled", "unexpected", "disordered", "orphaned", "replay differs", "snapshot differs"], 0
+)
 
 
 def run(seeds, **how):

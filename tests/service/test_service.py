@@ -122,7 +122,7 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch):
         """An alarm that does not ring by itself: the process is stopped."""
 
         def __init__(self, ring):
-            self.ring = ring
+            alarms.append(ring)
 
         def set(self, seconds):
             self.seconds = seconds
@@ -130,6 +130,7 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch):
         def close(self):
             self.seconds = None
 
+    alarms = []
     service = Service(StoreConfig(), capacity_bytes=10**9, alarm=Silent)
     session = service.open_session("a", eternal=True)
 
@@ -141,7 +142,11 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch):
     moment[0] += 300
     assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "preparing"
     assert any(change.kind == "paused" for change in call("changes", cursor=None, kinds=None, limit=10, timeout=0)[0])
-    moment[0] += 0.5
+    for _ in range(8):  # seconds in which it was not stopped count, as its alarm tells
+        moment[0] += 1.0
+        alarms[0]()
+        assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "preparing"
+    moment[0] += 1.5
     assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "failed"
 
 
