@@ -163,7 +163,7 @@ class Cancelling:
 @pytest.mark.timeout(600)
 async def test_a_storm_of_cancellations(make_ray_store, report, amount, monkeypatch):
     """Calls of all kinds cancelled at any moment: nothing leaks, nothing is lost, nothing happens twice."""
-    store, lots, count = make_ray_store(), random.Random(39), amount(1_500, 10_000)
+    store, lots, count = make_ray_store(), random.Random(39), amount(1_000, 10_000)
     before = len(asyncio.all_tasks())
     asked, done = {}, set()
 
@@ -180,7 +180,7 @@ async def test_a_storm_of_cancellations(make_ray_store, report, amount, monkeypa
     for _ in range(count // 50):
         tasks = [asyncio.ensure_future(one(len(asked) + number)) for number in range(50)]
         for task in tasks:
-            asyncio.get_running_loop().call_later(lots.uniform(0, 0.06), task.cancel)
+            asyncio.get_running_loop().call_later(lots.uniform(0, 0.25), task.cancel)
         await asyncio.gather(*tasks, return_exceptions=True)
     await waiting(store, 0)
     known = {rollout.rollout_id: rollout for rollout in await store.query_rollouts()}

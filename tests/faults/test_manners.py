@@ -194,9 +194,9 @@ class Creator:
 async def test_many_create_one_store_at_once(cluster, report, amount):
     """One store, the same for all; whoever asked for another configuration hears of it."""
     extra = unnoticed = 0
-    processes, rounds = 5, amount(2, 100)
+    processes, rounds = 5, amount(2, 60)
     creators = [Creator.remote() for _ in range(processes)]
-    stop = time.monotonic() + 540
+    stop = time.monotonic() + 400
     for number in range(rounds):
         if time.monotonic() > stop:
             rounds = number
@@ -241,7 +241,7 @@ def test_calls_leak_nothing(tmp_path, report, amount):
             subprocess.run([python, "-m", "venv", tmp_path / str(number)], check=True)
             python = str(tmp_path / str(number) / "bin" / "python")
             subprocess.run([python, "-m", "pip", "install", "--quiet", "-e", f"{ROOT}[dev]"], check=True)
-        found = program("leaks", amount(12_000, 1_000_000), python=python, timeout=900)
+        found = program("leaks", amount(12_000, 400_000), python=python, timeout=900)
         figure = {"store MiB": round(found["store_mib"], 1), "client MiB": round(found["client_mib"], 1)}
         report(60, f"memory of calls, Python {found['python']}", figure=figure, bar="≤ 20 each",
                met=max(found["store_mib"], found["client_mib"]) <= 20, did=f"{found['calls']} calls")  # fmt: skip
