@@ -16,6 +16,12 @@ mostly_in_memory = pytest.mark.parametrize(
     "store", ["memory", pytest.param("ray", marks=pytest.mark.long)], indirect=True
 )
 
+#: With its defaults Ray takes a node for dead after 15 s of silence.
+QUICK_HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
+    "health_check_failure_threshold": 2,
+}  # fmt: skip
+
 
 def make_span(rollout: Any, sequence_id: int = 1, *, attempt_id: str | None = None, **more: Any) -> Span:
     """A span of a rollout's attempt; `rollout` is an AttemptedRollout, or a rollout id with `attempt_id`."""

@@ -1,4 +1,7 @@
-"""The examples do what they say, in a short form of each; and stop quietly."""
+"""The examples do what they say, in a short form of each; and stop quietly.
+
+They mostly wait (for a Ray that starts, for agents), so two of them run at a time.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,34 @@ ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local"}
 def example(name, *arguments, cwd):
     """Run an example on a local Ray of its own; its output, which must be quiet, and its metrics."""
     command = [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=cwd, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=ENVIRONMENT)
     (run,) = (cwd / "runs").iterdir()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return done, metrics
+    return done, metrics, cwd
+
+
+@pytest.fixture(scope="module")
+def begun(request, tmp_path_factory):
+    """The examples that the chosen tests look at: each waits for its turn, and its test for its end."""
+    called = (getattr(item, "callspec", None) for item in request.session.items)
+    wanted = dict.fromkeys(spec.params["ran"] for spec in called if spec is not None and "ran" in spec.params)
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            (name, steps): pool.submit(example, name, "--steps", steps, cwd=tmp_path_factory.mktemp(name))
+            for name, steps in wanted
+        }
+
+
+@pytest.fixture
+def ran(request, begun):
+    """What one of them said and wrote, where, and in how many steps."""
+    return *begun[request.param].result(), request.param[1]
+
+
+def short_and_long(name, short, long):
+    """A test of an example with so many steps; in `make test-long` also with more."""
+    forms = [(name, short), pytest.param((name, long), marks=pytest.mark.long)]
+    return pytest.mark.parametrize("ran", forms, indirect=True, ids=[f"{name}-{short}", f"{name}-{long}"])
 
 
 def check(done, metrics, cwd, *, steps):
@@ -48,7 +75,7 @@ def test_prompt_bandit_learns_and_is_reproducible(tmp_path):
             running[runners] = beside.submit(example, "01_prompt_bandit", *arguments, cwd=folder)
     without_times = []
     for runners, folder in folders.items():
-        done, metrics = running[runners].result()
+        done, metrics, _ = running[runners].result()
         check(done, metrics, folder, steps=15)
         assert len(done.stdout.splitlines()) <= 25
         without_times.append([{k: v for k, v in line.items() if k != "seconds"} for line in metrics])
@@ -75,12 +102,12 @@ def test_the_exit_status_says_whether_it_did_what_it_says(tmp_path, monkeypatch,
     assert ended.value.code == status
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("steps", [24, pytest.param(60, marks=pytest.mark.long)])
-def test_grpo_learns_through_kills(tmp_path, steps):
+@pytest.mark.timeout(400)
+@short_and_long("02_grpo_tools", 24, 60)
+def test_grpo_learns_through_kills(ran):
     """Undisturbed and with a runner killed at each step: both reach 0.9, and nothing is lost or trained on twice."""
-    done, metrics = example("02_grpo_tools", "--steps", steps, cwd=tmp_path)
-    check(done, metrics, tmp_path, steps=2 * steps)
+    done, metrics, folder, steps = ran
+    check(done, metrics, folder, steps=2 * steps)
     undisturbed, with_kills = (line for line in done.stdout.splitlines() if "enqueued" in line)
     assert f"trained {128 * steps} + dropped 0, doubled 0" in undisturbed and "0 runners killed, 0" in undisturbed
     assert f"enqueued {128 * steps} = trained" in with_kills and f"{steps} runners killed" in with_kills
@@ -88,12 +115,12 @@ def test_grpo_learns_through_kills(tmp_path, steps):
     assert {line["staleness"] for line in metrics} <= {0, 1, 2}
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("steps", [17, pytest.param(24, marks=pytest.mark.long)])
-def test_everything_dies_and_is_trained_exactly_once(tmp_path, steps):
+@pytest.mark.timeout(400)
+@short_and_long("05_crash_and_resume", 17, 24)
+def test_everything_dies_and_is_trained_exactly_once(ran):
     """Store, runners and trainer are killed, the latter at each point between a step and its checkpoint."""
-    done, metrics = example("05_crash_and_resume", "--steps", steps, cwd=tmp_path)
-    check(done, metrics, tmp_path, steps=2 * steps)
+    done, metrics, folder, steps = ran
+    check(done, metrics, folder, steps=2 * steps)
     assert done.stdout.count(f"asked {128 * steps}, trained {128 * steps}, lost 0, doubled 0") == 2
     for point in ("optimiser step", "ack", "saved", "checkpoint"):
         assert f"after: {point}\n" in done.stdout
@@ -104,20 +131,22 @@ def test_everything_dies_and_is_trained_exactly_once(tmp_path, steps):
     assert with_kills == pytest.approx(undisturbed, abs=0.1)
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(12, marks=pytest.mark.long)])
-def test_an_agent_of_opentelemetry_is_trained(tmp_path, steps):
+@pytest.mark.timeout(400)
+@short_and_long("03_otel_agent", 6, 12)
+def test_an_agent_of_opentelemetry_is_trained(ran):
     """Its file does not know raystore; every span of it arrives."""
     assert "import raystore" not in (ROOT / "examples/calculator.py").read_text()
-    done, metrics = example("03_otel_agent", "--steps", steps, cwd=tmp_path)
-    check(done, metrics, tmp_path, steps=steps)
+    done, metrics, folder, steps = ran
+    check(done, metrics, folder, steps=steps)
     assert "every span is there" in done.stdout and "      chat stub" in done.stdout
 
 
-@pytest.mark.parametrize("steps", [3, pytest.param(6, marks=pytest.mark.long)])
-def test_many_agents_wait_at_once(tmp_path, steps):
+@pytest.mark.timeout(400)
+@short_and_long("04_many_agents", 3, 6)
+def test_many_agents_wait_at_once(ran):
     """2,000 agents over four processes: a step takes hardly longer than the longest wait."""
-    done, metrics = example("04_many_agents", "--steps", steps, cwd=tmp_path)
-    check(done, metrics, tmp_path, steps=steps)
+    done, metrics, folder, steps = ran
+    check(done, metrics, folder, steps=steps)
     assert "every rollout and span is there" in done.stdout
     assert all(line["calls_per_rollout"] < 1 for line in metrics)
 
@@ -128,7 +157,7 @@ def family(process):
 
 
 @pytest.mark.parametrize(
-    ("name", "kills"), [pytest.param("01_prompt_bandit", False, marks=pytest.mark.long), ("02_grpo_tools", True)]
+    ("name", "kills"), [("01_prompt_bandit", False), pytest.param("02_grpo_tools", True, marks=pytest.mark.long)]
 )
 def test_examples_stop_quietly(tmp_path, name, kills):
     """Ctrl+C in mid-run: back at the prompt within 5 s, no traceback, and no process is left."""

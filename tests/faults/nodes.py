@@ -18,11 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raystore as rs
 from tests.faults.processes import describe, later
-from tests.helpers import until
-
-#: With its defaults Ray takes a node for dead after 15 s of silence, which is no time of the store's.
-QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
-         "health_check_failure_threshold": 2}  # fmt: skip
+from tests.helpers import QUICK_HEALTH_CHECKS, until
 
 
 async def main(cluster: Cluster, journal: str, kills: int) -> dict[str, Any]:
@@ -48,7 +44,7 @@ async def main(cluster: Cluster, journal: str, kills: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    options = {"num_cpus": 2, "include_dashboard": False, "_system_config": QUICK}
+    options = {"num_cpus": 2, "include_dashboard": False, "_system_config": QUICK_HEALTH_CHECKS}
     cluster = Cluster(initialize_head=True, head_node_args=options)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")

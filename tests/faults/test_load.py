@@ -42,7 +42,7 @@ async def _waiters(store, count):
 @pytest.mark.timeout(900)
 async def test_ten_times_the_memory(make_ray_store, report, amount):
     """Spans of several times the threshold: the oldest go, in time; what runs is left alone, and the loss is told."""
-    threshold, times = amount(96, 512) * MIB, amount(3, 10)
+    threshold, times = amount(64, 512) * MIB, amount(2, 10)
     store = make_ray_store(eviction_memory_threshold=threshold)
     running = await store.start_rollout("running")
     await store.add_many_spans([make_span(running, number + 1) for number in range(100)])
@@ -163,7 +163,7 @@ class Cancelling:
 @pytest.mark.timeout(600)
 async def test_a_storm_of_cancellations(make_ray_store, report, amount, monkeypatch):
     """Calls of all kinds cancelled at any moment: nothing leaks, nothing is lost, nothing happens twice."""
-    store, lots, count = make_ray_store(), random.Random(39), amount(1_000, 10_000)
+    store, lots, count = make_ray_store(), random.Random(39), amount(600, 10_000)
     before = len(asyncio.all_tasks())
     asked, done = {}, set()
 
@@ -282,7 +282,7 @@ async def test_a_greedy_client(make_ray_store, report, amount):
         killing(Prober.remote(store.actor)) as prober,
         killing(Greedy.remote(store.actor)) as greedy,
     ):
-        for _ in range(amount(2, 5)):
+        for _ in range(amount(1, 5)):
             quiet = percentile(await prober.calls.remote(1_000), 99)
             working = greedy.work.remote()
             await asyncio.sleep(0.5)
@@ -307,7 +307,7 @@ def slope(samples):
 @pytest.mark.timeout(1800)
 async def test_soak(make_ray_store, tmp_path, report, amount):
     """A store at 70 % of what it can do, with a journal and retention: nothing grows."""
-    seconds = amount(25, 1_200)
+    seconds = amount(12, 1_200)
     store = make_ray_store(journal=tmp_path / "j", durability="process", retention={"max_rollouts": 1_000})
     process = psutil.Process((await describe(store))["pid"])
     pause, done = 0.0, 0

@@ -45,7 +45,7 @@ class Claimer:
 @pytest.mark.timeout(900)
 async def test_a_runner_is_killed_while_its_dequeue_waits(make_ray_store, report, amount):
     """Nothing is handed to the dead and lost: it is offered again within 8 s, as if it had never been handed out."""
-    store, batch, lost, delays, kills = make_ray_store(), 10, 0, [], amount(20, 200)
+    store, batch, lost, delays, kills = make_ray_store(), 10, 0, [], amount(10, 200)
     for _ in range(kills // batch):
         claimers = [Claimer.remote(store.actor) for _ in range(batch)]
         pids = await asyncio.gather(*(claimer.pid.remote() for claimer in claimers))
@@ -286,7 +286,7 @@ def test_the_whole_cluster_is_killed(tmp_path, report):
 @pytest.mark.timeout(300)
 async def test_the_store_stands_still(make_ray_store, report, amount):
     """Frozen for longer than any deadline: nobody is to blame, and nothing expires when it wakes up."""
-    store, seconds = make_ray_store(), amount(8, 60)
+    store, seconds = make_ray_store(), amount(6, 60)
     config = rs.RolloutConfig(unresponsive_seconds=5, timeout_seconds=20, max_attempts=3, retry_condition=["timeout"])
     for number in range(10):
         await store.enqueue_rollout(number, config=config)

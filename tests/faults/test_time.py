@@ -69,7 +69,7 @@ async def test_a_store_that_was_down_for_hours(make_ray_store, tmp_path, report,
     """Attempts that ran when it died get a full period from when it is back; then they are dealt with."""
     environment, shift = shifted_clock(tmp_path / "clock")
     store = make_ray_store(journal=tmp_path / "j", actor_options={"runtime_env": environment})
-    early, missed, count, period = 0, 0, amount(20, 500), 3.0
+    early, missed, count, period = 0, 0, amount(20, 500), 2.0
     for hours in (2, 0):  # down for two hours; and back with a clock that is two hours behind
         made = []
         for number in range(count):

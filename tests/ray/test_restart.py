@@ -13,8 +13,6 @@ import ray
 
 import raystore as rs
 from raystore import wire
-from raystore.core.digest import digest
-from raystore.journal.opening import read_run
 from raystore.service import PROTOCOL
 from tests.helpers import make_span, until
 
@@ -141,34 +139,3 @@ async def _has_ended(pid):
     except ProcessLookupError:
         return True
     return False
-
-
-async def test_many_kills_leave_the_state_that_the_journal_says(make_durable, tmp_path):
-    """Work goes on through kills at any moment; what was acknowledged is there, once."""
-    store = make_durable()
-    made, stop = [], asyncio.Event()
-
-    async def work(number):
-        while not stop.is_set():
-            rollout = await store.enqueue_rollout({"n": number})
-            made.append(rollout.rollout_id)
-            claimed = await store.dequeue_rollout(f"w{number}", timeout=20)
-            await store.add_span(make_span(claimed))
-            await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
-
-    working = [asyncio.ensure_future(work(number)) for number in range(8)]
-    for _ in range(3):
-        await asyncio.sleep(0.7)
-        await kill(store)
-        await until(lambda: _answers(store.actor))
-    await asyncio.sleep(0.5)
-    stop.set()
-    await asyncio.gather(*working)
-    statistics = await store.statistics()
-    assert statistics["total_rollouts"] == len(set(made)) == len(made)
-    assert statistics["rollouts_by_status"] == {"succeeded": len(made)}
-    assert statistics["total_spans"] == len(made)
-    await store.check()
-    replayed = read_run(tmp_path / "journal").state
-    assert len(replayed.entries) == len(made)
-    assert digest(replayed) == digest(read_run(tmp_path / "journal").state)

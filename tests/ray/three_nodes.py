@@ -10,6 +10,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raystore as rs
+from tests.helpers import QUICK_HEALTH_CHECKS
 
 ROLLOUTS = 60
 
@@ -69,7 +70,8 @@ async def main(cluster, second, third):
 
 
 if __name__ == "__main__":
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    options = {"num_cpus": 2, "include_dashboard": False, "_system_config": QUICK_HEALTH_CHECKS}
+    cluster = Cluster(initialize_head=True, head_node_args=options)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         nodes = [cluster.add_node(num_cpus=4) for _ in range(2)]

@@ -94,7 +94,7 @@ async def test_an_agent_that_does_not_listen_is_told_of(store, caplog):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("cancels", [40, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("cancels", [20, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("isolation", ["actor", "process"])
 async def test_cancels_are_quick(make_ray_store, tmp_path, isolation, cancels):
     """From the driver's call: an async agent has seen it, or its process is dead, within 1 s; so is its place busy."""
