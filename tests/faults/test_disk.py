@@ -277,18 +277,22 @@ def test_flipped_bits(tmp_path, report, amount):
     )
 
 
-def test_a_disk_that_forgets(tmp_path, report, amount):
-    """Power is lost: of what was not synced any pages may be there. All that was, is."""
+@pytest.mark.parametrize("durability", ["power", "process"])
+def test_a_disk_that_forgets(tmp_path, report, amount, durability):
+    """Power is lost: of what was not synced any pages may be there. All that was, is; else a part from the start."""
     directory = Directory(tmp_path / "j")
-    made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
+    made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability=durability)
     made.append(start_record())
-    synced = []
+    wait(made)
+    synced = [(made._offset, 0)]
     for number in range(1, 200):
         made.append([b"head", b"%06d" % number, bytes(random.Random(number).randrange(6_000))])
         if number % 3 == 0:
             wait(made)
-            synced.append((made._offset, number))
+            if durability == "power":
+                synced.append((made._offset, number))
     wait(made)
+    synced.append((made._offset, number))
     made.close()
     path = directory.segments()[0][2]
     data, lots, lost, points = path.read_bytes(), random.Random(31), 0, amount(300, 10_000)
@@ -302,7 +306,8 @@ def test_a_disk_that_forgets(tmp_path, report, amount):
         path.write_bytes(pages)
         found = [int(bytes(record[1])) for _, record in Reading(directory) if len(record) > 1]
         lost += found[:number] != list(range(1, number + 1)) or found != list(range(1, len(found) + 1))
-    report(31, "power loss", figure={"lost or corrupt": lost}, bar="0", met=not lost, seed=31, did=f"{points} points")
+    report(31, f"power loss, durability={durability!r}", figure={"synced and lost, or corrupt": lost}, bar="0",
+           met=not lost, seed=31, did=f"{points} points")  # fmt: skip
 
 
 @pytest.mark.timeout(900)

@@ -66,7 +66,8 @@ async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, re
     """What was acknowledged is there, once; what was not may be there or not, and at most once."""
     seed = 8_000 + row
     lots = random.Random(seed)
-    store = make_ray_store(journal=tmp_path / "journal", duplicate_spans="keep")
+    durability = "power" if row == 8 else "process"
+    store = make_ray_store(journal=tmp_path / "journal", duplicate_spans="keep", durability=durability)
     workers = [Worker.remote(store.actor, f"w{number}") for number in range(4)]
     working = [worker.work.remote(4) for worker in workers]
     kills, back = amount(3, 200 if row == 8 else 30), []
@@ -104,6 +105,7 @@ async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, re
         "p99": round(back[int(0.99 * (len(back) - 1))], 2), "claims withdrawn": sum(told[3] for told in done),
     }  # fmt: skip
     did = f"{len(back)} kills of {kills} ({', '.join(ends)}), {operations} operations of 4 processes x 4 coroutines"
-    report(row, "store killed under load", figure=figure, bar="lost 0, doubled 0", met=lost == doubled == 0,
+    what = f"store killed under load, durability={durability!r}"
+    report(row, what, figure=figure, bar="lost 0, doubled 0", met=lost == doubled == 0,
            seed=seed, did=did)  # fmt: skip
     assert operations > 20 * len(back)
