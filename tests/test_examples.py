@@ -156,9 +156,8 @@ def family(process):
     return [process, *process.children(recursive=True)]
 
 
-@pytest.mark.parametrize(
-    ("name", "kills"), [("01_prompt_bandit", False), pytest.param("02_grpo_tools", True, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("name", "kills"), [("01_prompt_bandit", False), ("02_grpo_tools", True)])
+@pytest.mark.long
 def test_examples_stop_quietly(tmp_path, name, kills):
     """Ctrl+C in mid-run: back at the prompt within 5 s, no traceback, and no process is left."""
     command = [sys.executable, "-u", ROOT / "examples" / f"{name}.py", "--steps", "6" if kills else "500"]

@@ -36,7 +36,7 @@ async def agent(task, ctx):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("isolation", ["process", "actor"])
+@pytest.mark.parametrize("isolation", ["process", pytest.param("actor", marks=pytest.mark.long)])
 async def test_a_task_that_kills_its_runner(make_ray_store, report, amount, isolation):
     """It ends as failed after `max_deliveries`, and takes nothing else with it."""
     store, count, seconds = make_ray_store(max_deliveries=3), amount(150, 1_500), {True: [], False: []}

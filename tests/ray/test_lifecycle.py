@@ -183,6 +183,7 @@ async def test_start_says_what_it_runs_with(make_ray_store, caplog):
     assert "eviction above 1000, down to 800" in caplog.text
 
 
+@pytest.mark.long
 def test_a_client_outlives_a_restart_of_ray_in_its_process(tmp_path):
     """After ray.shutdown() calls say so and start no Ray of their own; connected again, the client finds its store."""
     script = tmp_path / "script.py"
@@ -214,6 +215,7 @@ def test_a_client_outlives_a_restart_of_ray_in_its_process(tmp_path):
     assert "is unavailable: Ray has been shut down" in done.stdout and "claimed: x" in done.stdout
 
 
+@pytest.mark.long
 def test_owned_store_dies_with_its_driver_and_leaves_nothing(tmp_path):
     """A script that ends without closing prints no traceback and leaves no process behind."""
     script = tmp_path / "script.py"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_three_nodes_one_killed():
     """The store is on the driver's node, runners are spread, and a killed node costs no work."""

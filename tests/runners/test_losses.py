@@ -87,7 +87,7 @@ async def test_a_runner_that_dies_before_its_claim_was_acknowledged(make_ray_sto
         assert (attempt.sequence_id, attempt.worker_id) == (1, "runner-0.1")
 
 
-@pytest.mark.parametrize("agent", [patient, sleeping])
+@pytest.mark.parametrize("agent", [patient, pytest.param(sleeping, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("silence", "frozen"), [(1, 4), pytest.param(5, 20, marks=pytest.mark.long)])
 async def test_a_runner_that_only_looks_dead(make_ray_store, agent, silence, frozen):
     """Frozen, superseded, and back: it is told, what it still writes is kept as late, and it takes other work."""
