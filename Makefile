@@ -13,8 +13,9 @@ demo: .venv/installed
 examples: .venv/installed
 	@set -e; for example in examples/0*.py; do $(LOCAL) $(BIN)/python $$example $(ARGS); done
 
+# Two at a time, since most tests wait for processes; a file stays together, and the slow ones begin.
 test: lint
-	$(LOCAL) $(BIN)/python -m pytest
+	$(LOCAL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/installed
 	$(LOCAL) $(BIN)/python -m pytest -m long

@@ -1,7 +1,6 @@
 """Rows 35 to 40 and 43 of the fault suite: memory, waiters, cancellations, slow and greedy clients, and hours of work.
 
-Bounds on time are those of the scorecard in the long form; the short one, which runs beside anything, allows three
-times as much.
+Bounds on time are those of the scorecard, times `SLACK`.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ from benchmarks.table import percentile
 from benchmarks.watch import forget_peak, longest_pause, peak_bytes, watch_loop
 from raystore.core import bounds
 from raystore.remote.session import Session
-from tests.conftest import IS_LONG
+from tests.conftest import IS_LONG, SLACK
 from tests.faults.processes import describe
 from tests.helpers import make_span, until
 
-SLACK = 1 if IS_LONG else 3
 MIB = 2**20
 
 
