@@ -379,7 +379,8 @@ async def test_a_restart_under_many_clients(make_ray_store, tmp_path, report, am
     figure = {"back after s": round(back, 1), "sent again by a client per s": round(rate, 1),
               "longest call s": round(max(slow for _, slow, _ in told), 1)}  # fmt: skip
     report(48, "restart under many clients", figure=figure, bar=f"≤ {5 * SLACK} s; ≤ 4 /s",
-           met=back <= 5 * SLACK and rate <= 4, did=f"{processes} client processes with {callers} callers each")  # fmt: skip
+           met=back <= 5 * SLACK and rate <= 4,
+           did=f"{processes} client processes with {callers} callers each")  # fmt: skip
 
 
 async def _rollouts(store, count):
