@@ -56,9 +56,10 @@ def short_and_long(name, short, long):
 
 
 def check(done, metrics, cwd, *, steps):
-    """It succeeded, said nothing else, and drew its curve."""
+    """It succeeded, said nothing else (but that runners of a busy machine come late), and drew its curve."""
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "it learnt" in done.stdout and done.stderr == "", done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("Still waiting for ")]
+    assert "it learnt" in done.stdout and not said, done.stderr
     assert len(metrics) == steps
     (curve,) = (cwd / "runs").glob("*/reward.svg")
     assert curve.read_text().startswith("<svg")

@@ -24,7 +24,7 @@ from raystore.journal import frames
 from raystore.journal.frames import Head
 from raystore.journal.reading import Reading
 from raystore.journal.replay import replay
-from raystore.journal.segments import BODIES, RECORDS, SNAPSHOT, Directory, Place
+from raystore.journal.segments import BODIES, RECORDS, SNAPSHOT, Directory, Place, unfinished
 
 DIFFERS = 3  #: exit code: the state is not what its writer found
 COPY_BYTES = 8 * 1024 * 1024
@@ -105,19 +105,19 @@ def _records_in(path: Path) -> tuple[int, int, int]:
 def _copy(path: Path, target: Path, live: set[int]) -> int:
     """Copy the records of a file that are needed; how many bytes they are."""
     head, found = read_sparse(path)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.new")
-    with open(unfinished, "wb", buffering=COPY_BYTES) as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(frames.pack_head(head))
-        for number, record in found:
-            if number in live:
-                for chunk in frames.pack_frame([record], number, 0):
-                    file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    failpoint("bodies.written")
-    unfinished.rename(target)
+    with unfinished(target) as new:
+        with open(new, "wb", buffering=COPY_BYTES) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(frames.pack_head(head))
+            for number, record in found:
+                if number in live:
+                    for chunk in frames.pack_frame([record], number, 0):
+                        file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        failpoint("bodies.written")
+        new.rename(target)
     failpoint("bodies.named")
     return size
 
@@ -144,7 +144,7 @@ def main() -> int:
     gc.disable()  # what is read stays until the end, and holds no cycles
     try:
         outcome = compact(Directory(path), int(epoch), int(number))
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         outcome = {"error": f"{type(error).__name__}: {error}"}
     sys.stdout.write(json.dumps(outcome))
     return DIFFERS if "differs" in outcome else 1 if "error" in outcome else 0

@@ -311,7 +311,9 @@ class Log:
             unfinished.rename(path)  # the epoch is ours alone, so that nobody else makes this one
         except OSError:
             os.close(fd)
-            unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
+            if self.directory.is_fenced(self.epoch):  # who comes next clears away what is unfinished
+                raise FencedError(str(self.directory.path), self.epoch) from None
             raise
         failpoint("segment.named")
         self.directory.sync()

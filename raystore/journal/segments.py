@@ -8,6 +8,7 @@ Not here: frames (`frames`), writing (`log`).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -85,7 +86,7 @@ class Directory:
             os.fsync(fd)
         finally:
             os.close(fd)
-        for unfinished in self.path.glob("*.new"):  # of writers that died while they made a segment
+        for unfinished in self.path.glob("*.new"):  # of processes that died, or are to stop
             unfinished.unlink(missing_ok=True)
         self.sync()
         return epoch
@@ -114,6 +115,17 @@ class Directory:
                 epoch = self.path / EPOCH.format(segments[-1][0])
                 return epoch.read_text() if epoch.exists() else "another process"
         return None
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Another name for a file that is being made, to be renamed once it is whole; nothing is left if it fails."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        yield new
+    except BaseException:
+        new.unlink(missing_ok=True)  # a full disk has no room for it
+        raise
 
 
 def read_segment(path: Path, until: int | None = None) -> tuple[Head, Iterator[Frame]]:

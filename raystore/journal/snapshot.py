@@ -28,7 +28,7 @@ from raystore.errors import JournalDamagedError
 from raystore.failpoints import failpoint
 from raystore.journal import frames
 from raystore.journal.frames import Head
-from raystore.journal.segments import Place
+from raystore.journal.segments import Place, unfinished
 
 _END = struct.Struct("<8sQI")  # magic, where the sections begin, how many there are
 _END_MAGIC = b"rs-image"
@@ -126,24 +126,24 @@ def write(
 
     `old` is where indexes are that have not been read. `more` is what the journal knows beside the state.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
     needed: set[int] = set()
-    with open(unfinished, "wb", buffering=_READ_BYTES) as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(frames.pack_head(head))
-        places = _write_indexes(file, state, old, needed)
-        begin, count = file.tell(), 0
-        for name, value in image(state, places):
-            _write_section(file, name, value, count)
-            count += 1
-        _write_section(file, "more", more, count)
-        file.write(_END.pack(_END_MAGIC, begin, count + 1))
-        file.flush()
-        failpoint("snapshot.written")
-        os.fsync(file.fileno())
-    failpoint("snapshot.synced")
-    before_it_counts()
-    unfinished.rename(path)
+    with unfinished(path) as new:
+        with open(new, "wb", buffering=_READ_BYTES) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(frames.pack_head(head))
+            places = _write_indexes(file, state, old, needed)
+            begin, count = file.tell(), 0
+            for name, value in image(state, places):
+                _write_section(file, name, value, count)
+                count += 1
+            _write_section(file, "more", more, count)
+            file.write(_END.pack(_END_MAGIC, begin, count + 1))
+            file.flush()
+            failpoint("snapshot.written")
+            os.fsync(file.fileno())
+        failpoint("snapshot.synced")
+        before_it_counts()
+        new.rename(path)
     return needed
 
 

@@ -128,7 +128,8 @@ class Session:
                 raise
 
     def _flush_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._flushing.discard(loop)
+        with self.lock:  # `tidy` puts another set in its place, on another thread
+            self._flushing.discard(loop)
         self.flush()
 
     def flush(self, *, empty: bool = False) -> None:

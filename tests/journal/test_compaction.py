@@ -69,6 +69,7 @@ async def test_a_snapshot_takes_the_place_of_segments(tmp_path):
     before = digest(store._service.state)
     assert digest(read_run(path).state) == before
     directory = Directory(path)
+    await until(lambda: not of(store)._thread, "a helper that was at work did not end")
     assert len(directory.segments(SNAPSHOT)) == 1
     assert len(directory.segments()) <= 2
     assert of(store).operations < 1_000
@@ -123,6 +124,33 @@ async def test_a_helper_that_dies_leaves_everything(tmp_path):
     again = store_of(path)
     await again.check()
     again.close()
+
+
+@pytest.mark.parametrize("point", ["snapshot.written", "bodies.written"])
+async def test_a_helper_on_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, caplog, point):
+    """What it could not finish takes no room; the store goes on, and the next helper makes a snapshot."""
+    path = tmp_path / "j"
+    monkeypatch.setenv("RAYSTORE_FAILPOINTS", f"{point}=full")  # read by the helper, this process being at work already
+    store = store_of(path, retention={"max_rollouts": 20})
+    await store.release(await work(store, 300))
+    await until(lambda: f"failpoint {point}" in caplog.text, "it did not fail")
+    await until(lambda: not of(store)._thread, "a helper hangs")
+    assert not list(path.glob("*.snapshot.*.new")) and not list(path.glob("*.bodies.*.new"))
+    monkeypatch.delenv("RAYSTORE_FAILPOINTS")
+    made = of(store).made
+    await until_made(store, made)
+    assert digest(read_run(path).state) == digest(store._service.state)
+    store.close()
+
+
+async def until_made(store, made):
+    """Work until another snapshot is there."""
+    for _ in range(40):
+        if of(store).made > made:
+            return
+        await work(store, 100)
+        await until(lambda: not of(store)._thread, "a helper hangs")
+    raise AssertionError("no snapshot was made")
 
 
 async def test_a_state_that_differs_deletes_nothing(tmp_path, monkeypatch, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 import threading
 import time
 
@@ -363,3 +364,33 @@ async def test_many_long_answers_at_once(make_ray_store):
         await store.add_many_spans([make_span(rollout, n + 1, attributes={"text": text}) for n in range(3)])
     answers = await asyncio.gather(*(store.query_spans(rollout.rollout_id) for rollout in rollouts))
     assert [len(answer) for answer in answers] == [3] * 80
+
+
+async def test_the_timer_tidies_while_loops_send(make_ray_store):
+    """Loops that begin and end while the timer looks through them neither stop it nor are forgotten by it."""
+    store = make_ray_store()
+    await store.statistics()
+    session = store._transport._session
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    stop = threading.Event()
+    tidying = threading.Thread(target=lambda: [session.tidy() for _ in iter(stop.is_set, True)])
+    loops = [asyncio.new_event_loop() for _ in range(50)]
+    with session.lock:
+        session._flushing.update(loops)
+    tidying.start()
+    try:
+        for _ in range(200):
+            for loop in loops:
+                session._flush_on(loop)
+                assert loop not in session._flushing
+                with session.lock:
+                    session._flushing.add(loop)
+        assert tidying.is_alive()
+    finally:
+        sys.setswitchinterval(switching)
+        stop.set()
+        tidying.join()
+        session._flushing.difference_update(loops)
+        for loop in loops:
+            loop.close()
