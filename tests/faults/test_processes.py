@@ -250,7 +250,7 @@ def test_the_node_of_the_store_is_killed(tmp_path, report, amount):
 
 async def test_two_incarnations(make_ray_store, tmp_path, report, amount):
     """One is frozen and believed dead; when it wakes up it acknowledges nothing more, and ends."""
-    late, backwards, slowest, rounds = 0, 0, 0.0, amount(2, 12)
+    late, backwards, slowest, slowest_word, rounds = 0, 0, 0.0, 0.0, amount(2, 12)
     for number in range(rounds):
         path = tmp_path / str(number)
         old = make_ray_store(name=f"old-{number}", journal=path)
@@ -264,17 +264,19 @@ async def test_two_incarnations(make_ray_store, tmp_path, report, amount):
         made += [(await new.enqueue_rollout(i)).rollout_id for i in range(20)]
         os.kill(known["pid"], signal.SIGCONT)
         woken = time.monotonic()
-        (told,) = await asyncio.gather(frozen, return_exceptions=True)
-        late += not isinstance(told, rs.FencedError)
         await until(lambda pid=known["pid"]: _is_gone(pid), within=10)
         slowest = max(slowest, time.monotonic() - woken)
+        (told,) = await asyncio.gather(frozen, return_exceptions=True)  # by the process that Ray starts in its place
+        slowest_word = max(slowest_word, time.monotonic() - woken)
+        late += not isinstance(told, rs.FencedError)
         there = [rollout.rollout_id for rollout in await new.query_rollouts()]
         assert sorted(there) == sorted(made)
         old.close()
     figure = {
         "acknowledged by the old one": late,
         "epochs backwards": backwards,
-        "old one gone after s": round(slowest, 1),
+        "old one gone after s": round(slowest, 2),
+        "its caller told after s": round(slowest_word, 1),
     }
     report(18, "two incarnations, the older one frozen", figure=figure, bar=f"0; 0; ≤ {3 * SLACK} s",
            met=not late and not backwards and slowest <= 3 * SLACK, did=f"{rounds} times")  # fmt: skip
