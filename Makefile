@@ -13,9 +13,13 @@ demo: .venv/installed
 examples: .venv/installed
 	@set -e; for example in examples/0*.py; do $(LOCAL) $(BIN)/python $$example $(ARGS); done
 
-# Two at a time, since most tests wait for processes; a file stays together, and the slow ones begin.
+# Two at a time, since most tests wait for processes; a file stays together, and the slow ones begin. What has bounds of
+# milliseconds runs alone.
+QUIET := tests/faults/test_load.py
+
 test: lint
-	$(LOCAL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(LOCAL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore $(QUIET)
+	$(LOCAL) $(BIN)/python -m pytest $(QUIET)
 
 test-long: .venv/installed
 	$(LOCAL) $(BIN)/python -m pytest -m long
