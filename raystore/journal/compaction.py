@@ -1,13 +1,17 @@
 """Replacing segments by a snapshot, in a process of its own: `python -m raystore.journal.compaction PATH EPOCH NUMBER`.
 
 It reads the snapshot before, and behind it the segments up to the one that is named, which its writer has closed,
-through the same core, and must find what the writer found. Only then, and only while nobody else has become the writer,
-the new snapshot counts; then the segments go, but for records that hold bodies of spans that are still there.
+through the same core, and must find what the writer found. Only then the new snapshot counts; then the segments go, but
+for records that hold bodies of spans that are still there. A writer closes a segment only while it has no successor, so
+each that comes has read all of it: what is made of closed segments is right whoever writes by then, and a helper goes
+on when its store has died. There is one at a time.
 Not here: when this is done (`keeper`), the file (`snapshot`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -15,10 +19,11 @@ import resource
 import sys
 import time
 from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raystore.errors import FencedError, JournalMissingError, StoreError
+from raystore.errors import JournalMissingError, StoreError
 from raystore.failpoints import failpoint
 from raystore.journal import frames
 from raystore.journal.frames import Head
@@ -28,13 +33,38 @@ from raystore.journal.segments import BODIES, RECORDS, SNAPSHOT, Directory, Plac
 
 DIFFERS = 3  #: exit code: the state is not what its writer found
 COPY_BYTES = 8 * 1024 * 1024
+LOCK = "compaction.lock"
 
 
 def compact(directory: Directory, epoch: int, number: int) -> dict[str, Any]:
-    """Replace everything up to a closed segment of the current writer; what came of it."""
+    """Replace everything up to a closed segment by a snapshot, unless one goes that far already; what came of it.
+
+    Raises `BlockingIOError` if another helper is at work.
+    """
+    with _alone(directory):
+        snapshots = directory.segments(SNAPSHOT)
+        if snapshots and snapshots[-1][:2] >= (epoch, number):
+            return {"seconds": 0.0, "bytes": snapshots[-1][2].stat().st_size}
+        return _compact(directory, epoch, number)
+
+
+@contextlib.contextmanager
+def _alone(directory: Directory) -> Iterator[None]:
+    """Be the only helper; what one that died has not finished goes."""
+    with open(os.open(directory.path / LOCK, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError("another helper is at work, perhaps of a store that died meanwhile") from None
+        for kind in (SNAPSHOT, BODIES):
+            for left in directory.path.glob(f"*{kind}.*.new"):
+                left.unlink()
+        yield
+
+
+def _compact(directory: Directory, epoch: int, number: int) -> dict[str, Any]:
     started = time.monotonic()
     reading = Reading(directory, until=(epoch, number))
-    before = [] if reading.snapshot is None else [reading.snapshot]
     follower = replay(reading)
     if not follower.started:
         raise JournalMissingError(str(directory.path), "a snapshot was to be made of it")
@@ -42,21 +72,14 @@ def compact(directory: Directory, epoch: int, number: int) -> dict[str, Any]:
         return {"differs": follower.differences[:10]}
     place = reading.place
     path = directory.segment(place.epoch, place.number, SNAPSHOT)
-    if path in before:
-        return {"seconds": 0.0, "bytes": path.stat().st_size}
-
-    def stop_if_replaced() -> None:
-        if directory.is_fenced(epoch):  # who comes now reads the segments, all of which are still there
-            raise FencedError(str(directory.path), epoch)
-
-    needed = follower.write(path, place, stop_if_replaced)
+    needed = follower.write(path, place)
     failpoint("snapshot.named")
     directory.sync()
     failpoint("snapshot.there")
     freed = _drop_segments(directory, place, sorted(needed))
     failpoint("segments.dropped")
-    for old in before:
-        old.unlink(missing_ok=True)
+    for *_, old in directory.segments(SNAPSHOT)[:-1]:
+        old.unlink()
     directory.sync()
     return {
         "seconds": round(time.monotonic() - started, 3),

@@ -35,14 +35,15 @@ class Reading:
         def is_wanted(found: Segment) -> bool:
             return (epoch is None or found[0] < epoch) and (until is None or found[:2] <= until)
 
-        if snapshots := [found for found in directory.segments(SNAPSHOT) if is_wanted(found)]:
+        snapshots, segments = directory.segments(SNAPSHOT), directory.segments()
+        if directory.segments(SNAPSHOT) != snapshots:  # and segments may have gone before they were listed
+            raise FileNotFoundError(f"{directory.path}: a helper has replaced segments by a snapshot meanwhile")
+        if snapshots := [found for found in snapshots if is_wanted(found)]:
             self.snapshot = snapshots[-1][2]
             self.place, self.who = snapshot.read_head(self.snapshot)
         self._limits: dict[int, Place] = {}  # by epoch, if a later one read it
         begin = (self.place.epoch, self.place.number)
-        self._segments = self._that_count(
-            [found for found in directory.segments() if found[:2] > begin and is_wanted(found)]
-        )
+        self._segments = self._that_count([found for found in segments if found[:2] > begin and is_wanted(found)])
 
     def _that_count(self, segments: list[Segment]) -> list[Segment]:
         """The segments of the newest writer that has begun, of the one that it followed, and so on."""

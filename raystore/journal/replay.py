@@ -73,7 +73,7 @@ class Replay:
         state.spans.written = follower.last
         return follower
 
-    def write(self, path: Path, place: Place, before_it_counts: Callable[[], None] = lambda: None) -> set[int]:
+    def write(self, path: Path, place: Place) -> set[int]:
         """Write a snapshot, which goes up to a place; the numbers of the records that hold bodies of its spans."""
         runs = [
             (session_id, begun.record, begun.sequence, begun.parts, begun.run.next, [tuple(i) for i in begun.run.cut])
@@ -85,7 +85,7 @@ class Replay:
         }  # fmt: skip
         told = {"offset": place.offset, "who": self.started}
         head = Head(self.started["store_id"], place.epoch, place.number, place.last + 1, more=told)
-        return snapshot.write(path, head, self.state, self._indexes, more, before_it_counts)
+        return snapshot.write(path, head, self.state, self._indexes, more)
 
     def feed(self, number: int, record: list[memoryview]) -> None:
         """Do what one record says."""

@@ -86,8 +86,8 @@ class Directory:
             os.fsync(fd)
         finally:
             os.close(fd)
-        for unfinished in self.path.glob("*.new"):  # of processes that died, or are to stop
-            unfinished.unlink(missing_ok=True)
+        for left in self.path.glob(f"*{RECORDS}.new"):  # of writers that died, or are to stop
+            left.unlink(missing_ok=True)
         self.sync()
         return epoch
 

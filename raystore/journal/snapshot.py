@@ -12,7 +12,7 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -120,7 +120,6 @@ def write(
     state: State,
     old: IndexFile | None,
     more: dict[str, Any],
-    before_it_counts: Callable[[], None] = lambda: None,
 ) -> set[int]:
     """Write a state; the numbers of the records that hold bodies of its spans.
 
@@ -142,7 +141,6 @@ def write(
             failpoint("snapshot.written")
             os.fsync(file.fileno())
         failpoint("snapshot.synced")
-        before_it_counts()
         new.rename(path)
     return needed
 

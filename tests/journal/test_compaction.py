@@ -169,19 +169,110 @@ async def test_a_state_that_differs_deletes_nothing(tmp_path, monkeypatch, caplo
     assert digest(found.state) == digest(store._service.state)
 
 
-async def test_a_helper_of_an_earlier_writer_does_nothing(tmp_path):
-    """Its snapshot does not count once somebody else writes."""
+async def test_a_helper_of_an_earlier_writer_finishes_what_it_began(tmp_path):
+    """What it read was closed before anybody else began, so the state of the later writer can begin with it."""
+    path = tmp_path / "j"
+    store = store_of(path)
+    made = await work(store, 20)
+    store.close()
+    later = store_of(path)
+    made += await work(later, 20)
+    before = digest(later._service.state)
+    directory = Directory(path)
+    (first, second) = directory.segments()
+    told = compaction.compact(directory, *first[:2])
+    assert told["operations"] > 20
+    assert [found[:2] for found in directory.segments(SNAPSHOT)] == [first[:2]]
+    assert directory.segments() == [second]
+    assert digest(read_run(path).state) == before == digest(later._service.state)
+    assert len(await later.query_spans(made[3])) == len(await later.query_spans(made[33])) == 2
+    later.close()
+    again = store_of(path)
+    assert again._service.state.entries.keys() == set(made)
+    again.close()
+
+
+WITH_A_HELPER = """
+import asyncio, sys
+from tests.journal import test_compaction as tests
+from raystore.journal import keeper
+keeper.OPERATIONS = keeper.VERIFY_LAG = 100
+async def main():
+    store = tests.store_of(sys.argv[1])
+    while tests.of(store)._helper is None:
+        await tests.work(store, 10)
+    print("at work", flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+
+async def test_a_helper_outlives_the_store_that_began_it(tmp_path, monkeypatch):
+    """Were each to die with its store, one that is killed over and over would never have a snapshot."""
+    monkeypatch.setattr(keeper, "OPERATIONS", 10**9)
+    path = tmp_path / "j"
+    command = [sys.executable, "-c", WITH_A_HELPER, str(path)]
+    killed = await asyncio.create_subprocess_exec(
+        *command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
+    assert killed.stdout is not None and await killed.stdout.readline() == b"at work\n"
+    killed.kill()
+    await killed.wait()
+    store = store_of(path)
+    before = digest(store._service.state)
+    directory = Directory(path)
+    assert not directory.segments(SNAPSHOT), "it was too fast to show anything"
+    await until(lambda: directory.segments(SNAPSHOT), "the helper died with its store")
+    assert digest(read_run(path).state) == before
+    assert of(store).made == 0
+    store.close()
+
+
+async def test_helpers_work_one_after_another(tmp_path):
+    """A second one is told to come later; one that is late finds that there is nothing to do."""
+    path = tmp_path / "j"
+    for _ in range(3):
+        store = store_of(path)
+        await work(store, 20)
+        store.close()
+    directory = Directory(path)
+    places = [found[:2] for found in directory.segments()]
+    with compaction._alone(directory), pytest.raises(BlockingIOError, match="another helper"):
+        compaction.compact(directory, *places[0])
+    compaction.compact(directory, *places[1])
+    files = sorted(path.iterdir())
+    assert compaction.compact(directory, *places[0])["seconds"] == 0.0
+    assert sorted(path.iterdir()) == files
+    left = directory.segment(*places[0], SNAPSHOT)  # of a helper that died before it could remove it
+    left.write_bytes(b"old")
+    (path / f"{left.name}.1.new").write_bytes(b"unfinished")
+    compaction.compact(directory, *places[2])
+    assert [found[:2] for found in directory.segments(SNAPSHOT)] == [places[2]]
+    assert not directory.segments() and not list(path.glob("*.new"))
+
+
+async def test_a_reading_begins_anew_if_files_are_replaced_while_it_lists_them(tmp_path, monkeypatch):
+    """A snapshot that it did not see, and segments that it no longer sees, would look like damage."""
     path = tmp_path / "j"
     store = store_of(path)
     await work(store, 20)
     store.close()
     directory = Directory(path)
-    epoch = directory.epochs()[-1]
-    directory.begin_epoch()
-    with pytest.raises(rs.FencedError):
-        compaction.compact(directory, epoch, 1)
-    assert not directory.segments(SNAPSHOT)
-    assert len(directory.segments()) == 1
+    before = digest(read_run(path).state)
+    (found,) = directory.segments()
+    list_them = Directory.segments
+    asked = []
+
+    def replaced_meanwhile(self, *kinds):
+        listed = list_them(self, *kinds)
+        asked.append(kinds)
+        if len(asked) == 2:  # of the check whether anything is there, then of the snapshots
+            compaction.compact(directory, *found[:2])
+        return listed
+
+    monkeypatch.setattr(Directory, "segments", replaced_meanwhile)
+    assert digest(read_run(path).state) == before
+    assert asked[1] == (SNAPSHOT,)
 
 
 async def test_a_torn_snapshot_is_refused(tmp_path):
