@@ -122,7 +122,12 @@ class Keeper:
                 if self._is_closed:
                     return
                 helper = self._helper = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=environment,
+                    start_new_session=True,  # Ray ends a worker with its process group, and the helper is to finish
                 )
             told, errors = helper.communicate()
             outcome = json.loads(told) if told else {"error": errors.decode(errors="replace")[-2000:]}

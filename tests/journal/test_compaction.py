@@ -213,10 +213,10 @@ async def test_a_helper_outlives_the_store_that_began_it(tmp_path, monkeypatch):
     path = tmp_path / "j"
     command = [sys.executable, "-c", WITH_A_HELPER, str(path)]
     killed = await asyncio.create_subprocess_exec(
-        *command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}
+        *command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}, start_new_session=True
     )
     assert killed.stdout is not None and await killed.stdout.readline() == b"at work\n"
-    killed.kill()
+    os.killpg(killed.pid, signal.SIGKILL)  # as Ray ends what is left of a worker
     await killed.wait()
     store = store_of(path)
     before = digest(store._service.state)
