@@ -15,6 +15,7 @@ import ray
 import raystore as rs
 from tests.faults.histories import NEVER, Call, is_register, wrong_in_queue
 from tests.faults.processes import kill
+from tests.helpers import until
 
 
 def put(value, start, end=NEVER):
@@ -124,10 +125,11 @@ async def test_a_queue_is_linearizable(make_ray_store, tmp_path, report, amount)
     """First in, first out, for whoever looks, also over the death of the store."""
     store = make_ray_store(journal=tmp_path / "j")
     clients = [Client.remote(store.actor, f"c{number}", number) for number in range(4)]
-    each = amount(150, 4_000)
+    each = amount(75, 4_000)
     running = [client.queue.remote(8, each) for client in clients]
-    await asyncio.sleep(1.0)
+    await until(lambda: _have_come(store, each * 4), within=60)  # a quarter of all that will
     await kill(store)
+    killed = time.monotonic()
     calls = [call for told in running for call in await told]
     wrong = wrong_in_queue(calls)
     out = sum(call.kind == "get" and call.value is not None for call in calls)
@@ -135,6 +137,15 @@ async def test_a_queue_is_linearizable(make_ray_store, tmp_path, report, amount)
            met=not wrong, seed="0-3",
            did=f"{len(calls)} operations of 4 processes x 8 coroutines; {out} came out")  # fmt: skip
     assert out > len(calls) / 5, wrong[:3]
+    assert sum(call.end > killed for call in calls) > len(calls) / 5
+
+
+async def _have_come(store, count):
+    return sum((await store.statistics())["rollouts_by_status"].values()) >= count
+
+
+async def _are_written(store):
+    return all(rollout.metadata for rollout in await store.query_rollouts())
 
 
 @pytest.mark.timeout(900)
@@ -143,9 +154,10 @@ async def test_each_rollout_is_linearizable(make_ray_store, tmp_path, report, am
     store = make_ray_store(journal=tmp_path / "j")
     ids = [(await store.enqueue_rollout("x")).rollout_id for _ in range(amount(40, 400))]
     clients = [Client.remote(store.actor, f"c{number}", 10 + number) for number in range(4)]
-    running = [client.registers.remote(ids, 4, amount(100, 2_000)) for client in clients]
-    await asyncio.sleep(0.7)
+    running = [client.registers.remote(ids, 4, amount(50, 2_000)) for client in clients]
+    await until(lambda: _are_written(store), within=60)
     await kill(store)
+    killed = time.monotonic()
     told = [await answer for answer in running]
     by_key = {rollout_id: [call for calls in told for call in calls[rollout_id]] for rollout_id in ids}
     wrong = [rollout_id for rollout_id, calls in by_key.items() if not is_register(calls)]
@@ -153,3 +165,4 @@ async def test_each_rollout_is_linearizable(make_ray_store, tmp_path, report, am
     report(4, "concurrent updates of rollouts, the store killed once", figure={"violations": len(wrong)}, bar="0",
            met=not wrong, seed="10-13",
            did=f"{total} operations on {len(ids)} rollouts by 4 processes x 4 coroutines")  # fmt: skip
+    assert sum(call.end > killed for calls in by_key.values() for call in calls) > total / 5
