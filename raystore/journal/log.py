@@ -213,13 +213,16 @@ class Log:
             if not self._pending and not self._closing and not self._is_asked:
                 self._work.wait(IDLE_SECONDS)
             group, self._pending = self._pending, []
-            size, closing = self._pending_bytes, self._closing
+            size, closing, is_asked = self._pending_bytes, self._closing, self._is_asked
             first = self.last - len(group) + 1
         if group:
             failpoint("log.gathered")
             self._write(frames.pack_frame(group, first, self._safe))
             self._unsynced = True
-        if self._unsynced and (self._syncs or not group):
+        # A segment is closed with all of it on disk, before there is a next one, or a tail that is lost would be a gap;
+        # and before this writer looks for its successor, who then finds all of it on whatever file system.
+        is_last = is_asked or self._offset > SEGMENT_BYTES
+        if self._unsynced and (self._syncs or not group or is_last):
             failpoint("log.written")
             os.fdatasync(self._fd)
             failpoint("log.synced")
@@ -229,7 +232,7 @@ class Log:
         if self.directory.is_fenced(self.epoch):
             raise FencedError(str(self.directory.path), self.epoch)
         if not group:
-            if self._is_asked and not closing:
+            if is_asked and not closing:
                 self._rotate(first)
             return not closing
         failpoint("log.not_fenced")
@@ -244,7 +247,7 @@ class Log:
         for tell in told:
             tell(None)
         failpoint("log.told")
-        if self._offset > SEGMENT_BYTES or self._is_asked:
+        if is_last:
             self._rotate(self.durable + 1)
         return True
 
@@ -264,7 +267,6 @@ class Log:
     def _rotate(self, first: int) -> None:
         """Go on in a new segment; in this one for as long as there is no space for another."""
         failpoint("log.full")
-        os.fdatasync(self._fd)  # before there is a next one, which would make a tail that is lost a gap
         is_asked, self._is_asked = self._is_asked, False
         try:
             fd, offset, space = self._make_segment(first)
