@@ -71,12 +71,12 @@ async def test_a_store_that_was_down_for_hours(make_ray_store, tmp_path, report,
     store = make_ray_store(journal=tmp_path / "j", actor_options={"runtime_env": environment})
     early, missed, count, period = 0, 0, amount(20, 500), 2.0
     for hours in (2, 0):  # down for two hours; and back with a clock that is two hours behind
-        made = []
-        for number in range(count):
-            await store.enqueue_rollout(number, config=rs.RolloutConfig(unresponsive_seconds=period))
-            made.append(await store.dequeue_rollout())
-            await store.add_span(make_span(made[-1]))
+        config = rs.RolloutConfig(unresponsive_seconds=period)
+        await asyncio.gather(*(store.enqueue_rollout(number, config=config) for number in range(count)))
+        made = await asyncio.gather(*(store.dequeue_rollout() for _ in range(count)))
+        await asyncio.gather(*(store.add_span(make_span(rollout)) for rollout in made))
         ids = [rollout.rollout_id for rollout in made]
+        assert {rollout.status for rollout in await store.query_rollouts(rollout_ids=ids)} == {"running"}
         shift(hours * HOUR)
         before = await kill(store)
         killed = time.monotonic()
