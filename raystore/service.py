@@ -310,6 +310,8 @@ class Service:
             elif state.queues_touched:
                 touched, state.queues_touched = state.queues_touched, set()
                 for waiter in self.waiters.wanting(touched):
+                    if not any(map(self.state.queues.length, touched)):
+                        break
                     self._offers.offer(waiter)
             else:
                 break

@@ -7,8 +7,9 @@ Not here: how an answer reaches its caller (`Waiter.deliver`, from the transport
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from heapq import heapify, heappop, heappush
+from collections.abc import Callable, Iterable, Iterator
+from heapq import heapify, heappop, heappush, merge
+from operator import attrgetter
 from typing import Any
 
 #: Gives an answer to the caller with this ticket; False if it is gone, so that what was handed to it can be taken back.
@@ -134,10 +135,14 @@ class Waiters:
                 complete.append(waiter)
         return complete
 
-    def wanting(self, queues: Iterable[str]) -> list[Waiter]:
-        """Calls that wait for work of these queues, the longest waiting first."""
-        found = {number: waiter for queue in queues for number, waiter in self._by_queue.get(queue, {}).items()}
-        return [found[number] for number in sorted(found)]
+    def wanting(self, queues: Iterable[str]) -> Iterator[Waiter]:
+        """Calls that wait for work of these queues, the longest waiting first; as they are now."""
+        there = [list(self._by_queue.get(queue, {}).values()) for queue in queues]  # each in order, as it is added to
+        last = 0
+        for waiter in merge(*there, key=attrgetter("number")):
+            if waiter.number > last:  # once, although it waits for several
+                last = waiter.number
+                yield waiter
 
     @property
     def wants_changes(self) -> bool:

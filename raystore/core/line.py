@@ -7,7 +7,7 @@ Not here: running batches (`batches`), holding what came early (`inbox`).
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 # What an answer to one operation is.
@@ -16,7 +16,7 @@ PARTLY = -1  #: kept of a long operation of which a part has run; never sent
 
 Reply = list[Any]
 AGAIN: Reply = []  #: kept for what is to be run again if it is asked again
-HANDED_KEPT = 64  #: handed-over claims of which is known that most have been acknowledged
+HANDED_KEPT = 64  #: handed-over claims that may be known still, beyond twice those that are open
 
 
 class Kept(NamedTuple):
@@ -69,9 +69,9 @@ class Line:
         """A batch has run to its end."""
         self._expect(sequence + 1)
 
-    def hand(self, ticket: int, keys: list[tuple[str, str]], open_claims: Container[tuple[str, str]]) -> None:
+    def hand(self, ticket: int, keys: list[tuple[str, str]], open_claims: Collection[tuple[str, str]]) -> None:
         """A parked call was handed claims: its answer is known now."""
-        if len(self.handed) > HANDED_KEPT:
+        if len(self.handed) > HANDED_KEPT + 2 * len(open_claims):  # half of them can go, which pays for looking
             self.handed = {t: k for t, k in self.handed.items() if any(key in open_claims for key in k)}
         self.handed[ticket] = keys
         self.note(ticket, [PARKED])

@@ -9,6 +9,7 @@ import pytest
 from raystore.core import watchdog
 from raystore.core.changes import ChangeFeed, CompletionLog
 from raystore.core.deadlines import Deadlines
+from raystore.core.line import Line
 from raystore.core.queues import Queues
 from raystore.core.state import Step
 from raystore.errors import CursorTooOldError
@@ -125,6 +126,35 @@ def test_eviction_does_not_sort_everything(make_core):
     kept = [rollout_id for rollout_id in ids if core.state.spans.has(rollout_id)]
     assert kept == ids[-len(kept) :] and 40 <= len(kept) <= 50
     assert core.state.spans.evicted == set(ids) - set(kept)
+
+
+class Counted(dict):
+    """A mapping that counts how often somebody looks for a key."""
+
+    looks = 0
+
+    def __contains__(self, key):
+        self.looks += 1
+        return super().__contains__(key)
+
+
+def test_handing_work_to_many_parked_calls_looks_at_each_only_now_and_then():
+    """What was handed is forgotten once it is acknowledged, at a price that does not grow with what is open."""
+    line, claims, count = Line(), Counted(), 5_000
+    for ticket in range(count):
+        claims[f"r{ticket}", "a"] = 0.0
+        line.hand(ticket, [(f"r{ticket}", "a")], claims)
+    assert set(line.handed) == set(range(count))
+    for ticket in range(count, 2 * count):
+        claims.pop((f"r{ticket - count}", "a"))  # acknowledged
+        claims[f"r{ticket}", "a"] = 0.0
+        line.hand(ticket, [(f"r{ticket}", "a")], claims)
+        assert line.handed.keys() >= {ticket, ticket - count + 1}
+    assert claims.looks <= 4 * count
+    claims.clear()
+    for ticket in range(2 * count, 2 * count + 200):
+        line.hand(ticket, [(f"r{ticket}", "a")], claims)
+    assert len(line.handed) <= 65
 
 
 def test_a_full_store_resumes_once_it_is_below_the_safe_threshold(make_core):

@@ -15,6 +15,7 @@ from raystore.config import StoreConfig
 from raystore.core import watchdog
 from raystore.core.verb import Verb
 from raystore.core.verbs import VERBS
+from raystore.offers import Offers
 from raystore.service import Service
 from raystore.types import RolloutConfig
 from tests.helpers import claim, make_span, until
@@ -62,6 +63,21 @@ def test_no_lock_is_held_across_an_await(make_memory_store):
         return await waiting
 
     assert asyncio.run(main()).input == "x"
+
+
+async def test_work_goes_to_those_who_wait_longest_and_nobody_else_is_tried(make_memory_store, monkeypatch):
+    """Calls that wait for several queues among them."""
+    store, tried, before = make_memory_store(), [], Offers.offer
+    wanted = [["a"], ["b"], ["b", "a"], ["c"], ["a", "b"], *[["a"]] * 500]
+    calls = [asyncio.ensure_future(store.dequeue_rollout(f"w{n}", queues=q, timeout=20)) for n, q in enumerate(wanted)]
+    await asyncio.sleep(0)
+    monkeypatch.setattr(Offers, "offer", lambda offers, waiter: (tried.append(waiter), before(offers, waiter)))
+    for number, queue in zip([0, 2, 1, 4, 5], "aabaa", strict=True):
+        await store.enqueue_rollout("x", queue=queue)
+        assert (await calls[number]).attempt.worker_id == f"w{number}"
+    assert len(tried) == 5 and sum(call.done() for call in calls) == 5
+    for call in calls:
+        call.cancel()
 
 
 def test_waiters_on_different_loops_are_woken_by_one_change(make_memory_store):
