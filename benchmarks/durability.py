@@ -21,6 +21,8 @@ from benchmarks.lifecycles import LIFECYCLE, lifecycle_rate
 from benchmarks.scope import Scope
 from benchmarks.table import Line, alternate, at_least, at_most, bound, compare
 
+LEVELS = ("power", "process", "none")  #: of durability
+
 
 @contextmanager
 def _folder() -> Iterator[Path]:
@@ -36,10 +38,7 @@ async def throughput(scope: Scope) -> list[Line]:
     """Row 21."""
     with ExitStack() as stack:
         folder = stack.enter_context(_folder())
-        stores = {
-            level: stack.enter_context(rs.start(journal=folder / level, durability=level))
-            for level in ("power", "process")
-        }
+        stores = {level: stack.enter_context(rs.start(journal=folder / level, durability=level)) for level in LEVELS}
         stores["no journal"] = stack.enter_context(rs.start())
         workers = shapes.desks(rs.Span, "lifecycle", 64)
         many = scope.amount(4096)
@@ -50,7 +49,7 @@ async def throughput(scope: Scope) -> list[Line]:
     return [
         compare(21, f"lifecycle, journal {level!r}", samples, "no journal", at_least(0.7), unit="rollouts/s",
                 did=did, ours=level)
-        for level in ("power", "process")
+        for level in LEVELS
     ]  # fmt: skip
 
 
