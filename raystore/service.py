@@ -310,7 +310,7 @@ class Service:
             elif state.queues_touched:
                 touched, state.queues_touched = state.queues_touched, set()
                 for waiter in self.waiters.wanting(touched):
-                    if not any(map(self.state.queues.length, touched)):
+                    if not any(map(state.queues.length, touched)):
                         break
                     self._offers.offer(waiter)
             else:
@@ -453,11 +453,10 @@ class Service:
             for waiter in self.waiters.drain():
                 self._offers.answer_expired(waiter)
             self._alarm.close()
-            recorder = self._recorder
         if self.keeper is not None:
             self.keeper.close()
-        if recorder is not None:
-            recorder.log.close()
+        if self._recorder is not None:
+            self._recorder.log.close()
 
     def info(self) -> dict[str, Any]:
         """Who this store is."""
