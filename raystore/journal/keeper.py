@@ -127,7 +127,9 @@ class Keeper:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     env=environment,
-                    start_new_session=True,  # Ray ends a worker with its process group, and the helper is to finish
+                    # Ray ends a worker with its process group, and the helper is to finish. In a session of its own the
+                    # system would count it apart, and that it is nice would help nobody.
+                    process_group=0,
                 )
             told, errors = helper.communicate()
             outcome = json.loads(told) if told else {"error": errors.decode(errors="replace")[-2000:]}
