@@ -111,19 +111,21 @@ class Off:
 async def test_clocks_of_runners_disagree(make_ray_store, tmp_path, report, amount):
     """Spans of one attempt come from processes ten minutes apart: their order is that of their sequence ids."""
     store, count = make_ray_store(), amount(60, 5_000)
-    rollout = await store.start_rollout("x", config=rs.RolloutConfig(unresponsive_seconds=5))
-    ids = rollout.rollout_id, rollout.attempt.attempt_id
     writers = [
         Off.options(runtime_env=shifted_clock(tmp_path / str(minutes), minutes * 60)[0]).remote(store.actor)
         for minutes in (-10, 0, 10)
     ]
+    for writer in writers:  # before the attempt begins, which must not be silent for as long as a process takes
+        await writer.__ray_ready__.remote()
+    rollout = await store.start_rollout("x", config=rs.RolloutConfig(unresponsive_seconds=5))
+    ids = rollout.rollout_id, rollout.attempt.attempt_id
     told = [await writers[number % 3].write.remote(*ids) for number in range(count)]
     spans = await store.query_spans(rollout.rollout_id)
     misordered = sum(span.sequence_id != number + 1 for number, span in enumerate(spans)) + abs(len(spans) - count)
     backwards = sum(later.start_time < earlier.start_time for earlier, later in itertools.pairwise(spans))
     assert [number for number, _ in told] == list(range(1, count + 1))
     assert backwards > count / 4, "the clocks agreed"
-    assert await status_of(store, rollout) == "running"
+    assert await status_of(store, rollout) == "running", await store.story(rollout.rollout_id)
     report(25, "clocks of runners ten minutes apart", figure={"misordered": misordered}, bar="0", met=not misordered,
            did=f"{count} spans of three processes, {backwards} of which start before the span before")  # fmt: skip
 
