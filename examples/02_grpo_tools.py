@@ -53,6 +53,7 @@ async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -
     history, curve, ledger = {}, [], Counter()
     trained: set[str] = set()
     killed: set[int] = set()
+    asked_at: dict[str, int] = {}  # group -> step that it was enqueued for, until it is trained on
     chance = random.Random(run.seed)
 
     async def publish(version: int) -> None:
@@ -62,6 +63,7 @@ async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -
     async def ask(step: int) -> None:
         """Enqueue the groups of one step: they leave in one call."""
         groups = await asyncio.gather(*(store.enqueue_group({"code": code}, SIZE) for code in codes(run.seed, step)))
+        asked_at.update((group[0].group_id, step) for group in groups)
         ledger["enqueued"] += sum(map(len, groups))
         if kills:
             await kill_a_runner(store, chance, killed)
@@ -72,16 +74,21 @@ async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -
     cursor, finished = 0, {}
     for step in range(run.steps):
         started = time.monotonic()
-        complete = []
-        while len(complete) < GROUPS:  # the first groups that are complete, whichever they are
+        # The first groups that are complete, but none is put off by more than a step: that bounds how old a rollout is.
+        while True:
+            complete = [group for group, rollouts in finished.items() if len(rollouts) == SIZE]
+            complete = sorted(complete, key=lambda group: asked_at[group] >= step)[:GROUPS]
+            if len(complete) == GROUPS and all(asked_at[group] >= step for group in asked_at.keys() - complete):
+                break
             page = await store.completed(cursor, limit=GROUPS * SIZE, timeout=60)
             cursor = page.cursor
             if not page.items:
                 raise SystemExit("nothing finished for a minute: rollouts were lost")
             for rollout in page.items:
                 finished.setdefault(rollout.group_id, []).append(rollout)
-            complete = [group for group, rollouts in finished.items() if len(rollouts) == SIZE][:GROUPS]
         ended = [finished.pop(group) for group in complete]
+        for group in complete:
+            del asked_at[group]
         rollouts = [[r for r in group if r.status == "succeeded"] for group in ended]
         ledger["dropped"] += sum(r.status != "succeeded" for group in ended for r in group)
         ids = [r.rollout_id for group in rollouts for r in group]

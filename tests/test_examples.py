@@ -113,12 +113,7 @@ def test_grpo_learns_through_kills(ran):
     assert f"trained {128 * steps} + dropped 0, doubled 0" in undisturbed and "0 runners killed, 0" in undisturbed
     assert f"enqueued {128 * steps} = trained" in with_kills and f"{steps} runners killed" in with_kills
     assert "the ledger is correct" in done.stdout
-    undisturbed, with_kills = (
-        [line["staleness"] for line in metrics if line["kills"] is kills] for kills in (False, True)
-    )
-    assert set(undisturbed) <= {0, 1, 2}
-    # Groups of later steps overtake one that waits for its runner to be replaced, now and then.
-    assert min(with_kills) >= 0 and sum(age > 2 for age in with_kills) < steps / 4
+    assert {line["staleness"] for line in metrics} <= {0, 1, 2}
 
 
 @pytest.mark.timeout(400)
