@@ -120,16 +120,6 @@ def test_the_core_is_pure():
     assert impure == []
 
 
-def test_files_are_small():
-    """A file holds one idea; the contract and generated files may be longer."""
-    long = {
-        name: lines
-        for name, path in modules()
-        if name not in ("api", "_sync") and (lines := len(path.read_text().splitlines())) > 470
-    }
-    assert long == {}
-
-
 def run(code):
     """What a new interpreter prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

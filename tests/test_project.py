@@ -55,6 +55,13 @@ async def test_readme_driver_keeps_rollouts_in_flight():
     assert sorted(done) == list(range(50)) and 0 < most <= 7
 
 
+def test_no_tracked_link_leaves_the_tree():
+    """A link to a folder of one machine is a dead end on every other."""
+    tracked = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    links = [ROOT / line.split("\t", 1)[1] for line in tracked.splitlines() if line.startswith("120000")]
+    assert [link for link in links if not link.resolve().is_relative_to(ROOT)] == []
+
+
 def test_state_diagrams_are_drawn_from_the_tables():
     """`python docs/draw_states.py` writes docs/states.md; it is up to date, and so is the README."""
     subprocess.run([sys.executable, ROOT / "docs/draw_states.py", "--check"], check=True)
