@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from raystore import otel as otel
     from raystore import semconv as semconv
+    from raystore.api import LightningStore as LightningStore
     from raystore.errors import *  # noqa: F403
     from raystore.memory import InMemoryLightningStore as InMemoryLightningStore
     from raystore.recovered import RecoveredRun as RecoveredRun
@@ -44,12 +45,13 @@ _NAMES = {
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         Batch LedgerEntry
-        ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource NamedResources PaginatedResult
+        ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource ResourceUnion NamedResources
+        PaginatedResult
         UNSET Unset is_queuing is_running is_finished LightningStoreCapabilities LightningStoreStatistics
-        RolloutStatus AttemptStatus RolloutMode WorkerStatus TaskInput
+        RolloutStatus AttemptStatus RolloutMode WorkerStatus Outcome TaskInput TagValue
     """,
     "raystore.spans": """
-        Span SpanContext SpanCoreFields TraceStatus Event Link OtelResource
+        Span SpanContext SpanCoreFields TraceStatus StatusCode Event Link OtelResource AttributeValue
         find_final_reward estimate_model_size
     """,
     "raystore.errors": """
@@ -69,15 +71,17 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names.spli
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"raystore.{name}")
-    module = _HOME.get(name)
-    if module is None:
-        raise AttributeError(f"module 'raystore' has no attribute {name!r}")
-    value = getattr(import_module(module), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # which would take any name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f"raystore.{name}")
+        module = _HOME.get(name)
+        if module is None:
+            raise AttributeError(f"module 'raystore' has no attribute {name!r}")
+        value = getattr(import_module(module), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

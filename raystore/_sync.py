@@ -13,6 +13,7 @@ from raystore.api import LightningStore
 from raystore.calls import iterate_blocking, run_blocking
 from raystore.types import (
     UNSET,
+    AnyRollout,
     Attempt,
     AttemptedRollout,
     AttemptStatus,
@@ -20,6 +21,7 @@ from raystore.types import (
     Change,
     EnqueueRolloutRequest,
     FilterLogic,
+    FoundRollout,
     LedgerEntry,
     LightningStoreStatistics,
     NamedResources,
@@ -175,7 +177,7 @@ class SyncStore:
         queue: str | None = None,
         worker_id: str | None = None,
         mode: RolloutMode | None = None,
-    ) -> PaginatedResult[Rollout | AttemptedRollout]:
+    ) -> PaginatedResult[AnyRollout]:
         """Rollouts that match, in insertion order unless sorted; with attempts as `AttemptedRollout`."""
         return run_blocking(
             self._store.query_rollouts(status_in=status_in, rollout_id_in=rollout_id_in, rollout_id_contains=rollout_id_contains, filter_logic=filter_logic, sort_by=sort_by, sort_order=sort_order, limit=limit, offset=offset, status=status, rollout_ids=rollout_ids, group_id=group_id, tags=tags, queue=queue, worker_id=worker_id, mode=mode)
@@ -184,7 +186,7 @@ class SyncStore:
     def get_rollout_by_id(
         self,
         rollout_id: str,
-    ) -> Rollout | AttemptedRollout | None:
+    ) -> FoundRollout:
         """The rollout, with its latest attempt if it has one; None when unknown."""
         return run_blocking(
             self._store.get_rollout_by_id(rollout_id)
@@ -199,7 +201,7 @@ class SyncStore:
         status: RolloutStatus | Unset = UNSET,
         config: RolloutConfig | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
-    ) -> Rollout:
+    ) -> AnyRollout:
         """Set fields by hand; UNSET leaves a field as it is, None is a value (not for status and config)."""
         return run_blocking(
             self._store.update_rollout(rollout_id, input, mode, resources_id, status, config, metadata)
@@ -211,7 +213,7 @@ class SyncStore:
         *,
         group_id: str | None = None,
         tags: Mapping[str, TagValue] | None = None,
-    ) -> Sequence[Rollout]:
+    ) -> Sequence[AnyRollout]:
         """Cancel those that have not finished and return them; what is given of ids, group and tags must all match."""
         return run_blocking(
             self._store.cancel_rollouts(rollout_ids, group_id=group_id, tags=tags)
@@ -240,7 +242,7 @@ class SyncStore:
         *,
         rollout_ids: Sequence[str],
         timeout: float | None = None,
-    ) -> list[Rollout]:
+    ) -> list[AnyRollout]:
         """Those of the rollouts that are finished when all are, or after `timeout`; in the order given."""
         return run_blocking(
             self._store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=timeout)
@@ -250,7 +252,7 @@ class SyncStore:
         self,
         rollout_id: str,
         timeout: float | None = None,
-    ) -> Rollout | None:
+    ) -> AnyRollout | None:
         """The rollout once it has finished, None if it has not within `timeout` or does not exist."""
         return run_blocking(
             self._store.wait_for_rollout(rollout_id, timeout)
@@ -261,7 +263,7 @@ class SyncStore:
         rollout_ids: Sequence[str],
         *,
         timeout: float | None = None,
-    ) -> Iterator[Rollout]:
+    ) -> Iterator[AnyRollout]:
         """Iterate over the rollouts as they finish. Raises TimeoutError when `timeout` passes before all have."""
         return iterate_blocking(
             self._store.as_completed(rollout_ids, timeout=timeout)
@@ -277,7 +279,7 @@ class SyncStore:
         tags: Mapping[str, TagValue] | None = None,
         queue: str | None = None,
         mode: RolloutMode | None = None,
-    ) -> Page[Rollout]:
+    ) -> Page[AnyRollout]:
         """Finished rollouts that follow `cursor`, in completion order; None starts at the beginning."""
         return run_blocking(
             self._store.completed(cursor, limit=limit, timeout=timeout, group_id=group_id, tags=tags, queue=queue, mode=mode)

@@ -10,7 +10,9 @@ Rules that hold for every method:
   in the order in which they were issued, also when they are not awaited.
 - A malformed value raises pydantic's `ValidationError` or `InvalidValueError` and changes nothing.
 - Reads and waits are lenient about unknown ids (empty, None, or skipped); writes raise a `ValueError`.
-- Answers are snapshots. Times are in seconds since the epoch, by the store's clock; durations are in seconds.
+- Answers are snapshots. A rollout comes with its latest attempt, as an `AttemptedRollout`; one that has none comes as a
+  plain `Rollout`, which has no `attempt`.
+- Times are in seconds since the epoch, by the store's clock; durations are in seconds.
 - Time is caught up with first: what has timed out by now is seen as timed out.
 - `StoreUnavailableError`, `StoreClosedError` and `OutcomeUnknownError` may come from any method.
 """
@@ -23,6 +25,7 @@ from typing import Any, Literal
 
 from raystore.types import (
     UNSET,
+    AnyRollout,
     Attempt,
     AttemptedRollout,
     AttemptStatus,
@@ -30,6 +33,7 @@ from raystore.types import (
     Change,
     EnqueueRolloutRequest,
     FilterLogic,
+    FoundRollout,
     LedgerEntry,
     LightningStoreCapabilities,
     LightningStoreStatistics,
@@ -183,7 +187,7 @@ class LightningStore(ABC):
         queue: str | None = None,
         worker_id: str | None = None,
         mode: RolloutMode | None = None,
-    ) -> PaginatedResult[Rollout | AttemptedRollout]:
+    ) -> PaginatedResult[AnyRollout]:
         """Rollouts that match, in insertion order unless sorted; with attempts as `AttemptedRollout`.
 
         `filter_logic` joins the first three filters; group, tags, queue, worker and mode always apply. An empty list
@@ -191,7 +195,7 @@ class LightningStore(ABC):
         """
 
     @abstractmethod
-    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | AttemptedRollout | None:
+    async def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
         """The rollout, with its latest attempt if it has one; None when unknown."""
 
     @abstractmethod
@@ -204,7 +208,7 @@ class LightningStore(ABC):
         status: RolloutStatus | Unset = UNSET,
         config: RolloutConfig | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
-    ) -> Rollout:
+    ) -> AnyRollout:
         """Set fields by hand; UNSET leaves a field as it is, None is a value (not for status and config).
 
         Any status may follow any other. A finished status sets `end_time` and wakes waiters; queuing and requeuing put
@@ -219,7 +223,7 @@ class LightningStore(ABC):
         *,
         group_id: str | None = None,
         tags: Mapping[str, TagValue] | None = None,
-    ) -> Sequence[Rollout]:
+    ) -> Sequence[AnyRollout]:
         """Cancel those that have not finished and return them; what is given of ids, group and tags must all match.
 
         A running attempt fails with outcome "cancelled" and its holder is told. A cancelled rollout is never
@@ -237,7 +241,7 @@ class LightningStore(ABC):
     # -- waiting -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
         """Those of the rollouts that are finished when all are, or after `timeout`; in the order given.
 
         None waits without limit, `timeout` <= 0 is a snapshot, NaN raises `ValueError`. Unknown ids are skipped.
@@ -245,11 +249,11 @@ class LightningStore(ABC):
         """
 
     @abstractmethod
-    async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> Rollout | None:
+    async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
         """The rollout once it has finished, None if it has not within `timeout` or does not exist."""
 
     @abstractmethod
-    def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[Rollout]:
+    def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[AnyRollout]:
         """Iterate over the rollouts as they finish. Raises TimeoutError when `timeout` passes before all have."""
 
     @abstractmethod
@@ -263,7 +267,7 @@ class LightningStore(ABC):
         tags: Mapping[str, TagValue] | None = None,
         queue: str | None = None,
         mode: RolloutMode | None = None,
-    ) -> Page[Rollout]:
+    ) -> Page[AnyRollout]:
         """Finished rollouts that follow `cursor`, in completion order; None starts at the beginning.
 
         Waits up to `timeout` when there is none. A rollout that finishes again comes again. The cursor of the answer

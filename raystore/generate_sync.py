@@ -25,6 +25,7 @@ from raystore.api import LightningStore
 from raystore.calls import iterate_blocking, run_blocking
 from raystore.types import (
     UNSET,
+    AnyRollout,
     Attempt,
     AttemptedRollout,
     AttemptStatus,
@@ -32,6 +33,7 @@ from raystore.types import (
     Change,
     EnqueueRolloutRequest,
     FilterLogic,
+    FoundRollout,
     LedgerEntry,
     LightningStoreStatistics,
     NamedResources,

@@ -14,7 +14,6 @@ from raystore.clock import ManualClock
 from raystore.config import resident_bytes
 from raystore.core import bounds, check, consumers, verbs
 from raystore.core.counts import counts
-from raystore.core.records import Rollout
 from raystore.core.state import State, Step
 from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError
@@ -78,7 +77,7 @@ def _wait(service: Service, asked: Asked, *, rollout_ids: list[str], timeout: fl
 def _sort_out(service: Service, asked: Asked, *, rollout_ids: list[str]) -> Any:
     """What is finished of these, and where the completion log stands, and what is not: all of one moment."""
     done, cursor = finished(service.state, rollout_ids)
-    done.sort(key=lambda rollout: service.state.completions.place(rollout.rollout_id))
+    done.sort(key=lambda pair: service.state.completions.place(pair[0].rollout_id))
     return done, (cursor, unfinished(service.state, rollout_ids))
 
 
@@ -121,7 +120,7 @@ def _cancel_wait(service: Service, asked: Asked, *, of: int) -> bool:
     return waiter is not None
 
 
-def finished(state: State, rollout_ids: list[str]) -> tuple[list[Rollout], int]:
+def finished(state: State, rollout_ids: list[str]) -> tuple[list[verbs.Pair], int]:
     """Those that are finished, and where the completion log stands."""
     return verbs.finished_among(state, rollout_ids), state.completions.last
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer
@@ -23,6 +24,9 @@ AttributeValue = (
     PackedArray | str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
 )
 
+StatusCode = Literal["UNSET", "OK", "ERROR"]
+
+VIRTUAL_SPAN = "agentlightning.virtual"  #: name of a span that was made from attributes alone
 REWARD_SPAN = "agentlightning.annotation"  #: name of spans that carry a reward
 REWARD_PREFIX = "agentlightning.reward."  #: attribute `<prefix><i>.name` and `<prefix><i>.value`; 0 is the primary one
 _NANOSECONDS_ABOVE = 1e12  # a time larger than this can only be in nanoseconds
@@ -33,7 +37,7 @@ class TraceStatus(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    status_code: str
+    status_code: StatusCode
     description: str | None = None
 
 
@@ -108,15 +112,19 @@ class Span(BaseModel):
 
     @classmethod
     def from_opentelemetry(cls, src: Any, rollout_id: str, attempt_id: str, sequence_id: int) -> Span:
-        """Take over a `ReadableSpan` of the OpenTelemetry SDK; what it carries beyond the model is kept as text."""
+        """Take over a span of the OpenTelemetry SDK.
+
+        What it carries beyond the model becomes an extra field, as text where JSON has nothing for it: `kind`,
+        `instrumentation_scope`, ...
+        """
         context = _context(src.get_span_context() if hasattr(src, "get_span_context") else src.context)
         parent = _context(src.parent)
         known = {
             "rollout_id": rollout_id,
             "attempt_id": attempt_id,
             "sequence_id": sequence_id,
-            "trace_id": context.trace_id if context else "",
-            "span_id": context.span_id if context else "",
+            "trace_id": context.trace_id if context else f"{0:032x}",
+            "span_id": context.span_id if context else f"{0:016x}",
             "parent_id": parent.span_id if parent else None,
             "name": src.name,
             "status": TraceStatus(status_code=src.status.status_code.name, description=src.status.description),
@@ -126,7 +134,7 @@ class Span(BaseModel):
                 for e in src.events
             ],
             "links": [
-                Link(context=made, attributes=dict(link.attributes or {}))
+                Link(context=made, attributes=dict(link.attributes) if link.attributes else None)
                 for link in src.links or []
                 if (made := _context(link.context)) is not None
             ],
@@ -138,13 +146,7 @@ class Span(BaseModel):
                 attributes=dict(src.resource.attributes or {}), schema_url=src.resource.schema_url or ""
             ),
         }
-        own = {"_" + name for name in (*known, "context")} | {"_status", "_readable_span"}
-        extras = {
-            name: json.loads(json.dumps(value, default=str))
-            for name, value in vars(src).items()
-            if name not in known and name not in own and not name.startswith("__")
-        }
-        return cls(**{**extras, **known})
+        return cls(**_extras(src, known), **known)
 
     @classmethod
     def from_attributes(
@@ -173,7 +175,7 @@ class Span(BaseModel):
             trace_id=trace_id,
             span_id=span_id,
             parent_id=parent_id,
-            name=name or "span",
+            name=name or VIRTUAL_SPAN,
             status=status or TraceStatus(status_code="OK"),
             attributes=dict(attributes),
             events=[],
@@ -188,15 +190,22 @@ class Span(BaseModel):
         )
 
     @classmethod
-    def from_core_fields(cls, core: SpanCoreFields, *, rollout_id: str, attempt_id: str, sequence_id: int) -> Span:
-        """A span from what an agent said of it."""
+    def from_core_fields(
+        cls,
+        core: SpanCoreFields,
+        *,
+        rollout_id: str | None = None,
+        attempt_id: str | None = None,
+        sequence_id: int | None = None,
+    ) -> Span:
+        """A span from what an agent said of it; one that says no start started now."""
         return cls.from_attributes(
             attributes=core.attributes,
             rollout_id=rollout_id,
             attempt_id=attempt_id,
             sequence_id=sequence_id,
             name=core.name,
-            start_time=core.start_time,
+            start_time=core.start_time or time.time(),
             end_time=core.end_time,
             status=core.status,
         )
@@ -217,6 +226,26 @@ def attribute(value: Any) -> AttributeValue:
         if len({type(item) for item in value}) <= 1:
             return value[:]
     return json.dumps(value, default=repr)
+
+
+#: Of an SDK span: what the model says already, and what belongs to the tracer and would only be noise in a trace.
+_NOT_EXTRA = frozenset(
+    {
+        "span_processor", "sampler", "trace_config", "record_exception", "set_status_on_exception", "limits", "lock",
+        "record_end_metrics", "readable_span",
+    }
+)  # fmt: skip
+
+
+def _extras(source: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What an object of the SDK carries beyond the model, by its public names."""
+    extras = {}
+    for private, value in vars(source).items():
+        name = private.lstrip("_")
+        if private.startswith("__") or name in known or name in _NOT_EXTRA:
+            continue
+        extras[name] = json.loads(json.dumps(value, default=str))
+    return extras
 
 
 def _context(source: Any) -> SpanContext | None:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raystore.errors import PayloadLostError
+from raystore.spans import AttributeValue as AttributeValue
 from raystore.spans import Event as Event
 from raystore.spans import Link as Link
 from raystore.spans import OtelResource as OtelResource
 from raystore.spans import Span as Span
 from raystore.spans import SpanContext as SpanContext
 from raystore.spans import SpanCoreFields as SpanCoreFields
+from raystore.spans import StatusCode as StatusCode
 from raystore.spans import TraceStatus as TraceStatus
 
 logger = logging.getLogger(__name__)
@@ -142,6 +144,17 @@ class AttemptedRollout(Rollout):
         if self.attempt.rollout_id != self.rollout_id:
             raise ValueError(f"attempt of rollout {self.attempt.rollout_id} does not belong to {self.rollout_id}")
         return self
+
+
+# What a store answers with for a rollout: with its latest attempt, or a plain `Rollout`, without `.attempt`, if it was
+# never attempted. A type checker is told what it nearly always is, with `Any` for the rest: `r.attempt.status` needs no
+# `isinstance` first, and a misspelt `r.atempt` is still found.
+if TYPE_CHECKING:
+    AnyRollout = AttemptedRollout | Any
+    FoundRollout = AttemptedRollout | Any
+else:
+    AnyRollout = AttemptedRollout | Rollout
+    FoundRollout = AttemptedRollout | Rollout | None  # looked up by an id, which its caller knows to exist
 
 
 class EnqueueRolloutRequest(BaseModel):
@@ -325,9 +338,10 @@ class PaginatedResult(BaseModel, Sequence[T], Generic[T]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self.items[:3])) + (", ..." if len(self.items) > 3 else "")
-        first, last = self.offset + bool(self.items), self.offset + len(self.items)
-        return f"<PaginatedResult ({first}:{last} of {self.total}) [{shown}]>"
+        first = repr(self.items[0]) if self.items else "empty"
+        shown = f"[{first}, ...]" if len(self.items) > 1 else first
+        end = "" if self.limit == -1 else self.offset + self.limit
+        return f"<PaginatedResult ({self.offset}:{end} of {self.total}) {shown}>"
 
 
 class Page(BaseModel, Generic[T]):
@@ -343,12 +357,12 @@ class Batch(BaseModel):
     Attributes:
         consumer: who holds it.
         number: of the batch, counted for each consumer from 1; 0 for an empty one.
-        rollouts: in the order in which they finished, or came back.
+        rollouts: in the order in which they finished, or came back; with their attempts.
     """
 
     consumer: str
     number: int
-    rollouts: list[SerializeAsAny[Rollout]]
+    rollouts: list[AnyRollout]
 
 
 class LedgerEntry(BaseModel):
@@ -422,6 +436,7 @@ class LightningStoreStatistics(TypedDict, total=False):
     changes: int
     change_feed_length: int
     memory_full: bool
+    consumers: dict[str, dict[str, Any]]  # where each stands: open batch, batches, checkpoint, unreleased, returned
     actor_calls: int
     operations: int
     overloads: int  # what was refused since there was too much of something

@@ -17,9 +17,11 @@ from raystore.errors import InvalidValueError
 from raystore.transport import claimed_keys
 from raystore.types import (
     UNSET,
+    AnyRollout,
     AttemptedRollout,
     EnqueueRolloutRequest,
     FilterLogic,
+    FoundRollout,
     PaginatedResult,
     Rollout,
     RolloutConfig,
@@ -177,7 +179,7 @@ class RolloutMethods(Connection):
         queue: str | None = None,
         worker_id: str | None = None,
         mode: RolloutMode | None = None,
-    ) -> PaginatedResult[Rollout | AttemptedRollout]:
+    ) -> PaginatedResult[AnyRollout]:
         status_in = status if status_in is None else status_in
         rollout_id_in = rollout_ids if rollout_id_in is None else rollout_id_in
         arguments = {
@@ -197,7 +199,7 @@ class RolloutMethods(Connection):
         }
         return await self._page("query_rollouts", arguments, limit, offset, convert.pair)
 
-    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | AttemptedRollout | None:
+    async def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
         answer = await self._transport.call("get_rollout", {"rollout_id": rollout_id})
         return convert.pair(answer) if answer else None
 
@@ -210,7 +212,7 @@ class RolloutMethods(Connection):
         status: RolloutStatus | Unset = UNSET,
         config: RolloutConfig | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
-    ) -> Rollout:
+    ) -> AnyRollout:
         changes: dict[str, Any] = {}
         if not isinstance(input, Unset):
             changes["input"] = self._encoder.value("input", input)
@@ -234,7 +236,7 @@ class RolloutMethods(Connection):
         *,
         group_id: str | None = None,
         tags: Mapping[str, TagValue] | None = None,
-    ) -> Sequence[Rollout]:
+    ) -> Sequence[AnyRollout]:
         if rollout_ids is None and group_id is None and not tags:
             raise InvalidValueError("rollout_ids", None, "rollout_ids, group_id or tags, to say what to cancel")
         arguments = {

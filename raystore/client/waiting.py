@@ -11,9 +11,9 @@ from time import monotonic
 from raystore import convert
 from raystore.client.connection import Connection
 from raystore.types import (
+    AnyRollout,
     Change,
     Page,
-    Rollout,
     RolloutMode,
     TagValue,
 )
@@ -24,21 +24,23 @@ LOOK_AGAIN_SECONDS = 10.0  #: after which `as_completed` asks whether what it wa
 class WaitingMethods(Connection):
     """Waiting for rollouts, completions and changes; no polling, one parked call for each."""
 
-    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
         finished, _ = await self._wait(convert.identifiers("rollout_ids", rollout_ids), timeout)
         return finished
 
-    async def _wait(self, rollout_ids: list[str], timeout: float | None) -> tuple[list[Rollout], int]:
+    async def _wait(self, rollout_ids: list[str], timeout: float | None) -> tuple[list[AnyRollout], int]:
         if timeout is not None:
             timeout = max(convert.finite("timeout", timeout), 0.0)
         finished, cursor = await self._many("wait", {"rollout_ids": rollout_ids, "timeout": timeout})
-        return [convert.rollout(item) for item in finished], cursor
+        return [convert.pair(item) for item in finished], cursor
 
-    async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> Rollout | None:
+    async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
         finished, _ = await self._wait([rollout_id], timeout)
         return finished[0] if finished else None
 
-    async def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[Rollout]:
+    async def as_completed(
+        self, rollout_ids: Sequence[str], *, timeout: float | None = None
+    ) -> AsyncIterator[AnyRollout]:
         missing = set(convert.identifiers("rollout_ids", rollout_ids))
         deadline = None if timeout is None else monotonic() + convert.duration("timeout", timeout)
         finished, cursor = await self._sort_out(missing)
@@ -57,10 +59,10 @@ class WaitingMethods(Connection):
             if not finished:  # some may have been deleted, and will never finish
                 finished, _ = await self._sort_out(missing)
 
-    async def _sort_out(self, missing: set[str]) -> tuple[list[Rollout], int]:
+    async def _sort_out(self, missing: set[str]) -> tuple[list[AnyRollout], int]:
         """Those that are finished, and the cursor behind them; what does not exist is dropped from `missing`."""
         items, (cursor, unfinished) = await self._many("sort_out", {"rollout_ids": list(missing)})
-        finished = [convert.rollout(item) for item in items]
+        finished = [convert.pair(item) for item in items]
         missing &= {*unfinished, *(rollout.rollout_id for rollout in finished)}
         return finished, cursor
 
@@ -74,7 +76,7 @@ class WaitingMethods(Connection):
         tags: Mapping[str, TagValue] | None = None,
         queue: str | None = None,
         mode: RolloutMode | None = None,
-    ) -> Page[Rollout]:
+    ) -> Page[AnyRollout]:
         filters = {"group_id": group_id, "tags": convert.tag_dict("tags", tags), "queue": queue, "mode": mode}
         arguments = {
             "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),

@@ -109,10 +109,10 @@ def chosen_among(
     return matching if wanted is None else [i for i in matching if i in wanted]
 
 
-def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Rollout]:
+def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Pair]:
     """The rollouts among these that are finished, in the order given; unknown ids are skipped."""
     found = (state.entries.get(rollout_id) for rollout_id in rollout_ids)
-    return [entry.rollout for entry in found if entry is not None and entry.rollout.status in FINISHED]
+    return [_with_attempt(entry) for entry in found if entry is not None and entry.rollout.status in FINISHED]
 
 
 def completed_after(

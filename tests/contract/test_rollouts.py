@@ -146,7 +146,7 @@ async def test_query_pages_and_sorts(store):
     assert ([r.input for r in page], page.total, len(page), page[0].input) == ([1, 2], 5, 2, 1)
     assert await store.query_rollouts(limit=0) == []
     assert await store.query_rollouts(offset=9) == []
-    assert repr(page).startswith("<PaginatedResult (2:3 of 5) [")
+    assert repr(page).startswith("<PaginatedResult (1:3 of 5) [")
     by_priority = await store.query_rollouts(sort_by="priority")
     assert [r.input for r in by_priority] == [4, 3, 2, 1, 0]
     store.testing.tick(1)

@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 import raystore as rs
-from raystore.types import Rollout
 from tests.helpers import claim
 
 
@@ -23,14 +22,14 @@ async def started(coroutine):
 
 
 async def test_snapshot(store):
-    """timeout <= 0 returns what is finished now, in the order given, as plain rollouts; duplicates twice."""
+    """timeout <= 0 returns what is finished now, in the order given, with attempts; duplicates twice."""
     a, b = await claim(store), await claim(store)
     await finish(store, b)
     ids = [a.rollout_id, b.rollout_id, "nope", b.rollout_id]
     for timeout in (0, -5):
         found = await store.wait_for_rollouts(rollout_ids=ids, timeout=timeout)
         assert [r.rollout_id for r in found] == [b.rollout_id, b.rollout_id]
-    assert {type(r) for r in found} == {Rollout}
+    assert {type(r) for r in found} == {rs.AttemptedRollout} and found[0].attempt == b.attempt
     with pytest.raises(ValueError, match="timeout"):
         await store.wait_for_rollouts(rollout_ids=ids, timeout=float("nan"))
     with pytest.raises(ValueError, match="rollout_ids"):

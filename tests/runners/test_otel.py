@@ -201,5 +201,15 @@ def test_a_real_span_is_taken_over_exactly():
     assert (event.name, event.attributes, event.timestamp) == ("said", {"words": ("a", "b")}, 1_700_000_000.5)
     assert (inner.links[0].context.span_id, inner.links[0].attributes) == (outer.span_id, {"why": "related"})
     assert inner.resource.attributes["telemetry.sdk.language"] == "python"
-    assert inner.__pydantic_extra__["_kind"] == "SpanKind.CLIENT"
+    assert (inner.kind, outer.kind) == ("SpanKind.CLIENT", "SpanKind.INTERNAL")
+    assert not [name for name in inner.model_extra if name.startswith("_")]
     assert outer.status.status_code == "UNSET"
+
+
+def test_a_span_that_has_not_ended_is_taken_over_too():
+    """Its tracer's own things (locks, processors, limits) are no part of a trace."""
+    span = tracer.start_span("open", kind=trace.SpanKind.SERVER)
+    taken = rs.Span.from_opentelemetry(span, "r", "a", 1)
+    assert taken.kind == "SpanKind.SERVER" and taken.end_time is None
+    assert taken.model_extra.keys() <= {"kind", "instrumentation_info", "instrumentation_scope"}
+    span.end()
