@@ -162,7 +162,7 @@ def taken_over(state: State, session: Session, ticket: int) -> list[Claimed]:
 
 def open_session(state: State, step: Step, session_id: str, *, eternal: bool = False) -> Session:
     """A client process speaks for the first time."""
-    session = Session(session_id, age=step.age, eternal=eternal)
+    session = Session(session_id, step.age, eternal)
     state.sessions[session_id] = session
     state.session_deadlines.guard(session_id)
     return session

@@ -9,12 +9,12 @@ Not here: tables and indexes, which are there from the start (`image`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from itertools import chain
 from typing import Any
 
-from raystore.core.records import Attempt, Config, Record, Rollout
-from raystore.core.state import NOBODY, AttemptClock, Entry, Taken
+from raystore.core.fields import Field, snapshot_fields
+from raystore.core.records import Attempt, Config, Rollout
+from raystore.core.state import AttemptClock, Entry
 
 AT_ONCE = 128  #: rollouts of a chunk
 
@@ -35,7 +35,7 @@ class Chunk:
     def __init__(
         self,
         packed: bytes,
-        read: Callable[[bytes], list[Any]],
+        read: Callable[[bytes], dict[str, Any]],
         members: Iterable[int],
         ids: list[str],
         entries: dict[str, Entry],
@@ -53,64 +53,87 @@ class Chunk:
         fill(entries, ids, self._read(self.packed))
 
 
-def _names(kind: type[Record]) -> list[str]:
-    return [field.name for field in fields(kind)][1:]  # type: ignore[arg-type]  # without the rollout's id
+#: Fields of an entry that have columns of their own: records, and what is kept for each attempt.
+_APART = frozenset({"rollout", "attempts", "clocks", "holders"})
+_FIELDS = tuple(field for field in snapshot_fields(Entry) if field.name not in _APART)
+
+# How a column stands: rows that are not as usual; the different values and which row has which; all values.
+_SPARSE, _REPEATS, _DENSE = range(3)
 
 
-_NAMES: dict[type[Record], list[str]] = {kind: _names(kind) for kind in (Rollout, Attempt)}
-_CONFIG = _NAMES[Rollout].index("config")
+def _names(kind: type) -> list[str]:
+    """The fields of a record, without the rollout's id, which is the entry's."""
+    return [field.name for field in snapshot_fields(kind) if field.name != "rollout_id"]
 
 
-def _repeated(column: Column) -> tuple[Column, bytes]:
-    """A column as its different values and, for each row, which of them."""
-    numbers: dict[Any, int] = {}
-    rows = bytes([numbers.setdefault(value, len(numbers)) & 255 for value in column])
-    return (list(numbers), rows) if len(numbers) <= 256 else (column, b"")
+_NAMES: dict[type, list[str]] = {kind: _names(kind) for kind in (Rollout, Attempt)}
 
 
-def _expanded(column: Any) -> Column:
-    values, rows = column
-    if len(values) == 1:
-        return list(values) * (len(rows) or 1)
-    return [values[row] for row in rows] if rows else list(values)
+def column(values: Column, usual: Any = None, *, repeats: bool = False) -> Any:
+    """The values of one field; None if all are as usual."""
+    other = [(row, value) for row, value in enumerate(values) if value != usual or type(value) is not type(usual)]
+    if not other:
+        return None
+    if 3 * len(other) < len(values):
+        return _SPARSE, other
+    if repeats:
+        numbers: dict[Any, int] = {}
+        rows = bytes([numbers.setdefault(value, len(numbers)) & 255 for value in values])
+        if len(numbers) <= 256:
+            return _REPEATS, list(numbers), rows
+    return _DENSE, values
 
 
-def _columns(records: list[Any], kind: type[Record]) -> list[Any]:
-    names = _NAMES[kind]
-    columns = list(zip(*(record.row()[1:] for record in records), strict=True)) or [()] * len(names)
-    return [_repeated(list(c)) if name in _REPEATED else c for name, c in zip(names, columns, strict=True)]
+def expanded(packed_column: Any, length: int, usual: Any = None) -> Column:
+    """The values of a column; `usual` where there is none."""
+    if packed_column is None:
+        return [usual] * length
+    kind, values, *rows = packed_column
+    if kind == _DENSE:
+        return list(values)
+    if kind == _REPEATS:
+        return [values[row] for row in rows[0]]
+    found = [usual] * length
+    for row, value in values:
+        found[row] = value
+    return found
 
 
-def _fields(columns: list[Any], kind: type[Record]) -> list[Any]:
-    return [_expanded(c) if name in _REPEATED else c for name, c in zip(_NAMES[kind], columns, strict=True)]
+def _record_columns(records: list[Any], kind: type) -> dict[str, Any]:
+    return {
+        name: column([getattr(record, name) for record in records], repeats=name in _REPEATED) for name in _NAMES[kind]
+    }
 
 
-def columns(entries: list[Entry]) -> list[Any]:
-    """Rollouts as columns."""
+def _record_fields(columns_: dict[str, Any], kind: type, length: int) -> list[Column]:
+    return [expanded(columns_.get(name), length) for name in _NAMES[kind]]
+
+
+def columns(entries: list[Entry]) -> dict[str, Any]:
+    """Rollouts as columns, by field."""
     configs: dict[tuple[Any, ...], int] = {}
     rollouts = [e.rollout.evolve(config=configs.setdefault(_row(e.rollout.config), len(configs))) for e in entries]
     attempts = list(chain.from_iterable(entry.attempts for entry in entries))
     clocks = list(chain.from_iterable(entry.clocks for entry in entries))
-    return [
-        list(configs),
-        _columns(rollouts, Rollout),
-        [len(entry.attempts) for entry in entries],
-        _columns(attempts, Attempt),
-        [clock.start for clock in clocks],
-        [clock.beat for clock in clocks],
-        [entry.number for entry in entries],
-        [entry.order for entry in entries],
-        [entry.bytes for entry in entries],
-        _repeated([entry.former for entry in entries]),
-        _repeated([e.holders.get(a.attempt_id) for e in entries for a in e.attempts]),
-        # what most rollouts do not have
-        [(n, others) for n, e in enumerate(entries) if (others := _other_holders(e))],
-        [(n, e.given) for n, e in enumerate(entries) if e.given is not None],
-        [n for n, e in enumerate(entries) if e.released],
-        [n for n, e in enumerate(entries) if e.suspect],
-        [(n, e.deliveries) for n, e in enumerate(entries) if e.deliveries],
-        [(n, _taken(e)) for n, e in enumerate(entries) if e.taken],
-    ]
+    return {
+        "configs": list(configs),
+        "rollouts": _record_columns(rollouts, Rollout),
+        "counts": [len(entry.attempts) for entry in entries],
+        "attempts": _record_columns(attempts, Attempt),
+        "clocks": {f.name: column([getattr(clock, f.name) for clock in clocks]) for f in snapshot_fields(AttemptClock)},
+        "holders": column([e.holders.get(a.attempt_id) for e in entries for a in e.attempts], repeats=True),
+        "others": [(n, others) for n, e in enumerate(entries) if (others := _other_holders(e))],
+        "entries": {f.name: _entry_column(f, entries) for f in _FIELDS},
+    }
+
+
+def _entry_column(field: Field, entries: list[Entry]) -> Any:
+    values = [field.pack(getattr(entry, field.name)) for entry in entries]
+    return column(values, _usual(field), repeats=type(values[0]) is str)
+
+
+def _usual(field: Field) -> Any:
+    return None if field.default is None else field.pack(field.default())
 
 
 def _row(config: Config) -> tuple[Any, ...]:
@@ -120,60 +143,35 @@ def _row(config: Config) -> tuple[Any, ...]:
 
 def _other_holders(entry: Entry) -> list[tuple[str, str]]:
     """Holders of what is no attempt any more."""
-    if len(entry.holders) <= len(entry.attempts):
-        return []
     there = {attempt.attempt_id for attempt in entry.attempts}
     return [(attempt_id, session_id) for attempt_id, session_id in entry.holders.items() if attempt_id not in there]
 
 
-def _taken(entry: Entry) -> list[Any]:
-    return [(name, taken.batch, taken.step, taken.note, taken.is_durable) for name, taken in entry.taken.items()]
-
-
-def fill(entries: list[Entry], ids: list[str], chunk: list[Any]) -> None:
+def fill(entries: list[Entry], ids: list[str], chunk: dict[str, Any]) -> None:
     """Make entries of columns."""
-    (
-        configs, rollout_columns, counts, attempt_columns, starts, beats, numbers, orders, sizes, formers, holders,
-        other_holders, given, released, suspects, deliveries, taken,
-    ) = chunk  # fmt: skip
-    known = [Config(row[0], row[1], row[2], tuple(row[3])) for row in configs]
-    rollout_fields = _fields(rollout_columns, Rollout)
-    rollout_fields[_CONFIG] = [known[number] for number in rollout_fields[_CONFIG]]
+    configs = [Config(row[0], row[1], row[2], tuple(row[3])) for row in chunk["configs"]]
+    counts = chunk["counts"]
+    rollouts = list(map(Rollout, ids, *_record_fields(chunk["rollouts"], Rollout, len(ids))))
     owners = [i for i, count in zip(ids, counts, strict=True) for _ in range(count)]
-    attempts = list(map(Attempt, owners, *_fields(attempt_columns, Attempt)))
-    held_by = _expanded(holders) if attempts else []
+    attempts = list(map(Attempt, owners, *_record_fields(chunk["attempts"], Attempt, len(owners))))
+    fields = [expanded(chunk["clocks"].get(f.name), len(owners)) for f in snapshot_fields(AttemptClock)]
+    clocks = list(map(AttemptClock, *fields))
+    held_by = expanded(chunk["holders"], len(owners))
     at = 0
-    rows = zip(
-        entries, map(Rollout, ids, *rollout_fields), counts, numbers, orders, sizes, _expanded(formers), strict=True
-    )
-    for entry, rollout, count, number, order, size, former in rows:
-        Entry.__init__(entry, rollout, number=number, given=None, size=size)
-        entry.former = former
-        entry.order = (order[0], order[1]) if order is not None else None
-        for index in range(at, at + count):
-            attempt, clock = attempts[index], AttemptClock(starts[index])
-            clock.beat = beats[index]
-            entry.attempts.append(attempt)
-            entry.clocks.append(clock)
-            if held_by[index] is not None:
-                entry.holders[attempt.attempt_id] = held_by[index]
-        at += count
-    for n, pairs in other_holders:
-        entries[n].holders.update(pairs)
-    for n, arguments in given:
-        entries[n].given = tuple(arguments)
-    for n in released:
-        entries[n].released = True
-    for n in suspects:
-        entries[n].suspect = True
-    for n, count in deliveries:
-        entries[n].deliveries = count
-    for n, takers in taken:
-        entries[n].taken = {row[0]: _restored_taken(row) for row in takers} or NOBODY
-
-
-def _restored_taken(row: list[Any]) -> Taken:
-    _, batch, step, note, is_durable = row
-    taken = Taken(batch, step, note=note)
-    taken.is_durable = is_durable
-    return taken
+    for entry, rollout, count in zip(entries, rollouts, counts, strict=True):
+        rollout.config = configs[rollout.config]  # type: ignore[call-overload]  # its number among them
+        end = at + count
+        Entry.__init__(entry, rollout, 0, attempts=attempts[at:end], clocks=clocks[at:end])
+        for attempt, session_id in zip(entry.attempts, held_by[at:end], strict=True):
+            if session_id is not None:
+                entry.holders[attempt.attempt_id] = session_id
+        at = end
+    for n, others in chunk["others"]:
+        entries[n].holders.update(others)
+    for field in _FIELDS:
+        found = chunk["entries"].get(field.name)
+        if found is None:
+            continue  # as usual
+        name, unpack = field.name, field.unpack
+        for entry, value in zip(entries, expanded(found, len(entries), _usual(field)), strict=True):
+            setattr(entry, name, unpack(value))

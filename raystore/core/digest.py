@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from hashlib import blake2b
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 from zlib import crc32
 
+from raystore.core.fields import digest_fields, shown
 from raystore.core.payload import OnDisk, Payload
-from raystore.core.records import Record
-from raystore.core.state import Chain, Consumer, Entry, Session, State
-from raystore.errors import StoreError, to_record
+from raystore.core.records import Record, Span
+from raystore.core.state import Entry, State
 
 
 def digest(state: State) -> str:
@@ -57,33 +58,34 @@ def parts(state: State) -> Iterator[Any]:
     for worker_id in sorted(state.workers):
         yield "worker", _plain(state.workers[worker_id])
     for name in sorted(state.consumers):
-        yield "consumer", name, _consumer(state.consumers[name])
+        yield "consumer", name, _plain(shown(state.consumers[name]))
     yield "resources", [_plain(held) for held in state.resources.everything()]
     yield "latest resources", state.resources.latest_id, state.resources.policy_version
     yield "span counters", sorted(state.spans.counters())
     for session_id in sorted(state.sessions):
-        yield "session", session_id, _session(state.sessions[session_id])
+        yield "session", session_id, _plain(shown(state.sessions[session_id]))
     yield "changes", state.changes.last, [_plain(change) for change in state.changes]
     yield "completions", state.completions.last, list(state.completions.after(None))
+
+
+#: Fields of an entry that hold records, of whose long values only what tells them apart counts.
+_RECORDS = frozenset({"rollout", "attempts"})
+_ENTRY = tuple(field for field in digest_fields(Entry) if field.name not in _RECORDS)
+_SPAN = tuple(field.name for field in digest_fields(Span) if field.name != "rollout_id")
+_SPAN_BRIEF = ("attempt_id", "sequence_id", "span_id")  # the rest of a span never changes
 
 
 def _entry(state: State, entry: Entry, *, is_brief: bool = False) -> list[Any]:
     """A rollout; `is_brief` leaves out what never changes of a span."""
     rollout_id = entry.rollout.rollout_id
-    spans: list[Any] = [(s.attempt_id, s.sequence_id, s.span_id) for s in state.spans.of(rollout_id)]
-    if not is_brief:
-        spans += [
-            (s.trace_id, s.parent_id, s.name, s.start_time, s.end_time, s.reward) for s in state.spans.of(rollout_id)
-        ]
-    rollout = [_content(field) for field in entry.rollout.row()]
-    attempts = [[_content(field) for field in attempt.row()] for attempt in entry.attempts]
+    of_span = attrgetter(*(_SPAN_BRIEF if is_brief else _SPAN))
     return [
-        rollout, attempts, entry.number, entry.order, _plain(entry.given) if entry.given else None, entry.bytes,
-        entry.released, entry.former, entry.suspect, entry.deliveries,
-        [(clock.start, clock.beat) for clock in entry.clocks], sorted(entry.holders.items()), spans,
+        [_content(field) for field in entry.rollout.row()],
+        [[_content(field) for field in attempt.row()] for attempt in entry.attempts],
+        [_plain(field.shows(getattr(entry, field.name))) for field in _ENTRY],
+        [of_span(span) for span in state.spans.of(rollout_id)],
         rollout_id in state.spans.evicted,
-        sorted((name, t.batch, t.step, t.note, t.is_durable) for name, t in entry.taken.items()),
-    ]  # fmt: skip
+    ]
 
 
 _BRIEF = frozenset({str, int, float, bool, type(None)})
@@ -98,24 +100,6 @@ def _content(field: Any) -> Any:
     if isinstance(field, Payload):
         return len(field.data), crc32(field.data)
     return _plain(field)
-
-
-def _consumer(known: Consumer) -> list[Any]:
-    batches, steps = sorted(known.batches.items()), sorted(known.steps.items())
-    return [known.cursor, list(known.returned), known.made, known.open, batches, steps, known.checkpoint]
-
-
-def _session(session: Session) -> list[Any]:
-    return [
-        session.eternal, session.ended_at, list(session.claims), list(session.held),
-        [(key, _plain(attempt)) for key, attempt in session.lost.items()],
-        sorted((number, _chain(chain)) for number, chain in session.chains.items()),
-    ]  # fmt: skip
-
-
-def _chain(chain: Chain) -> list[Any]:
-    refusal = to_record(chain.refusal) if isinstance(chain.refusal, StoreError) else None
-    return [sorted(chain.notes.items()), refusal]
 
 
 def _plain(value: Any) -> Any:

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from raystore.core.cold import AT_ONCE, Chunk, columns
+from raystore.core.fields import packed, unpacked
 from raystore.core.lifecycle import ACTIVE, FINISHED
-from raystore.core.line import Kept, Line
 from raystore.core.records import Change, Worker
-from raystore.core.state import Chain, Consumer, Entry, Session, State
-from raystore.errors import StoreError, from_record, to_record
+from raystore.core.state import Consumer, Entry, Session, State
 
 _PLAIN = ("paused", "rollouts_made", "attempts_made", "attempt_count", "payload_bytes", "drained", "evicted_rollouts")
 
@@ -38,10 +37,10 @@ def image(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
     yield "completions", state.completions.image(numbers)
     yield "waiting", (state.queues.orders(), state.queues.arrivals, list(state.suspects))
     yield "workers", [worker.row() for worker in state.workers.values()]
-    yield "consumers", {name: _consumer(known) for name, known in state.consumers.items()}
+    yield "consumers", {name: packed(known) for name, known in state.consumers.items()}
     yield "resources", state.resources.image()
     for session in state.sessions.values():
-        yield "session", _session(session)
+        yield "session", packed(session)
     yield "changes", (state.changes.last, [change.row() for change in state.changes])
     yield "disposable", (list(state.disposable_released), list(state.disposable_read))
     yield "touched", list(state.touched)
@@ -84,7 +83,7 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
         "completions": lambda found: state.completions.restore(found, ids),
         "waiting": lambda found: _restore_waiting(state, *found),
         "workers": lambda rows: state.workers.update((row[0], Worker(*row)) for row in rows),
-        "consumers": lambda found: state.consumers.update((n, _restored_consumer(c)) for n, c in found.items()),
+        "consumers": lambda found: state.consumers.update((n, unpacked(Consumer, c)) for n, c in found.items()),
         "resources": state.resources.restore,
         "session": lambda found: _restore_session(state, found),
         "changes": lambda found: state.changes.restore(found[0], (Change(*row) for row in found[1])),
@@ -97,6 +96,11 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
     for rollout_id, chunk in zip(ids, chunks, strict=True):
         entry = state.entries[rollout_id] = make(Entry)
         entry.cold = chunk
+
+
+def _restore_session(state: State, values: dict[str, Any]) -> None:
+    session = unpacked(Session, values)
+    state.sessions[session.session_id] = session
 
 
 def _restore_plain(state: State, values: list[Any]) -> None:
@@ -122,58 +126,3 @@ def _restore_waiting(state: State, orders: list[Any], arrivals: int, suspects: l
 def _restore_disposable(state: State, released: list[str], read: list[str]) -> None:
     state.disposable_released.update(dict.fromkeys(released))
     state.disposable_read.update(dict.fromkeys(read))
-
-
-# -- tables ----------------------------------------------------------------------------------------------------------
-
-
-def _consumer(known: Consumer) -> list[Any]:
-    return [
-        known.cursor, list(known.returned), known.made, known.open,
-        list(known.batches.items()), list(known.steps.items()), known.checkpoint,
-    ]  # fmt: skip
-
-
-def _restored_consumer(row: list[Any]) -> Consumer:
-    known = Consumer()
-    known.cursor, returned, known.made, known.open, batches, steps, known.checkpoint = row
-    known.returned, known.batches, known.steps = dict.fromkeys(returned), dict(batches), dict(steps)
-    return known
-
-
-def _session(session: Session) -> list[Any]:
-    line = session.line
-    chains = [
-        (number, chain.notes, to_record(chain.refusal) if isinstance(chain.refusal, StoreError) else None)
-        for number, chain in session.chains.items()
-    ]
-    return [
-        session.session_id, session.eternal, session.last_heard, session.ended_at,
-        list(session.claims.items()), list(session.held), list(session.lost.items()), session.notices, chains,
-        [line.expected, line.answered, list(line.ahead), list(line.kept.items()), list(line.handed.items())],
-    ]  # fmt: skip
-
-
-def _restore_session(state: State, row: list[Any]) -> None:
-    session_id, eternal, last_heard, ended_at, claims, held, lost, notices, chains, line = row
-    session = state.sessions[session_id] = Session(session_id, age=last_heard, eternal=eternal)
-    session.ended_at = ended_at
-    session.claims = {tuple(key): since for key, since in claims}
-    session.held = dict.fromkeys(map(tuple, held))
-    session.lost = {tuple(key): attempt for key, attempt in lost}
-    session.notices = [tuple(notice) for notice in notices]
-    for number, notes, refusal in chains:
-        kept = session.chains[number] = Chain()
-        kept.notes = notes
-        error = from_record(*refusal) if refusal is not None else None
-        kept.refusal = error if isinstance(error, StoreError) else None
-    session.line = _restored_line(line)
-
-
-def _restored_line(row: list[Any]) -> Line:
-    line = Line()
-    line.expected, line.answered, ahead, kept, handed = row
-    line.ahead = set(ahead)
-    line.kept = {sequence: Kept(first_ticket, list(replies)) for sequence, (first_ticket, replies) in kept}
-    line.handed = {ticket: [tuple(key) for key in keys] for ticket, keys in handed}
-    return line

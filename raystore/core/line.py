@@ -8,7 +8,10 @@ Not here: running batches (`batches`), holding what came early (`inbox`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from raystore.core.fields import declare, pairs
 
 # What an answer to one operation is.
 VALUE, ERROR, PARKED, NOTICE = range(4)
@@ -26,17 +29,26 @@ class Kept(NamedTuple):
     replies: list[Reply]
 
 
+def _kept_again(rows: list[Any]) -> dict[int, Kept]:
+    return {sequence: Kept(first_ticket, list(replies)) for sequence, (first_ticket, replies) in rows}
+
+
+def _handed_again(rows: list[Any]) -> dict[int, list[tuple[str, str]]]:
+    return {ticket: [(key[0], key[1]) for key in keys] for ticket, keys in rows}
+
+
+@dataclass(slots=True, eq=False)
 class Line:
-    """The batches of one session."""
+    """The batches of one session. What was sent and answered is no part of what a replay must reproduce."""
 
-    __slots__ = ("ahead", "answered", "expected", "handed", "kept")
-
-    def __init__(self) -> None:
-        self.expected = 1
-        self.answered = 0  # the client has all answers up to here ...
-        self.ahead: set[int] = set()  # ... and these
-        self.kept: dict[int, Kept] = {}
-        self.handed: dict[int, list[tuple[str, str]]] = {}  # by ticket: claims that parked calls were handed
+    expected: int = declare(1, in_digest=False)
+    #: The client has all answers up to here ...
+    answered: int = declare(0, in_digest=False)
+    #: ... and these.
+    ahead: set[int] = declare(make=set, pack=list, unpack=set, in_digest=False)
+    kept: dict[int, Kept] = declare(make=dict, pack=pairs, unpack=_kept_again, in_digest=False)
+    #: By ticket: claims that parked calls were handed.
+    handed: dict[int, list[tuple[str, str]]] = declare(make=dict, pack=pairs, unpack=_handed_again, in_digest=False)
 
     def heard(self, answered: int, ahead: Iterable[int]) -> None:
         """The client has all answers up to a batch, and those of some later ones."""

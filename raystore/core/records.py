@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypeVar, dataclass_transform
 
+from raystore.core.fields import declare
 from raystore.core.payload import OnDisk, Opaque
 
 T = TypeVar("T", bound="type[Record]")
@@ -140,8 +141,8 @@ class Span(Record):
     start_time: float | None
     end_time: float | None
     reward: float | None
-    body: Opaque | OnDisk
-    size: int
+    body: Opaque | OnDisk = declare(in_digest=False)  # whether it is in memory is no part of what is replayed
+    size: int = declare(in_digest=False)
 
 
 @record

@@ -51,7 +51,7 @@ def create(state: State, step: Step, status: str, request: dict[str, Any], lates
     given = tuple(request.get(name) for name in CONTENT) if rollout_id is not None else None
     size = size_of(rollout.input) + size_of(rollout.metadata) + ROLLOUT_OVERHEAD_BYTES
     state.rollouts_made += 1
-    entry = Entry(rollout, number=state.rollouts_made, given=given, size=size)
+    entry = Entry(rollout, state.rollouts_made, given, size, former=status)
     state.entries[rollout.rollout_id] = entry
     state.touch(rollout.rollout_id)
     state.payload_bytes += size

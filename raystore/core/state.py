@@ -16,6 +16,7 @@ from typing import Any
 
 from raystore.core.changes import ChangeFeed, CompletionLog
 from raystore.core.deadlines import Deadlines
+from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
 from raystore.core.indexes import Indexes, Key, keys_of
 from raystore.core.lifecycle import ACTIVE, FINISHED, UNCHARGED
 from raystore.core.line import Line
@@ -23,7 +24,14 @@ from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker
 from raystore.core.resources import ResourceTable
 from raystore.core.spans import SpanTable
-from raystore.errors import AttemptNotFoundError, ClaimLostError, RolloutNotFoundError, StoreError
+from raystore.errors import (
+    AttemptNotFoundError,
+    ClaimLostError,
+    RolloutNotFoundError,
+    StoreError,
+    from_record,
+    to_record,
+)
 
 CLAIM_SECONDS = 5.0  #: a claim that is not acknowledged for so long is withdrawn
 SESSION_SILENCE_SECONDS = 60.0  #: a session that was not heard for so long has ended
@@ -80,24 +88,51 @@ class Chain:
         self.refusal: StoreError | None = None
 
 
+def _keys(rows: list[Any]) -> list[AttemptKey]:
+    return [(key[0], key[1]) for key in rows]
+
+
+def _chains_packed(chains: dict[int, Chain]) -> list[Any]:
+    return [(number, chain.notes, chain.refusal and to_record(chain.refusal)) for number, chain in chains.items()]
+
+
+def _chains_unpacked(rows: list[Any]) -> dict[int, Chain]:
+    chains = {}
+    for number, notes, refusal in rows:
+        chain = chains[number] = Chain()
+        error = from_record(*refusal) if refusal is not None else None
+        chain.notes, chain.refusal = notes, error if isinstance(error, StoreError) else None
+    return chains
+
+
+@dataclass(slots=True, eq=False)
 class Session:
     """One client process: what it holds, what it was handed and has not acknowledged, what it should be told."""
 
-    __slots__ = (
-        "chains", "claims", "ended_at", "eternal", "held", "last_heard", "line", "lost", "notices", "session_id",
-    )  # fmt: skip
-
-    def __init__(self, session_id: str, *, age: float, eternal: bool = False) -> None:
-        self.session_id = session_id
-        self.eternal = eternal  # the process that owns the store
-        self.last_heard = age
-        self.ended_at: float | None = None
-        self.claims: dict[AttemptKey, float] = {}  # since when
-        self.held: dict[AttemptKey, None] = {}
-        self.lost: dict[AttemptKey, Attempt] = {}  # withdrawn claims, which a late acknowledgement may re-instate
-        self.notices: list[tuple[str, str, str]] = []  # kind, rollout id, attempt id
-        self.chains: dict[int, Chain] = {}  # bulk calls of which the last part has not come yet
-        self.line = Line()
+    session_id: str
+    #: When it was heard last, on the clock by which sessions age.
+    last_heard: float = declare(in_digest=False)
+    #: It is the process that owns the store.
+    eternal: bool = declare(False)
+    ended_at: float | None = declare(None)
+    #: Claims that are not acknowledged, and since when.
+    claims: dict[AttemptKey, float] = declare(
+        make=dict, pack=pairs, unpack=lambda rows: {(key[0], key[1]): since for key, since in rows}, shows=list
+    )
+    held: dict[AttemptKey, None] = declare(
+        make=dict, pack=list, unpack=lambda rows: dict.fromkeys(_keys(rows)), shows=list
+    )
+    #: Withdrawn claims, which a late acknowledgement may re-instate.
+    lost: dict[AttemptKey, Attempt] = declare(
+        make=dict, pack=pairs, unpack=lambda rows: {(key[0], key[1]): attempt for key, attempt in rows}, shows=pairs
+    )
+    #: Kind, rollout id, attempt id.
+    notices: list[tuple[str, str, str]] = declare(
+        make=list, pack=list, unpack=lambda rows: [tuple(row) for row in rows], in_digest=False
+    )
+    #: Bulk calls of which the last part has not come yet.
+    chains: dict[int, Chain] = declare(make=dict, pack=_chains_packed, unpack=_chains_unpacked, shows=_chains_packed)
+    line: Line = declare(make=Line, pack=packed, unpack=lambda values: unpacked(Line, values), in_digest=False)
 
     @property
     def is_idle(self) -> bool:
@@ -105,75 +140,93 @@ class Session:
         return not self.claims and not self.held
 
 
+@dataclass(slots=True, eq=False)
 class Taken:
     """That a consumer has taken a rollout: in which batch, which step of its model consumed it, whether for ever."""
 
-    __slots__ = ("batch", "is_durable", "note", "step")
-
-    def __init__(self, batch: int, step: int | None = None, *, note: str | None = None) -> None:
-        self.batch = batch
-        self.step = step
-        self.note = note
-        self.is_durable = False
+    batch: int
+    step: int | None = declare(None)
+    note: str | None = declare(None)
+    is_durable: bool = declare(False)
 
 
+@dataclass(slots=True, eq=False)
 class Consumer:
     """Who trains on finished rollouts: what it has seen, what it holds, what its durable model consumed."""
 
-    __slots__ = ("batches", "checkpoint", "cursor", "made", "open", "returned", "steps")
-
-    def __init__(self) -> None:
-        self.cursor: int | None = None  # in the completion log: up to here it was given everything
-        self.returned: dict[str, None] = {}  # came back, to be given again before anything new
-        self.made = 0  # batches so far
-        self.open: int | None = None  # the batch that it holds and has not consumed
-        self.batches: dict[int, list[str]] = {}  # rollouts of batches that no checkpoint has released
-        self.steps: dict[int, int] = {}  # of those, which step consumed which
-        self.checkpoint: int | None = None  # the model is durable at this step
+    #: In the completion log: up to here it was given everything.
+    cursor: int | None = declare(None)
+    #: Came back, to be given again before anything new.
+    returned: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
+    #: Batches so far.
+    made: int = declare(0)
+    #: The batch that it holds and has not consumed.
+    open: int | None = declare(None)
+    #: Rollouts of batches that no checkpoint has released.
+    batches: dict[int, list[str]] = declare(make=dict, pack=pairs, unpack=dict)
+    #: Of those, which step consumed which.
+    steps: dict[int, int] = declare(make=dict, pack=pairs, unpack=dict)
+    #: The model is durable at this step.
+    checkpoint: int | None = declare(None)
 
 
 NOBODY: Mapping[str, Taken] = MappingProxyType({})  #: shared by all rollouts that nobody took
 
 
+@dataclass(slots=True, eq=False)
 class AttemptClock:
     """When an attempt started and gave its last sign of life, on the clock that stands still in pauses."""
 
-    __slots__ = ("beat", "start")
-
-    def __init__(self, start: float) -> None:
-        self.start = start
-        self.beat: float | None = None
+    start: float
+    beat: float | None = declare(None)
 
 
+def _taken_packed(taken: Mapping[str, Taken]) -> list[Any]:
+    return [[consumer, packed(of_one)] for consumer, of_one in taken.items()]
+
+
+def _taken_unpacked(rows: list[Any]) -> Mapping[str, Taken]:
+    return {consumer: unpacked(Taken, values) for consumer, values in rows} or NOBODY
+
+
+@dataclass(slots=True, eq=False)
 class Entry:
     """All that is known of one rollout."""
 
-    __slots__ = (
-        "attempts", "bytes", "clocks", "cold", "deliveries", "former", "given", "holders", "number",
-        "order", "read", "released", "rollout", "suspect", "taken",
+    rollout: Rollout
+    #: In the order in which rollouts came.
+    number: int
+    #: The arguments of a caller-given id, to tell a repetition from a conflict.
+    given: tuple[Any, ...] | None = declare(None, unpack=lambda row: row if row is None else tuple(row))
+    #: That count for it, beside its spans.
+    bytes: int = declare(0)
+    #: In the order of their sequence ids; each with its clock.
+    attempts: list[Attempt] = declare(make=list)
+    clocks: list[AttemptClock] = declare(make=list, shows=lambda clocks: [shown(clock) for clock in clocks])
+    #: Its place in line, kept for when it comes back.
+    order: Order | None = declare(None, unpack=lambda row: row if row is None else (row[0], row[1]))
+    #: Somebody has read its spans. Reading costs nothing in a journal, so a snapshot does not know.
+    read: bool = declare(False, in_snapshot=False, in_digest=False)
+    released: bool = declare(False)
+    #: Its status before the latest attempt, for a claim that is taken back.
+    former: str = declare("queuing")
+    #: It was lost once in company: it is handed out alone from now on.
+    suspect: bool = declare(False)
+    #: Charged ones: aborts, and losses while alone.
+    deliveries: int = declare(0)
+    #: Session id by attempt id.
+    holders: dict[str, str] = declare(make=dict, pack=pairs, unpack=dict)
+    #: By consumer; replaced, never edited.
+    taken: Mapping[str, Taken] = declare(
+        make=lambda: NOBODY, pack=_taken_packed, unpack=_taken_unpacked,
+        shows=lambda taken: sorted((name, shown(of_one)) for name, of_one in taken.items()),
     )  # fmt: skip
-
-    cold: Any  # the chunk of a snapshot that it is in; only as long as nobody needed it
-
-    def __init__(self, rollout: Rollout, *, number: int, given: tuple[Any, ...] | None, size: int) -> None:
-        self.rollout = rollout
-        self.attempts: list[Attempt] = []  # in the order of their sequence ids
-        self.number = number  # insertion order
-        self.order: Order | None = None  # its place in line, kept for when it comes back
-        self.given = given  # the arguments of a caller-given id, to tell a repetition from a conflict
-        self.bytes = size
-        self.read = False
-        self.released = False
-        self.former = rollout.status  # its status before the latest attempt, for a claim that is taken back
-        self.suspect = False  # lost once in company: handed out alone from now on
-        self.deliveries = 0  # charged ones: infra, and losses while alone
-        self.clocks: list[AttemptClock] = []  # one for each attempt
-        self.holders: dict[str, str] = {}  # attempt id -> session id
-        self.taken = NOBODY  # by consumer; replaced, never edited
+    #: The chunk of a snapshot that it is in; only as long as nobody needed it.
+    cold: Any = field(init=False, repr=False)
 
     def __getattr__(self, name: str) -> Any:
         """A field that is not there yet: the entry is as it was found in a snapshot."""
-        if name == "cold" or name not in Entry.__slots__:
+        if name == "cold" or name not in _ENTRY_FIELDS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self.cold.thaw()
         return getattr(self, name)
@@ -197,6 +250,9 @@ class Entry:
     def charged(self) -> int:
         """How many attempts count against `max_attempts`."""
         return sum(attempt.outcome not in UNCHARGED for attempt in self.attempts)
+
+
+_ENTRY_FIELDS = frozenset(field.name for field in declared(Entry))
 
 
 @dataclass(slots=True)

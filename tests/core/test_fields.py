@@ -1,0 +1,175 @@
+"""Every field of every record is in rows, snapshots and digests, or on the list of those that are not to be."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import pytest
+
+from raystore.core.digest import digest
+from raystore.core.fields import declared, packed, unpacked
+from raystore.core.line import Kept, Line
+from raystore.core.payload import OnDisk
+from raystore.core.records import Attempt, Config, Rollout, Span
+from raystore.core.state import AttemptClock, Chain, Consumer, Entry, Session, Settings, State, Taken
+from raystore.errors import OverloadedError
+from raystore.journal import snapshot
+from raystore.journal.frames import Head
+
+CHAIN = Chain()
+CHAIN.notes, CHAIN.refusal = {"latest": "rs-1"}, OverloadedError(1, 2, 3.0)
+ATTEMPT = Attempt("mine", "at-9", 9, 1.0, None, "running", None, None, None, None, None, None, None, None)
+
+#: For each field of each record a value that it does not have by itself.
+SAMPLES = {
+    Rollout: {
+        "input": b"\x01\x02", "start_time": 5.0, "end_time": 6.0, "mode": "val", "resources_id": "rs-1",
+        "status": "running", "config": Config(1.0, 2.0, 3, ("failed",)), "metadata": b"\x01\x80", "group_id": "g",
+        "queue": "other", "priority": 3, "tags": {"k": 1}, "reward": 0.5,
+    },
+    Attempt: {
+        "sequence_id": 7, "start_time": 5.0, "end_time": 6.0, "status": "failed", "worker_id": "w",
+        "last_heartbeat_time": 7.0, "metadata": b"\x01\x80", "outcome": "infra", "error": "why",
+        "resources_version": 2, "policy_version": 3, "reward": 0.5, "attempt_id": "at-other",
+    },
+    Span: {
+        "attempt_id": "at-other", "sequence_id": 9, "span_id": "other", "trace_id": "other", "parent_id": "p",
+        "name": "other", "start_time": 1.5, "end_time": 2.5, "reward": 0.5, "body": OnDisk(0, 99), "size": 77,
+    },
+    AttemptClock: {"start": 7.0, "beat": 8.0},
+    Entry: {
+        "rollout": Rollout("mine", b"", 9.0, None, None, None, "queuing", Config(), None, None, "q", 0, {}, None),
+        "number": 99, "given": (b"\x01a", None, None), "bytes": 123, "attempts": [ATTEMPT],
+        "clocks": [AttemptClock(4.0)], "order": (-1, 5), "read": True, "released": True, "former": "requeuing",
+        "suspect": True, "deliveries": 2, "holders": {"at-gone": "s"}, "taken": MappingProxyType({"t": Taken(3)}),
+    },
+    Taken: {"batch": 9, "step": 2, "note": "n", "is_durable": True},
+    Consumer: {
+        "cursor": 5, "returned": {"mine": None}, "made": 3, "open": 2, "batches": {2: ["mine"]}, "steps": {1: 4},
+        "checkpoint": 1,
+    },
+    Session: {
+        "session_id": "other", "last_heard": 9.0, "eternal": True, "ended_at": 9.0, "claims": {("mine", "at"): 1.0},
+        "held": {("mine", "at"): None}, "lost": {("mine", "at-9"): ATTEMPT},
+        "notices": [("cancelled", "mine", "at")], "chains": {3: CHAIN}, "line": Line(expected=4),
+    },
+    Line: {
+        "expected": 3, "answered": 2, "ahead": {5}, "kept": {2: Kept(1, [[0, None]])},
+        "handed": {4: [("mine", "at")]},
+    },
+}  # fmt: skip
+
+#: What a snapshot does not hold: reading costs nothing in a journal, so that it is no step.
+NOT_IN_SNAPSHOTS = {(Entry, "read")}
+
+#: What a replay need not reproduce: what only a process knows, and what is still to be sent.
+NOT_IN_DIGESTS = {
+    (Entry, "read"), (Session, "last_heard"), (Session, "notices"), (Session, "line"), (Span, "body"), (Span, "size"),
+    *((Line, field.name) for field in declared(Line)),
+}  # fmt: skip
+
+
+def named(value):
+    return value.__name__ if isinstance(value, type) else value
+
+
+def made_state(kind=None, name=None, value=None):
+    """A small state, in which one field of one record has another value."""
+    state = State(Settings(eviction_bytes=10**9, safe_bytes=10**8, on_disk=True))
+    entry = state.entries["mine"] = Entry(
+        Rollout("mine", b"\x01x", 1.0, None, None, None, "queuing", Config(), None, None, "default", 0, {}, None),
+        1, attempts=[ATTEMPT.evolve(attempt_id="at", sequence_id=1)], clocks=[AttemptClock(1.0)],
+        holders={"at": "s"}, taken=MappingProxyType({"t": Taken(1)}),
+    )  # fmt: skip
+    span = Span("mine", "at", 1, "s1", "t", None, "n", 1.0, 2.0, None, OnDisk(0, 5), 10)
+    records = {
+        Entry: entry, AttemptClock: entry.clocks[0], Taken: entry.taken["t"],
+        Consumer: Consumer(), Session: Session("s", 1.0),
+    }  # fmt: skip
+    records[Line] = records[Session].line
+    if kind is Rollout:
+        entry.rollout = entry.rollout.evolve(**{name: value})
+    elif kind is Attempt:
+        entry.attempts[0] = entry.attempts[0].evolve(**{name: value})
+        entry.holders = {entry.attempts[0].attempt_id: "s"}
+    elif kind is Span:
+        span = span.evolve(**{name: value})
+    elif kind is not None:
+        setattr(records[kind], name, value)
+    state.spans._add_on_disk("mine", [span], [0])
+    state.consumers["c"] = records[Consumer]
+    state.sessions[records[Session].session_id] = records[Session]
+    return state
+
+
+def restored(state, path):
+    """The state that a snapshot of a state makes."""
+    snapshot.write(path, Head("s", 1, 1, 1, more={}), state, None, {})
+    found = State(state.settings)
+    snapshot.read(path, found)
+    return found
+
+
+def value_in(state, kind, name):
+    """The value of a field, as plain as a snapshot has it."""
+    entry = state.entries["mine"]
+    if kind is Span:
+        return getattr(state.spans.of("mine")[0], name)
+    (session,) = state.sessions.values()
+    record = {
+        Rollout: entry.rollout, Attempt: entry.attempts[0], Entry: entry, AttemptClock: entry.clocks[0],
+        Taken: entry.taken["t"], Consumer: state.consumers["c"], Session: session, Line: session.line,
+    }[kind]  # fmt: skip
+    value = getattr(record, name)
+    return next(field.pack(value) for field in declared(kind) if field.name == name)
+
+
+def plain(value):
+    """For comparing: records as rows, clocks and the like as their fields, tuples as lists."""
+    if isinstance(value, OnDisk):
+        return value.size
+    if hasattr(value, "row"):
+        return [plain(item) for item in value.row()]
+    if isinstance(value, AttemptClock):
+        return packed(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def test_every_field_has_a_sample():
+    """Whoever adds a field adds a value for it here, and it is looked for everywhere."""
+    missing = [
+        (kind.__name__, field.name)
+        for kind, samples in SAMPLES.items()
+        for field in declared(kind)
+        if field.name not in samples and field.name != "rollout_id"
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in SAMPLES for name in SAMPLES[kind]], ids=named)
+def test_a_field_is_in_snapshots_and_digests(kind, name, tmp_path):
+    """What a snapshot holds comes back as it was; what a replay must reproduce makes another digest."""
+    state = made_state(kind, name, SAMPLES[kind][name])
+    usual = made_state()
+    before, after = value_in(state, kind, name), value_in(restored(state, tmp_path / "s"), kind, name)
+    is_kept = plain(before) == plain(after)
+    assert is_kept == ((kind, name) not in NOT_IN_SNAPSHOTS)
+    assert (digest(state) != digest(usual)) == ((kind, name) not in NOT_IN_DIGESTS)
+
+
+def test_a_field_that_a_snapshot_lacks_takes_its_default(tmp_path):
+    """So does one that was added since; and what is there no longer is left out."""
+    values = packed(Consumer(made=3)) | {"no such field": 1}
+    del values["checkpoint"]
+    consumer = unpacked(Consumer, values)
+    assert (consumer.made, consumer.checkpoint) == (3, None)
+
+
+def test_rows_have_all_fields_in_order():
+    """A record crosses as its row, and comes back from it."""
+    for kind in (Rollout, Attempt, Span):
+        record = kind(*range(len(declared(kind))))
+        assert kind(*record.row()) == record
+        assert list(record.row()) == list(range(len(declared(kind))))
