@@ -40,7 +40,7 @@ from raystore.waiters import Deliver, Waiters
 
 logger = logging.getLogger("raystore.store")
 
-PROTOCOL = 3  #: version of the session protocol; client and store refuse each other when it differs
+PROTOCOL = 4  #: version of the session protocol; client and store refuse each other when it differs
 TICK_SECONDS = 1.0  #: between looks at the clock while there are deadlines, so that a standstill is measured
 LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of the process
 

@@ -89,9 +89,9 @@ class Run:
         """Note the answer of an item."""
         kept = self._kept.replies
         if item.is_more:
-            reply = _joined([VALUE, *kept.pop()[1:]], reply)
+            reply = _joined(kept.pop()[1], reply)
         self._ran[item.number] = reply
-        kept.append(to_keep(item.verb, reply) if item.is_last else [PARTLY, *reply[1:]])
+        kept.append(to_keep(item.verb, reply) if item.is_last else [PARTLY, reply])
 
     @property
     def ran(self) -> dict[int, Reply]:

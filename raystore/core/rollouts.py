@@ -100,13 +100,14 @@ def enqueue_many(
     for request, entry in zip(requests, existing, strict=True):
         if entry is None:
             entry = create(state, step, "queuing", request, latest)
-            _queue(state, entry, state.queues.tail(entry.rollout.priority))
+            enter_queue(state, entry, state.queues.tail(entry.rollout.priority))
             state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
         made.append(entry.rollout)
     return made
 
 
-def _queue(state: State, entry: Entry, order: tuple[int, int]) -> None:
+def enter_queue(state: State, entry: Entry, order: tuple[int, int]) -> None:
+    """Let a rollout wait in its queue, at a place."""
     rollout = entry.rollout
     entry.order = order
     state.queues.put(rollout.queue, rollout.rollout_id, order, aside=entry.suspect)
@@ -143,7 +144,7 @@ def move(
     if status in QUEUED:
         if rollout_id not in state.queues:
             place = entry.order if keep_place else None
-            _queue(state, entry, state.queues.tail(before.priority) if place is None else place)
+            enter_queue(state, entry, state.queues.tail(before.priority) if place is None else place)
     else:
         unqueue(state, entry)
     if status != before.status:

@@ -32,6 +32,10 @@ class Verb:
 
     def require(self, verb: str, arguments: dict[str, Any]) -> None:
         """Refuse what are no arguments of the verb; a peer's nonsense must not fail inside the core."""
+        self.require_names(verb, arguments)
+
+    def require_names(self, verb: str, arguments: dict[str, Any]) -> None:
+        """Refuse arguments that the verb does not have, and a call without those that it needs."""
         if not self._required <= arguments.keys() or not (self._known is None or arguments.keys() <= self._known):
             raise InvalidValueError("operation", (verb, sorted(arguments)), "a verb of this store with its arguments")
 

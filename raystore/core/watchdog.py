@@ -68,7 +68,7 @@ def advance(state: State, step: Step, due: Due) -> None:
     """Work off what is due."""
     active_now = step.now - state.paused
     for rollout_id in due.expired:
-        _expire(state, step, state.entries[rollout_id], active_now)
+        expire(state, step, state.entries[rollout_id], active_now)
     for session_id, key in due.withdrawn:
         take_back(state, step, state.sessions[session_id], key, why="withdrawn")
     for session_id in due.silent:
@@ -83,7 +83,8 @@ def _is_due(state: State, rollout_id: str, active_now: float) -> bool:
     return deadline is not None and active_now > deadline
 
 
-def _expire(state: State, step: Step, entry: Entry, active_now: float) -> None:
+def expire(state: State, step: Step, entry: Entry, active_now: float) -> None:
+    """The latest attempt of a rollout timed out or fell silent."""
     timeout = entry.rollout.config.timeout_seconds
     timed_out = timeout is not None and active_now - entry.clocks[-1].start > timeout
     latest = entry.attempts[-1]

@@ -23,17 +23,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raystore.errors import JournalMissingError, StoreError
+from raystore.errors import JournalInUseError, JournalMissingError, StoreError
 from raystore.failpoints import failpoint
 from raystore.journal import frames
 from raystore.journal.frames import Head
 from raystore.journal.reading import Reading
-from raystore.journal.replay import replay
+from raystore.journal.replay import Replay, replay
 from raystore.journal.segments import BODIES, RECORDS, SNAPSHOT, Directory, Place, unfinished
 
 DIFFERS = 3  #: exit code: the state is not what its writer found
 COPY_BYTES = 8 * 1024 * 1024
 LOCK = "compaction.lock"
+HELPER_PATIENCE_SECONDS = 60.0  #: for which a helper of another store is waited for
 
 
 def compact(directory: Directory, epoch: int, number: int) -> dict[str, Any]:
@@ -70,7 +71,37 @@ def _compact(directory: Directory, epoch: int, number: int) -> dict[str, Any]:
         raise JournalMissingError(str(directory.path), "a snapshot was to be made of it")
     if follower.differences:
         return {"differs": follower.differences[:10]}
-    place = reading.place
+    path, freed = _replace(directory, follower, reading.place)
+    return {
+        "seconds": round(time.monotonic() - started, 3),
+        "bytes": path.stat().st_size,
+        "freed": freed,
+        "operations": follower.operations,
+        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def rewrite(directory: Directory, follower: Replay, place: Place) -> None:
+    """Replace what was read, which is of an earlier format, by a snapshot of today's; its reader writes the journal.
+
+    A helper of the store before may still be at work, and is waited for.
+    """
+    until = time.monotonic() + HELPER_PATIENCE_SECONDS
+    while True:
+        try:
+            with _alone(directory):
+                _replace(directory, follower, place)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise JournalInUseError(
+                    str(directory.path), "a helper of the store before still replaces files"
+                ) from None
+            time.sleep(0.1)
+
+
+def _replace(directory: Directory, follower: Replay, place: Place) -> tuple[Path, int]:
+    """Write a snapshot that goes up to a place, and drop what it replaces: the file, and how many bytes were freed."""
     path = directory.segment(place.epoch, place.number, SNAPSHOT)
     needed = follower.write(path, place)
     failpoint("snapshot.named")
@@ -81,13 +112,7 @@ def _compact(directory: Directory, epoch: int, number: int) -> dict[str, Any]:
     for *_, old in directory.segments(SNAPSHOT)[:-1]:
         old.unlink()
     directory.sync()
-    return {
-        "seconds": round(time.monotonic() - started, 3),
-        "bytes": path.stat().st_size,
-        "freed": freed,
-        "operations": follower.operations,
-        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    return path, freed
 
 
 def _drop_segments(directory: Directory, place: Place, needed: list[int]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from raystore.errors import JournalDamagedError, JournalFormatError
 
-FORMAT = 1  #: of segments; older ones are read, newer ones refused
+FORMAT = 2  #: of segments and snapshots; older ones are read by their own rules, newer ones refused
 MAGIC = b"raystore journal "
 
 #: magic, records in the frame, length of the body, checksum, number of its first record, safe up to this record

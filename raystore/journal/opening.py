@@ -24,6 +24,7 @@ from raystore.errors import (
 )
 from raystore.failpoints import failpoint
 from raystore.journal import records
+from raystore.journal.compaction import rewrite
 from raystore.journal.keeper import Keeper
 from raystore.journal.log import FULL_SECONDS, Log, is_full
 from raystore.journal.progress import Progress
@@ -111,6 +112,8 @@ def _begin(
     progress.done()
     failpoint("opening.read")
     reading.sync()  # of a process that died, the last records may be in the system's memory only
+    if reading.is_old and found.started:
+        rewrite(directory, found, reading.place)
     store_id = found.started.get("store_id") or secrets.token_hex(8)
     first = reading.place.last + 1
     log = Log(directory, store_id=store_id, epoch=epoch, first=first, durability=config.durability)

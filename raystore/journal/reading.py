@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from raystore.errors import JournalDamagedError
 from raystore.journal import records, snapshot
+from raystore.journal.frames import FORMAT
 from raystore.journal.segments import SNAPSHOT, Cut, Directory, Place, read_segment, tail
 
 Segment = tuple[int, int, Path]
@@ -31,6 +32,8 @@ class Reading:
         self.place = Place(0, 0, 0, 0)  # where it has come to
         self.who: dict[str, Any] = {}  # what the newest writer said of itself; empty if there is none
         self.snapshot: Path | None = None  # to begin with
+        self.format = FORMAT  # of the record that was read last
+        self.is_old = False  # something that was read is of an earlier format
 
         def is_wanted(found: Segment) -> bool:
             return (epoch is None or found[0] < epoch) and (until is None or found[:2] <= until)
@@ -40,7 +43,8 @@ class Reading:
             raise FileNotFoundError(f"{directory.path}: a helper has replaced segments by a snapshot meanwhile")
         if snapshots := [found for found in snapshots if is_wanted(found)]:
             self.snapshot = snapshots[-1][2]
-            self.place, self.who = snapshot.read_head(self.snapshot)
+            self.place, self.who, format_ = snapshot.read_head(self.snapshot)
+            self.is_old = format_ < FORMAT
         self._limits: dict[int, Place] = {}  # by epoch, if a later one read it
         begin = (self.place.epoch, self.place.number)
         self._segments = self._that_count([found for found in segments if found[:2] > begin and is_wanted(found)])
@@ -83,6 +87,8 @@ class Reading:
             head, found = read_segment(path, limit.offset if limit is not None and is_cut else None)
             if head.first != expected or (head.epoch, head.number) != (epoch, number):
                 raise JournalDamagedError(str(path), 0, f"it begins with record {head.first}, and {expected} is next")
+            self.format = head.format
+            self.is_old = self.is_old or head.format < FORMAT
             end = 0
             for frame in found:
                 for record in frame.records():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raystore import wire
-from raystore.core import verbs, watchdog
+from raystore.core import format1, verbs, watchdog
 from raystore.core.batches import Item, Run, to_keep
 from raystore.core.digest import verify
 from raystore.core.line import AGAIN, ERROR, VALUE, Kept, Reply
@@ -23,7 +23,7 @@ from raystore.core.verbs import CHANGING
 from raystore.errors import StoreError, to_record
 from raystore.failpoints import failpoint
 from raystore.journal import records, snapshot
-from raystore.journal.frames import Head
+from raystore.journal.frames import FORMAT, Head
 from raystore.journal.reading import Reading
 from raystore.journal.records import Told
 from raystore.journal.segments import Place
@@ -37,8 +37,25 @@ class _Begun(NamedTuple):
 
     record: int  # number of the record with its bytes
     sequence: int
-    run: Run
+    run: Run | format1.Run
     parts: list[bytes]
+
+
+class Rules(NamedTuple):
+    """By which rules records are done again."""
+
+    run: Callable[..., Any]
+    steps: dict[str, Callable[..., Any]]
+    resume: Callable[..., None]
+    run_of: type[Run] | type[format1.Run]
+    are_digests_compared: bool
+
+
+#: Whoever changes what a record does, or what a digest covers, gives the old rules a file and an entry here.
+_RULES = {
+    1: Rules(format1.run, format1.STEPS, format1.resume, format1.Run, False),
+    FORMAT: Rules(verbs.run, STEPS, watchdog.resume, Run, True),
+}
 
 
 class Replay:
@@ -55,19 +72,21 @@ class Replay:
         self._settings: dict[str, Any] = {}
         self._runs: dict[str, _Begun] = {}  # by session
         self._indexes: snapshot.IndexFile | None = None
+        self._rules = _RULES[FORMAT]  # of the record that is done again
 
     @classmethod
     def of_snapshot(cls, path: Path) -> Replay:
         """The state that a snapshot holds."""
         follower = cls()
         state = follower.state
+        *_, format_ = snapshot.read_head(path)
         follower._indexes, more = snapshot.read(path, state)
         follower.last, follower.now, follower.started = more["last"], more["now"], more["started"]
         follower._configure(more["settings"])
         for session_id, record, sequence, parts, number, cut in more["runs"]:
             header, *operations = wire.split(parts, None)
             kept = state.sessions[session_id].line.kept.get(sequence) or Kept(header[6], [])
-            run = Run(state, kept, operations)
+            run = _RULES[format_].run_of(state, kept, operations)
             run.go_on(number, [Item(*row) for row in cut])
             follower._runs[session_id] = _Begun(record, sequence, run, parts)
         state.spans.written = follower.last
@@ -78,7 +97,7 @@ class Replay:
         runs = [
             (session_id, begun.record, begun.sequence, begun.parts, begun.run.next, [tuple(i) for i in begun.run.cut])
             for session_id, begun in self._runs.items()
-            if session_id in self.state.sessions and begun.run.may_change
+            if session_id in self.state.sessions and isinstance(begun.run, Run) and begun.run.may_change
         ]
         more = {
             "last": self.last, "now": self.now, "started": self.started, "settings": self._settings, "runs": runs,
@@ -87,8 +106,9 @@ class Replay:
         head = Head(self.started["store_id"], place.epoch, place.number, place.last + 1, more=told)
         return snapshot.write(path, head, self.state, self._indexes, more)
 
-    def feed(self, number: int, record: list[memoryview]) -> None:
-        """Do what one record says."""
+    def feed(self, number: int, record: list[memoryview], format_: int = FORMAT) -> None:
+        """Do what one record says, by the rules of the format in which it was written."""
+        self._rules = _RULES[format_]
         told = records.unpack(record[0])
         self.last, self.now = number, told.now
         self.state.spans.written = number
@@ -105,7 +125,7 @@ class Replay:
             known(told, record)
         else:
             self.operations += 1
-            STEPS[told.kind](self.state, self._step(told), *_keys_restored(told))
+            self._rules.steps[told.kind](self.state, self._step(told), *_keys_restored(told))
         self._forget_news()
 
     def _step(self, told: Told) -> Step:
@@ -121,7 +141,7 @@ class Replay:
         self.started, settings, _, away = told.arguments
         self._configure(settings)
         if away is not None:
-            watchdog.resume(self.state, told.step(), away)
+            self._rules.resume(self.state, told.step(), away)
 
     def _configure(self, settings: dict[str, Any]) -> None:
         self._settings = settings
@@ -130,7 +150,8 @@ class Replay:
 
     def _verified(self, told: Told, record: list[memoryview]) -> None:
         count, digest = told.arguments
-        if verify(self.state, count) != digest:
+        found = verify(self.state, count)
+        if found != digest and self._rules.are_digests_compared:
             self.differences.append(self.last)
 
     # -- operations --------------------------------------------------------------------------------------------------
@@ -143,8 +164,9 @@ class Replay:
         line.heard(answered, ahead)
         count, begun = told.arguments
         kept = line.begin(sequence, first_ticket)
+        del kept.replies[begun:]
         kept.replies.extend([AGAIN] * (begun - len(kept.replies)))  # what left no record changed nothing
-        run = Run(self.state, kept, operations)
+        run = self._rules.run_of(self.state, kept, operations)
         self._runs[session_id] = _Begun(self.last, sequence, run, parts)
         self._run(told, count)
 
@@ -176,7 +198,7 @@ class Replay:
             return AGAIN
         self.operations += 1
         try:
-            value = verbs.run(self.state, step, verb, arguments)
+            value = self._rules.run(self.state, step, verb, arguments)
         except StoreError as refusal:
             return [ERROR, *to_record(refusal)]
         return AGAIN if value is None and verb in WAITING else [VALUE, value]  # it waited, once
@@ -222,5 +244,5 @@ def replay(
             break
         before(number)
         failpoint("replay.record")
-        follower.feed(number, record)
+        follower.feed(number, record, reading.format)
     return follower

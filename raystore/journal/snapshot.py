@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import msgpack
 
+from raystore.core import format1
 from raystore.core.cold import Chunk
 from raystore.core.image import image, restore
 from raystore.core.payload import OnDisk, Payload
@@ -33,6 +34,7 @@ from raystore.journal.segments import Place, unfinished
 _END = struct.Struct("<8sQI")  # magic, where the sections begin, how many there are
 _END_MAGIC = b"rs-image"
 _INDEX = struct.Struct("<III")  # checksum, bytes of the rows, spans
+_EXACT = frozenset({"session", "consumers", "more"})  # sections whose values are packed as what they are
 _READ_BYTES = 16 * 1024 * 1024
 
 # Extension types.
@@ -164,7 +166,7 @@ def _write_indexes(file: BinaryIO, state: State, old: IndexFile | None, needed: 
 
 
 def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
-    packed = bytes(value.packed) if isinstance(value, Chunk) else _pack(value, exactly=name in ("session", "more"))
+    packed = bytes(value.packed) if isinstance(value, Chunk) else _pack(value, exactly=name in _EXACT)
     for chunk in frames.pack_frame([[name.encode(), packed]], number, 0):
         file.write(chunk)
 
@@ -172,12 +174,12 @@ def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_head(path: Path) -> tuple[Place, dict[str, Any]]:
-    """Up to where a snapshot goes, and who wrote the journal then."""
+def read_head(path: Path) -> tuple[Place, dict[str, Any], int]:
+    """Up to where a snapshot goes, who wrote the journal then, and its format."""
     with open(path, "rb") as file:
         head = frames.unpack_head(file.read(frames.HEAD_BYTES), str(path))[0]
     assert head.more is not None
-    return Place(head.epoch, head.number, head.more["offset"], head.first - 1), head.more["who"]
+    return Place(head.epoch, head.number, head.more["offset"], head.first - 1), head.more["who"], head.format
 
 
 def read(path: Path, state: State) -> tuple[IndexFile, dict[str, Any]]:
@@ -185,9 +187,19 @@ def read(path: Path, state: State) -> tuple[IndexFile, dict[str, Any]]:
     indexes = IndexFile(path)
     more: dict[str, Any] = {}
     with open(path, "rb", buffering=0) as file:
-        restore(state, _sections(file, path, more), _unpack)
+        head = frames.unpack_head(file.read(frames.HEAD_BYTES), str(path))[0]
+        sections = _sections(file, path, more)
+        restore(state, _of_format_1(sections) if head.format == 1 else sections, _unpack)
     state.spans.read_index = indexes.read
     return indexes, more
+
+
+def _of_format_1(sections: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for name, value in sections:
+        if name == "chunk":
+            yield name, _pack(format1.section(name, _unpack(value)), exactly=False)
+        else:
+            yield name, format1.section(name, value)
 
 
 def _sections(file: Any, path: Path, more: dict[str, Any]) -> Iterator[tuple[str, Any]]:

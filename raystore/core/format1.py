@@ -1,0 +1,575 @@
+"""The rules of journal format 1 (written up to 2026-11-29), by which its records are read.
+
+A replay must decide as its writer did. Where a rule has changed since, its old form stands here and nowhere else: verbs
+in `VERBS`, steps in `STEPS`, the start of a process in `resume`, batches in `Run`, and what a snapshot of that format
+held in `section`. What is not here is as it was. Only a replay comes here, and what goes on after it follows the rules
+of today.
+Not here: which records are of that format (`journal.reading`); digests, which are not compared across formats.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from raystore.core import attempts, retention, steps, verbs, watchdog, workers
+from raystore.core.batches import Item, to_keep
+from raystore.core.claims import LOST_CLAIMS_KEPT, Claimed, taken_over
+from raystore.core.cold import column
+from raystore.core.lifecycle import ACTIVE, FINISHED
+from raystore.core.line import ERROR, PARTLY, VALUE, Kept, Reply
+from raystore.core.payload import PLAIN, Opaque, Payload
+from raystore.core.rollouts import (
+    CONTENT,
+    RETRY_AFTER_SECONDS,
+    create,
+    enter_eviction,
+    enter_queue,
+    enter_retention,
+    move,
+)
+from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Session, State, Step, Taken, is_live_attempt
+from raystore.core.verb import Verb
+from raystore.errors import ConflictError, InvalidValueError, OverloadedError, StoreError, again
+
+# -- handing out -------------------------------------------------------------------------------------------------------
+
+
+def claim(
+    state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None, note_empty: bool = True
+) -> list[Entry]:
+    """Up to `limit` rollouts from the heads of the queues, in the order given; each gets an attempt.
+
+    `note_empty` records that the worker came away empty; not for a call that stays parked, which did so when it came.
+    """
+    claimed: list[Entry] = []
+    while len(claimed) < limit and not state.memory_full:
+        entry = _next(state, step.session, queues, claimed)
+        if entry is None:
+            break
+        attempt = attempts.begin(state, step, entry, worker_id=worker_id, kind="claimed")
+        claimed.append(entry)
+        session = step.session
+        if session is not None:
+            key = (entry.rollout.rollout_id, attempt.attempt_id)
+            session.held.pop(key, None)
+            session.claims[key] = step.age
+            state.claim_deadlines.guard((session.session_id, key))
+            if entry.suspect and not session.eternal:
+                state.drained = None if state.drained == session.session_id else state.drained
+                break
+    if not claimed and note_empty and worker_id is not None:
+        workers.came_away_empty(state, step, worker_id)
+    return claimed
+
+
+def _next(state: State, session: Session | None, queues: list[str], claimed: list[Entry]) -> Entry | None:
+    """What this session should do next, None if there is nothing for it."""
+    if session is None or session.eternal:  # a suspect can only end the store itself here
+        heads = (state.queues.first(queue) for queue in queues)
+        return next((state.entries[head] for head in heads if head is not None), None)
+    if state.suspects:
+        waiting = [head for queue in queues if (head := state.queues.head(queue, aside=True)) is not None]
+        if waiting:
+            if session.is_idle:
+                return state.entries[waiting[0]]
+            drained = state.sessions.get(state.drained or "")
+            if drained is None or drained.ended_at is not None:
+                state.drained = session.session_id
+            if state.drained == session.session_id:
+                return None
+    if _runs_suspect(state, session):
+        return None
+    heads = (state.queues.head(queue) for queue in queues)  # suspects wait aside, for a session of their own
+    return next((state.entries[head] for head in heads if head is not None), None)
+
+
+def _runs_suspect(state: State, session: Session) -> bool:
+    return any(
+        (entry := state.entries.get(rollout_id)) is not None and entry.suspect
+        for keys in (session.claims, session.held)
+        if len(keys) <= 1  # a suspect runs alone
+        for rollout_id, _ in keys
+    )
+
+
+def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, why: str) -> bool:
+    """Undo a claim: the attempt disappears and the rollout stands in its old place. Whether there was one to undo.
+
+    `why` is "declined" (its caller had gone) or "withdrawn" (nobody acknowledged it: counted as a loss in company).
+    """
+    entry = state.entries.get(key[0])
+    attempt = entry.latest if entry else None
+    if (
+        entry is None
+        or attempt is None
+        or attempt.attempt_id != key[1]
+        or attempt.status != "preparing"
+        or attempt.last_heartbeat_time is not None
+        or entry.holders.get(key[1]) != session.session_id
+    ):
+        session.claims.pop(key, None)
+        return False
+    state.remove_latest(entry)
+    session.claims.pop(key, None)
+    session.held.pop(key, None)
+    if why == "withdrawn":
+        session.lost[key] = attempt
+        if len(session.lost) > LOST_CLAIMS_KEPT:
+            del session.lost[next(iter(session.lost))]
+        entry.suspect = True
+        state.withdrawals += 1
+    if entry.rollout.status == "preparing":  # else somebody has decided otherwise meanwhile, by hand
+        move(state, step, entry, entry.former, keep_place=True, kind=why)
+    if attempt.worker_id is not None:
+        worker = state.workers.get(attempt.worker_id)
+        if worker is not None and worker.current_attempt_id == key[1]:
+            workers.came_away_empty(state, step, attempt.worker_id)
+    return True
+
+
+def end_session(state: State, step: Step, session: Session, *, why: str) -> None:
+    """A client process has ended: claims are taken back, attempts are lost and offered again."""
+    if session.ended_at is not None:
+        return
+    session.ended_at = step.age
+    state.ended.append(session.session_id)
+    company = len(session.held) + len(session.claims)
+    held, claims = list(session.held), list(session.claims)
+    if held or claims:
+        state.changes.append(step.now, "session_ended", session_id=session.session_id, why=why, attempts=company)
+    for key in claims:
+        take_back(state, step, session, key, why="withdrawn")
+    for key in held:
+        entry = state.entries.get(key[0])
+        if entry is not None:
+            attempts.lose(state, step, entry, key[1], alone=company == 1)
+    session.held.clear()
+    session.claims.clear()
+    session.notices.clear()
+    if state.drained == session.session_id:
+        state.drained = None
+    state.session_deadlines.guard(session.session_id)
+    state.queues_touched.update(state.queues.lengths())
+
+
+def _dequeue(
+    state: State,
+    step: Step,
+    *,
+    queues: list[str],
+    limit: int,
+    worker_id: str | None,
+    timeout: float = 0.0,
+    of: int | None = None,
+) -> list[Claimed] | None:
+    if of is not None and step.session is not None and (handed := taken_over(state, step.session, of)):
+        return handed
+    workers.admit(state, worker_id)
+    claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id)
+    if not claimed and timeout > 0 and limit > 0:
+        return None
+    return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
+
+
+def _hand_over(
+    state: State, step: Step, session_id: str, ticket: int, queues: list[str], limit: int, worker_id: str | None
+) -> list[Entry]:
+    session = state.sessions[session_id]
+    step.session = session
+    claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
+    if claimed:
+        keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
+        session.line.hand(ticket, keys, session.claims)
+    return claimed
+
+
+def _take_back(state: State, step: Step, session_id: str, keys: list[AttemptKey]) -> None:
+    for key in keys:
+        take_back(state, step, state.sessions[session_id], key, why="declined")
+
+
+def _decline(state: State, step: Step, *, rollout_id: str, attempt_id: str) -> bool:
+    assert step.session is not None
+    return take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
+
+
+def _end_session(state: State, step: Step, session_id: str, why: str) -> None:
+    end_session(state, step, state.sessions[session_id], why=why)
+
+
+def _report_session(state: State, step: Step, *, session_id: str | None, worker_id: str | None = None) -> bool:
+    """Any session that held work of the worker ended too, that of another pool's worker of this name as well.
+
+    Their order was that of a set, and is not known any more; it decided only the order of what is told of them.
+    """
+    ended = dict.fromkeys([session_id])
+    for rollout_id in state.indexes.find(("worker", worker_id)):
+        entry = state.entries[rollout_id]
+        ended[entry.holders.get(entry.attempts[-1].attempt_id) if is_live_attempt(entry.attempts[-1]) else None] = None
+    sessions = [state.sessions[found] for found in ended if found is not None and found in state.sessions]
+    live = [session for session in sessions if session.ended_at is None and not session.eternal]
+    for session in live:
+        end_session(state, step, session, why="reported")
+    return bool(live)
+
+
+def _advance(state: State, step: Step, *due: list[Any]) -> None:
+    found = watchdog.Due(*due)
+    active_now = step.now - state.paused
+    for rollout_id in found.expired:
+        watchdog.expire(state, step, state.entries[rollout_id], active_now)
+    for session_id, key in found.withdrawn:
+        take_back(state, step, state.sessions[session_id], key, why="withdrawn")
+    for session_id in found.silent:
+        end_session(state, step, state.sessions[session_id], why="silence")
+    for session_id in found.forgotten:
+        del state.sessions[session_id]
+    retention.delete(state, step, found.deleted)
+
+
+def resume(state: State, step: Step, away: float) -> None:
+    """Another process went on with the store."""
+    state.paused += away
+    for session_id, session in list(state.sessions.items()):
+        session.last_heard = step.age
+        session.claims = dict.fromkeys(session.claims, step.age)
+        if session.eternal:
+            end_session(state, step, session, why="ended with its store")
+            del state.sessions[session_id]
+    for status in ACTIVE:
+        for rollout_id in state.indexes.find(("status", status)):
+            entry = state.entries[rollout_id]
+            entry.clocks[-1].beat = step.now - state.paused
+            state.deadlines.guard(rollout_id)
+    state.guard_sessions()
+    state.changes.append(step.now, "resumed", seconds=away)
+
+
+# -- enqueuing ---------------------------------------------------------------------------------------------------------
+
+
+def _enqueue(
+    state: State, step: Step, *, requests: list[dict[str, Any]], admit: int | None = None, chain: Chain | None = None
+) -> list[verbs.Pair]:
+    """A repetition was refused at `max_queued`, and content that is pickled always counted as the same."""
+    latest = chain.notes.setdefault("latest", state.resources.latest_id) if chain else state.resources.latest_id
+    existing = [_existing(state, request) for request in requests]
+    seen: dict[str, dict[str, Any]] = {}
+    for request in requests:
+        rollout_id = request.get("rollout_id")
+        if rollout_id is not None and seen.setdefault(rollout_id, request) is not request:
+            raise InvalidValueError("rollout_id", rollout_id, "each caller-given id once per call")
+    new = existing.count(None) if admit is None else admit
+    limit = state.settings.max_queued
+    if limit is not None and new and len(state.queues) + new > limit:
+        raise OverloadedError(len(state.queues), limit, RETRY_AFTER_SECONDS, new)
+    made = []
+    for request, entry in zip(requests, existing, strict=True):
+        if entry is None:
+            entry = create(state, step, "queuing", request, latest)
+            enter_queue(state, entry, state.queues.tail(entry.rollout.priority))
+            state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
+        made.append((entry.rollout, entry.latest))
+    return made
+
+
+def _existing(state: State, request: dict[str, Any]) -> Entry | None:
+    rollout_id = request.get("rollout_id")
+    entry = state.entries.get(rollout_id) if rollout_id is not None else None
+    if entry is None:
+        return None
+    given = entry.given or (None,) * len(CONTENT)
+    differing = []
+    for name, before in zip(CONTENT, given, strict=True):
+        now = request.get(name)
+        same = _same_content(before, now) if name in ("input", "metadata") else before == now
+        if not same:
+            differing.append(name)
+    if entry.given is None or differing:
+        raise ConflictError(entry.rollout.rollout_id, differing or ["origin"])
+    return entry
+
+
+def _same_content(one: Opaque, other: Opaque) -> bool:
+    mine, theirs = (p.data if isinstance(p, Payload) else p for p in (one, other))
+    if mine is not None and theirs is not None and mine[0] == theirs[0] == PLAIN:
+        return mine == theirs
+    return (one is None) == (other is None)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def _take(
+    state: State, step: Step, *, consumer: str, count: int, timeout: float = 0.0
+) -> tuple[list[verbs.Pair], int] | None:
+    return _take_now(state, step, consumer, count, timeout <= 0)
+
+
+def _take_now(state: State, step: Step, consumer: str, count: int, must: bool) -> tuple[list[verbs.Pair], int] | None:
+    """A consumer held one batch at most, and was given it again; failed rollouts were taken as well."""
+    known = state.consumers.get(consumer)
+    if known is not None and known.open is not None:
+        chosen = [i for i in known.batches[known.open] if i in state.entries]
+        return [_pair(state, i) for i in chosen], known.open
+    chosen = _available(state, known, count)
+    if not must and len(chosen) < count:
+        return None
+    if not chosen:
+        return [], 0
+    if known is None:
+        known = state.consumers[consumer] = Consumer()
+    known.made += 1
+    known.open = known.made
+    known.batches[known.open] = chosen
+    for rollout_id in chosen:
+        entry = state.entries[rollout_id]
+        entry.taken = {**entry.taken, consumer: Taken(known.made)}
+        state.touch(rollout_id)
+        enter_retention(state, entry)
+        if state.spans.has(rollout_id):
+            enter_eviction(state, entry)
+        if rollout_id in known.returned:
+            del known.returned[rollout_id]
+        else:
+            known.cursor = state.completions.place(rollout_id)
+    state.changes.append(step.now, "taken", consumer=consumer, batch=known.made, rollouts=len(chosen))
+    return [_pair(state, i) for i in chosen], known.made
+
+
+def _pair(state: State, rollout_id: str) -> verbs.Pair:
+    entry = state.entries[rollout_id]
+    return entry.rollout, entry.latest
+
+
+def _available(state: State, known: Consumer | None, count: int) -> list[str]:
+    returned = known.returned if known is not None else {}
+    chosen = [i for i in returned if i in state.entries and _is_for_training(state.entries[i])][:count]
+    if len(chosen) == count:
+        return chosen
+    for _, rollout_id in state.completions.after(known.cursor if known is not None else None):
+        if rollout_id not in returned and _is_for_training(state.entries[rollout_id]):
+            chosen.append(rollout_id)
+            if len(chosen) == count:
+                break
+    return chosen
+
+
+def _is_for_training(entry: Entry) -> bool:
+    if entry.rollout.status not in FINISHED or entry.rollout.status == "cancelled":
+        return False
+    return entry.latest is None or entry.latest.outcome != "dropped"
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+VERBS: dict[str, Verb] = verbs.VERBS | {
+    "dequeue": Verb(_dequeue),
+    "decline": Verb(_decline),
+    "enqueue": Verb(_enqueue),
+    "take": Verb(_take),
+    "report_session": Verb(_report_session),
+}
+
+STEPS: dict[str, Callable[..., Any]] = steps.STEPS | {
+    "advance": _advance,
+    "hand_over": _hand_over,
+    "take": _take_now,
+    "take_back": _take_back,
+    "end_session": _end_session,
+}
+
+
+def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
+    """Run one verb: only the names of its arguments were looked at."""
+    spec = VERBS.get(verb)
+    if spec is None:
+        raise InvalidValueError("operation", verb, "a verb of this store")
+    spec.require_names(verb, arguments)
+    if arguments.get("chain") is None:
+        return spec.run(state, step, **arguments)
+    assert step.session is not None
+    chain_id, is_last = arguments["chain"]
+    chains = step.session.chains
+    chain = chains.setdefault(chain_id, Chain())
+    if is_last:
+        del chains[chain_id]
+    if chain.refusal is not None:
+        raise again(chain.refusal)
+    try:
+        return spec.run(state, step, **(arguments | {"chain": chain}))
+    except StoreError as refusal:
+        chain.refusal = refusal
+        raise
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+DIVISIBLE = frozenset({"cancel_rollouts", "release", "delete_rollouts"})
+PIECE = 100  #: rollouts of a long operation that were worked off at once
+
+
+class Run:
+    """A batch under way. A refused piece of a long operation did not stop the pieces behind it.
+
+    What came of that was never told: the writer failed while it joined the answers, and its client repeated the batch.
+    Here the refusal is the answer that it should have been.
+    """
+
+    __slots__ = ("_is_more", "_kept", "_operations", "_state", "cut", "next")
+
+    def __init__(self, state: State, kept: Kept, operations: list[Any]) -> None:
+        self._state, self._kept, self._operations = state, kept, operations
+        self.next = len(kept.replies)
+        self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]
+        if self._is_more:
+            self.next -= 1
+        self.cut: deque[Item] = deque()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        if self.cut:
+            return self.cut.popleft()
+        number = self.next
+        if number >= len(self._operations):
+            raise StopIteration
+        self.next += 1
+        verb, arguments = "", {}
+        match self._operations[number]:
+            case [str(name), dict(given)]:
+                verb, arguments = name, given
+        ticket = self._kept.first_ticket + number
+        if verb not in DIVISIBLE:
+            return Item(number, ticket, verb, arguments)
+        cuts = _pieces(self._state, verb, arguments)
+        for index, piece in enumerate(cuts, 1):
+            self.cut.append(Item(number, ticket, verb, piece, self._is_more or index > 1, index == len(cuts)))
+        self._is_more = False
+        return self.cut.popleft()
+
+    def go_on(self, number: int, cut: list[Item]) -> None:
+        """Go on where another run of the same batch stood."""
+        self.next, self.cut, self._is_more = number, deque(cut), False
+
+    def answer(self, item: Item, reply: Reply) -> None:
+        """Note the answer of an item."""
+        replies = self._kept.replies
+        if item.is_more:
+            before = replies.pop()[1]
+            if before[0] != VALUE:
+                reply = before
+            elif reply[0] == VALUE:
+                reply = [VALUE, before[1] + reply[1]]
+        replies.append(to_keep(item.verb, reply) if item.is_last else [PARTLY, reply])
+
+
+def _pieces(state: State, verb: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        VERBS[verb].require_names(verb, arguments)
+        if verb == "cancel_rollouts":
+            ids, rest = verbs.chosen_among(state, **arguments), {"group_id": None, "tags": None}
+        else:
+            ids, rest = arguments["rollout_ids"], {}
+        cuts = [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)]
+    except (InvalidValueError, TypeError, AttributeError):
+        return [arguments]
+    return [rest | {"rollout_ids": part} for part in cuts or [[]]]
+
+
+# -- snapshots ---------------------------------------------------------------------------------------------------------
+
+_ROLLOUT = (
+    "input", "start_time", "end_time", "mode", "resources_id", "status", "config", "metadata", "group_id", "queue",
+    "priority", "tags", "reward",
+)  # fmt: skip
+_ATTEMPT = (
+    "attempt_id", "sequence_id", "start_time", "end_time", "status", "worker_id", "last_heartbeat_time", "metadata",
+    "outcome", "error", "resources_version", "policy_version", "reward",
+)  # fmt: skip
+_FEW_VALUES = frozenset(
+    {"mode", "resources_id", "status", "config", "group_id", "queue", "priority"}
+    | {"sequence_id", "worker_id", "outcome", "error", "resources_version", "policy_version"}
+)
+
+
+def section(name: str, value: Any) -> Any:
+    """A section of a snapshot as it stands today; a chunk unpacked."""
+    if name == "chunk":
+        return _chunk(value)
+    if name == "consumers":
+        return {consumer: _consumer(row) for consumer, row in value.items()}
+    return _session(value) if name == "session" else value
+
+
+def _expanded(packed: Any) -> list[Any]:
+    values, rows = packed
+    if len(values) == 1:
+        return list(values) * (len(rows) or 1)
+    return [values[row] for row in rows] if rows else list(values)
+
+
+def _columns(found: list[Any], names: tuple[str, ...]) -> dict[str, Any]:
+    named = zip(names, found, strict=True)
+    return {name: column(_expanded(c) if name in _FEW_VALUES else list(c)) for name, c in named}
+
+
+def _chunk(found: list[Any]) -> dict[str, Any]:
+    (
+        configs, rollouts, counts, attempts_, starts, beats, numbers, orders, sizes, formers, holders,
+        others, given, released, suspects, deliveries, taken,
+    ) = found  # fmt: skip
+    length, tried = len(counts), sum(counts)
+
+    def some(rows: list[Any], usual: Any) -> Any:
+        values = [usual] * length
+        for row, value in rows:
+            values[row] = value
+        return column(values, usual)
+
+    return {
+        "configs": configs,
+        "rollouts": _columns(rollouts, _ROLLOUT),
+        "counts": counts,
+        "attempts": _columns(attempts_, _ATTEMPT) if tried else {},
+        "clocks": {"start": column(list(starts)), "beat": column(list(beats))},
+        "holders": column(_expanded(holders) if tried else []),
+        "others": others,
+        "entries": {
+            "number": column(list(numbers)),
+            "order": column(list(orders)),
+            "bytes": column(list(sizes), 0),
+            "former": column(_expanded(formers), "queuing"),
+            "given": some(given, None),
+            "released": some([(row, True) for row in released], False),
+            "suspect": some([(row, True) for row in suspects], False),
+            "deliveries": some(deliveries, 0),
+            "taken": some([(row, [_taken(one) for one in rows]) for row, rows in taken], []),
+        },
+    }
+
+
+def _taken(row: list[Any]) -> list[Any]:
+    consumer, batch, step, note, is_durable = row
+    return [consumer, {"batch": batch, "step": step, "note": note, "is_durable": is_durable}]
+
+
+def _consumer(row: list[Any]) -> dict[str, Any]:
+    names = ("cursor", "returned", "made", "open", "batches", "steps", "checkpoint")
+    return dict(zip(names, row, strict=True))
+
+
+def _session(row: list[Any]) -> dict[str, Any]:
+    names = ("session_id", "eternal", "last_heard", "ended_at", "claims", "held", "lost", "notices", "chains", "line")
+    values = dict(zip(names, row, strict=True))
+    values["line"] = dict(zip(("expected", "answered", "ahead", "kept", "handed"), values["line"], strict=True))
+    for _, (_, replies) in values["line"]["kept"]:
+        replies[:] = [_partly(reply) if reply[:1] == [PARTLY] else reply for reply in replies]
+    return values
+
+
+def _partly(reply: Reply) -> Reply:
+    return [PARTLY, [VALUE, reply[1]] if len(reply) == 2 else [ERROR, *reply[1:]]]
