@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 from raystore.calls import Call
@@ -54,6 +54,18 @@ def claimed_keys(claims: Any) -> list[tuple[str, str]]:
         else:
             keys.append((rollout.rollout_id, attempt.attempt_id))
     return keys
+
+
+def without(claims: list[Any], lost: Iterable[Any]) -> list[Any]:
+    """What a dequeue answered, without the claims that are lost, by their keys."""
+    gone = {(key[0], key[1]) for key in lost}
+    return [claim for claim, key in zip(claims, claimed_keys(claims), strict=True) if key not in gone]
+
+
+def with_time_left(arguments: dict[str, Any], elapsed: float) -> dict[str, Any]:
+    """The arguments of a call that is to be repeated; one that waits does so for what is left of its time."""
+    timeout = arguments.get("timeout")
+    return arguments if not timeout else arguments | {"timeout": max(timeout - elapsed, 0.0)}
 
 
 class LocalTransport:
@@ -120,6 +132,8 @@ class LocalTransport:
             if verb == "dequeue" and answer:  # nothing can come between
                 self.service.acknowledge(self._session, claimed_keys(answer))
             return answer
+        waits = arguments
+        started = self.service.clock.now()
         while True:
             call = self.post(verb, arguments)
             try:
@@ -133,9 +147,12 @@ class LocalTransport:
             if isinstance(answer, Many):
                 answer.items = self.service.with_bodies(answer.items)
             claimed = claimed_keys(answer) if verb == "dequeue" else []
-            if not claimed or not self.service.acknowledge(self._session, claimed):
+            if not claimed:
                 return answer
-            # The loop was blocked for so long that the work went to somebody else: try again.
+            if kept := without(answer, self.service.acknowledge(self._session, claimed)):
+                return kept
+            # The loop was blocked for so long that all of the work went to somebody else: try again.
+            arguments = with_time_left(waits, self.service.clock.now() - started)
 
     def abandon(self, call: Call) -> None:
         """The caller has gone: it waits no longer, and what it was handed goes back."""

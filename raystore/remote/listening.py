@@ -7,6 +7,7 @@ Not here: what is parked (`parked`), what an answer does (`session`).
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from raystore import wire
@@ -15,6 +16,8 @@ from raystore.remote.handshake import CLIENT
 
 if TYPE_CHECKING:
     from raystore.remote.session import Session
+
+logger = logging.getLogger("raystore")
 
 
 class Listening:
@@ -44,18 +47,26 @@ class Listening:
     def _on_listened(self, session_id: str, tickets: list[int], future: Any) -> None:
         session = self._session
         try:
-            answer = future.result()
-        except Exception as error:
-            with session.lock:
-                session.parked.listened(tickets)
+            epoch, outcome, *rest = wire.unpack_answer(future.result())
+        except Exception as error:  # no answer, or none that can be read
+            with session.lock:  # of a session that was renewed meanwhile the same tickets would be other calls
+                session.parked.listened(tickets if session_id == session.session_id else [])
             if not session.has_died(error):
                 session.timer.listen_failed()
             return
-        epoch, outcome, *rest = wire.unpack_answer(answer)
+        try:
+            self._on_answer(session_id, epoch, outcome, rest)
+        except Exception:  # the next call may fare better, and what came will come again
+            logger.exception("What store %r had to say could not be taken", session.store)
+            session.timer.listen_failed()
+
+    def _on_answer(self, session_id: str, epoch: int, outcome: int, rest: list[Any]) -> None:
+        session = self._session
         with session.lock:
             session.parked.listened([])
-            resumed = session.follow(epoch) if session_id == session.session_id and outcome == wire.DONE else []
-        if session_id != session.session_id:
+            is_ours = session_id == session.session_id
+            resumed = session.follow(epoch) if is_ours and outcome == wire.DONE else []
+        if not is_ours:
             session.timer.wake()
             return
         if outcome == wire.BROKEN:

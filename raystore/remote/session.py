@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
@@ -24,6 +24,7 @@ from raystore import wire
 from raystore.core.state import AttemptKey
 from raystore.errors import (
     OutcomeUnknownError,
+    OverloadedError,
     PayloadTooLargeError,
     ProtocolMismatchError,
     StoreClosedError,
@@ -41,7 +42,7 @@ from raystore.remote.parked import ParkedCalls
 from raystore.remote.retries import Retries
 from raystore.remote.timer import SessionTimer
 from raystore.service import PROTOCOL
-from raystore.transport import claimed_keys
+from raystore.transport import claimed_keys, with_time_left, without
 
 logger = logging.getLogger("raystore")
 
@@ -104,6 +105,8 @@ class Session:
 
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
         """Run one operation. A claim is acknowledged once its caller is running again, or given back."""
+        waits = arguments
+        started = time.monotonic()
         while True:
             operation = self.post(verb, arguments)
             try:
@@ -116,10 +119,11 @@ class Session:
                     return answer
                 # Once lost or withdrawn: known to the store before its caller sees it, so that whoever dies of it
                 # is found.
-                if not await self.call("acknowledge", {"keys": keys}):
-                    self._seen(keys, acknowledged=True)
-                    return answer
+                lost = await self.call("acknowledge", {"keys": keys})
                 self._seen(keys, acknowledged=True)
+                if kept := without(answer, lost):
+                    return kept
+                arguments = with_time_left(waits, time.monotonic() - started)
             except GeneratorExit:
                 self._orphans.append(operation)
                 raise
@@ -179,18 +183,24 @@ class Session:
     def _on_reply(self, batch: Batch, future: Any) -> None:
         """An answer has come, on a thread of Ray's."""
         try:
-            answer = future.result()
-        except Exception as error:
+            epoch, outcome, *rest = wire.unpack_answer(future.result())
+        except Exception as error:  # no answer, or none that can be read
             self._on_failure(batch, error)
             return
-        epoch, outcome, *rest = wire.unpack_answer(answer)
+        try:
+            self._on_answer(batch, epoch, outcome, rest)
+        except Exception as error:  # nobody else would tell the callers of this batch
+            logger.exception("The answer to a batch of store %r could not be taken", self.store)
+            self._give_up(batch, f"its answer could not be taken. {_first_line(error)}")
+
+    def _on_answer(self, batch: Batch, epoch: int, outcome: int, rest: list[Any]) -> None:
         if batch.session_id != self.session_id:
             return  # of a session that was renewed: its operations were sent again
         if outcome == wire.REFUSED:
             self.fail(ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", rest[0]))
             return
-        if outcome == wire.BROKEN:  # the store came back and could not go on
-            self.fail(from_record(*rest[0]))
+        if outcome == wire.BROKEN:
+            self._on_broken(batch, from_record(*rest[0]))
             return
         if epoch < self.epoch:  # of a process that has been replaced, and does not know it yet
             self._on_failure(batch, StoreUnavailableError(self.store, "a process answered that was replaced"))
@@ -217,6 +227,13 @@ class Session:
         self.resume(resumed)
         if self.parked.wanted and not self.parked.listening:
             self.timer.wake()
+
+    def _on_broken(self, batch: Batch, error: Exception) -> None:
+        """The store takes nothing of this session: for now, if it has too much to do, else for good."""
+        if not isinstance(error, OverloadedError):  # it came back and could not go on
+            self.fail(error)
+            return
+        self._drop(batch, lambda operation: error)
 
     def _settle(self, answers: Iterable[tuple[Operation, list[Any]]]) -> None:
         """Give answers to their callers: one wake-up for each loop, however many they are."""
@@ -371,7 +388,7 @@ class Session:
         if again_later:
             self.timer.wake()
         else:
-            self._give_up(batch, error)
+            self._give_up(batch, f"no answer for {retries.RETRY_SECONDS:g} s. {_first_line(error)}")
 
     def has_died(self, error: Exception) -> bool:
         if isinstance(error, ray.exceptions.ActorDiedError):
@@ -379,12 +396,20 @@ class Session:
             return True
         return False
 
-    def _give_up(self, batch: Batch, error: Exception) -> None:
-        why = f"no answer for {retries.RETRY_SECONDS:g} s. {_first_line(error)}"
-        for operation in batch.operations:
+    def _give_up(self, batch: Batch, why: str) -> None:
+        """Nobody knows what became of a batch."""
+
+        def doubt(operation: Operation) -> Exception:
             kind = OutcomeUnknownError if operation.changes else StoreUnavailableError
-            self._refuse(operation, kind(self.store, why))
-        batch.operations = []
+            return kind(self.store, why)
+
+        self._drop(batch, doubt)
+
+    def _drop(self, batch: Batch, why: Callable[[Operation], Exception]) -> None:
+        """Refuse the operations of a batch, which leaves a gap: what follows goes on in another session."""
+        operations, batch.operations = batch.operations, []
+        for operation in operations:
+            self._refuse(operation, why(operation))
         self.renew(self.epoch)
 
     def renew(self, epoch: int) -> None:

@@ -1,0 +1,145 @@
+"""A client's session when the store refuses, answers nonsense, or comes back to it too late."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+import raystore as rs
+from raystore import wire
+from raystore.codec import encode
+from raystore.core import bounds
+from raystore.errors import OutcomeUnknownError, StoreOverloadedError
+from raystore.remote import retries, session
+from tests.helpers import until
+from tests.service.near import NearStore
+
+ENQUEUE = {"requests": [{"input": encode("x", "input", 1000), "metadata": None}]}
+DEQUEUE = {"queues": ["default"], "limit": 1, "worker_id": None}
+
+
+@pytest.fixture
+def near(monkeypatch):
+    """A store in this process."""
+    monkeypatch.setattr(session, "ray_connection", lambda: ("here", "me"))
+    store = NearStore()
+    yield store
+    store.close()
+
+
+async def test_a_session_that_was_refused_is_served_once_there_is_room(near, monkeypatch):
+    """The error says so: each call asks the store again, and those that nobody refused are served."""
+    monkeypatch.setattr(bounds, "SESSIONS", 1)
+    first, second = near.connect(), near.connect()
+    await first.call("enqueue", ENQUEUE)
+    for _ in range(3):
+        before = near.calls
+        told = await asyncio.gather(*(second.call("enqueue", ENQUEUE) for _ in range(3)), return_exceptions=True)
+        assert [type(error) for error in told] == [StoreOverloadedError] * 3 and near.calls > before
+    monkeypatch.setattr(bounds, "SESSIONS", 2)
+    assert len(await second.call("enqueue", ENQUEUE)) == 1
+    assert (await second.call("statistics", {}))["total_rollouts"] == 2  # what was refused had no effect
+
+
+@pytest.mark.parametrize("verb", ["exchange", "listen"])
+async def test_an_answer_that_cannot_be_read_is_asked_for_again(near, verb):
+    """It is as if none had come: the batch is sent again and has its effect once, the listen call is parked again."""
+    spoilt = []
+
+    def spoil(name, answer):
+        if name != verb or len(spoilt) == 2:
+            return answer
+        spoilt.append(name)
+        return b"\xc1"  # which no packer makes
+
+    near.spoil = spoil
+    peer = near.connect()
+    waiting = asyncio.ensure_future(peer.call("dequeue", DEQUEUE | {"timeout": 20.0}))
+    await asyncio.sleep(0)
+    await near.connect().call("enqueue", ENQUEUE)
+    assert len(await asyncio.wait_for(waiting, 15)) == 1
+    assert len(spoilt) == 2 and (await peer.call("statistics", {}))["total_attempts"] == 1
+
+
+async def test_an_answer_that_makes_no_sense_is_told(near):
+    """Its callers learn that nobody knows, and the session goes on."""
+
+    def spoil(name, answer):
+        near.spoil = lambda name, answer: answer
+        return wire.pack_answer(near.service.epoch, wire.DONE, [], [], [], (1, False))
+
+    near.spoil = spoil
+    peer = near.connect()
+    with pytest.raises(OutcomeUnknownError, match="could not be taken"):
+        await peer.call("enqueue", ENQUEUE)
+    assert (await peer.call("statistics", {}))["total_rollouts"] == 1
+
+
+async def test_acknowledgements_of_an_old_session_do_not_enter_the_new_one(near, monkeypatch):
+    """A listen call that fails after the session was renewed: tickets and notices count anew there."""
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.0)
+    peer = near.connect()
+    await peer.call("enqueue", ENQUEUE)
+    with peer.lock:
+        peer.parked._acknowledgements.append(-1)
+        peer.parked._wanted = True
+    failed = []
+
+    def spoil(name, answer):
+        if name == "listen":
+            failed.append(peer.session_id)
+            raise ConnectionError("lost on the way")
+        return answer
+
+    near.spoil = spoil
+    assert peer.listening.start()
+    old = peer.session_id
+    peer.renew(peer.epoch)
+
+    async def came_back():
+        near.loop.call_soon_threadsafe(near.front._wake, old)
+        return failed
+
+    await until(came_back)
+    await until(lambda: _true(not peer.parked.listening))
+    assert peer.session_id != old and peer.parked.take_acknowledgements() == []
+
+
+async def _true(value):
+    return value
+
+
+@pytest.mark.parametrize("taken", [1, 3])
+async def test_claims_that_came_too_late_are_asked_for_again(make_memory_store, taken):
+    """Its loop was blocked until they were withdrawn: it gets those nobody else took, or waits for its time's rest."""
+    store = make_memory_store(clock="manual")
+    go, got = threading.Event(), []
+
+    async def waits():
+        return (await store.statistics())["waiters"]
+
+    def work():
+        async def main():
+            waiting = asyncio.ensure_future(store.dequeue_many_rollouts(limit=3, timeout=30))
+            await asyncio.sleep(0)  # it is parked from here on, and nothing can reach it
+            go.wait()
+            got.extend(await waiting)
+
+        asyncio.run(main())
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    await until(waits)
+    await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=number) for number in range(3)])
+    await store.testing.tick(20, sessions=True)
+    for _ in range(taken):
+        claimed = await store.dequeue_rollout()
+        await store.update_attempt(claimed.rollout_id, "latest", status="succeeded")
+    go.set()
+    await until(lambda: _true(not worker.is_alive() or store.sync.statistics()["waiters"]))
+    await store.testing.tick(11)
+    await asyncio.to_thread(worker.join, 10)
+    assert not worker.is_alive() and len(got) == 3 - taken
+    assert len(store._service.state.sessions["local"].held) == 3 - taken
