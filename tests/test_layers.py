@@ -17,6 +17,7 @@ LAYERS = [
     ["core", "packed"],
     ["spans"],
     ["triplet"],
+    ["objects"],
     ["types"],
     ["api"],
     ["clock", "config", "notices", "probes", "reports", "waiters"],
