@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from raystore.errors import PayloadLostError
 from raystore.objects import Kept, Source
+from raystore.plain import scalar
 from raystore.spans import AttributeValue as AttributeValue
 from raystore.spans import Event as Event
 from raystore.spans import Link as Link
@@ -39,6 +40,19 @@ Outcome = Literal[
 ]
 TaskInput = Any
 TagValue = str | bool | int | float
+
+
+def _tag(value: Any) -> Any:
+    """A number of numpy or torch as a plain one; pydantic would make a float of a Decimal, and 1 of numpy's True."""
+    found = scalar(value)
+    if type(found) not in (str, bool, int, float):
+        raise ValueError("a tag is a str, int, float or bool")
+    return found
+
+
+_Tag = Annotated[TagValue, BeforeValidator(_tag)]
+_Seconds = Annotated[float, BeforeValidator(scalar)]
+_Whole = Annotated[int, BeforeValidator(scalar)]
 SortOrder = Literal["asc", "desc"]
 FilterLogic = Literal["and", "or"]
 
@@ -84,9 +98,9 @@ class RolloutConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    timeout_seconds: float | None = None
-    unresponsive_seconds: float | None = None
-    max_attempts: int = Field(default=1, ge=1)
+    timeout_seconds: _Seconds | None = None
+    unresponsive_seconds: _Seconds | None = None
+    max_attempts: _Whole = Field(default=1, ge=1)
     retry_condition: list[AttemptStatus] = Field(default_factory=list)
 
     @field_validator("timeout_seconds", "unresponsive_seconds")
@@ -174,8 +188,8 @@ class EnqueueRolloutRequest(BaseModel):
     rollout_id: str | None = None
     group_id: str | None = None
     queue: str = "default"
-    priority: int = 0
-    tags: dict[str, TagValue] | None = None
+    priority: _Whole = 0
+    tags: dict[str, _Tag] | None = None
 
 
 class Worker(BaseModel):
