@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from raystore.core.digest import verify
 from raystore.core.state import State
 from raystore.journal.log import SEGMENT_BYTES
 from raystore.journal.recorder import Recorder
-from raystore.journal.segments import Directory
+from raystore.journal.segments import SNAPSHOT, Directory
 
 logger = logging.getLogger("raystore.store")
 
@@ -101,7 +102,8 @@ class Keeper:
         """
         with self._lock:
             if not number:
-                self._is_asked, self._failures = False, min(self._failures + 1, MOST_FAILURES)
+                self._is_asked = False
+                self._put_off("there is no room for another segment")
                 return
             self._bytes += size
             enough = max(SEGMENT_BYTES, self.last.get("bytes", 0)) << self._failures
@@ -109,14 +111,17 @@ class Keeper:
                 return
             self._counted, self._bytes = self._seen, 0
             self._thread = threading.Thread(target=self._help, args=(number,), name="raystore-keeper", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # the system has no thread left; the journal itself can go on
+                self._thread, self._is_asked = None, False
+                self._put_off(str(error))
 
     def _help(self, number: int) -> None:
         """Run a helper to its end, on a thread of its own."""
         command = [sys.executable, "-m", "raystore.journal.compaction"]
         command += [str(self.directory.path), str(self.epoch), str(number)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        told, wrong = b"", ""
         try:
             with self._lock:
                 if self._is_closed:
@@ -131,11 +136,11 @@ class Keeper:
                     # system would count it apart, and that it is nice would help nobody.
                     process_group=0,
                 )
-            told, errors = helper.communicate()
-            outcome = json.loads(told) if told else {"error": errors.decode(errors="replace")[-2000:]}
-        except (OSError, ValueError) as error:
+            outcome = _outcome(*helper.communicate(), helper.returncode)
+            if "bytes" in outcome and not self._is_there(number):
+                outcome = {"error": "the helper says that it made one, and there is none"}
+        except Exception as error:  # whatever it is, another helper must be able to begin
             outcome = {"error": f"{type(error).__name__}: {error}"}
-        wrong = outcome.get("error", "")
         with self._lock:
             self._thread = self._helper = None
             self._is_asked = False
@@ -143,17 +148,25 @@ class Keeper:
                 return
             if "differs" in outcome:
                 self.failed = f"a replay differs from the store at records {outcome['differs']}"
-            elif wrong:
-                self._failures = min(self._failures + 1, MOST_FAILURES)
+            elif "error" in outcome:
+                self._put_off(outcome["error"])
             else:
                 self._failures, self.last, self.made = 0, outcome, self.made + 1
                 self._since = self._counted
         if self.failed:
             logger.critical("Journal %s: %s; nothing of it is deleted any more", self.directory.path, self.failed)
-        elif wrong:
-            logger.warning("Journal %s: no snapshot was made (%s); trying later", self.directory.path, wrong)
-        else:
+        elif "error" not in outcome:
             self.on_done()
+
+    def _is_there(self, number: int) -> bool:
+        """Whether there is a snapshot that goes up to a segment."""
+        snapshots = self.directory.segments(SNAPSHOT)
+        return bool(snapshots) and snapshots[-1][:2] >= (self.epoch, number)
+
+    def _put_off(self, why: str) -> None:
+        """No snapshot was made; the next try is after twice as much."""
+        self._failures = min(self._failures + 1, MOST_FAILURES)
+        logger.warning("Journal %s: no snapshot was made (%s); trying later", self.directory.path, why)
 
     def close(self) -> None:
         """End the helper, if there is one: what it has not finished does not count."""
@@ -164,3 +177,22 @@ class Keeper:
             helper.kill()
         if thread is not None:
             thread.join()
+
+
+def _outcome(told: bytes, errors: bytes, code: int) -> dict[str, Any]:
+    """What came of a helper: what it said, and an error if it did not come to its end."""
+    said = errors.decode(errors="replace").strip()[-2000:]
+    if code < 0:
+        number = -code
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        hint = "; the system may be out of memory" if number == signal.SIGKILL else ""
+        return {"error": f"the helper was ended by {name}{hint}{': ' + said if said else ''}"}
+    try:
+        outcome = json.loads(told)
+    except ValueError:
+        outcome = None
+    if not isinstance(outcome, dict):
+        return {"error": f"the helper ended with code {code} and said nothing of a snapshot. {said}".strip()}
+    if code and not outcome.keys() & {"differs", "error"}:
+        return {"error": f"the helper ended with code {code}. {said}".strip()}
+    return outcome
