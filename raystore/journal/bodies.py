@@ -11,8 +11,10 @@ import os
 import threading
 from array import array
 from bisect import bisect_right
+from collections import OrderedDict
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from raystore import wire
 from raystore.core.payload import OnDisk
@@ -22,6 +24,7 @@ from raystore.journal import frames, records
 from raystore.journal.reading import settled
 from raystore.journal.segments import BODIES, RECORDS, Directory
 
+FILES_OPEN = 8  #: at once
 SPARSE_BYTES = 256 * 1024  #: one entry of an index for so much of a segment
 
 
@@ -29,14 +32,39 @@ class _Segment:
     """One file, and where in it records are. Its writer may go on, and cut off what space it did not need."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as somebody may ask
-        head, self._indexed = frames.unpack_head(self._read(0, frames.HEAD_BYTES), str(path))
-        self.first = head.first
-        self._last = head.first - 1  # number of the newest record that the index covers
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._identity: tuple[int, int] | None = None  # of the file that the index is of
         self._firsts = array("Q")
         self._offsets = array("Q")
+        self.open()
+        try:
+            head, self._indexed = frames.unpack_head(self._read(0, frames.HEAD_BYTES), str(path))
+        except BaseException:
+            self.close()
+            raise
+        self.last = head.first - 1  #: number of the newest record that the index covers
+
+    def open(self) -> bool:
+        """Have the file open; False if another one has its name by now."""
+        if self._file is None:
+            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115  # until others are asked for
+            status = os.fstat(self._file.fileno())
+            found = (status.st_dev, status.st_ino)
+            if self._identity is not None and found != self._identity:
+                self.close()
+                return False
+            self._identity = found
+        return True
+
+    def close(self) -> None:
+        """Let go of the file; where records are is still known."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _read(self, at: int, size: int) -> bytes:
+        assert self._file is not None
         return os.pread(self._file.fileno(), size, at)
 
     def _skip(self, at: int) -> tuple[range, int] | None:
@@ -45,17 +73,18 @@ class _Segment:
 
     def _index(self) -> None:
         """Look at the heads of frames that were not there the last time."""
+        assert self._file is not None
         size = os.fstat(self._file.fileno()).st_size
         while (found := self._skip(self._indexed)) is not None and found[1] <= size:
             numbers, end = found
             if not self._offsets or self._indexed - self._offsets[-1] >= SPARSE_BYTES:
                 self._firsts.append(numbers.start)
                 self._offsets.append(self._indexed)
-            self._last, self._indexed = numbers.stop - 1, end
+            self.last, self._indexed = numbers.stop - 1, end
 
     def record(self, number: int) -> list[memoryview] | None:
         """A record by its number; None if it is not here, or cannot be read."""
-        if number > self._last:
+        if number > self.last:
             self._index()
         entry = bisect_right(self._firsts, number) - 1
         at = self._offsets[entry] if entry >= 0 else 0
@@ -69,12 +98,18 @@ class _Segment:
 
 
 class Bodies:
-    """The bodies of one journal."""
+    """The bodies of one journal.
+
+    Few files are open, however many there are: which one a record is in is found by the heads, of which a bisection
+    needs a handful.
+    """
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._lock = threading.Lock()  # callers of a store in process may ask from several threads
-        self._segments: dict[Path, _Segment] = {}
+        self._files: list[list[Path]] = []  # by epoch, the newest first; in each by number
+        self._segments: OrderedDict[Path, _Segment] = OrderedDict()  # the last that was asked stands last
+        self._firsts: dict[Path, int] = {}  # of files that were asked for it
 
     def load(self, items: list[Any]) -> list[Any]:
         """Records, and spans among them with their bodies; bodies that were written together are read together."""
@@ -102,7 +137,13 @@ class Bodies:
     def forget_files(self) -> None:
         """Let go of all files: a helper has replaced some of them."""
         with self._lock:
-            self._segments = {}
+            self._forget()
+
+    def _forget(self) -> None:
+        for segment in self._segments.values():
+            segment.close()
+        self._segments.clear()
+        self._files, self._firsts = [], {}
 
     def _record(self, number: int) -> list[memoryview]:
         record = settled(lambda: self._find(number))
@@ -112,16 +153,43 @@ class Bodies:
         return record
 
     def _find(self, number: int) -> list[memoryview] | None:
+        """A record; where the files are is looked up anew if it is not where it should be."""
+        try:
+            if self._files and (record := self._look(number)) is not None:
+                return record
+            self._list()  # the writer may have gone on in another file
+            return self._look(number)
+        except FileNotFoundError:
+            self._forget()
+            raise
+
+    def _list(self) -> None:
+        by_epoch: dict[int, list[Path]] = {}
+        for epoch, _, path in self._directory.segments(RECORDS, BODIES):
+            by_epoch.setdefault(epoch, []).append(path)
+        self._files = [by_epoch[epoch] for epoch in sorted(by_epoch, reverse=True)]
+
+    def _look(self, number: int) -> list[memoryview] | None:
         """Of what an earlier writer added unknowingly, later ones use the same numbers: the newest counts."""
-        files = self._directory.segments(RECORDS, BODIES)
-        for epoch in sorted({found[0] for found in files}, reverse=True):
-            segments = [self._open(path) for e, _, path in files if e == epoch]
-            holding = [segment for segment in segments if segment.first <= number]
-            if holding:
-                return holding[-1].record(number)
+        for files in self._files:
+            if self._first(files[0]) <= number:
+                return self._segment(files[bisect_right(files, number, key=self._first) - 1]).record(number)
         return None
 
-    def _open(self, path: Path) -> _Segment:
-        if path not in self._segments:
-            self._segments[path] = _Segment(path)
-        return self._segments[path]
+    def _first(self, path: Path) -> int:
+        """Number of the first record of a file."""
+        if path not in self._firsts:
+            with open(path, "rb", buffering=0) as file:
+                self._firsts[path] = frames.unpack_head(file.read(frames.HEAD_BYTES), str(path))[0].first
+        return self._firsts[path]
+
+    def _segment(self, path: Path) -> _Segment:
+        """A file, open; the one that was not asked for the longest is closed for it."""
+        segment = self._segments.pop(path, None)
+        if segment is None or not segment.open():
+            segment = _Segment(path)
+        self._segments[path] = segment
+        if len(self._segments) > FILES_OPEN:
+            older = next(islice(reversed(self._segments.values()), FILES_OPEN, None))
+            older.close()
+        return segment

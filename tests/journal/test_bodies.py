@@ -1,0 +1,116 @@
+"""Bodies of spans are read from the disk through a few open files, however many a journal has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+import raystore as rs
+from raystore.journal import bodies, keeper, log
+from raystore.journal.segments import BODIES, RECORDS, Directory
+from tests.helpers import make_span
+from tests.journal.test_compaction import newest, of, until_snapshot
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Segments of a few records, indexes of a few frames, and a snapshot only when a test asks for one."""
+    monkeypatch.setattr(log, "SEGMENT_BYTES", 3_000)
+    monkeypatch.setattr(bodies, "SPARSE_BYTES", 500)
+    monkeypatch.setattr(keeper, "OPERATIONS", 10**9)
+    monkeypatch.setattr(keeper, "SEGMENT_BYTES", 10**12)
+
+
+def store_of(path, **options):
+    return rs.InMemoryLightningStore(journal=path, durability="process", **options)
+
+
+async def record(store, numbers):
+    """A rollout with three spans for each number; their ids."""
+    made = {}
+    for number in numbers:
+        rollout = await store.start_rollout(number)
+        spans = [make_span(rollout, n, attributes={"body": f"{number}/{n}" * 30}) for n in (1, 2, 3)]
+        await store.add_many_spans(spans[:2])
+        await store.add_span(spans[2])
+        await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
+        made[number] = rollout.rollout_id
+    return made
+
+
+async def read(store, made, numbers):
+    """Read the spans of these, and compare."""
+    for number in numbers:
+        found = await store.query_spans(made[number])
+        assert [span.attributes["body"] for span in found] == [f"{number}/{n}" * 30 for n in (1, 2, 3)], number
+
+
+def open_files(path):
+    """How many files of records this process has open for reading."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            name = os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)")
+            if name.startswith(str(path)) and name.endswith((RECORDS, BODIES)):
+                flags = Path(f"/proc/self/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
+                found += [name] if int(flags, 8) & os.O_ACCMODE == os.O_RDONLY else []
+    return len(found)
+
+
+def evict(store):
+    """Let every body be on disk only."""
+    state = store._service.state
+    state.spans.written = store._service._recorder.log.durable
+    for rollout_id in list(state.entries):
+        if state.spans.has(rollout_id):
+            state.spans.evict(rollout_id)
+
+
+async def test_few_files_are_open_and_few_are_looked_at(tmp_path, monkeypatch):
+    """Of hundreds of segments: all bodies in any order, and the directory is not listed for each."""
+    path = tmp_path / "j"
+    with store_of(path) as store:
+        made = await record(store, range(150))
+    listed, before = [], Directory.segments
+    monkeypatch.setattr(Directory, "segments", lambda *asked: (listed.append(asked), before(*asked))[1])
+    with store_of(path) as store:
+        assert len(before(Directory(path), RECORDS)) > 3 * bodies.FILES_OPEN
+        listed.clear()
+        await read(store, made, [75])
+        assert open_files(path) <= 3, "three records are in at most three files"
+        for number in [*range(150), *random.Random(1).sample(range(150), 150)]:
+            await read(store, made, [number])
+            assert open_files(path) <= bodies.FILES_OPEN
+        assert len(listed) == 1
+    assert open_files(path) == 0
+
+
+async def test_bodies_are_found_while_the_writer_goes_on_and_helpers_replace_files(tmp_path, monkeypatch):
+    """In new segments, in those that a helper renamed, copied or dropped, and those of another process."""
+    path, dice, made = tmp_path / "j", random.Random(2), {}
+    for round_ in range(2):
+        with store_of(path) as store:
+            for part in range(2):
+                number = 1_000 * round_ + 100 * part
+                made |= await record(store, range(number, number + 20))
+                evict(store)
+                await read(store, made, dice.sample(sorted(made), 10))
+                assert open_files(path) <= bodies.FILES_OPEN
+            gone = dice.sample(sorted(made), 15)
+            await store.delete_rollouts([made.pop(number) for number in gone])
+            before = newest(path)
+            monkeypatch.setattr(keeper, "SEGMENT_BYTES", 1)
+            made |= await record(store, range(1_000 * round_ + 500, 1_000 * round_ + 510))
+            while of(store)._thread:
+                await read(store, made, dice.sample(sorted(made), 3))
+            monkeypatch.setattr(keeper, "SEGMENT_BYTES", 10**12)
+            await until_snapshot(store, path, before)
+            evict(store)
+            await read(store, made, dice.sample(sorted(made), len(made)))
+            assert open_files(path) <= bodies.FILES_OPEN
+        assert open_files(path) == 0
+    assert Directory(path).segments(BODIES)
