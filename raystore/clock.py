@@ -9,10 +9,17 @@ Not here: deadlines (`raystore.core.deadlines`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Protocol
+
+logger = logging.getLogger("raystore.store")
+
+AGAIN_SECONDS = 1.0  #: after a ring that failed
+IDLE_SECONDS = 30.0  #: how often a thread with nothing to wait for looks whether its store is still there
 
 
 class Clock:
@@ -90,17 +97,25 @@ class LoopAlarm:
     def set(self, seconds: float | None) -> None:
         if self._handle is not None:
             self._handle.cancel()
-        self._handle = None if seconds is None else self._loop.call_later(seconds, self._ring)
+        self._handle = None if seconds is None else self._loop.call_later(seconds, self._go)
 
     def close(self) -> None:
         self.set(None)
 
+    def _go(self) -> None:
+        if not _rung(self._ring):
+            self.set(AGAIN_SECONDS)
+
 
 class ThreadAlarm:
-    """An alarm with a daemon thread of its own, started when first set (in process)."""
+    """An alarm with a daemon thread of its own, started when first set (in process).
+
+    A store that nobody refers to any more is not kept by it, and the thread ends.
+    """
 
     def __init__(self, ring: Callable[[], None]) -> None:
-        self._ring = ring
+        is_method = hasattr(ring, "__self__")
+        self._ring: Callable[[], Callable[[], None] | None] = weakref.WeakMethod(ring) if is_method else lambda: ring
         self._wake = threading.Condition(threading.Lock())
         self._due: float | None = None
         self._closed = False
@@ -124,9 +139,26 @@ class ThreadAlarm:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._closed and (self._due is None or self._due > time.monotonic()):
-                    self._wake.wait(None if self._due is None else self._due - time.monotonic())
+                now = time.monotonic()
+                if not self._closed and (self._due is None or self._due > now):
+                    self._wake.wait(IDLE_SECONDS if self._due is None else min(self._due - now, IDLE_SECONDS))
                 if self._closed:
                     return
-                self._due = None
-            self._ring()
+                is_due = self._due is not None and self._due <= time.monotonic()
+                self._due = None if is_due else self._due
+            ring = self._ring()
+            if ring is None:  # the store is gone
+                return
+            if is_due and not _rung(ring):
+                self.set(AGAIN_SECONDS)
+            del ring  # or the store would be kept until the next time
+
+
+def _rung(ring: Callable[[], None]) -> bool:
+    """Ring; an error that nobody foresaw is told, and must not be the last thing that this clock did."""
+    try:
+        ring()
+    except Exception:
+        logger.exception("What was due could not be worked off; trying again in %g s", AGAIN_SECONDS)
+        return False
+    return True

@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -30,7 +31,7 @@ from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING, VERBS
 from raystore.errors import OverloadedError, ReadOnlyError, StoreClosedError, StoreCorruptError, StoreError, again
 from raystore.journal.bodies import Bodies
-from raystore.journal.log import FULL_SECONDS
+from raystore.journal.log import FULL_SECONDS, Log
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.offers import Offers
@@ -94,7 +95,7 @@ class Service:
         self._armed_for: tuple[Any, ...] = ()
         self._failed: StoreError | None = None
         if self._recorder is not None:
-            self._recorder.log.watch(self._journal_failed)
+            self._watch(self._recorder.log)
         elif opened is not None:
             self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
@@ -102,6 +103,7 @@ class Service:
         self.probes = Probes()
         self._object_ids = reports.ObjectIds()
         self._deferred: deque[Callable[[], None]] = deque()
+        self._afterwards: deque[Callable[[], None]] = deque()
 
     # -- the entry point ---------------------------------------------------------------------------------------------
 
@@ -110,12 +112,18 @@ class Service:
         source = None
         if self._recorder is not None and verb in CHANGING:
             source = local_source(session.session_id, ticket, verb, arguments)
-        with self._lock:
-            step = self._begin(session, source)
-            try:
-                return self._perform(step, ticket, verb, arguments, deliver)
-            finally:
-                self._end()
+        if self._deferred:
+            self._do(self._deferred)
+        try:
+            with self._lock:
+                step = self._begin(session, source)
+                try:
+                    return self._perform(step, ticket, verb, arguments, deliver)
+                finally:
+                    self._end()
+        finally:
+            if self._afterwards:
+                self._do(self._afterwards)
 
     @contextlib.contextmanager
     def slice(
@@ -125,7 +133,7 @@ class Service:
 
         `source` is what a journal needs to know of operations that change something.
         """
-        with self._lock:
+        with self._held():
             step = self._begin(session, source)
             try:
                 yield functools.partial(self._perform, step)
@@ -143,8 +151,6 @@ class Service:
     def _begin(self, session: Session, source: Source | None) -> Step:
         if self._closed:
             raise StoreClosedError(self.name or self.store_id)
-        while self._deferred:
-            self._deferred.popleft()()
         if self._recorder is not None:
             self._recorder.begin(source)
         step = self.step(session)
@@ -187,6 +193,28 @@ class Service:
         """Do something before the next operation; may be called from anywhere, a garbage collection included."""
         self._deferred.append(action)
 
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Do something once the lock is released, under which this is called: it may use the store."""
+        self._afterwards.append(action)
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the lock, and do afterwards what is to be done then."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._do(self._afterwards)
+
+    def _do(self, actions: deque[Callable[[], None]]) -> None:
+        """Do what was put off; without the lock."""
+        while actions:
+            try:
+                action = actions.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            action()
+
     def step(self, session: Session | None = None) -> Step:
         now = self.clock.now()
         if self._armed is not None and now > self._armed + LATE_SECONDS and not self.clock.is_manual:
@@ -221,7 +249,7 @@ class Service:
 
     def catch_up(self) -> None:
         """Work off all that is due by now."""
-        with self._lock:
+        with self._held():
             while self._failed is None and watchdog.may_be_due(self.state, step := self.step()):
                 if not self._advance(step):
                     break
@@ -275,6 +303,17 @@ class Service:
         """
         recorder = self._recorder
         return recorder is not None and recorder.log.then(recorder.position, told)
+
+    def _watch(self, log: Log) -> None:
+        """Hear of the end of the journal; one of a store that nobody refers to any more is let go of."""
+        failed = weakref.WeakMethod(self._journal_failed)
+
+        def tell(error: StoreError) -> None:
+            if (method := failed()) is not None:
+                method(error)
+
+        log.watch(tell)
+        weakref.finalize(self, log.let_go).atexit = False
 
     def _journal_failed(self, error: StoreError) -> None:
         """On the writer's thread."""
@@ -369,7 +408,7 @@ class Service:
         )  # fmt: skip
 
     def _ring(self) -> None:
-        with self._lock:
+        with self._held():
             self._armed_for = ()  # it has rung
             if self._closed or self._failed is not None:
                 return
@@ -383,7 +422,7 @@ class Service:
 
     def open_session(self, session_id: str, *, eternal: bool = False) -> Session:
         """A client process speaks for the first time."""
-        with self._lock:
+        with self._held():
             bounds.admit("sessions", claims.live_sessions(self.state), bounds.SESSIONS)
             self.do("open_session", self.step(), session_id, eternal)
             self._arm()
@@ -402,14 +441,18 @@ class Service:
 
     def acknowledge(self, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
         """The callers of a session have these claims; returns those that are lost."""
-        with self._lock:
-            if self._closed:
-                raise StoreClosedError(self.name or self.store_id)
-            lost: list[AttemptKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
-            if lost or self.state.has_news or self.waiters.wants_changes:
-                self._settle()
-            self._arm()
-            return lost
+        try:
+            with self._lock:
+                if self._closed:
+                    raise StoreClosedError(self.name or self.store_id)
+                lost: list[AttemptKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
+                if lost or self.state.has_news or self.waiters.wants_changes:
+                    self._settle()
+                self._arm()
+                return lost
+        finally:
+            if self._afterwards:
+                self._do(self._afterwards)
 
     def claims_left(self, session: Session) -> None:
         """The claims of a session leave only now, so that the time in which they are to be acknowledged begins."""
@@ -420,7 +463,7 @@ class Service:
 
     def end_session(self, session: Session, *, why: str) -> None:
         """A client process has ended."""
-        with self._lock:
+        with self._held():
             self.do("end_session", self.step(), session.session_id, why)
             self._settle()
             self._arm()
@@ -457,6 +500,8 @@ class Service:
             self.keeper.close()
         if self._recorder is not None:
             self._recorder.log.close()
+        if self._bodies is not None:
+            self._bodies.forget_files()
 
     def info(self) -> dict[str, Any]:
         """Who this store is."""

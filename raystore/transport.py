@@ -86,8 +86,10 @@ class LocalTransport:
         return self._notices.listen(handler)
 
     def _hand_on(self, session_id: str) -> None:
+        """Within a step; handlers are called when it is over, since they may use the store."""
         notices, self._session.notices = self._session.notices, []
-        self._notices.hand_out(notices)
+        self._notices.add(notices)
+        self.service.afterwards(self._notices.hand_out)
 
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         call = Call(verb, next(self._tickets))

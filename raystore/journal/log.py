@@ -179,6 +179,10 @@ class Log:
             self._is_asked = True
             self._work.notify()
 
+    def let_go(self) -> None:
+        """Close soon; may be called from anywhere, a garbage collection included, so that it takes no lock."""
+        self._closing = True
+
     def close(self) -> None:
         """Commit what is left, and let go of the file."""
         with self._lock:
@@ -189,7 +193,7 @@ class Log:
             self._is_open = False
             left, self._waiting = list(self._waiting), deque()
         for _, tell in left:
-            tell(StoreClosedError(str(self.directory.path)))
+            _tell(tell, StoreClosedError(str(self.directory.path)))
 
     # -- on the writer's thread --------------------------------------------------------------------------------------
 
@@ -245,7 +249,7 @@ class Log:
                 told.append(self._waiting.popleft()[1])
         failpoint("log.durable")
         for tell in told:
-            tell(None)
+            _tell(tell, None)
         failpoint("log.told")
         if is_last:
             self._rotate(self.durable + 1)
@@ -328,6 +332,17 @@ class Log:
             self.failure = error
             waiting, self._waiting = list(self._waiting), deque()
             on_failure = self._on_failure
-        on_failure(error)
+        try:
+            on_failure(error)
+        except Exception:  # those who wait must be told all the same
+            logger.exception("Journal %s: what was to follow from its failure failed", self.directory.path)
         for _, tell in waiting:
-            tell(error)
+            _tell(tell, error)
+
+
+def _tell(tell: Told, error: StoreError | None) -> None:
+    """Call somebody who waited; what goes wrong there is no failure of the journal, and others wait too."""
+    try:
+        tell(error)
+    except Exception:
+        logger.exception("An answer that waited for the journal could not be handed on")

@@ -282,7 +282,8 @@ class Session:
             answers, notices = self.parked.receive(later, self._is_under_way)
         if answers:
             self._settle(answers)
-        self.notices.hand_out(notices)
+        self.notices.add(notices)
+        self.notices.hand_out()
 
     def _is_under_way(self, ticket: int) -> bool:
         return any(batch.has(ticket) for batch in self._under_way.values())

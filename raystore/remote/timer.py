@@ -7,6 +7,7 @@ Not here: how any of it is done (`session`).
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -14,11 +15,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from raystore.remote.session import Session
 
+logger = logging.getLogger("raystore")
+
 PENDING_SECONDS = 0.02  #: what no loop has sent for so long
 AWAKE_SECONDS = 0.5  #: after the last batch, to look by itself: waking a thread with every call would slow the caller
 ACKNOWLEDGE_SECONDS = 0.5  #: an acknowledgement that found no batch to ride on
 KEEP_ALIVE_SECONDS = 10.0  #: of silence, when no listen call can be parked
 LISTEN_RETRY_SECONDS = 0.5
+AGAIN_SECONDS = 1.0  #: after an error that nobody foresaw
 
 
 class SessionTimer:
@@ -61,7 +65,11 @@ class SessionTimer:
     def _run(self) -> None:
         while True:
             self._asleep = True  # what comes from here on wakes us, whether we have looked at it or not
-            seconds = self._work()
+            try:
+                seconds = self._work()
+            except Exception:  # the session lives by this thread: acknowledgements, retries, keep-alives
+                logger.exception("A session could not see to what was due; trying again in %g s", AGAIN_SECONDS)
+                seconds = AGAIN_SECONDS
             with self._wake:
                 if self._closed:
                     return

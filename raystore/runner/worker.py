@@ -359,6 +359,8 @@ class Runner:
                 self._store.sync.update_worker(self.worker_id, stats)
             except StoreError as error:
                 logger.warning("Runner %s could not send a heartbeat: %s", self.worker_id, error)
+            except Exception:  # without heartbeats all that runs here would be taken for dead
+                logger.exception("Runner %s could not send a heartbeat", self.worker_id)
 
     def _heartbeat_interval(self) -> float:
         """Often enough for the most impatient rollout that runs."""

@@ -1,0 +1,164 @@
+"""What a store in process owes its process: claims that come back, handlers that may use it, threads that go on, no
+store that stays for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+import time
+import weakref
+
+import pytest
+
+import raystore as rs
+from raystore import clock
+from raystore.clock import LoopAlarm, ThreadAlarm
+from raystore.core import state as core_state
+from raystore.core.digest import digest
+from raystore.journal.opening import read_run
+from tests.helpers import claim, until
+
+
+class Blocked:
+    """A parked dequeue of three whose event loop stands still until `go`."""
+
+    def __init__(self, store, timeout):
+        self.parked, self.go = threading.Event(), threading.Event()
+        self.got, self.seconds = None, 0.0
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._work(store, timeout)))
+        self._thread.start()
+        self.parked.wait()
+
+    async def _work(self, store, timeout):
+        started = time.monotonic()
+        waiting = asyncio.ensure_future(store.dequeue_many_rollouts(limit=3, timeout=timeout))
+        await asyncio.sleep(0.05)
+        self.parked.set()
+        self.go.wait()  # claims arrive and are withdrawn meanwhile
+        self.got = await waiting
+        self.seconds = time.monotonic() - started
+
+    def end(self):
+        self.go.set()
+        self._thread.join(30)
+
+
+@pytest.mark.parametrize("stolen", [1, 2, 3])
+def test_claims_that_came_too_late_in_part_come_back(make_memory_store, monkeypatch, stolen):
+    """What nobody else has is delivered, and nothing is held by nobody; with nothing left the caller goes on waiting,
+    for what is left of its time."""
+    monkeypatch.setattr(core_state, "CLAIM_SECONDS", 0.3)
+    store = make_memory_store()
+    victim = Blocked(store, timeout=2.0)
+    made = store.sync.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=n) for n in range(3)])
+    deadline = time.monotonic() + 10
+    while store.sync.statistics()["withdrawals"] < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    thieves = store.sync.dequeue_many_rollouts(limit=stolen)
+    assert len(thieves) == stolen
+    victim.end()
+    assert [rollout.input for rollout in victim.got] == [0, 1, 2][stolen:]
+    assert victim.seconds < 3.0, "the time of the call began anew"
+    for rollout in [*thieves, *victim.got]:
+        store.sync.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")
+    finished = store.sync.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=0)
+    assert [rollout.status for rollout in finished] == ["succeeded"] * 3
+
+
+async def test_a_handler_of_notices_that_uses_the_store_leaves_a_journal_whole(tmp_path, make_memory_store):
+    """Whatever it does becomes a record of its own, behind the change that it was told of."""
+    store = make_memory_store(journal=tmp_path / "j", durability="process")
+    rollouts = [await claim(store) for _ in range(4)]
+
+    def handler(kind, rollout_id, attempt_id):
+        store.sync.update_worker(f"w-{rollout_id}", {"told": kind})
+        store.sync.enqueue_rollout("another", rollout_id=f"after-{rollout_id}")
+        store.sync.cancel_rollouts([rollout.rollout_id for rollout in rollouts[-2:]])
+
+    store.listen_for_notices(handler)
+    await store.cancel_rollouts([rollouts[0].rollout_id])
+    await store.start_attempt(rollouts[1].rollout_id)  # tells the holder of the attempt before
+    await store.enqueue_rollout("last")
+    assert len(await store.query_workers()) == 4
+    assert digest(read_run(tmp_path / "j").state) == digest(store._service.state)
+
+
+async def test_handlers_are_called_one_at_a_time_from_all_threads(make_memory_store):
+    """Changes of several threads, and of the store's own clock: no notice is lost, none comes twice."""
+    store = make_memory_store()
+    told, busy = [], threading.Lock()
+
+    def handler(kind, rollout_id, attempt_id):
+        assert busy.acquire(blocking=False)
+        told.append((kind, rollout_id))
+        store.sync.update_worker("w", {})
+        busy.release()
+
+    store.listen_for_notices(handler)
+    rollouts = [await claim(store, timeout_seconds=0.2 if n % 4 == 0 else None) for n in range(80)]
+    mine = [[r for n, r in enumerate(rollouts) if n % 4 == number] for number in (1, 2, 3)]
+    threads = [
+        threading.Thread(target=lambda part=part: [store.sync.cancel_rollouts([r.rollout_id]) for r in part])
+        for part in mine
+    ]
+    for thread in threads:
+        thread.start()
+
+    async def all_told():
+        return len(told) == 80
+
+    await until(all_told)
+    expected = [("timeout" if n % 4 == 0 else "cancelled", r.rollout_id) for n, r in enumerate(rollouts)]
+    assert sorted(told) == sorted(expected)
+
+
+@pytest.mark.parametrize("with_journal", [False, True])
+def test_a_store_that_is_not_closed_is_collected(tmp_path, monkeypatch, with_journal):
+    """With its threads, and a journal is let go of, so that another store may go on with it."""
+    monkeypatch.setattr(clock, "IDLE_SECONDS", 0.05)
+    options = {"journal": tmp_path / "j", "durability": "process"} if with_journal else {}
+    before = set(threading.enumerate())
+
+    def use():
+        store = rs.InMemoryLightningStore(**options)
+        store.sync.start_rollout("x", config=rs.RolloutConfig(timeout_seconds=3600))
+        store.sync.start_rollout("y", config=rs.RolloutConfig(timeout_seconds=0.01))
+        return weakref.ref(store._service)
+
+    service = use()
+    deadline = time.monotonic() + 10
+    while service() is not None or set(threading.enumerate()) - before:
+        assert time.monotonic() < deadline, [thread.name for thread in threading.enumerate()]
+        gc.collect()
+        time.sleep(0.01)
+    if with_journal:
+        again = rs.InMemoryLightningStore(**options)
+        assert len(again.sync.query_rollouts()) == 2
+        again.close()
+
+
+@pytest.mark.parametrize("kind", ["thread", "loop"])
+async def test_an_alarm_goes_on_after_an_error_that_nobody_foresaw(monkeypatch, caplog, kind):
+    """It is told with its traceback, and what was due is tried again."""
+    monkeypatch.setattr(clock, "AGAIN_SECONDS", 0.05)
+    rung = []
+
+    def ring():
+        rung.append(threading.current_thread().name)
+        if len(rung) < 3:
+            raise RuntimeError("a bug of ours")
+
+    alarm = ThreadAlarm(ring) if kind == "thread" else LoopAlarm(asyncio.get_running_loop(), ring)
+    alarm.set(0.01)
+
+    async def rang():
+        return len(rung) == 3
+
+    await until(rang)
+    alarm.close()
+    assert len(set(rung)) == 1
+    told = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(told) == 2 and all(record.exc_info is not None for record in told)
