@@ -26,13 +26,12 @@ from raystore.errors import (
 from raystore.options import make_config
 from raystore.remote.actor import StoreActor
 from raystore.remote.handshake import describe, find_actor, is_store, join_cluster, store_info
-from raystore.remote.store import RayLightningStore
+from raystore.remote.store import RayLightningStore, end, own
 from raystore.types import RolloutConfig, Span, StoreInfo
 
 logger = logging.getLogger("raystore")
 
 NAMESPACE = "raystore"
-_owned: list[Any] = []  # handles of the stores that this process started and that end with it
 
 MAX_CONCURRENCY = 40_000  #: a session may park a listen call and batches that came early: 10,000 sessions
 
@@ -148,11 +147,11 @@ def start(
             raise
         return _take_existing(existing, name, namespace, exist, config)
     if not detached:
-        _owned.append(handle)  # else the store would end with the last object that refers to it
+        own(handle)
     try:
         store = RayLightningStore(handle, owns=not detached)
     except StoreError:  # it could not begin, or not go on
-        ray.kill(handle)
+        end(handle)
         raise
     known = store._known
     logger.info(
@@ -214,7 +213,7 @@ def stop(name: str | RayLightningStore, *, namespace: str = NAMESPACE, address: 
     """
     if isinstance(name, RayLightningStore):
         name._transport.close()
-        ray.kill(name.actor)
+        end(name.actor)
         name._owns = False
         return
     identifier("name", name)
@@ -224,7 +223,7 @@ def stop(name: str | RayLightningStore, *, namespace: str = NAMESPACE, address: 
         raise StoreNotFoundError(name, namespace, _store_names(namespace))
     if not is_store(handle):
         raise NotAStoreError(f"The actor {name!r} in namespace {namespace!r}")
-    ray.kill(handle)
+    end(handle)
 
 
 def _named_actors() -> list[dict[str, str]]:

@@ -26,6 +26,18 @@ from raystore.types import NamedResources, ObjectResource, StoreInfo
 BOXED_FROM_BYTES = 64 * 1024  #: larger objects in resources go to Ray's object store
 
 _attach_lock = threading.Lock()
+_owned: dict[bytes, Any] = {}  # handles of the stores that this process started and that end with it, by actor
+
+
+def own(handle: Any) -> None:
+    """Keep a store that this process has started: it would end with the last object that refers to its actor."""
+    _owned[handle._actor_id.binary()] = handle
+
+
+def end(handle: Any) -> None:
+    """End the actor of a store."""
+    _owned.pop(handle._actor_id.binary(), None)
+    ray.kill(handle)
 
 
 class RayLightningStore(StoreClient):
@@ -91,7 +103,7 @@ class RayLightningStore(StoreClient):
         self._transport.close()
         if self._owns:
             self._owns = False
-            ray.kill(self.actor)
+            end(self.actor)
 
     def __reduce__(self) -> tuple[Callable[..., RayLightningStore], tuple[str, str, str]]:
         if self._origin is not None:
