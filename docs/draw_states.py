@@ -49,8 +49,9 @@ def rollouts() -> list[str]:
         ("requeuing", "cancelled"): {"cancel"},
         ("requeuing", "succeeded"): {"late success"},
     }
-    for status, after in lifecycle.ROLLOUT_ON_SPAN.items():
-        edges.setdefault((status, after), set()).add("span")
+    for event, moves in (("span", lifecycle.ROLLOUT_ON_SPAN), ("heartbeat", lifecycle.ROLLOUT_ON_HEARTBEAT)):
+        for status, after in moves.items():
+            edges.setdefault((status, after), set()).add(event)
     ends = [(status, lifecycle.OUTCOME_OF_STATUS[status]) for status in [*sorted(lifecycle.SETTLED), "succeeded"]]
     ends += [("unresponsive", "runner_lost"), ("failed", "infra"), ("failed", "dropped"), ("failed", "cancelled")]
     for status, outcome in ends:

@@ -14,10 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "raystore"
 # From the bottom up; a module imports from its own layer and those above it in this list.
 LAYERS = [
     ["errors", "failpoints", "semconv"],
-    ["core", "packed", "plain"],
+    ["core", "packed"],
     ["spans"],
     ["triplet"],
-    ["objects"],
     ["types"],
     ["api"],
     ["clock", "config", "notices", "probes", "reports", "waiters"],

@@ -16,11 +16,13 @@ from raystore.core.lifecycle import (
     CANCEL,
     DROP,
     FINISHED,
+    HEARTBEAT,
     LOSS,
     OUTCOME_OF_EVENT,
     OUTCOME_OF_STATUS,
     OVER,
     QUEUED,
+    ROLLOUT_ON_HEARTBEAT,
     ROLLOUT_ON_SPAN,
     SETTLED,
     SPAN,
@@ -33,7 +35,7 @@ from raystore.core.records import Attempt, Rollout, Span
 from raystore.core.rollouts import create, enter_eviction, move, set_reward
 from raystore.core.spans import Written
 from raystore.core.state import Entry, State, Step
-from raystore.errors import SealedError
+from raystore.errors import AttemptNotFoundError, SealedError
 
 
 def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind: str) -> Attempt:
@@ -92,7 +94,10 @@ def start_attempt(state: State, step: Step, rollout_id: str, worker_id: str | No
 def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: dict[str, Any]) -> Attempt:
     """`update_attempt`: set fields by hand, and let rollout and worker follow."""
     entry = state.entry(rollout_id)
-    index = state.find_attempt(entry, attempt_id, step.session)
+    try:
+        index = state.find_attempt(entry, attempt_id, step.session)
+    except AttemptNotFoundError:
+        raise AttemptNotFoundError(rollout_id, attempt_id if entry.attempts else None) from None
     before = entry.attempts[index]
     is_latest = index == len(entry.attempts) - 1
     status = changes.get("status")
@@ -105,7 +110,7 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
     after = before.evolve(**changes)
     if "worker_id" in changes:
         state.take_hold(entry, before.attempt_id, step.session)
-    _hear_of(state, step, entry, before.attempt_id)
+    hear_of(state, step, entry, before.attempt_id)
     state.put_attempt(entry, index, after)
     if is_latest:
         beat = changes.get("last_heartbeat_time")
@@ -121,7 +126,7 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
     return entry.attempts[index]
 
 
-def _hear_of(state: State, step: Step, entry: Entry, attempt_id: str) -> None:
+def hear_of(state: State, step: Step, entry: Entry, attempt_id: str) -> None:
     """Somebody wrote to an attempt: its claim has arrived, and it has a holder again if its own had ended."""
     holder = entry.holders.get(attempt_id)
     if holder is None:
@@ -233,10 +238,9 @@ def cancel(state: State, step: Step, rollout_ids: Iterable[str]) -> list[Rollout
 def add_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span]) -> Written:
     """Store spans of one attempt; they are its heartbeat. A call of only duplicates changes nothing."""
     entry = state.entry(rollout_id)
+    if attempt_id == "latest":  # a span says whose it is: the newest attempt may be another's by now
+        raise AttemptNotFoundError(rollout_id, attempt_id)
     index = state.find_attempt(entry, attempt_id, step.session)
-    attempt = entry.attempts[index]
-    if attempt_id == "latest":
-        spans = [span.evolve(attempt_id=attempt.attempt_id) for span in spans]
     for span in spans:
         if span.sequence_id < 0:  # "the next one", asked for in the same call
             span.sequence_id = state.spans.next_number(rollout_id, known=True)
@@ -258,7 +262,7 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
     """A sign of life from an attempt."""
     before = entry.attempts[index]
     is_latest = index == len(entry.attempts) - 1
-    _hear_of(state, step, entry, before.attempt_id)
+    hear_of(state, step, entry, before.attempt_id)
     if reward is None and is_latest and before.status == entry.rollout.status == "running":  # nothing moves
         entry.attempts[index] = before.evolve(last_heartbeat_time=step.now)
         entry.clocks[-1].beat = step.now - state.paused
@@ -284,7 +288,7 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
 
 
 def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Signs of life for attempts, stamped here; answers with those whose work is of no use any more.
+    """Signs of life for attempts that are worked on, stamped here; answers with those that are of no use any more.
 
     An unresponsive attempt whose rollout still waits is of use: its next span brings it back.
     """
@@ -300,10 +304,13 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list
             useless.append((rollout_id, attempt_id))
         if attempt.status not in ACTIVE:
             continue
-        _hear_of(state, step, entry, attempt_id)
-        state.put_attempt(entry, index, attempt.evolve(last_heartbeat_time=step.now))
+        hear_of(state, step, entry, attempt_id)
+        status = attempt_after(attempt.status, HEARTBEAT)
+        state.put_attempt(entry, index, attempt.evolve(status=status, last_heartbeat_time=step.now))
         if index == len(entry.attempts) - 1:
             entry.clocks[-1].beat = step.now - state.paused
+            if entry.rollout.status in ROLLOUT_ON_HEARTBEAT:
+                move(state, step, entry, ROLLOUT_ON_HEARTBEAT[entry.rollout.status])
     return useless
 
 

@@ -17,9 +17,10 @@ from raystore.core import attempts, retention, steps, verbs, watchdog, workers
 from raystore.core.batches import Item, to_keep
 from raystore.core.claims import LOST_CLAIMS_KEPT, Claimed, taken_over
 from raystore.core.cold import column
-from raystore.core.lifecycle import ACTIVE, FINISHED
+from raystore.core.lifecycle import ACTIVE, FINISHED, OVER
 from raystore.core.line import ERROR, PARTLY, VALUE, Kept, Reply
 from raystore.core.payload import PLAIN, Opaque, Payload
+from raystore.core.records import Attempt, Span
 from raystore.core.rollouts import (
     CONTENT,
     RETRY_AFTER_SECONDS,
@@ -247,6 +248,60 @@ def resume(state: State, step: Step, away: float) -> None:
     state.changes.append(step.now, "resumed", seconds=away)
 
 
+# -- attempts ----------------------------------------------------------------------------------------------------------
+
+
+def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A heartbeat moved no status."""
+    useless = []
+    for rollout_id, attempt_id in attempts_alive:
+        entry = state.entries.get(rollout_id)
+        index = next((i for i, a in enumerate(entry.attempts) if a.attempt_id == attempt_id), None) if entry else None
+        if entry is None or index is None:
+            useless.append((rollout_id, attempt_id))
+            continue
+        attempt = entry.attempts[index]
+        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or attempt.status in OVER:
+            useless.append((rollout_id, attempt_id))
+        if attempt.status not in ACTIVE:
+            continue
+        attempts.hear_of(state, step, entry, attempt_id)
+        state.put_attempt(entry, index, attempt.evolve(last_heartbeat_time=step.now))
+        if index == len(entry.attempts) - 1:
+            entry.clocks[-1].beat = step.now - state.paused
+    return useless
+
+
+def _add_spans(
+    state: State,
+    step: Step,
+    *,
+    rollout_id: str,
+    attempt_id: str,
+    spans: list[list[Any]],
+    chain: Chain | None = None,
+) -> list[tuple[bool, int]]:
+    """Spans of the attempt "latest" were those of the newest."""
+    attempt_id = _meant(state, rollout_id, attempt_id)
+    made = [Span(rollout_id, attempt_id, *row) for row in spans]
+    written = attempts.add_spans(state, step, rollout_id, attempt_id, made)
+    return [(stored, span.sequence_id) for stored, span in zip(written.stored, made, strict=True)]
+
+
+def _finish(
+    state: State, step: Step, *, rollout_id: str, attempt_id: str, spans: list[list[Any]], changes: dict[str, Any]
+) -> tuple[Attempt, list[bool]]:
+    attempt_id = _meant(state, rollout_id, attempt_id)
+    made = [Span(rollout_id, attempt_id, *row) for row in spans]
+    attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, changes)
+    return attempt, written.stored
+
+
+def _meant(state: State, rollout_id: str, attempt_id: str) -> str:
+    entry = state.entry(rollout_id)
+    return entry.attempts[state.find_attempt(entry, attempt_id)].attempt_id if attempt_id == "latest" else attempt_id
+
+
 # -- enqueuing ---------------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +426,9 @@ VERBS: dict[str, Verb] = verbs.VERBS | {
     "enqueue": Verb(_enqueue),
     "take": Verb(_take),
     "report_session": Verb(_report_session),
+    "heartbeat": Verb(_heartbeat),
+    "add_spans": Verb(_add_spans),
+    "finish": Verb(_finish),
 }
 
 STEPS: dict[str, Callable[..., Any]] = steps.STEPS | {

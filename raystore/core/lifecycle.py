@@ -26,6 +26,7 @@ OVER = SETTLED - {"unresponsive"}  #: ... and that a span of a runner that only 
 
 # Events that move an attempt.
 SPAN = "span"  # a span arrived
+HEARTBEAT = "heartbeat"  # its runner says that it is at work on it
 TIMEOUT = "timeout"  # config.timeout_seconds since its start
 SILENCE = "silence"  # config.unresponsive_seconds without a heartbeat
 LOSS = "loss"  # the process that ran it has ended
@@ -36,6 +37,7 @@ CANCEL = "cancel"  # the driver cancelled the rollout
 #: (status, event) -> status. What is not listed stays as it is.
 ATTEMPT: dict[tuple[str, str], str] = {
     ("preparing", SPAN): "running",  # the runner's first span
+    ("preparing", HEARTBEAT): "running",  # the runner, whose agent may end its first span much later
     ("unresponsive", SPAN): "running",  # a runner that only looked dead
     ("preparing", TIMEOUT): "timeout",  # watchdog
     ("running", TIMEOUT): "timeout",  # watchdog
@@ -77,6 +79,9 @@ ROLLOUT_ON_SPAN = {
     "queuing": "running",  # re-queued by hand while its agent went on
     "requeuing": "running",  # an unresponsive runner came back: its retry is withdrawn
 }
+
+#: The same for a heartbeat, which brings nothing back that waits for a retry: only a span shows work worth saving.
+ROLLOUT_ON_HEARTBEAT = {"preparing": "running"}
 
 #: Attempts that say nothing about the agent, so `max_attempts` does not count them.
 UNCHARGED = frozenset({"runner_lost", "infra"})

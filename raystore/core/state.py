@@ -350,8 +350,6 @@ class State:
         key = (entry.rollout.rollout_id, attempt_id)
         if session is not None and key in session.lost:
             raise ClaimLostError(*key)
-        if not entry.attempts:
-            raise AttemptNotFoundError(entry.rollout.rollout_id)
         raise AttemptNotFoundError(*key)
 
     # -- replacing records ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Not here: claiming, sending, reporting (`worker`).
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,10 +17,10 @@ from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any
 
-from raystore import plain, semconv
+from raystore import semconv
 from raystore.errors import InvalidValueError
 from raystore.packed import pack_floats, pack_integers
-from raystore.spans import REWARD_PREFIX, REWARD_SPAN, Event, Span, TraceStatus, attributes_of
+from raystore.spans import REWARD_PREFIX, REWARD_SPAN, Event, Span, TraceStatus, attribute
 from raystore.types import LLM, Attempt, AttemptedRollout
 
 _current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
@@ -39,17 +40,18 @@ class OpenSpan:
     def __init__(self, name: str, attributes: dict[str, Any]) -> None:
         self.name = name
         self.span_id = token_hex(8)
-        self.attributes = attributes_of(attributes)
+        self.attributes = {key: attribute(value) for key, value in attributes.items()}
         self.events: list[Event] = []
         self.status = TraceStatus(status_code="OK")
 
     def set(self, key: str, value: Any) -> None:
         """Set one attribute."""
-        self.update({key: value})
+        self.attributes[key] = attribute(value)
 
     def update(self, attributes: dict[str, Any]) -> None:
         """Set several attributes."""
-        self.attributes.update(attributes_of(attributes))
+        for key, value in attributes.items():
+            self.set(key, value)
 
     def record_exception(self, error: BaseException) -> None:
         """Note an exception, under OpenTelemetry's names, and mark the span as failed."""
@@ -175,8 +177,10 @@ class Context:
         """Emit the reward of the rollout; `dimensions` are further values by name, beside the reward."""
         attributes: dict[str, Any] = {}
         for index, (name, number) in enumerate({"reward": value, **dimensions}.items()):
+            if not hasattr(number, "__float__") or math.isnan(float(number)):
+                raise InvalidValueError(name, number, "a number, not NaN")
             attributes[f"{REWARD_PREFIX}{index}.name"] = name
-            attributes[f"{REWARD_PREFIX}{index}.value"] = plain.reward(name, number)
+            attributes[f"{REWARD_PREFIX}{index}.value"] = float(number)
         now = time.time()
         self._end(OpenSpan(REWARD_SPAN, attributes), _parent.get(), now, now)
 

@@ -115,6 +115,19 @@ async def test_errors_of_add_span(store):
         await store.add_span(make_span(rollout, attempt_id="at-x"))
     with pytest.raises(ValidationError):
         await store.add_span({"rollout_id": "x"})
+    waiting = await store.enqueue_rollout("x")
+    with pytest.raises(ValueError, match=f"Attempt at-x not found for rollout {waiting.rollout_id}"):
+        await store.add_span(make_span(waiting.rollout_id, attempt_id="at-x"))
+
+
+async def test_a_span_names_its_attempt(store):
+    """ "latest" is no attempt's id, however spans are added: by then the newest may be somebody else's."""
+    rollout = await claim(store)
+    span = make_span(rollout, attempt_id="latest")
+    for add in (store.add_span(span), store.add_many_spans([span]), store.add_many_spans([make_span(rollout), span])):
+        with pytest.raises(ValueError, match=f"Attempt latest not found for rollout {rollout.rollout_id}"):
+            await add
+    assert [kept.attempt_id for kept in await store.query_spans(rollout.rollout_id)] == [rollout.attempt.attempt_id]
 
 
 async def test_duplicates_are_refused(store, caplog):

@@ -45,6 +45,26 @@ async def test_silence_counts_from_the_last_heartbeat(store):
     assert (await latest(store, silent)).status == "unresponsive"
 
 
+async def test_a_runners_heartbeat_says_that_its_agent_is_at_work(store):
+    """A claimed rollout is running from then on, with its attempt; nothing that ended or waits comes back by it."""
+    rollout = await claim(store, unresponsive_seconds=5, **RETRY)
+    key = (rollout.rollout_id, rollout.attempt.attempt_id)
+    store.testing.tick(4)
+    assert await store.heartbeat([key]) == []
+    attempt = await latest(store, rollout)
+    assert (attempt.status, attempt.last_heartbeat_time) == ("running", rollout.attempt.start_time + 4)
+    assert await status_of(store, rollout) == "running"
+    store.testing.tick(5.5)
+    assert await store.heartbeat([key]) == []
+    assert ((await latest(store, rollout)).status, await status_of(store, rollout)) == ("unresponsive", "requeuing")
+    again = await store.dequeue_rollout()
+    assert await store.heartbeat([key]) == [key]
+    assert await status_of(store, again) == "preparing"
+    await store.update_rollout(again.rollout_id, status="succeeded")
+    assert await store.heartbeat([(again.rollout_id, again.attempt.attempt_id)]) != []
+    assert await status_of(store, again) == "succeeded"
+
+
 async def test_retries_after_timeouts(store):
     """A timed-out attempt is retried if the condition says so, and its clock starts anew."""
     rollout = await claim(store, timeout_seconds=5, **RETRY)

@@ -21,10 +21,12 @@ def test_statuses_are_those_of_the_public_types():
 
 
 def test_events_lead_to_known_statuses_and_never_leave_a_settled_one():
-    """Only a span may bring an unresponsive attempt back."""
+    """Only a span may bring an unresponsive attempt back; a heartbeat does no more than a span would."""
     for (status, event), after in lifecycle.ATTEMPT.items():
         assert status in lifecycle.ATTEMPT_STATUSES and after in lifecycle.ATTEMPT_STATUSES
         assert status not in lifecycle.SETTLED or (status, event) == ("unresponsive", lifecycle.SPAN)
+        assert event != lifecycle.HEARTBEAT or lifecycle.ATTEMPT[status, lifecycle.SPAN] == after
+    assert lifecycle.ROLLOUT_ON_HEARTBEAT.items() <= lifecycle.ROLLOUT_ON_SPAN.items()
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,26 @@ async def test_an_agent_class_has_one_instance_for_each_runner(store):
 
 
 @mostly_in_memory
+async def test_an_agent_at_work_is_running_before_its_first_span_has_ended(store):
+    """Attempt and rollout say so soon after the claim, although the agent has told nothing yet."""
+
+    async def agent(task, ctx):
+        with ctx.span("long"):
+            await asyncio.sleep(1000)
+
+    made = await store.enqueue_rollout("x")
+    async with rs.RunnerPool(store, agent, size=1, flush_seconds=0.1):
+
+        async def runs():
+            found = await store.get_rollout_by_id(made.rollout_id)
+            return found.status == "running" and found.attempt.status == "running"
+
+        await until(runs)
+        assert await store.query_spans(made.rollout_id) == []
+        await store.cancel_rollouts([made.rollout_id])
+
+
+@mostly_in_memory
 async def test_what_agents_raise(store):
     """An exception fails its attempt with its traceback; Abort is delivered again, Drop never; the pool goes on."""
 
