@@ -29,7 +29,15 @@ from raystore.core import bounds, check, claims, eviction, verbs, watchdog
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING, VERBS
-from raystore.errors import OverloadedError, ReadOnlyError, StoreClosedError, StoreCorruptError, StoreError, again
+from raystore.errors import (
+    OverloadedError,
+    ReadOnlyError,
+    SessionEndedError,
+    StoreClosedError,
+    StoreCorruptError,
+    StoreError,
+    again,
+)
 from raystore.journal.bodies import Bodies
 from raystore.journal.log import FULL_SECONDS, Log
 from raystore.journal.opening import Opened
@@ -166,16 +174,21 @@ class Service:
         recorder, is_item = self._recorder, False
         if self.clock.is_manual:  # it may have been moved by the operation before
             step = self.step(step.session)
+        spec = VERBS.get(verb) or SHELL.get(verb)
         try:
             if self._failed is None and watchdog.may_be_due(state, step):
                 self._advance(step, verb, arguments)
+            is_refused = spec is None or not spec.fits(arguments)
             if recorder is not None:
-                recorder.item(step, ticket, verb, arguments)
+                recorder.item(step, ticket, verb, arguments, is_refused=is_refused)
                 is_item = True
+            if spec is None or is_refused:
+                raise verbs.refusal(step, spec, verb, arguments)
             own = SHELL.get(verb)
             if own is None:
-                return verbs.run(state, step, verb, arguments)
-            own.require(verb, arguments)
+                return verbs.perform(state, step, spec, arguments)
+            if step.session is not None and step.session.ended_at is not None:
+                raise SessionEndedError(step.session.session_id)
             return own.run(self, shell.Asked(step, ticket, deliver), **arguments)
         except StoreError as refusal:  # before anything changed
             self.overloads += isinstance(refusal, OverloadedError)
@@ -187,7 +200,8 @@ class Service:
         finally:
             is_news = state.has_news or state.withdrawals != self._withdrawals_seen
             if is_news or state.is_full or self.waiters.wants_changes:
-                self._settle(arguments.get("rollout_id"))
+                rollout_id = arguments.get("rollout_id")
+                self._settle(rollout_id if isinstance(rollout_id, str) else None)
 
     def defer(self, action: Callable[[], None]) -> None:
         """Do something before the next operation; may be called from anywhere, a garbage collection included."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from raystore.clock import ManualClock
 from raystore.config import resident_bytes
 from raystore.core import bounds, check, consumers, verbs
 from raystore.core.counts import counts
+from raystore.core.requests import Filters
+from raystore.core.schema import Id, Positive, Rule, Seconds, Whole
 from raystore.core.state import State, Step
 from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError
@@ -21,6 +23,8 @@ from raystore.waiters import Deliver
 
 if TYPE_CHECKING:
     from raystore.service import Service
+
+FOR_EVER_SECONDS = 1e9  #: who waits for longer waits without a limit
 
 PARKED: Any = object()  #: answer of a call that waits; the real one goes to its `deliver`
 
@@ -47,34 +51,34 @@ def _dequeue(
     service: Service,
     asked: Asked,
     *,
-    queues: list[str],
+    queues: list[Id],
     limit: int,
-    worker_id: str | None,
-    timeout: float = 0.0,
+    worker_id: Id | None,
+    timeout: Seconds = 0.0,
     of: int | None = None,
 ) -> Any:
     wanted = {"queues": queues, "limit": limit, "worker_id": worker_id}
-    claimed = verbs.run(service.state, asked.step, "dequeue", wanted | {"timeout": timeout, "of": of})
+    claimed = verbs.VERBS["dequeue"].run(service.state, asked.step, **wanted, timeout=timeout, of=of)
     return _park(service, asked, "dequeue", wanted, timeout) if claimed is None else claimed
 
 
-def _take(service: Service, asked: Asked, *, consumer: str, count: int, timeout: float = 0.0) -> Any:
+def _take(service: Service, asked: Asked, *, consumer: Id, count: Positive, timeout: Seconds = 0.0) -> Any:
     wanted = {"consumer": consumer, "count": count}
-    taken = verbs.run(service.state, asked.step, "take", wanted | {"timeout": timeout})
+    taken = verbs.VERBS["take"].run(service.state, asked.step, **wanted, timeout=timeout)
     if taken is not None:
         return taken
     missing = consumers.missing(service.state, consumer, count)
     return _park(service, asked, "take", wanted | {"missing": missing}, timeout)
 
 
-def _wait(service: Service, asked: Asked, *, rollout_ids: list[str], timeout: float | None) -> Any:
+def _wait(service: Service, asked: Asked, *, rollout_ids: list[Id], timeout: float | None) -> Any:
     missing = unfinished(service.state, rollout_ids)
     if not missing or service.stands_still or (timeout is not None and timeout <= 0):
         return finished(service.state, rollout_ids)
     return _park(service, asked, "wait", {"rollout_ids": rollout_ids}, timeout, missing)
 
 
-def _sort_out(service: Service, asked: Asked, *, rollout_ids: list[str]) -> Any:
+def _sort_out(service: Service, asked: Asked, *, rollout_ids: list[Id]) -> Any:
     """What is finished of these, and where the completion log stands, and what is not: all of one moment."""
     done, cursor = finished(service.state, rollout_ids)
     done.sort(key=lambda pair: service.state.completions.place(pair[0].rollout_id))
@@ -82,7 +86,7 @@ def _sort_out(service: Service, asked: Asked, *, rollout_ids: list[str]) -> Any:
 
 
 def _completed(
-    service: Service, asked: Asked, *, cursor: int | None, limit: int, timeout: float, filters: dict[str, Any]
+    service: Service, asked: Asked, *, cursor: Whole | None, limit: Positive, timeout: Seconds, filters: Filters
 ) -> Any:
     items, cursor = verbs.completed_after(service.state, cursor, limit, filters)
     if items or service.stands_still or timeout <= 0:
@@ -91,7 +95,7 @@ def _completed(
 
 
 def _changes(
-    service: Service, asked: Asked, *, cursor: int | None, kinds: list[str] | None, limit: int, timeout: float
+    service: Service, asked: Asked, *, cursor: Whole | None, kinds: list[str] | None, limit: Positive, timeout: Seconds
 ) -> Any:
     items, cursor = verbs.changes_after(service.state, cursor, kinds, limit)
     if items or service.stands_still or timeout <= 0:
@@ -108,7 +112,7 @@ def _park(
     missing: list[str] | None = None,
 ) -> Any:
     bounds.admit("calls that wait", len(service.waiters), bounds.WAITERS)
-    deadline = None if timeout is None else asked.step.now + timeout
+    deadline = None if timeout is None or timeout > FOR_EVER_SECONDS else asked.step.now + timeout
     service.waiters.park(asked.session_id, asked.ticket, verb, arguments, deadline, asked.deliver, missing or ())
     return PARKED
 
@@ -131,6 +135,8 @@ def unfinished(state: State, rollout_ids: list[str]) -> list[str]:
     return [i for i in rollout_ids if i not in completions and i in entries]
 
 
+Moment = Annotated[float, Rule("0 <= {v} < 1e12", "a number of seconds, 0 or more")]
+
 # -- others ------------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +155,7 @@ def _statistics(service: Service, asked: Asked) -> dict[str, Any]:
     }
 
 
-def _story(service: Service, asked: Asked, *, rollout_id: str) -> list[str]:
+def _story(service: Service, asked: Asked, *, rollout_id: Id) -> list[str]:
     return check.story(service.state, rollout_id)
 
 
@@ -157,7 +163,7 @@ def _check(service: Service, asked: Asked) -> None:
     check.check(service.state)
 
 
-def _tick(service: Service, asked: Asked, *, seconds: float, sessions: bool) -> None:
+def _tick(service: Service, asked: Asked, *, seconds: Moment, sessions: bool) -> None:
     if not isinstance(service.clock, ManualClock):
         raise InvalidValueError("clock", service.config.clock, "a store started with clock='manual'")
     service.clock.tick(seconds, sessions=sessions)

@@ -96,8 +96,18 @@ def pack_operation(verb: str, arguments: dict[str, Any]) -> Packed:
     """One operation as a frame."""
     try:
         return pack((verb, arguments))
-    except OverflowError:
-        raise InvalidValueError("arguments", verb, "whole numbers of at most 64 bits") from None
+    except (OverflowError, TypeError, ValueError):
+        raise _unpackable(verb, arguments) from None
+
+
+def _unpackable(verb: str, arguments: dict[str, Any]) -> InvalidValueError:
+    """Which argument cannot travel."""
+    for name, value in arguments.items():
+        try:
+            pack(value)
+        except (OverflowError, TypeError, ValueError):
+            return InvalidValueError(name, value, "plain values, whole numbers of at most 64 bits among them")
+    return InvalidValueError("arguments", verb, "plain values")
 
 
 def _opener(refs: list[Any], large: Iterator[bytes]) -> Any:

@@ -6,7 +6,7 @@ Not here: the tables (`lifecycle`), claims that await acknowledgement (`claims`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raystore.core import workers
@@ -75,7 +75,7 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
     return attempt
 
 
-def start_rollout(state: State, step: Step, request: dict[str, Any], worker_id: str | None) -> Entry:
+def start_rollout(state: State, step: Step, request: Mapping[str, Any], worker_id: str | None) -> Entry:
     """Make a rollout with its first attempt; it was never in a queue."""
     entry = create(state, step, "preparing", request, state.resources.latest_id)
     begin(state, step, entry, worker_id=worker_id, kind="started")
@@ -91,7 +91,7 @@ def start_attempt(state: State, step: Step, rollout_id: str, worker_id: str | No
     return entry
 
 
-def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: dict[str, Any]) -> Attempt:
+def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: Mapping[str, Any]) -> Attempt:
     """`update_attempt`: set fields by hand, and let rollout and worker follow."""
     entry = state.entry(rollout_id)
     try:
@@ -315,7 +315,7 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list
 
 
 def finish(
-    state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span], changes: dict[str, Any]
+    state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span], changes: Mapping[str, Any]
 ) -> tuple[Attempt, Written]:
     """The last spans of an attempt and its final status as one step; a refused span refuses both."""
     entry = state.entry(rollout_id)

@@ -7,7 +7,7 @@ Not here: starting, settling and cancelling attempts (`attempts`), handing work 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import heapify, heappush
 from itertools import groupby, islice
 from typing import Any
@@ -27,7 +27,7 @@ RETRY_AFTER_SECONDS = 1.0
 CONTENT = ("input", "mode", "resources_id", "config", "metadata", "group_id", "queue", "priority", "tags")
 
 
-def create(state: State, step: Step, status: str, request: dict[str, Any], latest: str | None) -> Entry:
+def create(state: State, step: Step, status: str, request: Mapping[str, Any], latest: str | None) -> Entry:
     """Make a rollout from a request (the arguments of `enqueue_rollout`)."""
     rollout_id = request.get("rollout_id")
     resources_id = request.get("resources_id")
@@ -60,7 +60,7 @@ def create(state: State, step: Step, status: str, request: dict[str, Any], lates
     return entry
 
 
-def _existing(state: State, request: dict[str, Any]) -> Entry | None:
+def _existing(state: State, request: Mapping[str, Any]) -> Entry | None:
     """The rollout that a caller-given id names already, if its content is the same."""
     rollout_id = request.get("rollout_id")
     entry = state.entries.get(rollout_id) if rollout_id is not None else None
@@ -79,7 +79,7 @@ def _existing(state: State, request: dict[str, Any]) -> Entry | None:
 
 
 def enqueue_many(
-    state: State, step: Step, requests: list[dict[str, Any]], *, admit: int | None, latest: str | None
+    state: State, step: Step, requests: Sequence[Mapping[str, Any]], *, admit: int | None, latest: str | None
 ) -> list[Rollout]:
     """Put rollouts at the tail of their queues; all of them or none.
 
@@ -87,7 +87,7 @@ def enqueue_many(
     `latest` is the resources id for requests that name none.
     """
     existing = [_existing(state, request) for request in requests]
-    seen: dict[str, dict[str, Any]] = {}
+    seen: dict[str, Mapping[str, Any]] = {}
     for request in requests:
         rollout_id = request.get("rollout_id")
         if rollout_id is not None and seen.setdefault(rollout_id, request) is not request:
@@ -180,7 +180,7 @@ def enter_eviction(state: State, entry: Entry) -> None:
         heapify(heap)
 
 
-def update(state: State, step: Step, rollout_id: str, changes: dict[str, Any]) -> Rollout:
+def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]) -> Rollout:
     """Set fields of a rollout by hand; attempts and workers stay as they are."""
     entry = state.entry(rollout_id)
     changes = dict(changes)
@@ -259,11 +259,11 @@ def mark_read(state: State, entry: Entry) -> None:
 def find(
     state: State,
     *,
-    status_in: list[str] | None,
+    status_in: Sequence[str] | None,
     rollout_id_in: list[str] | None,
     rollout_id_contains: str | None,
     filter_logic: str,
-    must: dict[str, Any],
+    must: Mapping[str, Any],
     sort_by: str | None,
     sort_order: str,
     limit: int,

@@ -8,16 +8,29 @@ Not here: encoding, sessions' batches, parked calls (`service`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from raystore.core import attempts, claims, consumers, query, retention, rollouts, workers
 from raystore.core.lifecycle import FINISHED
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
-from raystore.core.state import AttemptKey, Chain, Entry, State, Step, is_live_attempt
+from raystore.core.requests import (
+    AttemptChanges,
+    FinalChanges,
+    Must,
+    Request,
+    RolloutChanges,
+    RolloutStatus,
+    SpanRow,
+    SpanTexts,
+    WorkerChanges,
+    WorkerStatus,
+)
+from raystore.core.schema import As, Encoded, Id, Logic, Part, Positive, Seconds, SortOrder, Tags, Text, Whole, checker
+from raystore.core.state import AttemptKey, Chain, Entry, Session, State, Step, is_live_attempt
 from raystore.core.verb import Verb
-from raystore.errors import InvalidValueError, SpansEvictedError, StoreError, again
+from raystore.errors import InvalidValueError, SessionEndedError, SpansEvictedError, StoreError, again
 
 
 @dataclass(slots=True)
@@ -33,17 +46,18 @@ def _with_attempt(entry: Entry) -> tuple[Rollout, Attempt | None]:
 
 
 Pair = tuple[Rollout, Attempt | None]
+InChain = Annotated[Chain, As(Part)]  #: given as its id, and whether this is its last part
 
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-def _start_rollout(state: State, step: Step, *, request: dict[str, Any], worker_id: str | None) -> Pair:
+def _start_rollout(state: State, step: Step, *, request: Request, worker_id: Id | None) -> Pair:
     workers.admit(state, worker_id)
     return _with_attempt(attempts.start_rollout(state, step, request, worker_id))
 
 
 def _enqueue(
-    state: State, step: Step, *, requests: list[dict[str, Any]], admit: int | None = None, chain: Chain | None = None
+    state: State, step: Step, *, requests: list[Request], admit: Whole | None = None, chain: InChain | None = None
 ) -> list[Pair]:
     # "Latest resources" is what it was for the first part of a chain.
     latest = chain.notes.setdefault("latest", state.resources.latest_id) if chain else state.resources.latest_id
@@ -55,10 +69,10 @@ def _dequeue(
     state: State,
     step: Step,
     *,
-    queues: list[str],
+    queues: list[Id],
     limit: int,
-    worker_id: str | None,
-    timeout: float = 0.0,
+    worker_id: Id | None,
+    timeout: Seconds = 0.0,
     of: int | None = None,
 ) -> list[claims.Claimed] | None:
     """What is claimed; None if there is nothing and the caller waits. `of` asks for what a parked call was handed."""
@@ -71,17 +85,41 @@ def _dequeue(
     return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
 
 
-def _query_rollouts(state: State, step: Step, **arguments: Any) -> Many:
-    entries, total = rollouts.find(state, **arguments)
+def _query_rollouts(
+    state: State,
+    step: Step,
+    *,
+    status_in: list[RolloutStatus] | None,
+    rollout_id_in: list[Id] | None,
+    rollout_id_contains: str | None,
+    filter_logic: Logic,
+    must: Must,
+    sort_by: str | None,
+    sort_order: SortOrder,
+    limit: int,
+    offset: int,
+) -> Many:
+    entries, total = rollouts.find(
+        state,
+        status_in=status_in,
+        rollout_id_in=rollout_id_in,
+        rollout_id_contains=rollout_id_contains,
+        filter_logic=filter_logic,
+        must=must,
+        sort_by=sort_by,
+        sort_order=sort_order,
+        limit=limit,
+        offset=offset,
+    )
     return Many([_with_attempt(entry) for entry in entries], total)
 
 
-def _get_rollout(state: State, step: Step, *, rollout_id: str) -> Pair | None:
+def _get_rollout(state: State, step: Step, *, rollout_id: Id) -> Pair | None:
     entry = state.entries.get(rollout_id)
     return _with_attempt(entry) if entry else None
 
 
-def _update_rollout(state: State, step: Step, *, rollout_id: str, changes: dict[str, Any]) -> Pair:
+def _update_rollout(state: State, step: Step, *, rollout_id: Id, changes: RolloutChanges) -> Pair:
     rollouts.update(state, step, rollout_id, changes)
     return _with_attempt(state.entries[rollout_id])
 
@@ -90,9 +128,9 @@ def _cancel_rollouts(
     state: State,
     step: Step,
     *,
-    rollout_ids: list[str] | None,
-    group_id: str | None,
-    tags: dict[str, Any] | None,
+    rollout_ids: list[Id] | None,
+    group_id: Id | None,
+    tags: Tags | None,
 ) -> list[Pair]:
     chosen = chosen_among(state, rollout_ids, group_id, tags)
     return [_with_attempt(state.entries[r.rollout_id]) for r in attempts.cancel(state, step, chosen)]
@@ -116,7 +154,7 @@ def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Pair]:
 
 
 def completed_after(
-    state: State, cursor: int | None, limit: int, filters: dict[str, Any]
+    state: State, cursor: int | None, limit: int, filters: Mapping[str, Any]
 ) -> tuple[list[Pair], int | None]:
     """Finished rollouts that follow a cursor in completion order, and the next cursor."""
     found: list[Pair] = []
@@ -138,50 +176,50 @@ def changes_after(
     return state.changes.after(cursor, None if kinds is None else frozenset(kinds), limit)
 
 
-def _release(state: State, step: Step, *, rollout_ids: list[str]) -> int:
+def _release(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
     return rollouts.release(state, rollout_ids)
 
 
-def _delete_rollouts(state: State, step: Step, *, rollout_ids: list[str]) -> int:
+def _delete_rollouts(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
     return retention.delete(state, step, rollout_ids)
 
 
 # -- attempts ----------------------------------------------------------------------------------------------------------
 
 
-def _start_attempt(state: State, step: Step, *, rollout_id: str, worker_id: str | None) -> Pair:
+def _start_attempt(state: State, step: Step, *, rollout_id: Id, worker_id: Id | None) -> Pair:
     workers.admit(state, worker_id)
     return _with_attempt(attempts.start_attempt(state, step, rollout_id, worker_id))
 
 
 def _query_attempts(
-    state: State, step: Step, *, rollout_id: str, sort_by: str | None, sort_order: str, limit: int, offset: int
+    state: State, step: Step, *, rollout_id: Id, sort_by: str | None, sort_order: SortOrder, limit: int, offset: int
 ) -> Many:
     entry = state.entries.get(rollout_id)
     found = query.arrange(entry.attempts if entry else [], sort_by, sort_order, query.ATTEMPT_SORT)
     return Many(query.page(found, limit, offset), len(found))
 
 
-def _get_latest_attempt(state: State, step: Step, *, rollout_id: str) -> Attempt | None:
+def _get_latest_attempt(state: State, step: Step, *, rollout_id: Id) -> Attempt | None:
     entry = state.entries.get(rollout_id)
     return entry.latest if entry else None
 
 
-def _update_attempt(state: State, step: Step, *, rollout_id: str, attempt_id: str, changes: dict[str, Any]) -> Attempt:
+def _update_attempt(state: State, step: Step, *, rollout_id: Id, attempt_id: Id, changes: AttemptChanges) -> Attempt:
     workers.admit(state, changes.get("worker_id"))
     return attempts.report(state, step, rollout_id, attempt_id, changes)
 
 
-def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[Id, Id]]) -> list[tuple[str, str]]:
     return attempts.heartbeat(state, step, attempts_alive)
 
 
-def _decline(state: State, step: Step, *, rollout_id: str, attempt_id: str) -> bool:
+def _decline(state: State, step: Step, *, rollout_id: Id, attempt_id: Id) -> bool:
     assert step.session is not None
     return claims.take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
 
 
-def _acknowledge(state: State, step: Step, *, keys: list[list[str]]) -> list[AttemptKey]:
+def _acknowledge(state: State, step: Step, *, keys: list[tuple[Id, Id]]) -> list[AttemptKey]:
     assert step.session is not None
     return claims.acknowledge(state, step, step.session, [(key[0], key[1]) for key in keys])
 
@@ -197,10 +235,10 @@ def _add_spans(
     state: State,
     step: Step,
     *,
-    rollout_id: str,
-    attempt_id: str,
-    spans: list[list[Any]],
-    chain: Chain | None = None,
+    rollout_id: Id,
+    attempt_id: Id,
+    spans: list[SpanRow],
+    chain: InChain | None = None,
 ) -> list[tuple[bool, int]]:
     made = _spans(rollout_id, attempt_id, spans)
     written = attempts.add_spans(state, step, rollout_id, attempt_id, made)
@@ -208,14 +246,14 @@ def _add_spans(
 
 
 def _finish(
-    state: State, step: Step, *, rollout_id: str, attempt_id: str, spans: list[list[Any]], changes: dict[str, Any]
+    state: State, step: Step, *, rollout_id: Id, attempt_id: Id, spans: list[SpanRow], changes: FinalChanges
 ) -> tuple[Attempt, list[bool]]:
     made = _spans(rollout_id, attempt_id, spans)
     attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, changes)
     return attempt, written.stored
 
 
-def _next_numbers(state: State, step: Step, *, rollout_ids: list[str]) -> list[int]:
+def _next_numbers(state: State, step: Step, *, rollout_ids: list[Id]) -> list[int]:
     return [state.spans.next_number(i, known=i in state.entries) for i in rollout_ids]
 
 
@@ -223,26 +261,26 @@ def _query_spans(
     state: State,
     step: Step,
     *,
-    rollout_id: str,
-    attempt_id: str | None,
-    equal: dict[str, str],
-    containing: dict[str, str],
-    filter_logic: str,
+    rollout_id: Id,
+    attempt_id: Id | None,
+    equal: SpanTexts,
+    containing: SpanTexts,
+    filter_logic: Logic,
     sort_by: str | None,
-    sort_order: str,
+    sort_order: SortOrder,
     limit: int,
     offset: int,
     allow_partial: bool,
 ) -> Many:
     conditions = [query.equals(name, value) for name, value in equal.items()]
-    conditions += [query.contains(name, part) for name, part in containing.items()]
+    conditions += [query.contains(name, str(part)) for name, part in containing.items()]
     found = query.select(_spans_of(state, rollout_id, attempt_id, allow_partial), conditions, filter_logic)
     found = query.arrange(found, sort_by, sort_order, query.SPAN_SORT)
     return Many(query.page(found, limit, offset), len(found))
 
 
 def _query_many_spans(
-    state: State, step: Step, *, rollout_ids: list[str], attempt_id: str | None, allow_partial: bool
+    state: State, step: Step, *, rollout_ids: list[Id], attempt_id: Id | None, allow_partial: bool
 ) -> Many:
     spans = [
         span
@@ -280,28 +318,28 @@ def take(state: State, step: Step, *, consumer: str, count: int, must: bool) -> 
 
 
 def _take(
-    state: State, step: Step, *, consumer: str, count: int, timeout: float = 0.0
+    state: State, step: Step, *, consumer: Id, count: Positive, timeout: Seconds = 0.0
 ) -> tuple[list[Pair], int] | None:
     return take(state, step, consumer=consumer, count=count, must=timeout <= 0)
 
 
-def _ack(state: State, step: Step, *, consumer: str, batch: int, at_step: int, note: str | None) -> None:
+def _ack(state: State, step: Step, *, consumer: Id, batch: int, at_step: Whole, note: Text | None) -> None:
     consumers.acknowledge(state, step, consumer, batch, at_step, note)
 
 
-def _nack(state: State, step: Step, *, consumer: str, batch: int) -> None:
+def _nack(state: State, step: Step, *, consumer: Id, batch: int) -> None:
     consumers.give_back(state, step, consumer, batch)
 
 
-def _checkpoint(state: State, step: Step, *, consumer: str, at_step: int) -> int:
+def _checkpoint(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int:
     return consumers.checkpoint(state, step, consumer, at_step)
 
 
-def _rewind(state: State, step: Step, *, consumer: str, at_step: int) -> int:
+def _rewind(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int:
     return consumers.rewind(state, step, consumer, at_step)
 
 
-def _ledger(state: State, step: Step, *, consumer: str) -> Many:
+def _ledger(state: State, step: Step, *, consumer: Id) -> Many:
     rows = consumers.ledger(state, consumer)
     return Many(rows, len(rows))
 
@@ -313,8 +351,8 @@ def _put_resources(
     state: State,
     step: Step,
     *,
-    resources_id: str | None,
-    resources: Any,
+    resources_id: Id | None,
+    resources: Encoded,
     policy_version: int | None,
     holds_objects: bool,
 ) -> Resources:
@@ -335,7 +373,7 @@ def _put_resources(
     return made
 
 
-def _get_resources(state: State, step: Step, *, resources_id: str, version: int | None) -> Resources | None:
+def _get_resources(state: State, step: Step, *, resources_id: Id, version: int | None) -> Resources | None:
     return state.resources.get(resources_id, version)
 
 
@@ -347,10 +385,10 @@ def _query_resources(
     state: State,
     step: Step,
     *,
-    resources_id: str | None,
+    resources_id: Id | None,
     resources_id_contains: str | None,
     sort_by: str | None,
-    sort_order: str,
+    sort_order: SortOrder,
     limit: int,
     offset: int,
 ) -> Many:
@@ -362,29 +400,49 @@ def _query_resources(
     return Many(query.page(found, limit, offset), len(found))
 
 
-def _delete_resources(state: State, step: Step, *, resources_id: str) -> None:
+def _delete_resources(state: State, step: Step, *, resources_id: Id) -> None:
     state.resources.delete(resources_id)
     state.changes.append(step.now, "resources_deleted", resources_id=resources_id)
 
 
-def _update_worker(state: State, step: Step, *, worker_id: str, changes: dict[str, Any]) -> Worker:
+def _update_worker(state: State, step: Step, *, worker_id: Id, changes: WorkerChanges) -> Worker:
     workers.admit(state, worker_id)
     return workers.update(state, step, worker_id, changes)
 
 
-def _query_workers(state: State, step: Step, **arguments: Any) -> Many:
-    found, total = workers.find(state, **arguments)
+def _query_workers(
+    state: State,
+    step: Step,
+    *,
+    status_in: list[WorkerStatus] | None,
+    worker_id_contains: str | None,
+    filter_logic: Logic,
+    sort_by: str | None,
+    sort_order: SortOrder,
+    limit: int,
+    offset: int,
+) -> Many:
+    found, total = workers.find(
+        state,
+        status_in=status_in,
+        worker_id_contains=worker_id_contains,
+        filter_logic=filter_logic,
+        sort_by=sort_by,
+        sort_order=sort_order,
+        limit=limit,
+        offset=offset,
+    )
     return Many(found, total)
 
 
-def _get_worker(state: State, step: Step, *, worker_id: str) -> Worker | None:
+def _get_worker(state: State, step: Step, *, worker_id: Id) -> Worker | None:
     return state.workers.get(worker_id)
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
 
 
-def _report_session(state: State, step: Step, *, session_id: str | None, worker_id: str | None = None) -> bool:
+def _report_session(state: State, step: Step, *, session_id: Id | None, worker_id: Id | None = None) -> bool:
     """Somebody saw that a process has ended (a pool, its runner): its session, and any that holds its worker's work."""
     ended = {session_id}
     for rollout_id in state.indexes.find(("worker", worker_id)):
@@ -397,31 +455,63 @@ def _report_session(state: State, step: Step, *, session_id: str | None, worker_
     return bool(live)
 
 
+is_part = checker(Part)  #: whether something says of an operation which part of a bulk call it is
+
+
 def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
-    """Run one verb.
+    """Run one verb, if these are arguments of it."""
+    spec = VERBS.get(verb)
+    if spec is None or not spec.fits(arguments):
+        raise refusal(step, spec, verb, arguments)
+    return perform(state, step, spec, arguments)
+
+
+def refusal(step: Step, spec: Verb | None, verb: str, arguments: dict[str, Any]) -> InvalidValueError:
+    """Why these are no arguments of a verb; the other parts of a bulk call are refused alike."""
+    if spec is None:
+        return InvalidValueError("operation", verb, "a verb of this store")
+    error = spec.schema.refusal(verb, arguments)
+    if is_chained(spec, arguments) and step.session is not None:
+        _part(step.session, arguments["chain"], refuse=error)
+    return error
+
+
+def is_chained(spec: Verb, arguments: dict[str, Any]) -> bool:
+    """Whether an operation is a part of a bulk call, whatever else it says."""
+    return is_part(arguments.get("chain")) and "chain" in spec.schema.names
+
+
+def perform(state: State, step: Step, spec: Verb, arguments: dict[str, Any]) -> Any:
+    """Run a verb with arguments that fit.
 
     An argument `chain` (an id, and whether this is the last part) ties the parts of one bulk call together: once a
     part was refused, later parts are refused alike without being tried.
     """
-    spec = VERBS.get(verb)
-    if spec is None:
-        raise InvalidValueError("operation", verb, "a verb of this store")
-    spec.require(verb, arguments)
+    session = step.session
+    if session is not None and session.ended_at is not None:  # by an operation before it in the same batch
+        raise SessionEndedError(session.session_id)
     if arguments.get("chain") is None:
         return spec.run(state, step, **arguments)
-    assert step.session is not None
-    chain_id, is_last = arguments["chain"]
-    chains = step.session.chains
-    chain = chains.setdefault(chain_id, Chain())
-    if is_last:
-        del chains[chain_id]
-    if chain.refusal is not None:
-        raise again(chain.refusal)
+    assert session is not None
+    chain = _part(session, arguments["chain"])
     try:
         return spec.run(state, step, **(arguments | {"chain": chain}))
-    except StoreError as refusal:
-        chain.refusal = refusal
+    except StoreError as error:
+        chain.refusal = error
         raise
+
+
+def _part(session: Session, given: tuple[int, bool], refuse: StoreError | None = None) -> Chain:
+    """The chain that a part belongs to, which ends with its last part; raises what refused an earlier part."""
+    chain_id, is_last = given
+    chain = session.chains.setdefault(chain_id, Chain())
+    if is_last:
+        del session.chains[chain_id]
+    if refuse is not None:
+        chain.refusal = chain.refusal or refuse
+    elif chain.refusal is not None:
+        raise again(chain.refusal)
+    return chain
 
 
 _ONE = ("rollout_id",)

@@ -7,10 +7,10 @@ Not here: sessions, which are processes and hold attempts (`claims`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raystore.core import bounds, query
-from raystore.core.payload import Opaque
 from raystore.core.records import Attempt, Worker
 from raystore.core.state import State, Step
 
@@ -21,7 +21,7 @@ def admit(state: State, worker_id: str | None) -> None:
         bounds.admit("workers", len(state.workers), bounds.WORKERS)
 
 
-def update(state: State, step: Step, worker_id: str, changes: dict[str, Opaque]) -> Worker:
+def update(state: State, step: Step, worker_id: str, changes: Mapping[str, Any]) -> Worker:
     """A heartbeat of a worker, with statistics if given; never changes its status."""
     worker = state.workers.get(worker_id) or Worker(worker_id)
     worker = worker.evolve(last_heartbeat_time=step.now, **changes)
@@ -70,7 +70,7 @@ def _put(state: State, worker_id: str, status: str, attempt: Attempt | None, **s
 def find(
     state: State,
     *,
-    status_in: list[str] | None,
+    status_in: Sequence[str] | None,
     worker_id_contains: str | None,
     filter_logic: str,
     sort_by: str | None,

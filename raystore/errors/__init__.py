@@ -9,6 +9,7 @@ caller's process.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from raystore.errors.base import StoreError as StoreError
@@ -23,16 +24,31 @@ from raystore.errors.journal import JournalInUseError as JournalInUseError
 from raystore.errors.journal import JournalMissingError as JournalMissingError
 from raystore.errors.journal import ReadOnlyError as ReadOnlyError
 
+SHOWN = 100  #: characters of a value that an error shows
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = SHOWN
+
+
+def shown(value: Any) -> Any:
+    """A value as an error carries it: plain, and no longer than a line. Shown again, it stays the same."""
+    if value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < 2**63):
+        return value
+    if type(value) is str:
+        return value if len(value) <= SHOWN + 40 else f"{value[:SHOWN]}... ({len(value)} characters)"
+    return f"<{type(value).__name__} {_SHORT.repr(value)[:SHOWN]}>"
+
 
 class InvalidValueError(StoreError, ValueError):
     """An argument has a value that the store cannot accept; nothing was changed."""
 
     def __init__(self, name: str, value: Any, expected: str) -> None:
-        super().__init__(name, value, expected)
+        super().__init__(name, shown(value), expected)
 
     def __str__(self) -> str:
         name, value, expected = self.args
-        return f"{name}={value!r} is not valid: expected {expected}"
+        is_described = isinstance(value, str) and value[:1] + value[-1:] == "<>"
+        return f"{name}={value if is_described else repr(value)} is not valid: expected {expected}"
 
 
 class RolloutNotFoundError(StoreError, ValueError):
@@ -247,6 +263,19 @@ class StoreUnavailableError(StoreError, ConnectionError):
 
 class OutcomeUnknownError(StoreUnavailableError):
     """A write may or may not have taken effect; read the record before you repeat it."""
+
+
+class SessionEndedError(StoreError, RuntimeError):
+    """The session of this operation ended before its turn came, so that it was not run."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id)
+
+    def __str__(self) -> str:
+        return (
+            f"Session {self.args[0]} ended before this operation ran: its process was reported to have ended, or was "
+            "silent for too long. Nothing was changed by it; the next call opens a new session."
+        )
 
 
 class StoreClosedError(StoreError, RuntimeError):

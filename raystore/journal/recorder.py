@@ -12,7 +12,7 @@ from typing import Any
 
 from raystore import wire
 from raystore.core.state import Step
-from raystore.core.verbs import CHANGING
+from raystore.core.verbs import CHANGING, is_part
 from raystore.errors import JournalFullError, OverloadedError, StoreError, again, to_record
 from raystore.journal import records
 from raystore.journal.log import Log
@@ -59,8 +59,11 @@ class Recorder:
             except (JournalFullError, OverloadedError) as error:
                 source.refused = error
 
-    def item(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any]) -> None:
-        """An item is about to run: it is told where its bytes will be. Raises if there is no room for what it does."""
+    def item(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], *, is_refused: bool = False) -> None:
+        """An item is about to run: it is told where its bytes will be. Raises if there is no room for what it does.
+
+        One that `is_refused` for its arguments changes nothing, unless it is a part of a bulk call.
+        """
         source = self._source
         if source is None:
             assert verb not in CHANGING, f"{verb} would leave no record"
@@ -74,7 +77,7 @@ class Recorder:
             self._close()
             self._step, self._minted = step, step.minted
         source.unwritten += 1
-        self._is_worth = self._is_worth or verb in CHANGING
+        self._is_worth = self._is_worth or (verb in CHANGING and not (is_refused and "chain" not in arguments))
         step.record = source.record or self.log.last + 1
         step.operation = ticket - source.first_ticket
         if self._refused and (refusal := self._refuse_chain(source, arguments)) is not None:
@@ -85,7 +88,7 @@ class Recorder:
         self, source: Source, arguments: dict[str, Any], why: StoreError | None = None
     ) -> Exception | None:
         """Why a part of a bulk call is refused: an earlier part was, for want of room."""
-        if not arguments.get("chain"):
+        if not is_part(arguments.get("chain")):
             return None
         number, is_last = arguments["chain"]
         key = (source.session_id, number)

@@ -11,13 +11,19 @@ import random
 from typing import Any
 
 from raystore import __version__, wire
+from raystore.core.schema import Id, checker
 from raystore.core.state import Session
-from raystore.errors import StoreError, StoreOverloadedError, to_record
+from raystore.errors import InvalidValueError, StoreError, StoreOverloadedError, to_record
 from raystore.remote.inbox import Inbox, SessionEnded
 from raystore.service import PROTOCOL, Service
 
 LISTEN_SECONDS = 30.0  #: at most; jittered, so that a thousand clients do not come back at once
 SLOW_SECONDS = 0.1  #: an answer that waited for the disk for longer starts the time anew in which to acknowledge claims
+
+
+#: What stands in a batch's header behind the protocol: the client, its session, number of the batch, up to where it has
+#: all answers, which later ones, ticket of the first operation, claims that arrived, parked answers that arrived.
+is_header = checker(tuple[str, Id, int, int, list[int], int, list[tuple[Id, Id]], list[int]])
 
 
 class Front:
@@ -44,6 +50,9 @@ class Front:
         (protocol, *header), *operations = wire.split(parts, refs)
         if protocol != PROTOCOL:
             return wire.pack_answer(service.epoch, wire.REFUSED, own_protocol())
+        if not is_header(header[:8]):
+            refusal = InvalidValueError("header", header, "who sends which batch, and what it has of earlier ones")
+            return wire.pack_answer(service.epoch, wire.BROKEN, to_record(refusal))
         _, session_id, sequence, answered, ahead, *more = header
         inbox = self._inboxes.get(session_id)
         if inbox is None:

@@ -21,6 +21,7 @@ from raystore.core.line import VALUE, Kept, Reply
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
 from raystore.core.state import Session
+from raystore.core.verb import Verb
 from raystore.core.verbs import Many
 from raystore.errors import AnswerGoneError, StoreError, to_record
 from raystore.journal.recorder import Source
@@ -157,15 +158,14 @@ class Inbox:
     def _operation(self, perform: Perform, item: Item, source: Source | None = None) -> Reply:
         verb, arguments = item.verb, item.arguments
         try:
-            if verb in ("more", "close_session"):  # not the service's, but of the batch
+            own = OWN.get(verb)
+            if own is not None:  # not the service's, but of the batch
                 if source is not None:
                     source.unwritten += 1
-                if verb == "more":
-                    return [wire.VALUE, self._more(**arguments)]
-                self._closing = True
-                return [wire.VALUE, None]
-            if verb == "dequeue":
-                self._outbox.pop(arguments.get("of", 0), None)  # it asks again for what may lie there
+                own.require(verb, arguments)
+                return [wire.VALUE, own.run(self, **arguments)]
+            if verb == "dequeue" and type(of := arguments.get("of")) is int:
+                self._outbox.pop(of, None)  # it asks again for what may lie there
             value = perform(item.ticket, verb, arguments, self._deliver)
         except Exception as error:  # the answer of this operation; the others of the batch go on
             return [wire.ERROR, *to_record(error)]
@@ -261,11 +261,20 @@ class Inbox:
                 return self.service.with_bodies(items[:index]), token
         return self.service.with_bodies(items), None
 
-    def _more(self, token: int) -> Many:
+    def more(self, *, token: int) -> Many:
+        """What follows of a long answer."""
         rest = self._pages.pop(token, None)
         if rest is None:
             raise AnswerGoneError(token)
         return Many(rest, len(rest))
+
+    def close(self) -> None:
+        """The session ends with this batch."""
+        self._closing = True
+
+
+#: Operations that are about the session's own batches and answers.
+OWN = {"more": Verb(Inbox.more, changes=False), "close_session": Verb(Inbox.close, changes=False)}
 
 
 def _weight(item: Any) -> int:

@@ -1,0 +1,404 @@
+"""What a verb's arguments must be, said once: by the annotations of its function.
+
+A schema is made of annotations and compiled to one function, which looks at types first and costs a fraction of a
+microsecond; only when that says no are the arguments walked through again, to name the one that is wrong. Understood
+are classes (of exactly that class: a bool is no int), unions, literals, lists, tuples, dicts, typed dicts, `Any`, and
+`Annotated` with a `Rule` (beyond its type), a `Row` (a list with a type for each place) or `As` (another annotation).
+Numbers are within 64 bits, and never NaN.
+Not here: what the arguments mean (the verbs).
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import product
+from typing import Annotated, Any, Literal, NamedTuple
+
+from raystore.core.payload import Payload
+from raystore.errors import InvalidValueError
+
+ID_LENGTH = 512
+
+
+class Rule(NamedTuple):
+    """What is asked of a value beyond its type."""
+
+    test: str  #: an expression of `{v}`
+    expected: str
+
+
+class As(NamedTuple):
+    """What a value is when it comes in, where the verb is given something else for it."""
+
+    annotation: Any
+
+
+class Row(NamedTuple):
+    """A list of so many values: an annotation for each."""
+
+    columns: tuple[tuple[str, Any], ...]
+
+
+# -- words for annotations ---------------------------------------------------------------------------------------------
+
+#: An id, wherever one comes in.
+Id = Annotated[
+    str,
+    Rule(f"0 < len({{v}}) <= {ID_LENGTH} and {{v}}.isprintable()",
+         f"text of 1 to {ID_LENGTH} characters without control characters"),
+]  # fmt: skip
+Text = Annotated[str, Rule("len({v}) <= 1048576", "text of at most 1,048,576 characters")]
+Whole = Annotated[int, Rule("{v} >= 0", "a whole number, 0 or more")]
+Positive = Annotated[int, Rule("{v} >= 1", "a whole number, 1 or more")]
+Seconds = Annotated[float, Rule("{v} >= 0", "a number of seconds, 0 or more")]
+Encoded = Annotated[bytes, Rule("{v}", "an encoded value")] | Payload  #: a user's value
+Value = Encoded | None
+TagValue = str | bool | int | float
+Tags = Annotated[
+    dict[Id, TagValue], Rule("len({v}) <= 16", "a mapping of at most 16 tags, each a str, int, float or bool")
+]
+Logic = Literal["and", "or"]
+SortOrder = Literal["asc", "desc"]
+Part = tuple[int, bool]  #: of a bulk call: which call, and whether this is its last part
+
+
+# -- what annotations come to ------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """Functions that are being written, and the values they name."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {}
+
+    def name(self, value: Any) -> str:
+        """A name for a value."""
+        made = f"_{len(self.names)}"
+        self.names[made] = value
+        return made
+
+    def function(self, body: Sequence[str]) -> str:
+        """A function of `v` with this body; its name."""
+        made = self.name(None)
+        self.lines += [f"def {made}(v):", *(f"    {line}" for line in body)]
+        return made
+
+    def made(self, name: str) -> Any:
+        """The function of this name."""
+        exec("\n".join(self.lines), self.names)
+        return self.names[name]
+
+
+Complaint = tuple[str, Any, str]  #: name, value, what was expected
+
+
+class _Node:
+    """One annotation."""
+
+    expected = "another value"
+
+    def test(self, source: _Source, v: str) -> str:
+        """An expression that says whether the value named `v` is right."""
+        raise NotImplementedError
+
+    def refuse(self, source: _Source, v: str) -> list[str]:
+        """Lines of a function that ends with False if the value named `v` is wrong."""
+        return [f"if not ({self.test(source, v)}): return False"]
+
+    def inside(self, name: str, value: Any) -> Complaint | None:
+        """What within a value is wrong, as far as there is something within."""
+        return None
+
+    @cached_property
+    def fits(self) -> Callable[[Any], bool]:
+        """Whether a value is right, as one function."""
+        source = _Source()
+        return source.made(source.function([f"return {self.test(source, 'v')}"]))  # type: ignore[no-any-return]
+
+    def complaint(self, name: str, value: Any) -> Complaint | None:
+        """What is wrong with a value."""
+        return None if self.fits(value) else self.inside(name, value) or (name, value, self.expected)
+
+
+class _Any(_Node):
+    def test(self, source: _Source, v: str) -> str:
+        return "True"
+
+
+_LIMITS = f"{-(2**63)} <= {{v}} < {2**63}"
+_SAID = {
+    str: "text", bytes: "bytes", int: "a whole number of at most 64 bits", float: "a number", bool: "True or False",
+    type(None): "None",
+}  # fmt: skip
+
+
+class _Leaf(_Node):
+    """A value of one class, and what is asked of it beyond that."""
+
+    def __init__(self, cls: type, rule: Rule | None) -> None:
+        self.cls = cls
+        self.types: tuple[type, ...] = (float, int) if cls is float else (cls,)
+        self.limits = _LIMITS if cls is int else ""
+        self.rule = rule.test if rule is not None else ""
+        self.expected = rule.expected if rule is not None else _SAID.get(cls, cls.__name__)
+
+    def test(self, source: _Source, v: str) -> str:
+        if self.cls is type(None):
+            return f"{v} is None"
+        if self.cls is float:
+            test = f"(type({v}) is float and {v} == {v} or type({v}) is int and {_LIMITS.format(v=v)})"
+        else:
+            named = self.cls.__name__ if self.cls in _SAID else source.name(self.cls)
+            test = f"type({v}) is {named}"
+        return " and ".join([test, *(asked.format(v=v) for asked in (self.limits, self.rule) if asked)])
+
+
+class _OneOf(_Node):
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self.values = frozenset(values)
+        self.types = (str,)
+        self.expected = "one of " + ", ".join(map(repr, values))
+
+    def test(self, source: _Source, v: str) -> str:
+        return f"type({v}) is str and {v} in {source.name(self.values)}"
+
+
+class _Union(_Node):
+    def __init__(self, members: list[_Node]) -> None:
+        self.members = members
+        self.expected = " or ".join(dict.fromkeys(member.expected for member in members))
+
+    def test(self, source: _Source, v: str) -> str:
+        return "(" + " or ".join(f"({member.test(source, v)})" for member in self.members) + ")"
+
+    def inside(self, name: str, value: Any) -> Complaint | None:
+        return next((found for member in self.members if (found := member.inside(name, value)) is not None), None)
+
+
+class _Many(_Node):
+    """A list (or tuple) of any length."""
+
+    def __init__(self, item: _Node) -> None:
+        self.item = item
+        self.expected = f"a list, each {item.expected}"
+
+    def test(self, source: _Source, v: str) -> str:
+        body = ["if type(v) is not list and type(v) is not tuple: return False", "for x in v:"]
+        body += [f"    {line}" for line in self.item.refuse(source, "x")]
+        return f"{source.function([*body, 'return True'])}({v})"
+
+    def inside(self, name: str, value: Any) -> Complaint | None:
+        if type(value) not in (list, tuple):
+            return None
+        found = (self.item.complaint(f"{name}[{index}]", item) for index, item in enumerate(value))
+        return next((one for one in found if one is not None), None)
+
+
+class _Fixed(_Node):
+    """A list (or tuple) with a type for each place."""
+
+    def __init__(self, columns: list[tuple[str, _Node]]) -> None:
+        self.columns = columns
+        self.expected = f"a list of {len(columns)}: " + ", ".join(f"{n} ({c.expected})" for n, c in columns)
+
+    def test(self, source: _Source, v: str) -> str:
+        body = ["if type(v) is not list and type(v) is not tuple: return False"]
+        body += [f"if len(v) != {len(self.columns)}: return False"]
+        names = ", ".join(f"x{index}" for index in range(len(self.columns)))
+        tests = " and ".join(f"({c.test(source, f'x{index}')})" for index, (_, c) in enumerate(self.columns))
+        return f"{source.function([*body, f'{names}, = v', f'return {tests}'])}({v})"
+
+    def inside(self, name: str, value: Any) -> Complaint | None:
+        if type(value) not in (list, tuple) or len(value) != len(self.columns):
+            return None
+        found = (c.complaint(f"{name}.{n}", item) for (n, c), item in zip(self.columns, value, strict=True))
+        return next((one for one in found if one is not None), None)
+
+
+class _Typed(_Fixed):
+    """The same, where the types of all places are looked at together: for what comes in great numbers.
+
+    A rule for a whole number says for itself how large it may be, and NaN passes.
+    """
+
+    def test(self, source: _Source, v: str) -> str:
+        return f"{source.function([*self.refuse(source, 'v'), 'return True'])}({v})"
+
+    def refuse(self, source: _Source, v: str) -> list[str]:
+        columns = [typing.cast(list[_Leaf], c.members if isinstance(c, _Union) else [c]) for _, c in self.columns]
+        known = frozenset(product(*([found for leaf in column for found in leaf.types] for column in columns)))
+        lines = [f"if type({v}) is not list and type({v}) is not tuple: return False"]
+        lines += [f"if tuple(map(type, {v})) not in {source.name(known)}: return False"]
+        for index, column in enumerate(columns):
+            if any(leaf.rule for leaf in column):
+                asked = column[0].rule.format(v=f"{v}[{index}]")
+                if len(column) > 1:
+                    asked = " or ".join(f"({leaf.test(source, f'{v}[{index}]')})" for leaf in column)
+                lines += [f"if not ({asked}): return False"]
+        return lines
+
+
+class _Mapping(_Node):
+    def __init__(self, key: _Node, value: _Node, rule: Rule | None) -> None:
+        self.key, self.value, self.rule = key, value, rule
+        self.expected = rule.expected if rule is not None else f"a mapping of {key.expected} to {value.expected}"
+
+    def test(self, source: _Source, v: str) -> str:
+        body = ["if type(v) is not dict: return False", "for k, x in v.items():"]
+        body += [f"    if not ({self.key.test(source, 'k')}) or not ({self.value.test(source, 'x')}): return False"]
+        body += [f"return {self.rule.test.format(v='v') if self.rule is not None else 'True'}"]
+        return f"{source.function(body)}({v})"
+
+    def inside(self, name: str, value: Any) -> Complaint | None:
+        for key, item in value.items() if type(value) is dict else ():
+            found = self.key.complaint(f"a key of {name}", key) or self.value.complaint(f"{name}[{key!r}]", item)
+            if found is not None:
+                return found
+        return None
+
+
+class _Fields(_Node):
+    """A typed dict, or the arguments of a verb."""
+
+    def __init__(self, fields: dict[str, _Node], required: frozenset[str]) -> None:
+        self.fields, self.required = fields, required
+        self.expected = f"a mapping with {', '.join(fields) or 'nothing'}"
+        if required:
+            self.expected += f", of which {', '.join(name for name in fields if name in required)} must be there"
+
+    def test(self, source: _Source, v: str) -> str:
+        tests = {name: source.function([f"return {node.test(source, 'v')}"]) for name, node in self.fields.items()}
+        table = source.name({})
+        body = ["if type(v) is not dict: return False", "for k, x in v.items():", f"    f = {table}.get(k)"]
+        body += ["    if f is None or not f(x): return False"]
+        body += [f"return {' and '.join(f'{name!r} in v' for name in sorted(self.required)) or 'True'}"]
+        made = source.function(body)
+        source.lines += [f"{table}[{name!r}] = {function}" for name, function in tests.items()]
+        return f"{made}({v})"
+
+    def inside(self, name: str, value: Any) -> Complaint | None:
+        if type(value) is not dict:
+            return None
+        prefix = f"{name}." if name else ""
+        for key, item in value.items():
+            node = self.fields.get(key)
+            if node is None:
+                return f"{prefix}{key}" if isinstance(key, str) else name or "argument", item, self.expected
+            if (found := node.complaint(prefix + key, item)) is not None:
+                return found
+        missing = next((field for field in self.fields if field in self.required and field not in value), None)
+        return None if missing is None else (f"{prefix}{missing}", None, "a value, which is missing")
+
+
+class _Arguments(_Fields):
+    """The arguments of a verb: written out one by one, since every operation comes by."""
+
+    def whole(self) -> Callable[[Any], bool]:
+        """Whether arguments are right, as one function."""
+        source = _Source()
+        return source.made(self._function(source))  # type: ignore[no-any-return]
+
+    def test(self, source: _Source, v: str) -> str:
+        return f"{self._function(source)}({v})"
+
+    def _function(self, source: _Source) -> str:
+        needed = [name for name in self.fields if name in self.required]
+        body = ["try:"] + [f"    a{number} = v[{name!r}]" for number, name in enumerate(needed)] if needed else []
+        body += ["except KeyError: return False"] if needed else []
+        for number, name in enumerate(needed):
+            if (test := self.fields[name].test(source, f"a{number}")) != "True":
+                body += [f"if not ({test}): return False"]
+        if len(needed) == len(self.fields):
+            body += [f"return len(v) == {len(needed)}"]
+        else:
+            body += [f"if len(v) == {len(needed)}: return True", f"n = {len(needed)}"]
+            for name in self.fields:
+                if name not in self.required:
+                    body += [f"if {name!r} in v:", "    n += 1", f"    x = v[{name!r}]"]
+                    body += [f"    if not ({self.fields[name].test(source, 'x')}): return False"]
+            body += ["return len(v) == n"]
+        return source.function(body)
+
+
+def _node(annotation: Any) -> _Node:
+    """What an annotation comes to."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return _Any()
+    if origin is Annotated:
+        return _annotated(arguments[0], arguments[1])
+    if origin in (typing.Union, types.UnionType):
+        return _Union([_node(member) for member in arguments])
+    if origin is Literal:
+        return _OneOf(arguments)
+    if origin is list:
+        return _Many(_node(arguments[0]))
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return _Many(_node(arguments[0]))
+        return _Fixed([(str(number), _node(member)) for number, member in enumerate(arguments)])
+    if origin is dict:
+        return _Mapping(_node(arguments[0]), _node(arguments[1]), None)
+    if typing.is_typeddict(annotation):
+        return _typed_dict(annotation)
+    if annotation is None:
+        return _Leaf(type(None), None)
+    if isinstance(annotation, type):
+        return _Leaf(annotation, None)
+    raise TypeError(f"no schema for {annotation!r}")
+
+
+def _annotated(base: Any, said: Any) -> _Node:
+    if isinstance(said, As):
+        return _node(said.annotation)
+    if isinstance(said, Row):
+        return _Typed([(name, _node(column)) for name, column in said.columns])
+    if typing.get_origin(base) is dict:
+        key, value = typing.get_args(base)
+        return _Mapping(_node(key), _node(value), said)
+    return _Leaf(base, said)
+
+
+def _typed_dict(annotation: Any) -> _Node:
+    hints = typing.get_type_hints(annotation, include_extras=True)
+    fields, required = {}, set()
+    for name, hint in hints.items():
+        said = typing.get_origin(hint)
+        if said in (typing.Required, typing.NotRequired):
+            hint = typing.get_args(hint)[0]
+        if said is typing.Required or (annotation.__total__ and said is not typing.NotRequired):
+            required.add(name)
+        fields[name] = _node(hint)
+    return _Fields(fields, frozenset(required))
+
+
+def checker(annotation: Any) -> Callable[[Any], bool]:
+    """Whether a value is what an annotation says, as a function."""
+    return _node(annotation).fits
+
+
+# -- the arguments of a function ---------------------------------------------------------------------------------------
+
+
+class Schema:
+    """What the keyword-only arguments of a function must be."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        code = function.__code__
+        names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+        asked = types.SimpleNamespace(__annotations__={name: function.__annotations__.get(name, Any) for name in names})
+        hints = typing.get_type_hints(asked, globalns=function.__globals__, include_extras=True)
+        required = frozenset(names) - frozenset(function.__kwdefaults__ or ())
+        self.names, self.required = frozenset(names), required
+        self._node = _Arguments({name: _node(hints[name]) for name in names}, required)
+        self.fits = self._node.whole()
+
+    def refusal(self, verb: str, arguments: Any) -> InvalidValueError:
+        """What is wrong with arguments that do not fit."""
+        found = self._node.complaint("", arguments) if type(arguments) is dict else None
+        name, value, expected = found or ("", arguments, self._node.expected)
+        return InvalidValueError(name or f"arguments of {verb}", value, expected)
