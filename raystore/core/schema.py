@@ -18,7 +18,7 @@ from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple
 
 from raystore.core.payload import Payload
-from raystore.errors import InvalidValueError
+from raystore.errors import InvalidValueError, shown
 
 ID_LENGTH = 512
 
@@ -255,7 +255,7 @@ class _Mapping(_Node):
 
     def inside(self, name: str, value: Any) -> Complaint | None:
         for key, item in value.items() if type(value) is dict else ():
-            found = self.key.complaint(f"a key of {name}", key) or self.value.complaint(f"{name}[{key!r}]", item)
+            found = self.key.complaint(f"{name}[{shown(key)!r}]", key) or self.value.complaint(f"{name}[{key!r}]", item)
             if found is not None:
                 return found
         return None

@@ -1,0 +1,211 @@
+"""Every verb and every argument, through the actor's protocol, with every kind of wrong value.
+
+The clients here are written by hand, as one of another version or a hostile one would be: an answer or a named error,
+nothing changed and nothing written by an error, others go on, and a journal that replays equal.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from raystore import errors, wire
+from raystore.core.check import check
+from raystore.core.digest import parts
+from raystore.core.verbs import VERBS
+from raystore.remote.inbox import OWN
+from raystore.service import PROTOCOL
+from raystore.shell import SHELL
+from tests.journal.peers import Peer, Store, enqueue, request
+
+DEEP: Any = []
+for _ in range(60):
+    DEEP = [DEEP]
+
+WRONG: list[Any] = [
+    None, True, 0, -7, 2**62, 2**63, 2**64 - 1, -(2**63), 0.5, math.nan, math.inf, "", "x", "x" * 100_000, "a\nb",
+    "\ud800", b"", b"\x01", [], ["x"], [[]], [["x", "y"]], {}, {"x": 1}, {1: 2}, DEEP,
+]  # fmt: skip
+
+_CONFIG = [5.0, None, 2, ["failed"]]
+_ROW = [3, "span", "trace", "parent", "name", 1.0, 2.0, 0.5, b"\x01body", -1]
+_PAGE = {"sort_by": None, "sort_order": "asc", "limit": -1, "offset": 0}
+_NAMES = {"rollout_id": "r0", "attempt_id": "latest"}
+_FILTERS = {"group_id": "g", "tags": {"k": 1}, "queue": "default", "mode": "train"}
+_REQUEST = {
+    "input": b"\x01\xc0", "mode": "train", "resources_id": "m", "config": _CONFIG, "metadata": b"\x01\x80",
+    "rollout_id": "mine", "group_id": "g", "queue": "q", "priority": 2, "tags": {"k": 1, "t": "x"},
+}  # fmt: skip
+
+#: Arguments that are right, with everything that may be given.
+RIGHT: dict[str, dict[str, Any]] = {
+    "start_rollout": {"request": {"input": b"\x01\xc0", "metadata": None}, "worker_id": "w"},
+    "enqueue": {"requests": [_REQUEST], "admit": 1, "chain": [7, True]},
+    "dequeue": {"queues": ["default"], "limit": 1, "worker_id": "w", "timeout": 1.0, "of": 3},
+    "query_rollouts": {
+        "status_in": ["queuing"], "rollout_id_in": ["r0"], "rollout_id_contains": "r", "filter_logic": "and",
+        "must": {**_FILTERS, "worker_id": "w"}, **_PAGE,
+    },
+    "get_rollout": {"rollout_id": "r0"},
+    "update_rollout": {
+        "rollout_id": "r0",
+        "changes": {"input": b"\x01\xc0", "mode": "val", "resources_id": "m", "status": "queuing", "config": _CONFIG,
+                    "metadata": b"\x01\x80"},
+    },
+    "cancel_rollouts": {"rollout_ids": ["r1", "r2"], "group_id": "g", "tags": {"k": 1}},
+    "release": {"rollout_ids": ["r1", "r2"]},
+    "delete_rollouts": {"rollout_ids": ["r2", "r3"]},
+    "start_attempt": {"rollout_id": "r0", "worker_id": "w"},
+    "query_attempts": {"rollout_id": "r0", **_PAGE},
+    "get_latest_attempt": {"rollout_id": "r0"},
+    "update_attempt": {
+        **_NAMES,
+        "changes": {"status": "running", "worker_id": "w", "last_heartbeat_time": 1e9, "metadata": b"\x01\x80"},
+    },
+    "heartbeat": {"attempts_alive": [["r0", "a"]]},
+    "decline": {"rollout_id": "r0", "attempt_id": "a"},
+    "acknowledge": {"keys": [["r0", "a"]]},
+    "add_spans": {**_NAMES, "spans": [_ROW], "chain": [8, True]},
+    "finish": {
+        **_NAMES, "spans": [_ROW],
+        "changes": {"status": "failed", "outcome": "agent_error", "error": "why", "died": False, "worker_id": "w",
+                    "last_heartbeat_time": 1e9, "metadata": None},
+    },
+    "next_numbers": {"rollout_ids": ["r0", "unknown"]},
+    "query_spans": {
+        **_NAMES, "equal": {"name": "name"}, "containing": {"trace_id": "t", "parent_id": "p"}, "filter_logic": "or",
+        **_PAGE, "allow_partial": True,
+    },
+    "query_many_spans": {"rollout_ids": ["r0"], "attempt_id": "latest", "allow_partial": False},
+    "take": {"consumer": "c", "count": 2, "timeout": 1.0},
+    "ack": {"consumer": "c", "batch": 1, "at_step": 3, "note": "n"},
+    "nack": {"consumer": "c", "batch": 1},
+    "checkpoint": {"consumer": "c", "at_step": 3},
+    "rewind": {"consumer": "c", "at_step": 3},
+    "ledger": {"consumer": "c"},
+    "put_resources": {"resources_id": "m", "resources": b"\x01\x80", "policy_version": 1, "holds_objects": False},
+    "get_resources": {"resources_id": "m", "version": 1},
+    "get_latest_resources": {},
+    "query_resources": {"resources_id": "m", "resources_id_contains": "m", **_PAGE},
+    "delete_resources": {"resources_id": "m"},
+    "update_worker": {"worker_id": "w", "changes": {"heartbeat_stats": b"\x01\x80"}},
+    "query_workers": {"status_in": ["idle"], "worker_id_contains": "w", "filter_logic": "and", **_PAGE},
+    "get_worker": {"worker_id": "w"},
+    "report_session": {"session_id": "gone", "worker_id": "gone"},
+    "wait": {"rollout_ids": ["r0"], "timeout": 1.0},
+    "sort_out": {"rollout_ids": ["r0"]},
+    "completed": {"cursor": 0, "limit": 2, "timeout": 1.0, "filters": _FILTERS},
+    "changes": {"cursor": 0, "kinds": ["enqueued"], "limit": 2, "timeout": 1.0},
+    "cancel_wait": {"of": 1},
+    "statistics": {},
+    "story": {"rollout_id": "r0"},
+    "check": {},
+    "tick": {"seconds": 0.001, "sessions": False},
+    "more": {"token": 1},
+    "close_session": {},
+}  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where in arguments something stands, whole and within."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def changed(arguments: Any, path: tuple[Any, ...], change: Any) -> Any:
+    """A copy of arguments with something done to what stands at a place."""
+    made = copy.deepcopy(arguments)
+    holder = made
+    for key in path[:-1]:
+        holder = holder[key]
+    change(holder, path[-1])
+    return made
+
+
+def variants(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arguments with one thing wrong, or odd."""
+    for path in places(arguments):
+        for wrong in WRONG:
+            yield changed(arguments, path, lambda holder, key, wrong=wrong: holder.__setitem__(key, wrong))
+        yield changed(arguments, path, lambda holder, key: holder.__delitem__(key))
+    for path in ((), *(p for p in places(arguments))):
+        for key in ("more", "", 1, "\ud800"):
+            made = copy.deepcopy(arguments)
+            holder: Any = made
+            for step in path:
+                holder = holder[step]
+            if isinstance(holder, dict):
+                holder[key] = 1
+                yield made
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS | SHELL | OWN))
+async def test_whatever_the_arguments_are(tmp_path, verb):
+    """One wrong argument hurts nobody, its sender included."""
+    store, peer, other = Store(tmp_path / "journal"), Peer("peer"), Peer("other")
+    made = [request(rollout_id=f"r{n}", group_id="g", tags={"k": 1}) for n in range(4)]
+    await other.call(store, "enqueue", requests=made)
+    await other.call(store, "put_resources", **RIGHT["put_resources"])
+    await other.call(store, "start_attempt", rollout_id="r0", worker_id="w")
+    await other.call(store, "update_rollout", rollout_id="r1", changes={"status": "succeeded"})
+    await other.call(store, "take", consumer="c", count=1)
+    log = store.service.journal.recorder.log
+    await peer.send(store, peer.batch())
+    answered = refused = 0
+    before: Any = None
+    for number, arguments in enumerate([RIGHT[verb], *variants(RIGHT[verb])]):
+        before = before or (list(parts(store.state)), log.last)
+        (reply,) = await peer.send(store, peer.batch([verb, arguments]))
+        if reply[0] != wire.ERROR:
+            answered += 1
+            before = None
+        else:
+            refused += 1
+            kind = errors.BY_NAME[reply[1]]
+            assert issubclass(kind, errors.StoreError), (arguments, reply)
+            assert kind not in (errors.StoreError, errors.StoreCorruptError), (arguments, reply)
+            assert len(str(errors.from_record(*reply[1:]))) < 4_000
+            if "chain" not in arguments:
+                assert list(parts(store.state)) == before[0], arguments
+                assert kind is not errors.InvalidValueError or log.last == before[1], arguments
+            before = None if log.last != before[1] else before
+        if number % 50 == 0:
+            replies = await other.send(store, other.batch(enqueue(), ["statistics", {}]))
+            assert [reply[0] for reply in replies] == [wire.VALUE, wire.VALUE]
+            check(store.state)
+            before = None
+        if verb == "close_session":
+            peer, before = Peer(f"peer-{number}"), None
+            await peer.send(store, peer.batch())
+    assert answered or verb == "more"
+    assert refused or not RIGHT[verb]
+    check(store.state)
+    assert store.difference() == []
+    log.close()
+
+
+@pytest.mark.parametrize("place", range(8))
+async def test_whatever_the_header_is(tmp_path, place):
+    """A batch whose header says nonsense is refused by name, and is not executed."""
+    store, other = Store(tmp_path / "journal"), Peer("other")
+    for wrong in WRONG:
+        header = ["test", "p", 1, 0, [], 1, [], []]
+        if type(wrong) is type(header[place]) and wrong not in ("", "a\nb", "\x00", "\ud800"):
+            continue
+        before = list(parts(store.state))
+        header[place] = wrong
+        made = wire.join([PROTOCOL, *header], [wire.pack_operation(*enqueue()).frame], [])
+        _, outcome, *rest = wire.unpack_answer(await store.front.exchange(tuple(made)))
+        if place == 0 and isinstance(wrong, str):  # the client's name is anything
+            continue
+        assert outcome == wire.BROKEN, wrong
+        assert rest[0][0] == "InvalidValueError"
+        assert list(parts(store.state)) == before
+    assert (await other.call(store, "statistics"))[0] == wire.VALUE
+    assert store.difference() == []
