@@ -135,6 +135,11 @@ def _pickle(value: Any) -> bytes | Payload:
     return Payload(data, tuple(refs)) if refs else data
 
 
+def is_pickled(payload: bytes | Payload) -> bool:
+    """Whether a value was more than plain data."""
+    return (payload.data if isinstance(payload, Payload) else payload)[0] == PICKLED
+
+
 def decode(payload: Opaque) -> Any:
     """The value that a payload stands for; None for none."""
     if payload is None:

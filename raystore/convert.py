@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter
 
-from raystore.codec import decode, encode
+from raystore import plain
+from raystore.codec import decode, encode, is_pickled
 from raystore.core.payload import Opaque
 from raystore.core.records import Record
 from raystore.errors import InvalidValueError
+from raystore.plain import whole as whole
 from raystore.spans import REWARD_SPAN, reward_of
 from raystore.types import (
     Attempt,
@@ -83,25 +85,22 @@ def tag_dict(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | Non
         return None
     if not isinstance(value, Mapping) or len(value) > MAX_TAGS:
         raise InvalidValueError(name, value, f"a mapping of at most {MAX_TAGS} tags")
+    tags = {}
     for key, item in value.items():
-        identifier(f"{name} name", key)
-        if type(item) not in (str, int, float, bool) or (isinstance(item, float) and math.isnan(item)):
+        tag = plain.scalar(item)
+        if type(tag) not in (str, int, float, bool) or (isinstance(tag, float) and math.isnan(tag)):
             raise InvalidValueError(f"{name}[{key!r}]", item, "a str, int, float or bool")
-    return dict(value)
+        tags[identifier(f"{name} name", key)] = tag
+    return tags
 
 
 def duration(name: str, value: Any) -> float:
     """Seconds to wait: 0 or more, not NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise InvalidValueError(name, value, "a number of seconds, 0 or more")
-    return float(value)
-
-
-def whole(name: str, value: Any, *, at_least: int) -> int:
-    """A whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise InvalidValueError(name, value, f"a whole number, {at_least} or more")
-    return value
+    expected = "a number of seconds, 0 or more"
+    seconds = value if type(value) is float else plain.number(name, value, expected)
+    if not seconds >= 0:
+        raise InvalidValueError(name, value, expected)
+    return float(seconds)
 
 
 def identifiers(name: str, values: Any) -> list[str]:
@@ -127,9 +126,7 @@ def queue_names(values: Any) -> list[str]:
 
 def finite(name: str, value: Any) -> float:
     """A time or a reward: a number, not NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise InvalidValueError(name, value, "a number")
-    return float(value)
+    return float(plain.number(name, value))
 
 
 # -- arguments in ------------------------------------------------------------------------------------------------------
@@ -205,8 +202,11 @@ class Encoder:
     def span(self, span: Span, *, numbered: bool = True) -> list[Any]:
         """A span as index and encoded body, in the order of `core.records.Span` behind rollout and attempt."""
         values = span.__dict__
-        body = _body(values, span.__pydantic_extra__)
         name, span_id = values["name"], values["span_id"]
+        body = _body(values, span.__pydantic_extra__)
+        encoded = encode(body, f"span {span_id}", self._span_bytes)
+        if is_pickled(encoded):  # numbers of numpy or torch, perhaps, which came in after the span was checked
+            encoded = encode(plain.plainest(body), f"span {span_id}", self._span_bytes)
         return [
             values["sequence_id"] if numbered else -1,
             span_id,
@@ -216,7 +216,7 @@ class Encoder:
             values["start_time"],
             values["end_time"],
             reward_of(name, values["attributes"]) if name == REWARD_SPAN else None,
-            encode(body, f"span {span_id}", self._span_bytes),
+            encoded,
             -1 if self._estimator is None else max(int(self._estimator(span)), 0),
         ]
 

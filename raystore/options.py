@@ -12,6 +12,7 @@ from typing import Any
 from raystore.config import StoreConfig
 from raystore.convert import Encoder, validated
 from raystore.errors import AgentNotPicklableError, InvalidValueError
+from raystore.plain import plain, scalar
 from raystore.types import RolloutConfig, Span
 
 RESUME = ("auto", "must", "never")
@@ -42,8 +43,8 @@ def make_config(
         raise InvalidValueError("resume", resume, "a journal= to resume from")
     chosen = validated(RolloutConfig, default_config if default_config is not None else RolloutConfig())
     config = StoreConfig(
-        eviction_memory_threshold=eviction_memory_threshold,
-        safe_memory_threshold=safe_memory_threshold,
+        eviction_memory_threshold=scalar(eviction_memory_threshold),
+        safe_memory_threshold=scalar(safe_memory_threshold),
         span_size_estimator=None if span_size_estimator is None else _pickled(span_size_estimator),
         default_config=(
             chosen.timeout_seconds,
@@ -53,11 +54,11 @@ def make_config(
         ),
         duplicate_spans=duplicate_spans,
         on_memory_full=on_memory_full,
-        max_deliveries=max_deliveries,
-        max_queued=max_queued,
-        retention=retention,
-        keep_resources=keep_resources,
-        limits=dict(limits or {}),
+        max_deliveries=scalar(max_deliveries),
+        max_queued=scalar(max_queued),
+        retention=plain("retention", retention),
+        keep_resources=scalar(keep_resources),
+        limits=plain("limits", dict(limits or {})),
         clock=clock,
         journal=None if journal is None else os.path.abspath(os.path.expanduser(journal)),
         durability=durability,

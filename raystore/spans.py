@@ -16,13 +16,33 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, PlainValidator
+
+from raystore.errors import InvalidValueError
+from raystore.plain import LEAVES, plain, scalar
 
 PackedArray = Annotated[InstanceOf[array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]  # type: ignore[type-arg]  # subscriptable from 3.12 on
-#: OpenTelemetry's, and packed arrays of numbers (`raystore.packed`), which are sequences of numbers too.
-AttributeValue = (
-    PackedArray | str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
-)
+#: OpenTelemetry's: sequences and mappings may be of each other. Packed arrays (`raystore.packed`) are sequences too.
+AttributeValue = PackedArray | str | bool | int | float | bytes | None | Sequence[Any] | Mapping[str, Any]
+
+
+def attributes_of(values: Any) -> dict[str, AttributeValue]:
+    """Attributes of a span by value: scalars and arrays of numpy or torch as plain numbers and lists (`plain`).
+
+    Raises `InvalidValueError`, which names the attribute, for what has no plain form.
+    """
+    if not isinstance(values, Mapping):
+        raise InvalidValueError("attributes", values, "a mapping from names to values")
+    found = {}
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise InvalidValueError("name of an attribute", name, "text")
+        found[name] = value if type(value) in LEAVES else plain(f"attribute {name}", value)
+    return found
+
+
+#: Checked in Python: pydantic would try each member of the union, and make `1` of numpy's `True`.
+Attributes = Annotated[dict[str, AttributeValue], PlainValidator(attributes_of)]
 
 StatusCode = Literal["UNSET", "OK", "ERROR"]
 
@@ -83,7 +103,7 @@ class SpanCoreFields(BaseModel):
 
     name: str
     status: TraceStatus
-    attributes: dict[str, AttributeValue]
+    attributes: Attributes
     start_time: float | None
     end_time: float | None
 
@@ -101,7 +121,7 @@ class Span(BaseModel):
     parent_id: str | None
     name: str
     status: TraceStatus
-    attributes: dict[str, AttributeValue]
+    attributes: Attributes
     events: list[Event]
     links: list[Link]
     start_time: float | None
@@ -128,7 +148,7 @@ class Span(BaseModel):
             "parent_id": parent.span_id if parent else None,
             "name": src.name,
             "status": TraceStatus(status_code=src.status.status_code.name, description=src.status.description),
-            "attributes": {key: attribute(value) for key, value in (src.attributes or {}).items()},
+            "attributes": attributes_of(src.attributes or {}),
             "events": [
                 Event(name=e.name, attributes=dict(e.attributes or {}), timestamp=seconds(e.timestamp))
                 for e in src.events
@@ -211,23 +231,6 @@ class Span(BaseModel):
         )
 
 
-_SCALARS = (str, bool, int, float)
-
-
-def attribute(value: Any) -> AttributeValue:
-    """A value as OpenTelemetry takes it, by value: a scalar, several of one kind, or JSON text for anything else."""
-    if isinstance(value, _SCALARS):
-        return value
-    if isinstance(value, array):
-        return value[:]
-    if hasattr(value, "tolist"):  # numpy, torch
-        return attribute(value.tolist())
-    if isinstance(value, (list, tuple)) and all(isinstance(item, _SCALARS) for item in value):
-        if len({type(item) for item in value}) <= 1:
-            return value[:]
-    return json.dumps(value, default=repr)
-
-
 #: Of an SDK span: what the model says already, and what belongs to the tracer and would only be noise in a trace.
 _NOT_EXTRA = frozenset(
     {
@@ -270,8 +273,8 @@ def reward_of(name: str, attributes: Mapping[str, Any]) -> float | None:
     """The primary reward that a span carries, if it carries one."""
     if name != REWARD_SPAN:
         return None
-    value = attributes.get(f"{REWARD_PREFIX}0.value")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
+    value = scalar(attributes.get(f"{REWARD_PREFIX}0.value"))
+    if isinstance(value, (int, float)) and not math.isnan(value):  # True and False are 1 and 0
         return float(value)
     return None
 

@@ -7,14 +7,18 @@ Not here: the store's own light records (`raystore.core.records`), how these tra
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from raystore.errors import PayloadLostError
+from raystore.objects import Kept, Source
+from raystore.plain import scalar
 from raystore.spans import AttributeValue as AttributeValue
 from raystore.spans import Event as Event
 from raystore.spans import Link as Link
@@ -36,6 +40,19 @@ Outcome = Literal[
 ]
 TaskInput = Any
 TagValue = str | bool | int | float
+
+
+def _tag(value: Any) -> Any:
+    """A number of numpy or torch as a plain one; pydantic would make a float of a Decimal, and 1 of numpy's True."""
+    found = scalar(value)
+    if type(found) not in (str, bool, int, float):
+        raise ValueError("a tag is a str, int, float or bool")
+    return found
+
+
+_Tag = Annotated[TagValue, BeforeValidator(_tag)]
+_Seconds = Annotated[float, BeforeValidator(scalar)]
+_Whole = Annotated[int, BeforeValidator(scalar)]
 SortOrder = Literal["asc", "desc"]
 FilterLogic = Literal["and", "or"]
 
@@ -81,9 +98,9 @@ class RolloutConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    timeout_seconds: float | None = None
-    unresponsive_seconds: float | None = None
-    max_attempts: int = Field(default=1, ge=1)
+    timeout_seconds: _Seconds | None = None
+    unresponsive_seconds: _Seconds | None = None
+    max_attempts: _Whole = Field(default=1, ge=1)
     retry_condition: list[AttemptStatus] = Field(default_factory=list)
 
     @field_validator("timeout_seconds", "unresponsive_seconds")
@@ -171,8 +188,8 @@ class EnqueueRolloutRequest(BaseModel):
     rollout_id: str | None = None
     group_id: str | None = None
     queue: str = "default"
-    priority: int = 0
-    tags: dict[str, TagValue] | None = None
+    priority: _Whole = 0
+    tags: dict[str, _Tag] | None = None
 
 
 class Worker(BaseModel):
@@ -264,30 +281,78 @@ class ObjectResource(Resource):
     """Weights and other large objects.
 
     `value` is anything picklable or a `ray.ObjectRef`. On a Ray store, a value above 64 KiB goes to Ray's object
-    store, owned by the process that published it, and `value` is then a reference; `get()` gives the object in any
-    case. A newer version of the same resources id frees the older object once no attempt uses it.
+    store, owned by the process that published it, and `value` is then a reference; `get()` and `await aget()` give the
+    object in any case. With a journal, one of at most `journal_object_bytes` is also a file there, and outlives the
+    process that published it and the store. A newer version of the same resources id frees the older object once no
+    attempt uses it.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     resource_type: Literal["object"] = "object"
     value: Any
+    _source: Source | None = PrivateAttr(default=None)
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        if self.__pydantic_private__ is None:  # as it was pickled before there was a source
+            object.__setattr__(self, "__pydantic_private__", {"_source": None})
 
     def get(self, timeout: float | None = 60.0) -> Any:
-        """The object itself; raises `PayloadLostError` when the process that owned it has died."""
-        if type(self.value).__name__ != "ObjectRef":
-            return self.value
-        import ray  # only a user of references needs it
+        """The object itself; blocks until it is here.
 
+        Raises `PayloadLostError` when the process that owned it has died and no journal has it, and
+        `ray.exceptions.GetTimeoutError`.
+        """
+        if not self._is_elsewhere():
+            return self.value
         try:
-            return ray.get(self.value, timeout=timeout)
-        except ray.exceptions.ObjectLostError as error:  # OwnerDiedError is one
-            raise PayloadLostError(
-                f"object {self.value.hex()}",
+            # Not `ray.get`, which warns in an async actor of blocking its loop, also on a thread of the agent's.
+            return self._future().result(timeout)
+        except Exception as error:
+            return self._fallen_back(error, timeout)
+
+    async def aget(self, timeout: float | None = 60.0) -> Any:
+        """The object itself, waited for without holding up the event loop; raises what `get` raises."""
+        if not self._is_elsewhere():
+            return self.value
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncio.wrap_future(self._future())
+        except Exception as error:
+            return await asyncio.to_thread(self._fallen_back, error, timeout)
+
+    def _is_elsewhere(self) -> bool:
+        return isinstance(self.value, Kept) or type(self.value).__name__ == "ObjectRef"
+
+    def _future(self) -> Future[Any]:
+        if isinstance(self.value, Kept):
+            raise FileNotFoundError("the process that published it, or the store, has ended since")
+        return self.value.future()  # type: ignore[no-any-return]
+
+    def _fallen_back(self, error: Exception, timeout: float | None) -> Any:
+        """The object from elsewhere, when the object store does not have it."""
+        if isinstance(error, FileNotFoundError) and isinstance(self.value, Kept):
+            why = str(error)
+        else:
+            import ray  # only a user of references needs it
+
+            is_late = isinstance(error, TimeoutError)
+            if not is_late and not isinstance(error, ray.exceptions.ObjectLostError):  # OwnerDiedError is one
+                raise error
+            why = (
                 f"its owner {getattr(error, 'owner_address', None) or 'process'} died or freed it "
                 f"({type(error).__name__}); "
-                "publish from a process that lives as long as the run, e.g. the driver.",
-            ) from None
+                "publish from a process that lives as long as the run, e.g. the driver."
+            )
+            if is_late and (self._source is None or self._source.kept.address is None):
+                raise ray.exceptions.GetTimeoutError(
+                    f"object {self.value.hex()} was not there within {timeout} s"
+                ) from None
+        if self._source is None:
+            what = f"object {self.value.hex()}" if not isinstance(self.value, Kept) else "an object reference"
+            raise PayloadLostError(what, why) from None
+        return self._source.read(why)
 
 
 ResourceUnion = Annotated[LLM | ProxyLLM | PromptTemplate | ObjectResource, Field(discriminator="resource_type")]

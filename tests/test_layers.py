@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "raystore"
 # From the bottom up; a module imports from its own layer and those above it in this list.
 LAYERS = [
     ["errors", "failpoints", "semconv"],
-    ["core", "packed"],
+    ["core", "packed", "plain"],
     ["spans"],
     ["triplet"],
+    ["objects"],
     ["types"],
     ["api"],
     ["clock", "config", "notices", "probes", "reports", "waiters"],

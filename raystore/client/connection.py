@@ -36,8 +36,8 @@ class Connection:
     async def _page(
         self, verb: str, arguments: dict[str, Any], limit: int, offset: int, open_row: Callable[[Any], T]
     ) -> PaginatedResult[T]:
-        convert.whole("limit", limit, at_least=-1)
-        convert.whole("offset", offset, at_least=0)
+        limit = convert.whole("limit", limit, at_least=-1)
+        offset = convert.whole("offset", offset, at_least=0)
         items, total = await self._many(verb, arguments | {"limit": limit, "offset": offset})
         return convert.build(
             PaginatedResult,

@@ -113,7 +113,7 @@ class RolloutMethods(Connection):
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[Rollout]:
-        convert.whole("n", n, at_least=1)
+        n = convert.whole("n", n, at_least=1)
         request = EnqueueRolloutRequest(
             input=input,
             mode=mode,

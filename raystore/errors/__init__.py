@@ -214,6 +214,8 @@ class AnswerGoneError(StoreError, LookupError):
 class PayloadLostError(StoreError, LookupError):
     """The value behind a record is gone: its owner died, or a newer version replaced it."""
 
+    resources: tuple[str, int] | None = None  #: id and version, of an object of resources that was read
+
     def __init__(self, what: str, why: str) -> None:
         super().__init__(what, why)
 

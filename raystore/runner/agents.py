@@ -181,7 +181,7 @@ def take_result(context: Context, result: Any) -> None:
     """What an agent returned: a reward, spans, or nothing."""
     if result is None:
         return
-    if hasattr(result, "__float__"):  # a number, also of numpy or torch; True and False are 1 and 0
+    if hasattr(result, "__float__") or hasattr(result, "item"):  # a number, also of numpy or torch
         context.reward(result)
     elif isinstance(result, (list, tuple)) and all(isinstance(item, Span) for item in result):
         for span in result:

@@ -8,7 +8,6 @@ Not here: claiming, sending, reporting (`worker`).
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,10 +16,10 @@ from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any
 
-from raystore import semconv
+from raystore import plain, semconv
 from raystore.errors import InvalidValueError
 from raystore.packed import pack_floats, pack_integers
-from raystore.spans import REWARD_PREFIX, REWARD_SPAN, Event, Span, TraceStatus, attribute
+from raystore.spans import REWARD_PREFIX, REWARD_SPAN, Event, Span, TraceStatus, attributes_of
 from raystore.types import LLM, Attempt, AttemptedRollout
 
 _current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
@@ -40,18 +39,17 @@ class OpenSpan:
     def __init__(self, name: str, attributes: dict[str, Any]) -> None:
         self.name = name
         self.span_id = token_hex(8)
-        self.attributes = {key: attribute(value) for key, value in attributes.items()}
+        self.attributes = attributes_of(attributes)
         self.events: list[Event] = []
         self.status = TraceStatus(status_code="OK")
 
     def set(self, key: str, value: Any) -> None:
         """Set one attribute."""
-        self.attributes[key] = attribute(value)
+        self.update({key: value})
 
     def update(self, attributes: dict[str, Any]) -> None:
         """Set several attributes."""
-        for key, value in attributes.items():
-            self.set(key, value)
+        self.attributes.update(attributes_of(attributes))
 
     def record_exception(self, error: BaseException) -> None:
         """Note an exception, under OpenTelemetry's names, and mark the span as failed."""
@@ -177,10 +175,8 @@ class Context:
         """Emit the reward of the rollout; `dimensions` are further values by name, beside the reward."""
         attributes: dict[str, Any] = {}
         for index, (name, number) in enumerate({"reward": value, **dimensions}.items()):
-            if not hasattr(number, "__float__") or math.isnan(float(number)):
-                raise InvalidValueError(name, number, "a number, not NaN")
             attributes[f"{REWARD_PREFIX}{index}.name"] = name
-            attributes[f"{REWARD_PREFIX}{index}.value"] = float(number)
+            attributes[f"{REWARD_PREFIX}{index}.value"] = plain.reward(name, number)
         now = time.time()
         self._end(OpenSpan(REWARD_SPAN, attributes), _parent.get(), now, now)
 

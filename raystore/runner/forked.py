@@ -66,7 +66,7 @@ class _Process:
         self._started = False
         self._done: asyncio.Future[Ending] | None = None
         self._sinks: dict[tuple[str, str], Callable[[Span], None]] = {}
-        self._resources: Any = None
+        self._version: tuple[str | None, int | None] | None = None  # of the resources that it has
         self._reading = asyncio.create_task(self._read())
 
     @property
@@ -80,9 +80,10 @@ class _Process:
         if len(self._sinks) > REMEMBERED:
             del self._sinks[next(iter(self._sinks))]
         resources = None
-        if context.resources is not self._resources:
+        version = (context.rollout.resources_id, context.attempt.resources_version)
+        if version != self._version:
             resources = {name: await _fetched(resource) for name, resource in context.resources.items()}
-            self._resources = context.resources
+            self._version = version
         self._started = False
         done = self._done = asyncio.get_running_loop().create_future()
         self.tell(Run(context.rollout, resources))
@@ -91,7 +92,7 @@ class _Process:
             await asyncio.wait([self._reading], timeout=0.2)
         self._done = None
         if not self._started:
-            self._resources = None  # they may not have arrived
+            self._version = None  # they may not have arrived
         if done.done():
             ending: Ending = done.result()
             return ending
@@ -332,9 +333,7 @@ class _Nursery:
 
 async def _fetched(resource: Any) -> Any:
     """A resource as a process without Ray can use it: an object instead of a reference to it."""
-    if isinstance(resource, ObjectResource) and type(resource.value).__name__ == "ObjectRef":
-        return ObjectResource(value=await asyncio.to_thread(resource.get))
-    return resource
+    return ObjectResource(value=await resource.aget()) if isinstance(resource, ObjectResource) else resource
 
 
 def _fate(status: int) -> str:

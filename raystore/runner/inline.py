@@ -108,6 +108,7 @@ class _Threads:
     def _serve(self) -> None:
         while (work := self._work.get()) is not None:
             work()
+            del work  # with all that it refers to, while nothing follows
 
     def close(self) -> None:
         for _ in range(self._started):

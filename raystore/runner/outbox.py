@@ -31,9 +31,9 @@ class Outbox:
         with self._lock:
             self._spans.append(span)
             self._bytes += _weight(span)
-            due = self._closed or self._bytes >= FLUSH_BYTES
-        if due:
-            self._wake()
+            wake = self._wake if self._closed or self._bytes >= FLUSH_BYTES else None
+        if wake is not None:
+            wake()
 
     def take(self) -> list[Span]:
         """What has ended since the last call."""
@@ -41,9 +41,10 @@ class Outbox:
             spans, self._spans, self._bytes = self._spans, [], 0
             return spans
 
-    def close(self) -> list[Span]:
-        """The same for the last time: the rollout has ended, and what is added later is late and sent at once."""
-        self._closed = True
+    def close(self, wake: Callable[[], None]) -> list[Span]:
+        """The same for the last time: the rollout has ended; `wake` is called for each span that is added later."""
+        with self._lock:
+            self._closed, self._wake = True, wake
         return self.take()
 
 

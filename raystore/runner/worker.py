@@ -28,12 +28,12 @@ from raystore.errors import (
     OutcomeUnknownError,
     PayloadNotPicklableError,
     PayloadTooLargeError,
-    ResourcesNotFoundError,
     StoreClosedError,
     StoreError,
     StoreUnavailableError,
 )
 from raystore.runner.agents import Agents, Ending
+from raystore.runner.cache import ResourceCache
 from raystore.runner.context import STOPPED, Context
 from raystore.runner.outbox import Outbox
 from raystore.spans import Span
@@ -44,7 +44,6 @@ logger = logging.getLogger("raystore.runner")
 STOP_SECONDS = 5.0  #: that rollouts which run are given to finish when their pool closes
 CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner asks
 CLAIM_PAUSE_SECONDS = 0.2  #: before claiming again after a claim that failed
-RESOURCES_CACHED = 8
 EARLY_KEPT = 1_000  #: notices that overtook their claim, or came after the end of their rollout
 PLACES_WARNED = 20  #: where agents' errors come from, that a runner tells of in its log
 
@@ -84,7 +83,7 @@ class Runner:
         self._options = options
         self._running: dict[Key, _Work] = {}
         self._early: OrderedDict[Key, str] = OrderedDict()  # notices of claims that have not arrived here yet
-        self._cached: OrderedDict[tuple[str, int | None], dict[str, Any]] = OrderedDict()
+        self._resources = ResourceCache(store)
         self._warned: set[str] = set()
         self._stopping = threading.Event()
         self._hurried = threading.Event()
@@ -125,10 +124,10 @@ class Runner:
     # -- one slot ----------------------------------------------------------------------------------------------------
 
     async def _slot(self) -> None:
-        report: Callable[[], Any] | None = None
+        reports: list[Callable[[], Any]] = []  # of the rollout before; nothing of it is kept while it waits for more
         while True:
             try:
-                claimed = await self._report_and_claim(report)
+                claimed = await self._report_and_claim(reports)
             except (StoreUnavailableError, StoreClosedError) as error:
                 if not isinstance(error, OutcomeUnknownError):
                     logger.error("Runner %s ends: %s", self.worker_id, error)
@@ -139,15 +138,14 @@ class Runner:
                 logger.error("Runner %s cannot take a rollout: %s", self.worker_id, error)
                 await asyncio.sleep(CLAIM_PAUSE_SECONDS)
                 claimed = None
-            report = None
             if claimed is not None:
-                report = await self._work(claimed)
+                reports.append(await self._work(claimed))
             elif self._stopping.is_set():
                 return
 
-    async def _report_and_claim(self, report: Callable[[], Any] | None) -> AttemptedRollout | None:
-        """Send the final report of one rollout together with the claim of the next."""
-        reporting = asyncio.create_task(_reported(report)) if report is not None else None
+    async def _report_and_claim(self, reports: list[Callable[[], Any]]) -> AttemptedRollout | None:
+        """Send the final report of one rollout, if there is one, together with the claim of the next."""
+        reporting = asyncio.create_task(_reported(reports.pop())) if reports else None
         claimed: AttemptedRollout | None = None
         if not self._stopping.is_set():
             claiming = asyncio.create_task(
@@ -168,12 +166,21 @@ class Runner:
 
     async def _work(self, rollout: AttemptedRollout) -> Callable[[], Any]:
         """Run the agent on one rollout; how to report it."""
-        assert self._loop is not None
         finish = functools.partial(self._store.finish_attempt, rollout.rollout_id, rollout.attempt.attempt_id)
         try:
-            resources = await self._resources_of(rollout)
+            resources = await self._resources.take(rollout)
         except Exception as error:  # gone, or of a class that cannot be imported here
             return functools.partial(finish, [], "failed", outcome="infra", error=f"{type(error).__name__}: {error}")
+        try:
+            return await self._run(rollout, resources, finish)
+        finally:
+            self._resources.give_back(rollout)
+
+    async def _run(
+        self, rollout: AttemptedRollout, resources: dict[str, Any], finish: Callable[..., Any]
+    ) -> Callable[[], Any]:
+        """The same, with its resources."""
+        assert self._loop is not None
         outbox = Outbox(lambda: self._wake(work))
         work = _Work(Context(rollout, resources, self.worker_id, outbox.add), outbox)
         key = (rollout.rollout_id, rollout.attempt.attempt_id)
@@ -210,8 +217,9 @@ class Runner:
             )  # fmt: skip
 
     async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
-        spans = work.outbox.close()
         context = work.context
+        late = functools.partial(self._wake_late, context.rollout.rollout_id, work.outbox)
+        spans = work.outbox.close(late)  # which knows nothing of the context, so that its resources can go
         if context.cancelled and ending.status != "succeeded":
             ending = Ending(None)  # however it took being stopped
         elif work.refusal is not None and ending.status == "succeeded":
@@ -222,29 +230,35 @@ class Runner:
             except Exception as refusal:
                 if not _is_refusal(refusal):
                     raise
-                await self._send(work, spans)
+                await self._send(context.rollout.rollout_id, spans)
                 ending = _refused(refusal)
                 await finish([], ending.status, outcome=ending.outcome, error=ending.error)
         else:
-            await self._send(work, spans)  # the store knows what became of the attempt, or is told now:
+            # The store knows what became of the attempt, or is told now:
+            await self._send(context.rollout.rollout_id, spans)
             if context.stopped:  # in the middle of it, and nobody's fault
                 await finish([], "unresponsive", outcome="runner_lost")
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
     def _wake(self, work: _Work) -> None:
-        """Enough spans have gathered, or one came after the end of its rollout; on any thread."""
+        """Enough spans have gathered; on any thread."""
+        self._soon(work.context.rollout.rollout_id, work.full.set)
+
+    def _wake_late(self, rollout_id: str, outbox: Outbox) -> None:
+        """A span came after the end of its rollout; on any thread."""
+        self._soon(rollout_id, self._send_late, rollout_id, outbox)
+
+    def _soon(self, rollout_id: str, action: Callable[..., Any], *arguments: Any) -> None:
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._woken, work)
+            self._loop.call_soon_threadsafe(action, *arguments)
         except RuntimeError:
-            logger.warning("A span of rollout %s ended after its runner and is lost", work.context.rollout.rollout_id)
+            logger.warning("A span of rollout %s ended after its runner and is lost", rollout_id)
 
-    def _woken(self, work: _Work) -> None:
-        if self._running.get((work.context.rollout.rollout_id, work.context.attempt.attempt_id)) is work:
-            work.full.set()
-        elif spans := work.outbox.take():
-            self._do_aside(self._send(work, spans))
+    def _send_late(self, rollout_id: str, outbox: Outbox) -> None:
+        if spans := outbox.take():
+            self._do_aside(self._send(rollout_id, spans))
 
     def _do_aside(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(_reported(lambda: coroutine))
@@ -267,7 +281,7 @@ class Runner:
             work.full.clear()
             if spans := work.outbox.take():
                 try:
-                    await asyncio.shield(self._send(work, spans))
+                    await asyncio.shield(self._send_of(work, spans))
                 except StoreError as error:
                     logger.warning("Spans of rollout %s are lost: %s", rollout.rollout_id, error)
             elif not is_known:
@@ -275,40 +289,25 @@ class Runner:
                     await self._store.heartbeat([(rollout.rollout_id, rollout.attempt.attempt_id)])
             is_known = True
 
-    async def _send(self, work: _Work, spans: list[Span]) -> None:
-        """Send spans; those that are refused are noted, and do not keep the others from being stored."""
+    async def _send_of(self, work: _Work, spans: list[Span]) -> None:
+        refusal = await self._send(work.context.rollout.rollout_id, spans)
+        work.refusal = work.refusal or refusal
+
+    async def _send(self, rollout_id: str, spans: list[Span]) -> Exception | None:
+        """Send spans; those that are refused do not keep the others from being stored. The first refusal."""
         if not spans:
-            return
+            return None
         try:
             await self._store.add_unnumbered_spans(spans)
+            return None
         except Exception as refusal:
             if not _is_refusal(refusal):
                 raise
-            if len(spans) > 1:
-                for span in spans:
-                    await self._send(work, [span])
-                return
-            work.refusal = work.refusal or refusal
-            rollout_id = work.context.rollout.rollout_id
-            logger.warning("Span %r of rollout %s is refused: %s", spans[0].name, rollout_id, refusal)
-
-    async def _resources_of(self, rollout: AttemptedRollout) -> dict[str, Any]:
-        """The named resources of the version that was newest at the claim."""
-        resources_id, version = rollout.resources_id, rollout.attempt.resources_version
-        if resources_id is None:
-            return {}
-        if version is None:
-            raise ResourcesNotFoundError(resources_id)
-        key = (resources_id, version)
-        if key not in self._cached:
-            update = await self._store.get_resources_by_id(resources_id, version)
-            if update is None:
-                raise ResourcesNotFoundError(resources_id)
-            self._cached[key] = dict(update.resources)
-            if len(self._cached) > RESOURCES_CACHED:
-                self._cached.popitem(last=False)
-        self._cached.move_to_end(key)
-        return self._cached[key]
+            if len(spans) == 1:
+                logger.warning("Span %r of rollout %s is refused: %s", spans[0].name, rollout_id, refusal)
+                return refusal
+        refusals = [await self._send(rollout_id, [span]) for span in spans]
+        return next((refusal for refusal in refusals if refusal is not None), None)
 
     # -- what comes from outside -------------------------------------------------------------------------------------
 
@@ -344,7 +343,7 @@ class Runner:
         self._cancel("timeout", key)
 
     async def _time_out(self, key: Key, work: _Work, error: str) -> None:
-        await self._send(work, work.outbox.take())
+        await self._send(key[0], work.outbox.take())
         await self._store.finish_attempt(*key, [], "timeout", outcome="timeout", error=error)
 
     def _heartbeats(self) -> None:

@@ -346,8 +346,8 @@ async def test_any_error_of_setup_stops_the_start(make_memory_store, make_ray_st
             await asyncio.to_thread(rs.RunnerPool(store, Agent, size=1).start)
 
 
-def test_odd_attributes_of_opentelemetry_become_text():
-    """What the SDK lets pass and the model does not: the agent must not fail for its trace."""
+def test_odd_attributes_of_opentelemetry_are_kept():
+    """What the SDK lets pass is recorded as it is: the agent must not fail for its trace."""
     from opentelemetry.sdk.trace import TracerProvider
 
     provider = TracerProvider()
@@ -360,5 +360,5 @@ def test_odd_attributes_of_opentelemetry_become_text():
         return 1.0
 
     span, _ = rs.run_one(agent, "x").spans
-    assert span.attributes["fine"] == ("a", "b") and "null" in span.attributes["mixed"]
-    assert isinstance(span.attributes["bytes"], str)
+    assert span.attributes["fine"] == ("a", "b") and span.attributes["mixed"] == ("a", None)
+    assert span.attributes["bytes"] in (b"\xff", "b'\\xff'")  # the SDK's versions differ in what they hand on
