@@ -246,7 +246,7 @@ class Service:
         named = spec.rollouts_named(arguments) if spec and arguments else ()
         due = watchdog.due(self.state, step, named)
         if due:
-            self.do("advance", step, due.expired, due.withdrawn, due.silent, due.forgotten, due.deleted)
+            self.do("advance", step, *due.lists())
         return bool(due)
 
     def do(self, kind: str, step: Step, *arguments: Any) -> Any:
@@ -416,7 +416,8 @@ class Service:
         """What the alarm depends on: while it stays the same, the alarm may stay."""
         state, waiters = self.state, self.waiters
         return (
-            state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest, state.paused,
+            state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest,
+            state.patience_deadlines.soonest, state.paused,
             waiters.next_deadline() if waiters else None, self.probes.at,
             state.eviction_pass and state.eviction_pass.spans,
         )  # fmt: skip
