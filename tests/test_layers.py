@@ -33,7 +33,8 @@ LAYERS = [
     ["transport"],
     ["_sync"],
     ["client", "testing"],
-    ["remote.inbox", "remote.front", "remote.actor"],
+    ["remote.processes"],
+    ["remote.inbox", "remote.front", "remote.lifelines", "remote.actor"],
     [
         "remote.handshake",
         "remote.outgoing",
@@ -42,6 +43,7 @@ LAYERS = [
         "remote.retries",
         "remote.listening",
         "remote.timer",
+        "remote.lifeline",
         "remote.session",
     ],
     ["remote.transport"],
