@@ -80,8 +80,10 @@ async def main() -> None:
     if kind == "resume":
         began = time.monotonic()
         offered = {}
-        while len(offered) < int(more[1]) and time.monotonic() < began + 90:
-            claimed = await store.dequeue_rollout(timeout=90)
+        while len(offered) < int(more[1]):
+            claimed = await store.dequeue_rollout(timeout=float(more[2]))
+            if claimed is None:
+                break
             offered[claimed.rollout_id] = time.monotonic() - began
         attempts = {i: [a.outcome for a in await store.query_attempts(i)] for i in offered}
         say(offered, attempts)
