@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo examples test test-long faults test-ray-oldest bench bench-long bench-peers lint clean
+.PHONY: demo examples test test-long test-agentlightning faults test-ray-oldest bench bench-long bench-peers lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
@@ -24,6 +24,14 @@ test: lint
 test-long: .venv/installed
 	$(LOCAL) $(BIN)/python -m pytest -m long
 
+# The store in process in lock-step with agentlightning's, in an environment of its own; `make test-agentlightning
+# STEPS=100000` is its long form.
+STEPS ?= 8000
+
+test-agentlightning: .venv-agentlightning/installed
+	LOCKSTEP_STEPS=$(STEPS) .venv-agentlightning/bin/python -m pytest -c tests/lockstep/pytest.ini --rootdir . \
+		--confcutdir tests/lockstep tests/lockstep $(ARGS)
+
 # The fault suite in its long form; each row adds a line to runs/faults.jsonl.
 faults: .venv/installed
 	$(LOCAL) FAULTS=long $(BIN)/python -m pytest -m fault -s
@@ -40,7 +48,7 @@ bench-long: .venv/installed
 	@$(LOCAL) $(BIN)/python -m benchmarks --only 19,23 --long $(ARGS)
 
 # What the benchmarks compare with, in an environment of its own; `make bench` finds it there.
-bench-peers: .venv-peers/installed
+bench-peers: .venv-agentlightning/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -58,11 +66,12 @@ lint: .venv/installed
 	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,examples]' 'ray[default]==2.49.*'
 	@touch $@
 
-.venv-peers/installed: Makefile
-	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	@echo "Installing agentlightning into .venv-peers (a minute or so, once) ..."
-	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check 'agentlightning==0.3.*'
+.venv-agentlightning/installed: pyproject.toml
+	@test -x .venv-agentlightning/bin/python || $(PYTHON) -m venv .venv-agentlightning
+	@echo "Installing agentlightning into .venv-agentlightning (some minutes, once) ..."
+	@.venv-agentlightning/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e . 'agentlightning==0.3.*' 'pytest>=8' 'hypothesis>=6.100'
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .venv-oldest .venv-agentlightning .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

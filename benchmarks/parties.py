@@ -23,7 +23,7 @@ import raystore as rs
 from benchmarks import shapes
 
 ROOT = Path(__file__).parent.parent
-PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
+PEERS_PYTHON = ROOT / ".venv-agentlightning/bin/python"
 
 
 # -- naive -------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,6 @@ class StoreConfig:
     duplicate_spans: str = "reject"
     on_memory_full: str = "evict"
     max_deliveries: int = 3
-    suspect_patience_seconds: float = 10.0
     max_queued: int | None = None
     retention: float | int | dict[str, Any] | None = None
     keep_resources: int | None = None
@@ -55,9 +54,6 @@ class StoreConfig:
         _one_of("clock", self.clock, ("system", "manual"))
         _one_of("durability", self.durability, ("power", "process", "none"))
         _count("max_deliveries", self.max_deliveries, at_least=1)
-        patience = self.suspect_patience_seconds
-        if isinstance(patience, bool) or not isinstance(patience, (int, float)) or not 0 <= patience < math.inf:
-            raise InvalidValueError("suspect_patience_seconds", patience, "a number of seconds, 0 or more")
         for name in ("max_queued", "keep_resources"):
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name), at_least=1)
@@ -114,7 +110,7 @@ def _count(name: str, value: Any, *, at_least: int) -> None:
 
 
 def resolve_thresholds(config: StoreConfig, capacity_bytes: int) -> tuple[int, int]:
-    """Eviction and safe threshold in bytes; a float is a ratio of the capacity, an int is bytes (contract 2.12)."""
+    """Eviction and safe threshold in bytes; a float is a ratio of the capacity, an int is bytes."""
     if capacity_bytes <= 0:
         raise ValueError(f"Detected memory capacity must be positive, got {capacity_bytes}")
     eviction = config.eviction_memory_threshold
@@ -164,7 +160,6 @@ def resolve(config: StoreConfig, capacity_bytes: int) -> Settings:
         keep_duplicates=config.duplicate_spans == "keep",
         pause_when_full=config.on_memory_full == "pause",
         max_deliveries=config.max_deliveries,
-        suspect_patience_seconds=float(config.suspect_patience_seconds),
         max_queued=config.max_queued,
         retention_seconds=retention_seconds,
         retention_count=retention_count,

@@ -266,7 +266,7 @@ def seconds(value: float | None) -> float | None:
     """A time in seconds from one in seconds or nanoseconds; 0 and None mean "not known"."""
     if not value:
         return None
-    return value / 1e9 if value > _NANOSECONDS_ABOVE else float(value)
+    return value / 1_000_000_000 if value > _NANOSECONDS_ABOVE else float(value)  # of an int: exact to the last digit
 
 
 def reward_of(name: str, attributes: Mapping[str, Any]) -> float | None:
