@@ -53,7 +53,8 @@ def rollouts() -> list[str]:
         for status, after in moves.items():
             edges.setdefault((status, after), set()).add(event)
     ends = [(status, lifecycle.OUTCOME_OF_STATUS[status]) for status in [*sorted(lifecycle.SETTLED), "succeeded"]]
-    ends += [("unresponsive", "runner_lost"), ("failed", "infra"), ("failed", "dropped"), ("failed", "cancelled")]
+    ends += [("unresponsive", outcome) for outcome in ("runner_lost", "withdrawn")]
+    ends += [("failed", outcome) for outcome in ("infra", "dropped", "cancelled")]
     for status, outcome in ends:
         for charged, left in ((1, True), (2, False)):  # to be tried again, or not
             after = lifecycle.rollout_after(status, outcome, retry, charged=charged, deliveries_left=left)

@@ -1,9 +1,9 @@
 """User values to opaque payloads and back; happens in clients only.
 
 Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes, packed arrays of numbers, and lists,
-tuples and string- or number-keyed dicts of these) becomes msgpack; everything else is cloudpickled, so that any
-picklable object comes back as it was, type included. Object references found in a value travel beside the bytes (see
-`raystore.core.payload`).
+tuples and string- or number-keyed dicts of these) becomes msgpack; everything else is pickled (`pickler`), so that
+any picklable object comes back as it was, type included. Object references found in a value travel beside the bytes
+(see `raystore.core.payload`).
 Not here: which values there are (`convert`), how payloads cross to an actor (`wire`).
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import msgpack
 
+from raystore import pickler
 from raystore.core.payload import PICKLED, PLAIN, Opaque, Payload
 from raystore.errors import PayloadLostError, PayloadNotPicklableError, PayloadTooLargeError
 from raystore.packed import TYPECODES
@@ -116,22 +117,8 @@ def _encode(value: Any) -> bytes | Payload:
 
 
 def _pickle(value: Any) -> bytes | Payload:
-    from ray import cloudpickle  # plain values, the common case, need no Ray
-
     refs: list[Any] = []
-    object_ref = sys.modules["ray"].ObjectRef
-
-    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
-        def persistent_id(self, obj: Any) -> int | None:
-            if isinstance(obj, object_ref):
-                refs.append(obj)
-                return len(refs) - 1
-            return None
-
-    buffer = io.BytesIO()
-    buffer.write(b"\x02")
-    Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    data = buffer.getvalue()
+    data = pickler.dumps(value, refs, prefix=bytes((PICKLED,)))
     return Payload(data, tuple(refs)) if refs else data
 
 

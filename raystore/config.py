@@ -39,6 +39,7 @@ class StoreConfig:
     duplicate_spans: str = "reject"
     on_memory_full: str = "evict"
     max_deliveries: int = 3
+    suspect_patience_seconds: float = 10.0
     max_queued: int | None = None
     retention: float | int | dict[str, Any] | None = None
     keep_resources: int | None = None
@@ -54,6 +55,9 @@ class StoreConfig:
         _one_of("clock", self.clock, ("system", "manual"))
         _one_of("durability", self.durability, ("power", "process", "none"))
         _count("max_deliveries", self.max_deliveries, at_least=1)
+        patience = self.suspect_patience_seconds
+        if isinstance(patience, bool) or not isinstance(patience, (int, float)) or not 0 <= patience < math.inf:
+            raise InvalidValueError("suspect_patience_seconds", patience, "a number of seconds, 0 or more")
         for name in ("max_queued", "keep_resources"):
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name), at_least=1)
@@ -160,6 +164,7 @@ def resolve(config: StoreConfig, capacity_bytes: int) -> Settings:
         keep_duplicates=config.duplicate_spans == "keep",
         pause_when_full=config.on_memory_full == "pause",
         max_deliveries=config.max_deliveries,
+        suspect_patience_seconds=float(config.suspect_patience_seconds),
         max_queued=config.max_queued,
         retention_seconds=retention_seconds,
         retention_count=retention_count,

@@ -88,7 +88,7 @@ class Offers:
         claimed = self._service.do("hand_over", step, waiter.session_id, waiter.ticket, *wanted)
         if not claimed:
             return
-        value = [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
+        value = [(entry.rollout, entry.attempts[-1], entry.is_watched) for entry in claimed]
         if not self.answer(waiter, value):  # its caller has gone
             keys = [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in value]
             self._service.do("take_back", self._service.step(session), waiter.session_id, keys)

@@ -6,9 +6,11 @@ Not here: what they mean (`config` and the README), options of one kind of store
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+from raystore import pickler
 from raystore.config import StoreConfig
 from raystore.convert import Encoder, validated
 from raystore.errors import AgentNotPicklableError, InvalidValueError
@@ -27,6 +29,7 @@ def make_config(
     duplicate_spans: str,
     on_memory_full: str,
     max_deliveries: int,
+    suspect_patience_seconds: float,
     max_queued: int | None,
     retention: float | int | dict[str, Any] | None,
     keep_resources: int | None,
@@ -55,6 +58,7 @@ def make_config(
         duplicate_spans=duplicate_spans,
         on_memory_full=on_memory_full,
         max_deliveries=scalar(max_deliveries),
+        suspect_patience_seconds=scalar(suspect_patience_seconds),
         max_queued=scalar(max_queued),
         retention=plain("retention", retention),
         keep_resources=scalar(keep_resources),
@@ -70,10 +74,8 @@ def make_config(
 def _pickled(estimator: Callable[[Span], int]) -> bytes:
     if not callable(estimator):
         raise InvalidValueError("span_size_estimator", estimator, "a function from a Span to bytes")
-    from ray import cloudpickle  # only a custom estimator needs it
-
     try:
-        return bytes(cloudpickle.dumps(estimator))
+        return pickler.dumps(estimator)
     except Exception as error:
         raise AgentNotPicklableError(f"span_size_estimator {estimator!r}", str(error)) from error
 
@@ -82,7 +84,5 @@ def make_encoder(limits: dict[str, int], estimator: bytes | None) -> Encoder:
     """The encoder of a store's clients."""
     function = None
     if estimator is not None:
-        from ray import cloudpickle
-
-        function = cloudpickle.loads(estimator)
+        function = pickle.loads(estimator)
     return Encoder(limits, function)

@@ -246,7 +246,7 @@ class Service:
         named = spec.rollouts_named(arguments) if spec and arguments else ()
         due = watchdog.due(self.state, step, named)
         if due:
-            self.do("advance", step, due.expired, due.withdrawn, due.silent, due.forgotten, due.deleted)
+            self.do("advance", step, *due.lists())
         return bool(due)
 
     def do(self, kind: str, step: Step, *arguments: Any) -> Any:
@@ -416,7 +416,8 @@ class Service:
         """What the alarm depends on: while it stays the same, the alarm may stay."""
         state, waiters = self.state, self.waiters
         return (
-            state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest, state.paused,
+            state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest,
+            state.patience_deadlines.soonest, state.paused,
             waiters.next_deadline() if waiters else None, self.probes.at,
             state.eviction_pass and state.eviction_pass.spans,
         )  # fmt: skip
@@ -434,11 +435,11 @@ class Service:
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
-    def open_session(self, session_id: str, *, eternal: bool = False) -> Session:
-        """A client process speaks for the first time."""
+    def open_session(self, session_id: str, *, eternal: bool = False, process: list[Any] | None = None) -> Session:
+        """A client process speaks for the first time; it may have said which process it is."""
         with self._held():
             bounds.admit("sessions", claims.live_sessions(self.state), bounds.SESSIONS)
-            self.do("open_session", self.step(), session_id, eternal)
+            self.do("open_session", self.step(), session_id, eternal, process)
             self._arm()
             return self.state.sessions[session_id]
 
@@ -481,6 +482,23 @@ class Service:
             self.do("end_session", self.step(), session.session_id, why)
             self._settle()
             self._arm()
+
+    def end_sessions(self, ended: list[tuple[str, str]]) -> None:
+        """Client processes are gone, all of them before anything is handed to somebody else; and why each is."""
+        with self._held():
+            if self._closed or self._failed is not None:
+                return
+            for session_id, why in ended:
+                if self.is_live(session_id):
+                    self.do("end_session", self.step(), session_id, why)
+            if ended:
+                self._settle()
+                self._arm()
+
+    def is_live(self, session_id: str) -> bool:
+        """Whether a session is known and has not ended."""
+        session = self.state.sessions.get(session_id)
+        return session is not None and session.ended_at is None
 
     def is_waiting(self, session_id: str) -> bool:
         """Whether a call of this session is parked."""

@@ -36,7 +36,16 @@ AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unrespon
 RolloutMode = Literal["train", "val", "test"]
 WorkerStatus = Literal["idle", "busy", "unknown"]
 Outcome = Literal[
-    "ok", "agent_error", "infra", "runner_lost", "timeout", "unresponsive", "cancelled", "superseded", "dropped"
+    "ok",
+    "agent_error",
+    "infra",
+    "runner_lost",
+    "withdrawn",
+    "timeout",
+    "unresponsive",
+    "cancelled",
+    "superseded",
+    "dropped",
 ]
 TaskInput = Any
 TagValue = str | bool | int | float

@@ -27,6 +27,7 @@ from raystore.core.lifecycle import (
     SETTLED,
     SPAN,
     UNCHARGED,
+    WITHDRAWAL,
     attempt_after,
     rollout_after,
 )
@@ -167,13 +168,13 @@ def settle(
     entry: Entry,
     event: str,
     *,
-    alone: bool = True,
+    is_charged: bool = False,
     orderly: bool = False,
     error: str | None = None,
 ) -> None:
     """Move the latest attempt by an event that ends it, with its rollout and worker.
 
-    `alone` says for a loss whether nothing else ran in that process: then the rollout is to blame and is charged.
+    `is_charged` says of a loss that this rollout is to blame for it.
     An `orderly` loss was reported by a runner that lives: it gives the work back, or knows what was lost with what.
     """
     index = len(entry.attempts) - 1
@@ -182,23 +183,31 @@ def settle(
     after = before.evolve(status=attempt_after(before.status, event), outcome=outcome, error=error or before.error)
     if after.status == "failed":
         after.end_time = step.now
-    if outcome == "infra" or (outcome == "runner_lost" and alone):
+    if outcome == "infra" or (outcome == "runner_lost" and is_charged):
         entry.deliveries += 1
     if outcome == "runner_lost":
-        entry.suspect = entry.suspect or not orderly
+        if not orderly:
+            entry.suspect = True
+            entry.losses += 1
         worker = state.workers.get(before.worker_id or "")
         state.changes.append(
-            step.now, "lost", before.rollout_id, before.attempt_id, alone=alone, worker_id=worker and worker.worker_id
-        )
+            step.now, "lost", before.rollout_id, before.attempt_id,
+            charged=is_charged, worker_id=worker and worker.worker_id,
+        )  # fmt: skip
     state.put_attempt(entry, index, after)
     _follow(state, step, entry)
     if after.worker_id is not None:
         workers.follow(state, step, after)
 
 
-def lose(state: State, step: Step, entry: Entry, attempt_id: str, *, alone: bool) -> None:
+def lose(state: State, step: Step, entry: Entry, attempt_id: str, *, is_charged: bool) -> None:
     """The process that ran an attempt has ended."""
-    _end(state, step, entry, attempt_id, LOSS, alone=alone)
+    _end(state, step, entry, attempt_id, LOSS, is_charged=is_charged)
+
+
+def withdraw(state: State, step: Step, entry: Entry, attempt_id: str) -> None:
+    """Whoever had an attempt run was stopped: it says nothing about the rollout, which waits at its old place."""
+    _end(state, step, entry, attempt_id, WITHDRAWAL)
 
 
 def _end(state: State, step: Step, entry: Entry, attempt_id: str, event: str, **how: Any) -> None:
@@ -323,8 +332,10 @@ def finish(
     changes = dict(changes)
     died = changes.pop("died", False)  # the process that ran this attempt, and nothing else
     written = add_spans(state, step, rollout_id, attempt_id, spans) if spans else Written([], 0, None)
-    event = {"infra": ABORT, "dropped": DROP, "runner_lost": LOSS}.get(changes.get("outcome") or "")
+    event = {"infra": ABORT, "dropped": DROP, "runner_lost": LOSS, "withdrawn": WITHDRAWAL}.get(
+        changes.get("outcome") or ""
+    )
     if event is None:
         return report(state, step, rollout_id, attempt_id, changes), written
-    _end(state, step, entry, attempt_id, event, alone=died, orderly=True, error=changes.get("error"))
+    _end(state, step, entry, attempt_id, event, is_charged=died, orderly=True, error=changes.get("error"))
     return entry.attempts[state.find_attempt(entry, attempt_id)], written

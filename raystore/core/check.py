@@ -16,6 +16,7 @@ from raystore.core.lifecycle import (
     ROLLOUT_STATUSES,
     WORKER_STATUSES,
 )
+from raystore.core.queues import ASIDE
 from raystore.core.state import State, is_live_attempt
 
 
@@ -36,7 +37,10 @@ def check(state: State) -> None:
         assert (entry.rollout.end_time is not None) == finished, f"{rollout_id} has the wrong end time"
     assert set(state.queues) <= state.entries.keys(), "a queued rollout does not exist"
     assert len(state.completions) == sum(e.rollout.status in FINISHED for e in state.entries.values())
-    assert set(state.suspects) == {i for i in state.queues if state.entries[i].suspect}, "waiting suspects"
+    assert set(state.suspects) == {i for i in state.queues if state.queues.line(i) == ASIDE}, "waiting suspects"
+    assert all(state.entries[i].suspect for i in state.suspects), "a rollout waits aside and is no suspect"
+    for rollout_id in state.suspects:
+        state.patience_deadlines.check((False, rollout_id))
     assert state.payload_bytes == sum(entry.bytes for entry in state.entries.values()), "payload bytes"
     assert state.attempt_count == sum(len(entry.attempts) for entry in state.entries.values()), "attempt count"
     _check_sessions(state)

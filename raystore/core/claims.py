@@ -2,20 +2,27 @@
 
 A dequeue makes a *claim*: an attempt that its caller must acknowledge. A claim that is declined or not acknowledged is
 taken back as if it had never been. A session that ends gives back its claims, and its attempts are lost: they are
-offered again at their old place. A rollout that was lost in company may have killed its process or may be an innocent
-neighbour; it is a *suspect*, and is handed out alone, so that the next loss tells.
+offered again at their old place. A rollout that was lost with its process may have ended it or may be an innocent
+neighbour; it is a *suspect*, and waits for a session of its own, so that the next loss tells. It does so for a bounded
+time, since there may never be one: then any session gets it. Of what is lost together, what was lost most often before
+is to blame; so what ends its processes is found there as well.
 Not here: who waits for work (`waiters`), when acknowledgements are sent (`session`).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from raystore.core import attempts, bounds, workers
+from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
-from raystore.core.rollouts import move, unqueue
+from raystore.core.rollouts import move, stop_waiting, unqueue
 from raystore.core.state import AttemptKey, Entry, Session, State, Step
 
 Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
 
+SUSPICIOUS_WITHDRAWALS = 2  #: claims of a rollout that nobody acknowledged: the first says nothing about it
+JOB_ENDED = "job ended"  #: why a session ended whose driver is gone, which is a stop and no loss
 LOST_CLAIMS_KEPT = 1_000  #: of a session, so that a late acknowledgement can be told what became of its claim
 
 
@@ -27,54 +34,77 @@ def claim(
     `note_empty` records that the worker came away empty; not for a call that stays parked, which did so when it came.
     """
     claimed: list[Entry] = []
+    session = step.session
     while len(claimed) < limit and not state.memory_full:
-        entry = _next(state, step.session, queues, claimed)
+        entry = _next(state, step, queues)
         if entry is None:
             break
+        is_alone = session is not None and not session.eternal and session.is_idle
         attempt = attempts.begin(state, step, entry, worker_id=worker_id, kind="claimed")
         claimed.append(entry)
-        session = step.session
-        if session is not None:
-            key = (entry.rollout.rollout_id, attempt.attempt_id)
-            session.held.pop(key, None)
-            session.claims[key] = step.age
-            state.claim_deadlines.guard((session.session_id, key))
-            if entry.suspect and not session.eternal:
-                state.drained = None if state.drained == session.session_id else state.drained
-                break
+        if session is None:
+            continue
+        key = (entry.rollout.rollout_id, attempt.attempt_id)
+        session.held.pop(key, None)
+        session.claims[key] = step.age
+        state.claim_deadlines.guard((session.session_id, key))
+        if entry.suspect and is_alone:
+            _reserve(state, step, session)
+            break
     if not claimed and note_empty and worker_id is not None:
         workers.came_away_empty(state, step, worker_id)
     return claimed
 
 
-def _next(state: State, session: Session | None, queues: list[str], claimed: list[Entry]) -> Entry | None:
-    """What this session should do next, None if there is nothing for it."""
+def _next(state: State, step: Step, queues: list[str]) -> Entry | None:
+    """What the session that asks should do next, None if there is nothing for it."""
+    session = step.session
+    lines: tuple[int, ...] = (PLAIN, OVERDUE)
     if session is None or session.eternal:  # a suspect can only end the store itself here
-        heads = (state.queues.first(queue) for queue in queues)
-        return next((state.entries[head] for head in heads if head is not None), None)
-    if state.suspects:
-        waiting = [head for queue in queues if (head := state.queues.head(queue, aside=True)) is not None]
-        if waiting:
-            if session.is_idle:
-                return state.entries[waiting[0]]
-            drained = state.sessions.get(state.drained or "")
-            if drained is None or drained.ended_at is not None:
-                state.drained = session.session_id
-            if state.drained == session.session_id:
-                return None
-    if _runs_suspect(state, session):
-        return None
-    heads = (state.queues.head(queue) for queue in queues)  # suspects wait aside, for a session of their own
-    return next((state.entries[head] for head in heads if head is not None), None)
+        lines = (PLAIN, ASIDE, OVERDUE)
+    elif state.suspects and (waiting := _head(state, queues, (ASIDE,))) is not None:
+        if session.is_idle:
+            return waiting
+        if session.reserved_since is None and not _is_drained(state, step):
+            state.drained = session.session_id
+            _reserve(state, step, session)
+    if session is not None and session.reserved_since is not None and _is_reserved(state, step, session):
+        lines = (OVERDUE,)
+    return _head(state, queues, lines)
 
 
-def _runs_suspect(state: State, session: Session) -> bool:
-    return any(
-        (entry := state.entries.get(rollout_id)) is not None and entry.suspect
-        for keys in (session.claims, session.held)
-        if len(keys) <= 1  # a suspect runs alone
-        for rollout_id, _ in keys
-    )
+def _head(state: State, queues: list[str], lines: tuple[int, ...]) -> Entry | None:
+    """The first rollout of these lines, in the first queue that has one."""
+    for queue in queues:
+        head = state.queues.first(queue, lines)
+        if head is not None:
+            return state.entries[head]
+    return None
+
+
+def _reserve(state: State, step: Step, session: Session) -> None:
+    """Let a session take nothing more for a while: it runs a suspect, or is to fall idle for one."""
+    session.reserved_since = step.age
+    state.patience_deadlines.guard((True, session.session_id))
+
+
+def _is_reserved(state: State, step: Step, session: Session) -> bool:
+    """Whether a session takes nothing at the moment, for a suspect."""
+    since = session.reserved_since
+    return since is not None and not session.is_idle and step.age <= since + state.settings.suspect_patience_seconds
+
+
+def _is_drained(state: State, step: Step) -> bool:
+    """Whether some session is about to fall idle for a suspect."""
+    session = state.sessions.get(state.drained or "")
+    return session is not None and session.ended_at is None and _is_reserved(state, step, session)
+
+
+def serve(state: State, rollout_id: str) -> None:
+    """A suspect has waited for a session of its own long enough: now any gets it, at its old place."""
+    if rollout_id in state.suspects:
+        stop_waiting(state, rollout_id)
+        state.queues_touched.add(state.queues.move(rollout_id, OVERDUE))
 
 
 def acknowledge(state: State, step: Step, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
@@ -106,10 +136,11 @@ def _reinstate(state: State, step: Step, session: Session, key: AttemptKey) -> b
     return True
 
 
-def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, why: str) -> bool:
+def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, why: str, is_stop: bool = False) -> bool:
     """Undo a claim: the attempt disappears and the rollout stands in its old place. Whether there was one to undo.
 
-    `why` is "declined" (its caller had gone) or "withdrawn" (nobody acknowledged it: counted as a loss in company).
+    `why` is "declined" (its caller had gone) or "withdrawn" (nobody acknowledged it). One that was withdrawn by a stop
+    says nothing about the rollout.
     """
     entry = state.entries.get(key[0])
     attempt = entry.latest if entry else None
@@ -130,7 +161,9 @@ def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, wh
         session.lost[key] = attempt
         if len(session.lost) > LOST_CLAIMS_KEPT:
             del session.lost[next(iter(session.lost))]
-        entry.suspect = True
+        if not is_stop:
+            entry.withdrawals += 1
+            entry.suspect = entry.suspect or entry.withdrawals >= SUSPICIOUS_WITHDRAWALS
         state.withdrawals += 1
     if entry.rollout.status == "preparing":  # else somebody has decided otherwise meanwhile, by hand
         move(state, step, entry, entry.former, keep_place=True, kind=why)
@@ -147,7 +180,7 @@ def claimed_again(state: State, session: Session, keys: list[AttemptKey]) -> lis
     for key in keys:
         if key in session.claims or key in session.held:
             entry = state.entries[key[0]]
-            claimed.append((entry.rollout, entry.attempts[-1], entry.suspect))
+            claimed.append((entry.rollout, entry.attempts[-1], entry.is_watched))
     return claimed
 
 
@@ -160,9 +193,11 @@ def taken_over(state: State, session: Session, ticket: int) -> list[Claimed]:
     return claimed_again(state, session, keys) if keys else []
 
 
-def open_session(state: State, step: Step, session_id: str, *, eternal: bool = False) -> Session:
-    """A client process speaks for the first time."""
-    session = Session(session_id, step.age, eternal)
+def open_session(
+    state: State, step: Step, session_id: str, *, eternal: bool = False, process: list[Any] | None = None
+) -> Session:
+    """A client process speaks for the first time; it may say which process it is."""
+    session = Session(session_id, step.age, eternal=eternal, process=process)
     state.sessions[session_id] = session
     state.session_deadlines.guard(session_id)
     return session
@@ -181,16 +216,21 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
         return
     session.ended_at = step.age
     state.ended.append(session.session_id)
-    company = len(session.held) + len(session.claims)
     held, claims = list(session.held), list(session.claims)
     if held or claims:
+        company = len(held) + len(claims)
         state.changes.append(step.now, "session_ended", session_id=session.session_id, why=why, attempts=company)
+    is_stop = why == JOB_ENDED
+    to_blame = _lost_most_often(state, [*held, *claims])
     for key in claims:
-        take_back(state, step, session, key, why="withdrawn")
+        take_back(state, step, session, key, why="withdrawn", is_stop=is_stop)
     for key in held:
         entry = state.entries.get(key[0])
-        if entry is not None:
-            attempts.lose(state, step, entry, key[1], alone=company == 1)
+        if entry is not None and is_stop:
+            attempts.withdraw(state, step, entry, key[1])
+        elif entry is not None:
+            attempts.lose(state, step, entry, key[1], is_charged=key == to_blame)
+    _separate(state, [key[0] for key in held])
     session.held.clear()
     session.claims.clear()
     session.notices.clear()
@@ -198,3 +238,24 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
         state.drained = None
     state.session_deadlines.guard(session.session_id)
     state.queues_touched.update(state.queues.lengths())
+
+
+def _separate(state: State, rollout_ids: list[str]) -> None:
+    """Let what was lost together lose its patience one after the other, each time in another order.
+
+    Where no session falls idle all of it would come to the next one together again, and again nobody would be to blame.
+    """
+    waiting = [i for i in rollout_ids if i in state.suspects]
+    apart = state.settings.suspect_patience_seconds / max(len(waiting), 1)
+    turn = max((state.entries[i].losses for i in waiting), default=0)
+    for number, rollout_id in enumerate(waiting):
+        state.suspects[rollout_id] -= apart * ((number + turn) % len(waiting))
+        state.patience_deadlines.guard((False, rollout_id))
+
+
+def _lost_most_often(state: State, keys: list[AttemptKey]) -> AttemptKey | None:
+    """Of what is lost together, what was lost most often before; None if several were."""
+    losses = {key: entry.losses for key in keys if (entry := state.entries.get(key[0])) is not None}
+    most = max(losses.values(), default=0)
+    often = [key for key, count in losses.items() if count == most]
+    return often[0] if len(often) == 1 else None

@@ -54,7 +54,7 @@ def parts(state: State) -> Iterator[Any]:
     for rollout_id in sorted(state.entries):
         yield "rollout", rollout_id, _entry(state, state.entries[rollout_id])
     yield "queue", sorted(state.queues.orders())
-    yield "suspects", list(state.suspects)
+    yield "suspects", list(state.suspects.items())
     for worker_id in sorted(state.workers):
         yield "worker", _plain(state.workers[worker_id])
     for name in sorted(state.consumers):

@@ -20,6 +20,8 @@ from raystore.core.cold import column
 from raystore.core.lifecycle import ACTIVE, FINISHED, OVER
 from raystore.core.line import ERROR, PARTLY, VALUE, Kept, Reply
 from raystore.core.payload import PLAIN, Opaque, Payload
+from raystore.core.queues import ASIDE
+from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
 from raystore.core.rollouts import (
     CONTENT,
@@ -68,10 +70,10 @@ def claim(
 def _next(state: State, session: Session | None, queues: list[str], claimed: list[Entry]) -> Entry | None:
     """What this session should do next, None if there is nothing for it."""
     if session is None or session.eternal:  # a suspect can only end the store itself here
-        heads = (state.queues.first(queue) for queue in queues)
+        heads = (state.queues.first(queue, (PLAIN_LINE, ASIDE)) for queue in queues)
         return next((state.entries[head] for head in heads if head is not None), None)
     if state.suspects:
-        waiting = [head for queue in queues if (head := state.queues.head(queue, aside=True)) is not None]
+        waiting = [head for queue in queues if (head := state.queues.head(queue, ASIDE)) is not None]
         if waiting:
             if session.is_idle:
                 return state.entries[waiting[0]]
@@ -145,7 +147,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     for key in held:
         entry = state.entries.get(key[0])
         if entry is not None:
-            attempts.lose(state, step, entry, key[1], alone=company == 1)
+            attempts.lose(state, step, entry, key[1], is_charged=company == 1)
     session.held.clear()
     session.claims.clear()
     session.notices.clear()
@@ -324,7 +326,7 @@ def _enqueue(
     for request, entry in zip(requests, existing, strict=True):
         if entry is None:
             entry = create(state, step, "queuing", request, latest)
-            enter_queue(state, entry, state.queues.tail(entry.rollout.priority))
+            enter_queue(state, step, entry, state.queues.tail(entry.rollout.priority))
             state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
         made.append((entry.rollout, entry.latest))
     return made
@@ -560,6 +562,9 @@ def section(name: str, value: Any) -> Any:
         return _chunk(value)
     if name == "consumers":
         return {consumer: _consumer(row) for consumer, row in value.items()}
+    if name == "waiting":  # since when suspects waited was not known: for long
+        orders, arrivals, suspects = value  # the second line was told by a bool
+        return orders, arrivals, [(rollout_id, 0.0) for rollout_id in suspects]
     return _session(value) if name == "session" else value
 
 

@@ -35,7 +35,7 @@ def image(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
     yield "indexes", state.indexes.image(numbers)
     yield "spans", state.spans.image(numbers, places)
     yield "completions", state.completions.image(numbers)
-    yield "waiting", (state.queues.orders(), state.queues.arrivals, list(state.suspects))
+    yield "waiting", (state.queues.orders(), state.queues.arrivals, list(state.suspects.items()))
     yield "workers", [worker.row() for worker in state.workers.values()]
     yield "consumers", {name: packed(known) for name, known in state.consumers.items()}
     yield "resources", state.resources.image()
@@ -118,9 +118,9 @@ def _place(chunk: Chunk, members: Iterable[int], chunks: list[Chunk | None]) -> 
         chunks[member] = chunk
 
 
-def _restore_waiting(state: State, orders: list[Any], arrivals: int, suspects: list[str]) -> None:
+def _restore_waiting(state: State, orders: list[Any], arrivals: int, suspects: list[Any]) -> None:
     state.queues.restore(orders, arrivals)
-    state.suspects.update(dict.fromkeys(suspects))
+    state.suspects.update(suspects)
 
 
 def _restore_disposable(state: State, released: list[str], read: list[str]) -> None:

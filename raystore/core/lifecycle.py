@@ -15,7 +15,8 @@ ATTEMPT_STATUSES = ("preparing", "running", "failed", "succeeded", "unresponsive
 WORKER_STATUSES = ("idle", "busy", "unknown")
 MODES = ("train", "val", "test")
 OUTCOMES = (
-    "ok", "agent_error", "infra", "runner_lost", "timeout", "unresponsive", "cancelled", "superseded", "dropped",
+    "ok", "agent_error", "infra", "runner_lost", "withdrawn", "timeout", "unresponsive", "cancelled", "superseded",
+    "dropped",
 )  # fmt: skip
 
 QUEUED = frozenset({"queuing", "requeuing"})
@@ -30,6 +31,7 @@ HEARTBEAT = "heartbeat"  # its runner says that it is at work on it
 TIMEOUT = "timeout"  # config.timeout_seconds since its start
 SILENCE = "silence"  # config.unresponsive_seconds without a heartbeat
 LOSS = "loss"  # the process that ran it has ended
+WITHDRAWAL = "withdrawal"  # whoever had it run was stopped
 ABORT = "abort"  # the agent raised Abort: the infrastructure failed
 DROP = "drop"  # the agent raised Drop: not worth training on
 CANCEL = "cancel"  # the driver cancelled the rollout
@@ -45,6 +47,8 @@ ATTEMPT: dict[tuple[str, str], str] = {
     ("running", SILENCE): "unresponsive",  # watchdog
     ("preparing", LOSS): "unresponsive",  # the session ended: kill, exit, dead node
     ("running", LOSS): "unresponsive",  # the same, in mid-rollout
+    ("preparing", WITHDRAWAL): "unresponsive",  # the job of its process ended
+    ("running", WITHDRAWAL): "unresponsive",  # the same, in mid-rollout
     ("preparing", ABORT): "failed",  # agent
     ("running", ABORT): "failed",  # agent
     ("preparing", DROP): "failed",  # agent
@@ -58,6 +62,7 @@ OUTCOME_OF_EVENT = {
     TIMEOUT: "timeout",
     SILENCE: "unresponsive",
     LOSS: "runner_lost",
+    WITHDRAWAL: "withdrawn",
     ABORT: "infra",
     DROP: "dropped",
     CANCEL: "cancelled",
@@ -84,7 +89,7 @@ ROLLOUT_ON_SPAN = {
 ROLLOUT_ON_HEARTBEAT = {"preparing": "running"}
 
 #: Attempts that say nothing about the agent, so `max_attempts` does not count them.
-UNCHARGED = frozenset({"runner_lost", "infra"})
+UNCHARGED = frozenset({"runner_lost", "withdrawn", "infra"})
 
 
 def attempt_after(status: str, event: str) -> str:
@@ -109,7 +114,7 @@ def rollout_after(
     if outcome == "dropped":
         return "failed"
     if outcome in UNCHARGED:
-        return "requeuing" if deliveries_left else "failed"
+        return "requeuing" if deliveries_left or outcome == "withdrawn" else "failed"
     if attempt_status in config.retry_condition and charged < config.max_attempts:
         return "requeuing"
     return "failed"

@@ -13,13 +13,16 @@ from heapq import heapify, heappop, heappush
 
 Order = tuple[int, int]
 
+#: Lines of a queue: for anybody; for a session of its own; for anybody too, after such a session did not come.
+PLAIN, ASIDE, OVERDUE = range(3)
+
 
 class Queues:
     """All queues of a store."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, tuple[tuple[str, bool], Order]] = {}
-        self._heaps: dict[tuple[str, bool], list[tuple[Order, str]]] = {}  # by queue, and whether aside
+        self._waiting: dict[str, tuple[tuple[str, int], Order]] = {}
+        self._heaps: dict[tuple[str, int], list[tuple[Order, str]]] = {}  # by queue and line
         self._lengths: dict[str, int] = {}
         self._arrivals = 0
 
@@ -32,7 +35,7 @@ class Queues:
     def __iter__(self) -> Iterator[str]:
         return iter(self._waiting)
 
-    def orders(self) -> list[tuple[str, tuple[str, bool], Order]]:
+    def orders(self) -> list[tuple[str, tuple[str, int], Order]]:
         """What waits, in which line, at which place."""
         return [(rollout_id, line, order) for rollout_id, (line, order) in self._waiting.items()]
 
@@ -41,10 +44,10 @@ class Queues:
         """How many places at the tail were given."""
         return self._arrivals
 
-    def restore(self, orders: Iterable[tuple[str, tuple[str, bool], Order]], arrivals: int) -> None:
+    def restore(self, orders: Iterable[tuple[str, tuple[str, int], Order]], arrivals: int) -> None:
         """Let wait what waited."""
-        for rollout_id, (queue, aside), order in orders:
-            self.put(queue, rollout_id, (order[0], order[1]), aside=aside)
+        for rollout_id, (queue, line), order in orders:
+            self.put(queue, rollout_id, (order[0], order[1]), line=int(line))
         self._arrivals = arrivals
 
     def length(self, queue: str) -> int:
@@ -60,11 +63,10 @@ class Queues:
         self._arrivals += 1
         return (-priority, self._arrivals)
 
-    def put(self, queue: str, rollout_id: str, order: Order, *, aside: bool = False) -> None:
+    def put(self, queue: str, rollout_id: str, order: Order, *, line: int = PLAIN) -> None:
         """Let a rollout wait at its place; it must not be waiting yet."""
-        line = (queue, aside)
-        self._waiting[rollout_id] = (line, order)
-        heappush(self._heaps.setdefault(line, []), (order, rollout_id))
+        self._waiting[rollout_id] = ((queue, line), order)
+        heappush(self._heaps.setdefault((queue, line), []), (order, rollout_id))
         self._lengths[queue] = self._lengths.get(queue, 0) + 1
 
     def discard(self, rollout_id: str) -> bool:
@@ -82,24 +84,35 @@ class Queues:
                 heapify(heap)
         else:  # a queue without rollouts is not kept
             del self._lengths[line[0]]
-            self._heaps.pop((line[0], False), None)
-            self._heaps.pop((line[0], True), None)
+            for number in (PLAIN, ASIDE, OVERDUE):
+                self._heaps.pop((line[0], number), None)
         return True
 
-    def head(self, queue: str, *, aside: bool = False) -> str | None:
-        """The next rollout of a queue, left in place; of those that wait aside, if asked."""
-        line = (queue, aside)
-        heap = self._heaps.get(line)
+    def move(self, rollout_id: str, line: int) -> str:
+        """Let a rollout that waits do so in another line of its queue, at the same place; the queue."""
+        (queue, _), order = self._waiting[rollout_id]
+        self._waiting[rollout_id] = ((queue, line), order)
+        heappush(self._heaps.setdefault((queue, line), []), (order, rollout_id))
+        return queue
+
+    def line(self, rollout_id: str) -> int:
+        """In which line a rollout waits."""
+        return self._waiting[rollout_id][0][1]
+
+    def head(self, queue: str, line: int = PLAIN) -> str | None:
+        """The next rollout of one line of a queue, left in place."""
+        key = (queue, line)
+        heap = self._heaps.get(key)
         while heap:
             order, rollout_id = heap[0]
-            if self._waiting.get(rollout_id) == (line, order):
+            if self._waiting.get(rollout_id) == (key, order):
                 return rollout_id
             heappop(heap)
         return None
 
-    def first(self, queue: str) -> str | None:
-        """The next rollout of a queue, whether it waits aside or not."""
-        heads = [head for head in (self.head(queue), self.head(queue, aside=True)) if head is not None]
+    def first(self, queue: str, lines: Iterable[int]) -> str | None:
+        """The next rollout of several lines of a queue."""
+        heads = [head for line in lines if (head := self.head(queue, line)) is not None]
         return min(heads, key=lambda head: self._waiting[head][1], default=None)
 
     def check(self) -> None:

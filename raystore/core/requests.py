@@ -16,7 +16,16 @@ AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unrespon
 WorkerStatus = Literal["idle", "busy", "unknown"]
 Mode = Literal["train", "val", "test"]
 Outcome = Literal[
-    "ok", "agent_error", "infra", "runner_lost", "timeout", "unresponsive", "cancelled", "superseded", "dropped"
+    "ok",
+    "agent_error",
+    "infra",
+    "runner_lost",
+    "withdrawn",
+    "timeout",
+    "unresponsive",
+    "cancelled",
+    "superseded",
+    "dropped",
 ]
 
 #: A configuration in field order: timeout, silence, number of attempts, what is tried again.

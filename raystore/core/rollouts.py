@@ -16,6 +16,7 @@ from raystore.core import query
 from raystore.core.indexes import keys_of
 from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
 from raystore.core.payload import same_content, size_of
+from raystore.core.queues import ASIDE, PLAIN
 from raystore.core.records import Config, Rollout
 from raystore.core.state import Entry, State, Step, is_live_attempt
 from raystore.errors import ConflictError, InvalidValueError, OverloadedError, SealedError
@@ -100,19 +101,20 @@ def enqueue_many(
     for request, entry in zip(requests, existing, strict=True):
         if entry is None:
             entry = create(state, step, "queuing", request, latest)
-            enter_queue(state, entry, state.queues.tail(entry.rollout.priority))
+            enter_queue(state, step, entry, state.queues.tail(entry.rollout.priority))
             state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
         made.append(entry.rollout)
     return made
 
 
-def enter_queue(state: State, entry: Entry, order: tuple[int, int]) -> None:
-    """Let a rollout wait in its queue, at a place."""
+def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int]) -> None:
+    """Let a rollout wait in its queue, at a place; a suspect beside it, for a session of its own."""
     rollout = entry.rollout
     entry.order = order
-    state.queues.put(rollout.queue, rollout.rollout_id, order, aside=entry.suspect)
+    state.queues.put(rollout.queue, rollout.rollout_id, order, line=ASIDE if entry.suspect else PLAIN)
     if entry.suspect:
-        state.suspects[rollout.rollout_id] = None
+        state.suspects[rollout.rollout_id] = step.age
+        state.patience_deadlines.guard((False, rollout.rollout_id))
     state.queues_touched.add(rollout.queue)
 
 
@@ -120,9 +122,19 @@ def unqueue(state: State, entry: Entry) -> None:
     """Take a rollout out of line."""
     rollout_id = entry.rollout.rollout_id
     state.queues.discard(rollout_id)
-    if state.suspects.pop(rollout_id, 0) is None and not state.suspects:
-        state.drained = None  # nobody needs to be alone any more
-        state.queues_touched.update(state.queues.lengths())
+    if state.suspects:
+        stop_waiting(state, rollout_id)
+
+
+def stop_waiting(state: State, rollout_id: str) -> None:
+    """A suspect waits for a session of its own no longer."""
+    if state.suspects.pop(rollout_id, None) is None or state.suspects:
+        return
+    drained = state.sessions.get(state.drained or "")
+    if drained is not None:  # nobody needs to be alone any more
+        drained.reserved_since = None
+    state.drained = None
+    state.queues_touched.update(state.queues.lengths())
 
 
 def move(
@@ -144,7 +156,7 @@ def move(
     if status in QUEUED:
         if rollout_id not in state.queues:
             place = entry.order if keep_place else None
-            enter_queue(state, entry, state.queues.tail(before.priority) if place is None else place)
+            enter_queue(state, step, entry, state.queues.tail(before.priority) if place is None else place)
     else:
         unqueue(state, entry)
     if status != before.status:

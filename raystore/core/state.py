@@ -37,6 +37,7 @@ CLAIM_SECONDS = 5.0  #: a claim that is not acknowledged for so long is withdraw
 SESSION_SILENCE_SECONDS = 60.0  #: a session that was not heard for so long has ended
 SESSION_RECORD_SECONDS = 600.0  #: how long the record of an ended session answers its late batches
 
+Patience = tuple[bool, str]  #: whether of a session, which is reserved, and its id; else of a rollout, which waits
 AttemptKey = tuple[str, str]  #: rollout id and attempt id; an attempt id alone is only unique within its rollout
 
 
@@ -50,6 +51,7 @@ class Settings:
     keep_duplicates: bool = False
     pause_when_full: bool = False
     max_deliveries: int = 3
+    suspect_patience_seconds: float = 10.0
     max_queued: int | None = None
     retention_seconds: float | None = None
     retention_count: int | None = None
@@ -133,6 +135,10 @@ class Session:
     #: Bulk calls of which the last part has not come yet.
     chains: dict[int, Chain] = declare(make=dict, pack=_chains_packed, unpack=_chains_unpacked, shows=_chains_packed)
     line: Line = declare(make=Line, pack=packed, unpack=lambda values: unpacked(Line, values), in_digest=False)
+    #: Which process it is: see `raystore.remote.lifelines`. None if it did not say.
+    process: list[Any] | None = declare(None)
+    #: Since when it takes nothing else, for it runs a suspect or is drained for one. Once until it is idle again.
+    reserved_since: float | None = declare(None)
 
     @property
     def is_idle(self) -> bool:
@@ -210,10 +216,14 @@ class Entry:
     released: bool = declare(False)
     #: Its status before the latest attempt, for a claim that is taken back.
     former: str = declare("queuing")
-    #: It was lost once in company: it is handed out alone from now on.
+    #: It may end the process that runs it: it is handed out alone, if that can be had.
     suspect: bool = declare(False)
-    #: Charged ones: aborts, and losses while alone.
+    #: Charged ones: aborts, and losses for which it is to blame.
     deliveries: int = declare(0)
+    #: How often it was lost with its process after its claim was acknowledged.
+    losses: int = declare(0)
+    #: How many of its claims nobody acknowledged.
+    withdrawals: int = declare(0)
     #: Session id by attempt id.
     holders: dict[str, str] = declare(make=dict, pack=pairs, unpack=dict)
     #: By consumer; replaced, never edited.
@@ -230,6 +240,11 @@ class Entry:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self.cold.thaw()
         return getattr(self, name)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether its claim is acknowledged by a call of its own, so that whoever dies of it is found."""
+        return self.suspect or self.withdrawals > 0
 
     @property
     def is_sealed(self) -> bool:
@@ -278,7 +293,7 @@ class State:
         self.settings = settings
         self.entries: dict[str, Entry] = {}
         self.queues = Queues()
-        self.suspects: dict[str, None] = {}  # suspects that wait
+        self.suspects: dict[str, float] = {}  # suspects that wait for a session of their own, and since when
         self.drained: str | None = None  # the session that takes no work until it is idle, for a suspect
         self.indexes = Indexes()
         self.workers: dict[str, Worker] = {}
@@ -291,6 +306,7 @@ class State:
         self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
         self.claim_deadlines: Deadlines[tuple[str, AttemptKey]] = Deadlines(self._claim_deadline)
         self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)
+        self.patience_deadlines: Deadlines[Patience] = Deadlines(self._patience_deadline)
         self.paused = 0.0  # seconds in which the store stood still, by which deadlines move
         self.rollouts_made = 0
         self.attempts_made = 0
@@ -433,7 +449,8 @@ class State:
         key = (entry.rollout.rollout_id, attempt_id)
         session.held.pop(key, None)
         session.claims.pop(key, None)
-        if session.is_idle and (entry.suspect or self.suspects or self.drained == session.session_id):
+        if session.is_idle and (self.suspects or session.reserved_since is not None):
+            session.reserved_since = None
             self.queues_touched.update(self.queues.lengths())
 
     def take_hold(self, entry: Entry, attempt_id: str, session: Session | None) -> None:
@@ -485,6 +502,14 @@ class State:
             return session.ended_at + SESSION_RECORD_SECONDS
         return session.last_heard + SESSION_SILENCE_SECONDS
 
+    def _patience_deadline(self, key: Patience) -> float | None:
+        if key[0]:
+            session = self.sessions.get(key[1])
+            since = session.reserved_since if session is not None and session.ended_at is None else None
+        else:
+            since = self.suspects.get(key[1])
+        return None if since is None else since + self.settings.suspect_patience_seconds
+
     def guard_all(self) -> None:
         """Guard every deadline there is."""
         for status in ACTIVE:
@@ -493,9 +518,12 @@ class State:
         self.guard_sessions()
 
     def guard_sessions(self) -> None:
-        """Guard the deadlines of sessions and claims."""
+        """Guard the deadlines of sessions and claims, and those of who waits for a session of its own."""
+        for rollout_id in self.suspects:
+            self.patience_deadlines.guard((False, rollout_id))
         for session in self.sessions.values():
             self.session_deadlines.guard(session.session_id)
+            self.patience_deadlines.guard((True, session.session_id))
             for key in session.claims:
                 self.claim_deadlines.guard((session.session_id, key))
 

@@ -50,8 +50,8 @@ def _acknowledge(state: State, step: Step, session_id: str, keys: list[AttemptKe
     return claims.acknowledge(state, step, state.sessions[session_id], keys)
 
 
-def _open_session(state: State, step: Step, session_id: str, eternal: bool) -> None:
-    claims.open_session(state, step, session_id, eternal=eternal)
+def _open_session(state: State, step: Step, session_id: str, eternal: bool, process: list[Any] | None = None) -> None:
+    claims.open_session(state, step, session_id, eternal=eternal, process=process)
 
 
 def _end_session(state: State, step: Step, session_id: str, why: str) -> None:

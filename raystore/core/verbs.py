@@ -28,7 +28,7 @@ from raystore.core.requests import (
     WorkerStatus,
 )
 from raystore.core.schema import As, Encoded, Id, Logic, Part, Positive, Seconds, SortOrder, Tags, Text, Whole, checker
-from raystore.core.state import AttemptKey, Chain, Entry, Session, State, Step, is_live_attempt
+from raystore.core.state import AttemptKey, Chain, Entry, Session, State, Step
 from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError, SessionEndedError, SpansEvictedError, StoreError, again
 
@@ -82,7 +82,7 @@ def _dequeue(
     claimed = claims.claim(state, step, queues=queues, limit=limit, worker_id=worker_id)
     if not claimed and timeout > 0 and limit > 0:
         return None
-    return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
+    return [(entry.rollout, entry.attempts[-1], entry.is_watched) for entry in claimed]
 
 
 def _query_rollouts(
@@ -443,16 +443,32 @@ def _get_worker(state: State, step: Step, *, worker_id: Id) -> Worker | None:
 
 
 def _report_session(state: State, step: Step, *, session_id: Id | None, worker_id: Id | None = None) -> bool:
-    """Somebody saw that a process has ended (a pool, its runner): its session, and any that holds its worker's work."""
-    ended = {session_id}
-    for rollout_id in state.indexes.find(("worker", worker_id)):
-        entry = state.entries[rollout_id]
-        ended.add(entry.holders.get(entry.attempts[-1].attempt_id) if is_live_attempt(entry.attempts[-1]) else None)
-    sessions = [state.sessions[found] for found in ended if found is not None and found in state.sessions]
+    """Somebody saw that a process has ended (a pool, its runner): its session.
+
+    If that is not known, those that hold work of its worker.
+    """
+    session = state.sessions.get(session_id or "")
+    sessions = [session] if session is not None else _sessions_of_worker(state, worker_id)
     live = [session for session in sessions if session.ended_at is None and not session.eternal]
     for session in live:
         claims.end_session(state, step, session, why="reported")
     return bool(live)
+
+
+def _sessions_of_worker(state: State, worker_id: str | None) -> list[Session]:
+    """The sessions that hold an attempt of a worker; by what they hold, since a worker's past may be long."""
+
+    def is_of_worker(key: AttemptKey) -> bool:
+        latest = state.entries[key[0]].latest
+        return latest is not None and latest.attempt_id == key[1] and latest.worker_id == worker_id
+
+    if worker_id is None:
+        return []
+    return [
+        session
+        for session in state.sessions.values()
+        if any(map(is_of_worker, session.held)) or any(map(is_of_worker, session.claims))
+    ]
 
 
 is_part = checker(Part)  #: whether something says of an operation which part of a bulk call it is

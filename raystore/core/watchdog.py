@@ -9,11 +9,12 @@ Not here: reading a clock, being called when nobody calls (`service` arms one ti
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from raystore.core import retention
 from raystore.core.attempts import settle
-from raystore.core.claims import end_session, take_back
+from raystore.core.claims import end_session, serve, take_back
 from raystore.core.lifecycle import ACTIVE, SILENCE, TIMEOUT
 from raystore.core.state import AttemptKey, Entry, State, Step
 
@@ -26,6 +27,7 @@ def may_be_due(state: State, step: Step) -> bool:
         state.deadlines.soonest < step.now - state.paused
         or state.claim_deadlines.soonest < step.age
         or state.session_deadlines.soonest < step.age
+        or state.patience_deadlines.soonest < step.age
         or state.settings.retention_seconds is not None
         or state.settings.retention_count is not None
     )
@@ -40,9 +42,15 @@ class Due:
     silent: list[str]  # sessions that have ended
     forgotten: list[str]  # sessions that ended long ago
     deleted: list[str]  # rollouts that the retention rule lets go
+    impatient: list[str] = field(default_factory=list)  # suspects that have waited for an idle session long enough
+    released: list[str] = field(default_factory=list)  # sessions that have taken nothing for a suspect long enough
 
     def __bool__(self) -> bool:
-        return bool(self.expired or self.withdrawn or self.silent or self.forgotten or self.deleted)
+        return any(getattr(self, name) for name in self.__slots__)
+
+    def lists(self) -> list[list[Any]]:
+        """All of it, in the order of the fields."""
+        return [getattr(self, name) for name in self.__slots__]
 
 
 def due(state: State, step: Step, named: Iterable[str] = ()) -> Due:
@@ -55,12 +63,15 @@ def due(state: State, step: Step, named: Iterable[str] = ()) -> Due:
     withdrawn = list(state.claim_deadlines.due(step.age, SLICE))
     sessions = list(state.session_deadlines.due(step.age, SLICE))
     ended = {session_id for session_id in sessions if state.sessions[session_id].ended_at is not None}
+    impatient = list(state.patience_deadlines.due(step.age, SLICE))
     return Due(
         expired,
         withdrawn,
         [session_id for session_id in sessions if session_id not in ended],
         [session_id for session_id in sessions if session_id in ended],
         retention.due(state, step.now, SLICE),
+        [name for is_session, name in impatient if not is_session],
+        [name for is_session, name in impatient if is_session],
     )
 
 
@@ -76,6 +87,10 @@ def advance(state: State, step: Step, due: Due) -> None:
     for session_id in due.forgotten:
         del state.sessions[session_id]
     retention.delete(state, step, due.deleted)
+    for rollout_id in due.impatient:
+        serve(state, rollout_id)
+    if due.released:  # what they wait for may have been there all the while
+        state.queues_touched.update(state.queues.lengths())
 
 
 def _is_due(state: State, rollout_id: str, active_now: float) -> bool:
@@ -99,6 +114,10 @@ def pause(state: State, step: Step, seconds: float) -> None:
         session.last_heard += seconds
         for key in session.claims:
             session.claims[key] += seconds
+        if session.reserved_since is not None:
+            session.reserved_since += seconds
+    for rollout_id in state.suspects:
+        state.suspects[rollout_id] += seconds
     state.changes.append(step.now, "paused", seconds=seconds)
 
 
@@ -108,6 +127,7 @@ def resume(state: State, step: Step, away: float) -> None:
     for session_id, session in list(state.sessions.items()):
         session.last_heard = step.age
         session.claims = dict.fromkeys(session.claims, step.age)
+        session.reserved_since = None if session.reserved_since is None else step.age
         if session.eternal:  # the process that ran the store itself
             end_session(state, step, session, why="ended with its store")
             del state.sessions[session_id]
@@ -116,6 +136,7 @@ def resume(state: State, step: Step, away: float) -> None:
             entry = state.entries[rollout_id]
             entry.clocks[-1].beat = step.now - state.paused
             state.deadlines.guard(rollout_id)
+    state.suspects = dict.fromkeys(state.suspects, step.age)
     state.guard_sessions()
     state.changes.append(step.now, "resumed", seconds=away)
 
@@ -128,5 +149,7 @@ def next_deadline(state: State) -> float | None:
 
 def next_age_deadline(state: State) -> float | None:
     """The same for claims and sessions, on the clock by which they age."""
-    ages = [deadlines.next() for deadlines in (state.claim_deadlines, state.session_deadlines)]
+    ages = [
+        deadlines.next() for deadlines in (state.claim_deadlines, state.session_deadlines, state.patience_deadlines)
+    ]
     return min((age for age in ages if age is not None), default=None)

@@ -8,9 +8,11 @@ Not here: what the methods do (`front`), the client's side (`session`), the opti
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -26,6 +28,8 @@ from raystore.core.state import Settings
 from raystore.errors import FencedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
 from raystore.remote.front import Front
+from raystore.remote.lifelines import Lifelines
+from raystore.remote.processes import here
 from raystore.service import PROTOCOL, Service
 
 logger = logging.getLogger("raystore.store")
@@ -55,9 +59,12 @@ class StoreActor:
         self._namespace = namespace
         self._service: Service | None = None  # for whoever looks at the process from within
         self._front: Front | None = None
-        self._node, here = _this_node()
-        self._capacity = memory_capacity(object_store_bytes=here if object_store_bytes is None else object_store_bytes)
+        self._node, object_store = _this_node()
+        self._capacity = memory_capacity(
+            object_store_bytes=object_store if object_store_bytes is None else object_store_bytes
+        )
         self._remarks = _stand_upright()
+        _end_when_told()
         if _is_another_process():
             resume = "again"
         try:
@@ -85,6 +92,9 @@ class StoreActor:
                 on_failure=_end,
             )
             self._service, self._front = service, Front(service)
+            self._lifelines = Lifelines(service)
+            self._lifelines.start()
+            self._front.on_open = self._lifelines.opened
         return self._front
 
     async def describe(self) -> dict[str, Any]:
@@ -100,6 +110,7 @@ class StoreActor:
             "version": __version__,
             "namespace": self._namespace,
             "node": self._node,
+            "machine": here(),
             "config": self._config,
             "capacity_bytes": self._capacity,
             "eviction_bytes": settings.eviction_bytes,
@@ -119,6 +130,18 @@ class StoreActor:
         if self._refusal is not None:
             return wire.pack_answer(0, wire.BROKEN, to_record(self._refusal))
         return await self._open().listen(frame)
+
+    async def linger(self, session_id: str) -> None:
+        """Come back when a session has ended; the result is a lifeline of its process."""
+        if self._refusal is None:
+            self._open()
+            await self._lifelines.linger(session_id)
+
+    async def hold(self, session_id: str, lifelines: list[Any]) -> None:
+        """Take the lifeline of the process of a session: the end of that process breaks it."""
+        if self._refusal is None:
+            self._open()
+            await self._lifelines.hold(session_id, lifelines[0])
 
 
 def _end(error: StoreError) -> None:
@@ -154,6 +177,15 @@ def _this_node() -> tuple[str, int]:
         if node["NodeID"] == node_id:
             return node_id, int(node["Resources"].get("object_store_memory", 0))
     return node_id, 0
+
+
+def _end_when_told() -> None:
+    """Let SIGTERM end this process at once, as a SIGKILL would: it loses nothing of what was acknowledged.
+
+    Python's handler, which Ray sets, waits for the main thread to run Python; it seldom does in an actor, and a busy
+    store goes on for half a minute. Only the main thread could set another, which this is not.
+    """
+    ctypes.CDLL(None).signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _stand_upright() -> list[str]:

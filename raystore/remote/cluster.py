@@ -50,6 +50,7 @@ def start(
     duplicate_spans: str = "reject",
     on_memory_full: str = "evict",
     max_deliveries: int = 3,
+    suspect_patience_seconds: float = 10.0,
     max_queued: int | None = None,
     retention: float | int | dict[str, Any] | None = None,
     keep_resources: int | None = None,
@@ -77,7 +78,10 @@ def start(
         duplicate_spans: "reject" or "keep" a span whose id its attempt has already.
         on_memory_full: "evict", or "pause": evict released rollouts only, and hand out no work until below the safe
             threshold.
-        max_deliveries: how often a rollout may be aborted, or lost alone with its process, before it fails.
+        max_deliveries: how often a rollout may be aborted, or lost with its process and be to blame, before it fails.
+            To blame is what was lost alone, or, of what was lost together, what had been lost most often before.
+        suspect_patience_seconds: how long a rollout that was lost with its process waits for a process that runs
+            nothing else; then any gets it. A process takes no other work for one for as long at most.
         max_queued: rollouts that may wait; above it, enqueuing raises `OverloadedError`.
         retention: delete finished rollouts that were released or read: an age in seconds, or
             {"max_age_seconds": ..., "max_rollouts": ...}.
@@ -108,6 +112,7 @@ def start(
         duplicate_spans=duplicate_spans,
         on_memory_full=on_memory_full,
         max_deliveries=max_deliveries,
+        suspect_patience_seconds=suspect_patience_seconds,
         max_queued=max_queued,
         retention=retention,
         keep_resources=keep_resources,

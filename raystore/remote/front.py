@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import Any
 
 from raystore import __version__, wire
@@ -15,6 +16,7 @@ from raystore.core.schema import Id, checker
 from raystore.core.state import Session
 from raystore.errors import InvalidValueError, StoreError, StoreOverloadedError, to_record
 from raystore.remote.inbox import Inbox, SessionEnded
+from raystore.remote.processes import process_of
 from raystore.service import PROTOCOL, Service
 
 LISTEN_SECONDS = 30.0  #: at most; jittered, so that a thousand clients do not come back at once
@@ -33,6 +35,7 @@ class Front:
         self.service = service
         self._is_durable = service.journal is not None
         service.on_notice = self._wake
+        self.on_open: Callable[[Session], None] = lambda session: None  # is told of each session that begins
         # Of the process before this one, if there was one:
         self._inboxes = {name: Inbox(service, session) for name, session in service.state.sessions.items()}
 
@@ -54,18 +57,21 @@ class Front:
             refusal = InvalidValueError("header", header, "who sends which batch, and what it has of earlier ones")
             return wire.pack_answer(service.epoch, wire.BROKEN, to_record(refusal))
         _, session_id, sequence, answered, ahead, *more = header
+        told, more = more[3:], more[:3]  # a session says first which process it is
         inbox = self._inboxes.get(session_id)
         if inbox is None:
             # A client whose first batch was never answered is new; its second may overtake its first.
             if answered or ahead or session_id in service.state.sessions:
                 return wire.pack_answer(service.epoch, wire.ENDED)
             try:
-                session = service.open_session(session_id)
+                process = process_of(told[0]) if told else None
+                session = service.open_session(session_id, process=None if process is None else list(process))
             except StoreOverloadedError as refusal:
                 service.overloads += 1
                 return wire.pack_answer(service.epoch, wire.BROKEN, to_record(refusal))
             inbox = self._inboxes[session_id] = Inbox(service, session)
             self._sweep()
+            self.on_open(session)
         if inbox.session.ended_at is not None:
             return wire.pack_answer(service.epoch, wire.ENDED)
         service.heard(inbox.session)

@@ -36,9 +36,11 @@ from raystore.notices import Notices
 from raystore.remote import retries
 from raystore.remote.handshake import CLIENT, ray_connection
 from raystore.remote.ledger import ClaimLedger
+from raystore.remote.lifeline import Lifeline
 from raystore.remote.listening import Listening
 from raystore.remote.outgoing import WINDOW, Batch, Operation, Outgoing
 from raystore.remote.parked import ParkedCalls
+from raystore.remote.processes import this_process
 from raystore.remote.retries import Retries
 from raystore.remote.timer import SessionTimer
 from raystore.service import PROTOCOL
@@ -50,12 +52,14 @@ logger = logging.getLogger("raystore")
 class Session:
     """All operations of this process to one store."""
 
-    def __init__(self, handle: Any, store: str, epoch: int, call_bytes: int) -> None:
+    def __init__(self, handle: Any, store: str, epoch: int, call_bytes: int, machine: str | None = None) -> None:
+        """`machine` is where the store's process runs (`processes.here`)."""
         self.handle = handle
         self.store = store  # its name, for errors
         self.epoch = epoch
         self.call_bytes = call_bytes
         self.connection = ray_connection()
+        self.process = this_process()
         self.session_id = secrets.token_hex(8)
         self.users = 0
         self.notices = Notices()
@@ -74,6 +78,7 @@ class Session:
         self._closing = False
         self._orphans: deque[Operation] = deque()
         self.listening = Listening(self)
+        self._lifeline = Lifeline(self, machine)
         self.timer = SessionTimer(self)
 
     # -- taking operations -------------------------------------------------------------------------------------------
@@ -153,6 +158,8 @@ class Session:
         operations = self.outgoing.take()
         first = operations[0].ticket if operations else 0
         header = [first, self.ledger.take(), self.parked.take_acknowledgements()]
+        if not self._answered and not self._answered_ahead:  # the store may not know yet who this is
+            header.append(self.process)
         batch = Batch(self.session_id, self._next_sequence, operations, header)
         self._next_sequence += 1
         self._under_way[batch.sequence] = batch
@@ -225,6 +232,7 @@ class Session:
         if later:
             self.receive(later)
         self.resume(resumed)
+        self._lifeline.tie(epoch)
         if self.parked.wanted and not self.parked.listening:
             self.timer.wake()
 

@@ -70,7 +70,8 @@ class ActorTransport:
             owner, found = _sessions.get(self._actor_id, (0, None))
             if found is None or owner != pid or found.failure is not None:
                 limit = self._known["limits"]["call_bytes"]
-                found = Session(self._handle, self._known["name"], self._known["epoch"], limit)
+                machine = self._known.get("machine")
+                found = Session(self._handle, self._known["name"], self._known["epoch"], limit, machine)
                 _sessions[self._actor_id] = (pid, found)
             found.users += 1
             self._session, self._pid = found, pid

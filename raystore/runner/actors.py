@@ -14,6 +14,7 @@ import threading
 import time
 from typing import Any
 
+from raystore import pickler
 from raystore.calls import run_blocking
 from raystore.client import StoreClient
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
@@ -32,8 +33,6 @@ class RunnerActor:
     """One runner as a Ray actor."""
 
     def __init__(self, store: StoreClient, agent: bytes, worker_id: str, options: RunnerOptions) -> None:
-        from ray import cloudpickle
-
         self._store = store
         self._agents: Agents
         if options.isolation == "process":
@@ -41,7 +40,7 @@ class RunnerActor:
 
             self._agents = ForkedAgents(agent, options.concurrency, worker_id)
         else:
-            self._agents = InlineAgents(cloudpickle.loads(agent), options.concurrency)
+            self._agents = InlineAgents(pickler.loads_agent(agent), options.concurrency)
         self._runner = Runner(store, self._agents, worker_id, options)
         self._opening: asyncio.Future[None] | None = None
 

@@ -23,8 +23,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ray import cloudpickle
-
+from raystore import pickler
 from raystore.runner import agents, nursery
 from raystore.runner.agents import Ending
 from raystore.runner.context import Context
@@ -58,7 +57,7 @@ class Run:
 
 def pack(message: Any) -> bytes:
     """A message as it travels; by value, where the other side could not import a class."""
-    data: bytes = cloudpickle.dumps(message)
+    data = pickler.dumps(message)
     return LENGTH.pack(len(data)) + data
 
 
@@ -99,7 +98,7 @@ class _Child:
         setup: Setup = self._channel.receive()
         sys.path[:] = setup.path
         try:
-            agent = self._loop.run_until_complete(agents.load(cloudpickle.loads(setup.agent)))
+            agent = self._loop.run_until_complete(agents.load(pickler.loads_agent(setup.agent)))
         except BaseException as error:
             self._channel.send(FAILED, "".join(traceback.format_exception(error)))
             return

@@ -21,8 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ray import cloudpickle
-
+from raystore import pickler
 from raystore.errors import AgentNotPicklableError, AgentProcessError
 from raystore.runner import nursery
 from raystore.runner.agents import Ending
@@ -42,7 +41,7 @@ REMEMBERED = 64  #: rollouts of a process whose late spans still find their way
 def pickled(agent: Any) -> bytes:
     """An agent as it is sent to another process; raises `AgentNotPicklableError`."""
     try:
-        return bytes(cloudpickle.dumps(agent))
+        return pickler.dumps(agent)
     except Exception as error:
         raise AgentNotPicklableError(getattr(agent, "__name__", repr(agent)), str(error)) from error
 

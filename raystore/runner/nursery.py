@@ -35,8 +35,10 @@ FORKED = -1
 
 def main(control_fd: int) -> NoReturn:
     """Serve the runner at the other end of this socket, until it is gone."""
-    from raystore.runner import child  # all that an agent's process needs, before the first fork
+    from raystore import pickler  # all that an agent's process needs, before the first fork
+    from raystore.runner import child
 
+    pickler.prepare()
     control = socket.socket(fileno=control_fd)
     rung, bell = socket.socketpair()
     rung.setblocking(False)

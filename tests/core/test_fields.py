@@ -41,7 +41,8 @@ SAMPLES = {
         "rollout": Rollout("mine", b"", 9.0, None, None, None, "queuing", Config(), None, None, "q", 0, {}, None),
         "number": 99, "given": (b"\x01a", None, None), "bytes": 123, "attempts": [ATTEMPT],
         "clocks": [AttemptClock(4.0)], "order": (-1, 5), "read": True, "released": True, "former": "requeuing",
-        "suspect": True, "deliveries": 2, "holders": {"at-gone": "s"}, "taken": MappingProxyType({"t": Taken(3)}),
+        "suspect": True, "deliveries": 2, "losses": 3, "withdrawals": 1,
+        "holders": {"at-gone": "s"}, "taken": MappingProxyType({"t": Taken(3)}),
     },
     Taken: {"batch": 9, "step": 2, "note": "n", "is_durable": True},
     Consumer: {
@@ -52,6 +53,7 @@ SAMPLES = {
         "session_id": "other", "last_heard": 9.0, "eternal": True, "ended_at": 9.0, "claims": {("mine", "at"): 1.0},
         "held": {("mine", "at"): None}, "lost": {("mine", "at-9"): ATTEMPT},
         "notices": [("cancelled", "mine", "at")], "chains": {3: CHAIN}, "line": Line(expected=4),
+        "process": ["node", "machine", 4, 5, "job", False], "reserved_since": 9.0,
     },
     Line: {
         "expected": 3, "answered": 2, "ahead": {5}, "kept": {2: Kept(1, [[0, None]])},

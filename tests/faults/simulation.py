@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from raystore import wire
-from raystore.clock import NoAlarm
+from raystore.clock import ManualClock, NoAlarm
 from raystore.codec import encode
 from raystore.config import StoreConfig
 from raystore.core import check
+from raystore.core.claims import JOB_ENDED
 from raystore.core.digest import digest
 from raystore.core.state import Settings
 from raystore.errors import FencedError
@@ -33,7 +34,10 @@ from raystore.remote import inbox
 from raystore.remote.front import Front
 from raystore.service import PROTOCOL, Service
 
-SETTINGS = Settings(eviction_bytes=10**9, safe_bytes=10**8, keep_duplicates=True, on_disk=True)
+SETTINGS = Settings(
+    eviction_bytes=10**9, safe_bytes=10**8, keep_duplicates=True, on_disk=True, suspect_patience_seconds=0.3
+)
+TIME = 4.0  #: seconds that pass, in all: less than a claim may wait to be acknowledged
 
 
 class Lost(Exception):
@@ -144,6 +148,9 @@ class World:
         self.disk = Disk()
         self.kills = 0
         self.lingering: list[SimulatedLog] = []  # of processes that were replaced and still run
+        self.time_left = TIME
+        self.mortals: list[str] = []  # sessions of processes that claim and die
+        self.mortals_made = 0
         self.start()
         self.peers = [Peer(self, f"p{number}") for number in range(peers)]
 
@@ -220,6 +227,7 @@ class World:
                 self.disk.compact(self.lots.randint(0, self.disk.committed))
             if self.lots.random() < self.crashes:
                 self.replace()
+            self.live_and_die()
         for task in working:
             task.result()
         for task in self.tasks:
@@ -227,6 +235,29 @@ class World:
         await asyncio.gather(*self.tasks, return_exceptions=True)
         self.log.commit(self.log.last)
         return self.counts()
+
+    def live_and_die(self) -> None:
+        """Processes beside the peers claim something, hold it or not, and die together; and time passes."""
+        service = self.service
+        if self.lots.random() < 0.03:
+            self.mortals_made += 1
+            name = f"mortal-{self.mortals_made}"
+            session = service.open_session(name, process=[None, "", self.mortals_made, 0, None, False])
+            wanted = {"queues": ["default"], "limit": self.lots.randint(1, 3), "worker_id": None}
+            claimed = service.call(session, 0, "dequeue", wanted, lambda ticket, value: False)
+            if self.lots.random() < 0.7:
+                service.acknowledge(session, [(r.rollout_id, a.attempt_id) for r, a, _ in claimed])
+            self.mortals.append(name)
+        if self.mortals and self.lots.random() < 0.03:
+            dying = self.lots.sample(self.mortals, self.lots.randint(1, len(self.mortals)))
+            self.mortals = [name for name in self.mortals if name not in dying]
+            service.end_sessions([(name, self.lots.choice(["process gone", JOB_ENDED])) for name in dying])
+        if self.time_left > 0 and self.lots.random() < 0.05:
+            seconds = self.lots.uniform(0.0, 0.2)
+            self.time_left -= seconds
+            assert isinstance(service.clock, ManualClock)
+            service.clock.tick(seconds, sessions=True)
+            service.advance()
 
     def counts(self) -> dict[str, int]:
         """Lost, doubled, unexpected, out of order, and whether the disk says the same as the memory."""
@@ -256,6 +287,7 @@ class World:
             (rollout_id, attempt_id) not in next(peer.claimed for peer in self.peers if peer.name == holder)
             for rollout_id, entry in state.entries.items()
             for attempt_id, holder in entry.holders.items()
+            if not holder.startswith("mortal")
         )
         claims = [key for peer in self.peers for key in peer.claimed]
         doubled += sum(len(entries) > 1 for entries in made.values()) + len(claims) - len(set(claims))

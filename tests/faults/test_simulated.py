@@ -96,6 +96,22 @@ def record_no_hand_overs(monkeypatch):
     )
 
 
+def record_no_ends_of_sessions(monkeypatch):
+    """Processes that are gone, without a record."""
+    before = Recorder.change
+    monkeypatch.setattr(
+        Recorder, "change", lambda pen, kind, *rest: None if kind == "end_session" else before(pen, kind, *rest)
+    )
+
+
+def lose_patience_without_a_record(monkeypatch):
+    """What time brings, without a record: suspects that waited for long enough."""
+    before = Recorder.change
+    monkeypatch.setattr(
+        Recorder, "change", lambda pen, kind, *rest: None if kind == "advance" else before(pen, kind, *rest)
+    )
+
+
 def mint_other_ids(monkeypatch):
     """A replay that does not use the seeds that were recorded."""
     before = Replay._step
@@ -133,7 +149,8 @@ def forget_what_was_handed(monkeypatch):
 
 BROKEN = [
     acknowledge_early, forget_answers, look_for_no_successor, lose_what_was_committed, record_no_acknowledgements,
-    record_no_hand_overs, mint_other_ids, count_one_less, take_other_time, forget_what_was_handed,
+    record_no_hand_overs, record_no_ends_of_sessions, lose_patience_without_a_record, mint_other_ids,
+    count_one_less, take_other_time, forget_what_was_handed,
 ]  # fmt: skip
 
 

@@ -218,7 +218,7 @@ asyncio.run(main())
 @pytest.mark.fault
 @pytest.mark.long
 async def test_a_killed_drivers_attempts_are_settled(make_ray_store, report):
-    """What another driver held, claimed or started, is offered again within 70 s, with no timeout configured."""
+    """What another driver held itself, claimed or started, is lost with it and offered again, without a timeout."""
     store = make_ray_store(name="shared")
     await store.enqueue_rollout("x")
     address = ray.get_runtime_context().gcs_address
@@ -238,4 +238,4 @@ async def test_a_killed_drivers_attempts_are_settled(make_ray_store, report):
     after = round(time.monotonic() - killed, 1)
     for rollout_id in ids:
         assert (await store.get_latest_attempt(rollout_id)).outcome == "runner_lost"
-    report(11, "another holder of claims killed", figure={"offered again after s": after}, bar="≤ 70", met=after <= 70)
+    report(11, "another holder of claims killed", figure={"offered again after s": after}, bar="≤ 3", met=after <= 3)

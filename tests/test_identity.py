@@ -1,0 +1,86 @@
+"""Classes and functions of a script keep their identity: through a journal, in other processes, and back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.scripts import zoo
+
+SCRIPTS = Path(__file__).parent / "scripts"
+COUNT = len(zoo.values())
+
+
+def run(*arguments, folder=None):
+    """What a script prints."""
+    root = str(SCRIPTS.parent.parent)
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, cwd=folder, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory):
+    """A journal into which the script has put everything."""
+    path = tmp_path_factory.mktemp("zoo") / "journal"
+    run(SCRIPTS / "zoo.py", path, "put")
+    return path
+
+
+def copy_of(journal, tmp_path):
+    """So that a test may add to it."""
+    for suffix in ("", ".agent"):
+        source = Path(f"{journal}{suffix}")
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / f"j{suffix}")
+    return tmp_path / "j"
+
+
+def test_the_script_again_and_what_it_spawned(journal, tmp_path):
+    """After a restart values are of the script's own classes, also in a process that multiprocessing spawned."""
+    assert f"{COUNT} values" in run(SCRIPTS / "zoo.py", copy_of(journal, tmp_path), "spawn")
+
+
+def test_another_script_and_back(journal, tmp_path):
+    """Elsewhere there is one copy in the process, without an import, and what goes back is the script's own."""
+    copied = copy_of(journal, tmp_path)
+    run(SCRIPTS / "onlooker.py", copied, "none")
+    assert f"{COUNT} values" in run("-m", "zoo", copied, "get", folder=SCRIPTS)
+
+
+def test_a_script_that_moved(journal, tmp_path):
+    """At another path, as on another machine, it is known by its name and by what its classes consist of."""
+    moved = shutil.copy(SCRIPTS / "zoo.py", tmp_path)
+    assert f"{COUNT} values" in run(moved, copy_of(journal, tmp_path), "get")
+
+
+def test_without_a_file(tmp_path):
+    """As in a notebook: by what the classes consist of."""
+    code = f"exec(open({str(SCRIPTS / 'zoo.py')!r}).read())"
+    run("-c", code, tmp_path / "j", "put")
+    assert f"{COUNT} values" in run("-c", code, tmp_path / "j", "get")
+
+
+def test_a_script_that_was_edited(tmp_path):
+    """Its own classes of today are used; of one that is gone there is the copy. An agent's classes are its tasks'."""
+    script = tmp_path / "edited.py"
+    text = (SCRIPTS / "zoo.py").read_text()
+    script.write_text(text)
+    run(script, tmp_path / "j", "put")
+    edited = text.replace("    MATH = 1\n", "    MATH = 1\n    ART = 3\n").replace("Couple", "Duo")
+    script.write_text(edited.replace('"couple": Duo(1, 2), ', "").replace('"couple"', '"no"'))
+    run(script, tmp_path / "j", "get")
+    assert "reward 1.0" in run(SCRIPTS / "onlooker.py", tmp_path / "j", tmp_path / "j.agent")
+
+
+def test_runners_on_ray(tmp_path):
+    """An agent of the script knows its tasks, and what it enqueues is of the script's classes to the driver."""
+    assert f"{COUNT} values came back" in run(SCRIPTS / "zoo.py", tmp_path, "runners")
