@@ -57,7 +57,8 @@ _NAMES = {
     "raystore.errors": """
         StoreError InvalidValueError RolloutNotFoundError AttemptNotFoundError ResourcesNotFoundError ClaimLostError
         ConflictError OverloadedError StoreOverloadedError CursorTooOldError SpansEvictedError PayloadLostError
-        PayloadTooLargeError PayloadNotPicklableError StoreUnavailableError OutcomeUnknownError StoreClosedError
+        PayloadTooLargeError PayloadNotPicklableError PayloadNotReadableError
+        StoreUnavailableError OutcomeUnknownError StoreClosedError
         StoreCorruptError StoreNotFoundError StoreExistsError NotAStoreError ProtocolMismatchError
         AgentNotPicklableError AgentProcessError PoolStartError
         JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter
@@ -39,6 +39,7 @@ from raystore.types import (
     TraceStatus,
     Worker,
 )
+from raystore.unread import EXTRA, Unread
 
 M = TypeVar("M", bound=BaseModel)
 Row = Sequence[Any] | Record
@@ -271,15 +272,38 @@ def _dump(model: BaseModel) -> dict[str, Any]:
 # -- answers out -------------------------------------------------------------------------------------------------------
 
 
-def build(cls: type[M], values: dict[str, Any], extra: dict[str, Any] | None = None) -> M:
+def build(
+    cls: type[M],
+    values: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+    unread: dict[str, Unread] | None = None,
+) -> M:
     """An instance with these field values, not validated: they were when they came in."""
     made = cls.__new__(cls)
     put = object.__setattr__
     put(made, "__dict__", values)
     put(made, "__pydantic_fields_set__", set(values))
     put(made, "__pydantic_extra__", extra if extra is not None else _EXTRA[cls]())
-    put(made, "__pydantic_private__", None)
+    put(made, "__pydantic_private__", unread)
     return made
+
+
+def _put_aside(
+    values: dict[str, Any], names: Sequence[str], payloads: Mapping[str, Any], whose: str
+) -> dict[str, Unread]:
+    """Take out of a record's values what cannot be decoded here, as the one among these fields that is to blame."""
+    unread = {}
+    for name in names:
+        try:
+            values[name] = decode(payloads[name])
+        except Exception:  # whatever a user's class raises while it is unpickled
+            del values[name]
+            unread[name] = Unread(f"{name} of {whose}", partial(_field, name), payloads[name])
+    return unread
+
+
+def _field(name: str, payload: Opaque) -> dict[str, Any]:
+    return {name: decode(payload)}
 
 
 class _Extras(dict[type[BaseModel], Callable[[], Any]]):
@@ -299,13 +323,19 @@ _WORKER = tuple(Worker.model_fields)
 
 def rollout(answer: Row) -> Rollout:
     """A rollout without its attempt."""
-    return build(Rollout, _rollout_values(answer))
+    values, unread = _rollout_values(answer)
+    return build(Rollout, values, None, unread)
 
 
-def _rollout_values(answer: Row) -> dict[str, Any]:
+def _rollout_values(answer: Row) -> tuple[dict[str, Any], dict[str, Unread] | None]:
     values = dict(zip(_ROLLOUT, row(answer), strict=True))
-    values["input"] = decode(values["input"])
-    values["metadata"] = decode(values["metadata"])
+    unread = None
+    try:
+        values["input"] = decode(values["input"])
+        values["metadata"] = decode(values["metadata"])
+    except Exception:
+        payloads = dict(zip(_ROLLOUT, row(answer), strict=True))
+        unread = _put_aside(values, ("input", "metadata"), payloads, f"rollout {values['rollout_id']}")
     values["tags"] = dict(values["tags"])
     timeout, unresponsive, max_attempts, retry_condition = row(values["config"])
     values["config"] = build(
@@ -317,14 +347,18 @@ def _rollout_values(answer: Row) -> dict[str, Any]:
             "retry_condition": list(retry_condition),
         },
     )
-    return values
+    return values, unread
 
 
 def attempt(answer: Row) -> Attempt:
     """An attempt."""
     values = dict(zip(_ATTEMPT, row(answer), strict=True))
-    values["metadata"] = decode(values["metadata"])
-    return build(Attempt, values)
+    unread = None
+    try:
+        values["metadata"] = decode(values["metadata"])
+    except Exception:
+        unread = _put_aside(values, ("metadata",), dict(values), f"attempt {values['attempt_id']}")
+    return build(Attempt, values, None, unread)
 
 
 def pair(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
@@ -336,16 +370,20 @@ def pair(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
 
 def attempted(answer: Sequence[Any]) -> AttemptedRollout:
     """A rollout with its latest attempt."""
-    values = _rollout_values(answer[0])
+    values, unread = _rollout_values(answer[0])
     values["attempt"] = attempt(answer[1])
-    return build(AttemptedRollout, values)
+    return build(AttemptedRollout, values, None, unread)
 
 
 def worker(answer: Row) -> Worker:
     """A worker."""
     values = dict(zip(_WORKER, row(answer), strict=True))
-    values["heartbeat_stats"] = decode(values["heartbeat_stats"])
-    return build(Worker, values)
+    unread = None
+    try:
+        values["heartbeat_stats"] = decode(values["heartbeat_stats"])
+    except Exception:
+        unread = _put_aside(values, ("heartbeat_stats",), dict(values), f"worker {values['worker_id']}")
+    return build(Worker, values, None, unread)
 
 
 def change(answer: Row) -> Change:
@@ -358,24 +396,35 @@ def change(answer: Row) -> Change:
 def resources_update(answer: Row) -> ResourcesUpdate:
     """One version of resources."""
     resources_id, version, create_time, update_time, policy_version, resources, _ = row(answer)
-    return build(
-        ResourcesUpdate,
-        {
-            "resources_id": resources_id,
-            "create_time": create_time,
-            "update_time": update_time,
-            "version": version,
-            "resources": decode(resources),
-            "policy_version": policy_version,
-        },
-    )
+    values = {
+        "resources_id": resources_id,
+        "create_time": create_time,
+        "update_time": update_time,
+        "version": version,
+        "resources": resources,
+        "policy_version": policy_version,
+    }
+    unread = None
+    try:
+        values["resources"] = decode(resources)
+    except Exception:
+        unread = _put_aside(values, ("resources",), dict(values), f"resources {resources_id}, version {version}")
+    return build(ResourcesUpdate, values, None, unread)
 
 
 def span(answer: Row) -> Span:
     """A span, from its index and its body."""
     fields = row(answer)
+    try:
+        body = decode(fields[10])
+    except Exception:  # of an attribute that is of a user's class
+        return _unread_span(fields)
+    return _span(fields, body)
+
+
+def _span(fields: Sequence[Any], body: Sequence[Any]) -> Span:
     rollout_id, attempt_id, sequence_id, span_id, trace_id, parent_id, name, start_time, end_time = fields[:9]
-    status, attributes, resource, context, parent, *rest = decode(fields[10])
+    status, attributes, resource, context, parent, *rest = body
     events, links, extra = rest or ((), (), None)
     if not isinstance(status, dict):
         status = {"status_code": status, "description": None}
@@ -401,6 +450,24 @@ def span(answer: Row) -> Span:
         },
         extra,
     )
+
+
+_OF_BODY = ("status", "attributes", "events", "links", "context", "parent", "resource")
+
+
+def _unread_span(fields: Sequence[Any]) -> Span:
+    """A span whose body cannot be decoded here."""
+    index = fields[:9]
+    made = _span(index, ("UNSET", {}, None, None, None))
+    values = {name: value for name, value in vars(made).items() if name not in _OF_BODY}
+    whose = f"span {values['span_id']} of rollout {values['rollout_id']}"
+    body = Unread(f"body of {whose}", partial(_fields_of_body, list(index)), fields[10])
+    return build(Span, values, None, dict.fromkeys(_OF_BODY, body))
+
+
+def _fields_of_body(index: Sequence[Any], payload: Opaque) -> dict[str, Any]:
+    made = _span(index, decode(payload))
+    return {name: vars(made)[name] for name in _OF_BODY} | {EXTRA: made.__pydantic_extra__}
 
 
 def _context(context: Any, trace_id: str, span_id: str) -> SpanContext | None:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, 
 
 from raystore.errors import InvalidValueError
 from raystore.plain import LEAVES, plain, scalar
+from raystore.unread import Delivered
 
 PackedArray = Annotated[InstanceOf[array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]  # type: ignore[type-arg]  # subscriptable from 3.12 on
 #: OpenTelemetry's: sequences and mappings may be of each other. Packed arrays (`raystore.packed`) are sequences too.
@@ -108,7 +109,7 @@ class SpanCoreFields(BaseModel):
     end_time: float | None
 
 
-class Span(BaseModel):
+class Span(Delivered):
     """One span of one attempt. Unknown fields are kept."""
 
     model_config = ConfigDict(extra="allow")
@@ -286,6 +287,8 @@ def find_final_reward(spans: Sequence[Span]) -> float | None:
     `agentlightning.reward.0.value` is a number; the same rule lifts a reward to `Rollout.reward`.
     """
     for span in reversed(spans):
+        if span.name != REWARD_SPAN:  # whose attributes may not be readable here, and do not matter
+            continue
         if (reward := reward_of(span.name, span.attributes)) is not None:
             return reward
     return None

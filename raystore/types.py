@@ -28,6 +28,7 @@ from raystore.spans import SpanContext as SpanContext
 from raystore.spans import SpanCoreFields as SpanCoreFields
 from raystore.spans import StatusCode as StatusCode
 from raystore.spans import TraceStatus as TraceStatus
+from raystore.unread import Delivered
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class RolloutConfig(BaseModel):
         return value
 
 
-class Rollout(BaseModel):
+class Rollout(Delivered):
     """One task for an agent, and where it stands."""
 
     rollout_id: str
@@ -140,7 +141,7 @@ class Rollout(BaseModel):
     reward: float | None = None
 
 
-class Attempt(BaseModel):
+class Attempt(Delivered):
     """One execution of a rollout."""
 
     rollout_id: str
@@ -201,7 +202,7 @@ class EnqueueRolloutRequest(BaseModel):
     tags: dict[str, _Tag] | None = None
 
 
-class Worker(BaseModel):
+class Worker(Delivered):
     """What is known of one runner."""
 
     worker_id: str
@@ -368,7 +369,7 @@ ResourceUnion = Annotated[LLM | ProxyLLM | PromptTemplate | ObjectResource, Fiel
 NamedResources = dict[str, ResourceUnion]
 
 
-class ResourcesUpdate(BaseModel):
+class ResourcesUpdate(Delivered):
     """One immutable version of a set of named resources."""
 
     resources_id: str
@@ -383,7 +384,7 @@ class ResourcesUpdate(BaseModel):
 # -- containers --------------------------------------------------------------------------------------------------------
 
 
-class PaginatedResult(BaseModel, Sequence[T], Generic[T]):
+class PaginatedResult(Delivered, Sequence[T], Generic[T]):
     """One page of a query, which is also a sequence of its items and equals a list of the same items."""
 
     items: Sequence[T]
@@ -418,14 +419,14 @@ class PaginatedResult(BaseModel, Sequence[T], Generic[T]):
         return f"<PaginatedResult ({self.offset}:{end} of {self.total}) {shown}>"
 
 
-class Page(BaseModel, Generic[T]):
+class Page(Delivered, Generic[T]):
     """Items that follow a cursor, and the cursor to go on from."""
 
     items: list[T]
     cursor: int | None
 
 
-class Batch(BaseModel):
+class Batch(Delivered):
     """Finished rollouts that a consumer holds, to train on them.
 
     Attributes:

@@ -14,7 +14,6 @@ from raystore.client.connection import Connection, cut
 from raystore.convert import validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError
-from raystore.transport import claimed_keys
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -147,19 +146,7 @@ class RolloutMethods(Connection):
             "worker_id": convert.optional_identifier("worker_id", worker_id),
             "timeout": convert.duration("timeout", timeout),
         }
-        claims = await self._transport.call("dequeue", arguments)
-        try:
-            return [convert.attempted(claim) for claim in claims]
-        except Exception as error:  # whatever a user's class raises while it is unpickled
-            await self._refuse(claims, f"{type(error).__name__}: {error}")
-            raise
-
-    async def _refuse(self, claims: Sequence[Any], why: str) -> None:
-        """Give back claims that cannot be decoded in this process; what nobody can decode fails in the end."""
-        for rollout_id, attempt_id in claimed_keys(claims):
-            changes = {"status": "failed", "outcome": "infra", "error": f"the task cannot be decoded: {why}"}
-            names = {"rollout_id": rollout_id, "attempt_id": attempt_id}
-            await self._transport.call("finish", {**names, "spans": [], "changes": changes})
+        return [convert.attempted(claim) for claim in await self._transport.call("dequeue", arguments)]
 
     async def query_rollouts(
         self,

@@ -224,6 +224,28 @@ class PayloadLostError(StoreError, LookupError):
         return f"The value of {what} is lost: {why}"
 
 
+class PayloadNotReadableError(StoreError, RuntimeError):
+    """A value was stored and cannot be decoded in this process; the rest of its record can be read.
+
+    `module` is the name of the module that is missing here, None if it is something else.
+    """
+
+    def __init__(self, what: str, module: str | None, why: str) -> None:
+        super().__init__(what, module, why)
+        self.module = module
+
+    def __str__(self) -> str:
+        what, module, why = self.args
+        if module is None:
+            do = "Was it written by another version of its class? Its writer can read it, or store plain data instead."
+        else:
+            do = (
+                f"Install the package of {module!r} here, or put its folder on this process's path (PYTHONPATH, "
+                "runtime_env of Ray); or store plain data, which needs no module."
+            )
+        return f"The {what} cannot be read in this process ({why}). It is kept as it was stored. {do}"
+
+
 class PayloadTooLargeError(StoreError, ValueError):
     """One value, span or call is larger than the store's limit for it."""
 

@@ -134,7 +134,7 @@ class Runner:
                     return
                 logger.warning("Runner %s claims again: %s", self.worker_id, error)
                 claimed = None
-            except Exception as error:  # a task that cannot be decoded here, for one: it was given back with the reason
+            except Exception as error:
                 logger.error("Runner %s cannot take a rollout: %s", self.worker_id, error)
                 await asyncio.sleep(CLAIM_PAUSE_SECONDS)
                 claimed = None
@@ -168,8 +168,11 @@ class Runner:
         """Run the agent on one rollout; how to report it."""
         finish = functools.partial(self._store.finish_attempt, rollout.rollout_id, rollout.attempt.attempt_id)
         try:
+            rollout.input  # noqa: B018 - raises if the task cannot be decoded here; what nobody can decode fails in the end
             resources = await self._resources.take(rollout)
         except Exception as error:  # gone, or of a class that cannot be imported here
+            logger.error("Runner %s cannot run rollout %s: %s", self.worker_id, rollout.rollout_id, error)
+            await asyncio.sleep(CLAIM_PAUSE_SECONDS)  # somebody else may be able to, and comes first
             return functools.partial(finish, [], "failed", outcome="infra", error=f"{type(error).__name__}: {error}")
         try:
             return await self._run(rollout, resources, finish)

@@ -148,6 +148,7 @@ async def test_errors_survive_a_real_call(cluster):
         rs.ResourcesNotFoundError("x"), rs.ClaimLostError("r", "a"), rs.ConflictError("r", ["input"]),
         rs.OverloadedError(1, 2, 3.0), rs.CursorTooOldError(1, 2), rs.SpansEvictedError("r"),
         rs.PayloadLostError("a", "b"), rs.PayloadTooLargeError("a", 2, 1), rs.PayloadNotPicklableError("a", "b"),
+        rs.PayloadNotReadableError("a", "b", "c"), rs.PayloadNotReadableError("a", None, "c"),
         rs.StoreUnavailableError("s", "w"),
         rs.OutcomeUnknownError("s", "w"), rs.StoreClosedError("s"), rs.StoreCorruptError("v", "s", "t"),
         rs.StoreNotFoundError("n", "ns", ["x"]), rs.StoreExistsError("n", "ns", []), rs.NotAStoreError("x"),
