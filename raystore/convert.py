@@ -16,6 +16,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from raystore import plain
 from raystore.codec import decode, encode, is_pickled
+from raystore.content import digest
 from raystore.core.payload import Opaque
 from raystore.core.records import Record
 from raystore.errors import InvalidValueError
@@ -190,6 +191,7 @@ class Encoder:
             encoded["resources_id"] = request.resources_id
         if request.rollout_id is not None:
             encoded["rollout_id"] = identifier("rollout_id", request.rollout_id)
+            encoded["digests"] = [digest(request.input, encoded["input"]), digest(metadata, encoded["metadata"])]
         if group_id is not None:
             encoded["group_id"] = identifier("group_id", group_id)
         if request.queue != "default":

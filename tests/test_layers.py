@@ -27,7 +27,7 @@ LAYERS = [
     ["offers"],
     ["service"],
     ["calls", "pickler"],
-    ["codec"],
+    ["codec", "content"],
     ["convert"],
     ["options"],
     ["transport"],

@@ -19,7 +19,7 @@ from raystore.core.claims import LOST_CLAIMS_KEPT, Claimed, taken_over
 from raystore.core.cold import column
 from raystore.core.lifecycle import ACTIVE, FINISHED, OVER
 from raystore.core.line import ERROR, PARTLY, VALUE, Kept, Reply
-from raystore.core.payload import PLAIN, Opaque, Payload
+from raystore.core.payload import same_content
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
@@ -326,6 +326,8 @@ def _enqueue(
     for request, entry in zip(requests, existing, strict=True):
         if entry is None:
             entry = create(state, step, "queuing", request, latest)
+            if entry.given is not None:  # the values themselves were kept, not digests
+                entry.given = tuple(request.get(name) for name in CONTENT)
             enter_queue(state, step, entry, state.queues.tail(entry.rollout.priority))
             state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
         made.append((entry.rollout, entry.latest))
@@ -341,19 +343,12 @@ def _existing(state: State, request: dict[str, Any]) -> Entry | None:
     differing = []
     for name, before in zip(CONTENT, given, strict=True):
         now = request.get(name)
-        same = _same_content(before, now) if name in ("input", "metadata") else before == now
+        same = same_content(before, now) if name in ("input", "metadata") else before == now
         if not same:
             differing.append(name)
     if entry.given is None or differing:
         raise ConflictError(entry.rollout.rollout_id, differing or ["origin"])
     return entry
-
-
-def _same_content(one: Opaque, other: Opaque) -> bool:
-    mine, theirs = (p.data if isinstance(p, Payload) else p for p in (one, other))
-    if mine is not None and theirs is not None and mine[0] == theirs[0] == PLAIN:
-        return mine == theirs
-    return (one is None) == (other is None)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

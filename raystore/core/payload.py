@@ -7,10 +7,15 @@ Not here: encoding and decoding (`raystore.codec`).
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Any
 
 PLAIN = 0x01  #: body is msgpack of plain data
 PICKLED = 0x02  #: body is a pickle; only the consumer may open it
+
+# What stands for the content of a value begins otherwise than a payload.
+CANONICAL = 0x03  #: a digest of the value in a canonical form, made by the caller
+BY_BYTES = 0x04  #: a digest of its encoded bytes
 
 
 class Payload:
@@ -61,8 +66,19 @@ def size_of(payload: Opaque | OnDisk) -> int:
     return len(payload.data if isinstance(payload, Payload) else payload)
 
 
+def digest_of_bytes(payload: Opaque) -> bytes:
+    """What stands for the content of a value of which no more is known than its bytes."""
+    data = payload.data if isinstance(payload, Payload) else payload
+    return bytes((BY_BYTES,)) + blake2b(b"" if data is None else data, digest_size=16).digest()
+
+
+def is_digest(content: Any) -> bool:
+    """Whether this stands for the content of a value; journals of format 1 kept the value itself."""
+    return isinstance(content, bytes) and content[0] in (CANONICAL, BY_BYTES)
+
+
 def same_content(one: Opaque, other: Opaque) -> bool:
-    """Whether two payloads may stand for the same value; a pickle has no canonical form, so it always may."""
+    """Whether two payloads may stand for the same value by the rule of format 1: a pickle always may."""
     mine, theirs = (p.data if isinstance(p, Payload) else p for p in (one, other))
     if mine is not None and theirs is not None and mine[0] == theirs[0] == PLAIN:
         return mine == theirs

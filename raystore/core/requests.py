@@ -34,6 +34,10 @@ Priority = Annotated[int, Rule(f"{-(2**53)} <= {{v}} <= {2**53}", "a whole numbe
 Time = Annotated[float, Rule("abs({v}) < 1e18", "a time in seconds")]
 
 
+#: What stands for the content of a value (`payload.digest_of_bytes`, or the caller's own).
+Digest = Annotated[bytes, Rule("len({v}) == 17 and {v}[0] in (3, 4)", "a digest of a value")]
+
+
 class Request(TypedDict, total=False):
     """What makes a rollout."""
 
@@ -47,6 +51,7 @@ class Request(TypedDict, total=False):
     queue: Id
     priority: Priority
     tags: Tags | None
+    digests: tuple[Digest, Digest]  # of input and metadata, where a rollout_id is given
 
 
 class RolloutChanges(TypedDict, total=False):

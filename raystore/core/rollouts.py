@@ -15,7 +15,7 @@ from typing import Any
 from raystore.core import query
 from raystore.core.indexes import keys_of
 from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
-from raystore.core.payload import same_content, size_of
+from raystore.core.payload import digest_of_bytes, is_digest, same_content, size_of
 from raystore.core.queues import ASIDE, PLAIN
 from raystore.core.records import Config, Rollout
 from raystore.core.state import Entry, State, Step, is_live_attempt
@@ -26,6 +26,15 @@ RETRY_AFTER_SECONDS = 1.0
 
 #: The arguments that make a rollout, in the order in which they are compared for a caller-given id.
 CONTENT = ("input", "mode", "resources_id", "config", "metadata", "group_id", "queue", "priority", "tags")
+
+_VALUES = ("input", "metadata")  # a user's: of these the digests are compared, which the request brings
+
+
+def _content(request: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What must be the same if a caller-given id comes again, in the order of `CONTENT`."""
+    values = [request.get(name) for name in _VALUES]
+    digests = dict(zip(_VALUES, request.get("digests") or map(digest_of_bytes, values), strict=True))
+    return tuple(digests[name] if name in digests else request.get(name) for name in CONTENT)
 
 
 def create(state: State, step: Step, status: str, request: Mapping[str, Any], latest: str | None) -> Entry:
@@ -49,7 +58,7 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
         tags=request.get("tags") or {},
         reward=None,
     )
-    given = tuple(request.get(name) for name in CONTENT) if rollout_id is not None else None
+    given = _content(request) if rollout_id is not None else None
     size = size_of(rollout.input) + size_of(rollout.metadata) + ROLLOUT_OVERHEAD_BYTES
     state.rollouts_made += 1
     entry = Entry(rollout, state.rollouts_made, given, size, former=status)
@@ -67,11 +76,12 @@ def _existing(state: State, request: Mapping[str, Any]) -> Entry | None:
     entry = state.entries.get(rollout_id) if rollout_id is not None else None
     if entry is None:
         return None
-    given = entry.given or (None,) * len(CONTENT)
     differing = []
-    for name, before in zip(CONTENT, given, strict=True):
-        now = request.get(name)
-        same = same_content(before, now) if name in ("input", "metadata") else before == now
+    for name, before, now in zip(CONTENT, entry.given or (), _content(request), strict=entry.given is not None):
+        if name in _VALUES and not is_digest(before):  # enqueued in a journal of format 1
+            same = same_content(before, request.get(name))
+        else:
+            same = before == now
         if not same:
             differing.append(name)
     if entry.given is None or differing:

@@ -93,12 +93,6 @@ async def test_same_rollout_id_and_other_content_conflicts(store):
     assert (await store.get_rollout_by_id("mine")).input == {"q": 1}
 
 
-async def test_pickled_content_counts_as_the_same(store):
-    """A pickle has no canonical form, so payloads are only compared when both are plain."""
-    await store.enqueue_rollout({1, 2}, rollout_id="mine")
-    assert (await store.enqueue_rollout({1, 3}, rollout_id="mine")).input == {1, 2}
-
-
 async def test_get_and_query_return_exact_types(store):
     """Rollouts with attempts come as AttemptedRollout, others as Rollout."""
     waiting = await store.enqueue_rollout("a")
