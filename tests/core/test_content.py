@@ -1,0 +1,57 @@
+"""What is compared when a caller-given id comes again: digests that requests bring, or bytes if they bring none."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from raystore.core import format1
+from raystore.core.payload import BY_BYTES, CANONICAL, Payload
+from raystore.errors import ConflictError
+
+
+def digests(*names):
+    return [bytes((CANONICAL,)) + name * 16 for name in names]
+
+
+def test_digests_decide_over_bytes(core):
+    """Whatever the bytes are: the same digests are the same content, others are not."""
+    first = core.enqueue("one", rollout_id="mine", digests=digests(b"a", b"b"))
+    assert core.enqueue("other bytes", rollout_id="mine", digests=digests(b"a", b"b")) == first
+    with pytest.raises(ConflictError, match=r"\(input differ\)"):
+        core.enqueue("one", rollout_id="mine", digests=digests(b"c", b"b"))
+    with pytest.raises(ConflictError, match=r"\(metadata differ\)"):
+        core.enqueue("one", rollout_id="mine", digests=digests(b"a", b"c"))
+
+
+def test_without_digests_the_bytes_decide(core):
+    """Of a client that sends none, also of large values, and of those with references."""
+    for number, (one, other) in enumerate(itertools.combinations([b"\x01a", b"\x01b", b"\x02a", None], 2)):
+        ask = {"rollout_id": f"{number}", "metadata": other}
+        core.run("enqueue", requests=[{"input": one, **ask}])
+        core.run("enqueue", requests=[{"input": Payload(one, ()), **ask}])
+        with pytest.raises(ConflictError, match=r"\(input, metadata differ\)"):
+            core.run("enqueue", requests=[{"input": other, "rollout_id": f"{number}", "metadata": one}])
+    kept = core.state.entries["0"].given
+    assert [kept[0][0], kept[4][0], len(kept[0])] == [BY_BYTES, BY_BYTES, 17]
+
+
+def test_what_is_kept_does_not_grow_with_the_value(core):
+    """Digests are kept, and not the value a second time when its rollout has got another input."""
+    rollout_id = core.enqueue("x" * 100_000, rollout_id="mine")
+    core.run("update_rollout", rollout_id=rollout_id, changes={"input": b"\x01"})
+    assert sum(len(part) for part in core.state.entries[rollout_id].given if isinstance(part, bytes)) < 100
+
+
+def test_an_entry_of_format_1_goes_by_its_rule(core):
+    """It kept the values: plain ones are compared as bytes, and a pickled one counts as the same."""
+    for name, value in (("plain", b"\x01a"), ("pickled", b"\x02a")):
+        request = {"input": value, "metadata": None, "rollout_id": name}
+        format1.VERBS["enqueue"].run(core.state, core.step(), requests=[request])
+        assert core.state.entries[name].given[0] == value
+    new = {"metadata": None, "digests": digests(b"a", b"b")}
+    core.run("enqueue", requests=[{"input": b"\x01a", "rollout_id": "plain", **new}])
+    core.run("enqueue", requests=[{"input": b"\x02b", "rollout_id": "pickled", **new}])
+    with pytest.raises(ConflictError):
+        core.run("enqueue", requests=[{"input": b"\x01b", "rollout_id": "plain", **new}])
