@@ -29,12 +29,25 @@ def scalar(value: Any) -> Any:
     """A scalar of numpy or torch as the plain value that equals it; anything else is given back as it is."""
     if type(value) in LEAVES:
         return value
-    if hasattr(value, "item") and hasattr(value, "dtype"):
-        return value if getattr(value, "ndim", 0) else _item(value)
+    if _is_numeric(value):
+        return _item(value) if _dimensions(value) == 0 else value
     for base, plain_value in _BASES.items():
         if isinstance(value, base):
             return plain_value(value)
     return value
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether this is numpy's or torch's, or something like it."""
+    return hasattr(value, "item") and (hasattr(value, "dtype") or hasattr(value, "tolist"))
+
+
+def _dimensions(value: Any) -> int:
+    if (count := getattr(value, "ndim", None)) is not None:
+        return int(count)
+    if (shape := getattr(value, "shape", None)) is not None:
+        return len(shape)
+    return int(isinstance(value.tolist(), list)) if hasattr(value, "tolist") else 0
 
 
 def _item(value: Any) -> Any:
@@ -77,8 +90,8 @@ def whole(name: str, value: Any, *, at_least: int) -> int:
 def reward(name: str, value: Any) -> float:
     """A reward: any number but NaN; True and False are 1 and 0, and an array or tensor may hold the one number."""
     found = scalar(value)
-    if hasattr(found, "item") and hasattr(found, "dtype") and math.prod(getattr(found, "shape", ())) == 1:
-        found = _item(found)
+    if _is_numeric(found):
+        found = _item(found)  # its one item, however many dimensions it has
     if type(found) not in (int, float, bool) or math.isnan(found):
         raise InvalidValueError(name, value, "one number, not NaN; True and False are 1 and 0")
     return float(found)

@@ -43,7 +43,7 @@ def attributes_of(values: Any) -> dict[str, AttributeValue]:
 
 
 #: Checked in Python: pydantic would try each member of the union, and make `1` of numpy's `True`.
-Attributes = Annotated[dict[str, AttributeValue], PlainValidator(attributes_of)]
+Attributes = Annotated[dict[str, AttributeValue], PlainValidator(attributes_of, json_schema_input_type=dict[str, Any])]
 
 StatusCode = Literal["UNSET", "OK", "ERROR"]
 
@@ -112,7 +112,7 @@ class SpanCoreFields(BaseModel):
 class Span(Delivered):
     """One span of one attempt. Unknown fields are kept."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", ser_json_bytes="base64")  # not every attribute of bytes is text
 
     rollout_id: str
     attempt_id: str

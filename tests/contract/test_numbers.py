@@ -32,6 +32,22 @@ class Tensor:
         return self._array.tolist()
 
 
+class Bare:
+    """The least that such a thing can do."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def item(self):
+        if isinstance(self._value, list):
+            (one,) = self._value
+            return one
+        return self._value
+
+    def tolist(self):
+        return self._value
+
+
 class Level(enum.IntEnum):
     HIGH = 3
 
@@ -43,12 +59,13 @@ class Colour(str, enum.Enum):  # noqa: UP042 - its text is not its value, other 
 SCALARS = [
     (np.int64(3), 3), (np.uint8(3), 3), (np.int32(-3), -3), (np.float64(0.1), 0.1), (np.float32(0.5), 0.5),
     (np.float16(0.25), 0.25), (np.longdouble(0.5), 0.5), (np.bool_(True), True), (np.bool_(False), False),
-    (np.array(3), 3), (np.array(0.5, "float32"), 0.5), (Tensor(0.5), 0.5), (Tensor(3, "int64"), 3),
+    (np.array(3), 3), (np.array(0.5, "float32"), 0.5), (Tensor(0.5), 0.5), (Tensor(3, "int64"), 3), (Bare(0.5), 0.5),
     (np.str_("a"), "a"), (Level.HIGH, 3), (Colour.RED, "red"), (3, 3), (True, True), (0.1, 0.1),
 ]  # fmt: skip
 NESTED = [
     (None, None), (b"\xff", b"\xff"),
     (np.arange(3), [0, 1, 2]), (np.ones((2, 2), "float32"), [[1.0, 1.0], [1.0, 1.0]]), (Tensor([0.5, 1]), [0.5, 1.0]),
+    (Bare([0.5]), [0.5]),
     ([1, 0.5, True, "x", None], [1, 0.5, True, "x", None]), ([np.int64(1), 0.5], [1, 0.5]),
     ([[np.int8(1)], (np.float32(0.5),)], [[1], (0.5,)]), ((1, "a"), (1, "a")), (range(3), [0, 1, 2]),
     ({"a": np.float32(0.5), "b": {"c": [np.bool_(True)]}}, {"a": 0.5, "b": {"c": [True]}}),
@@ -169,7 +186,7 @@ async def test_tags_without_a_plain_form_are_refused_by_name(store):
 REWARDS = [
     (np.float32(0.5), 0.5), (np.int64(1), 1.0), (np.bool_(True), 1.0), (True, 1.0), (False, 0.0), (3, 3.0),
     (np.array([0.5]), 0.5), (np.array(0.5), 0.5), (Tensor(0.5), 0.5), (Tensor([0.5]), 0.5), (Level.HIGH, 3.0),
-    (np.longdouble(0.5), 0.5),
+    (Bare(True), 1.0), (np.longdouble(0.5), 0.5),
 ]  # fmt: skip
 
 
