@@ -34,10 +34,10 @@ class Lifeline:
         self._tied = (session.session_id, epoch)
         self._owned = session.handle.linger.remote(session.session_id)
         for reference in (self._owned, session.handle.hold.remote(session.session_id, [self._owned])):
-            reference.future().add_done_callback(_see)
+            reference.future().add_done_callback(self._on_end)
 
-
-def _see(future: Any) -> None:
-    """That the call failed, with the store's process or ours, says nothing new; Ray warns of what nobody has seen."""
-    with contextlib.suppress(Exception):
-        future.exception()
+    def _on_end(self, future: Any) -> None:
+        """A call came back: with the session, or since the store could not be reached, which is to be tried again."""
+        with contextlib.suppress(Exception):
+            if future.exception() is not None:
+                self._tied = None

@@ -28,6 +28,7 @@ logger = logging.getLogger("raystore.store")
 
 LOOK_SECONDS = 1.0  #: between looks at the processes of sessions
 AGAIN_SECONDS = 0.5  #: to the next look when a process is gone: by then Ray has told of its job
+EARLY_SECONDS = 10.0  #: that a lifeline may be there without its session
 GONE = "process gone"
 
 
@@ -55,7 +56,7 @@ class Lifelines:
         self._thread = ThreadPoolExecutor(1, "raystore-lifelines")
         self._suspected: set[str] = set()  # sessions whose process was gone at the look before
         self._broken: set[str] = set()  # sessions of which Ray says that their process is gone
-        self._held: dict[str, asyncio.Event] = {}
+        self._held: dict[str, tuple[asyncio.Event, float]] = {}  # and since when
         self._hurry = asyncio.Event()
         self._is_idle = False
         self._watching: asyncio.Task[None] | None = None
@@ -79,8 +80,8 @@ class Lifelines:
 
     async def linger(self, session_id: str) -> None:
         """A call that comes back when its session has ended: its caller owns the result, and lends it to `hold`."""
-        if self._service.is_live(session_id):
-            await self._held.setdefault(session_id, asyncio.Event()).wait()
+        over, _ = self._held.setdefault(session_id, (asyncio.Event(), self._service.clock.age()))
+        await over.wait()
 
     async def hold(self, session_id: str, lifeline: Any) -> None:
         """Wait for the result of `linger`, which is lost when the process that owns it is gone."""
@@ -106,7 +107,7 @@ class Lifelines:
                 self._forget()
             except Exception:  # the others are still to be watched, and Ray may be asked again
                 logger.exception("The processes of clients could not be looked for")
-            seconds = None
+            seconds = EARLY_SECONDS if self._held else None
             if watched:
                 seconds = AGAIN_SECONDS if self._suspected else LOOK_SECONDS
             self._is_idle = not watched
@@ -145,8 +146,10 @@ class Lifelines:
         return process.machine == self._here != ""
 
     def _forget(self) -> None:
-        for session_id in [name for name in self._held if not self._service.is_live(name)]:
-            self._held.pop(session_id).set()
+        early = self._service.clock.age() - EARLY_SECONDS  # a lifeline may be there before its session
+        over = [name for name, (_, since) in self._held.items() if since < early and not self._service.is_live(name)]
+        for session_id in over:
+            self._held.pop(session_id)[0].set()
         self._broken = {session_id for session_id in self._broken if self._service.is_live(session_id)}
 
 

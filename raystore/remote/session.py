@@ -178,6 +178,8 @@ class Session:
         if not self.is_connected():
             return
         try:
+            if batch.sequence == 1:  # before it, since this process may be gone in a moment
+                self._lifeline.tie(self.epoch)
             parts = batch.parts(CLIENT, self._answered, self._answered_ahead)
             more = {"refs": batch.refs} if batch.refs else {}
             reference = self.handle.exchange.remote(*parts, **more)
@@ -232,7 +234,6 @@ class Session:
         if later:
             self.receive(later)
         self.resume(resumed)
-        self._lifeline.tie(epoch)
         if self.parked.wanted and not self.parked.listening:
             self.timer.wake()
 
@@ -377,6 +378,7 @@ class Session:
 
     def resume(self, operations: list[Operation]) -> None:
         """Let calls wait again that were parked in a process that is no more, unless it had answered them."""
+        self._lifeline.tie(self.epoch)
         with self.lock:
             operations = [op for op in operations if op.ticket in self.parked and not op.abandoned]
             for operation in operations:
