@@ -486,7 +486,7 @@ class Service:
     def end_sessions(self, ended: list[tuple[str, str]]) -> None:
         """Client processes are gone, all of them before anything is handed to somebody else; and why each is."""
         with self._held():
-            if self._closed or self._failed is not None:
+            if self._closed or self._failed is not None or self.is_disk_full:
                 return
             for session_id, why in ended:
                 if self.is_live(session_id):

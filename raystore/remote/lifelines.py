@@ -28,6 +28,7 @@ logger = logging.getLogger("raystore.store")
 
 LOOK_SECONDS = 1.0  #: between looks at the processes of sessions
 AGAIN_SECONDS = 0.5  #: to the next look when a process is gone: by then Ray has told of its job
+MISSED_SECONDS = 3.0  #: after a restart, in which whoever lives speaks to the store again
 EARLY_SECONDS = 10.0  #: that a lifeline may be there without its session
 GONE = "process gone"
 
@@ -46,6 +47,14 @@ def ask_ray() -> Cluster:
     return Cluster(nodes, jobs)
 
 
+class Watched(NamedTuple):
+    """A process to look for."""
+
+    session_id: str
+    process: Process
+    is_missed: bool  #: it was there before the store's process, and has not spoken since
+
+
 class Lifelines:
     """Watches over the processes of all sessions of a store, on its loop."""
 
@@ -54,6 +63,9 @@ class Lifelines:
         self._ask = ask
         self._here = here()
         self._thread = ThreadPoolExecutor(1, "raystore-lifelines")
+        self._started = service.clock.age()
+        self._processes: dict[str, Process] = {}  # of live sessions
+        self._of_before: set[str] = set()  # sessions that began with a process of the store before this one
         self._suspected: set[str] = set()  # sessions whose process was gone at the look before
         self._broken: set[str] = set()  # sessions of which Ray says that their process is gone
         self._held: dict[str, tuple[asyncio.Event, float]] = {}  # and since when
@@ -63,11 +75,19 @@ class Lifelines:
 
     def start(self) -> None:
         """Begin with the sessions that are there, of a process before this one."""
+        for session in self._service.state.sessions.values():
+            if session.ended_at is None:
+                self.opened(session)
+        self._of_before.update(self._processes)
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     def opened(self, session: Session) -> None:
         """A session has begun."""
-        if self._is_idle and session.process is not None:
+        process = process_of(session.process)
+        if process is None:
+            return
+        self._processes[session.session_id] = process
+        if self._is_idle:
             self._hurry.set()
 
     def close(self) -> None:
@@ -115,32 +135,43 @@ class Lifelines:
                 async with asyncio.timeout(seconds):
                     await self._hurry.wait()
 
-    def _watched(self) -> list[tuple[str, Process]]:
-        sessions = self._service.state.sessions.values()
-        told = [(s.session_id, process_of(s.process)) for s in sessions if s.ended_at is None and s.process is not None]
-        return [(session_id, process) for session_id, process in told if process is not None]
+    def _watched(self) -> list[Watched]:
+        sessions = self._service.state.sessions
+        self._processes = {name: process for name, process in self._processes.items() if self._service.is_live(name)}
+        missed: set[str] = set()
+        if self._of_before and self._service.clock.age() > self._started + MISSED_SECONDS:
+            self._of_before.intersection_update(self._processes)
+            missed = {name for name in self._of_before if sessions[name].last_heard <= self._started}
+            self._of_before = missed
+        return [Watched(name, process, name in missed) for name, process in self._processes.items()]
 
-    def _look(self, watched: list[tuple[str, Process]]) -> list[tuple[str, str]]:
+    def _look(self, watched: list[Watched]) -> list[tuple[str, str]]:
         """Sessions that have ended, and why; on a thread, since it reads files and may ask Ray."""
         cluster = None
-        if any(not self._is_here(process) for _, process in watched):
+        if any(one.is_missed or not self._is_here(one.process) for one in watched):
             cluster = self._ask()
-        gone = {
-            session_id: process
-            for session_id, process in watched
-            if session_id in self._broken
-            or (is_gone(process) if self._is_here(process) else _is_node_gone(process, cluster))
-        }
+        gone = {one.session_id: one for one in watched if self._is_gone(one, cluster)}
         ended = []
         if gone:
             cluster = self._ask() if cluster is None else cluster
-            for session_id, process in gone.items():
-                if not process.is_driver and _has_job_ended(process, cluster):
+            for session_id, one in gone.items():
+                if not one.process.is_driver and _has_job_ended(one.process, cluster):
                     ended.append((session_id, JOB_ENDED))
                 elif session_id in self._suspected or session_id in self._broken:  # Ray took its time for that
                     ended.append((session_id, GONE))
         self._suspected = gone.keys() - {session_id for session_id, _ in ended}
         return ended
+
+    def _is_gone(self, one: Watched, cluster: Cluster | None) -> bool:
+        if one.session_id in self._broken:
+            return True
+        if self._is_here(one.process):
+            is_gone_by_itself = is_gone(one.process)
+        else:
+            is_gone_by_itself = _is_node_gone(one.process, cluster)
+        if is_gone_by_itself or not one.is_missed or cluster is None:
+            return is_gone_by_itself
+        return _is_node_gone(one.process, cluster) or _has_job_ended(one.process, cluster)
 
     def _is_here(self, process: Process) -> bool:
         return process.machine == self._here != ""

@@ -239,6 +239,8 @@ async def tell_to_end(store, times):
     delays = []
     workers = [Busy.remote(store.actor) for _ in range(2)]
     working = [worker.work.remote() for worker in workers]
+    never = await store.start_rollout("never")
+    waiting = asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=[never.rollout_id], timeout=600))
     for _ in range(times):
         await asyncio.sleep(1)
         known = await describe(store)
@@ -255,6 +257,7 @@ async def tell_to_end(store, times):
         await until(ended, within=100)
         delays.append(time.monotonic() - told)
         await until(lambda epoch=known["epoch"]: later(store, epoch), within=60)
+    waiting.cancel()
     await asyncio.gather(*(worker.stop.remote() for worker in workers))
     made = [rollout_id for told in [await work for work in working] for rollout_id in told]
     there = {rollout.rollout_id for rollout in await store.query_rollouts(limit=-1)}
@@ -274,7 +277,7 @@ async def test_a_store_is_told_to_end_under_load(make_ray_store, tmp_path, repor
 @pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_row_65_finds_a_store_that_leaves_it_to_ray(make_ray_store, tmp_path):
-    """It ends when its main thread comes by."""
+    """It ends when its main thread comes by and the calls that wait have come back."""
     code = "from raystore.remote import actor; actor._end_when_told = lambda: None"
     store = make_ray_store(journal=tmp_path / "j", **broken(tmp_path, code))
     slowest, lost, _ = await tell_to_end(store, 2)

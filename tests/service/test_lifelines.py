@@ -147,6 +147,26 @@ async def test_what_is_elsewhere_is_gone_with_its_node(watched, nodes, expected)
     assert await outcome(entry) == expected
 
 
+@pytest.mark.parametrize("speaks", [False, True])
+async def test_who_was_there_before_a_restart_speaks_or_is_gone_with_its_job(watched, monkeypatch, speaks):
+    """A process may outlive its job (a detached actor): it speaks to the store that came back."""
+    monkeypatch.setattr(lifelines, "MISSED_SECONDS", 0.2)
+    store = watched(jobs={"j": True})
+    entry = store.holding("a", this_process()._replace(node="n", job="j", is_driver=False))
+    await asyncio.sleep(0.1)
+    assert entry().attempts[-1].outcome is None  # nobody asks for the job of a process that is there
+    store.lifelines.close()
+    again = Lifelines(store.service, store.ask)
+    again.start()
+    if speaks:
+        store.service.heard(store.service.state.sessions["a"])
+        await asyncio.sleep(0.5)
+        assert entry().attempts[-1].outcome is None
+    else:
+        assert await outcome(entry) == "withdrawn"
+    again.close()
+
+
 async def test_nobody_is_gone_because_nothing_is_known(watched):
     """Of a machine nobody can look at, a node that lives, a Ray that does not answer, or that knows no node at all."""
     store = watched(nodes={})
