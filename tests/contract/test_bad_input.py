@@ -98,6 +98,8 @@ async def test_a_text_is_no_list_of_ids(store):
     "option",
     [
         {"duplicate_spans": "maybe"}, {"on_memory_full": "crash"}, {"clock": "sun"}, {"max_deliveries": 0},
+        {"suspect_patience_seconds": -1}, {"suspect_patience_seconds": float("nan")},
+        {"suspect_patience_seconds": "10"},
         {"max_queued": 0}, {"keep_resources": 0}, {"retention": {"max_age": 1}}, {"retention": -1},
         {"limits": {"value": 1}}, {"limits": {"value_bytes": 0}},
     ],
