@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo examples test test-long test-agentlightning faults test-ray-oldest bench bench-long bench-peers lint clean
+.PHONY: demo examples test test-long test-agentlightning faults fuzz test-ray-oldest bench bench-long bench-peers lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
@@ -35,6 +35,10 @@ test-agentlightning: .venv-agentlightning/installed
 # The fault suite in its long form; each row adds a line to runs/faults.jsonl.
 faults: .venv/installed
 	$(LOCAL) FAULTS=long $(BIN)/python -m pytest -m fault -s
+
+# Random operations of every verb, replayed; ten thousand histories take a quarter of an hour.
+fuzz: .venv/installed
+	$(BIN)/python -m tests.journal.fuzz $(or $(SEEDS),0 10000)
 
 # The oldest Ray of the range in pyproject.toml, in an environment of its own.
 test-ray-oldest: .venv-oldest/installed

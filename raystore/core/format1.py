@@ -244,7 +244,8 @@ def resume(state: State, step: Step, away: float) -> None:
     for status in ACTIVE:
         for rollout_id in state.indexes.find(("status", status)):
             entry = state.entries[rollout_id]
-            entry.clocks[-1].beat = step.now - state.paused
+            if entry.clocks:  # none, if its status was set by hand
+                entry.clocks[-1].beat = step.now - state.paused
             state.deadlines.guard(rollout_id)
     state.guard_sessions()
     state.changes.append(step.now, "resumed", seconds=away)

@@ -62,11 +62,15 @@ class Peer:
         self.ticket += len(operations)
         return self.sequence
 
+    def header(self, sequence: int, answered: int | None = None, ahead: list[int] | None = None) -> list[Any]:
+        """What a batch says of itself; up to where all answers have come, and which later ones."""
+        first, _, was_answered, _ = self.sent[sequence]
+        answered = was_answered if answered is None else answered
+        return [PROTOCOL, "test", self.name, sequence, answered, ahead or [], first, [], []]
+
     def parts(self, sequence: int, *, answered: int | None = None, ahead: list[int] | None = None) -> Any:
         """A batch as it travels."""
-        first, operations, was_answered, _ = self.sent[sequence]
-        answered = was_answered if answered is None else answered
-        header = [PROTOCOL, "test", self.name, sequence, answered, ahead or [], first, [], []]
+        header, operations = self.header(sequence, answered, ahead), self.sent[sequence][1]
         return tuple(wire.join(header, [wire.pack(operation).frame for operation in operations], []))
 
     async def send(self, store: Store, sequence: int, **how: Any) -> list[Any]:

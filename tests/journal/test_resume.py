@@ -141,6 +141,22 @@ def test_a_store_goes_on_where_it_was(open_store, path):
     assert_same(again._service.state, path)
 
 
+def test_a_store_goes_on_whose_rollouts_have_statuses_set_by_hand(open_store, path):
+    """Whatever the contract lets be set: running without an attempt, waiting with one, finished and queued again."""
+    store, untried = open_store(), {}
+    for status in ("preparing", "running", "failed", "succeeded", "cancelled", "requeuing", "queuing"):
+        made = store.sync.enqueue_rollout("x")
+        untried[made.rollout_id] = store.sync.update_rollout(made.rollout_id, status=status).status
+        started = store.sync.start_rollout("x")
+        store.sync.update_rollout(started.rollout_id, status=status)
+    store.close()
+    again = open_store()
+    again.sync.check()
+    assert {i: again.sync.get_rollout_by_id(i).status for i in untried} == untried
+    again.close()
+    assert_same(again._service.state, path)
+
+
 def test_resume_says_what_is_asked_for(open_store, path):
     """ "must" needs a run, "never" an empty directory, and nobody writes where a living store does."""
     with pytest.raises(JournalMissingError, match="resume='must'"):

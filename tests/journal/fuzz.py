@@ -1,0 +1,449 @@
+"""Random operations of every verb through the actor's protocol, with a journal: `python -m tests.journal.fuzz 0 10000`.
+
+A seed is a history of a store: sessions that send batches (some twice, some with nonsense in them), time that passes,
+processes that follow each other. Whatever is asked: every invariant holds, no operation breaks the state, one that is
+refused changes nothing, and what another process finds in the journal, with a snapshot and without, is the same state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raystore import wire
+from raystore.codec import encode
+from raystore.core import check
+from raystore.core.digest import digest, parts
+from raystore.journal.compaction import compact
+from raystore.journal.opening import read_run
+from raystore.journal.segments import Directory
+from raystore.remote import inbox
+from tests.journal.peers import Peer, Store
+
+STATUSES = ["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
+TRIED = ["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
+NONSENSE: list[Any] = [
+    None, True, -1, 0, 1.5, float("nan"), float("inf"), 2**63, "", "x" * 600, "a\nb", "\ud800", "ro-none", b"", b"\x01",
+    [], {}, [None], ["a", 1], [[]], {"a": 1}, {1: 2},
+]  # fmt: skip
+
+
+NONSENSE_SHARE = 0.1  #: of the operations
+
+
+class History:
+    """What a fuzzer knows of a store: enough to ask for what may be there."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.rollouts: list[str] = []
+        self.attempts: list[tuple[str, str]] = []
+        self.sessions: list[str] = []
+
+    # -- arguments -------------------------------------------------------------------------------------------------
+
+    def rollout(self) -> str:
+        return self.rng.choice(self.rollouts) if self.rollouts and self.rng.random() < 0.95 else "ro-none"
+
+    def some_rollouts(self) -> list[str]:
+        return [self.rollout() for _ in range(self.rng.choice([1, 1, 3, 130, 250]))]
+
+    def attempt(self) -> dict[str, Any]:
+        rollout_id, attempt_id = self.rng.choice(self.attempts) if self.attempts else ("ro-none", "at-none")
+        return {"rollout_id": rollout_id, "attempt_id": attempt_id}
+
+    def maybe(self, chance: float, **more: Any) -> dict[str, Any]:
+        return more if self.rng.random() < chance else {}
+
+    def request(self) -> dict[str, Any]:
+        rng = self.rng
+        config = [rng.choice([None, 5.0]), rng.choice([None, 3.0]), rng.randint(1, 3)]
+        retried = rng.sample(["failed", "timeout", "unresponsive"], rng.randint(0, 3))
+        return {
+            "input": encode(rng.randint(0, 3), "input", 10**6),
+            "metadata": None,
+            **self.maybe(0.3, group_id=rng.choice(["g1", "g2"])),
+            **self.maybe(0.3, tags={"k": rng.choice([1, 2])}),
+            **self.maybe(0.3, priority=rng.randint(-2, 2)),
+            **self.maybe(0.3, config=[*config, retried]),
+            **self.maybe(0.2, rollout_id=f"mine-{rng.randint(0, 9)}"),
+            **self.maybe(0.2, queue="other"),
+            **self.maybe(0.2, mode=rng.choice(["train", "val"])),
+            **self.maybe(0.2, resources_id=rng.choice(["r1", "r2"])),
+        }
+
+    def span(self) -> list[Any]:
+        rng = self.rng
+        number, name = rng.choice([-1, rng.randint(0, 40)]), f"s{rng.randint(0, 60)}"
+        return [number, name, "t", None, "n", None, None, rng.choice([None, 1.0]), b"\x01body", -1]
+
+    def consumer(self) -> str:
+        return self.rng.choice(["c1", "c2"])
+
+    def page(self) -> dict[str, Any]:
+        rng = self.rng
+        return {"sort_by": None, "sort_order": rng.choice(["asc", "desc"]), "limit": rng.choice([-1, 2]), "offset": 0}
+
+    def changes_of_rollout(self) -> dict[str, Any]:
+        rng = self.rng
+        return rng.choice(
+            [
+                {"status": rng.choice(STATUSES)}, {"mode": "val"}, {"metadata": encode({"x": 1}, "m", 10**6)},
+                {"resources_id": rng.choice(["r1", None])}, {"config": [2.0, None, 2, ["failed"]]}, {},
+            ]
+        )  # fmt: skip
+
+    def changes_of_attempt(self) -> dict[str, Any]:
+        rng = self.rng
+        return rng.choice(
+            [
+                {"status": rng.choice(TRIED)}, {"worker_id": rng.choice([None, "w2"])}, {"metadata": None},
+                {"last_heartbeat_time": rng.choice([0.0, 2e9])}, {"metadata": encode({"n": 1}, "m", 10**6)},
+            ]
+        )  # fmt: skip
+
+    def end_of_attempt(self) -> dict[str, Any]:
+        return self.rng.choice(
+            [
+                {"status": "succeeded"}, {"status": "failed", "outcome": "infra", "error": "x"},
+                {"status": "failed", "outcome": "dropped"}, {"status": "timeout", "outcome": "timeout"},
+                {"status": "unresponsive", "outcome": "runner_lost", "died": True},
+            ]
+        )  # fmt: skip
+
+    def learn(self, verb: str, value: Any) -> None:
+        """Remember what an answer says there is."""
+        if verb == "enqueue":
+            self.rollouts += [pair[0][0] for pair in value]
+        elif verb in ("start_rollout", "start_attempt"):
+            self.rollouts.append(value[0][0])
+            self.attempts.append((value[0][0], value[1][1]))
+        elif verb == "dequeue":
+            self.attempts += [(rollout[0], attempt[1]) for rollout, attempt, _ in value]
+        del self.rollouts[:-80], self.attempts[:-40]
+
+
+#: Arguments of each verb of a store; a test holds the names equal to the tables of verbs.
+ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
+    "start_rollout": lambda h, rng: {
+        "request": {k: v for k, v in h.request().items() if k != "rollout_id"}, "worker_id": rng.choice([None, "w1"]),
+    },
+    "enqueue": lambda h, rng: {
+        "requests": [h.request() for _ in range(rng.choice([1, 2, 3, 3, 60]))],
+        **h.maybe(0.2, admit=1, chain=[rng.randint(1, 5), rng.random() < 0.5]),
+    },
+    "dequeue": lambda h, rng: {
+        "queues": rng.choice([["default"], ["other", "default"]]), "limit": rng.randint(0, 3),
+        "worker_id": rng.choice([None, "w1", "w2"]), "timeout": rng.choice([0.0, 20.0]),
+    },
+    "query_rollouts": lambda h, rng: {
+        "status_in": rng.choice([None, ["failed", "queuing"]]), "rollout_id_in": rng.choice([None, [h.rollout()]]),
+        "rollout_id_contains": rng.choice([None, "mine"]), "filter_logic": rng.choice(["and", "or"]),
+        "must": rng.choice([{}, {"tags": {"k": 1}}, {"group_id": "g1", "queue": "default"}]), **h.page(),
+    },
+    "get_rollout": lambda h, rng: {"rollout_id": h.rollout()},
+    "update_rollout": lambda h, rng: {"rollout_id": h.rollout(), "changes": h.changes_of_rollout()},
+    "cancel_rollouts": lambda h, rng: rng.choice(
+        [
+            {"rollout_ids": h.some_rollouts(), "group_id": None, "tags": None},
+            {"rollout_ids": None, "group_id": rng.choice(["g1", "g2"]), "tags": rng.choice([None, {"k": 1}])},
+        ]
+    ),
+    "release": lambda h, rng: {"rollout_ids": h.some_rollouts()},
+    "delete_rollouts": lambda h, rng: {"rollout_ids": h.some_rollouts()},
+    "start_attempt": lambda h, rng: {"rollout_id": h.rollout(), "worker_id": rng.choice([None, "w1"])},
+    "query_attempts": lambda h, rng: {"rollout_id": h.rollout(), **h.page()},
+    "get_latest_attempt": lambda h, rng: {"rollout_id": h.rollout()},
+    "update_attempt": lambda h, rng: {
+        **h.attempt(), **h.maybe(0.3, attempt_id="latest"), "changes": h.changes_of_attempt(),
+    },
+    "heartbeat": lambda h, rng: {"attempts_alive": [list(h.attempt().values()) for _ in range(3)]},
+    "decline": lambda h, rng: h.attempt(),
+    "acknowledge": lambda h, rng: {"keys": [list(h.attempt().values())]},
+    "add_spans": lambda h, rng: {
+        **h.attempt(), **h.maybe(0.2, attempt_id="latest"), "spans": [h.span() for _ in range(rng.randint(0, 3))],
+    },
+    "finish": lambda h, rng: {
+        **h.attempt(), "spans": [h.span() for _ in range(rng.randint(0, 2))], "changes": h.end_of_attempt(),
+    },
+    "next_numbers": lambda h, rng: {"rollout_ids": [h.rollout(), rng.choice(["mine-3", "ro-none"])]},
+    "query_spans": lambda h, rng: {
+        "rollout_id": h.rollout(), "attempt_id": rng.choice([None, "latest"]), "equal": {}, "containing": {},
+        "filter_logic": "and", "allow_partial": True, **h.page(),
+    },
+    "query_many_spans": lambda h, rng: {
+        "rollout_ids": [h.rollout(), h.rollout()], "attempt_id": rng.choice([None, "latest"]), "allow_partial": True,
+    },
+    "take": lambda h, rng: {
+        "consumer": h.consumer(), "count": rng.randint(1, 4), "timeout": rng.choice([0.0, 0.0, 10.0]),
+    },
+    "ack": lambda h, rng: {
+        "consumer": h.consumer(), "batch": rng.randint(1, 6), "at_step": rng.randint(0, 8), "note": None,
+    },
+    "nack": lambda h, rng: {"consumer": h.consumer(), "batch": rng.randint(1, 6)},
+    "checkpoint": lambda h, rng: {"consumer": h.consumer(), "at_step": rng.randint(0, 6)},
+    "rewind": lambda h, rng: {"consumer": h.consumer(), "at_step": rng.randint(0, 6)},
+    "ledger": lambda h, rng: {"consumer": h.consumer()},
+    "put_resources": lambda h, rng: {
+        "resources_id": rng.choice([None, "r1", "r2"]), "resources": b"\x01\x80",
+        "policy_version": rng.choice([None, 1, 2]), "holds_objects": rng.random() < 0.3,
+    },
+    "get_resources": lambda h, rng: {"resources_id": rng.choice(["r1", "r9"]), "version": rng.choice([None, 1, 2])},
+    "get_latest_resources": lambda h, rng: {},
+    "query_resources": lambda h, rng: {"resources_id": None, "resources_id_contains": "r", **h.page()},
+    "delete_resources": lambda h, rng: {"resources_id": rng.choice(["r1", "r2"])},
+    "update_worker": lambda h, rng: {
+        "worker_id": rng.choice(["w1", "w3"]), "changes": rng.choice([{}, {"heartbeat_stats": b"\x01\x80"}]),
+    },
+    "query_workers": lambda h, rng: {
+        "status_in": None, "worker_id_contains": None, "filter_logic": "and", **h.page(),
+    },
+    "get_worker": lambda h, rng: {"worker_id": "w1"},
+    "report_session": lambda h, rng: {
+        "session_id": rng.choice([None, "zz", *h.sessions[-2:]]), "worker_id": rng.choice([None, "w2"]),
+    },
+    "wait": lambda h, rng: {"rollout_ids": [h.rollout(), h.rollout()], "timeout": rng.choice([0.0, 5.0, None])},
+    "sort_out": lambda h, rng: {"rollout_ids": [h.rollout(), h.rollout()]},
+    "completed": lambda h, rng: {
+        "cursor": rng.choice([None, 3]), "limit": 5, "timeout": rng.choice([0.0, 5.0]),
+        "filters": rng.choice([{}, {"group_id": "g1"}]),
+    },
+    "changes": lambda h, rng: {
+        "cursor": rng.choice([None, 3]), "kinds": rng.choice([None, ["lost"]]), "limit": 5,
+        "timeout": rng.choice([0.0, 5.0]),
+    },
+    "cancel_wait": lambda h, rng: {"of": rng.randint(1, 60)},
+    "statistics": lambda h, rng: {},
+    "story": lambda h, rng: {"rollout_id": h.rollout()},
+    "check": lambda h, rng: {},
+    "tick": lambda h, rng: {
+        "seconds": rng.choice([0.5, 2.0, 8.0, 70.0]), "sessions": rng.random() < 0.15,
+    },
+}  # fmt: skip
+
+#: What is asked for more often than the rest.
+OFTEN = [
+    "enqueue",
+    "enqueue",
+    "dequeue",
+    "dequeue",
+    "dequeue",
+    "add_spans",
+    "finish",
+    "finish",
+    "update_attempt",
+    "take",
+]
+
+
+class Client(Peer):
+    """One process, which opens another session when its own has ended."""
+
+    def __init__(self, name: str, history: History) -> None:
+        super().__init__(name)
+        self.history = history
+        self.generation = 0
+        self.begin()
+
+    def begin(self) -> None:
+        self.generation += 1
+        self.name = f"{self.name.split('/')[0]}/{self.generation}"
+        self.ticket, self.sequence, self.sent = 1, 0, {}
+        self.claims: list[list[str]] = []
+        self.tickets: list[int] = []
+        self.verbs: dict[int, str] = {}
+        self.history.sessions.append(self.name)
+
+    def header(self, sequence: int, answered: int | None = None, ahead: list[int] | None = None) -> list[Any]:
+        header = super().header(sequence, answered, ahead)
+        header[7:9] = [self.claims, self.tickets]
+        return header
+
+
+class Broken(AssertionError):
+    """What must not be."""
+
+
+async def _send(store: Store, client: Client, operations: list[Any], rng: random.Random) -> list[Any] | None:
+    """Send a batch, perhaps twice at once; its replies, None if the session had ended."""
+    if rng.random() < 0.2:
+        client.claims = []  # acknowledged never, or late
+    sequence = client.batch(*operations)
+    sent = client.parts(sequence)
+    client.claims, client.tickets = [], []
+    copies = 2 if rng.random() < 0.2 else 1
+    answers = await asyncio.gather(*(store.front.exchange(sent) for _ in range(copies)))
+    _, outcome, *rest = wire.unpack_answer(answers[0])
+    if outcome == wire.ENDED:
+        client.begin()
+        return None
+    replies, later, *_ = rest
+    first = client.sent[sequence][0]
+    for number, (operation, reply) in enumerate(zip(operations, replies, strict=True)):
+        verb = operation[0] if isinstance(operation[0], str) else ""
+        if reply[0] == wire.PARKED:
+            client.verbs[first + number] = verb
+        _learn(client, verb, reply)
+    for ticket, reply in later:
+        client.tickets.append(ticket)
+        _learn(client, client.verbs.pop(ticket, ""), reply)
+    return replies
+
+
+def _learn(client: Client, verb: str, reply: list[Any]) -> None:
+    if reply[0] == wire.ERROR and reply[1] in ("StoreCorruptError", "StoreError"):
+        raise Broken(f"{verb} broke the state: {reply}")
+    if reply[0] != wire.VALUE:
+        return
+    client.history.learn(verb, reply[1])
+    if verb == "dequeue":
+        client.claims += [[rollout[0], attempt[1]] for rollout, attempt, _ in reply[1]]
+
+
+def _operation(history: History, rng: random.Random) -> list[Any]:
+    verb = rng.choice(OFTEN) if rng.random() < 0.5 else rng.choice(sorted(ARGUMENTS))
+    arguments = ARGUMENTS[verb](history, rng)
+    if rng.random() < NONSENSE_SHARE and arguments:
+        arguments = _spoilt(arguments, rng)
+    return [verb, arguments]
+
+
+def _spoilt(arguments: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Arguments of which one value, at any depth, is nonsense; or one is missing, or one too many."""
+    name = rng.choice(sorted(arguments))
+    lot = rng.random()
+    if lot < 0.1:
+        return {key: value for key, value in arguments.items() if key != name}
+    if lot < 0.2:
+        return {**arguments, "nonsense": 1}
+    return {**arguments, name: _spoilt_value(arguments[name], rng)}
+
+
+def _spoilt_value(value: Any, rng: random.Random) -> Any:
+    if isinstance(value, dict) and value and rng.random() < 0.7:
+        return _spoilt(value, rng) if all(isinstance(key, str) for key in value) else rng.choice(NONSENSE)
+    if isinstance(value, list) and value and rng.random() < 0.7:
+        at = rng.randrange(len(value))
+        return [*value[:at], _spoilt_value(value[at], rng), *value[at + 1 :]]
+    return rng.choice(NONSENSE)
+
+
+def options(rng: random.Random) -> dict[str, Any]:
+    """A configuration of a store."""
+    return {
+        "max_queued": rng.choice([None, 60]),
+        "keep_resources": rng.choice([None, 2]),
+        "retention": rng.choice([None, {"max_rollouts": 15}, {"max_age_seconds": 50}]),
+        "duplicate_spans": rng.choice(["reject", "keep"]),
+        "max_deliveries": rng.choice([1, 3]),
+    }
+
+
+def _seeded(store: Store, rng: random.Random) -> Store:
+    """A store whose ids follow from the seed of the history, so that it can be looked at again."""
+    store.service._seeds = random.Random(rng.random())
+    return store
+
+
+def _same(one: Any, other: Any, what: str) -> None:
+    if digest(one) != digest(other):
+        pairs = zip(parts(one), parts(other), strict=False)
+        differing = [pair for pair in pairs if repr(pair[0]) != repr(pair[1])]  # a NaN is the same as another
+        raise Broken(f"{what} differs: {differing[:1]}")
+
+
+async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[str]:
+    """One history; the errors that were answered, by class. Raises `Broken`, or whatever the store raises."""
+    rng = random.Random(seed)
+    inbox.SLICE_SECONDS = rng.choice([-1.0, 1.0])
+    store = _seeded(Store(path, **options(rng)), rng)
+    history = History(rng)
+    clients = [Client(name, history) for name in "abc"]
+    refused: collections.Counter[str] = collections.Counter()
+    try:
+        for _ in range(batches):
+            client = rng.choice(clients)
+            operations = [_operation(history, rng) for _ in range(rng.choice([1, 1, 2, 4]))]
+            is_alone = len(operations) == 1 and not client.claims and "chain" not in operations[0][1]
+            store.service.catch_up()
+            before = digest(store.state) if is_alone else ""
+            ended = len(store.state.sessions)
+            replies = await _send(store, client, operations, rng)
+            for reply in replies or []:
+                if reply[0] == wire.ERROR:
+                    refused[reply[1]] += 1
+            is_refused = is_alone and replies is not None and replies[0][0] == wire.ERROR
+            if is_refused and ended == len(store.state.sessions) and digest(store.state) != before:
+                raise Broken(f"a refused operation changed something: {operations} {replies}")
+            if rng.random() < 0.03:
+                store = _seeded(store.follow(), rng)
+        check.check(store.state)
+        assert store.service.journal is not None and store.service.journal.recorder is not None
+        store.service.journal.recorder.log.close()  # so that all of it is on disk
+        again = read_run(path)
+        if again.differences:
+            raise Broken(f"a replay differs at records {again.differences}")
+        _same(store.state, again.state, "a replay")
+        directory = Directory(path)
+        epoch, number, _ = directory.segments()[-1]
+        outcome = compact(directory, epoch, number)
+        if "differs" in outcome:
+            raise Broken(f"a snapshot differs at records {outcome['differs']}")
+        from_snapshot = read_run(path)
+        _same(store.state, from_snapshot.state, "a snapshot")
+        from_snapshot.state.guard_all()
+        check.check(from_snapshot.state)
+        return refused
+    finally:
+        if store.service.journal is not None and store.service.journal.recorder is not None:
+            store.service.journal.recorder.log.close()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def run_seed(seed: int) -> tuple[int, str, collections.Counter[str]]:
+    """One history in a folder of its own: the seed, why it is broken (empty if it is not), the errors answered."""
+    logging.disable(logging.CRITICAL)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        return seed, "", asyncio.run(run(seed, folder / "journal"))
+    except Exception as error:
+        return (
+            seed,
+            f"{type(error).__name__}: {str(error)[:1500]}\n{traceback.format_exc()[-1500:]}",
+            collections.Counter(),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Run the seeds from one number to another, on all processors."""
+    first, last = int(sys.argv[1]), int(sys.argv[2])
+    started, broken, total = time.monotonic(), 0, collections.Counter[str]()
+    with multiprocessing.Pool(os.cpu_count()) as pool:
+        for seed, why, refused in pool.imap_unordered(run_seed, range(first, last), chunksize=8):
+            total += refused
+            if why:
+                broken += 1
+                sys.stdout.write(f"seed {seed}: {why}\n")
+    seconds = time.monotonic() - started
+    sys.stdout.write(f"{last - first} seeds in {seconds:.0f} s, {broken} broken; refused: {dict(total)}\n")
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
