@@ -8,7 +8,8 @@ Rules that hold for every method:
 
 - It is `async def`; arguments are validated and taken by value before the first suspension, so that calls take effect
   in the order in which they were issued, also when they are not awaited.
-- A malformed value raises pydantic's `ValidationError` or `InvalidValueError` and changes nothing.
+- A malformed value raises pydantic's `ValidationError` or `InvalidValueError` and changes nothing. Ids are text of 1 to
+  512 characters without control characters, wherever one is asked for; None clears, or leaves open.
 - Reads and waits are lenient about unknown ids (empty, None, or skipped); writes raise a `ValueError`.
 - Answers are snapshots. A rollout comes with its latest attempt, as an `AttemptedRollout`; one that has none comes as a
   plain `Rollout`, which has no `attempt`.

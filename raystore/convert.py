@@ -8,7 +8,7 @@ Not here: framing for an actor (`wire`), the methods themselves (`client`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -71,9 +71,24 @@ def validated(annotation: Any, value: Any) -> Any:
 
 def identifier(name: str, value: Any) -> str:
     """An id: text of 1 to 512 characters without control characters."""
-    if not isinstance(value, str) or not 0 < len(value) <= ID_LENGTH or not value.isprintable():
-        raise InvalidValueError(name, value, f"text of 1 to {ID_LENGTH} characters without control characters")
+    if type(value) is not str:
+        value = str.__str__(value) if isinstance(value, str) else value  # numpy's, or an enum's
+    if type(value) is not str or not 0 < len(value) <= ID_LENGTH or not value.isprintable():
+        raise InvalidValueError(name, value, _AN_ID + _hint(name, value))
     return value
+
+
+_AN_ID = f"text of 1 to {ID_LENGTH} characters without control characters"
+
+
+def _hint(name: str, value: Any) -> str:
+    """What to do about a record that was passed instead of its id."""
+    field = name.split("[")[0].rpartition(".")[2]
+    field = (
+        field.removesuffix("_in").removesuffix("s") if field not in getattr(type(value), "model_fields", ()) else field
+    )
+    is_record = isinstance(value, BaseModel) and field in type(value).model_fields
+    return f"; pass its {field}" if is_record else ""
 
 
 def optional_identifier(name: str, value: Any) -> str | None:
@@ -110,17 +125,66 @@ def identifiers(name: str, values: Any) -> list[str]:
     if isinstance(values, str) or not isinstance(values, (Sequence, set, frozenset, dict)):
         raise InvalidValueError(name, values, "a list of ids")
     for value in values:
-        if not isinstance(value, str):
-            hint = "; pass its rollout_id" if isinstance(value, Rollout) else ""
-            raise InvalidValueError(name, f"[... {type(value).__name__} ...]", f"a list of ids (texts){hint}")
+        if type(value) is not str or not 0 < len(value) <= ID_LENGTH or not value.isprintable():
+            return [identifier(f"{name}[{index}]", value) for index, value in enumerate(values)]
     return list(values)
+
+
+def listed(name: str, values: Any, expected: str) -> list[Any]:
+    """Anything that can be gone through, as a list; a text or mapping is a mistake."""
+    if isinstance(values, (str, bytes, Mapping, BaseModel)) or not isinstance(values, Iterable):
+        raise InvalidValueError(name, values, expected)
+    return list(values)
+
+
+def pairs(name: str, values: Any) -> list[tuple[str, str]]:
+    """Pairs of a rollout's id and one of its attempts'."""
+    expected = "a list of pairs: rollout id, attempt id"
+    made = []
+    for index, value in enumerate(listed(name, values, expected)):
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise InvalidValueError(f"{name}[{index}]", value, "a pair: rollout id, attempt id")
+        made.append(
+            (identifier(f"{name}[{index}].rollout_id", value[0]), identifier(f"{name}[{index}].attempt_id", value[1]))
+        )
+    return made
+
+
+def names(rollout_id: Any, attempt_id: Any) -> dict[str, Any]:
+    """The arguments that name an attempt."""
+    return {
+        "rollout_id": identifier("rollout_id", rollout_id),
+        "attempt_id": identifier("attempt_id", attempt_id),
+    }
+
+
+def spans(values: Any) -> list[Span]:
+    """A list of spans."""
+    return [validated(Span, value) for value in listed("spans", values, "a list of spans")]
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    found = plain.scalar(value)
+    if type(found) is not bool:
+        raise InvalidValueError(name, value, "True or False")
+    return found
+
+
+def optional_text(name: str, value: Any) -> str | None:
+    """Text, or None."""
+    if value is None or type(value) is str:
+        return value
+    if not isinstance(value, str):
+        raise InvalidValueError(name, value, "text or None")
+    return str.__str__(value)
 
 
 def queue_names(values: Any) -> list[str]:
     """Names of queues to claim from, at least one."""
-    if values == ("default",):
+    if type(values) is tuple and values == ("default",):
         return ["default"]
-    names = list(dict.fromkeys(identifier("queues", name) for name in identifiers("queues", values)))
+    names = list(dict.fromkeys(identifiers("queues", values)))
     if not names:
         raise InvalidValueError("queues", values, "at least one name of a queue")
     return names
@@ -172,7 +236,11 @@ class Encoder:
 
     def request(self, request: EnqueueRolloutRequest) -> dict[str, Any]:
         """The arguments that make a rollout; group and tags are lifted from metadata when they are absent there."""
+        if len(request.__dict__) < len(_REQUEST):  # made without validation
+            request = EnqueueRolloutRequest.model_validate(request.__dict__)
         metadata = request.metadata or {}
+        if not isinstance(metadata, Mapping):
+            raise InvalidValueError("metadata", metadata, "a mapping")
         group_id, tags = request.group_id, request.tags
         if group_id is None and isinstance(lifted := metadata.get("group_id"), str):
             group_id = lifted if 0 < len(lifted) <= ID_LENGTH and lifted.isprintable() else None
@@ -188,7 +256,7 @@ class Encoder:
         if request.mode is not None:
             encoded["mode"] = request.mode
         if request.resources_id is not None:
-            encoded["resources_id"] = request.resources_id
+            encoded["resources_id"] = identifier("resources_id", request.resources_id)
         if request.rollout_id is not None:
             encoded["rollout_id"] = identifier("rollout_id", request.rollout_id)
             encoded["digests"] = [digest(request.input, encoded["input"]), digest(metadata, encoded["metadata"])]
@@ -205,19 +273,26 @@ class Encoder:
     def span(self, span: Span, *, numbered: bool = True) -> list[Any]:
         """A span as index and encoded body, in the order of `core.records.Span` behind rollout and attempt."""
         values = span.__dict__
-        name, span_id = values["name"], values["span_id"]
-        body = _body(values, span.__pydantic_extra__)
+        try:
+            index = tuple(map(values.__getitem__, _SPAN_INDEX))
+            body = _body(values, span.__pydantic_extra__)
+        except (AttributeError, KeyError, TypeError):  # it was changed, or made, without validation
+            span = Span.model_validate(values)
+            return self.span(span, numbered=numbered)
+        if tuple(map(type, index)) not in _SPAN_TYPES or not _are_right(*index):
+            index = _checked(*index)
+        sequence_id, _, _, span_id, trace_id, parent_id, name, start_time, end_time = index
         encoded = encode(body, f"span {span_id}", self._span_bytes)
         if is_pickled(encoded):  # numbers of numpy or torch, perhaps, which came in after the span was checked
             encoded = encode(plain.plainest(body), f"span {span_id}", self._span_bytes)
         return [
-            values["sequence_id"] if numbered else -1,
+            sequence_id if numbered else -1,
             span_id,
-            values["trace_id"],
-            values["parent_id"],
+            trace_id,
+            parent_id,
             name,
-            values["start_time"],
-            values["end_time"],
+            start_time,
+            end_time,
             reward_of(name, values["attributes"]) if name == REWARD_SPAN else None,
             encoded,
             -1 if self._estimator is None else max(int(self._estimator(span)), 0),
@@ -227,6 +302,60 @@ class Encoder:
         """Named resources, validated before, as a payload, and whether they hold an object."""
         holds_objects = any(isinstance(resource, ObjectResource) for resource in resources.values())
         return encode(resources, "resources", self._value_bytes), holds_objects
+
+
+#: What of a span the store looks at.
+_SPAN_INDEX = (
+    "sequence_id", "rollout_id", "attempt_id", "span_id", "trace_id", "parent_id", "name", "start_time", "end_time",
+)  # fmt: skip
+_NUMBERS = 2**62  #: numbers of spans are below
+_NONE = type(None)
+_SPAN_TYPES = frozenset(
+    (int, str, str, str, str, parent, str, start, end)
+    for parent in (str, _NONE)
+    for start in (float, int, _NONE)
+    for end in (float, int, _NONE)
+)
+_REQUEST = EnqueueRolloutRequest.model_fields
+
+
+def _are_right(
+    sequence_id: int, rollout_id: str, attempt_id: str, span_id: str, trace_id: str,
+    parent_id: str | None, name: str, start_time: float | None, end_time: float | None,
+) -> bool:  # fmt: skip
+    """Whether the index of a span is in order, its types being so; all ids at one look."""
+    ids = rollout_id + attempt_id + span_id + trace_id
+    return (
+        0 <= sequence_id < _NUMBERS
+        and len(ids) <= ID_LENGTH
+        and ids.isprintable()
+        and bool(rollout_id and attempt_id and span_id and trace_id)
+        and start_time == start_time
+        and end_time == end_time
+    )
+
+
+def _checked(
+    sequence_id: Any, rollout_id: Any, attempt_id: Any, span_id: Any, trace_id: Any,
+    parent_id: Any, name: Any, start_time: Any, end_time: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The index of a span, with plain values; what is wrong in it is named."""
+    number = plain.whole("span.sequence_id", sequence_id, at_least=0)
+    if number >= _NUMBERS:
+        raise InvalidValueError("span.sequence_id", sequence_id, "a whole number below 2**62")
+    if not isinstance(name, str):
+        raise InvalidValueError("span.name", name, "text")
+    return (
+        number,
+        identifier("span.rollout_id", rollout_id),
+        identifier("span.attempt_id", attempt_id),
+        identifier("span.span_id", span_id),
+        identifier("span.trace_id", trace_id),
+        optional_text("span.parent_id", parent_id),
+        str.__str__(name),
+        None if start_time is None else finite("span.start_time", start_time),
+        None if end_time is None else finite("span.end_time", end_time),
+    )
 
 
 def _body(values: dict[str, Any], extra: dict[str, Any] | None) -> list[Any]:

@@ -61,7 +61,7 @@ class _Packing:
             place = msgpack.packb([value.data, len(self._refs), len(value.refs)])
             self._refs.extend(value.refs)
             return msgpack.ExtType(_REFS, place)
-        raise TypeError(f"{type(value).__name__} cannot travel: {value!r}")
+        raise TypeError(f"{type(value).__name__} cannot travel")
 
     is_answer = False  #: then a payload without references has lost them, which the frame says
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Self
 
+from raystore import convert
 from raystore._sync import SyncStore
 from raystore.api import LightningStore
 from raystore.client.attempts import AttemptMethods
@@ -72,7 +73,10 @@ class StoreClient(
 
         Whether there was a live session of it.
         """
-        arguments = {"session_id": session_id, "worker_id": worker_id}
+        arguments = {
+            "session_id": convert.optional_identifier("session_id", session_id),
+            "worker_id": convert.optional_identifier("worker_id", worker_id),
+        }
         return bool(await self._transport.call("report_session", arguments))
 
     @property
@@ -88,7 +92,7 @@ class StoreClient(
         return {"name": type(self).__name__, **answer}  # type: ignore[typeddict-item]
 
     async def story(self, rollout_id: str) -> list[str]:
-        return list(await self._transport.call("story", {"rollout_id": rollout_id}))
+        return list(await self._transport.call("story", {"rollout_id": convert.identifier("rollout_id", rollout_id)}))
 
     async def check(self) -> None:
         await self._transport.call("check", {})

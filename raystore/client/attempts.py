@@ -29,7 +29,7 @@ class AttemptMethods(Connection):
 
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
         arguments = {
-            "rollout_id": rollout_id,
+            "rollout_id": convert.identifier("rollout_id", rollout_id),
             "worker_id": convert.optional_identifier("worker_id", worker_id),
         }
         return convert.attempted(await self._transport.call("start_attempt", arguments))
@@ -43,11 +43,17 @@ class AttemptMethods(Connection):
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Attempt]:
-        arguments = {"rollout_id": rollout_id, "sort_by": sort_by, "sort_order": sort_order}
+        arguments = {
+            "rollout_id": convert.identifier("rollout_id", rollout_id),
+            "sort_by": convert.optional_text("sort_by", sort_by),
+            "sort_order": sort_order,
+        }
         return await self._page("query_attempts", arguments, limit, offset, convert.attempt)
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
-        answer = await self._transport.call("get_latest_attempt", {"rollout_id": rollout_id})
+        answer = await self._transport.call(
+            "get_latest_attempt", {"rollout_id": convert.identifier("rollout_id", rollout_id)}
+        )
         return convert.attempt(answer) if answer else None
 
     async def finish_attempt(
@@ -71,11 +77,11 @@ class AttemptMethods(Connection):
         if outcome is not None:
             changes["outcome"] = validated(Outcome, outcome)
         if error is not None:
-            changes["error"] = error
-        if died:
+            changes["error"] = convert.optional_text("error", error)
+        if convert.flag("died", died):
             changes["died"] = True
-        rows = [self._encoder.span(span, numbered=False) for span in spans]
-        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, "spans": rows, "changes": changes}
+        rows = [self._encoder.span(span, numbered=False) for span in convert.spans(spans)]
+        arguments = {**convert.names(rollout_id, attempt_id), "spans": rows, "changes": changes}
         attempt, _ = await self._transport.call("finish", arguments)
         return convert.attempt(attempt)
 
@@ -84,7 +90,7 @@ class AttemptMethods(Connection):
 
         Answers with those whose work is of no use any more: superseded, finished, or deleted.
         """
-        useless = await self._transport.call("heartbeat", {"attempts_alive": [list(key) for key in attempts]})
+        useless = await self._transport.call("heartbeat", {"attempts_alive": convert.pairs("attempts", attempts)})
         return [(rollout_id, attempt_id) for rollout_id, attempt_id in useless]
 
     async def update_attempt(
@@ -105,5 +111,5 @@ class AttemptMethods(Connection):
             changes["last_heartbeat_time"] = convert.finite("last_heartbeat_time", last_heartbeat_time)
         if not isinstance(metadata, Unset):
             changes["metadata"] = self._encoder.mapping("metadata", metadata)
-        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, "changes": changes}
+        arguments = {**convert.names(rollout_id, attempt_id), "changes": changes}
         return convert.attempt(await self._transport.call("update_attempt", arguments))

@@ -44,7 +44,10 @@ class ResourceMethods(Connection):
         return resources
 
     async def get_resources_by_id(self, resources_id: str, version: int | None = None) -> ResourcesUpdate | None:
-        arguments = {"resources_id": resources_id, "version": version}
+        arguments = {
+            "resources_id": convert.identifier("resources_id", resources_id),
+            "version": None if version is None else convert.whole("version", version, at_least=-(2**31)),
+        }
         answer = await self._transport.call("get_resources", arguments)
         return convert.resources_update(answer) if answer else None
 
@@ -63,12 +66,14 @@ class ResourceMethods(Connection):
         offset: int = 0,
     ) -> PaginatedResult[ResourcesUpdate]:
         arguments = {
-            "resources_id": resources_id,
-            "resources_id_contains": resources_id_contains,
+            "resources_id": convert.optional_identifier("resources_id", resources_id),
+            "resources_id_contains": convert.optional_text("resources_id_contains", resources_id_contains),
             "sort_by": sort_by,
             "sort_order": sort_order,
         }
         return await self._page("query_resources", arguments, limit, offset, convert.resources_update)
 
     async def delete_resources(self, resources_id: str) -> None:
-        await self._transport.call("delete_resources", {"resources_id": resources_id})
+        await self._transport.call(
+            "delete_resources", {"resources_id": convert.identifier("resources_id", resources_id)}
+        )

@@ -32,6 +32,8 @@ from raystore.types import (
     Unset,
 )
 
+GROUP_ITEMS = 1_000_000  #: rollouts of one group, made by one call
+
 
 class RolloutMethods(Connection):
     """Rollouts: enqueue, claim, query, update, cancel, release, delete."""
@@ -83,7 +85,10 @@ class RolloutMethods(Connection):
         return convert.pair(answer[0])
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
-        requests = [self._encoder.request(validated(EnqueueRolloutRequest, request)) for request in rollouts]
+        requests = [
+            self._encoder.request(validated(EnqueueRolloutRequest, request))
+            for request in convert.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")
+        ]
         return await self._enqueue_all(requests)
 
     async def _enqueue_all(self, requests: list[dict[str, Any]]) -> list[Rollout]:
@@ -113,6 +118,8 @@ class RolloutMethods(Connection):
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[Rollout]:
         n = convert.whole("n", n, at_least=1)
+        if n > GROUP_ITEMS:
+            raise InvalidValueError("n", n, f"at most {GROUP_ITEMS:,} rollouts in one call")
         request = EnqueueRolloutRequest(
             input=input,
             mode=mode,
@@ -170,24 +177,26 @@ class RolloutMethods(Connection):
         status_in = status if status_in is None else status_in
         rollout_id_in = rollout_ids if rollout_id_in is None else rollout_id_in
         arguments = {
-            "status_in": None if status_in is None else validated(list[RolloutStatus], list(status_in)),
+            "status_in": None
+            if status_in is None
+            else validated(list[RolloutStatus], convert.listed("status_in", status_in, "a list of statuses")),
             "rollout_id_in": None if rollout_id_in is None else convert.identifiers("rollout_id_in", rollout_id_in),
-            "rollout_id_contains": rollout_id_contains,
+            "rollout_id_contains": convert.optional_text("rollout_id_contains", rollout_id_contains),
             "filter_logic": filter_logic,
             "must": {
-                "group_id": group_id,
+                "group_id": convert.optional_identifier("group_id", group_id),
                 "tags": convert.tag_dict("tags", tags),
-                "queue": queue,
-                "worker_id": worker_id,
+                "queue": convert.optional_identifier("queue", queue),
+                "worker_id": convert.optional_identifier("worker_id", worker_id),
                 "mode": validated(RolloutMode | None, mode),
             },
-            "sort_by": sort_by,
+            "sort_by": convert.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
         }
         return await self._page("query_rollouts", arguments, limit, offset, convert.pair)
 
     async def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
-        answer = await self._transport.call("get_rollout", {"rollout_id": rollout_id})
+        answer = await self._transport.call("get_rollout", {"rollout_id": convert.identifier("rollout_id", rollout_id)})
         return convert.pair(answer) if answer else None
 
     async def update_rollout(
@@ -213,9 +222,8 @@ class RolloutMethods(Connection):
             changes["config"] = self._encoder.config(validated(RolloutConfig, config))
         if not isinstance(metadata, Unset):
             changes["metadata"] = self._encoder.mapping("metadata", metadata)
-        return convert.pair(
-            await self._transport.call("update_rollout", {"rollout_id": rollout_id, "changes": changes})
-        )
+        arguments = {"rollout_id": convert.identifier("rollout_id", rollout_id), "changes": changes}
+        return convert.pair(await self._transport.call("update_rollout", arguments))
 
     async def cancel_rollouts(
         self,

@@ -9,11 +9,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from raystore import convert
 from raystore.client.connection import Connection, cut
 from raystore.convert import validated
 from raystore.core.payload import size_of
-from raystore.errors import InvalidValueError
+from raystore.errors import InvalidValueError, StoreError
 from raystore.types import (
     FilterLogic,
     PaginatedResult,
@@ -28,10 +30,11 @@ class SpanMethods(Connection):
     """Spans: numbers, adding, querying."""
 
     async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
-        return int((await self._transport.call("next_numbers", {"rollout_ids": [rollout_id]}))[0])
+        named = convert.names(rollout_id, attempt_id)
+        return int((await self._transport.call("next_numbers", {"rollout_ids": [named["rollout_id"]]}))[0])
 
     async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
-        rollout_ids = [rollout_id for rollout_id, _ in rollout_attempt_ids]
+        rollout_ids = [rollout_id for rollout_id, _ in convert.pairs("rollout_attempt_ids", rollout_attempt_ids)]
         return list(await self._transport.call("next_numbers", {"rollout_ids": rollout_ids}))
 
     async def add_span(self, span: Span) -> Span | None:
@@ -46,8 +49,8 @@ class SpanMethods(Connection):
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         groups: dict[tuple[str, str], list[tuple[Span, list[Any]]]] = {}
-        for span in spans:
-            row = self._encoder.span(validated(Span, span))
+        for span in convert.spans(spans):
+            row = self._encoder.span(span)
             groups.setdefault((span.rollout_id, span.attempt_id), []).append((span, row))
         parts: list[list[Span]] = []
         arguments = []
@@ -68,6 +71,7 @@ class SpanMethods(Connection):
 
     async def add_unnumbered_spans(self, spans: Sequence[Span]) -> None:
         """Store spans of one attempt, numbered by the store in the order given; for runners."""
+        spans = convert.spans(spans)
         for first, last in cut([0] * len(spans)):
             rows = [self._encoder.span(span, numbered=False) for span in spans[first:last]]
             arguments = {"rollout_id": spans[0].rollout_id, "attempt_id": spans[0].attempt_id, "spans": rows}
@@ -76,10 +80,17 @@ class SpanMethods(Connection):
     async def add_otel_span(
         self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
     ) -> Span | None:
-        span = Span.from_opentelemetry(readable_span, rollout_id, attempt_id, sequence_id or 0)
+        arguments = convert.names(rollout_id, attempt_id)
+        number = 0 if sequence_id is None else convert.whole("sequence_id", sequence_id, at_least=0)
+        try:
+            span = Span.from_opentelemetry(readable_span, **arguments, sequence_id=number)
+        except (StoreError, ValidationError):
+            raise
+        except (AttributeError, TypeError, ValueError) as error:
+            expected = f"a ReadableSpan of OpenTelemetry (a Span of raystore goes to add_span); {error}"
+            raise InvalidValueError("readable_span", readable_span, expected) from None
         if sequence_id is not None:
             return await self.add_span(span)
-        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id}
         rows = [self._encoder.span(span, numbered=False)]
         ((stored, span.sequence_id),) = await self._transport.call("add_spans", {**arguments, "spans": rows})
         if stored:
@@ -115,14 +126,20 @@ class SpanMethods(Connection):
             "name": name_contains,
         }
         arguments = {
-            "rollout_id": rollout_id,
-            "attempt_id": attempt_id,
-            "equal": {field: value for field, value in equal.items() if value is not None},
-            "containing": {field: value for field, value in containing.items() if value is not None},
+            "rollout_id": convert.identifier("rollout_id", rollout_id),
+            "attempt_id": convert.optional_identifier("attempt_id", attempt_id),
+            "equal": {
+                field: convert.optional_text(field, value) for field, value in equal.items() if value is not None
+            },
+            "containing": {
+                field: convert.optional_text(f"{field}_contains", value)
+                for field, value in containing.items()
+                if value is not None
+            },
             "filter_logic": filter_logic,
-            "sort_by": sort_by,
+            "sort_by": convert.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
-            "allow_partial": allow_partial,
+            "allow_partial": convert.flag("allow_partial", allow_partial),
         }
         return await self._page("query_spans", arguments, limit, offset, convert.span)
 
@@ -134,9 +151,13 @@ class SpanMethods(Connection):
         allow_partial: bool = False,
     ) -> dict[str, list[Span]]:
         ids = convert.identifiers("rollout_ids", rollout_ids)
-        if attempt_id not in ("latest", None):
+        if attempt_id is not None and convert.optional_text("attempt_id", attempt_id) != "latest":
             raise InvalidValueError("attempt_id", attempt_id, "'latest' or None")
-        arguments = {"rollout_ids": ids, "attempt_id": attempt_id, "allow_partial": allow_partial}
+        arguments = {
+            "rollout_ids": ids,
+            "attempt_id": attempt_id,
+            "allow_partial": convert.flag("allow_partial", allow_partial),
+        }
         found: dict[str, list[Span]] = {rollout_id: [] for rollout_id in ids}
         items, _ = await self._many("query_many_spans", arguments)
         for item in items:

@@ -26,9 +26,7 @@ class TrainingMethods(Connection):
 
     async def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
         named = _named(batch) | {"at_step": convert.whole("step", step, at_least=0)}
-        if note is not None and not isinstance(note, str):
-            raise TypeError(f"note={note!r} is not valid: expected text or None")
-        await self._transport.call("ack", named | {"note": note})
+        await self._transport.call("ack", named | {"note": convert.optional_text("note", note)})
 
     async def nack(self, batch: Batch) -> None:
         await self._transport.call("nack", _named(batch))
@@ -46,8 +44,11 @@ class TrainingMethods(Connection):
 
 
 def _named(batch: Batch) -> dict[str, object]:
-    batch = validated(Batch, batch)
-    return {"consumer": batch.consumer, "batch": batch.number}
+    values = validated(Batch, batch).__dict__  # it may have been changed since, or made, without validation
+    return {
+        "consumer": convert.identifier("batch.consumer", values.get("consumer")),
+        "batch": convert.whole("batch.number", values.get("number"), at_least=0),
+    }
 
 
 def _at(consumer: str, step: int) -> dict[str, object]:

@@ -10,6 +10,7 @@ from time import monotonic
 
 from raystore import convert
 from raystore.client.connection import Connection
+from raystore.convert import validated
 from raystore.types import (
     AnyRollout,
     Change,
@@ -35,7 +36,7 @@ class WaitingMethods(Connection):
         return [convert.pair(item) for item in finished], cursor
 
     async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
-        finished, _ = await self._wait([rollout_id], timeout)
+        finished, _ = await self._wait([convert.identifier("rollout_id", rollout_id)], timeout)
         return finished[0] if finished else None
 
     async def as_completed(
@@ -77,7 +78,12 @@ class WaitingMethods(Connection):
         queue: str | None = None,
         mode: RolloutMode | None = None,
     ) -> Page[AnyRollout]:
-        filters = {"group_id": group_id, "tags": convert.tag_dict("tags", tags), "queue": queue, "mode": mode}
+        filters = {
+            "group_id": convert.optional_identifier("group_id", group_id),
+            "tags": convert.tag_dict("tags", tags),
+            "queue": convert.optional_identifier("queue", queue),
+            "mode": validated(RolloutMode | None, mode),
+        }
         arguments = {
             "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),
             "limit": convert.whole("limit", limit, at_least=1),

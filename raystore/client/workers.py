@@ -37,16 +37,18 @@ class WorkerMethods(Connection):
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
         arguments = {
-            "status_in": None if status_in is None else validated(list[WorkerStatus], list(status_in)),
-            "worker_id_contains": worker_id_contains,
+            "status_in": None
+            if status_in is None
+            else validated(list[WorkerStatus], convert.listed("status_in", status_in, "a list of statuses")),
+            "worker_id_contains": convert.optional_text("worker_id_contains", worker_id_contains),
             "filter_logic": filter_logic,
-            "sort_by": sort_by,
+            "sort_by": convert.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
         }
         return await self._page("query_workers", arguments, limit, offset, convert.worker)
 
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:
-        answer = await self._transport.call("get_worker", {"worker_id": worker_id})
+        answer = await self._transport.call("get_worker", {"worker_id": convert.identifier("worker_id", worker_id)})
         return convert.worker(answer) if answer else None
 
     async def update_worker(self, worker_id: str, heartbeat_stats: dict[str, Any] | Unset = UNSET) -> Worker:
