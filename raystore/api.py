@@ -127,8 +127,8 @@ class LightningStore(ABC):
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         """Enqueue many, in order; the answers are in the order of the requests.
 
-        Validated and admitted against `max_queued` as a whole; "latest resources" is resolved once. Takes effect in
-        parts of at most 512 items or 1 MiB.
+        Validated, admitted against `max_queued` and enqueued as a whole; "latest resources" is resolved once. What
+        exists already does not count against `max_queued`, so that the call can be repeated.
         """
 
     @abstractmethod

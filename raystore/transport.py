@@ -34,6 +34,9 @@ class Transport(Protocol):
     def abandon(self, call: Call) -> None:
         """Nobody waits for a call that was issued: if it has not left, it never was."""
 
+    def tell(self, verb: str, arguments: dict[str, Any]) -> None:
+        """Issue an operation whose answer nobody waits for."""
+
     def listen_for_notices(self, handler: Handler) -> Callable[[], None]:
         """Call `handler` (kind, rollout id, attempt id) for what becomes of this process's attempts; how to stop."""
 
@@ -155,6 +158,10 @@ class LocalTransport:
                 return kept
             # The loop was blocked for so long that all of the work went to somebody else: try again.
             arguments = with_time_left(waits, self.service.clock.now() - started)
+
+    def tell(self, verb: str, arguments: dict[str, Any]) -> None:
+        with contextlib.suppress(StoreError):
+            self.service.call(self._session, 0, verb, arguments, _nobody)
 
     def abandon(self, call: Call) -> None:
         """The caller has gone: it waits no longer, and what it was handed goes back."""

@@ -51,36 +51,42 @@ class Connection:
         """
         for again in range(TRIES, -1, -1):
             answer = await self._transport.call(verb, arguments)
-            if isinstance(answer, Many):
-                return answer.items, answer.total
-            items, beside, *more = answer
-            token = more[0] if more else None
             try:
-                while token is not None:
-                    part, _, token = await self._transport.call("more", {"token": token})
-                    items += part
+                return await self._whole(answer)
             except AnswerGoneError:
                 if not again:
                     raise
-            else:
-                return items, beside
         raise AssertionError("the last try returns or raises")
+
+    async def _whole(self, answer: Any) -> tuple[list[Any], Any]:
+        """A long answer with the parts that follow it."""
+        if isinstance(answer, Many):
+            return answer.items, answer.total
+        items, beside, *more = answer
+        token = more[0] if more else None
+        while token is not None:
+            part, _, token = await self._transport.call("more", {"token": token})
+            items += part
+        return items, beside
 
     async def _parts(self, verb: str, parts: list[dict[str, Any]]) -> list[Any]:
         """Run the parts of a bulk call; their answers. A caller that is cancelled takes back what has not left."""
-        calls = self._post_parts(verb, parts)
+        chain_id = next(_chain_ids)
+        calls = self._post_parts(verb, chain_id, parts)
         try:
             return [await call for call in calls]
-        except BaseException:
+        except BaseException as error:
             for call in calls:
                 self._transport.abandon(call)
+            if len(calls) > 1 and not isinstance(error, (Exception, GeneratorExit)):
+                self._transport.tell("end_chain", {"chain_id": chain_id})
             raise
 
-    def _post_parts(self, verb: str, parts: list[dict[str, Any]]) -> list[Call]:
+    def _post_parts(self, verb: str, chain_id: int, parts: list[dict[str, Any]]) -> list[Call]:
         """Issue the parts of a bulk call together; once one is refused, so are those behind it."""
         if len(parts) == 1:
             return [self._transport.post(verb, parts[0])]
-        chain_id, last = next(_chain_ids), len(parts) - 1
+        last = len(parts) - 1
         calls = [
             self._transport.post(verb, arguments | {"chain": [chain_id, number == last]})
             for number, arguments in enumerate(parts)

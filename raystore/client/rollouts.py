@@ -99,9 +99,10 @@ class RolloutMethods(Connection):
         sizes = [size_of(request["input"]) + size_of(request["metadata"]) for request in requests]
         answers = await self._parts(
             "enqueue",
-            [{"requests": requests[first:last], "admit": 0 if first else len(requests)} for first, last in cut(sizes)],
+            [{"requests": requests[first:last], "admit": len(requests)} for first, last in cut(sizes)],
         )
-        return [convert.pair(item) for answer in answers for item in answer]
+        items = answers[0] if len(answers) == 1 else (await self._whole(answers[-1]))[0] if answers else []
+        return [convert.pair(item) for item in items]
 
     async def enqueue_group(
         self,

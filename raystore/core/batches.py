@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from raystore.core.claims import claimed_again
-from raystore.core.line import AGAIN, PARTLY, VALUE, Kept, Reply
-from raystore.core.pieces import DIVISIBLE, pieces
+from raystore.core.consumers import unreserve
+from raystore.core.line import AGAIN, ERROR, PARTLY, VALUE, Kept, Reply
+from raystore.core.pieces import DIVISIBLE, RESERVING, pieces
 from raystore.core.state import Session, State
 from raystore.core.verbs import CHANGING
 
@@ -40,13 +41,19 @@ def _operation(given: Any) -> tuple[str, dict[str, Any]]:
 class Run:
     """A batch under way: an iterator of its items, and the answers so far."""
 
-    __slots__ = ("_catch_up", "_is_more", "_kept", "_operations", "_ran", "_state", "cut", "next")
+    __slots__ = ("_catch_up", "_is_more", "_kept", "_operations", "_ran", "_session", "_state", "cut", "next")
 
     def __init__(
-        self, state: State, kept: Kept, operations: list[Any], catch_up: Callable[[], None] = lambda: None
+        self,
+        state: State,
+        session: Session,
+        kept: Kept,
+        operations: list[Any],
+        catch_up: Callable[[], None] = lambda: None,
     ) -> None:
         """`catch_up` works off what is due before a long operation is cut, so that the cuts stay what they are."""
-        self._state, self._kept, self._operations, self._catch_up = state, kept, operations, catch_up
+        self._state, self._session, self._kept, self._operations = state, session, kept, operations
+        self._catch_up = catch_up
         self._ran: dict[int, Reply] = {}  # answers by number of the operation
         self.next = len(kept.replies)  # operation
         self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]
@@ -59,7 +66,7 @@ class Run:
 
     def __next__(self) -> Item:
         if self.cut:
-            return self.cut.popleft()
+            return self._piece()
         number = self.next
         if number >= len(self._operations):
             raise StopIteration
@@ -69,11 +76,20 @@ class Run:
         if verb not in DIVISIBLE:
             return Item(number, ticket, verb, arguments)
         self._catch_up()
-        cuts = pieces(self._state, verb, arguments)
+        cuts = pieces(self._state, self._session, verb, arguments, is_more=self._is_more)
         for index, piece in enumerate(cuts, 1):
             self.cut.append(Item(number, ticket, verb, piece, self._is_more or index > 1, index == len(cuts)))
         self._is_more = False
-        return self.cut.popleft()
+        return self._piece()
+
+    def _piece(self) -> Item:
+        """The next piece; of a deletion without what others have deleted meanwhile, or made anew since."""
+        item = self.cut.popleft()
+        if item.verb in RESERVING and self._session.session_id in self._state.deleting:
+            left = self._session.deleting
+            ids = [rollout_id for rollout_id in item.arguments["rollout_ids"] if rollout_id in left]
+            item = item._replace(arguments=item.arguments | {"rollout_ids": ids})
+        return item
 
     def go_on(self, number: int, cut: Iterable[Item]) -> None:
         """Go on where another run of the same batch stood."""
@@ -86,12 +102,16 @@ class Run:
         return bool(self.cut) or any(verb in CHANGING for verb in left)
 
     def answer(self, item: Item, reply: Reply) -> None:
-        """Note the answer of an item."""
+        """Note the answer of an item; a piece that was refused is the last one of its operation."""
         kept = self._kept.replies
+        is_last = item.is_last or reply[:1] == [ERROR]
+        if is_last:
+            self.cut.clear()
+            unreserve(self._state, self._session)
         if item.is_more:
             reply = _joined(kept.pop()[1], reply)
         self._ran[item.number] = reply
-        kept.append(to_keep(item.verb, reply) if item.is_last else [PARTLY, reply])
+        kept.append(to_keep(item.verb, reply) if is_last else [PARTLY, reply])
 
     @property
     def ran(self) -> dict[int, Reply]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore.core import attempts, bounds, workers
+from raystore.core import attempts, bounds, consumers, workers
 from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
 from raystore.core.rollouts import move, stop_waiting, unqueue
@@ -234,6 +234,8 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     session.held.clear()
     session.claims.clear()
     session.notices.clear()
+    session.chains.clear()
+    consumers.unreserve(state, session)
     if state.drained == session.session_id:
         state.drained = None
     state.session_deadlines.guard(session.session_id)

@@ -13,7 +13,7 @@ from typing import Any
 
 from raystore.core.lifecycle import FINISHED
 from raystore.core.rollouts import enter_eviction, enter_retention, release
-from raystore.core.state import NOBODY, Consumer, Entry, State, Step, Taken
+from raystore.core.state import NOBODY, Consumer, Session, State, Step, Taken
 from raystore.errors import BatchConflictError
 
 
@@ -59,21 +59,39 @@ def take(state: State, step: Step, consumer: str, count: int) -> tuple[int, list
 def _available(state: State, known: Consumer | None, count: int) -> list[str]:
     """Up to `count` rollouts that a consumer is to see next: first what came back to it, then what finished since."""
     returned = known.returned if known is not None else {}
-    chosen = [i for i in returned if i in state.entries and _is_for_training(state.entries[i])][:count]
+    chosen = [i for i in returned if i in state.entries and _is_for_training(state, i)][:count]
     if len(chosen) == count:
         return chosen
     for _, rollout_id in state.completions.after(known.cursor if known is not None else None):
-        if rollout_id not in returned and _is_for_training(state.entries[rollout_id]):
+        if rollout_id not in returned and _is_for_training(state, rollout_id):
             chosen.append(rollout_id)
             if len(chosen) == count:
                 break
     return chosen
 
 
-def _is_for_training(entry: Entry) -> bool:
+def _is_for_training(state: State, rollout_id: str) -> bool:
+    entry = state.entries[rollout_id]
+    if state.deleting and state.is_reserved(rollout_id):
+        return False
     if entry.rollout.status not in FINISHED or entry.rollout.status == "cancelled":
         return False
     return entry.latest is None or entry.latest.outcome != "dropped"
+
+
+def unreserve(state: State, session: Session) -> None:
+    """A long deletion has ended. What it did not reach may be taken again, also by those who were past it."""
+    if state.deleting.pop(session.session_id, None) is None:
+        return
+    left, session.deleting = session.deleting, {}
+    for rollout_id in left:
+        if rollout_id not in state.completions:
+            continue
+        place, taken = state.completions.place(rollout_id), state.entries[rollout_id].taken
+        for name, known in state.consumers.items():
+            if known.cursor is not None and place <= known.cursor and name not in taken:
+                known.returned.setdefault(rollout_id)
+        state.came_back = True
 
 
 def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: int, note: str | None) -> None:

@@ -476,7 +476,7 @@ class Run:
 
     __slots__ = ("_is_more", "_kept", "_operations", "_state", "cut", "next")
 
-    def __init__(self, state: State, kept: Kept, operations: list[Any]) -> None:
+    def __init__(self, state: State, session: Session, kept: Kept, operations: list[Any]) -> None:
         self._state, self._kept, self._operations = state, kept, operations
         self.next = len(kept.replies)
         self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]

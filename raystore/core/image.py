@@ -101,6 +101,8 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
 def _restore_session(state: State, values: dict[str, Any]) -> None:
     session = unpacked(Session, values)
     state.sessions[session.session_id] = session
+    if session.deleting:
+        state.deleting[session.session_id] = session
 
 
 def _restore_plain(state: State, values: list[Any]) -> None:

@@ -13,15 +13,15 @@ from raystore.core.rollouts import unqueue
 from raystore.core.state import State, Step, is_live_attempt
 from raystore.errors import SealedError
 
+FEW = 200  #: rollouts that are looked at one by one
+
 
 def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
     """Delete rollouts with all that belongs to them; holders of running attempts are told. Unknown ids are skipped."""
     deleted = 0
     rollout_ids = list(rollout_ids)
-    for rollout_id in rollout_ids:
-        entry = state.entries.get(rollout_id)
-        if entry is not None and entry.is_held:
-            raise SealedError(rollout_id, sorted(entry.taken))
+    if (held := held_among(state, rollout_ids)) is not None:
+        raise SealedError(held, sorted(state.entries[held].taken))
     for rollout_id in rollout_ids:
         entry = state.entries.get(rollout_id)
         if entry is None:
@@ -40,11 +40,23 @@ def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
         state.payload_bytes -= entry.bytes
         state.attempt_count -= len(entry.attempts)
         del state.entries[rollout_id]
+        for session in state.deleting.values():
+            session.deleting.pop(rollout_id, None)
         state.touch(rollout_id)
         state.finished.append(rollout_id)  # nobody should wait for it any longer
         state.changes.append(step.now, "deleted", rollout_id)
         deleted += 1
     return deleted
+
+
+def held_among(state: State, rollout_ids: list[str]) -> str | None:
+    """The first of these that a consumer holds; of many without a look at each, since old ones are on disk."""
+    if len(rollout_ids) < FEW:
+        held = (i for i in rollout_ids if (entry := state.entries.get(i)) is not None and entry.is_held)
+        return next(held, None)
+    by_batch = (batch for known in state.consumers.values() for batch in known.batches.values())
+    all_held = {rollout_id for batch in by_batch for rollout_id in batch}
+    return next((i for i in rollout_ids if i in all_held and i in state.entries), None)
 
 
 def due(state: State, now: float, limit: int) -> list[str]:

@@ -90,11 +90,10 @@ def _existing(state: State, request: Mapping[str, Any]) -> Entry | None:
 
 
 def enqueue_many(
-    state: State, step: Step, requests: Sequence[Mapping[str, Any]], *, admit: int | None, latest: str | None
+    state: State, step: Step, requests: Sequence[Mapping[str, Any]], *, latest: str | None
 ) -> list[Rollout]:
-    """Put rollouts at the tail of their queues; all of them or none.
+    """Put rollouts at the tail of their queues; all of them or none. Those that exist are not enqueued again.
 
-    `admit` is the size of the whole of which this is the first part (0 for later parts, which were admitted with it);
     `latest` is the resources id for requests that name none.
     """
     existing = [_existing(state, request) for request in requests]
@@ -103,7 +102,7 @@ def enqueue_many(
         rollout_id = request.get("rollout_id")
         if rollout_id is not None and seen.setdefault(rollout_id, request) is not request:
             raise InvalidValueError("rollout_id", rollout_id, "each caller-given id once per call")
-    new = existing.count(None) if admit is None else admit
+    new = existing.count(None)
     limit = state.settings.max_queued
     if limit is not None and new and len(state.queues) + new > limit:
         raise OverloadedError(len(state.queues), limit, RETRY_AFTER_SECONDS, new)

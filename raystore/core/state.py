@@ -83,11 +83,12 @@ class Step:
 class Chain:
     """What the parts of one bulk call share."""
 
-    __slots__ = ("notes", "refusal")
+    __slots__ = ("is_last", "notes", "refusal")
 
     def __init__(self) -> None:
         self.notes: dict[str, Any] = {}
         self.refusal: StoreError | None = None
+        self.is_last = False  # the part that runs is the last one
 
 
 def _keys(rows: list[Any]) -> list[AttemptKey]:
@@ -134,6 +135,8 @@ class Session:
     )
     #: Bulk calls of which the last part has not come yet.
     chains: dict[int, Chain] = declare(make=dict, pack=_chains_packed, unpack=_chains_unpacked, shows=_chains_packed)
+    #: Rollouts that a long deletion of it will reach, of which some pieces are still to run.
+    deleting: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
     line: Line = declare(make=Line, pack=packed, unpack=lambda values: unpacked(Line, values), in_digest=False)
     #: Which process it is: see `raystore.remote.lifelines`. None if it did not say.
     process: list[Any] | None = declare(None)
@@ -301,6 +304,7 @@ class State:
         self.resources = ResourceTable(settings.keep_resources)
         self.spans = SpanTable(keep_duplicates=settings.keep_duplicates)
         self.sessions: dict[str, Session] = {}
+        self.deleting: dict[str, Session] = {}  # those of which a long deletion is under way
         self.changes = ChangeFeed()
         self.completions = CompletionLog()
         self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
@@ -367,6 +371,17 @@ class State:
         if session is not None and key in session.lost:
             raise ClaimLostError(*key)
         raise AttemptNotFoundError(*key)
+
+    # -- what a long deletion will reach ---------------------------------------------------------------------------
+
+    def reserve(self, session: Session, rollout_ids: list[str]) -> None:
+        """Keep rollouts for a long deletion: nobody is given them to train on any more."""
+        session.deleting = dict.fromkeys(rollout_ids)
+        self.deleting[session.session_id] = session
+
+    def is_reserved(self, rollout_id: str) -> bool:
+        """Whether a deletion will reach a rollout."""
+        return any(rollout_id in session.deleting for session in self.deleting.values())
 
     # -- replacing records ---------------------------------------------------------------------------------------
 

@@ -58,11 +58,25 @@ def _start_rollout(state: State, step: Step, *, request: Request, worker_id: Id 
 
 def _enqueue(
     state: State, step: Step, *, requests: list[Request], admit: Whole | None = None, chain: InChain | None = None
-) -> list[Pair]:
-    # "Latest resources" is what it was for the first part of a chain.
-    latest = chain.notes.setdefault("latest", state.resources.latest_id) if chain else state.resources.latest_id
-    made = rollouts.enqueue_many(state, step, requests, admit=admit, latest=latest)
-    return [_with_attempt(state.entries[rollout.rollout_id]) for rollout in made]
+) -> list[Pair] | tuple[list[Pair], int]:
+    """All of them or none, also if they come in parts: those wait for the last one, which is answered for all.
+
+    `admit` says how many there are in all, so that a part that is missing is noticed.
+    """
+    latest = state.resources.latest_id
+    if chain is not None:
+        latest = chain.notes.setdefault("latest", latest)  # what it was for the first part
+        before: list[Request] = chain.notes.setdefault("requests", [])
+        if not chain.is_last:
+            before.extend(requests)
+            return []
+        requests = [*before, *requests]
+        if admit and len(requests) != admit:
+            assert step.session is not None
+            raise SessionEndedError(step.session.session_id)  # the one that the parts before came in
+    made = rollouts.enqueue_many(state, step, requests, latest=latest)
+    pairs = [_with_attempt(state.entries[rollout.rollout_id]) for rollout in made]
+    return pairs if chain is None else (pairs, len(pairs))
 
 
 def _dequeue(
@@ -471,6 +485,8 @@ def _sessions_of_worker(state: State, worker_id: str | None) -> list[Session]:
     ]
 
 
+CHAINS_KEPT = 64  #: bulk calls of a session of which the last part has not come
+
 is_part = checker(Part)  #: whether something says of an operation which part of a bulk call it is
 
 
@@ -514,17 +530,28 @@ def perform(state: State, step: Step, spec: Verb, arguments: dict[str, Any]) -> 
         return spec.run(state, step, **(arguments | {"chain": chain}))
     except StoreError as error:
         chain.refusal = error
+        chain.notes.clear()
         raise
+
+
+def _end_chain(state: State, step: Step, *, chain_id: int) -> bool:
+    """The caller of a bulk call has gone before its last part left; whether there was anything of it."""
+    assert step.session is not None
+    return step.session.chains.pop(chain_id, None) is not None
 
 
 def _part(session: Session, given: tuple[int, bool], refuse: StoreError | None = None) -> Chain:
     """The chain that a part belongs to, which ends with its last part; raises what refused an earlier part."""
     chain_id, is_last = given
     chain = session.chains.setdefault(chain_id, Chain())
+    chain.is_last = is_last
     if is_last:
         del session.chains[chain_id]
+    elif len(session.chains) > CHAINS_KEPT:
+        del session.chains[next(iter(session.chains))]
     if refuse is not None:
         chain.refusal = chain.refusal or refuse
+        chain.notes.clear()
     elif chain.refusal is not None:
         raise again(chain.refusal)
     return chain
@@ -570,6 +597,7 @@ VERBS: dict[str, Verb] = {
     "query_workers": Verb(_query_workers, changes=False),
     "get_worker": Verb(_get_worker, changes=False),
     "report_session": Verb(_report_session),
+    "end_chain": Verb(_end_chain),
 }
 
 CHANGING = frozenset(name for name, verb in VERBS.items() if verb.changes)  #: what must not run twice

@@ -86,7 +86,7 @@ class Replay:
         for session_id, record, sequence, parts, number, cut in more["runs"]:
             header, *operations = wire.split(parts, None)
             kept = state.sessions[session_id].line.kept.get(sequence) or Kept(header[6], [])
-            run = _RULES[format_].run_of(state, kept, operations)
+            run = _RULES[format_].run_of(state, state.sessions[session_id], kept, operations)
             run.go_on(number, [Item(*row) for row in cut])
             follower._runs[session_id] = _Begun(record, sequence, run, parts)
         state.spans.written = follower.last
@@ -166,7 +166,7 @@ class Replay:
         kept = line.begin(sequence, first_ticket)
         del kept.replies[begun:]
         kept.replies.extend([AGAIN] * (begun - len(kept.replies)))  # what left no record changed nothing
-        run = self._rules.run_of(self.state, kept, operations)
+        run = self._rules.run_of(self.state, self._session(told), kept, operations)
         self._runs[session_id] = _Begun(self.last, sequence, run, parts)
         self._run(told, count)
 

@@ -116,7 +116,7 @@ class Inbox:
             return self._again(before, operations) if before else [], lost
         kept = line.begin(sequence, first_ticket)
         before = Kept(first_ticket, list(kept.replies))  # of a process that ran this store before
-        run = Run(self.service.state, kept, operations, self.service.catch_up)
+        run = Run(self.service.state, self.session, kept, operations, self.service.catch_up)
         source = Source(self.session.session_id, sequence, first_ticket, parts, len(kept.replies))
         is_done = False
         while not is_done:

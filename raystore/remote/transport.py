@@ -7,15 +7,14 @@ Not here: what a session does (`session`).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from raystore.calls import Call
-from raystore.errors import (
-    StoreClosedError,
-)
+from raystore.errors import StoreClosedError, StoreUnavailableError
 from raystore.notices import Handler
 from raystore.remote.handshake import describe, find_actor, ray_connection
 from raystore.remote.outgoing import Operation
@@ -86,6 +85,10 @@ class ActorTransport:
     def abandon(self, call: Call) -> None:
         assert isinstance(call, Operation)
         self.session.abandon(call)
+
+    def tell(self, verb: str, arguments: dict[str, Any]) -> None:
+        with contextlib.suppress(StoreClosedError, StoreUnavailableError):
+            self.session.post(verb, arguments, awaited=False)
 
     def listen_for_notices(self, handler: Handler) -> Callable[[], None]:
         return self.session.notices.listen(handler)

@@ -52,8 +52,8 @@ SAMPLES = {
     Session: {
         "session_id": "other", "last_heard": 9.0, "eternal": True, "ended_at": 9.0, "claims": {("mine", "at"): 1.0},
         "held": {("mine", "at"): None}, "lost": {("mine", "at-9"): ATTEMPT},
-        "notices": [("cancelled", "mine", "at")], "chains": {3: CHAIN}, "line": Line(expected=4),
-        "process": ["node", "machine", 4, 5, "job", False], "reserved_since": 9.0,
+        "notices": [("cancelled", "mine", "at")], "chains": {3: CHAIN}, "deleting": {"mine": None},
+        "line": Line(expected=4), "process": ["node", "machine", 4, 5, "job", False], "reserved_since": 9.0,
     },
     Line: {
         "expected": 3, "answered": 2, "ahead": {5}, "kept": {2: Kept(1, [[0, None]])},

@@ -105,6 +105,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "story": {"rollout_id": "r0"},
     "check": {},
     "tick": {"seconds": 0.001, "sessions": False},
+    "end_chain": {"chain_id": 7},
     "more": {"token": 1},
     "close_session": {},
 }  # fmt: skip
