@@ -96,6 +96,9 @@ class SimulatedLog:
     def watch(self, on_failure: Any) -> None:
         """Who finds out that it was replaced, finds out by its answers here."""
 
+    def let_go(self) -> None:
+        """Nobody refers to its store any more."""
+
     def admit(self, size: int) -> None:
         """There is always room."""
 
