@@ -251,12 +251,12 @@ class Service:
 
     def do(self, kind: str, step: Step, *arguments: Any) -> Any:
         """A change that is no operation of a caller."""
-        minted, drained = step.minted, self.state.drained
+        minted, reservations = step.minted, self.state.reservations
         try:
             done = STEPS[kind](self.state, step, *arguments)
         except Exception:
             self._fail(kind, {})
-        is_change = done or kind != "hand_over" or self.state.drained != drained
+        is_change = done or kind != "hand_over" or self.state.reservations != reservations
         if self._recorder is not None and is_change:
             self._recorder.change(kind, step, minted, arguments)
         return done

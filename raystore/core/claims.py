@@ -85,6 +85,7 @@ def _head(state: State, queues: list[str], lines: tuple[int, ...]) -> Entry | No
 def _reserve(state: State, step: Step, session: Session) -> None:
     """Let a session take nothing more for a while: it runs a suspect, or is to fall idle for one."""
     session.reserved_since = step.age
+    state.reservations += 1
     state.patience_deadlines.guard((True, session.session_id))
 
 

@@ -330,6 +330,7 @@ class State:
         self.noticed: set[str] = set()
         self.ended: list[str] = []
         self.withdrawals = 0
+        self.reservations = 0
         self.touched: dict[str, None] = {}  # with a journal: rollouts that were changed since they were last verified
 
     def configure(self, settings: Settings) -> None:

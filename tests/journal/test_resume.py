@@ -244,3 +244,43 @@ def test_a_run_is_opened_for_reading(open_store, path):
     assert rs.recover(path).sync.get_rollout_by_id(rollout.rollout_id).status == "succeeded"
     with pytest.raises(JournalMissingError):
         rs.recover(path / "elsewhere")
+
+
+def test_a_session_that_is_reserved_while_it_waits_is_in_the_journal(open_store, path):
+    """A waiting call that is offered nothing may be reserved for a suspect, and that must come back."""
+    store = open_store()
+    service = store._service
+    busy = service.open_session("busy")
+
+    def call(session, verb, **arguments):
+        return service.call(session, 1, verb, arguments, lambda ticket, value: True)
+
+    def lose(queue):
+        dying = service.open_session(f"dying of {queue}")
+        request = {"input": b"\x01\xa1s", "metadata": None, "queue": queue}
+        rollout, _ = call(dying, "start_rollout", request=request, worker_id=None)
+        service.end_session(dying, why="test")
+        assert rollout.rollout_id in service.state.suspects
+
+    def start():
+        request = {"input": b"\x01\xa1l", "metadata": None}
+        return call(busy, "start_rollout", request=request, worker_id=None)[1]
+
+    wanted = {"limit": 1, "worker_id": None}
+    first = start()
+    lose("one")
+    assert call(busy, "dequeue", queues=["one"], **wanted) == []  # it is drained
+    call(
+        busy,
+        "update_attempt",
+        rollout_id=first.rollout_id,
+        attempt_id=first.attempt_id,
+        changes={"status": "succeeded"},
+    )
+    start()
+    assert busy.reserved_since is None and service.state.drained == "busy"
+    call(busy, "dequeue", queues=["two"], timeout=60.0, **wanted)
+    lose("two")
+    assert busy.reserved_since is not None
+    store.close()
+    assert_same(service.state, path)
