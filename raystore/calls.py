@@ -8,8 +8,9 @@ Not here: how an operation reaches the store (`transport`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -88,6 +89,23 @@ class Call:
         else:
             yield self  # to run_blocking
         return self.result()
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Call:
+    """Run a function on a thread of its own; may be awaited by a client's coroutine, whoever drives that."""
+    call = Call("thread")
+
+    def run() -> None:
+        try:
+            call.put(function(*arguments), None)
+        except Exception as error:
+            call.put(None, error)
+        if call.loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                call.loop.call_soon_threadsafe(call.wake)
+
+    threading.Thread(target=run, name="raystore-object", daemon=True).start()
+    return call
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:

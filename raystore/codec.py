@@ -127,8 +127,8 @@ def is_pickled(payload: bytes | Payload) -> bool:
     return (payload.data if isinstance(payload, Payload) else payload)[0] == PICKLED
 
 
-def decode(payload: Opaque) -> Any:
-    """The value that a payload stands for; None for none."""
+def decode(payload: Opaque, *, lost: Any = None) -> Any:
+    """The value that a payload stands for, None for none. References that are gone are `lost`, or else raise."""
     if payload is None:
         return None
     if payload == _EMPTY:  # the metadata of most rollouts
@@ -144,15 +144,18 @@ def decode(payload: Opaque) -> Any:
     stream = io.BytesIO(data)
     stream.seek(1)
     unpickler = _Unpickler(stream)
-    unpickler.refs = refs
+    unpickler.refs, unpickler.lost = refs, lost
     return unpickler.load()
 
 
 class _Unpickler(pickle.Unpickler):
     refs: tuple[Any, ...] = ()
+    lost: Any = None
 
     def persistent_load(self, pid: Any) -> Any:
         if pid >= len(self.refs):
+            if self.lost is not None:
+                return self.lost
             raise PayloadLostError(
                 "an object reference", "the store was started again since; a journal keeps no objects"
             )

@@ -27,6 +27,8 @@ FALLBACK_CAPACITY_BYTES = 8 * 1024 * MIB
 #: Bytes; beyond these, pass a reference. Real traces reach 100-400 MB for a rollout, in many spans.
 DEFAULT_LIMITS = {"value_bytes": 16 * MIB, "span_bytes": 64 * MIB, "call_bytes": 64 * MIB}
 
+DEFAULT_JOURNAL_OBJECT_BYTES = 64 * MIB  #: of the largest object of resources that a journal keeps
+
 
 @dataclass(slots=True)
 class StoreConfig:
@@ -47,6 +49,7 @@ class StoreConfig:
     clock: str = "system"
     journal: str | None = None
     durability: str = "power"
+    journal_object_bytes: int = DEFAULT_JOURNAL_OBJECT_BYTES
 
     def check(self) -> None:
         """Raise for a value that no machine could make valid."""
@@ -61,6 +64,7 @@ class StoreConfig:
         for name in ("max_queued", "keep_resources"):
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name), at_least=1)
+        _count("journal_object_bytes", self.journal_object_bytes, at_least=0)
         for name, limit in self.limits.items():
             _one_of("limits", name, tuple(DEFAULT_LIMITS))
             _count(f"limits[{name!r}]", limit, at_least=1)

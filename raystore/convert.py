@@ -20,6 +20,7 @@ from raystore.content import digest
 from raystore.core.payload import Opaque
 from raystore.core.records import Record
 from raystore.errors import InvalidValueError
+from raystore.objects import Kept, Origin, Source
 from raystore.plain import whole as whole
 from raystore.spans import REWARD_SPAN, reward_of
 from raystore.types import (
@@ -524,9 +525,26 @@ def change(answer: Row) -> Change:
     return build(Change, values)
 
 
-def resources_update(answer: Row) -> ResourcesUpdate:
-    """One version of resources."""
+_LOST = Kept(None, 0)
+
+
+def _opened(payload: Opaque, origin: Origin, resources_id: str, version: int) -> dict[str, Any]:
+    """Named resources, of which those with objects know where else these may be."""
+    resources: dict[str, Any] = decode(payload, lost=_LOST)
+    for resource in resources.values():
+        if isinstance(resource, ObjectResource) and resource.is_elsewhere:
+            kept = resource.source.kept if resource.source is not None else _LOST
+            resource.source = Source(kept, origin, resources_id, version)
+            if resource.value is _LOST:
+                resource.value = kept
+    return resources
+
+
+def resources_update(answer: Row, origin: Origin, payload: Opaque = None) -> ResourcesUpdate:
+    """One version of resources, with the `payload` that they were published with if the answer has none."""
     resources_id, version, create_time, update_time, policy_version, resources, _ = row(answer)
+    if resources is None:
+        resources = payload
     values = {
         "resources_id": resources_id,
         "create_time": create_time,
@@ -537,7 +555,7 @@ def resources_update(answer: Row) -> ResourcesUpdate:
     }
     unread = None
     try:
-        values["resources"] = decode(resources)
+        values["resources"] = _opened(resources, origin, resources_id, version)
     except Exception:
         unread = _put_aside(values, ("resources",), dict(values), f"resources {resources_id}, version {version}")
     return build(ResourcesUpdate, values, None, unread)

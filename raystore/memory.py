@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 from raystore._sync import SyncStore
 from raystore.client import StoreClient
 from raystore.clock import ThreadAlarm
-from raystore.config import memory_capacity, resolve
+from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, memory_capacity, resolve
 from raystore.journal.opening import open_journal
+from raystore.objects import Origin
 from raystore.options import make_config, make_encoder
 from raystore.service import Service
 from raystore.testing import Testing
-from raystore.transport import LocalTransport
+from raystore.transport import LocalTransport, origin_of
 from raystore.types import RolloutConfig, Span, StoreInfo
 
 
@@ -48,6 +49,7 @@ class InMemoryLightningStore(StoreClient):
         journal: str | None = None,
         durability: str = "power",
         resume: str = "auto",
+        journal_object_bytes: int = DEFAULT_JOURNAL_OBJECT_BYTES,
         thread_safe: bool = True,
         tracker: Any = None,
         scan_debounce_seconds: float = 10.0,
@@ -69,6 +71,7 @@ class InMemoryLightningStore(StoreClient):
             journal=journal,
             durability=durability,
             resume=resume,
+            journal_object_bytes=journal_object_bytes,
         )
         capacity = memory_capacity()
         settings = resolve(config, capacity)
@@ -94,6 +97,9 @@ class InMemoryLightningStore(StoreClient):
             capabilities=dict(self.capabilities),  # type: ignore[arg-type]
             endpoints={},
         )
+
+    def _origin_of_objects(self) -> Origin:
+        return origin_of(self._service)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

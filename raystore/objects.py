@@ -12,17 +12,22 @@ import os
 import pickle
 import secrets
 import struct
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from raystore.errors import PayloadLostError, StoreError
+from raystore import pickler
+from raystore.errors import PayloadLostError
 
 TOKEN = "token"  #: file that shows a process that it sees the directory of the store
 UNFINISHED = ".new"
+DIGEST_BYTES = 20
 PIECE_BYTES = 4 * 1024 * 1024  #: of an object that travels through the store
+PATIENCE_SECONDS = 60.0  #: with a store that does not answer
+PAUSE_SECONDS = 0.5
 
 _MAGIC = b"rsobject"
 _COUNT = struct.Struct("<8sQ")
@@ -31,12 +36,13 @@ _ALIGNED = 64  # of each part in a file, so that arrays can be used where they l
 Parts = list[bytes | memoryview]
 
 
-def pickled(value: Any) -> Parts:
-    """An object as the parts of a file; buffers are not copied."""
-    from ray import cloudpickle
-
+def pickled(value: Any) -> Parts | None:
+    """An object as the parts of a file; buffers are not copied. None if it refers to objects, which a file cannot."""
+    refs: list[Any] = []
     buffers: list[pickle.PickleBuffer] = []
-    data = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    data = pickler.dumps(value, refs, buffers=buffers)
+    if refs:
+        return None
     bodies: list[bytes | memoryview] = [data, *(buffer.raw() for buffer in buffers)]
     sizes = struct.pack(f"<{len(bodies)}Q", *(_size(body) for body in bodies))
     parts: Parts = [_COUNT.pack(_MAGIC, len(bodies)) + sizes]
@@ -74,7 +80,7 @@ def size_of(parts: Parts) -> int:
 
 def address_of(parts: Iterable[bytes | memoryview]) -> str:
     """The digest under which an object is kept."""
-    made = blake2b(digest_size=20)
+    made = blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
         made.update(part)
     return made.hexdigest()
@@ -93,12 +99,27 @@ class ObjectFiles:
         except OSError:
             return False
 
+    def file(self, address: str) -> Path:
+        """The file of an object."""
+        if not (len(address) == 2 * DIGEST_BYTES and address.isascii() and address.isalnum()):
+            raise ValueError(f"{address!r} is no address of an object")
+        return self.path / address
+
     def has(self, address: str) -> bool:
         """Whether an object is here."""
-        return (self.path / address).exists()
+        return self.file(address).exists()
 
     def write(self, address: str, parts: Parts) -> None:
         """Write an object; it has its name once it is on disk."""
+        for _ in range(2):
+            try:
+                self._write(address, parts)
+                return
+            except FileNotFoundError:  # cleared away by a store that has just begun to use the directory
+                continue
+        self._write(address, parts)
+
+    def _write(self, address: str, parts: Parts) -> None:
         if self.has(address):
             return
         new = self.path / f"{address}.{secrets.token_hex(4)}{UNFINISHED}"
@@ -109,7 +130,7 @@ class ObjectFiles:
                     while left:
                         left = left[file.write(left) :]
                 os.fsync(file.fileno())
-            new.rename(self.path / address)
+            new.rename(self.file(address))
         except BaseException:
             new.unlink(missing_ok=True)  # a full disk has no room for it
             raise
@@ -119,7 +140,7 @@ class ObjectFiles:
         """Write a piece of an object that comes in pieces, in order; the last one gives it its name."""
         if self.has(address):
             return
-        new = self.path / f"{address}.{upload}{UNFINISHED}"
+        new = self.file(address).with_suffix(f".{int(upload, 16):x}{UNFINISHED}")
         fd = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.pwrite(fd, data, offset)
@@ -134,17 +155,17 @@ class ObjectFiles:
         if found != address:
             new.unlink(missing_ok=True)
             raise ValueError(f"object {address} did not arrive whole: what came has the digest {found}")
-        new.rename(self.path / address)
+        new.rename(self.file(address))
         self.sync()
 
     def read_piece(self, address: str, offset: int) -> bytes:
         """A piece of an object, from an offset; empty behind its end. Raises FileNotFoundError."""
-        with open(self.path / address, "rb", buffering=0) as file:
+        with open(self.file(address), "rb", buffering=0) as file:
             return os.pread(file.fileno(), PIECE_BYTES, offset)
 
     def read(self, address: str) -> bytes:
         """All bytes of an object. Raises FileNotFoundError."""
-        return (self.path / address).read_bytes()
+        return self.file(address).read_bytes()
 
     def sync(self) -> None:
         """Make names durable."""
@@ -178,18 +199,27 @@ class Origin:
             return files.read(address)
         if self.name is None:
             raise FileNotFoundError(address)
+        return self._read_from_store(address)
+
+    def _read_from_store(self, address: str) -> bytes:
         import ray
 
         pieces: list[bytes] = []
         at = 0
-        try:
-            actor = ray.get_actor(self.name, namespace=self.namespace)
-            while piece := actor.piece.remote(address, at).future().result(timeout=60.0):
-                pieces.append(piece)
-                at += len(piece)
-        except (ray.exceptions.RayError, StoreError, ValueError, TimeoutError) as error:
-            raise FileNotFoundError(f"{address}, {type(error).__name__}: {error}") from None
-        return b"".join(pieces)
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                actor = ray.get_actor(self.name, namespace=self.namespace)
+                while piece := actor.piece.remote(address, at).future().result(timeout=PATIENCE_SECONDS):
+                    pieces.append(piece)
+                    at += len(piece)
+                return b"".join(pieces)
+            except ray.exceptions.ActorUnavailableError:  # it is being restarted, and the file stays
+                if time.monotonic() > until:
+                    raise FileNotFoundError(f"{address}: the store does not answer") from None
+                time.sleep(PAUSE_SECONDS)
+            except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
+                raise FileNotFoundError(f"{address}, {type(error).__name__}: {error}") from None
 
 
 @dataclass(slots=True, frozen=True)

@@ -76,7 +76,7 @@ class Offers:
         session = self._service.state.sessions.get(waiter.session_id)
         if session is None or session.ended_at is not None:
             return
-        if not any(self._service.state.queues.length(queue) for queue in waiter.arguments["queues"]):
+        if not any(map(self._service.state.queues.offers, waiter.arguments["queues"])):
             return
         if self._service.is_disk_full:
             return

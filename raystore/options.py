@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raystore import pickler
-from raystore.config import StoreConfig
+from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig
 from raystore.convert import Encoder, validated
 from raystore.errors import AgentNotPicklableError, InvalidValueError
 from raystore.plain import plain, scalar
@@ -38,6 +38,7 @@ def make_config(
     journal: str | os.PathLike[str] | None,
     durability: str,
     resume: str,
+    journal_object_bytes: int = DEFAULT_JOURNAL_OBJECT_BYTES,
 ) -> StoreConfig:
     """A checked configuration; raises for a value that is not valid."""
     if resume not in RESUME:
@@ -66,6 +67,7 @@ def make_config(
         clock=clock,
         journal=None if journal is None else os.path.abspath(os.path.expanduser(journal)),
         durability=durability,
+        journal_object_bytes=journal_object_bytes,
     )
     config.check()
     return config

@@ -191,8 +191,9 @@ def _pickler() -> type[Any]:
     class ScriptPickler(cloudpickle.Pickler):  # type: ignore[misc]
         """cloudpickle's, but for what belongs to a script."""
 
-        def __init__(self, file: io.BytesIO, refs: list[Any] | None = None) -> None:
-            super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        def __init__(self, file: io.BytesIO, refs: list[Any] | None, buffers: list[Any] | None) -> None:
+            beside = None if buffers is None else buffers.append
+            super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=beside)
             self._refs = refs
             self._object_ref = getattr(sys.modules["ray"], "ObjectRef", ())
 
@@ -221,11 +222,13 @@ def prepare() -> None:
     _pickler()
 
 
-def dumps(value: Any, refs: list[Any] | None = None, *, prefix: bytes = b"") -> bytes:
-    """A value as bytes, behind a prefix. Object references in it are added to `refs`, and go beside the bytes."""
+def dumps(value: Any, refs: list[Any] | None = None, *, prefix: bytes = b"", buffers: list[Any] | None = None) -> bytes:
+    """A value as bytes, behind a prefix. Object references in it are added to `refs`, and go beside the bytes; so do
+    the buffers of arrays, if `buffers` is given.
+    """
     buffer = io.BytesIO()
     buffer.write(prefix)
-    _pickler()(buffer, refs).dump(value)
+    _pickler()(buffer, refs, buffers).dump(value)
     return buffer.getvalue()
 
 

@@ -12,9 +12,10 @@ from raystore.client import StoreClient
 from raystore.clock import NoAlarm
 from raystore.config import StoreConfig, memory_capacity
 from raystore.journal.opening import open_for_reading
+from raystore.objects import Origin
 from raystore.options import make_encoder
 from raystore.service import Service
-from raystore.transport import LocalTransport
+from raystore.transport import LocalTransport, origin_of
 
 
 class RecoveredRun(StoreClient):
@@ -30,6 +31,9 @@ class RecoveredRun(StoreClient):
         self._transport = LocalTransport(self._service)
         self._encoder = make_encoder(config.all_limits(), None)
         self.sync = SyncStore(self)
+
+    def _origin_of_objects(self) -> Origin:
+        return origin_of(self._service)
 
 
 def recover(path: str | os.PathLike[str]) -> RecoveredRun:

@@ -26,6 +26,7 @@ from raystore import reports, shell
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
 from raystore.core import bounds, check, claims, eviction, verbs, watchdog
+from raystore.core.resources import FREED
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING, VERBS
@@ -40,6 +41,7 @@ from raystore.errors import (
 )
 from raystore.journal.bodies import Bodies
 from raystore.journal.log import FULL_SECONDS, Log
+from raystore.journal.objects import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.offers import Offers
@@ -82,6 +84,7 @@ class Service:
             not_before = opened.not_before
             self._recorder = opened.recorder
             self._bodies = Bodies(opened.directory)
+        self.objects: JournalObjects | None = None
         self.keeper = None if opened is None else opened.keeper
         if self.keeper is not None and self._bodies is not None:
             self.keeper.on_done = self._bodies.forget_files
@@ -112,6 +115,28 @@ class Service:
         self._object_ids = reports.ObjectIds()
         self._deferred: deque[Callable[[], None]] = deque()
         self._afterwards: deque[Callable[[], None]] = deque()
+        if opened is not None and self._recorder is not None:
+            needed = self.state.resources.addresses
+            self.objects = JournalObjects(opened.directory, needed=needed, bound=config.journal_object_bytes)
+            self._hold_back_what_is_missing()
+
+    def _hold_back_what_is_missing(self) -> None:
+        """References of a process before this one lead nowhere; only what the journal keeps can still be had."""
+        assert self.objects is not None
+        resources = self.state.resources
+        for held in resources.all_newest():
+            objects = resources.objects_of(held.resources_id, held.version)
+            if any(address is None for address, _ in objects):
+                why = "the store was started again, and the journal does not keep its objects"
+            elif not all(address is not None and self.objects.files.has(address) for address, _ in objects):
+                why = "the store was started again, and the file of an object is missing in the journal"
+            else:
+                continue
+            if self.do("hold_back", self.step(), held.resources_id, held.version, why):
+                logger.warning(
+                    "Resources %s version %d cannot be had: %s. What waits for them is held back until they are "
+                    "published again", held.resources_id, held.version, why,
+                )  # fmt: skip
 
     # -- the entry point ---------------------------------------------------------------------------------------------
 
@@ -344,6 +369,8 @@ class Service:
         if self._failed is not None:
             return
         state = self.state
+        if state.resources.freed:
+            self._let_go_of_objects()
         if state.is_full:
             if self._recorder is not None:
                 state.spans.written = self._recorder.log.durable
@@ -363,7 +390,7 @@ class Service:
             elif state.queues_touched:
                 touched, state.queues_touched = state.queues_touched, set()
                 for waiter in self.waiters.wanting(touched):
-                    if not any(map(state.queues.length, touched)):
+                    if not any(map(state.queues.offers, touched)):
                         break
                     self._offers.offer(waiter)
             else:
@@ -372,6 +399,28 @@ class Service:
         noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
             self.on_notice(session_id)
+
+    def _let_go_of_objects(self) -> None:
+        """Values were freed: tell who holds their objects, and delete files once that is as durable as they were."""
+        state = self.state
+        freed, state.resources.freed = state.resources.freed, []
+        for one in freed:
+            session = state.sessions.get(one.publisher or "")
+            if session is not None and session.ended_at is None and not session.eternal:
+                session.notices.append((FREED, one.resources_id, str(one.version)))
+                state.noticed.add(session.session_id)
+        unneeded = [address for one in freed for address in one.addresses]
+        if unneeded and self.objects is not None:
+            remove = functools.partial(self._remove_objects, unneeded)
+            if not self.when_safe(lambda error: None if error is not None else self.defer(remove)):
+                remove()
+
+    def _remove_objects(self, addresses: list[str]) -> None:
+        """Delete files, unless the same object was published again meanwhile."""
+        assert self.objects is not None
+        with self._lock:
+            needed = self.state.resources.addresses
+            self.objects.remove(address for address in addresses if address not in needed)
 
     def _evict(self, writing: str | None) -> None:
         started = time.perf_counter()
@@ -516,7 +565,7 @@ class Service:
         self._probe()
 
     def _probe(self) -> None:
-        for session_id in self.probes.due(self.clock.age(), is_work_waiting=len(self.state.queues) > 0):
+        for session_id in self.probes.due(self.clock.age(), is_work_waiting=self.state.queues.are_offering):
             self.on_notice(session_id)
 
     def close(self) -> None:

@@ -17,7 +17,9 @@ from raystore.calls import Call
 from raystore.core.state import Session
 from raystore.core.verbs import Many
 from raystore.errors import JournalError, StoreClosedError, StoreCorruptError, StoreError
+from raystore.journal.objects import OBJECTS
 from raystore.notices import Handler, Notices
+from raystore.objects import Origin
 from raystore.service import Service
 from raystore.shell import PARKED
 
@@ -192,3 +194,9 @@ def _wake(call: Call) -> bool:
     except RuntimeError:  # the loop is closed, and its caller with it
         return False
     return True
+
+
+def origin_of(service: Service) -> Origin:
+    """Where the objects are that the journal of a service of this process keeps."""
+    opened = service.journal
+    return Origin() if opened is None else Origin(path=str(opened.directory.path / OBJECTS))

@@ -314,7 +314,7 @@ class ObjectResource(Resource):
         Raises `PayloadLostError` when the process that owned it has died and no journal has it, and
         `ray.exceptions.GetTimeoutError`.
         """
-        if not self._is_elsewhere():
+        if not self.is_elsewhere:
             return self.value
         try:
             # Not `ray.get`, which warns in an async actor of blocking its loop, also on a thread of the agent's.
@@ -324,7 +324,7 @@ class ObjectResource(Resource):
 
     async def aget(self, timeout: float | None = 60.0) -> Any:
         """The object itself, waited for without holding up the event loop; raises what `get` raises."""
-        if not self._is_elsewhere():
+        if not self.is_elsewhere:
             return self.value
         try:
             async with asyncio.timeout(timeout):
@@ -332,8 +332,19 @@ class ObjectResource(Resource):
         except Exception as error:
             return await asyncio.to_thread(self._fallen_back, error, timeout)
 
-    def _is_elsewhere(self) -> bool:
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether `value` is not the object itself, but says where it is."""
         return isinstance(self.value, Kept) or type(self.value).__name__ == "ObjectRef"
+
+    @property
+    def source(self) -> Source | None:
+        """Which object it is that the resource has, and where else it may be; for the store's clients."""
+        return self._source
+
+    @source.setter
+    def source(self, source: Source) -> None:
+        self._source = source
 
     def _future(self) -> Future[Any]:
         if isinstance(self.value, Kept):
@@ -505,6 +516,8 @@ class LightningStoreStatistics(TypedDict, total=False):
     sessions: int
     queue_length: int
     queue_lengths: dict[str, int]
+    held_back: int  # of those that wait: their resources cannot be had until they are published again
+    held_back_by_resources: dict[str, int]
     rollouts_by_status: dict[str, int]
     suspects: int
     withdrawals: int

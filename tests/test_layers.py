@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "raystore"
 # From the bottom up; a module imports from its own layer and those above it in this list.
 LAYERS = [
     ["errors", "failpoints", "semconv"],
-    ["core", "packed", "plain", "unread"],
+    ["core", "packed", "pickler", "plain", "unread"],
     ["spans"],
     ["triplet"],
     ["objects"],
@@ -26,8 +26,7 @@ LAYERS = [
     ["shell"],
     ["offers"],
     ["service"],
-    ["calls", "pickler"],
-    ["codec", "content"],
+    ["calls", "codec", "content"],
     ["convert"],
     ["options"],
     ["transport"],
@@ -38,6 +37,7 @@ LAYERS = [
     [
         "remote.handshake",
         "remote.outgoing",
+        "remote.held",
         "remote.ledger",
         "remote.parked",
         "remote.retries",
@@ -47,6 +47,7 @@ LAYERS = [
         "remote.session",
     ],
     ["remote.transport"],
+    ["remote.boxing"],
     ["memory", "recovered", "remote.store"],
     ["remote.cluster"],
     ["runner"],

@@ -85,6 +85,17 @@ class AttemptMethods(Connection):
         attempt, _ = await self._transport.call("finish", arguments)
         return convert.attempt(attempt)
 
+    async def report_unread(
+        self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str
+    ) -> None:
+        """Say that an attempt could not read its resources: it ends without a charge, and is offered again.
+
+        For runners. Once two processes have said so of a version, or who published it has ended, what waits for it is
+        held back until it is published again.
+        """
+        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, "resources_id": resources_id}
+        await self._transport.call("unread", arguments | {"version": version, "error": error})
+
     async def heartbeat(self, attempts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Signs of life for (rollout id, attempt id) pairs, stamped by the store.
 

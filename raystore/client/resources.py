@@ -5,15 +5,30 @@ Not here: what each method means (`raystore.api`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 from raystore import convert
 from raystore.client.connection import Connection
 from raystore.convert import validated
+from raystore.core.payload import Opaque, Payload
+from raystore.objects import Kept, Origin, Parts
 from raystore.types import (
     NamedResources,
     PaginatedResult,
     ResourcesUpdate,
     SortOrder,
 )
+
+
+@dataclass(slots=True)
+class Boxed:
+    """Resources as they travel, and what became of their objects."""
+
+    resources: NamedResources
+    objects: list[Kept] = field(default_factory=list)  # of each that is a reference now
+    files: list[tuple[str, Parts]] = field(default_factory=list)  # address and bytes of those that the journal keeps
+    asked: Any = None  # which process was the store's before
 
 
 class ResourceMethods(Connection):
@@ -30,18 +45,35 @@ class ResourceMethods(Connection):
     async def _put_resources(
         self, resources_id: str | None, resources: NamedResources, policy_version: int | None
     ) -> ResourcesUpdate:
-        payload, holds_objects = self._encoder.resources(self._boxed(validated(NamedResources, resources)))
+        boxed = await self._boxed(resources_id, validated(NamedResources, resources))
+        payload, holds_objects = self._encoder.resources(boxed.resources)
+        objects = [(kept.address, kept.size) for kept in boxed.objects]
+        if isinstance(payload, Payload):  # references within small values are kept nowhere
+            objects += [(None, 0)] * (len(payload.refs) - len(objects))
         arguments = {
             "resources_id": resources_id,
             "resources": payload,
             "policy_version": validated(int | None, policy_version),
             "holds_objects": holds_objects,
+            "objects": objects,
         }
-        return convert.resources_update(await self._transport.call("put_resources", arguments))
+        answer = await self._transport.call("put_resources", arguments)
+        await self._published(convert.row(answer), payload, boxed)
+        return self._opened(answer, payload)
 
-    def _boxed(self, resources: NamedResources) -> NamedResources:
+    async def _boxed(self, resources_id: str | None, resources: NamedResources) -> Boxed:
         """The resources as they should travel; a store on Ray moves large objects to the object store."""
-        return resources
+        return Boxed(resources)
+
+    async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:
+        """Do what is left to do for objects, now that the store has the version."""
+
+    def _origin_of_objects(self) -> Origin:
+        """Where objects may be found that are in no object store any more."""
+        return Origin()
+
+    def _opened(self, answer: convert.Row, payload: Opaque = None) -> ResourcesUpdate:
+        return convert.resources_update(answer, self._origin_of_objects(), payload)
 
     async def get_resources_by_id(self, resources_id: str, version: int | None = None) -> ResourcesUpdate | None:
         arguments = {
@@ -49,11 +81,11 @@ class ResourceMethods(Connection):
             "version": None if version is None else convert.whole("version", version, at_least=-(2**31)),
         }
         answer = await self._transport.call("get_resources", arguments)
-        return convert.resources_update(answer) if answer else None
+        return self._opened(answer) if answer else None
 
     async def get_latest_resources(self) -> ResourcesUpdate | None:
         answer = await self._transport.call("get_latest_resources", {})
-        return convert.resources_update(answer) if answer else None
+        return self._opened(answer) if answer else None
 
     async def query_resources(
         self,
@@ -71,7 +103,7 @@ class ResourceMethods(Connection):
             "sort_by": sort_by,
             "sort_order": sort_order,
         }
-        return await self._page("query_resources", arguments, limit, offset, convert.resources_update)
+        return await self._page("query_resources", arguments, limit, offset, self._opened)
 
     async def delete_resources(self, resources_id: str) -> None:
         await self._transport.call(

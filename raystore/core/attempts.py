@@ -205,9 +205,11 @@ def lose(state: State, step: Step, entry: Entry, attempt_id: str, *, is_charged:
     _end(state, step, entry, attempt_id, LOSS, is_charged=is_charged)
 
 
-def withdraw(state: State, step: Step, entry: Entry, attempt_id: str) -> None:
-    """Whoever had an attempt run was stopped: it says nothing about the rollout, which waits at its old place."""
-    _end(state, step, entry, attempt_id, WITHDRAWAL)
+def withdraw(state: State, step: Step, entry: Entry, attempt_id: str, *, error: str | None = None) -> None:
+    """Whoever had an attempt run was stopped, or could not read its resources: that says nothing about the rollout,
+    which waits at its old place.
+    """
+    _end(state, step, entry, attempt_id, WITHDRAWAL, error=error)
 
 
 def _end(state: State, step: Step, entry: Entry, attempt_id: str, event: str, **how: Any) -> None:

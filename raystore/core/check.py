@@ -41,6 +41,9 @@ def check(state: State) -> None:
     assert all(state.entries[i].suspect for i in state.suspects), "a rollout waits aside and is no suspect"
     for rollout_id in state.suspects:
         state.patience_deadlines.check((False, rollout_id))
+    for rollout_id in state.queues:
+        is_missing = state.entries[rollout_id].rollout.resources_id in state.resources.missing
+        assert state.queues.is_held(rollout_id) == is_missing, f"{rollout_id} is held back wrongly"
     assert state.payload_bytes == sum(entry.bytes for entry in state.entries.values()), "payload bytes"
     assert state.attempt_count == sum(len(entry.attempts) for entry in state.entries.values()), "attempt count"
     _check_sessions(state)
@@ -81,6 +84,14 @@ def _check_sessions(state: State) -> None:
             state.claim_deadlines.check((session.session_id, key))
 
 
+def _held_back(state: State, resources_id: str | None, rollout_id: str) -> str:
+    """That a rollout is held back, why, and what releases it."""
+    if resources_id is None or not state.queues.is_held(rollout_id):
+        return ""
+    version, why = state.resources.missing[resources_id]
+    return f", held back: resources {resources_id} version {version} cannot be had ({why}); publish them again"
+
+
 def story(state: State, rollout_id: str) -> list[str]:
     """What is known of a rollout's history, a line for each thing, oldest first."""
     entry = state.entries.get(rollout_id)
@@ -97,6 +108,7 @@ def story(state: State, rollout_id: str) -> list[str]:
         f"now: {rollout.status}, {len(entry.attempts)} attempts, {len(state.spans.of(rollout_id))} spans"
         + (", spans evicted" if rollout_id in state.spans.evicted else "")
         + (f", in queue {rollout.queue}" if rollout_id in state.queues else "")
+        + _held_back(state, rollout.resources_id, rollout_id)
         + (f", {entry.deliveries} charged deliveries" if entry.deliveries else "")
     )
     for tried in entry.attempts:

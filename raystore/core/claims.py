@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore.core import attempts, bounds, consumers, workers
+from raystore.core import attempts, bounds, consumers, held_back, workers
 from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
 from raystore.core.rollouts import move, stop_waiting, unqueue
@@ -232,6 +232,8 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
         elif entry is not None:
             attempts.lose(state, step, entry, key[1], is_charged=key == to_blame)
     _separate(state, [key[0] for key in held])
+    if why != "closed":  # a process that only stops using the store still has what it published
+        held_back.publisher_gone(state, step, session)
     session.held.clear()
     session.claims.clear()
     session.notices.clear()

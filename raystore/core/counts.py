@@ -32,6 +32,8 @@ def counts(state: State) -> dict[str, Any]:
         "sessions": sum(session.ended_at is None for session in state.sessions.values()),
         "queue_length": len(state.queues),
         "queue_lengths": state.queues.lengths(),
+        "held_back": sum(state.queues.held_counts().values()),
+        "held_back_by_resources": state.queues.held_counts(),
         "rollouts_by_status": state.indexes.counts("status"),
         "suspects": len(state.suspects),
         "withdrawals": state.withdrawals,

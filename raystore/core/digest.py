@@ -60,6 +60,7 @@ def parts(state: State) -> Iterator[Any]:
     for name in sorted(state.consumers):
         yield "consumer", name, _plain(shown(state.consumers[name]))
     yield "resources", [_plain(held) for held in state.resources.everything()]
+    yield "objects", state.resources.shown()
     yield "latest resources", state.resources.latest_id, state.resources.policy_version
     yield "span counters", sorted(state.spans.counters())
     for session_id in sorted(state.sessions):

@@ -120,6 +120,9 @@ def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int]) 
     """Let a rollout wait in its queue, at a place; a suspect beside it, for a session of its own."""
     rollout = entry.rollout
     entry.order = order
+    if rollout.resources_id in state.resources.missing:
+        state.queues.hold(rollout.queue, rollout.rollout_id, order, rollout.resources_id)
+        return
     state.queues.put(rollout.queue, rollout.rollout_id, order, line=ASIDE if entry.suspect else PLAIN)
     if entry.suspect:
         state.suspects[rollout.rollout_id] = step.age
@@ -219,6 +222,9 @@ def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]
         entry.bytes = size
         if entry.rollout.resources_id != before.resources_id:
             _move_references(state, entry, before.resources_id)
+            if rollout_id in state.queues and entry.order is not None:  # what it is held back for may be another
+                unqueue(state, entry)
+                enter_queue(state, step, entry, entry.order)
         if config is not None:
             state.deadlines.guard(rollout_id)
     if status is not None:

@@ -348,7 +348,9 @@ class State:
     @property
     def has_news(self) -> bool:
         """Whether a step left something for the shell to look at."""
-        return bool(self.finished or self.came_back or self.queues_touched or self.noticed or self.ended)
+        return bool(
+            self.finished or self.came_back or self.queues_touched or self.noticed or self.ended or self.resources.freed
+        )
 
     # -- look-ups ------------------------------------------------------------------------------------------------
 

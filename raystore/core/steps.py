@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from raystore.core import claims, verbs, watchdog
+from raystore.core import claims, held_back, verbs, watchdog
 from raystore.core.state import AttemptKey, Entry, State, Step
 
 
@@ -58,6 +58,10 @@ def _end_session(state: State, step: Step, session_id: str, why: str) -> None:
     claims.end_session(state, step, state.sessions[session_id], why=why)
 
 
+def _hold_back(state: State, step: Step, resources_id: str, version: int, why: str) -> bool:
+    return held_back.hold_back(state, step, resources_id, version, why)
+
+
 STEPS: dict[str, Callable[..., Any]] = {
     "pause": _pause,
     "advance": _advance,
@@ -67,4 +71,5 @@ STEPS: dict[str, Callable[..., Any]] = {
     "acknowledge": _acknowledge,
     "open_session": _open_session,
     "end_session": _end_session,
+    "hold_back": _hold_back,
 }

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from raystore.core import attempts, claims, consumers, query, retention, rollouts, workers
+from raystore.core import attempts, claims, consumers, held_back, query, retention, rollouts, workers
 from raystore.core.lifecycle import FINISHED
+from raystore.core.payload import Payload
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
 from raystore.core.requests import (
     AttemptChanges,
@@ -27,7 +28,21 @@ from raystore.core.requests import (
     WorkerChanges,
     WorkerStatus,
 )
-from raystore.core.schema import As, Encoded, Id, Logic, Part, Positive, Seconds, SortOrder, Tags, Text, Whole, checker
+from raystore.core.schema import (
+    As,
+    Encoded,
+    Id,
+    Logic,
+    Part,
+    Positive,
+    Rule,
+    Seconds,
+    SortOrder,
+    Tags,
+    Text,
+    Whole,
+    checker,
+)
 from raystore.core.state import AttemptKey, Chain, Entry, Session, State, Step
 from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError, SessionEndedError, SpansEvictedError, StoreError, again
@@ -46,6 +61,8 @@ def _with_attempt(entry: Entry) -> tuple[Rollout, Attempt | None]:
 
 
 Pair = tuple[Rollout, Attempt | None]
+#: Of an object in the journal, where it is the name of a file.
+Address = Annotated[str, Rule("len({v}) == 40 and {v}.isascii() and {v}.isalnum()", "the digest of an object")]
 InChain = Annotated[Chain, As(Part)]  #: given as its id, and whether this is its last part
 
 # -- rollouts ----------------------------------------------------------------------------------------------------------
@@ -369,7 +386,9 @@ def _put_resources(
     resources: Encoded,
     policy_version: int | None,
     holds_objects: bool,
+    objects: list[tuple[Address | None, Whole]] | None = None,
 ) -> Resources:
+    """A new version, without what was published, which the caller has. `objects`: address and size of each."""
     before = state.resources.policy_version
     made = state.resources.publish(
         step.mint("rs-", 12) if resources_id is None else resources_id,
@@ -377,14 +396,17 @@ def _put_resources(
         now=step.now,
         policy_version=policy_version,
         holds_objects=holds_objects,
+        objects=objects,
+        publisher=step.session.session_id if step.session is not None else None,
     )
+    held_back.release(state, step, made.resources_id)
     detail: dict[str, Any] = {"resources_id": made.resources_id, "version": made.version}
     if policy_version is not None:
         detail["policy_version"] = policy_version
         if before is not None and policy_version < before:
             detail["lower_than"] = before  # a model may be rolled back; whoever debugs staleness wants to know
     state.changes.append(step.now, "resources", **detail)
-    return made
+    return made.evolve(resources=None)
 
 
 def _get_resources(state: State, step: Step, *, resources_id: Id, version: int | None) -> Resources | None:
@@ -416,7 +438,22 @@ def _query_resources(
 
 def _delete_resources(state: State, step: Step, *, resources_id: Id) -> None:
     state.resources.delete(resources_id)
+    held_back.release(state, step, resources_id)
     state.changes.append(step.now, "resources_deleted", resources_id=resources_id)
+
+
+def _hold_objects(state: State, step: Step, *, versions: list[tuple[Id, Positive, Encoded]]) -> list[tuple[str, int]]:
+    """A process says anew which objects it has; those that it may let go of."""
+    assert step.session is not None
+    found = [(name, version, told.refs if isinstance(told, Payload) else ()) for name, version, told in versions]
+    return held_back.hold_objects(state, step, step.session, found)
+
+
+def _unread(
+    state: State, step: Step, *, rollout_id: Id, attempt_id: Id, resources_id: Id, version: Positive, error: Text
+) -> None:
+    """An attempt could not read its resources."""
+    held_back.unread(state, step, rollout_id, attempt_id, resources_id, version, error)
 
 
 def _update_worker(state: State, step: Step, *, worker_id: Id, changes: WorkerChanges) -> Worker:
@@ -593,6 +630,8 @@ VERBS: dict[str, Verb] = {
     "get_latest_resources": Verb(_get_latest_resources, changes=False),
     "query_resources": Verb(_query_resources, changes=False),
     "delete_resources": Verb(_delete_resources),
+    "hold_objects": Verb(_hold_objects),
+    "unread": Verb(_unread, names=_ONE),
     "update_worker": Verb(_update_worker),
     "query_workers": Verb(_query_workers, changes=False),
     "get_worker": Verb(_get_worker, changes=False),

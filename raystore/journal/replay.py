@@ -210,6 +210,7 @@ class Replay:
         state.came_back = False
         state.queues_touched.clear()
         state.ended.clear()
+        state.resources.freed.clear()
         for session_id in state.noticed:
             session = state.sessions.get(session_id)
             if session is not None:

@@ -1,7 +1,8 @@
-"""The Ray actor: a service on one event loop, and the three methods of the session protocol.
+"""The Ray actor: a service on one event loop, and the methods of the session protocol.
 
-`exchange` never parks, `listen` parks and carries what was waited for, `describe` is the handshake. Arguments and
-answers are bytes and small plain values. Imports neither pydantic nor the public types, so that it starts quickly.
+`exchange` never parks, `listen` parks and carries what was waited for, `describe` is the handshake; `piece` carries
+large objects of the journal for clients that do not see its directory, and belongs to no session. Arguments and answers
+are bytes and small plain values. Imports neither pydantic nor the public types, so that it starts quickly.
 Not here: what the methods do (`front`), the client's side (`session`), the options it is created with (`cluster`).
 """
 
@@ -117,6 +118,7 @@ class StoreActor:
             "safe_bytes": settings.safe_bytes,
             "remarks": self._remarks + ([] if self._opened is None else self._opened.remarks),
             "endpoints": {"spans": self._name, "rollouts": self._name},
+            "objects": None if service.objects is None else service.objects.told(),
         }
 
     async def exchange(self, *parts: bytes, refs: dict[int, list[Any]] | None = None) -> wire.Answer:
@@ -142,6 +144,22 @@ class StoreActor:
         if self._refusal is None:
             self._open()
             await self._lifelines.hold(session_id, lifelines[0])
+
+    async def piece(
+        self, address: str, offset: int, total: int = 0, upload: str = "", data: bytes = b""
+    ) -> bytes | None:
+        """A piece of an object in the journal, for a client that does not see the directory: read, or written.
+
+        On a thread, since files take their time; nothing of it changes the state.
+        """
+        objects = self._open().service.objects if self._refusal is None else None
+        if objects is None:
+            return b""
+        loop = asyncio.get_running_loop()
+        if upload:
+            await loop.run_in_executor(None, objects.files.write_piece, upload, address, offset, total, data)
+            return None
+        return await loop.run_in_executor(None, objects.files.read_piece, address, offset)
 
 
 def _end(error: StoreError) -> None:

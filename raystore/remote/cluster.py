@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raystore.config import StoreConfig
+from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig
 from raystore.convert import identifier
 from raystore.errors import (
     InvalidValueError,
@@ -59,6 +59,7 @@ def start(
     journal: str | os.PathLike[str] | None = None,
     durability: str = "power",
     resume: str = "auto",
+    journal_object_bytes: int = DEFAULT_JOURNAL_OBJECT_BYTES,
     actor_options: dict[str, Any] | None = None,
 ) -> RayLightningStore:
     """Start a store on Ray and return a client of it.
@@ -95,6 +96,9 @@ def start(
             (a crash of the process loses nothing, one of the machine the newest); "none": at once.
         resume: "auto": go on with the run in `journal` if it is of a store of this name, else begin one; "must": go on
             with the run that is there; "never": begin one, in an empty directory.
+        journal_object_bytes: objects of resources up to this size are kept in the journal, too, and outlive the process
+            that published them; of larger ones what waits for them is held back after a crash, until they are published
+            again. 0 keeps none.
         actor_options: for Ray, e.g. {"scheduling_strategy": ..., "runtime_env": ...}.
 
     Raises:
@@ -121,6 +125,7 @@ def start(
         journal=journal,
         durability=durability,
         resume=resume,
+        journal_object_bytes=journal_object_bytes,
     )
     if name is not None:
         identifier("name", name)

@@ -183,8 +183,9 @@ class Inbox:
 
     def _hint(self) -> tuple[int, bool]:
         """Whether the client should keep a listen call parked; numbered, since answers overtake each other."""
-        wanted = not self.session.is_idle or bool(self._outbox) or self.service.is_waiting(self.session.session_id)
-        return next(self._hints), wanted
+        service, session_id = self.service, self.session.session_id
+        wanted = not self.session.is_idle or bool(self._outbox) or service.is_waiting(session_id)
+        return next(self._hints), wanted or service.state.resources.is_publishing(session_id)
 
     # -- answers that come later -------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 
 from raystore import wire
+from raystore.core.resources import FREED
 from raystore.core.state import AttemptKey
 from raystore.errors import (
     OutcomeUnknownError,
@@ -35,6 +36,7 @@ from raystore.errors import (
 from raystore.notices import Notices
 from raystore.remote import retries
 from raystore.remote.handshake import CLIENT, ray_connection
+from raystore.remote.held import HeldObjects, HoldAgain
 from raystore.remote.ledger import ClaimLedger
 from raystore.remote.lifeline import Lifeline
 from raystore.remote.listening import Listening
@@ -70,6 +72,8 @@ class Session:
         self.sent_at = time.monotonic()
         self.outgoing = Outgoing()
         self.ledger = ClaimLedger()
+        self.held = HeldObjects()
+        self._is_to_hold_again = False  # another process is the store now
         self._under_way: dict[int, Batch] = {}
         self._next_sequence = 1
         self._answered = 0  # all batches up to here have their answers
@@ -91,10 +95,13 @@ class Session:
         operation.cancels = cancels
         if operation.size > self.call_bytes:
             raise PayloadTooLargeError(f"call {verb}", operation.size, self.call_bytes)
+        return self._post(operation)
+
+    def _post(self, operation: Operation) -> Operation:
         with self.lock:
             if self.failure is not None:
                 raise again(self.failure)
-            if self._closing and verb != "close_session":
+            if self._closing and operation.verb != "close_session":
                 raise StoreClosedError(self.store)
             self.outgoing.append(operation)
             loop = operation.loop
@@ -291,6 +298,10 @@ class Session:
             answers, notices = self.parked.receive(later, self._is_under_way)
         if answers:
             self._settle(answers)
+        freed = [(resources_id, version) for kind, resources_id, version in notices if kind == FREED]
+        if freed:
+            self.held.drop(freed)
+            notices = [notice for notice in notices if notice[0] != FREED]
         self.notices.add(notices)
         self.notices.hand_out()
 
@@ -374,6 +385,7 @@ class Session:
         if epoch <= self.epoch:
             return []
         self.epoch = epoch
+        self._is_to_hold_again = True
         return self.parked.of_before()
 
     def resume(self, operations: list[Operation]) -> None:
@@ -385,8 +397,17 @@ class Session:
                 self.parked.forget(operation.ticket)
                 operation.resume()
             self.outgoing.put_back(operations)
+            hold_again, self._is_to_hold_again = self._is_to_hold_again, False
         if operations:
             self.flush()
+        if hold_again:
+            self.hold_again()
+
+    def hold_again(self) -> None:
+        """Tell a store that does not know it which objects this process has."""
+        if len(self.held):
+            with contextlib.suppress(StoreClosedError, StoreUnavailableError):
+                self._post(HoldAgain(self.held))
 
     # -- when things go wrong ----------------------------------------------------------------------------------------
 
@@ -452,6 +473,7 @@ class Session:
         for operation in unknown:
             self._refuse(operation, OutcomeUnknownError(self.store, "the session ended before the answer came"))
         self.flush()
+        self.hold_again()
 
     def _refuse(self, operation: Operation, error: Exception) -> None:
         operation.put(None, again(error))
@@ -473,6 +495,7 @@ class Session:
             self.retries.clear()
         for operation in operations:
             self._refuse(operation, error)
+        self.held.clear()
         self.timer.close()
 
     def close(self) -> None:

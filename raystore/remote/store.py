@@ -5,6 +5,7 @@ Not here: starting and finding stores (`cluster`), how operations travel (`sessi
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +13,24 @@ from typing import Any
 import ray
 
 from raystore._sync import SyncStore
+from raystore.calls import in_thread
 from raystore.client import StoreClient
+from raystore.client.resources import Boxed
 from raystore.config import StoreConfig
+from raystore.core.payload import Opaque, Payload
 from raystore.errors import (
     StoreUnavailableError,
 )
+from raystore.objects import Origin
 from raystore.options import make_encoder
+from raystore.remote import boxing
 from raystore.remote.handshake import describe, find_actor, join_cluster, store_info
+from raystore.remote.session import Session
 from raystore.remote.transport import ActorTransport
 from raystore.testing import Testing
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 
-BOXED_FROM_BYTES = 64 * 1024  #: larger objects in resources go to Ray's object store
+logger = logging.getLogger("raystore")
 
 _attach_lock = threading.Lock()
 _owned: dict[bytes, Any] = {}  # handles of the stores that this process started and that end with it, by actor
@@ -84,6 +91,7 @@ class RayLightningStore(StoreClient):
         self.actor = handle
         self._known = known
         self._owns = owns
+        self._warned: set[tuple[str | None, str]] = set()  # of what does not survive
         config: StoreConfig = known["config"]
         self._transport = ActorTransport(handle, known)
         self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
@@ -95,8 +103,60 @@ class RayLightningStore(StoreClient):
         """Who this store is."""
         return store_info(self._known)
 
-    def _boxed(self, resources: NamedResources) -> NamedResources:
-        return {name: _box(resource) for name, resource in resources.items()}
+    # -- large objects ---------------------------------------------------------------------------------------------
+
+    async def _boxed(self, resources_id: str | None, resources: NamedResources) -> Boxed:
+        """Suspends only to look at references that a journal is to keep, so that calls keep their order."""
+        told = self._known["objects"]
+        bound = 0 if told is None else told["bound"]
+        boxed = Boxed({})
+        for name, resource in resources.items():
+            boxed.resources[name] = resource
+            if not isinstance(resource, ObjectResource):
+                continue
+            boxed.resources[name], kept, parts = await boxing.box(resource, bound=bound)
+            if kept is None:
+                continue
+            boxed.objects.append(kept)
+            if kept.address is not None and parts is not None:
+                boxed.files.append((kept.address, parts))
+            elif bound:
+                self._warn(resources_id, name, kept.size, bound)
+        boxed.asked = self._store_process()
+        return boxed
+
+    def _store_process(self) -> tuple[int, str]:
+        """Which process the store is, and by which session it knows this one."""
+        session = self._session()
+        return session.epoch, session.session_id
+
+    def _session(self) -> Session:
+        assert isinstance(self._transport, ActorTransport)
+        return self._transport.session
+
+    def _warn(self, resources_id: str | None, name: str, size: int, bound: int) -> None:
+        if (resources_id, name) in self._warned:
+            return
+        self._warned.add((resources_id, name))
+        logger.warning(
+            "Resource %r of %s (%s) is not kept in the journal, which keeps objects of at most journal_object_bytes=%d."
+            " It is lost if this process or its object store dies, and what waits for it is then held back until it is "
+            "published again. To have it survive, start the store with a larger journal_object_bytes (told once)",
+            name, resources_id or "new resources", f"{size} bytes" if size else "a reference", bound,
+        )  # fmt: skip
+
+    async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:
+        if isinstance(payload, Payload) and payload.refs:
+            session = self._session()
+            session.held.hold((answer[0], answer[1]), payload.refs)
+            if boxed.asked != self._store_process():  # another process may have the version, and not its objects
+                session.hold_again()
+        for address, parts in boxed.files:
+            await in_thread(boxing.keep, self._origin_of_objects(), address, parts)
+
+    def _origin_of_objects(self) -> Origin:
+        told = self._known["objects"] or {"path": None, "token": None}
+        return Origin(told["path"], told["token"], self._known["name"], self._known["namespace"])
 
     def close(self) -> None:
         """Stop using the store; ends it if this object started it and it is not detached."""
@@ -123,13 +183,3 @@ def _rebuild(name: str, namespace: str, store_id: str) -> RayLightningStore:
     store = RayLightningStore.__new__(RayLightningStore)
     store._origin = (name, namespace, store_id)
     return store
-
-
-def _box(resource: Any) -> Any:
-    """Move a large object to the object store."""
-    if not isinstance(resource, ObjectResource) or isinstance(resource.value, ray.ObjectRef):
-        return resource
-    size = getattr(resource.value, "nbytes", None)
-    if not isinstance(size, int):
-        size = len(ray.cloudpickle.dumps(resource.value))
-    return ObjectResource(value=ray.put(resource.value)) if size > BOXED_FROM_BYTES else resource

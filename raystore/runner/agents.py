@@ -15,12 +15,13 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from raystore.errors import Abort, Drop
+from raystore.errors import Abort, Drop, PayloadLostError
 from raystore.runner.context import Context
 from raystore.spans import Span
 
 logger = logging.getLogger("raystore.runner")
 
+CAUSES_SEEN = 20  #: of an error
 ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
 
 
@@ -37,6 +38,7 @@ class Ending:
     error: str | None = None
     place: str | None = None  # where an agent's exception came from, for people; told once
     died: bool = False
+    unread: tuple[str, int] | None = None  # id and version of the rollout's resources, which could not be read
 
 
 class Agents(Protocol):
@@ -171,10 +173,24 @@ def _ending(error: BaseException, context: Context) -> Ending:
         if context.cancelled:
             return Ending(None)
         return Ending("failed", "agent_error", f"the agent cancelled itself: {error!r}", "cancelled itself")
+    if (lost := lost_resources(error, context)) is not None:
+        return Ending("failed", "infra", str(lost), unread=lost.resources)
     text = "".join(traceback.format_exception(error))
     raised = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{type(error).__name__} at {raised.filename}:{raised.lineno}"
     return Ending("failed", "agent_error", text[-ERROR_CHARACTERS:], place)
+
+
+def lost_resources(error: BaseException | None, context: Context) -> PayloadLostError | None:
+    """The error, among those that led to this one, which says that the rollout's resources cannot be had."""
+    wanted = (context.rollout.resources_id, context.attempt.resources_version)
+    for _ in range(CAUSES_SEEN):
+        if error is None:
+            return None
+        if isinstance(error, PayloadLostError) and error.resources == wanted:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def take_result(context: Context, result: Any) -> None:

@@ -32,7 +32,7 @@ from raystore.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from raystore.runner.agents import Agents, Ending
+from raystore.runner.agents import Agents, Ending, lost_resources
 from raystore.runner.cache import ResourceCache
 from raystore.runner.context import STOPPED, Context
 from raystore.runner.outbox import Outbox
@@ -44,6 +44,7 @@ logger = logging.getLogger("raystore.runner")
 STOP_SECONDS = 5.0  #: that rollouts which run are given to finish when their pool closes
 CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner asks
 CLAIM_PAUSE_SECONDS = 0.2  #: before claiming again after a claim that failed
+UNREAD_PAUSE_MOST_SECONDS = 5.0  #: before claiming again where resources cannot be read
 EARLY_KEPT = 1_000  #: notices that overtook their claim, or came after the end of their rollout
 PLACES_WARNED = 20  #: where agents' errors come from, that a runner tells of in its log
 
@@ -85,6 +86,7 @@ class Runner:
         self._early: OrderedDict[Key, str] = OrderedDict()  # notices of claims that have not arrived here yet
         self._resources = ResourceCache(store)
         self._warned: set[str] = set()
+        self._unread_pause = 0.0  # after resources that could not be read here; grows until some could
         self._stopping = threading.Event()
         self._hurried = threading.Event()
         self._slots: list[asyncio.Task[None]] = []
@@ -199,12 +201,19 @@ class Runner:
         try:
             ending = await self._agents.run(work.context)
         except Exception as error:  # the agent was not even called: no process for it, say
-            ending = Ending("failed", "infra", f"{type(error).__name__}: {error}")
+            lost = lost_resources(error, work.context)
+            unread = None if lost is None else lost.resources
+            ending = Ending("failed", "infra", f"{type(error).__name__}: {error}", unread=unread)
         finally:
             del self._running[key]
             flushing.cancel()
             if overdue is not None:
                 overdue.cancel()
+        if ending.unread is not None and not work.context.cancelled:
+            await _reported(functools.partial(self._give_back_unread, work, *ending.unread, ending.error))
+            ending = Ending(None)
+        elif ending.status == "succeeded":
+            self._unread_pause = 0.0
         if ending.place is not None:
             self._warn(rollout, ending.place, ending.error)
         return functools.partial(self._finish, finish, work, ending)
@@ -241,6 +250,21 @@ class Runner:
             await self._send(context.rollout.rollout_id, spans)
             if context.stopped:  # in the middle of it, and nobody's fault
                 await finish([], "unresponsive", outcome="runner_lost")
+
+    async def _give_back_unread(self, work: _Work, resources_id: str, version: int, error: str | None) -> None:
+        """Resources could not be read: the store offers the rollout again, or holds it back if nobody can read them.
+
+        If they are only unreadable here, others are given time to take it.
+        """
+        context = work.context
+        await self._send(context.rollout.rollout_id, work.outbox.take())
+        key = (context.rollout.rollout_id, context.attempt.attempt_id)
+        await self._store.report_unread(*key, resources_id, version, error=error or "")
+        self._unread_pause = min(max(2 * self._unread_pause, CLAIM_PAUSE_SECONDS), UNREAD_PAUSE_MOST_SECONDS)
+        pause = asyncio.create_task(asyncio.sleep(self._unread_pause))
+        self._claiming.add(pause)  # which is cancelled when the runner stops
+        await asyncio.wait([pause])
+        self._claiming.discard(pause)
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 

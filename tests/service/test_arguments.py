@@ -87,7 +87,12 @@ RIGHT: dict[str, dict[str, Any]] = {
     "checkpoint": {"consumer": "c", "at_step": 3},
     "rewind": {"consumer": "c", "at_step": 3},
     "ledger": {"consumer": "c"},
-    "put_resources": {"resources_id": "m", "resources": b"\x01\x80", "policy_version": 1, "holds_objects": False},
+    "put_resources": {
+        "resources_id": "m", "resources": b"\x01\x80", "policy_version": 1, "holds_objects": False,
+        "objects": [["a" * 40, 100], [None, 0]],
+    },
+    "hold_objects": {"versions": [["m", 1, b"\x01\xc0"], ["gone", 1, b"\x01\xc0"]]},
+    "unread": {**_NAMES, "resources_id": "m", "version": 1, "error": "lost"},
     "get_resources": {"resources_id": "m", "version": 1},
     "get_latest_resources": {},
     "query_resources": {"resources_id": "m", "resources_id_contains": "m", **_PAGE},
