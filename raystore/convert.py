@@ -41,7 +41,7 @@ from raystore.types import (
     TraceStatus,
     Worker,
 )
-from raystore.unread import EXTRA, Unread
+from raystore.unread import EXTRA, Unread, read_all
 
 M = TypeVar("M", bound=BaseModel)
 Row = Sequence[Any] | Record
@@ -278,7 +278,8 @@ class Encoder:
             index = tuple(map(values.__getitem__, _SPAN_INDEX))
             body = _body(values, span.__pydantic_extra__)
         except (AttributeError, KeyError, TypeError):  # it was changed, or made, without validation
-            span = Span.model_validate(values)
+            if not read_all(span):  # nor came from a store, and had not been read
+                span = Span.model_validate(values)
             return self.span(span, numbered=numbered)
         if tuple(map(type, index)) not in _SPAN_TYPES or not _are_right(*index):
             index = _checked(*index)

@@ -234,6 +234,8 @@ def dumps(value: Any, refs: list[Any] | None = None, *, prefix: bytes = b"", buf
 
 # -- unpickling --------------------------------------------------------------------------------------------------------
 
+# Pickles in journals name `_class_here`, `_function_here` and `_fill`, and this module: they are part of the format.
+
 
 def loads_agent(data: bytes) -> Any:
     """An agent for this process, which from now on works for its script: the agent's classes and functions are those of

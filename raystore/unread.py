@@ -72,6 +72,8 @@ class Delivered(BaseModel):
             if EXTRA in fields:
                 object.__setattr__(self, EXTRA, fields.pop(EXTRA))
             vars(self).update(fields)
+            left = {other: kept for other, kept in self.__pydantic_private__.items() if other not in fields}
+            object.__setattr__(self, "__pydantic_private__", left or None)  # like a record that was read at once
             return fields[name]
 
     def __repr_args__(self) -> Any:
@@ -108,10 +110,13 @@ def _records_in(value: Any) -> Iterator[Delivered]:
             yield from _records_in(item)
 
 
-def read_all(record: BaseModel) -> None:
-    """Read what is not read yet, in the record and in those that it holds; raises what reading raises."""
-    for name in _unread_fields(record):
+def read_all(record: BaseModel) -> bool:
+    """Read what is not read yet, in the record and in those that it holds; raises what reading raises.
+
+    Whether there was anything.
+    """
+    names = list(_unread_fields(record))
+    for name in names:
         getattr(record, name)
-    for value in vars(record).values():
-        for inner in _records_in(value):
-            read_all(inner)
+    inner = [read_all(held) for value in vars(record).values() for held in _records_in(value)]
+    return bool(names) or any(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from raystore import codec
 from tests.scripts import zoo
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -84,3 +86,21 @@ def test_a_script_that_was_edited(tmp_path):
 def test_runners_on_ray(tmp_path):
     """An agent of the script knows its tasks, and what it enqueues is of the script's classes to the driver."""
     assert f"{COUNT} values came back" in run(SCRIPTS / "zoo.py", tmp_path, "runners")
+
+
+#: `[task, Task]` of a script `/scripts/gone.py`, where `Task` has `kind = "math"`, and `task.number` is 7.
+KEPT = """
+AoAFlYwBAAAAAAAAXZQojBByYXlzdG9yZS5waWNrbGVylIwLX2NsYXNzX2hlcmWUk5QojBAvc2NyaXB0cy9nb25lLnB5lIwAlIwE
+VGFza5SMIDI5YzJjZDY4NzI5MzQyMDUxNzBiZDBhMjUzOTNkODY4lHSUjBtyYXkuY2xvdWRwaWNrbGUuY2xvdWRwaWNrbGWUjBRf
+bWFrZV9za2VsZXRvbl9jbGFzc5STlCiMCGJ1aWx0aW5zlIwEdHlwZZSTlGgGaAyMBm9iamVjdJSTlIWUfZSMCl9fbW9kdWxlX1+U
+jAhfX21haW5fX5RzjCAzYzE1NjJhNmI4MDQ0OWM4YTk1MTM0N2M1MjJmNjFhNpROdJSHlFKUaAGMBV9maWxslJOUaBhoCYwPX2Ns
+YXNzX3NldHN0YXRllJOUfZQojAdfX2RvY19flE6MCl9fbW9kdWxlX1+UaBSMDV9fc2xvdG5hbWVzX1+UXZSMBGtpbmSUjARtYXRo
+lHV9lIaUhpSGUjApgZR9lIwGbnVtYmVylEsHc2JoGGUu
+"""
+
+
+def test_what_journals_hold_is_read():
+    """The functions of `pickler` that a pickle names are part of the format, whatever becomes of the others."""
+    payload = base64.b64decode(KEPT)
+    (task, kind), (_, again) = codec.decode(payload), codec.decode(payload)
+    assert type(task) is kind is again and (task.kind, task.number) == ("math", 7)

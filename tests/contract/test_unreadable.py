@@ -128,6 +128,20 @@ async def test_such_a_record_can_be_shown_and_copied(unreadable):
         one.nothing  # noqa: B018
 
 
+async def test_such_a_span_can_be_added_where_it_can_be_read(unreadable, make_memory_store, tasks):
+    """A copy into another store says what is missing, or copies all of it."""
+    (span,) = await unreadable.query_spans("mine")
+    other = make_memory_store()
+    started = await other.start_rollout("x")
+    copied = span.model_copy(update={"rollout_id": started.rollout_id, "attempt_id": started.attempt.attempt_id})
+    with pytest.raises(rs.PayloadNotReadableError, match=MODULE):
+        await other.add_span(copied)
+    tasks.come()
+    await other.add_span(copied)
+    (stored,) = await other.query_spans(started.rollout_id)
+    assert stored == copied and stored.attributes == {"task": tasks.one()} and stored.extra_field == 5
+
+
 async def test_it_is_read_as_soon_as_it_can_be(unreadable, tasks):
     """The module may come later; then a record is like any other."""
     store = unreadable
