@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from raystore import reports, shell
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
-from raystore.core import bounds, check, claims, eviction, verbs, watchdog
+from raystore.core import bounds, check, claims, eviction, verbs, watchdog, workers
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING, VERBS
@@ -82,6 +82,7 @@ class Service:
             not_before = opened.not_before
             self._recorder = opened.recorder
             self._bodies = Bodies(opened.directory)
+        self.state.gather()
         self.keeper = None if opened is None else opened.keeper
         if self.keeper is not None and self._bodies is not None:
             self.keeper.on_done = self._bodies.forget_files
@@ -352,6 +353,8 @@ class Service:
             if state.withdrawals != self._withdrawals_seen:
                 self._withdrawals_seen = state.withdrawals
                 self._suspend()
+            if state.has_surplus:
+                self._forget()
             ended, state.ended = state.ended, []
             for session_id in ended:
                 self._drop_waiters(session_id)
@@ -372,6 +375,15 @@ class Service:
         noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
             self.on_notice(session_id)
+
+    def _forget(self) -> None:
+        """Let go of records that nobody needs any more, once there are too many of them."""
+        state = self.state
+        state.has_surplus = False
+        if surplus := watchdog.surplus(state):
+            self.do("advance", self.step(), *surplus.lists())
+        if gone := workers.surplus(state):
+            self.do("forget_workers", self.step(), gone)
 
     def _evict(self, writing: str | None) -> None:
         started = time.perf_counter()

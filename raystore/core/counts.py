@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore.core import consumers
+from raystore.core import claims, consumers
 from raystore.core.changes import FEED_LENGTH
 from raystore.core.state import State
 
@@ -29,7 +29,7 @@ def counts(state: State) -> dict[str, Any]:
         "evicted_rollouts": state.evicted_rollouts,
         "eviction_passes": state.eviction_passes,
         "deadline_fires": state.deadlines.fires,
-        "sessions": sum(session.ended_at is None for session in state.sessions.values()),
+        "sessions": claims.live_sessions(state),
         "queue_length": len(state.queues),
         "queue_lengths": state.queues.lengths(),
         "rollouts_by_status": state.indexes.counts("status"),

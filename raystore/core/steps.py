@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from raystore.core import claims, verbs, watchdog
+from raystore.core import claims, verbs, watchdog, workers
 from raystore.core.state import AttemptKey, Entry, State, Step
 
 
@@ -58,6 +58,10 @@ def _end_session(state: State, step: Step, session_id: str, why: str) -> None:
     claims.end_session(state, step, state.sessions[session_id], why=why)
 
 
+def _forget_workers(state: State, step: Step, worker_ids: list[str]) -> None:
+    workers.forget(state, worker_ids)
+
+
 STEPS: dict[str, Callable[..., Any]] = {
     "pause": _pause,
     "advance": _advance,
@@ -67,4 +71,5 @@ STEPS: dict[str, Callable[..., Any]] = {
     "acknowledge": _acknowledge,
     "open_session": _open_session,
     "end_session": _end_session,
+    "forget_workers": _forget_workers,
 }

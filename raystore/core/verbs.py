@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from raystore.core import attempts, claims, consumers, query, retention, rollouts, workers
+from raystore.core.accounts import bounded_error
 from raystore.core.lifecycle import FINISHED
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
 from raystore.core.requests import (
@@ -249,7 +250,9 @@ def _finish(
     state: State, step: Step, *, rollout_id: Id, attempt_id: Id, spans: list[SpanRow], changes: FinalChanges
 ) -> tuple[Attempt, list[bool]]:
     made = _spans(rollout_id, attempt_id, spans)
-    attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, changes)
+    error = changes.get("error")
+    more = {} if error is None else {"error": bounded_error(error)}
+    attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, {**changes, **more})
     return attempt, written.stored
 
 
@@ -358,7 +361,7 @@ def _put_resources(
 ) -> Resources:
     before = state.resources.policy_version
     made = state.resources.publish(
-        step.mint("rs-", 12) if resources_id is None else resources_id,
+        step.new_id("rs-", 12, state.resources) if resources_id is None else resources_id,
         resources,
         now=step.now,
         policy_version=policy_version,

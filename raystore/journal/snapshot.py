@@ -195,11 +195,19 @@ def read(path: Path, state: State) -> tuple[IndexFile, dict[str, Any]]:
 
 
 def _of_format_1(sections: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    plain: list[Any] = []
+    payload_bytes = 0
     for name, value in sections:
-        if name == "chunk":
-            yield name, _pack(format1.section(name, _unpack(value)), exactly=False)
+        found = _unpack(value) if name == "chunk" else value
+        payload_bytes += format1.payload_bytes(name, found)
+        if name == "plain":
+            plain = value
+        elif name == "chunk":
+            yield name, _pack(format1.section(name, found), exactly=False)
         else:
             yield name, format1.section(name, value)
+    plain[format1.PAYLOAD_BYTES] = payload_bytes
+    yield "plain", format1.section("plain", plain)
 
 
 def _sections(file: Any, path: Path, more: dict[str, Any]) -> Iterator[tuple[str, Any]]:
