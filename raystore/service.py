@@ -46,6 +46,7 @@ from raystore.offers import Offers
 from raystore.probes import Probes
 from raystore.shell import SHELL
 from raystore.waiters import Deliver, Waiters
+from raystore.watches import Watches
 
 logger = logging.getLogger("raystore.store")
 
@@ -89,6 +90,7 @@ class Service:
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
         self.waiters = Waiters()
+        self.watches = Watches()
         self._offers = Offers(self)
         self.operations = 0
         self.actor_calls = 0
@@ -519,6 +521,7 @@ class Service:
     def _drop_waiters(self, session_id: str) -> None:
         for waiter in self.waiters.of_session(session_id):
             self.waiters.remove(waiter)
+        self.watches.drop_session(session_id)
         self.probes.heard(session_id)
 
     def _suspend(self) -> None:

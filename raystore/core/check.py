@@ -23,7 +23,7 @@ from raystore.core.state import State, is_live_attempt
 
 
 def check(state: State) -> None:
-    """Verify every invariant of the state."""
+    """Verify every invariant of the state; it walks all of it, and nothing else happens meanwhile."""
     state.queues.check()
     state.resources.check()
     state.spans.check(state.entries)
@@ -97,7 +97,7 @@ def story(state: State, rollout_id: str) -> list[str]:
     """What is known of a rollout's history, a line for each thing, oldest first."""
     entry = state.entries.get(rollout_id)
     lines = []
-    for change in state.changes.of(rollout_id):
+    for change in state.changes.of(rollout_id, entry.rollout.start_time if entry else 0.0):
         attempt = f" attempt {change.attempt_id}" if change.attempt_id else ""
         detail = "".join(f" {name}={value}" for name, value in (change.detail or {}).items())
         lines.append(f"#{change.sequence} {change.time:.6f} {change.kind}{attempt}{detail}")

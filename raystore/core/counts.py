@@ -9,7 +9,12 @@ from typing import Any
 
 from raystore.core import claims, consumers
 from raystore.core.changes import FEED_LENGTH
+from raystore.core.lifecycle import ROLLOUT_STATUSES
 from raystore.core.state import State
+
+
+def _of_status(state: State, status: str) -> int:
+    return state.indexes.count(("status", status))
 
 
 def counts(state: State) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def counts(state: State) -> dict[str, Any]:
         "sessions": claims.live_sessions(state),
         "queue_length": len(state.queues),
         "queue_lengths": state.queues.lengths(),
-        "rollouts_by_status": state.indexes.counts("status"),
+        "rollouts_by_status": {status: n for status in ROLLOUT_STATUSES if (n := _of_status(state, status))},
         "suspects": len(state.suspects),
         "withdrawals": state.withdrawals,
         "changes": state.changes.last,

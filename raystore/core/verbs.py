@@ -8,7 +8,7 @@ Not here: encoding, sessions' batches, parked calls (`service`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -155,16 +155,18 @@ def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Pair]:
 
 
 def completed_after(
-    state: State, cursor: int | None, limit: int, filters: Mapping[str, Any]
+    state: State, cursor: int | None, limit: int, filters: Mapping[str, Any], among: Container[str] | None = None
 ) -> tuple[list[Pair], int | None]:
-    """Finished rollouts that follow a cursor in completion order, and the next cursor."""
+    """Finished rollouts that follow a cursor in completion order (only those `among` some), and the next cursor."""
     found: list[Pair] = []
     tags, others = query.has_tags(filters.get("tags") or {}), {k: v for k, v in filters.items() if k != "tags"}
     for sequence, rollout_id in state.completions.after(cursor):
         if len(found) == limit:
             break
-        entry = state.entries[rollout_id]
         cursor = sequence
+        if among is not None and rollout_id not in among:
+            continue
+        entry = state.entries[rollout_id]
         if tags(entry.rollout) and all(getattr(entry.rollout, k) == v for k, v in others.items() if v is not None):
             found.append(_with_attempt(entry))
     return found, cursor
