@@ -497,7 +497,10 @@ class LightningStore(ABC):
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
-        """Workers that match, in the order of their first appearance."""
+        """Workers that match, in the order of their first appearance.
+
+        All that are busy are there, and of the others the 10,000 that were heard of last.
+        """
 
     @abstractmethod
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from raystore import reports, shell
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
-from raystore.core import bounds, check, claims, eviction, verbs, watchdog
+from raystore.core import bounds, check, claims, eviction, verbs, watchdog, workers
 from raystore.core.resources import FREED
 from raystore.core.state import AttemptKey, Session, State, Step
 from raystore.core.steps import STEPS
@@ -48,6 +48,7 @@ from raystore.offers import Offers
 from raystore.probes import Probes
 from raystore.shell import SHELL
 from raystore.waiters import Deliver, Waiters
+from raystore.watches import Watches
 
 logger = logging.getLogger("raystore.store")
 
@@ -85,12 +86,14 @@ class Service:
             self._recorder = opened.recorder
             self._bodies = Bodies(opened.directory)
         self.objects: JournalObjects | None = None
+        self.state.gather()
         self.keeper = None if opened is None else opened.keeper
         if self.keeper is not None and self._bodies is not None:
             self.keeper.on_done = self._bodies.forget_files
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
         self.waiters = Waiters()
+        self.watches = Watches()
         self._offers = Offers(self)
         self.operations = 0
         self.actor_calls = 0
@@ -379,6 +382,8 @@ class Service:
             if state.withdrawals != self._withdrawals_seen:
                 self._withdrawals_seen = state.withdrawals
                 self._suspend()
+            if state.has_surplus:
+                self._forget()
             ended, state.ended = state.ended, []
             for session_id in ended:
                 self._drop_waiters(session_id)
@@ -421,6 +426,15 @@ class Service:
         with self._lock:
             needed = self.state.resources.addresses
             self.objects.remove(address for address in addresses if address not in needed)
+
+    def _forget(self) -> None:
+        """Let go of records that nobody needs any more, once there are too many of them."""
+        state = self.state
+        state.has_surplus = False
+        if surplus := watchdog.surplus(state):
+            self.do("advance", self.step(), *surplus.lists())
+        if gone := workers.surplus(state):
+            self.do("forget_workers", self.step(), gone)
 
     def _evict(self, writing: str | None) -> None:
         started = time.perf_counter()
@@ -556,6 +570,7 @@ class Service:
     def _drop_waiters(self, session_id: str) -> None:
         for waiter in self.waiters.of_session(session_id):
             self.waiters.remove(waiter)
+        self.watches.drop_session(session_id)
         self.probes.heard(session_id)
 
     def _suspend(self) -> None:

@@ -78,20 +78,38 @@ def _wait(service: Service, asked: Asked, *, rollout_ids: list[Id], timeout: flo
     return _park(service, asked, "wait", {"rollout_ids": rollout_ids}, timeout, missing)
 
 
-def _sort_out(service: Service, asked: Asked, *, rollout_ids: list[Id]) -> Any:
-    """What is finished of these, and where the completion log stands, and what is not: all of one moment."""
+def _sort_out(service: Service, asked: Asked, *, rollout_ids: list[Id], instead_of: Whole | None = None) -> Any:
+    """What is finished of these, and where the completion log stands, and what is not: all of one moment.
+
+    With a token by which `completed` can be asked for what finishes of the rest, in the place of an earlier one.
+    """
+    if instead_of is not None:
+        service.watches.drop(instead_of)
     done, cursor = finished(service.state, rollout_ids)
     done.sort(key=lambda pair: service.state.completions.place(pair[0].rollout_id))
-    return done, (cursor, unfinished(service.state, rollout_ids))
+    rest = unfinished(service.state, rollout_ids)
+    return done, (cursor, rest, service.watches.keep(asked.session_id, rest) if rest else None)
 
 
 def _completed(
-    service: Service, asked: Asked, *, cursor: Whole | None, limit: Positive, timeout: Seconds, filters: Filters
+    service: Service,
+    asked: Asked,
+    *,
+    cursor: Whole | None,
+    limit: Positive,
+    timeout: Seconds,
+    filters: Filters,
+    among: Whole | None = None,
 ) -> Any:
-    items, cursor = verbs.completed_after(service.state, cursor, limit, filters)
+    wanted: dict[str, Any] = {
+        "limit": limit,
+        "filters": filters,
+        "among": None if among is None else service.watches.find(among),
+    }
+    items, cursor = verbs.completed_after(service.state, cursor, **wanted)
     if items or service.stands_still or timeout <= 0:
         return items, cursor
-    return _park(service, asked, "completed", {"cursor": cursor, "limit": limit, "filters": filters}, timeout)
+    return _park(service, asked, "completed", wanted | {"cursor": cursor}, timeout)
 
 
 def _changes(

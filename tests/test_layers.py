@@ -20,7 +20,7 @@ LAYERS = [
     ["objects"],
     ["types"],
     ["api"],
-    ["clock", "config", "notices", "probes", "reports", "waiters"],
+    ["clock", "config", "notices", "probes", "reports", "waiters", "watches"],
     ["wire"],
     ["journal"],
     ["shell"],

@@ -59,7 +59,7 @@ class StoreClient(
         """Call `handler` (kind, rollout id, attempt id) for what becomes of attempts this process holds.
 
         Kinds are "cancelled", "superseded", "timeout" and "unresponsive". The handler runs on any thread and must be
-        quick. Returns a function that stops it.
+        quick; it may use the store. Returns a function that stops it.
         """
         return self._transport.listen_for_notices(handler)
 

@@ -11,6 +11,7 @@ from time import monotonic
 from raystore import convert
 from raystore.client.connection import Connection
 from raystore.convert import validated
+from raystore.errors import AnswerGoneError
 from raystore.types import (
     AnyRollout,
     Change,
@@ -44,7 +45,7 @@ class WaitingMethods(Connection):
     ) -> AsyncIterator[AnyRollout]:
         missing = set(convert.identifiers("rollout_ids", rollout_ids))
         deadline = None if timeout is None else monotonic() + convert.duration("timeout", timeout)
-        finished, cursor = await self._sort_out(missing)
+        finished, cursor, token = await self._sort_out(missing)
         while True:
             for rollout in finished:
                 if rollout.rollout_id in missing:
@@ -55,17 +56,28 @@ class WaitingMethods(Connection):
             left = LOOK_AGAIN_SECONDS if deadline is None else min(deadline - monotonic(), LOOK_AGAIN_SECONDS)
             if left <= 0:
                 raise TimeoutError(f"{len(missing)} of the rollouts had not finished after {timeout} s")
-            page = await self.completed(cursor, timeout=left)
-            finished, cursor = page.items, page.cursor or cursor
+            wanted = {"cursor": cursor, "limit": 256, "timeout": left, "filters": {}, "among": token}
+            try:
+                items, after = await self._many("completed", wanted)
+                finished, cursor = [convert.pair(item) for item in items], after or cursor
+            except AnswerGoneError:  # the store does not know any more what is waited for
+                finished = []
             if not finished:  # some may have been deleted, and will never finish
-                finished, _ = await self._sort_out(missing)
+                finished, cursor, token = await self._sort_out(missing, token)
 
-    async def _sort_out(self, missing: set[str]) -> tuple[list[AnyRollout], int]:
-        """Those that are finished, and the cursor behind them; what does not exist is dropped from `missing`."""
-        items, (cursor, unfinished) = await self._many("sort_out", {"rollout_ids": list(missing)})
+    async def _sort_out(
+        self, missing: set[str], instead_of: int | None = None
+    ) -> tuple[list[AnyRollout], int, int | None]:
+        """Those that are finished, and how to ask for the others: by a cursor, and by a token of the store's.
+
+        What does not exist is dropped from `missing`.
+        """
+        items, (cursor, unfinished, token) = await self._many(
+            "sort_out", {"rollout_ids": list(missing), "instead_of": instead_of}
+        )
         finished = [convert.pair(item) for item in items]
         missing &= {*unfinished, *(rollout.rollout_id for rollout in finished)}
-        return finished, cursor
+        return finished, cursor, token
 
     async def completed(
         self,

@@ -6,7 +6,7 @@ Not here: the tables (`lifecycle`), claims that await acknowledgement (`claims`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from raystore.core import workers
@@ -52,7 +52,7 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
     state.attempts_made += 1
     attempt = Attempt(
         rollout_id=rollout.rollout_id,
-        attempt_id=step.mint("at-", 8),
+        attempt_id=step.new_id("at-", 8, attempt_ids(entry)),
         sequence_id=before.sequence_id + 1 if before else 1,
         start_time=step.now,
         end_time=None,
@@ -74,6 +74,13 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
     if worker_id is not None:
         workers.busy(state, step, worker_id, attempt, claimed=kind == "claimed")
     return attempt
+
+
+def attempt_ids(entry: Entry) -> Container[str]:
+    """The ids of a rollout's attempts."""
+    if len(entry.holders) >= len(entry.attempts):  # each was made by a session, which holds it for ever
+        return entry.holders
+    return {attempt.attempt_id for attempt in entry.attempts}
 
 
 def start_rollout(state: State, step: Step, request: Mapping[str, Any], worker_id: str | None) -> Entry:
@@ -306,7 +313,7 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list
     useless = []
     for rollout_id, attempt_id in keys:
         entry = state.entries.get(rollout_id)
-        index = next((i for i, a in enumerate(entry.attempts) if a.attempt_id == attempt_id), None) if entry else None
+        index = state.index_of(entry, attempt_id) if entry else None
         if entry is None or index is None:
             useless.append((rollout_id, attempt_id))
             continue

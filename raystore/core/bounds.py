@@ -12,6 +12,11 @@ WAITERS = 100_000  #: calls that wait
 SESSIONS = 10_000  #: client processes
 RETRY_SECONDS = 5.0
 
+# Of records that nobody needs any more the newest are kept:
+IDLE_WORKERS = 10_000  #: that are not busy, by when they were heard of
+ENDED_SESSIONS = 10_000  #: which answer late batches
+SURPLUS = 250  #: go at once
+
 
 def admit(what: str, number: int, bound: int) -> None:
     """Raise `StoreOverloadedError` if there is no room for one more."""

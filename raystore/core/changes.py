@@ -12,7 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from raystore.core.records import Change
@@ -69,9 +69,10 @@ class ChangeFeed:
                 found.append(change)
         return found, cursor
 
-    def of(self, rollout_id: str) -> list[Change]:
-        """What is still known of one rollout's history."""
-        return [change for change in self._kept if change.rollout_id == rollout_id]
+    def of(self, rollout_id: str, since: float = 0.0) -> list[Change]:
+        """What is still known of one rollout's history, from a time on; looks at what happened since then only."""
+        newer = takewhile(lambda change: change.time >= since, reversed(self._kept))
+        return [change for change in newer if change.rollout_id == rollout_id][::-1]
 
 
 class CompletionLog:

@@ -7,6 +7,7 @@ Not here: repairing anything.
 
 from __future__ import annotations
 
+from raystore.core.accounts import of_attempt, of_rollout
 from raystore.core.lifecycle import (
     ACTIVE,
     ATTEMPT_STATUSES,
@@ -16,18 +17,20 @@ from raystore.core.lifecycle import (
     ROLLOUT_STATUSES,
     WORKER_STATUSES,
 )
+from raystore.core.payload import size_of
 from raystore.core.queues import ASIDE
 from raystore.core.state import State, is_live_attempt
 
 
 def check(state: State) -> None:
-    """Verify every invariant of the state."""
+    """Verify every invariant of the state; it walks all of it, and nothing else happens meanwhile."""
     state.queues.check()
     state.resources.check()
     state.spans.check(state.entries)
     state.indexes.check({rollout_id: state.index_keys(entry) for rollout_id, entry in state.entries.items()})
+    evictable = [{rollout_id for _, _, rollout_id in heap} for heap in state.eviction_heaps]
     for rollout_id, entry in state.entries.items():
-        _check_entry(state, rollout_id)
+        _check_entry(state, rollout_id, evictable)
         in_queue = rollout_id in state.queues
         assert in_queue == (entry.rollout.status in QUEUED), (
             f"{rollout_id} is {entry.rollout.status}, queued {in_queue}"
@@ -44,16 +47,26 @@ def check(state: State) -> None:
     for rollout_id in state.queues:
         is_missing = state.entries[rollout_id].rollout.resources_id in state.resources.missing
         assert state.queues.is_held(rollout_id) == is_missing, f"{rollout_id} is held back wrongly"
-    assert state.payload_bytes == sum(entry.bytes for entry in state.entries.values()), "payload bytes"
+    payloads = sum(entry.bytes for entry in state.entries.values())
+    payloads += sum(size_of(worker.heartbeat_stats) for worker in state.workers.values())
+    assert state.payload_bytes == payloads, "payload bytes"
     assert state.attempt_count == sum(len(entry.attempts) for entry in state.entries.values()), "attempt count"
     _check_sessions(state)
+    ended = {session.session_id for session in state.sessions.values() if session.ended_at is not None}
+    assert state.ended_sessions.keys() == ended, "ended sessions"
+    idle = {worker.worker_id for worker in state.workers.values() if worker.status != "busy"}
+    assert state.idle_workers.keys() == idle, "workers that are not busy"
     for worker in state.workers.values():
         assert worker.status in WORKER_STATUSES, f"worker status {worker.status}"
         assert (worker.current_attempt_id is None) == (worker.status != "busy"), f"worker {worker.worker_id}"
 
 
-def _check_entry(state: State, rollout_id: str) -> None:
+def _check_entry(state: State, rollout_id: str, evictable: list[set[str]]) -> None:
     entry = state.entries[rollout_id]
+    rollout = entry.rollout
+    size = of_rollout(rollout.input, rollout.metadata, rollout.tags)
+    size += sum(of_attempt(attempt.metadata, attempt.error) for attempt in entry.attempts)
+    assert entry.bytes == size, f"{rollout_id} counts {entry.bytes} bytes, and has {size}"
     assert entry.rollout.rollout_id == rollout_id
     assert entry.rollout.status in ROLLOUT_STATUSES, f"rollout status {entry.rollout.status}"
     sequences = [attempt.sequence_id for attempt in entry.attempts]
@@ -67,8 +80,7 @@ def _check_entry(state: State, rollout_id: str) -> None:
     if entry.rollout.status in ACTIVE:
         state.deadlines.check(rollout_id)
     if state.spans.has(rollout_id):
-        number = state.eviction_class(entry)
-        assert any(item[2] == rollout_id for item in state.eviction_heaps[number]), f"{rollout_id} cannot be evicted"
+        assert rollout_id in evictable[state.eviction_class(entry)], f"{rollout_id} cannot be evicted"
 
 
 def _check_sessions(state: State) -> None:
@@ -96,7 +108,7 @@ def story(state: State, rollout_id: str) -> list[str]:
     """What is known of a rollout's history, a line for each thing, oldest first."""
     entry = state.entries.get(rollout_id)
     lines = []
-    for change in state.changes.of(rollout_id):
+    for change in state.changes.of(rollout_id, entry.rollout.start_time if entry else 0.0):
         attempt = f" attempt {change.attempt_id}" if change.attempt_id else ""
         detail = "".join(f" {name}={value}" for name, value in (change.detail or {}).items())
         lines.append(f"#{change.sequence} {change.time:.6f} {change.kind}{attempt}{detail}")

@@ -205,10 +205,8 @@ def open_session(
 
 
 def live_sessions(state: State) -> int:
-    """How many sessions have not ended; an upper bound of it as long as there are few."""
-    if len(state.sessions) < bounds.SESSIONS:
-        return len(state.sessions)
-    return sum(session.ended_at is None for session in state.sessions.values())
+    """How many sessions have not ended."""
+    return len(state.sessions) - len(state.ended_sessions)
 
 
 def end_session(state: State, step: Step, session: Session, *, why: str) -> None:
@@ -217,6 +215,9 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
         return
     session.ended_at = step.age
     state.ended.append(session.session_id)
+    state.ended_sessions[session.session_id] = None
+    if len(state.ended_sessions) >= bounds.ENDED_SESSIONS + bounds.SURPLUS:
+        state.has_surplus = True
     held, claims = list(session.held), list(session.claims)
     if held or claims:
         company = len(held) + len(claims)

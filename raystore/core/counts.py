@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore.core import consumers
+from raystore.core import claims, consumers
 from raystore.core.changes import FEED_LENGTH
+from raystore.core.lifecycle import ROLLOUT_STATUSES
 from raystore.core.state import State
+
+
+def _of_status(state: State, status: str) -> int:
+    return state.indexes.count(("status", status))
 
 
 def counts(state: State) -> dict[str, Any]:
@@ -29,12 +34,12 @@ def counts(state: State) -> dict[str, Any]:
         "evicted_rollouts": state.evicted_rollouts,
         "eviction_passes": state.eviction_passes,
         "deadline_fires": state.deadlines.fires,
-        "sessions": sum(session.ended_at is None for session in state.sessions.values()),
+        "sessions": claims.live_sessions(state),
         "queue_length": len(state.queues),
         "queue_lengths": state.queues.lengths(),
         "held_back": sum(state.queues.held_counts().values()),
         "held_back_by_resources": state.queues.held_counts(),
-        "rollouts_by_status": state.indexes.counts("status"),
+        "rollouts_by_status": {status: n for status in ROLLOUT_STATUSES if (n := _of_status(state, status))},
         "suspects": len(state.suspects),
         "withdrawals": state.withdrawals,
         "changes": state.changes.last,

@@ -45,6 +45,10 @@ class Deadlines(Generic[K]):
             heapify(self._heap)
         self.soonest = self._heap[0][0]
 
+    def drop(self, key: K) -> None:
+        """Forget a key, so that it is not kept until its deadline."""
+        self._earliest.pop(key, None)
+
     def next(self) -> float | None:
         """The earliest instant at which something may be due."""
         while self._heap:

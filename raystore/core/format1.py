@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from raystore.core import attempts, retention, steps, verbs, watchdog, workers
+from raystore.core.accounts import of_attempt, of_rollout
 from raystore.core.batches import Item, to_keep
 from raystore.core.claims import LOST_CLAIMS_KEPT, Claimed, taken_over
 from raystore.core.cold import column
 from raystore.core.lifecycle import ACTIVE, FINISHED, OVER
 from raystore.core.line import ERROR, PARTLY, VALUE, Kept, Reply
-from raystore.core.payload import same_content
+from raystore.core.payload import same_content, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
@@ -228,7 +230,7 @@ def _advance(state: State, step: Step, *due: list[Any]) -> None:
     for session_id in found.silent:
         end_session(state, step, state.sessions[session_id], why="silence")
     for session_id in found.forgotten:
-        del state.sessions[session_id]
+        watchdog.forget_session(state, session_id)
     retention.delete(state, step, found.deleted)
 
 
@@ -240,7 +242,7 @@ def resume(state: State, step: Step, away: float) -> None:
         session.claims = dict.fromkeys(session.claims, step.age)
         if session.eternal:
             end_session(state, step, session, why="ended with its store")
-            del state.sessions[session_id]
+            watchdog.forget_session(state, session_id)
     for status in ACTIVE:
         for rollout_id in state.indexes.find(("status", status)):
             entry = state.entries[rollout_id]
@@ -294,6 +296,7 @@ def _add_spans(
 def _finish(
     state: State, step: Step, *, rollout_id: str, attempt_id: str, spans: list[list[Any]], changes: dict[str, Any]
 ) -> tuple[Attempt, list[bool]]:
+    """The same; and an error was kept as long as it was."""
     attempt_id = _meant(state, rollout_id, attempt_id)
     made = [Span(rollout_id, attempt_id, *row) for row in spans]
     attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, changes)
@@ -552,6 +555,29 @@ _FEW_VALUES = frozenset(
 )
 
 
+PAYLOAD_BYTES = 4  #: where in the section "plain" the sum stands
+
+
+def payload_bytes(name: str, value: Any) -> int:
+    """What the rollouts or workers of a section count for; those of attempts and workers did not count."""
+    if name == "workers":
+        return sum(size_of(row[2]) for row in value)
+    return sum(_sizes(value)) if name == "chunk" else 0
+
+
+def _sizes(found: list[Any]) -> list[int]:
+    """Bytes that each rollout of a chunk counts for."""
+    _, rollouts, counts, attempts_, *_ = found
+    columns = dict(zip(_ROLLOUT, rollouts, strict=True))
+    sizes = list(map(of_rollout, columns["input"], columns["metadata"], columns["tags"]))
+    if sum(counts):
+        columns = dict(zip(_ATTEMPT, attempts_, strict=True))
+        values = map(of_attempt, columns["metadata"], _expanded(columns["error"]))
+        for row, count in enumerate(counts):
+            sizes[row] += sum(islice(values, count))
+    return sizes
+
+
 def section(name: str, value: Any) -> Any:
     """A section of a snapshot as it stands today; a chunk unpacked."""
     if name == "chunk":
@@ -578,7 +604,7 @@ def _columns(found: list[Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def _chunk(found: list[Any]) -> dict[str, Any]:
     (
-        configs, rollouts, counts, attempts_, starts, beats, numbers, orders, sizes, formers, holders,
+        configs, rollouts, counts, attempts_, starts, beats, numbers, orders, _, formers, holders,
         others, given, released, suspects, deliveries, taken,
     ) = found  # fmt: skip
     length, tried = len(counts), sum(counts)
@@ -600,7 +626,7 @@ def _chunk(found: list[Any]) -> dict[str, Any]:
         "entries": {
             "number": column(list(numbers)),
             "order": column(list(orders)),
-            "bytes": column(list(sizes), 0),
+            "bytes": column(_sizes(found), 0),
             "former": column(_expanded(formers), "queuing"),
             "given": some(given, None),
             "released": some([(row, True) for row in released], False),

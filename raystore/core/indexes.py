@@ -78,10 +78,10 @@ class Indexes:
         if not ids:
             del self._ids[key]
 
-    def counts(self, name: str) -> dict[Any, int]:
-        """How many rollouts there are for each value of one index."""
-        packed = {value: len(numbers) for (index, value), (numbers, _) in self._packed.items() if index == name}
-        return packed | {value: len(ids) for (index, value), ids in self._ids.items() if index == name}
+    def count(self, key: Key) -> int:
+        """How many rollouts there are under one key."""
+        packed = self._packed.get(key)
+        return len(self._ids.get(key, ())) if packed is None else len(packed[0])
 
     def check(self, expected: dict[str, set[Key]]) -> None:
         """Verify that exactly these keys are entered for exactly these rollouts."""

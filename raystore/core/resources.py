@@ -59,6 +59,9 @@ class ResourceTable:
     def __len__(self) -> int:
         return len(self._versions)
 
+    def __contains__(self, resources_id: object) -> bool:
+        return resources_id in self._versions
+
     @property
     def object_ids(self) -> int:
         """How many ids hold an object in their newest version."""

@@ -37,6 +37,7 @@ def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
         for key in state.index_keys(entry):
             state.indexes.remove(rollout_id, key)
         state.spans.forget(rollout_id)
+        state.deadlines.drop(rollout_id)
         state.payload_bytes -= entry.bytes
         state.attempt_count -= len(entry.attempts)
         del state.entries[rollout_id]

@@ -13,15 +13,15 @@ from itertools import groupby, islice
 from typing import Any
 
 from raystore.core import query
+from raystore.core.accounts import of_rollout
 from raystore.core.indexes import keys_of
 from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
-from raystore.core.payload import digest_of_bytes, is_digest, same_content, size_of
+from raystore.core.payload import digest_of_bytes, is_digest, same_content
 from raystore.core.queues import ASIDE, PLAIN
 from raystore.core.records import Config, Rollout
 from raystore.core.state import Entry, State, Step, is_live_attempt
 from raystore.errors import ConflictError, InvalidValueError, OverloadedError, SealedError
 
-ROLLOUT_OVERHEAD_BYTES = 1_500  #: record, entry and index entries of one rollout with an attempt, beside its payloads
 RETRY_AFTER_SECONDS = 1.0
 
 #: The arguments that make a rollout, in the order in which they are compared for a caller-given id.
@@ -43,7 +43,7 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
     resources_id = request.get("resources_id")
     config = request.get("config")
     rollout = Rollout(
-        rollout_id=step.mint("ro-", 12) if rollout_id is None else rollout_id,
+        rollout_id=step.new_id("ro-", 12, state.entries) if rollout_id is None else rollout_id,
         input=request["input"],
         start_time=step.now,
         end_time=None,
@@ -59,7 +59,7 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
         reward=None,
     )
     given = _content(request) if rollout_id is not None else None
-    size = size_of(rollout.input) + size_of(rollout.metadata) + ROLLOUT_OVERHEAD_BYTES
+    size = of_rollout(rollout.input, rollout.metadata, rollout.tags)
     state.rollouts_made += 1
     entry = Entry(rollout, state.rollouts_made, given, size, former=status)
     state.entries[rollout.rollout_id] = entry
@@ -110,6 +110,7 @@ def enqueue_many(
     for request, entry in zip(requests, existing, strict=True):
         if entry is None:
             entry = create(state, step, "queuing", request, latest)
+            state.spans.take_over(entry.rollout.rollout_id)
             enter_queue(state, step, entry, state.queues.tail(entry.rollout.priority))
             state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
         made.append(entry.rollout)
@@ -217,9 +218,10 @@ def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]
     if changes:
         before = entry.rollout
         state.put_rollout(entry, before.evolve(**changes))
-        size = size_of(entry.rollout.input) + size_of(entry.rollout.metadata) + ROLLOUT_OVERHEAD_BYTES
-        state.payload_bytes += size - entry.bytes
-        entry.bytes = size
+        more = of_rollout(entry.rollout.input, entry.rollout.metadata, entry.rollout.tags)
+        more -= of_rollout(before.input, before.metadata, before.tags)
+        state.payload_bytes += more
+        entry.bytes += more
         if entry.rollout.resources_id != before.resources_id:
             _move_references(state, entry, before.resources_id)
             if rollout_id in state.queues and entry.order is not None:  # what it is held back for may be another

@@ -115,10 +115,16 @@ class SpanTable:
             self._unknown.popitem(last=False)
         return number
 
+    def take_over(self, rollout_id: str) -> None:
+        """A rollout is there from now on, of which numbers may have been given before."""
+        if self._unknown and (number := self._unknown.pop(rollout_id, 0)):
+            self._counters[rollout_id] = number
+
     def counters(self) -> list[tuple[str, int]]:
-        """The newest number of each rollout, also of those that do not exist."""
+        """The newest number of each rollout that has one, also of those that do not exist."""
         on_disk = ((i, known % NUMBERS) for i, known in self._elsewhere.items() if i not in self._counters)
-        return [*self._counters.items(), *on_disk, *self._unknown.items()]
+        found = (*self._counters.items(), *on_disk, *self._unknown.items())
+        return [(rollout_id, number) for rollout_id, number in found if number]
 
     def _newest(self, rollout_id: str) -> int:
         number = self._counters.get(rollout_id)

@@ -8,12 +8,13 @@ Not here: decisions (`lifecycle` and the verbs), time (`Step` carries it), durab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha1
 from types import MappingProxyType
 from typing import Any
 
+from raystore.core.accounts import of_attempt
 from raystore.core.changes import ChangeFeed, CompletionLog
 from raystore.core.deadlines import Deadlines
 from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
@@ -75,9 +76,16 @@ class Step:
         self.operation = 0  # and of the operation within it
 
     def mint(self, prefix: str, digits: int) -> str:
-        """A new id in the contract's format, the same at every replay of this step."""
+        """An id in the contract's format, the same at every replay of this step."""
         self.minted += 1
         return prefix + sha1(f"{self.seed}/{self.minted}".encode()).hexdigest()[:digits]
+
+    def new_id(self, prefix: str, digits: int, taken: Container[str]) -> str:
+        """The same, and nobody has it: among ten million rollouts two would get one id in one store of six."""
+        made = self.mint(prefix, digits)
+        while made in taken:
+            made = prefix + sha1(made.encode()).hexdigest()[:digits]
+        return made
 
 
 class Chain:
@@ -284,6 +292,12 @@ class Pass:
     written: set[str] = field(default_factory=set)  # rollouts that were written to meanwhile: they go last
 
 
+def last_heard_of(worker: Worker) -> float:
+    """When a worker was heard of last."""
+    stamps = (worker.last_heartbeat_time, worker.last_dequeue_time, worker.last_busy_time, worker.last_idle_time)
+    return max((stamp for stamp in stamps if stamp is not None), default=0.0)
+
+
 def is_live_attempt(attempt: Attempt) -> bool:
     """Whether somebody should be running this attempt; a superseded one only keeps its status."""
     return attempt.status in ACTIVE and attempt.outcome is None
@@ -315,7 +329,7 @@ class State:
         self.rollouts_made = 0
         self.attempts_made = 0
         self.attempt_count = 0
-        self.payload_bytes = 0  # inputs and metadata of rollouts
+        self.payload_bytes = 0  # of rollouts with their attempts, and of workers: what a user gave
         self.eviction_heaps: list[list[tuple[float, int, str]]] = [[], [], [], []]
         self.disposable_released: dict[str, None] = {}  # finished and released, for retention
         self.disposable_read: dict[str, None] = {}  # finished, read, and not released
@@ -323,6 +337,10 @@ class State:
         self.evicted_rollouts = 0
         self.eviction_passes = 0
         self.memory_full = False
+        # Records that are kept for a while only, in the order in which they are let go of. That is decided outside of
+        # a replay, which is told which ones: `gather` finds them after one.
+        self.ended_sessions: dict[str, None] = {}
+        self.idle_workers: dict[str, None] = {}
         # What the shell should look at after a step; it empties these.
         self.finished: list[str] = []
         self.came_back = False  # to a consumer
@@ -331,6 +349,7 @@ class State:
         self.ended: list[str] = []
         self.withdrawals = 0
         self.reservations = 0
+        self.has_surplus = False  # more of these than are to be kept
         self.touched: dict[str, None] = {}  # with a journal: rollouts that were changed since they were last verified
 
     def configure(self, settings: Settings) -> None:
@@ -349,8 +368,17 @@ class State:
     def has_news(self) -> bool:
         """Whether a step left something for the shell to look at."""
         return bool(
-            self.finished or self.came_back or self.queues_touched or self.noticed or self.ended or self.resources.freed
-        )
+            self.finished or self.came_back or self.queues_touched or self.noticed or self.ended or self.has_surplus
+            or self.resources.freed
+        )  # fmt: skip
+
+    def gather(self) -> None:
+        """Find, after a replay, what is kept for a while only."""
+        ended = [session for session in self.sessions.values() if session.ended_at is not None]
+        ended.sort(key=lambda session: session.ended_at or 0.0)
+        self.ended_sessions = dict.fromkeys(session.session_id for session in ended)
+        idle = sorted((worker for worker in self.workers.values() if worker.status != "busy"), key=last_heard_of)
+        self.idle_workers = dict.fromkeys(worker.worker_id for worker in idle)
 
     # -- look-ups ------------------------------------------------------------------------------------------------
 
@@ -361,15 +389,22 @@ class State:
             raise RolloutNotFoundError(rollout_id)
         return entry
 
+    def index_of(self, entry: Entry, attempt_id: str) -> int | None:
+        """Index of an attempt by its own id; the newest are looked at first, since they are asked for."""
+        attempts = entry.attempts
+        for index in range(len(attempts) - 1, -1, -1):
+            if attempts[index].attempt_id == attempt_id:
+                return index
+        return None
+
     def find_attempt(self, entry: Entry, attempt_id: str, session: Session | None = None) -> int:
         """Index of an attempt; "latest" names the newest."""
         if attempt_id == "latest":
             if not entry.attempts:
                 raise AttemptNotFoundError(entry.rollout.rollout_id)
             return len(entry.attempts) - 1
-        for index in range(len(entry.attempts) - 1, -1, -1):
-            if entry.attempts[index].attempt_id == attempt_id:
-                return index
+        if (found := self.index_of(entry, attempt_id)) is not None:
+            return found
         key = (entry.rollout.rollout_id, attempt_id)
         if session is not None and key in session.lost:
             raise ClaimLostError(*key)
@@ -409,6 +444,10 @@ class State:
         is_latest = index >= len(entry.attempts) - 1
         if is_latest:
             self._index_worker(entry, attempt)
+        if (old is None and (attempt.metadata is not None or attempt.error is not None)) or (
+            old is not None and (attempt.metadata is not old.metadata or attempt.error is not old.error)
+        ):
+            self._account(entry, old, attempt)
         if old is None:
             entry.attempts.append(attempt)
             entry.clocks.append(AttemptClock(attempt.start_time - self.paused))
@@ -428,6 +467,7 @@ class State:
         """Take the latest attempt back as if it had never been."""
         attempt = entry.attempts[-1]
         self.touch(attempt.rollout_id)
+        self._account(entry, attempt, None)
         self.let_go(entry, attempt.attempt_id)
         entry.holders.pop(attempt.attempt_id, None)
         if is_live_attempt(attempt):
@@ -437,6 +477,13 @@ class State:
         entry.clocks.pop()
         self.attempt_count -= 1
         return attempt
+
+    def _account(self, entry: Entry, old: Attempt | None, new: Attempt | None) -> None:
+        """The values of an attempt are others now."""
+        more = of_attempt(new.metadata, new.error) if new is not None else 0
+        more -= of_attempt(old.metadata, old.error) if old is not None else 0
+        entry.bytes += more
+        self.payload_bytes += more
 
     def _refer(self, entry: Entry, attempt: Attempt, change: int) -> None:
         self.resources.refer(entry.rollout.resources_id, attempt.resources_version, change)

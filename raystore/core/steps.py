@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from raystore.core import claims, held_back, verbs, watchdog
+from raystore.core import claims, held_back, verbs, watchdog, workers
 from raystore.core.state import AttemptKey, Entry, State, Step
 
 
@@ -62,6 +62,10 @@ def _hold_back(state: State, step: Step, resources_id: str, version: int, why: s
     return held_back.hold_back(state, step, resources_id, version, why)
 
 
+def _forget_workers(state: State, step: Step, worker_ids: list[str]) -> None:
+    workers.forget(state, worker_ids)
+
+
 STEPS: dict[str, Callable[..., Any]] = {
     "pause": _pause,
     "advance": _advance,
@@ -72,4 +76,5 @@ STEPS: dict[str, Callable[..., Any]] = {
     "open_session": _open_session,
     "end_session": _end_session,
     "hold_back": _hold_back,
+    "forget_workers": _forget_workers,
 }

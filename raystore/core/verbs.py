@@ -8,11 +8,12 @@ Not here: encoding, sessions' batches, parked calls (`service`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from raystore.core import attempts, claims, consumers, held_back, query, retention, rollouts, workers
+from raystore.core.accounts import bounded_error
 from raystore.core.lifecycle import FINISHED
 from raystore.core.payload import Payload
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
@@ -185,16 +186,18 @@ def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Pair]:
 
 
 def completed_after(
-    state: State, cursor: int | None, limit: int, filters: Mapping[str, Any]
+    state: State, cursor: int | None, limit: int, filters: Mapping[str, Any], among: Container[str] | None = None
 ) -> tuple[list[Pair], int | None]:
-    """Finished rollouts that follow a cursor in completion order, and the next cursor."""
+    """Finished rollouts that follow a cursor in completion order (only those `among` some), and the next cursor."""
     found: list[Pair] = []
     tags, others = query.has_tags(filters.get("tags") or {}), {k: v for k, v in filters.items() if k != "tags"}
     for sequence, rollout_id in state.completions.after(cursor):
         if len(found) == limit:
             break
-        entry = state.entries[rollout_id]
         cursor = sequence
+        if among is not None and rollout_id not in among:
+            continue
+        entry = state.entries[rollout_id]
         if tags(entry.rollout) and all(getattr(entry.rollout, k) == v for k, v in others.items() if v is not None):
             found.append(_with_attempt(entry))
     return found, cursor
@@ -280,7 +283,9 @@ def _finish(
     state: State, step: Step, *, rollout_id: Id, attempt_id: Id, spans: list[SpanRow], changes: FinalChanges
 ) -> tuple[Attempt, list[bool]]:
     made = _spans(rollout_id, attempt_id, spans)
-    attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, changes)
+    error = changes.get("error")
+    more = {} if error is None else {"error": bounded_error(error)}
+    attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, {**changes, **more})
     return attempt, written.stored
 
 
@@ -391,7 +396,7 @@ def _put_resources(
     """A new version, without what was published, which the caller has. `objects`: address and size of each."""
     before = state.resources.policy_version
     made = state.resources.publish(
-        step.mint("rs-", 12) if resources_id is None else resources_id,
+        step.new_id("rs-", 12, state.resources) if resources_id is None else resources_id,
         resources,
         now=step.now,
         policy_version=policy_version,

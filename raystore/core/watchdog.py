@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from raystore.core import retention
+from raystore.core import bounds, retention
 from raystore.core.attempts import settle
 from raystore.core.claims import end_session, serve, take_back
 from raystore.core.lifecycle import ACTIVE, SILENCE, TIMEOUT
@@ -85,7 +86,7 @@ def advance(state: State, step: Step, due: Due) -> None:
     for session_id in due.silent:
         end_session(state, step, state.sessions[session_id], why="silence")
     for session_id in due.forgotten:
-        del state.sessions[session_id]
+        forget_session(state, session_id)
     retention.delete(state, step, due.deleted)
     for rollout_id in due.impatient:
         serve(state, rollout_id)
@@ -105,6 +106,19 @@ def expire(state: State, step: Step, entry: Entry, active_now: float) -> None:
     latest = entry.attempts[-1]
     state.notify(entry, latest.attempt_id, "timeout" if timed_out else "unresponsive")
     settle(state, step, entry, TIMEOUT if timed_out else SILENCE)
+
+
+def forget_session(state: State, session_id: str) -> None:
+    """Drop the record of a session that has ended."""
+    if state.sessions.pop(session_id, None) is not None:
+        state.ended_sessions.pop(session_id, None)
+        state.session_deadlines.drop(session_id)
+
+
+def surplus(state: State) -> Due:
+    """The sessions that ended first, beyond those that are kept."""
+    count = max(len(state.ended_sessions) - bounds.ENDED_SESSIONS, 0)
+    return Due([], [], [], list(islice(state.ended_sessions, count)), [])
 
 
 def pause(state: State, step: Step, seconds: float) -> None:
@@ -130,7 +144,7 @@ def resume(state: State, step: Step, away: float) -> None:
         session.reserved_since = None if session.reserved_since is None else step.age
         if session.eternal:  # the process that ran the store itself
             end_session(state, step, session, why="ended with its store")
-            del state.sessions[session_id]
+            forget_session(state, session_id)
     for status in ACTIVE:
         for rollout_id in state.indexes.find(("status", status)):
             entry = state.entries[rollout_id]

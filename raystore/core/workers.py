@@ -1,5 +1,6 @@
 """Worker records: what each runner is doing, as far as the store was told.
 
+Of workers that are not busy the newest 10,000 are kept: names of runners that ended long ago would only grow.
 A worker follows the attempts that name it, but only those it is busy with: a late report of an old attempt says nothing
 about a worker that has moved on.
 Not here: sessions, which are processes and hold attempts (`claims`).
@@ -7,10 +8,12 @@ Not here: sessions, which are processes and hold attempts (`claims`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from raystore.core import bounds, query
+from raystore.core.payload import size_of
 from raystore.core.records import Attempt, Worker
 from raystore.core.state import State, Step
 
@@ -24,24 +27,22 @@ def admit(state: State, worker_id: str | None) -> None:
 def update(state: State, step: Step, worker_id: str, changes: Mapping[str, Any]) -> Worker:
     """A heartbeat of a worker, with statistics if given; never changes its status."""
     worker = state.workers.get(worker_id) or Worker(worker_id)
-    worker = worker.evolve(last_heartbeat_time=step.now, **changes)
-    state.workers[worker_id] = worker
-    return worker
+    return _put(state, worker, last_heartbeat_time=step.now, **changes)
 
 
 def busy(state: State, step: Step, worker_id: str, attempt: Attempt, *, claimed: bool) -> None:
     """A worker started an attempt."""
     changes: dict[str, Any] = {"last_dequeue_time": step.now} if claimed else {}
-    _put(state, worker_id, "busy", attempt, last_busy_time=step.now, **changes)
+    _follow(state, worker_id, "busy", attempt, last_busy_time=step.now, **changes)
 
 
 def came_away_empty(state: State, step: Step, worker_id: str) -> None:
     """A worker asked for work and there was none."""
     worker = state.workers.get(worker_id)
     if worker is not None and worker.status == "idle":
-        state.workers[worker_id] = worker.evolve(last_dequeue_time=step.now)
+        _put(state, worker, last_dequeue_time=step.now)
     else:
-        _put(state, worker_id, "idle", None, last_dequeue_time=step.now, last_idle_time=step.now)
+        _follow(state, worker_id, "idle", None, last_dequeue_time=step.now, last_idle_time=step.now)
 
 
 def follow(state: State, step: Step, attempt: Attempt) -> None:
@@ -51,20 +52,50 @@ def follow(state: State, step: Step, attempt: Attempt) -> None:
     worker = state.workers.get(worker_id)
     current = (worker.current_rollout_id, worker.current_attempt_id) if worker else (None, None)
     if attempt.status in ("preparing", "running"):
-        _put(state, worker_id, "busy", attempt, last_busy_time=step.now)
+        _follow(state, worker_id, "busy", attempt, last_busy_time=step.now)
     elif current in ((attempt.rollout_id, attempt.attempt_id), (None, None)):
         status = "idle" if attempt.status in ("succeeded", "failed") else "unknown"
-        _put(state, worker_id, status, None, last_idle_time=step.now)
+        _follow(state, worker_id, status, None, last_idle_time=step.now)
 
 
-def _put(state: State, worker_id: str, status: str, attempt: Attempt | None, **stamps: Any) -> None:
-    worker = state.workers.get(worker_id) or Worker(worker_id)
-    state.workers[worker_id] = worker.evolve(
+def _follow(state: State, worker_id: str, status: str, attempt: Attempt | None, **stamps: Any) -> None:
+    _put(
+        state,
+        state.workers.get(worker_id) or Worker(worker_id),
         status=status,
         current_rollout_id=attempt.rollout_id if attempt else None,
         current_attempt_id=attempt.attempt_id if attempt else None,
         **stamps,
     )
+
+
+def _put(state: State, before: Worker, **changes: Any) -> Worker:
+    """Replace the record of a worker, which was heard of just now."""
+    worker = state.workers[before.worker_id] = before.evolve(**changes)
+    if worker.heartbeat_stats is not before.heartbeat_stats:
+        state.payload_bytes += size_of(worker.heartbeat_stats) - size_of(before.heartbeat_stats)
+    idle = state.idle_workers
+    idle.pop(worker.worker_id, None)
+    if worker.status != "busy":
+        idle[worker.worker_id] = None  # behind all others
+        if len(idle) >= bounds.IDLE_WORKERS + bounds.SURPLUS:
+            state.has_surplus = True
+    return worker
+
+
+def surplus(state: State) -> list[str]:
+    """The workers that are not busy and were not heard of for the longest time, beyond those that are kept."""
+    return list(islice(state.idle_workers, max(len(state.idle_workers) - bounds.IDLE_WORKERS, 0)))
+
+
+def forget(state: State, worker_ids: Iterable[str]) -> None:
+    """Drop the records of workers."""
+    for worker_id in worker_ids:
+        worker = state.workers.get(worker_id)
+        if worker is not None and worker.status != "busy":
+            del state.workers[worker_id]
+            state.idle_workers.pop(worker_id, None)
+            state.payload_bytes -= size_of(worker.heartbeat_stats)
 
 
 def find(

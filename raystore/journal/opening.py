@@ -27,7 +27,7 @@ from raystore.journal import records
 from raystore.journal.compaction import rewrite
 from raystore.journal.keeper import Keeper
 from raystore.journal.log import FULL_SECONDS, Log, is_full
-from raystore.journal.progress import Progress
+from raystore.journal.progress import Progress, Watch
 from raystore.journal.reading import Reading, settled
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
@@ -54,20 +54,30 @@ class Opened:
 
 
 def open_journal(
-    config: StoreConfig, settings: Settings, *, name: str | None, resume: str, now: float, writer: str | None = None
+    config: StoreConfig,
+    settings: Settings,
+    *,
+    name: str | None,
+    resume: str,
+    now: float,
+    writer: str | None = None,
+    watch: Watch | None = None,
 ) -> Opened:
     """Become the writer of a store's journal.
 
     `resume`: "auto" goes on with the run that is there, if it is of this store, and begins one if there is none; "must"
     goes on, with whatever run, also if its writer seems alive; "never" begins one where there is none; "again" is for
     a process that takes the place of another of the same `writer`, which must find its run, and nobody else's since.
-    `now` is the wall clock.
+    `now` is the wall clock. Who opens a long one on a thread may `watch` it.
     """
     assert config.journal is not None
     directory = Directory(config.journal)
     _check(directory, name, resume, writer)
     try:
-        return _begin(directory, config, settings, name=name, now=now, writer=writer, is_forced=resume == "must")
+        is_forced = resume == "must"
+        return _begin(
+            directory, config, settings, watch or Watch(), name=name, now=now, writer=writer, is_forced=is_forced
+        )
     except OSError as error:
         if is_full(error):
             raise JournalFullError(str(directory.path), FULL_SECONDS) from None
@@ -78,6 +88,7 @@ def _begin(
     directory: Directory,
     config: StoreConfig,
     settings: Settings,
+    watch: Watch,
     *,
     name: str | None,
     now: float,
@@ -93,7 +104,7 @@ def _begin(
         reading = Reading(directory, epoch)
         if stop_at is not None and reading.place.last == stop_at:
             raise JournalHeldError(str(directory.path), stop_at, progress.deaths)
-        return reading, replay(reading, before=progress.at, stop_at=stop_at)
+        return reading, replay(reading, before=progress.at, stop_at=stop_at, watch=watch)
 
     try:
         reading, found = settled(read)

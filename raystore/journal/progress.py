@@ -1,18 +1,23 @@
-"""How far reading a journal has come, in a file that survives whoever reads.
+"""How far reading a journal has come: in a file that survives whoever reads, and for whoever waits for it.
 
-So a record that ends its reader again and again is found.
+So a record that ends its reader again and again is found, and a long reading is told from one that stands still.
 
-Not here: reading (`opening`).
+Not here: reading (`opening`), waiting (`remote.handshake`).
 """
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import struct
+import time
 from pathlib import Path
 
+logger = logging.getLogger("raystore.store")
+
 NAME = "progress"
+TOLD_SECONDS = 10.0  #: between two lines of the log on a reading that takes long
 _FORM = struct.Struct("<QQ")  # the record that is being read (0: none), how often that has ended a process before
 
 
@@ -39,3 +44,25 @@ class Progress:
         """Everything has been read, or reading ended with an error that somebody is told."""
         _FORM.pack_into(self._map, 0, 0, 0)
         self._map.close()
+
+
+class Watch:
+    """What other threads see of a reading, and a line in the log now and then."""
+
+    def __init__(self) -> None:
+        self.steps = 0  #: grows as long as there is progress
+        self.record = 0  #: that is being read; 0 before
+        self.least = 0  #: the journal goes at least up to this record
+        self._told_at = time.monotonic()
+
+    def step(self, record: int | None = None) -> None:
+        """Something was read: a part of a snapshot, or a record that comes next."""
+        self.steps += 1
+        if record is not None:
+            self.record = record
+        if (now := time.monotonic()) > self._told_at + TOLD_SECONDS:
+            self._told_at = now
+            logger.info("Reading the journal: %s", self)
+
+    def __str__(self) -> str:
+        return f"at record {self.record} of {max(self.record, self.least)} or more"

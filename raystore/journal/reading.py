@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from raystore.errors import JournalDamagedError
 from raystore.journal import records, snapshot
 from raystore.journal.frames import FORMAT
-from raystore.journal.segments import SNAPSHOT, Cut, Directory, Place, read_segment, tail
+from raystore.journal.segments import SNAPSHOT, Cut, Directory, Place, read_segment, read_segment_head, tail
 
 Segment = tuple[int, int, Path]
 T = TypeVar("T")
@@ -75,6 +75,11 @@ class Reading:
         if epoch < base:
             raise JournalDamagedError(str(self.snapshot), 0, "the writer that followed did not read what it holds")
         return by_epoch.get(base, []) + chosen
+
+    @property
+    def least(self) -> int:
+        """Number of a record up to which the journal goes at least, known before it is read."""
+        return read_segment_head(self._segments[-1][2]).first if self._segments else self.place.last
 
     def __iter__(self) -> Iterator[tuple[int, list[memoryview]]]:
         """Number and chunks of each record behind the snapshot."""

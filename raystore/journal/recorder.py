@@ -17,6 +17,7 @@ from raystore.errors import JournalFullError, OverloadedError, StoreError, again
 from raystore.journal import records
 from raystore.journal.log import Log
 
+REFUSED_KEPT = 1_000  #: bulk calls of which a part found no room
 LOCAL = 0  #: sequence of what is no batch: a call within the store's process
 
 
@@ -93,6 +94,8 @@ class Recorder:
         number, is_last = arguments["chain"]
         key = (source.session_id, number)
         refused = self._refused.setdefault(key, why) if why is not None else self._refused.get(key)
+        if len(self._refused) > REFUSED_KEPT:  # the last parts of some never came
+            del self._refused[next(iter(self._refused))]
         if is_last:
             self._refused.pop(key, None)
         return again(refused) if refused is not None else None

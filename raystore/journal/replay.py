@@ -24,6 +24,7 @@ from raystore.errors import StoreError, to_record
 from raystore.failpoints import failpoint
 from raystore.journal import records, snapshot
 from raystore.journal.frames import FORMAT, Head
+from raystore.journal.progress import Watch
 from raystore.journal.reading import Reading
 from raystore.journal.records import Told
 from raystore.journal.segments import Place
@@ -75,12 +76,12 @@ class Replay:
         self._rules = _RULES[FORMAT]  # of the record that is done again
 
     @classmethod
-    def of_snapshot(cls, path: Path) -> Replay:
+    def of_snapshot(cls, path: Path, watch: Watch | None = None) -> Replay:
         """The state that a snapshot holds."""
         follower = cls()
         state = follower.state
         *_, format_ = snapshot.read_head(path)
-        follower._indexes, more = snapshot.read(path, state)
+        follower._indexes, more = snapshot.read(path, state, watch)
         follower.last, follower.now, follower.started = more["last"], more["now"], more["started"]
         follower._configure(more["settings"])
         for session_id, record, sequence, parts, number, cut in more["runs"]:
@@ -230,20 +231,27 @@ def _keys_restored(told: Told) -> list[Any]:
 
 
 def replay(
-    reading: Reading, *, before: Callable[[int], None] = lambda record: None, stop_at: int | None = None
+    reading: Reading,
+    *,
+    before: Callable[[int], None] = lambda record: None,
+    stop_at: int | None = None,
+    watch: Watch | None = None,
 ) -> Replay:
     """Follow a journal to its end, or to the record before `stop_at`; `before` is told of each that is next.
 
     A snapshot counts as the newest record that it holds.
     """
+    watch = watch or Watch()
+    watch.least = reading.least
     follower = Replay()
     if reading.snapshot is not None:
         before(reading.place.last)
-        follower = Replay.of_snapshot(reading.snapshot)
+        follower = Replay.of_snapshot(reading.snapshot, watch)
     for number, record in reading:
         if number == stop_at:
             break
         before(number)
+        watch.step(number)
         failpoint("replay.record")
         follower.feed(number, record, reading.format)
     return follower

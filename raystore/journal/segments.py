@@ -128,6 +128,12 @@ def unfinished(path: Path) -> Iterator[Path]:
         raise
 
 
+def read_segment_head(path: Path) -> Head:
+    """The head of a segment."""
+    with open(path, "rb") as file:
+        return frames.unpack_head(file.read(frames.HEAD_BYTES), str(path))[0]
+
+
 def read_segment(path: Path, until: int | None = None) -> tuple[Head, Iterator[Frame]]:
     """The head of a segment and its frames, up to an offset; the iterator ends where nothing whole follows.
 

@@ -29,6 +29,7 @@ from raystore.errors import JournalDamagedError
 from raystore.failpoints import failpoint
 from raystore.journal import frames
 from raystore.journal.frames import Head
+from raystore.journal.progress import Watch
 from raystore.journal.segments import Place, unfinished
 
 _END = struct.Struct("<8sQI")  # magic, where the sections begin, how many there are
@@ -182,24 +183,38 @@ def read_head(path: Path) -> tuple[Place, dict[str, Any], int]:
     return Place(head.epoch, head.number, head.more["offset"], head.first - 1), head.more["who"], head.format
 
 
-def read(path: Path, state: State) -> tuple[IndexFile, dict[str, Any]]:
+def read(path: Path, state: State, watch: Watch | None = None) -> tuple[IndexFile, dict[str, Any]]:
     """Fill an empty state; where its span indexes are, and what the journal knew beside it."""
     indexes = IndexFile(path)
     more: dict[str, Any] = {}
     with open(path, "rb", buffering=0) as file:
         head = frames.unpack_head(file.read(frames.HEAD_BYTES), str(path))[0]
-        sections = _sections(file, path, more)
+        sections = _watched(_sections(file, path, more), watch or Watch())
         restore(state, _of_format_1(sections) if head.format == 1 else sections, _unpack)
     state.spans.read_index = indexes.read
     return indexes, more
 
 
+def _watched(sections: Iterator[tuple[str, Any]], watch: Watch) -> Iterator[tuple[str, Any]]:
+    for section in sections:
+        watch.step()
+        yield section
+
+
 def _of_format_1(sections: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    plain: list[Any] = []
+    payload_bytes = 0
     for name, value in sections:
-        if name == "chunk":
-            yield name, _pack(format1.section(name, _unpack(value)), exactly=False)
+        found = _unpack(value) if name == "chunk" else value
+        payload_bytes += format1.payload_bytes(name, found)
+        if name == "plain":
+            plain = value
+        elif name == "chunk":
+            yield name, _pack(format1.section(name, found), exactly=False)
         else:
             yield name, format1.section(name, value)
+    plain[format1.PAYLOAD_BYTES] = payload_bytes
+    yield "plain", format1.section("plain", plain)
 
 
 def _sections(file: Any, path: Path, more: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 `exchange` never parks, `listen` parks and carries what was waited for, `describe` is the handshake; `piece` carries
 large objects of the journal for clients that do not see its directory, and belongs to no session. Arguments and answers
 are bytes and small plain values. Imports neither pydantic nor the public types, so that it starts quickly.
+A journal is read on a thread of its own: `describe` says meanwhile how far that is, and everything else waits for it.
 Not here: what the methods do (`front`), the client's side (`session`), the options it is created with (`cluster`).
 """
 
@@ -15,8 +16,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ from raystore import __version__, wire
 from raystore.clock import LoopAlarm
 from raystore.config import StoreConfig, memory_capacity, resolve
 from raystore.core.state import Settings
-from raystore.errors import FencedError, JournalFullError, StoreError, to_record
+from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
+from raystore.journal.progress import Watch
 from raystore.remote.front import Front
 from raystore.remote.lifelines import Lifelines
 from raystore.remote.processes import here
@@ -39,6 +43,7 @@ logger = logging.getLogger("raystore.store")
 COLLECTOR_THRESHOLDS = (3_000, 2, 250_000)
 SWITCH_SECONDS = 0.0005  #: so that the thread that writes a journal need not wait for a busy loop for long
 FULL_PATIENCE_SECONDS = 60.0  #: clients try for as long
+READ_SECONDS = 2.0  #: so long the handshake waits for a journal to be read, before it says how far that is
 FAILED, FENCED = 70, 71  #: exit codes
 
 
@@ -66,23 +71,50 @@ class StoreActor:
         )
         self._remarks = _stand_upright()
         _end_when_told()
+        self._watch = Watch()
+        self._read: Future[None] = Future()  # once the journal is
+        self._is_read = False
+        if config.journal is None:
+            self._begin()
+            return
         if _is_another_process():
             resume = "again"
+        writer = ray.get_runtime_context().get_actor_id()
+        reading = threading.Thread(target=self._read_journal, args=(resume, writer), name="raystore-opening")
+        reading.daemon = True
+        reading.start()
+
+    def _read_journal(self, resume: str, writer: str) -> None:
+        """Become the writer of the journal, with all that it holds; on a thread of its own."""
+        config = self._config
         try:
-            if config.journal is not None:
-                self._opened = _open(config, resolve(config, self._capacity), name, resume)
+            self._opened = _open(config, resolve(config, self._capacity), self._name, resume, writer, self._watch)
+            sys.setswitchinterval(SWITCH_SECONDS)
         except StoreError as error:
             logger.critical("%s", error)
             self._refusal = error
-        if self._opened is not None:
-            sys.setswitchinterval(SWITCH_SECONDS)
+        except BaseException as error:  # a bug of ours: everybody who waits is to be told
+            logger.critical("The journal cannot be read", exc_info=True)
+            self._refusal = JournalFailedError(str(config.journal), f"{type(error).__name__}: {error}")
+        self._begin()
+
+    def _begin(self) -> None:
+        """Everything is there that the service needs."""
         gc.collect()
         gc.freeze()  # what was imported lives as long as the actor
         gc.set_threshold(*COLLECTOR_THRESHOLDS)
+        self._is_read = True
+        self._read.set_result(None)
+
+    async def _until_read(self) -> None:
+        """Wait until the journal has been read, however long that takes; whoever asks sees that it goes on."""
+        if not self._is_read:
+            await asyncio.shield(asyncio.wrap_future(self._read))
 
     def _open(self) -> Front:
         """The sessions and their service, made on the loop that owns it from then on."""
         if self._front is None:
+            self._read.result()  # there is none before
             loop = asyncio.get_running_loop()
             service = Service(
                 self._config,
@@ -100,9 +132,14 @@ class StoreActor:
 
     async def describe(self) -> dict[str, Any]:
         """Who this store is, what it was configured with, and where operations go (today: here)."""
+        brief = {"kind": "raystore", "version": __version__, "protocol": PROTOCOL, "name": self._name}
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                await self._until_read()
+        except TimeoutError:
+            return brief | {"reading": [self._watch.steps, str(self._watch)]}
         if self._refusal is not None:
-            refused = {"kind": "raystore", "version": __version__, "protocol": PROTOCOL, "name": self._name}
-            return refused | {"refusal": to_record(self._refusal)}
+            return brief | {"refusal": to_record(self._refusal)}
         service = self._open().service
         service.actor_calls += 1
         settings = service.state.settings
@@ -123,24 +160,30 @@ class StoreActor:
 
     async def exchange(self, *parts: bytes, refs: dict[int, list[Any]] | None = None) -> wire.Answer:
         """Run a batch of operations of a session; what became of it, and their answers."""
+        if not self._is_read:
+            await self._until_read()
         if self._refusal is not None:
             return wire.pack_answer(0, wire.BROKEN, to_record(self._refusal))
         return await self._open().exchange(parts, refs)
 
     async def listen(self, frame: bytes) -> wire.Answer:
         """Wait for answers of parked calls and for notices of a session."""
+        if not self._is_read:
+            await self._until_read()
         if self._refusal is not None:
             return wire.pack_answer(0, wire.BROKEN, to_record(self._refusal))
         return await self._open().listen(frame)
 
     async def linger(self, session_id: str) -> None:
         """Come back when a session has ended; the result is a lifeline of its process."""
+        await self._until_read()
         if self._refusal is None:
             self._open()
             await self._lifelines.linger(session_id)
 
     async def hold(self, session_id: str, lifelines: list[Any]) -> None:
         """Take the lifeline of the process of a session: the end of that process breaks it."""
+        await self._until_read()
         if self._refusal is None:
             self._open()
             await self._lifelines.hold(session_id, lifelines[0])
@@ -168,16 +211,16 @@ def _end(error: StoreError) -> None:
     os._exit(FENCED if isinstance(error, FencedError) else FAILED)
 
 
-def _open(config: StoreConfig, settings: Settings, name: str, resume: str) -> Opened:
+def _open(config: StoreConfig, settings: Settings, name: str, resume: str, writer: str, watch: Watch) -> Opened:
     """Become the writer of the journal; one that goes on waits for a while if there is no room on the disk."""
-    writer = ray.get_runtime_context().get_actor_id()
     until = time.monotonic() + FULL_PATIENCE_SECONDS
     while True:
         try:
-            return open_journal(config, settings, name=name, resume=resume, now=time.time(), writer=writer)
+            return open_journal(config, settings, name=name, resume=resume, now=time.time(), writer=writer, watch=watch)
         except JournalFullError:
             if resume != "again" or time.monotonic() > until:
                 raise
+            watch.step()
             time.sleep(0.5)
 
 

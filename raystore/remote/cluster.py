@@ -210,7 +210,7 @@ def list_stores(*, namespace: str | None = NAMESPACE, address: str | None = None
             handle = find_actor(actor["name"], actor["namespace"])
             if handle is not None and is_store(handle):
                 try:
-                    found.append(store_info(describe(handle)))
+                    found.append(store_info(describe(handle, waits=False)))
                 except StoreError as error:  # one that is ending, or of another version, must not hide the others
                     logger.warning("Left out of the list: %s", error)
     return sorted(found, key=lambda info: info.name or "")

@@ -70,7 +70,8 @@ class Front:
                 service.overloads += 1
                 return wire.pack_answer(service.epoch, wire.BROKEN, to_record(refusal))
             inbox = self._inboxes[session_id] = Inbox(service, session)
-            self._sweep()
+            if len(self._inboxes) > 2 * len(service.state.sessions) + 100:  # or it would cost as much as all that was
+                self._sweep()
             self.on_open(session)
         if inbox.session.ended_at is not None:
             return wire.pack_answer(service.epoch, wire.ENDED)

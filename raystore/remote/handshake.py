@@ -5,6 +5,7 @@ Not here: starting and ending stores (`cluster`).
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -22,24 +23,47 @@ from raystore.types import StoreInfo
 
 CLIENT = (PROTOCOL, f"raystore {__version__}")  #: what this side of a session is
 
+logger = logging.getLogger("raystore")
+
 HANDSHAKE_SECONDS = 60.0  #: for a store to answer for the first time
+STANDSTILL_SECONDS = 60.0  #: for one that reads its journal to come on in it
 HANDSHAKE_RETRY_SECONDS = 0.2
+TOLD_SECONDS = 10.0  #: between two lines of the log on a store that reads its journal
 
 
-def describe(handle: Any) -> dict[str, Any]:
-    """Ask an actor who it is; raises if it is no store, does not answer, or speaks another protocol."""
+def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
+    """Ask an actor who it is; raises if it is no store, does not answer, or speaks another protocol.
+
+    One that reads its journal is waited for as long as it comes on, unless `waits` is False.
+    """
     if not isinstance(handle, ray.actor.ActorHandle):
         raise NotAStoreError(f"{handle!r} (a {type(handle).__name__})")
     if not is_store(handle):
         raise NotAStoreError(f"The actor {handle!r}")
     deadline = time.monotonic() + HANDSHAKE_SECONDS
+    steps, came_on, told_at = -1, 0.0, time.monotonic()
     try:
         while True:
             try:
                 known = handle.describe.remote().future().result(timeout=max(deadline - time.monotonic(), 0))
-                break
             except ray.exceptions.ActorUnavailableError:  # it may be there in a moment, and asking again is harmless
                 time.sleep(HANDSHAKE_RETRY_SECONDS)
+                continue
+            if not isinstance(known, dict) or known.get("reading") is None:
+                break
+            now, (count, where) = time.monotonic(), known["reading"]
+            deadline = now + HANDSHAKE_SECONDS
+            if count != steps:
+                steps, came_on = count, now
+            elif now - came_on > STANDSTILL_SECONDS:
+                why = f"it has not come on in its journal for {STANDSTILL_SECONDS:g} s, {where}. Its log says more"
+                raise StoreUnavailableError(known["name"], why)
+            if not waits:
+                raise StoreUnavailableError(known["name"], f"it reads its journal, {where}")
+            if now > told_at + TOLD_SECONDS:
+                told_at = now
+                logger.info("Waiting for store %r, which reads its journal: %s", known["name"], where)
+            time.sleep(HANDSHAKE_RETRY_SECONDS)
     except ray.exceptions.ActorDiedError as error:
         raise StoreUnavailableError(repr(handle), f"its actor has died. {_cause(error)}") from None
     except TimeoutError:

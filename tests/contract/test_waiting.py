@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 import raystore as rs
-from tests.helpers import claim
+from raystore import convert
+from tests.helpers import claim, until
 
 
 async def finish(store, rollout, status="succeeded"):
@@ -208,3 +209,31 @@ async def test_as_completed_ends_when_what_is_left_does_not_exist(store, monkeyp
         await asyncio.sleep(0.05)
     await asyncio.wait_for(task, 20)
     assert seen == [made[1].rollout_id]
+
+
+async def test_as_completed_is_told_only_of_what_it_waits_for(store, monkeypatch):
+    """What others finish does not travel to it, however much that is; its own comes one by one, in order."""
+    mine = [await claim(store) for _ in range(5)]
+    others = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input="other", queue="o") for _ in range(300)])
+    decoded, before = [], convert.pair
+    monkeypatch.setattr(convert, "pair", lambda answer: (decoded.append(answer), before(answer))[1])
+    seen = []
+
+    async def collect():
+        async for rollout in store.as_completed([r.rollout_id for r in mine]):
+            seen.append(rollout.rollout_id)
+
+    task = await started(collect())
+    for number, rollout in enumerate(mine):
+        part = [r.rollout_id for r in others[number * 60 : (number + 1) * 60]]
+        await store._transport.call("cancel_rollouts", {"rollout_ids": part, "group_id": None, "tags": None})
+        assert len(seen) == number
+        await finish(store, rollout)
+
+        async def is_told(number=number):
+            return len(seen) > number
+
+        await until(is_told)
+    await task
+    assert seen == [rollout.rollout_id for rollout in mine]
+    assert len(decoded) == 2 * 5, "each once when it is finished here, and once when it is told of"

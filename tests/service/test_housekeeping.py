@@ -13,11 +13,13 @@ import weakref
 import pytest
 
 import raystore as rs
-from raystore import clock
-from raystore.clock import LoopAlarm, ThreadAlarm
+from raystore import clock, watches
+from raystore.clock import LoopAlarm, NoAlarm, ThreadAlarm
+from raystore.config import StoreConfig
 from raystore.core import state as core_state
 from raystore.core.digest import digest
 from raystore.journal.opening import read_run
+from raystore.service import Service
 from tests.helpers import claim, until
 
 
@@ -162,3 +164,88 @@ async def test_an_alarm_goes_on_after_an_error_that_nobody_foresaw(monkeypatch, 
     assert len(set(rung)) == 1
     told = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(told) == 2 and all(record.exc_info is not None for record in told)
+
+
+async def test_what_somebody_waits_for_is_named_again_when_the_store_has_let_go_of_it(make_memory_store, monkeypatch):
+    """More sets than are kept: each caller gets its own, and what is kept stays within its bound."""
+    monkeypatch.setattr(watches, "WATCHED", 25)
+    store = make_memory_store()
+    groups = [[await claim(store) for _ in range(10)] for _ in range(6)]
+
+    async def collect(group):
+        return [r.rollout_id async for r in store.as_completed([r.rollout_id for r in group], timeout=30)]
+
+    tasks = [asyncio.ensure_future(collect(group)) for group in groups]
+    for number in range(10):
+        for group in groups:
+            await asyncio.sleep(0)
+            await store.update_attempt(group[number].rollout_id, "latest", status="succeeded")
+            assert len(store._service.watches) <= 25
+    for group, task in zip(groups, tasks, strict=True):
+        assert sorted(await task) == sorted(rollout.rollout_id for rollout in group)
+
+
+async def test_sets_of_a_process_that_ended_are_let_go_of():
+    """And one that is named again takes the place of the one before."""
+    service = Service(StoreConfig(), capacity_bytes=2**33, alarm=NoAlarm)
+    session = service.open_session("s")
+
+    def call(verb, **arguments):
+        return service.call(session, 1, verb, arguments, lambda ticket, value: True)
+
+    made = call("enqueue", requests=[{"input": b"\x01x", "metadata": None}] * 20)
+    ids = [rollout.rollout_id for rollout, _ in made]
+    token = None
+    for _ in range(50):
+        _, (_, unfinished, token) = call("sort_out", rollout_ids=ids, instead_of=token)
+        assert unfinished == ids and len(service.watches) == 20
+    with pytest.raises(rs.AnswerGoneError):
+        call("completed", cursor=0, limit=1, timeout=1.0, filters={}, among=token + 1)
+    service.end_session(session, why="closed")
+    assert len(service.watches) == 0
+
+
+def seconds_of(service, verb, **arguments):
+    """How long an operation takes at best."""
+    session = service.state.sessions["s"]
+    found = []
+    for _ in range(15):
+        started = time.perf_counter()
+        service.call(session, 0, verb, arguments, lambda ticket, value: True)
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def test_what_is_asked_often_does_not_cost_more_with_every_rollout_that_ever_was():
+    """Statistics, heartbeats, stories, among finished rollouts with groups, tags and workers of their own."""
+    service = Service(StoreConfig(), capacity_bytes=2**33, alarm=NoAlarm)
+    session = service.open_session("s")
+
+    def call(verb, **arguments):
+        return service.call(session, 0, verb, arguments, lambda ticket, value: True)
+
+    def measure():
+        request = {"input": b"\x01x", "metadata": None, "queue": "last"}
+        ((rollout, _),) = call("enqueue", requests=[request])
+        ((_, attempt, _),) = call("dequeue", queues=["last"], limit=1, worker_id="w", timeout=0.0)
+        service.acknowledge(session, [(attempt.rollout_id, attempt.attempt_id)])
+        alive = [(attempt.rollout_id, attempt.attempt_id)]
+        return {
+            "statistics": seconds_of(service, "statistics"),
+            "heartbeat": seconds_of(service, "heartbeat", attempts_alive=alive),
+            "story": seconds_of(service, "story", rollout_id=rollout.rollout_id),
+            "completed": seconds_of(
+                service, "completed", cursor=service.state.completions.last, limit=9, timeout=0.0, filters={}
+            ),
+        }
+
+    before = measure()
+    for number in range(8_000):
+        mine = {"group_id": f"g-{number}", "tags": {"t": f"t-{number}"}, "input": b"\x01x", "metadata": None}
+        call("enqueue", requests=[mine])
+        ((_, attempt, _),) = call("dequeue", queues=["default"], limit=1, worker_id=f"w-{number}", timeout=0.0)
+        names = {"rollout_id": attempt.rollout_id, "attempt_id": attempt.attempt_id}
+        call("update_attempt", **names, changes={"status": "succeeded"})
+    after = measure()
+    grown = {name: after[name] / before[name] for name in before}
+    assert max(grown.values()) < 8, grown
