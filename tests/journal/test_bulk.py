@@ -81,7 +81,7 @@ operations = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(STATES), min_size=12, max_size=12), st.lists(operations, max_size=3), st.integers(1, 5))
 def test_pieces_answer_as_the_whole(tmp_path_factory, states, operations, piece):
     """In pieces of any size, with slices of one piece, the answer and the state are those of the whole."""
@@ -100,7 +100,7 @@ def test_pieces_answer_as_the_whole(tmp_path_factory, states, operations, piece)
     assert asyncio.run(run(piece, -1.0)) == asyncio.run(run(1_000, 1.0))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(st.sampled_from(STATES), min_size=12, max_size=12),
     st.integers(1, 4),
