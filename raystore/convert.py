@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter
@@ -275,20 +276,38 @@ class Encoder:
         """A span as index and encoded body, in the order of `core.records.Span` behind rollout and attempt."""
         values = span.__dict__
         try:
-            index = tuple(map(values.__getitem__, _SPAN_INDEX))
+            number, rollout_id, attempt_id, span_id, trace_id, parent_id, name, start_time, end_time = _index_of(values)
             body = _body(values, span.__pydantic_extra__)
-        except (AttributeError, KeyError, TypeError):  # it was changed, or made, without validation
-            if not read_all(span):  # nor came from a store, and had not been read
-                span = Span.model_validate(values)
-            return self.span(span, numbered=numbered)
-        if tuple(map(type, index)) not in _SPAN_TYPES or not _are_right(*index):
-            index = _checked(*index)
-        sequence_id, _, _, span_id, trace_id, parent_id, name, start_time, end_time = index
+        except (AttributeError, KeyError, TypeError) as error:
+            if read_all(span):  # it came from a store, and had not been read
+                return self.span(span, numbered=numbered)
+            # It was changed, or made, without validation.
+            checked = Span.model_validate({name: _raw(value) for name, value in values.items()})
+            if checked.__dict__.keys() == values.keys() and checked.__dict__ == values:
+                raise InvalidValueError("span", span, f"a whole Span; {type(error).__name__}: {error}") from None
+            return self.span(checked, numbered=numbered)
+        try:
+            ids = rollout_id + attempt_id + span_id + trace_id  # one look instead of four
+        except TypeError:
+            ids = None
+        if not (
+            type(ids) is str
+            and rollout_id and attempt_id and span_id and trace_id
+            and len(ids) <= ID_LENGTH
+            and ids.isprintable()
+            and type(number) is int
+            and 0 <= number < _NUMBERS
+            and type(name) is str
+            and (parent_id is None or type(parent_id) is str)
+            and (start_time is None or (type(start_time) is float and start_time == start_time))
+            and (end_time is None or (type(end_time) is float and end_time == end_time))
+        ):  # fmt: skip
+            number, _, _, span_id, trace_id, parent_id, name, start_time, end_time = _checked(*_index_of(values))
         encoded = encode(body, f"span {span_id}", self._span_bytes)
         if is_pickled(encoded):  # numbers of numpy or torch, perhaps, which came in after the span was checked
             encoded = encode(plain.plainest(body), f"span {span_id}", self._span_bytes)
         return [
-            sequence_id if numbered else -1,
+            number if numbered else -1,
             span_id,
             trace_id,
             parent_id,
@@ -307,34 +326,18 @@ class Encoder:
 
 
 #: What of a span the store looks at.
-_SPAN_INDEX = (
-    "sequence_id", "rollout_id", "attempt_id", "span_id", "trace_id", "parent_id", "name", "start_time", "end_time",
-)  # fmt: skip
-_NUMBERS = 2**62  #: numbers of spans are below
-_NONE = type(None)
-_SPAN_TYPES = frozenset(
-    (int, str, str, str, str, parent, str, start, end)
-    for parent in (str, _NONE)
-    for start in (float, int, _NONE)
-    for end in (float, int, _NONE)
+_index_of = itemgetter(
+    "sequence_id", "rollout_id", "attempt_id", "span_id", "trace_id", "parent_id", "name", "start_time", "end_time"
 )
+_NUMBERS = 2**62  #: numbers of spans are below
 _REQUEST = EnqueueRolloutRequest.model_fields
 
 
-def _are_right(
-    sequence_id: int, rollout_id: str, attempt_id: str, span_id: str, trace_id: str,
-    parent_id: str | None, name: str, start_time: float | None, end_time: float | None,
-) -> bool:  # fmt: skip
-    """Whether the index of a span is in order, its types being so; all ids at one look."""
-    ids = rollout_id + attempt_id + span_id + trace_id
-    return (
-        0 <= sequence_id < _NUMBERS
-        and len(ids) <= ID_LENGTH
-        and ids.isprintable()
-        and bool(rollout_id and attempt_id and span_id and trace_id)
-        and start_time == start_time
-        and end_time == end_time
-    )
+def _raw(value: Any) -> Any:
+    """A small model as what it is made of, so that it is validated again."""
+    if isinstance(value, BaseModel):
+        return {name: _raw(item) for name, item in value.__dict__.items()}
+    return [_raw(item) for item in value] if isinstance(value, list) else value
 
 
 def _checked(
@@ -363,11 +366,15 @@ def _checked(
 def _body(values: dict[str, Any], extra: dict[str, Any] | None) -> list[Any]:
     """What of a span is not in its index, as a list; what is as it nearly always is takes next to no place in it.
 
+    Raises an AttributeError, KeyError or TypeError for a span that is not whole.
+
     Status (its code alone, if there is no more), attributes, resource (None for the empty one), context and parent
     (1 for what the index says already), and only if there are any: events, links, fields unknown to the model.
     """
     status, resource, context, parent = values["status"], values["resource"], values["context"], values["parent"]
     said, source = status.__dict__, resource.__dict__
+    if type(values["attributes"]) is not dict:
+        raise TypeError("attributes that are no dict")
     body = [
         said["status_code"] if said["description"] is None and not status.__pydantic_extra__ else _dump(status),
         values["attributes"],
@@ -377,6 +384,9 @@ def _body(values: dict[str, Any], extra: dict[str, Any] | None) -> list[Any]:
     ]
     events, links = values["events"], values["links"]
     if events or links or extra:
+        for model in (*events, *links, *(link.__dict__["context"] for link in links)):
+            if not type(model).model_fields.keys() <= model.__dict__.keys():  # nobody could read it again
+                raise TypeError(f"a {type(model).__name__} that lacks a field")
         body += [[_dump(event) for event in events], [_dump(link) for link in links], extra or {}]
     return body
 

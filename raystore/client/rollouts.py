@@ -101,7 +101,9 @@ class RolloutMethods(Connection):
             "enqueue",
             [{"requests": requests[first:last], "admit": len(requests)} for first, last in cut(sizes)],
         )
-        items = answers[0] if len(answers) == 1 else (await self._whole(answers[-1]))[0] if answers else []
+        items = answers[-1] if answers else []
+        if len(items) > 1 and isinstance(items[1], int):  # a long answer, with how many there are
+            items, _ = await self._whole(items)
         return [convert.pair(item) for item in items]
 
     async def enqueue_group(

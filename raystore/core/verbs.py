@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from raystore.core import attempts, claims, consumers, held_back, query, retention, rollouts, workers
 from raystore.core.accounts import bounded_error
 from raystore.core.lifecycle import FINISHED
-from raystore.core.payload import Payload
+from raystore.core.payload import Payload, size_of
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
 from raystore.core.requests import (
     AttemptChanges,
@@ -94,7 +94,10 @@ def _enqueue(
             raise SessionEndedError(step.session.session_id)  # the one that the parts before came in
     made = rollouts.enqueue_many(state, step, requests, latest=latest)
     pairs = [_with_attempt(state.entries[rollout.rollout_id]) for rollout in made]
-    return pairs if chain is None else (pairs, len(pairs))
+    is_long = chain is not None and (
+        len(pairs) > LONG_ITEMS or sum(size_of(r.input) + size_of(r.metadata) for r in made) > LONG_BYTES
+    )
+    return (pairs, len(pairs)) if is_long else pairs  # a long answer is sent in parts
 
 
 def _dequeue(
@@ -526,6 +529,9 @@ def _sessions_of_worker(state: State, worker_id: str | None) -> list[Session]:
         if any(map(is_of_worker, session.held)) or any(map(is_of_worker, session.claims))
     ]
 
+
+LONG_ITEMS = 512  #: an answer to a bulk call with more rollouts is a long one,
+LONG_BYTES = 512 * 1024  #: and one with more bytes
 
 CHAINS_KEPT = 64  #: bulk calls of a session of which the last part has not come
 

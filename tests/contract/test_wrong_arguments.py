@@ -19,6 +19,7 @@ import raystore as rs
 from raystore.client import StoreClient
 from raystore.core.digest import parts
 from raystore.errors import StoreCorruptError, StoreError
+from raystore.spans import Event, Link, OtelResource, SpanContext, TraceStatus
 from raystore.types import LLM, EnqueueRolloutRequest, RolloutConfig
 from tests.helpers import make_span
 
@@ -184,3 +185,26 @@ async def test_every_wrong_argument_through_an_actor(make_ray_store):
     other = rs.RayLightningStore(store.actor)
     for method in sorted(METHODS):
         await try_all(store, other, method, every=3)
+
+
+BROKEN = {
+    "status": [TraceStatus.model_construct(), "OK", None],
+    "events": [5, [5], [Event.model_construct()], [None]],
+    "links": [5, [Link.model_construct()], [Link.model_construct(context=SpanContext.model_construct())]],
+    "resource": [None, OtelResource.model_construct(), {}],
+    "context": [5, SpanContext.model_construct()],
+    "parent": [5, SpanContext.model_construct()],
+    "attributes": [None, [], 5],
+}
+
+
+@pytest.mark.parametrize("field", BROKEN)
+async def test_what_is_stored_can_be_read(field):
+    """A span that was changed or made without validation is refused, or stands in a trace that everybody can read."""
+    with rs.InMemoryLightningStore(clock="manual") as store:
+        claimed = await store.start_rollout(1)
+        for value in BROKEN[field]:
+            error = await outcome(store, "add_span", {"span": make_span(claimed).model_copy(update={field: value})})
+            assert error is not None, value
+        await store.add_span(make_span(claimed))
+        assert len(await store.query_spans(claimed.rollout_id)) == 1

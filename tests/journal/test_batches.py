@@ -204,3 +204,14 @@ async def test_a_bulk_call_of_which_a_part_found_no_room_is_refused(path, monkey
     store = store.follow()
     assert inputs(store) == ["beside", "behind"]
     assert (await peer.send(store, peer.batch(enqueue("new"))))[0][0] == wire.VALUE
+
+
+async def test_a_rollout_that_was_set_running_by_hand_and_never_ran(path):
+    """It has no attempt whose time could start anew, and the journal opens all the same."""
+    store, peer = Store(path), Peer("p")
+    await peer.send(store, peer.batch(enqueue("x", rollout_id="r")))
+    await peer.call(store, "update_rollout", rollout_id="r", changes={"status": "running"})
+    store = store.follow()
+    assert store.state.entries["r"].rollout.status == "running"
+    await peer.send(store, peer.batch(enqueue("y")))
+    assert store.difference() == []
