@@ -437,10 +437,16 @@ class SyncStore:
         *,
         consumer: str,
         timeout: float = 0.0,
+        mode: RolloutMode | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        group_id: str | None = None,
+        status_in: Sequence[RolloutStatus] | None = None,
+        max_open: int = 1,
     ) -> Batch:
         """Up to `n` finished rollouts for `consumer`, in completion order; it sees each of them once."""
         return run_blocking(
-            self._store.take(n, consumer=consumer, timeout=timeout)
+            self._store.take(n, consumer=consumer, timeout=timeout, mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in, max_open=max_open)
         )
 
     def ack(
@@ -469,7 +475,7 @@ class SyncStore:
         consumer: str,
         step: int,
     ) -> int:
-        """The consumer's model is durable at `step`: what was acknowledged up to it is released; how many rollouts."""
+        """The consumer's model is durable at `step`: what was acknowledged up to it is not kept for it any longer."""
         return run_blocking(
             self._store.checkpoint(consumer, step)
         )
@@ -482,6 +488,15 @@ class SyncStore:
         """The consumer's model is at `step` again: what later steps consumed, or none did, comes again; how many."""
         return run_blocking(
             self._store.rewind(consumer, step)
+        )
+
+    def forget_consumer(
+        self,
+        name: str,
+    ) -> int:
+        """Keep nothing for a consumer any longer: it will not come again. How many rollouts it awaited or held."""
+        return run_blocking(
+            self._store.forget_consumer(name)
         )
 
     def ledger(

@@ -234,7 +234,10 @@ class LightningStore(ABC):
 
     @abstractmethod
     async def release(self, rollout_ids: Sequence[str]) -> int:
-        """Say that nobody needs these rollouts any longer: first to be evicted or deleted. How many were newly so."""
+        """Say that nobody needs these rollouts any longer: first to be evicted or deleted. How many were newly so.
+
+        What a known consumer awaits or holds (`take`) is kept for it all the same, until it is done with it.
+        """
 
     @abstractmethod
     async def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
@@ -403,13 +406,38 @@ class LightningStore(ABC):
     # -- training on each rollout exactly once -----------------------------------------------------------------------
 
     @abstractmethod
-    async def take(self, n: int, *, consumer: str, timeout: float = 0.0) -> Batch:
+    async def take(
+        self,
+        n: int,
+        *,
+        consumer: str,
+        timeout: float = 0.0,
+        mode: RolloutMode | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        group_id: str | None = None,
+        status_in: Sequence[RolloutStatus] | None = None,
+        max_open: int = 1,
+    ) -> Batch:
         """Up to `n` finished rollouts for `consumer`, in completion order; it sees each of them once.
 
-        Waits up to `timeout` until there are `n`, and then gives what there is, also nothing (batch number 0). Rollouts
-        that were cancelled or dropped are passed over. A batch that this consumer holds already is given again, so that
-        a trainer that comes back after a crash goes on with it. What is in a batch is sealed: late reports are kept on
-        their attempts only, and running it again or deleting it raises `SealedError`.
+        Waits up to `timeout` until there are `n`, or until nothing that waits or runs could be one more (or the store
+        is full and starts nothing), and then gives what there is; with nothing at all it waits its time, and the batch
+        has number 0.
+
+        `mode`, `tags`, `queue`, `group_id` and `status_in` say what the consumer is for: rollouts that are equal in all
+        of them, and have succeeded; failed ones only with `status_in=["succeeded", "failed"]`, cancelled and dropped
+        ones never. That filter is the consumer's own from its first take on, or from `consumers=` at the start of the
+        store: a take that names none means it, one that names another raises `ConsumerFilterError`.
+
+        From its first word on a consumer is *known*: what it awaits or holds is not deleted by the retention rule, and
+        without a journal not evicted. If memory is full of it, the store hands out no work until the consumer has gone
+        on, and says so (log, `statistics`, the change "memory_full"). `forget_consumer` ends that.
+
+        A batch belongs to the process that took it, until `ack` or `nack`. While it holds `max_open` of them another
+        take raises `BatchHeldError`. A batch that its caller never received is given back; one whose process has ended
+        comes again to the next take, before anything else. What is in a batch is sealed: late reports are kept on their
+        attempts only, and running it again or deleting it raises `SealedError`.
         """
 
     @abstractmethod
@@ -425,10 +453,10 @@ class LightningStore(ABC):
 
     @abstractmethod
     async def checkpoint(self, consumer: str, step: int) -> int:
-        """The consumer's model is durable at `step`: what was acknowledged up to it is released; how many rollouts.
+        """The consumer's model is durable at `step`: what was acknowledged up to it is not kept for it any longer.
 
-        A rollout that several consumers took is released once all of them have said so. Raises `BatchConflictError` for
-        a step before its last checkpoint.
+        Answers with how many rollouts that are. One that other consumers await or hold is kept for them. Raises
+        `BatchConflictError` for a step before its last checkpoint.
         """
 
     @abstractmethod
@@ -437,6 +465,14 @@ class LightningStore(ABC):
 
         To be said after each start of a trainer, with the step of the model that it loaded. They come in the order in
         which they were taken. Raises `BatchConflictError` for a step before its last checkpoint.
+        """
+
+    @abstractmethod
+    async def forget_consumer(self, name: str) -> int:
+        """Keep nothing for a consumer any longer: it will not come again. How many rollouts it awaited or held.
+
+        What it held can be run again or deleted; its ledger stays for what its checkpoints covered. If it does take
+        again it begins anew, with whatever filter it names then, and without what those checkpoints covered.
         """
 
     @abstractmethod

@@ -24,11 +24,12 @@ class Call:
     Belongs to the event loop that made it, or to a blocking thread. The answer is set at most once, from any thread.
     """
 
-    __slots__ = ("_answer", "_error", "_event", "_future", "leader", "loop", "parked", "ticket", "verb")
+    __slots__ = ("_answer", "_error", "_event", "_future", "arguments", "leader", "loop", "parked", "ticket", "verb")
 
     def __init__(self, verb: str, ticket: int = 0, awaited: bool = True) -> None:
         self.verb = verb
         self.ticket = ticket
+        self.arguments: dict[str, Any] | None = None  # of one that may wait, or that hands something over
         self.parked = False
         self.leader: Call | None = None  # the first part of a bulk call, whose caller is the caller of all
         self._answer: Any = None

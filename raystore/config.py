@@ -47,6 +47,7 @@ class StoreConfig:
     keep_resources: int | None = None
     limits: dict[str, int] = field(default_factory=dict)
     clock: str = "system"
+    consumers: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # filter by name; None: not fixed yet
     journal: str | None = None
     durability: str = "power"
     journal_object_bytes: int = DEFAULT_JOURNAL_OBJECT_BYTES
@@ -175,6 +176,7 @@ def resolve(config: StoreConfig, capacity_bytes: int) -> Settings:
         keep_resources=config.keep_resources,
         default_config=Config(*config.default_config),
         on_disk=config.journal is not None,
+        consumers=dict(config.consumers),
     )
 
 

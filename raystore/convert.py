@@ -20,6 +20,7 @@ from raystore.codec import decode, encode, is_pickled
 from raystore.content import digest
 from raystore.core.payload import Opaque
 from raystore.core.records import Record
+from raystore.core.wanted import TRAINABLE
 from raystore.errors import InvalidValueError
 from raystore.objects import Kept, Origin, Source
 from raystore.plain import whole as whole
@@ -37,6 +38,7 @@ from raystore.types import (
     ResourcesUpdate,
     Rollout,
     RolloutConfig,
+    RolloutMode,
     Span,
     SpanContext,
     TraceStatus,
@@ -190,6 +192,28 @@ def queue_names(values: Any) -> list[str]:
     if not names:
         raise InvalidValueError("queues", values, "at least one name of a queue")
     return names
+
+
+def filter_arguments(
+    *, mode: Any = None, tags: Any = None, queue: Any = None, group_id: Any = None, status_in: Any = None
+) -> dict[str, Any]:
+    """What a consumer asks for, by field of a rollout, without what it leaves open."""
+    given = {
+        "mode": validated(RolloutMode | None, mode),
+        "tags": tag_dict("tags", tags) or None,
+        "queue": optional_identifier("queue", queue),
+        "group_id": optional_identifier("group_id", group_id),
+        "status_in": None if status_in is None else _statuses(status_in),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _statuses(values: Any) -> list[str]:
+    names = identifiers("status_in", values)
+    if not names or set(names) - set(TRAINABLE):
+        expected = "'succeeded', 'failed', or both in a list; what was cancelled or dropped is never given"
+        raise InvalidValueError("status_in", names, expected)
+    return sorted(names)
 
 
 def finite(name: str, value: Any) -> float:

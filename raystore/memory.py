@@ -7,7 +7,7 @@ Not here: sharing with other processes, for which there is `raystore.start`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from raystore._sync import SyncStore
@@ -45,6 +45,7 @@ class InMemoryLightningStore(StoreClient):
         retention: float | int | dict[str, Any] | None = None,
         keep_resources: int | None = None,
         limits: dict[str, int] | None = None,
+        consumers: Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None = None,
         clock: str = "system",
         journal: str | None = None,
         durability: str = "power",
@@ -67,6 +68,7 @@ class InMemoryLightningStore(StoreClient):
             retention=retention,
             keep_resources=keep_resources,
             limits=limits,
+            consumers=consumers,
             clock=clock,
             journal=journal,
             durability=durability,

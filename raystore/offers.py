@@ -33,9 +33,9 @@ class Offers:
         for rollout_id in finished:
             for waiter in waiters.finished(rollout_id):
                 self.answer_wait(waiter)
-        news, state.came_back = None if state.came_back else len(finished), False
+        state.came_back = False
         for waiter in waiters.reading("take"):
-            self.offer_batch(waiter, news)
+            self.offer_batch(waiter)
         for waiter in waiters.reading("completed"):
             items, cursor = verbs.completed_after(state, **waiter.arguments)
             waiter.arguments["cursor"] = cursor
@@ -67,7 +67,7 @@ class Offers:
         elif waiter.verb == "dequeue":
             self.answer(waiter, [])
         elif waiter.verb == "take":
-            self.give_batch(waiter, must=True)
+            self.offer_batch(waiter, is_over=True)
         else:
             self.answer(waiter, ([], arguments["cursor"]))
 
@@ -93,18 +93,26 @@ class Offers:
             keys = [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in value]
             self._service.do("take_back", self._service.step(session), waiter.session_id, keys)
 
-    def offer_batch(self, waiter: Waiter, finished: int | None) -> None:
-        """Give rollouts to a consumer that waits for a batch, once enough have finished; None: look anew."""
-        wanted = waiter.arguments
-        wanted["missing"] -= wanted["missing"] if finished is None else finished
-        if wanted["missing"] > 0:
+    def offer_batch(self, waiter: Waiter, *, is_over: bool = False) -> None:
+        """Give a consumer that waits for a batch what there is, if waiting brings no more, or its time `is_over`."""
+        state, wanted = self._service.state, waiter.arguments
+        session = state.sessions.get(waiter.session_id)
+        consumer, count = wanted["consumer"], wanted["count"]
+        known = state.consumers.get(consumer)
+        if session is None or session.ended_at is not None or known is None:  # it was forgotten
+            self.answer(waiter, ([], 0))
             return
-        wanted["missing"] = consumers.missing(self._service.state, wanted["consumer"], wanted["count"])
-        if not wanted["missing"]:
-            self.give_batch(waiter, must=False)
-
-    def give_batch(self, waiter: Waiter, *, must: bool) -> None:
-        """Let a consumer take a batch; one that is too small if it `must` be now."""
-        step = self._service.step(self._service.state.sessions.get(waiter.session_id))
-        wanted = (waiter.arguments["consumer"], waiter.arguments["count"])
-        self.answer(waiter, self._service.do("take", step, *wanted, must))
+        refusal = consumers.why_not(state, session, consumer, wanted["max_open"])
+        if refusal is not None:
+            self.answer(waiter, refusal)
+            return
+        if not (is_over or consumers.is_ready(state, known, count)):
+            return
+        if not consumers.has_something(state, known) or self._service.is_disk_full:
+            if is_over:
+                self.answer(waiter, ([], 0))
+            return
+        step = self._service.step(session)
+        batch = self._service.do("hand_batch", step, waiter.session_id, waiter.ticket, consumer, count)
+        if not self.answer(waiter, batch):  # its caller has gone
+            self._service.do("take_back", self._service.step(session), waiter.session_id, [(consumer, batch[1])])

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from raystore import pickler
 from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig
-from raystore.convert import Encoder, validated
+from raystore.convert import Encoder, filter_arguments, identifier, validated
+from raystore.core.wanted import USUAL, make_filter
 from raystore.errors import AgentNotPicklableError, InvalidValueError
 from raystore.plain import plain, scalar
 from raystore.types import RolloutConfig, Span
 
+FILTERS = ("mode", "tags", "queue", "group_id", "status_in")
 RESUME = ("auto", "must", "never")
 
 
@@ -34,6 +36,7 @@ def make_config(
     retention: float | int | dict[str, Any] | None,
     keep_resources: int | None,
     limits: dict[str, int] | None,
+    consumers: Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None,
     clock: str,
     journal: str | os.PathLike[str] | None,
     durability: str,
@@ -64,6 +67,7 @@ def make_config(
         retention=plain("retention", retention),
         keep_resources=scalar(keep_resources),
         limits=plain("limits", dict(limits or {})),
+        consumers=_consumers(consumers),
         clock=clock,
         journal=None if journal is None else os.path.abspath(os.path.expanduser(journal)),
         durability=durability,
@@ -71,6 +75,27 @@ def make_config(
     )
     config.check()
     return config
+
+
+def _consumers(given: Any) -> dict[str, dict[str, Any] | None]:
+    """The consumers that are known from the start, each with its filter."""
+    expected = f"names of consumers, or a mapping of each name to a filter ({', '.join(FILTERS)})"
+    if given is None:
+        return {}
+    if isinstance(given, str) or not isinstance(given, (Sequence, Mapping, Set)):
+        raise InvalidValueError("consumers", given, expected)
+    chosen = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given)
+    made: dict[str, dict[str, Any] | None] = {}
+    for name, filters in chosen.items():
+        identifier("consumers", name)
+        if filters is None:
+            made[name] = None
+            continue
+        if not isinstance(filters, Mapping) or set(filters) - set(FILTERS):
+            raise InvalidValueError(f"consumers[{name!r}]", filters, f"None, or a mapping of {', '.join(FILTERS)}")
+        checked = filter_arguments(**filters)
+        made[name] = make_filter(**checked) or {"status_in": list(USUAL)}
+    return made
 
 
 def _pickled(estimator: Callable[[Span], int]) -> bytes:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 
+from raystore.core import wanted
 from raystore.core.resources import OBJECT_IDS_WARNED
-from raystore.core.state import Pass
+from raystore.core.state import Pass, State
 
 logger = logging.getLogger("raystore.store")
 
@@ -20,6 +21,27 @@ def eviction(done: Pass, seconds: float) -> None:
     logger.log(
         level, "Evicted %d spans (%d bytes) of %d rollouts in %.4f s%s",
         done.spans, done.bytes, len(done.rollout_ids), seconds, unread,
+    )  # fmt: skip
+
+
+def memory_full(state: State) -> None:
+    """Once for each pause: who is in the way, and what helps."""
+    if not state.memory_full:
+        logger.info("Hands out work again: %d bytes are in use", state.total_bytes)
+        return
+    whose = [
+        f"consumer {name!r} awaits {awaited} rollouts and holds {held}"
+        for name, awaited, held in wanted.in_the_way(state)
+    ]
+    if state.waits_for is None:
+        whose = []
+    logger.warning(
+        "Memory is full (%d bytes, threshold %d) and nothing more may be evicted: no work is handed out until %d bytes "
+        "are in use. %s",
+        state.total_bytes, state.settings.eviction_bytes, state.settings.safe_bytes,
+        "Call release() for what nobody needs any more (on_memory_full='pause')." if not whose else
+        f"{'; '.join(whose[:5])}. What is taken, acknowledged and covered by a checkpoint is freed; say "
+        f"forget_consumer({state.waits_for!r}) if it will not come again. A journal keeps spans on disk instead.",
     )  # fmt: skip
 
 

@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 from raystore import reports, shell
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
-from raystore.core import bounds, check, claims, eviction, verbs, watchdog, workers
+from raystore.core import bounds, check, claims, eviction, verbs, wanted, watchdog, workers
 from raystore.core.resources import FREED
-from raystore.core.state import AttemptKey, Session, State, Step
+from raystore.core.state import HandedKey, Session, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING, VERBS
 from raystore.errors import (
@@ -79,6 +79,7 @@ class Service:
         self._bodies: Bodies | None = None
         if opened is None:
             self.state = State(resolve(config, capacity_bytes))
+            wanted.introduce(self.state, self.state.settings)
             self.store_id, self.epoch, not_before = secrets.token_hex(8), time.time_ns(), 0.0
         else:
             self.state, self.store_id, self.epoch = opened.state, opened.store_id, opened.epoch
@@ -438,8 +439,11 @@ class Service:
 
     def _evict(self, writing: str | None) -> None:
         started = time.perf_counter()
+        was_full = self.state.memory_full
         done = eviction.run(self.state, self.step(), writing)
         self._eviction_seconds += time.perf_counter() - started
+        if self.state.memory_full != was_full:
+            reports.memory_full(self.state)
         if done is not None:
             self.last_eviction_seconds = self._eviction_seconds
             reports.eviction(done, self.last_eviction_seconds)
@@ -517,13 +521,13 @@ class Service:
                 self._settle()
                 self._arm()
 
-    def acknowledge(self, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
-        """The callers of a session have these claims; returns those that are lost."""
+    def acknowledge(self, session: Session, keys: list[HandedKey]) -> list[HandedKey]:
+        """The callers of a session have these claims and batches; returns those that are lost."""
         try:
             with self._lock:
                 if self._closed:
                     raise StoreClosedError(self.name or self.store_id)
-                lost: list[AttemptKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
+                lost: list[HandedKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
                 if lost or self.state.has_news or self.waiters.wants_changes:
                     self._settle()
                 self._arm()
@@ -538,6 +542,8 @@ class Service:
             age = self.clock.age()
             for key in session.claims:
                 session.claims[key] = age
+            for batch, since in session.batches.items():
+                session.batches[batch] = None if since is None else age
 
     def end_session(self, session: Session, *, why: str) -> None:
         """A client process has ended."""

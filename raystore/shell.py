@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from raystore.clock import ManualClock
 from raystore.config import resident_bytes
-from raystore.core import bounds, check, consumers, verbs
+from raystore.core import bounds, check, verbs
 from raystore.core.counts import counts
-from raystore.core.requests import Filters
-from raystore.core.schema import Id, Positive, Rule, Seconds, Whole
+from raystore.core.requests import Filters, Mode, Trainable
+from raystore.core.schema import Id, Positive, Rule, Seconds, Tags, Whole
 from raystore.core.state import State, Step
 from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError
@@ -62,13 +62,25 @@ def _dequeue(
     return _park(service, asked, "dequeue", wanted, timeout) if claimed is None else claimed
 
 
-def _take(service: Service, asked: Asked, *, consumer: Id, count: Positive, timeout: Seconds = 0.0) -> Any:
-    wanted = {"consumer": consumer, "count": count}
-    taken = verbs.VERBS["take"].run(service.state, asked.step, **wanted, timeout=timeout)
-    if taken is not None:
-        return taken
-    missing = consumers.missing(service.state, consumer, count)
-    return _park(service, asked, "take", wanted | {"missing": missing}, timeout)
+def _take(
+    service: Service,
+    asked: Asked,
+    *,
+    consumer: Id,
+    count: Positive,
+    timeout: Seconds = 0.0,
+    mode: Mode | None = None,
+    tags: Tags | None = None,
+    queue: Id | None = None,
+    group_id: Id | None = None,
+    status_in: list[Trainable] | None = None,
+    max_open: Positive = 1,
+    of: int | None = None,
+) -> Any:
+    wanted = {"consumer": consumer, "count": count, "max_open": max_open}
+    filters = {"mode": mode, "tags": tags, "queue": queue, "group_id": group_id, "status_in": status_in}
+    taken = verbs.VERBS["take"].run(service.state, asked.step, **wanted, **filters, timeout=timeout, of=of)
+    return _park(service, asked, "take", wanted, timeout) if taken is None else taken
 
 
 def _wait(service: Service, asked: Asked, *, rollout_ids: list[Id], timeout: float | None) -> Any:

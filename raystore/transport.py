@@ -14,9 +14,10 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 from raystore.calls import Call
-from raystore.core.state import Session
-from raystore.core.verbs import Many
-from raystore.errors import JournalError, StoreClosedError, StoreCorruptError, StoreError
+from raystore.core.claims import is_batch
+from raystore.core.state import HandedKey, Session
+from raystore.core.verbs import HANDING, Many
+from raystore.errors import BatchConflictError, JournalError, StoreClosedError, StoreCorruptError, StoreError
 from raystore.journal.objects import OBJECTS
 from raystore.notices import Handler, Notices
 from raystore.objects import Origin
@@ -50,21 +51,25 @@ class Transport(Protocol):
         """Take no more calls."""
 
 
-def claimed_keys(claims: Any) -> list[tuple[str, str]]:
-    """Rollout and attempt ids of what a dequeue answered, as records or as rows."""
-    keys = []
-    for rollout, attempt, _ in claims or ():
-        if isinstance(attempt, (list, tuple)):
-            keys.append((attempt[0], attempt[1]))
-        else:
-            keys.append((rollout.rollout_id, attempt.attempt_id))
-    return keys
+def handed_keys(verb: str, arguments: dict[str, Any] | None, answer: Any) -> list[HandedKey]:
+    """Keys of what an answer hands over, which its caller is to acknowledge; none for most verbs."""
+    hands = HANDING.get(verb)
+    return hands(arguments or {}, answer) if hands is not None else []
 
 
-def without(claims: list[Any], lost: Iterable[Any]) -> list[Any]:
-    """What a dequeue answered, without the claims that are lost, by their keys."""
+def giving_back(key: HandedKey) -> tuple[str, dict[str, Any]]:
+    """The operation that gives back what an answer handed over."""
+    if is_batch(key):
+        return "nack", {"consumer": key[0], "batch": key[1]}
+    return "decline", {"rollout_id": key[0], "attempt_id": key[1]}
+
+
+def without(verb: str, answer: Any, lost: Iterable[Any]) -> list[Any]:
+    """What is left of an answer without what is lost, by its keys: of claims the others, of a batch nothing."""
+    if verb != "dequeue":
+        return []
     gone = {(key[0], key[1]) for key in lost}
-    return [claim for claim, key in zip(claims, claimed_keys(claims), strict=True) if key not in gone]
+    return [claim for claim, key in zip(answer, handed_keys(verb, None, answer), strict=True) if key not in gone]
 
 
 def with_time_left(arguments: dict[str, Any], elapsed: float) -> dict[str, Any]:
@@ -98,6 +103,7 @@ class LocalTransport:
 
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
         call = Call(verb, next(self._tickets))
+        call.arguments = arguments
 
         def deliver(ticket: int, value: Any) -> bool:
             if call.loop is not None and call.loop.is_closed():
@@ -136,8 +142,8 @@ class LocalTransport:
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
         if self.service.journal is None and arguments.get("timeout", 0) == 0:  # answered at once: no future, no wake-up
             answer = self.service.call(self._session, 0, verb, arguments, _nobody)
-            if verb == "dequeue" and answer:  # nothing can come between
-                self.service.acknowledge(self._session, claimed_keys(answer))
+            if answer and (keys := handed_keys(verb, arguments, answer)):  # nothing can come between
+                self.service.acknowledge(self._session, keys)
             return answer
         waits = arguments
         started = self.service.clock.now()
@@ -153,10 +159,13 @@ class LocalTransport:
                 raise
             if isinstance(answer, Many):
                 answer.items = self.service.with_bodies(answer.items)
-            claimed = claimed_keys(answer) if verb == "dequeue" else []
-            if not claimed:
+            keys = handed_keys(verb, arguments, answer)
+            if not keys:
                 return answer
-            if kept := without(answer, self.service.acknowledge(self._session, claimed)):
+            lost = self.service.acknowledge(self._session, keys)
+            if not lost:
+                return answer
+            if kept := without(verb, answer, lost):
                 return kept
             # The loop was blocked for so long that all of the work went to somebody else: try again.
             arguments = with_time_left(waits, self.service.clock.now() - started)
@@ -167,16 +176,14 @@ class LocalTransport:
 
     def abandon(self, call: Call) -> None:
         """The caller has gone: it waits no longer, and what it was handed goes back."""
-        if not call.parked and call.verb != "dequeue":
+        if not call.parked and call.verb not in HANDING:
             return
         # A store that is closed, or has failed, gives out nothing and has nothing to take back.
         with contextlib.suppress(StoreClosedError, StoreCorruptError, JournalError):
             self.service.call(self._session, 0, "cancel_wait", {"of": call.ticket}, _nobody)
-            if call.verb == "dequeue":
-                for rollout_id, attempt_id in claimed_keys(call.answer):
-                    self.service.call(
-                        self._session, 0, "decline", {"rollout_id": rollout_id, "attempt_id": attempt_id}, _nobody
-                    )
+            for key in handed_keys(call.verb, call.arguments, call.answer):
+                with contextlib.suppress(BatchConflictError):  # somebody has said what became of it
+                    self.service.call(self._session, 0, *giving_back(key), _nobody)
 
     def close(self) -> None:
         self.service.close()

@@ -524,7 +524,8 @@ class LightningStoreStatistics(TypedDict, total=False):
     changes: int
     change_feed_length: int
     memory_full: bool
-    consumers: dict[str, dict[str, Any]]  # where each stands: open batch, batches, checkpoint, unreleased, returned
+    waits_for_consumer: str | None  # whose rollouts fill the memory, so that no work is handed out
+    consumers: dict[str, dict[str, Any]]  # of each: filter, awaited, open batches and whose they are, checkpoint, ...
     actor_calls: int
     operations: int
     overloads: int  # what was refused since there was too much of something

@@ -59,7 +59,7 @@ class Connection:
         raise AssertionError("the last try returns or raises")
 
     async def _whole(self, answer: Any) -> tuple[list[Any], Any]:
-        """A long answer with the parts that follow it."""
+        """All rows of an answer of which the first part has come. Raises `AnswerGoneError`."""
         if isinstance(answer, Many):
             return answer.items, answer.total
         items, beside, *more = answer

@@ -5,22 +5,51 @@ Not here: what each method means (`raystore.api`), what decides (`raystore.core.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from raystore import convert
 from raystore.client.connection import Connection
 from raystore.convert import validated
-from raystore.types import Batch, LedgerEntry
+from raystore.errors import AnswerGoneError
+from raystore.types import Batch, LedgerEntry, RolloutMode, RolloutStatus, TagValue
 
 
 class TrainingMethods(Connection):
     """Training on each finished rollout exactly once."""
 
-    async def take(self, n: int, *, consumer: str, timeout: float = 0.0) -> Batch:
-        arguments = {
+    async def take(
+        self,
+        n: int,
+        *,
+        consumer: str,
+        timeout: float = 0.0,
+        mode: RolloutMode | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        group_id: str | None = None,
+        status_in: Sequence[RolloutStatus] | None = None,
+        max_open: int = 1,
+    ) -> Batch:
+        arguments: dict[str, Any] = {
             "consumer": convert.identifier("consumer", consumer),
             "count": convert.whole("n", n, at_least=1),
             "timeout": convert.duration("timeout", timeout),
+            **convert.filter_arguments(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in),
         }
-        items, number = await self._many("take", arguments)
+        if convert.whole("max_open", max_open, at_least=1) != 1:
+            arguments["max_open"] = max_open
+        answer = await self._transport.call("take", arguments)
+        number = answer[1]
+        try:
+            items, _ = await self._whole(answer)
+        except AnswerGoneError:  # the store was restarted between the parts of a long answer
+            items, _ = await self._many("get_batch", {"consumer": consumer, "batch": number})
+        except GeneratorExit:
+            raise
+        except BaseException:  # its caller has gone between the parts
+            self._transport.post("nack", {"consumer": consumer, "batch": number})
+            raise
         rollouts = [convert.pair(item) for item in items]
         return convert.build(Batch, {"consumer": consumer, "number": number, "rollouts": rollouts})
 
@@ -36,6 +65,9 @@ class TrainingMethods(Connection):
 
     async def rewind(self, consumer: str, step: int) -> int:
         return int(await self._transport.call("rewind", _at(consumer, step)))
+
+    async def forget_consumer(self, name: str) -> int:
+        return int(await self._transport.call("forget_consumer", {"consumer": convert.identifier("name", name)}))
 
     async def ledger(self, consumer: str) -> list[LedgerEntry]:
         rows, _ = await self._many("ledger", {"consumer": convert.identifier("consumer", consumer)})

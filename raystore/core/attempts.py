@@ -33,9 +33,10 @@ from raystore.core.lifecycle import (
 )
 from raystore.core.payload import OnDisk
 from raystore.core.records import Attempt, Rollout, Span
-from raystore.core.rollouts import create, enter_eviction, move, set_reward
+from raystore.core.rollouts import create, move, set_reward
 from raystore.core.spans import Written
 from raystore.core.state import Entry, State, Step
+from raystore.core.wanted import enter_eviction, reconsider
 from raystore.errors import AttemptNotFoundError, SealedError
 
 
@@ -127,6 +128,8 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
             state.deadlines.guard(rollout_id)
         if status is not None:
             _follow(state, step, entry)
+        if state.consumers and "outcome" in changes:
+            reconsider(state, entry)  # what was dropped may be an ordinary failure now, or the other way round
         if after.reward is not None and after.reward != entry.rollout.reward and not entry.is_sealed:
             set_reward(state, entry, after.reward)
     if after.worker_id is not None and (status is not None or changes.get("worker_id") is not None):
@@ -234,6 +237,8 @@ def _end(state: State, step: Step, entry: Entry, attempt_id: str, event: str, **
             error=how.get("error") or attempt.error,
         )
         state.put_attempt(entry, index, ended)
+        if state.consumers:
+            reconsider(state, entry)
 
 
 def cancel(state: State, step: Step, rollout_ids: Iterable[str]) -> list[Rollout]:

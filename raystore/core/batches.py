@@ -11,12 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from raystore.core.claims import claimed_again
 from raystore.core.consumers import unreserve
 from raystore.core.line import AGAIN, ERROR, PARTLY, VALUE, Kept, Reply
 from raystore.core.pieces import DIVISIBLE, RESERVING, pieces
 from raystore.core.state import Session, State
-from raystore.core.verbs import CHANGING
+from raystore.core.verbs import CHANGING, HANDING, handed_again
 
 
 class Item(NamedTuple):
@@ -111,7 +110,7 @@ class Run:
         if item.is_more:
             reply = _joined(kept.pop()[1], reply)
         self._ran[item.number] = reply
-        kept.append(to_keep(item.verb, reply) if is_last else [PARTLY, reply])
+        kept.append(to_keep(item.verb, item.arguments, reply) if is_last else [PARTLY, reply])
 
     @property
     def ran(self) -> dict[int, Reply]:
@@ -126,21 +125,21 @@ def again(
     answers = []
     for number, (verb, arguments) in enumerate(map(_operation, operations)):
         reply = kept.replies[number] if number < len(kept.replies) else AGAIN
-        if reply and verb == "dequeue" and reply[0] == VALUE:
-            claimed = claimed_again(state, session, reply[1])
-            reply = [VALUE, claimed] if claimed or not reply[1] else AGAIN  # withdrawn meanwhile
+        if reply and verb in HANDING and reply[0] == VALUE and reply[1] and reply[1][0]:  # it was not empty
+            found = handed_again(state, session, reply[1])
+            reply = [VALUE, found] if found is not None else AGAIN  # withdrawn meanwhile
         if not reply:
             ticket = kept.first_ticket + number
             reply = run(Item(number, ticket, verb, arguments))
-            session.line.note(ticket, to_keep(verb, reply))
+            session.line.note(ticket, to_keep(verb, arguments, reply))
         answers.append(reply)
     return answers
 
 
-def to_keep(verb: str, reply: Reply) -> Reply:
-    """What is kept of an answer: of claims the ids, of what may run again nothing."""
-    if verb == "dequeue" and reply[:1] == [VALUE]:
-        return [VALUE, [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in reply[1]]]
+def to_keep(verb: str, arguments: dict[str, Any], reply: Reply) -> Reply:
+    """What is kept of an answer: of what was handed over the keys, of what may run again nothing."""
+    if verb in HANDING and reply[:1] == [VALUE] and (keys := HANDING[verb](arguments, reply[1])):
+        return [VALUE, keys]
     return reply if not reply or verb in CHANGING or verb == "more" or reply[0] != VALUE else AGAIN
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from raystore.errors import StoreOverloadedError
 
+CONSUMERS = 1_000  #: that are known: each is asked with every rollout that finishes
 WORKERS = 100_000  #: records of runners
 WAITERS = 100_000  #: calls that wait
 SESSIONS = 10_000  #: client processes

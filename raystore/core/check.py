@@ -20,6 +20,7 @@ from raystore.core.lifecycle import (
 from raystore.core.payload import size_of
 from raystore.core.queues import ASIDE
 from raystore.core.state import State, is_live_attempt
+from raystore.core.wanted import eviction_class, fits
 
 
 def check(state: State) -> None:
@@ -56,6 +57,7 @@ def check(state: State) -> None:
     assert state.ended_sessions.keys() == ended, "ended sessions"
     idle = {worker.worker_id for worker in state.workers.values() if worker.status != "busy"}
     assert state.idle_workers.keys() == idle, "workers that are not busy"
+    _check_consumers(state)
     for worker in state.workers.values():
         assert worker.status in WORKER_STATUSES, f"worker status {worker.status}"
         assert (worker.current_attempt_id is None) == (worker.status != "busy"), f"worker {worker.worker_id}"
@@ -80,7 +82,8 @@ def _check_entry(state: State, rollout_id: str, evictable: list[set[str]]) -> No
     if entry.rollout.status in ACTIVE:
         state.deadlines.check(rollout_id)
     if state.spans.has(rollout_id):
-        assert rollout_id in evictable[state.eviction_class(entry)], f"{rollout_id} cannot be evicted"
+        number = eviction_class(state, entry)  # or a class that goes sooner: who wants it is found when it is met
+        assert any(rollout_id in ids for ids in evictable[: number + 1]), f"{rollout_id} cannot be evicted"
 
 
 def _check_sessions(state: State) -> None:
@@ -104,6 +107,34 @@ def _held_back(state: State, resources_id: str | None, rollout_id: str) -> str:
     return f", held back: resources {resources_id} version {version} cannot be had ({why}); publish them again"
 
 
+def _check_consumers(state: State) -> None:
+    for name, known in state.consumers.items():
+        expected = set()
+        for rollout_id, entry in state.entries.items():
+            statuses = known.filter["status_in"] if known.filter is not None else ("failed", "succeeded")
+            is_dropped = entry.latest is not None and entry.latest.outcome == "dropped"
+            is_asked = fits(known.filter, entry.rollout)
+            if entry.rollout.status in statuses and is_asked and not is_dropped and name not in entry.taken:
+                expected.add(rollout_id)
+            if known.coming is not None:
+                is_coming = is_asked and entry.rollout.status not in FINISHED
+                assert (rollout_id in known.coming) == is_coming, f"whether {rollout_id} may come to {name}"
+        assert set(known.awaiting) == expected, f"what {name} awaits"
+        assert known.returned.keys() <= known.awaiting.keys(), f"what came back to {name}"
+        assert not (known.holders.keys() & known.steps.keys()), f"a batch of {name} is open and consumed"
+        assert known.inherited.keys() <= known.holders.keys() <= known.batches.keys(), f"batches of {name}"
+        for number, whose in known.holders.items():
+            assert whose is None or (name, number) in state.sessions[whose].batches, f"batch {number} of {name}"
+        for number, rollout_ids in known.batches.items():
+            for rollout_id in rollout_ids:
+                entry = state.entries[rollout_id]  # what is held is not deleted
+                assert entry.taken[name].batch == number and not entry.taken[name].is_durable, f"batch {number}"
+    for session in state.sessions.values():
+        for name, number in session.batches:
+            assert state.consumers[name].holders.get(number) == session.session_id, f"batch {number} of {name}"
+            state.claim_deadlines.check((session.session_id, (name, number)))
+
+
 def story(state: State, rollout_id: str) -> list[str]:
     """What is known of a rollout's history, a line for each thing, oldest first."""
     entry = state.entries.get(rollout_id)
@@ -123,6 +154,14 @@ def story(state: State, rollout_id: str) -> list[str]:
         + _held_back(state, rollout.resources_id, rollout_id)
         + (f", {entry.deliveries} charged deliveries" if entry.deliveries else "")
     )
+    for name, taken in entry.taken.items():
+        lines.append(
+            f"taken by {name!r}: batch {taken.batch}, "
+            + (f"consumed by step {taken.step}" if taken.step is not None else "not consumed yet")
+            + (f" ({taken.note})" if taken.note else "")
+            + (", durable" if taken.is_durable else "")
+        )
+    lines += [f"awaited by {name!r}" for name, known in state.consumers.items() if rollout_id in known.awaiting]
     for tried in entry.attempts:
         held = entry.holders.get(tried.attempt_id)
         lines.append(

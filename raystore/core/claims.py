@@ -11,13 +11,14 @@ Not here: who waits for work (`waiters`), when acknowledgements are sent (`sessi
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 from raystore.core import attempts, bounds, consumers, held_back, workers
 from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
 from raystore.core.rollouts import move, stop_waiting, unqueue
-from raystore.core.state import AttemptKey, Entry, Session, State, Step
+from raystore.core.state import AttemptKey, BatchKey, Entry, HandedKey, Session, State, Step
 
 Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
 
@@ -108,11 +109,16 @@ def serve(state: State, rollout_id: str) -> None:
         state.queues_touched.add(state.queues.move(rollout_id, OVERDUE))
 
 
-def acknowledge(state: State, step: Step, session: Session, keys: list[AttemptKey]) -> list[AttemptKey]:
-    """The caller has these claims; returns those that came too late and are lost."""
-    lost = []
+def acknowledge(state: State, step: Step, session: Session, keys: Sequence[HandedKey]) -> list[HandedKey]:
+    """The callers have these claims and batches; returns those that came too late and are lost."""
+    lost: list[HandedKey] = []
     for key in keys:
-        if session.claims.pop(key, None) is not None:
+        if is_batch(key):
+            if not consumers.received(state, session, key):
+                lost.append(key)
+        elif not is_claim(key):
+            continue
+        elif session.claims.pop(key, None) is not None:
             session.held[key] = None
         elif key in session.lost and not _reinstate(state, step, session, key):
             lost.append(key)
@@ -137,12 +143,31 @@ def _reinstate(state: State, step: Step, session: Session, key: AttemptKey) -> b
     return True
 
 
-def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, why: str, is_stop: bool = False) -> bool:
+def is_batch(key: HandedKey) -> TypeGuard[BatchKey]:
+    """Whether what an answer handed over is a batch of a consumer, and no claim."""
+    return isinstance(key[1], int)
+
+
+def is_claim(key: HandedKey) -> TypeGuard[AttemptKey]:
+    """Whether it is a claim."""
+    return isinstance(key[1], str)
+
+
+def take_back(state: State, step: Step, session: Session, key: HandedKey, *, why: str, is_stop: bool = False) -> bool:
     """Undo a claim: the attempt disappears and the rollout stands in its old place. Whether there was one to undo.
 
     `why` is "declined" (its caller had gone) or "withdrawn" (nobody acknowledged it). One that was withdrawn by a stop
-    says nothing about the rollout.
+    says nothing about the rollout. A batch is given back, or left to whoever asks next.
     """
+    if is_batch(key):
+        if why == "declined":
+            return consumers.decline(state, step, session, key)
+        consumers.leave(state, session, key)
+        return True
+    return is_claim(key) and _undo(state, step, session, key, why, is_stop)
+
+
+def _undo(state: State, step: Step, session: Session, key: AttemptKey, why: str, is_stop: bool) -> bool:
     entry = state.entries.get(key[0])
     attempt = entry.latest if entry else None
     if (
@@ -175,7 +200,7 @@ def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, wh
     return True
 
 
-def claimed_again(state: State, session: Session, keys: list[AttemptKey]) -> list[Claimed]:
+def claimed_again(state: State, session: Session, keys: Sequence[AttemptKey]) -> list[Claimed]:
     """What a dequeue answered, as it is now; without what the session holds no longer."""
     claimed = []
     for key in keys:
@@ -191,7 +216,7 @@ def taken_over(state: State, session: Session, ticket: int) -> list[Claimed]:
     Empty if it was handed nothing, or holds nothing of that any more: then this is a dequeue like any other.
     """
     keys = session.line.handed.pop(ticket, None)
-    return claimed_again(state, session, keys) if keys else []
+    return claimed_again(state, session, [key for key in keys if is_claim(key)]) if keys else []
 
 
 def open_session(
@@ -218,6 +243,8 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     state.ended_sessions[session.session_id] = None
     if len(state.ended_sessions) >= bounds.ENDED_SESSIONS + bounds.SURPLUS:
         state.has_surplus = True
+    for batch in list(session.batches):
+        consumers.leave(state, session, batch)
     held, claims = list(session.held), list(session.claims)
     if held or claims:
         company = len(held) + len(claims)

@@ -1,106 +1,192 @@
 """Training on each finished rollout exactly once: who took what, and what a durable model has seen.
 
-A consumer takes batches of finished rollouts in completion order, each rollout once. It says which step of its model
-consumed a batch (`acknowledge`), and up to which step the model is durable (`checkpoint`); when the model falls back to
-an earlier step (`rewind`), what was consumed after that comes again, in the order in which it was taken.
-A rollout in a batch is sealed: what is still reported of it is kept on its attempts, and decides nothing any more.
+A consumer takes batches of what it awaits (`wanted`), in completion order, each rollout once. It says which step of its
+model consumed a batch (`acknowledge`), and up to which step the model is durable (`checkpoint`); when the model falls
+back to an earlier step (`rewind`), what was consumed after that comes again, in the order in which it was taken.
+A batch belongs to the session that took it and is handed over like a claim: what its caller never got is given back,
+and what an ended session held comes again before anything else. A rollout in a batch is sealed: what is still reported
+of it is kept on its attempts, and decides nothing any more.
 Not here: waiting for enough to take (`shell`).
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
-from raystore.core.lifecycle import FINISHED
-from raystore.core.rollouts import enter_eviction, enter_retention, release
-from raystore.core.state import NOBODY, Consumer, Session, State, Step, Taken
-from raystore.errors import BatchConflictError
+from raystore.core.state import BatchKey, Consumer, Session, State, Step, Taken
+from raystore.core.wanted import USUAL, Filter, check_filter, follow, know, let_go, may_still_come, others, settle
+from raystore.errors import BatchConflictError, BatchHeldError
 
 
-def missing(state: State, consumer: str, count: int) -> int:
-    """How many rollouts are missing to give a consumer so many; none if it holds a batch, which it is given again."""
+def prepare(state: State, step: Step, consumer: str, asked: Filter | None, max_open: int) -> Consumer:
+    """The consumer that asks for a batch; raises if it may have none, or asks for something else than before."""
+    check_filter(state, consumer, asked)
+    if (refusal := why_not(state, step.session, consumer, max_open)) is not None:
+        raise refusal
     known = state.consumers.get(consumer)
-    if known is not None and known.open is not None:
-        return 0
-    return count - len(_available(state, known, count))
+    if asked is None and (known is None or known.filter is None):
+        asked = {"status_in": list(USUAL)}  # it has said now what it takes
+    return know(state, consumer, asked)
+
+
+def why_not(state: State, session: Session | None, consumer: str, max_open: int) -> BatchHeldError | None:
+    """Why a consumer cannot have another batch: it holds as many as it may, and their holders live."""
+    known = state.consumers.get(consumer)
+    if known is None or len(known.holders) < max_open or _left_behind(known) is not None:
+        return None
+    mine = session.session_id if session is not None else None
+    held = [
+        [number, len(known.batches[number]), "taken by this process" if whose == mine else f"taken by session {whose}"]
+        for number, whose in sorted(known.holders.items())
+    ]
+    return BatchHeldError(consumer, held, max_open)
+
+
+def _left_behind(known: Consumer) -> int | None:
+    """The first batch whose session has ended; it comes again before anything else."""
+    return min((number for number, whose in known.holders.items() if whose is None), default=None)
+
+
+def is_ready(state: State, known: Consumer, count: int) -> bool:
+    """Whether waiting longer would bring a consumer no more than it can have now."""
+    if _left_behind(known) is not None:
+        return True
+    there = len(_next(state, known, count)) if state.deleting else min(len(known.awaiting), count)
+    return there >= count or (there > 0 and (state.memory_full or not may_still_come(state, known)))
+
+
+def _next(state: State, known: Consumer, count: int) -> list[str]:
+    """What a consumer is given next, up to so many; what is about to be deleted is passed over."""
+    if state.deleting:
+        return list(islice((i for i in known.awaiting if not state.is_reserved(i)), count))
+    return list(islice(known.awaiting, count))
+
+
+def has_something(state: State, known: Consumer) -> bool:
+    """Whether there is anything to take at all."""
+    return _left_behind(known) is not None or bool(_next(state, known, 1))
 
 
 def take(state: State, step: Step, consumer: str, count: int) -> tuple[int, list[str]]:
-    """Number and rollouts of the batch that a consumer holds from now on: an earlier one if it is not acknowledged.
+    """Number and rollouts of the batch that a consumer holds from now on: one that was left behind, if there is one.
 
     Number 0 with no rollouts if there is nothing to take.
     """
-    known = state.consumers.get(consumer)
-    if known is not None and known.open is not None:
-        return known.open, [i for i in known.batches[known.open] if i in state.entries]
-    chosen = _available(state, known, count)
+    known = know(state, consumer)
+    number = _left_behind(known)
+    if number is not None:
+        known.inherited[number] = None
+        chosen = [i for i in known.batches[number] if i in state.entries]
+        _hand(state, step, known, consumer, number)
+        state.changes.append(step.now, "taken", consumer=consumer, batch=number, rollouts=len(chosen), again=True)
+        return number, chosen
+    chosen = _next(state, known, count)
     if not chosen:
         return 0, []
-    if known is None:
-        known = state.consumers[consumer] = Consumer()
     known.made += 1
-    known.open = known.made
-    known.batches[known.open] = chosen
+    number = known.made
+    known.batches[number] = chosen
     for rollout_id in chosen:
+        del known.awaiting[rollout_id]
+        known.returned.pop(rollout_id, None)
         entry = state.entries[rollout_id]
-        entry.taken = {**entry.taken, consumer: Taken(known.made)}
+        entry.taken = {**entry.taken, consumer: Taken(number)}
         state.touch(rollout_id)
-        enter_retention(state, entry)
-        if state.spans.has(rollout_id):
-            enter_eviction(state, entry)
-        if rollout_id in known.returned:
-            del known.returned[rollout_id]
-        else:
-            known.cursor = state.completions.place(rollout_id)
-    state.changes.append(step.now, "taken", consumer=consumer, batch=known.made, rollouts=len(chosen))
-    return known.made, chosen
+    _hand(state, step, known, consumer, number)
+    state.changes.append(step.now, "taken", consumer=consumer, batch=number, rollouts=len(chosen))
+    return number, chosen
 
 
-def _available(state: State, known: Consumer | None, count: int) -> list[str]:
-    """Up to `count` rollouts that a consumer is to see next: first what came back to it, then what finished since."""
-    returned = known.returned if known is not None else {}
-    chosen = [i for i in returned if i in state.entries and _is_for_training(state, i)][:count]
-    if len(chosen) == count:
-        return chosen
-    for _, rollout_id in state.completions.after(known.cursor if known is not None else None):
-        if rollout_id not in returned and _is_for_training(state, rollout_id):
-            chosen.append(rollout_id)
-            if len(chosen) == count:
-                break
-    return chosen
+def rollouts_of(state: State, consumer: str, batch: int) -> list[str]:
+    """The rollouts of a batch that a consumer holds."""
+    known = _known(state, consumer, batch)
+    if batch not in known.holders:
+        _refuse(known, consumer, batch)
+    return [i for i in known.batches[batch] if i in state.entries]
 
 
-def _is_for_training(state: State, rollout_id: str) -> bool:
-    entry = state.entries[rollout_id]
-    if state.deleting and state.is_reserved(rollout_id):
+# -- whose a batch is --------------------------------------------------------------------------------------------------
+
+
+def _hand(state: State, step: Step, known: Consumer, consumer: str, number: int) -> None:
+    """A batch goes to the session that asks, which is to acknowledge it."""
+    session = step.session
+    if session is None:
+        known.holders[number] = None
+        return
+    known.holders[number] = session.session_id
+    session.batches[consumer, number] = step.age
+    state.claim_deadlines.guard((session.session_id, (consumer, number)))
+
+
+def _free(state: State, known: Consumer, consumer: str, number: int) -> None:
+    """A batch is open no longer."""
+    whose = known.holders.pop(number, None)
+    known.inherited.pop(number, None)
+    if whose is not None and (session := state.sessions.get(whose)) is not None:
+        session.batches.pop((consumer, number), None)
+
+
+def received(state: State, session: Session, key: BatchKey) -> bool:
+    """The caller has a batch; whether it is its own still, or again if nobody took it meanwhile."""
+    known = state.consumers.get(key[0])
+    if known is None or key[1] not in known.holders or known.holders[key[1]] not in (None, session.session_id):
         return False
-    if entry.rollout.status not in FINISHED or entry.rollout.status == "cancelled":
+    known.holders[key[1]] = session.session_id
+    session.batches[key] = None
+    return True
+
+
+def leave(state: State, session: Session, key: BatchKey) -> None:
+    """The session of a batch has ended, or its caller never got it: it comes again before anything else."""
+    session.batches.pop(key, None)
+    known = state.consumers.get(key[0])
+    if known is not None and known.holders.get(key[1]) == session.session_id:
+        known.holders[key[1]] = None
+        state.came_back = True
+
+
+def decline(state: State, step: Step, session: Session, key: BatchKey) -> bool:
+    """The caller of a take had gone when its answer came; whether there was something to give back."""
+    known = state.consumers.get(key[0])
+    if known is None or known.holders.get(key[1]) != session.session_id:
         return False
-    return entry.latest is None or entry.latest.outcome != "dropped"
+    give_back(state, step, *key)
+    return True
+
+
+def _mine(state: State, step: Step, known: Consumer, consumer: str, batch: int) -> None:
+    """Refuse what is said of a batch that another session took over; its word counts as having received it."""
+    whose = known.holders.get(batch)
+    session = step.session
+    if session is None or whose is None:
+        return
+    if whose == session.session_id:
+        session.batches[consumer, batch] = None
+    elif batch in known.inherited:
+        why = f"batch {batch} was left behind by its session and taken over by session {whose}, which has it now"
+        raise BatchConflictError(consumer, why)
+
+
+# -- what became of it -------------------------------------------------------------------------------------------------
 
 
 def unreserve(state: State, session: Session) -> None:
-    """A long deletion has ended. What it did not reach may be taken again, also by those who were past it."""
-    if state.deleting.pop(session.session_id, None) is None:
-        return
-    left, session.deleting = session.deleting, {}
-    for rollout_id in left:
-        if rollout_id not in state.completions:
-            continue
-        place, taken = state.completions.place(rollout_id), state.entries[rollout_id].taken
-        for name, known in state.consumers.items():
-            if known.cursor is not None and place <= known.cursor and name not in taken:
-                known.returned.setdefault(rollout_id)
+    """A long deletion has ended. What it did not reach may be taken again."""
+    if state.deleting.pop(session.session_id, None) is not None:
+        session.deleting = {}
         state.came_back = True
 
 
 def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: int, note: str | None) -> None:
     """A step of the model has consumed a batch; it is kept until the model is durable."""
     known = _known(state, consumer, batch)
-    if known.open != batch:
+    if batch not in known.holders:
         if known.steps.get(batch) == at_step:
             return  # said before
         _refuse(known, consumer, batch)
+    _mine(state, step, known, consumer, batch)
     if known.checkpoint is not None and at_step <= known.checkpoint:
         raise BatchConflictError(
             consumer, f"step {at_step} cannot consume batch {batch}: the model is durable at step {known.checkpoint}"
@@ -108,7 +194,7 @@ def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: in
     latest = max(known.steps.values(), default=at_step)
     if at_step < latest:
         raise BatchConflictError(consumer, f"step {at_step} cannot consume batch {batch}: {latest} consumed one before")
-    known.open = None
+    _free(state, known, consumer, batch)
     known.steps[batch] = at_step
     for rollout_id in known.batches[batch]:
         if (entry := state.entries.get(rollout_id)) is not None:
@@ -120,19 +206,20 @@ def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: in
 def give_back(state: State, step: Step, consumer: str, batch: int) -> None:
     """A batch is not consumed: its rollouts come again, before all others."""
     known = _known(state, consumer, batch)
-    if known.open != batch:
+    if batch not in known.holders:
         _refuse(known, consumer, batch)
+    _mine(state, step, known, consumer, batch)
     _return(state, known, consumer, [batch])
     state.changes.append(step.now, "returned", consumer=consumer, batch=batch)
 
 
 def checkpoint(state: State, step: Step, consumer: str, at_step: int) -> int:
-    """The model is durable at a step: what it consumed up to there is released; how many rollouts."""
-    known = state.consumers.setdefault(consumer, Consumer())
-    if known.checkpoint is not None and at_step < known.checkpoint:
+    """The model is durable at a step: what it consumed up to there is needed for it no longer; how many rollouts."""
+    known = state.consumers.get(consumer)
+    if known is not None and known.checkpoint is not None and at_step < known.checkpoint:
         raise BatchConflictError(consumer, f"checkpoint {at_step} is before its last one, {known.checkpoint}")
+    known = know(state, consumer)
     known.checkpoint = at_step
-    released: list[str] = []
     count = 0
     for batch in [batch for batch, consumed_by in known.steps.items() if consumed_by <= at_step]:
         del known.steps[batch]
@@ -141,25 +228,37 @@ def checkpoint(state: State, step: Step, consumer: str, at_step: int) -> int:
             if entry is None:
                 continue
             count += 1
-            entry.taken[consumer].is_durable = True
+            before = entry.taken[consumer]
+            entry.taken = {**entry.taken, consumer: Taken(before.batch, before.step, before.note, is_durable=True)}
             state.touch(rollout_id)
-            if not entry.is_held:
-                enter_retention(state, entry)  # it may have been released before
-                released.append(rollout_id)
-    release(state, released)
+            settle(state, entry)
     state.changes.append(step.now, "checkpoint", consumer=consumer, step=at_step, rollouts=count)
     return count
 
 
 def rewind(state: State, step: Step, consumer: str, at_step: int) -> int:
     """The model is at an earlier step again: what was consumed later, or taken and not consumed, comes again."""
-    known = state.consumers.setdefault(consumer, Consumer())
-    if known.checkpoint is not None and at_step < known.checkpoint:
+    known = state.consumers.get(consumer)
+    if known is not None and known.checkpoint is not None and at_step < known.checkpoint:
         why = f"it cannot go back to step {at_step}: what was consumed up to step {known.checkpoint} is released"
         raise BatchConflictError(consumer, why)
-    batches = [batch for batch in known.batches if batch == known.open or known.steps.get(batch, at_step) > at_step]
+    known = know(state, consumer)
+    batches = [batch for batch in known.batches if batch in known.holders or known.steps.get(batch, at_step) > at_step]
     count = _return(state, known, consumer, batches)
     state.changes.append(step.now, "rewound", consumer=consumer, step=at_step, rollouts=count)
+    return count
+
+
+def forget(state: State, step: Step, consumer: str) -> int:
+    """Nothing is kept for a consumer any more; how many rollouts it awaited or held."""
+    known = state.consumers.get(consumer)
+    if known is None:
+        return 0
+    for number in list(known.holders):
+        _free(state, known, consumer, number)
+    count = len(let_go(state, consumer))
+    state.came_back = True  # whoever waits for its next batch
+    state.changes.append(step.now, "consumer_forgotten", consumer=consumer, rollouts=count)
     return count
 
 
@@ -169,17 +268,19 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
         for rollout_id in known.batches.pop(batch):
             entry = state.entries.get(rollout_id)
             if entry is not None:
-                entry.taken = {name: taken for name, taken in entry.taken.items() if name != consumer} or NOBODY
+                entry.taken = others(entry, consumer)
                 back[rollout_id] = None
                 state.touch(rollout_id)
-                enter_retention(state, entry)
-                if state.spans.has(rollout_id):
-                    enter_eviction(state, entry)
+                follow(state, entry)
+                if rollout_id not in known.awaiting:  # it asks for something else by now
+                    settle(state, entry)
         known.steps.pop(batch, None)
-        if known.open == batch:
-            known.open = None
+        _free(state, known, consumer, batch)
     state.came_back = state.came_back or bool(back)
-    known.returned = back | known.returned  # these were taken before what came back earlier and was not taken again
+    for rollout_id in reversed(back):  # these were taken before what came back earlier and was not taken again
+        if rollout_id in known.awaiting:
+            known.awaiting.move_to_end(rollout_id, last=False)
+            known.returned[rollout_id] = None
     return len(back)
 
 
@@ -214,7 +315,13 @@ def describe(state: State) -> dict[str, dict[str, Any]]:
     """Where each consumer stands."""
     return {
         name: {
-            "open_batch": known.open,
+            "filter": known.filter,
+            "awaited": len(known.awaiting),
+            "open": [
+                {"batch": number, "rollouts": len(known.batches[number]), "session": whose}
+                for number, whose in sorted(known.holders.items())
+            ],
+            "open_batch": min(known.holders, default=None),
             "batches": known.made,
             "checkpoint": known.checkpoint,
             "unreleased": sum(len(known.batches[batch]) for batch in known.steps),

@@ -45,5 +45,6 @@ def counts(state: State) -> dict[str, Any]:
         "changes": state.changes.last,
         "change_feed_length": FEED_LENGTH,
         "memory_full": state.memory_full,
+        "waits_for_consumer": state.waits_for,
         "consumers": consumers.describe(state),
     }

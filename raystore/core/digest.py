@@ -59,6 +59,8 @@ def parts(state: State) -> Iterator[Any]:
         yield "worker", _plain(state.workers[worker_id])
     for name in sorted(state.consumers):
         yield "consumer", name, _plain(shown(state.consumers[name]))
+    for name in sorted(state.forgotten):
+        yield "forgotten", name, _plain(shown(state.forgotten[name]))
     yield "resources", [_plain(held) for held in state.resources.everything()]
     yield "objects", state.resources.shown()
     yield "latest resources", state.resources.latest_id, state.resources.policy_version

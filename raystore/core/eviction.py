@@ -1,20 +1,36 @@
 """Keeping spans within the memory threshold: whole rollouts lose their spans, the least needed first.
 
-Above the eviction threshold a pass frees down to the safe threshold: released rollouts, then those finished and read,
-then other finished ones, then running ones; the oldest start first within each class. The rollout being written goes
-last. Rollouts and attempts stay, and reading what was evicted raises. With a journal only the bodies of spans leave the
-memory, and are read from disk when asked for.
+Above the eviction threshold a pass frees down to the safe threshold: released rollouts, then those that their consumers
+are done with, then others that finished and were read, then other finished ones, then running ones; the oldest start
+first within each class. The rollout being written goes last. Rollouts and attempts stay, and reading what was evicted
+raises. What a consumer awaits or holds is not evicted: if nothing else is left the store *pauses*, hands out no work
+and says for whom, until it is below the safe threshold or nobody awaits or holds anything. What runs and will be
+awaited goes only if memory itself is in danger. With a journal only the bodies of spans leave the memory, and are read
+from disk when asked for; so that everything may go, and nothing pauses.
 Not here: measuring the machine and resolving thresholds (`config`).
 """
 
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from typing import Any
 
 from raystore.core.lifecycle import FINISHED
 from raystore.core.state import Pass, State, Step
+from raystore.core.wanted import (
+    COMING,
+    CONSUMED,
+    READ,
+    RELEASED,
+    RUNNING,
+    UNREAD,
+    WANTED,
+    eviction_class,
+    in_the_way,
+)
 
 SLICE_SPANS = 2_000  #: evicted at once, or the spans of one rollout if there are more
+DANGER_BYTES = 64 * 1024 * 1024  #: above the eviction threshold, as much as one call may bring
 
 
 def run(state: State, step: Step, writing: str | None) -> Pass | None:
@@ -25,48 +41,89 @@ def run(state: State, step: Step, writing: str | None) -> Pass | None:
     """
     if not state.is_full:
         return None
+    settings = state.settings
     done = state.eviction_pass or Pass()
     state.eviction_pass = None
     if writing is not None:
         done.written.add(writing)
     until = done.spans + SLICE_SPANS
-    pauses = state.settings.pause_when_full and not state.settings.on_disk
-    classes = 1 if pauses else len(state.eviction_heaps)
     spared: list[tuple[int, tuple[float, int, str]]] = []
     kept: list[tuple[int, tuple[float, int, str]]] = []
-    for number in range(classes):
+    for number, down_to in _classes(state):
         heap = state.eviction_heaps[number]
-        while heap and state.total_bytes > state.settings.safe_bytes and done.spans < until:
+        while heap and state.total_bytes > down_to and done.spans < until:
             item = heappop(heap)
             entry = state.entries.get(item[2])
-            if entry is None or not state.spans.has(item[2]) or state.eviction_class(entry) != number:
-                continue  # deleted, evicted, or known to another class by now
-            if item[2] in done.written:
+            if entry is None or not state.spans.has(item[2]):
+                continue  # deleted, or evicted
+            actual = eviction_class(state, entry)
+            if actual != number:  # it is known there, but for what a consumer wants that became known since
+                if actual in (WANTED, COMING):
+                    heappush(state.eviction_heaps[actual], item)
+            elif item[2] in done.written:
                 spared.append((number, item))
             else:
                 evict(state, item[2], done)
                 kept.append((number, item))
     for number, item in spared:
-        if state.total_bytes > state.settings.safe_bytes and state.spans.has(item[2]) and done.spans < until:
+        if state.total_bytes > settings.safe_bytes and state.spans.has(item[2]) and done.spans < until:
             evict(state, item[2], done)
         kept.append((number, item))
     for number, item in kept:
         if state.spans.has(item[2]):  # spared, or not on disk yet
             heappush(state.eviction_heaps[number], item)
-    if done.spans >= until and state.total_bytes > state.settings.safe_bytes:
+    if done.spans >= until and state.total_bytes > settings.safe_bytes:
         state.eviction_pass = done
         return None
     if done.rollout_ids:
         state.eviction_passes += 1
-    if done.rollout_ids and not state.settings.on_disk:
+    if done.rollout_ids and not settings.on_disk:
         state.changes.append(step.now, "evicted", rollouts=len(done.rollout_ids), spans=done.spans, bytes=done.bytes)
-    if state.memory_full and state.total_bytes <= state.settings.safe_bytes:
-        state.memory_full = False
-        state.queues_touched.update(state.queues.lengths())
-    elif pauses and state.total_bytes > state.settings.eviction_bytes and not state.memory_full:
-        state.memory_full = True
-        state.changes.append(step.now, "memory_full", bytes=state.total_bytes)
+    _pause_or_go_on(state, step)
     return done if done.rollout_ids else None
+
+
+def _classes(state: State) -> list[tuple[int, int]]:
+    """The classes that may go, in their order, each with how many bytes it may go down to."""
+    settings = state.settings
+    safe = settings.safe_bytes
+    if settings.on_disk:
+        return [(number, safe) for number in (RELEASED, CONSUMED, READ, UNREAD, WANTED, RUNNING, COMING)]
+    if settings.pause_when_full:
+        return [(RELEASED, safe), (CONSUMED, safe)]
+    danger = settings.eviction_bytes + max(settings.eviction_bytes - safe, DANGER_BYTES)
+    return [*((number, safe) for number in (RELEASED, CONSUMED, READ, UNREAD, RUNNING)), (COMING, danger)]
+
+
+def _pause_or_go_on(state: State, step: Step) -> None:
+    """Hand out no work as long as memory is full of what must stay."""
+    settings = state.settings
+    if settings.on_disk:
+        return
+    is_wanted = _holds_wanted(state)
+    if state.memory_full:
+        if state.total_bytes <= settings.safe_bytes or not (settings.pause_when_full or is_wanted):
+            state.memory_full, state.waits_for = False, None
+            state.queues_touched.update(state.queues.lengths())
+        return
+    if state.total_bytes > settings.eviction_bytes and (settings.pause_when_full or is_wanted):
+        state.memory_full = True
+        state.came_back = True  # whoever waits for a batch gets what there is
+        whose = in_the_way(state) if is_wanted else []
+        state.waits_for = whose[0][0] if whose else None
+        detail: dict[str, Any] = dict(zip(("consumer", "awaited", "held"), whose[0], strict=True)) if whose else {}
+        state.changes.append(step.now, "memory_full", bytes=state.total_bytes, **detail)
+
+
+def _holds_wanted(state: State) -> bool:
+    """Whether spans are in memory that a consumer awaits or holds."""
+    heap = state.eviction_heaps[WANTED]
+    while heap:
+        entry = state.entries.get(heap[0][2])
+        if entry is not None and state.spans.has(heap[0][2]) and eviction_class(state, entry) == WANTED:
+            return True
+        heappop(heap)
+    return False
 
 
 def evict(state: State, rollout_id: str, done: Pass) -> None:

@@ -9,7 +9,7 @@ Not here: which records are of that format (`journal.reading`); digests, which a
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -29,14 +29,14 @@ from raystore.core.rollouts import (
     CONTENT,
     RETRY_AFTER_SECONDS,
     create,
-    enter_eviction,
     enter_queue,
-    enter_retention,
     move,
+    release,
 )
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Session, State, Step, Taken, is_live_attempt
 from raystore.core.verb import Verb
-from raystore.errors import ConflictError, InvalidValueError, OverloadedError, StoreError, again
+from raystore.core.wanted import enter_retention, others, settle
+from raystore.errors import BatchConflictError, ConflictError, InvalidValueError, OverloadedError, StoreError, again
 
 # -- handing out -------------------------------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ def _advance(state: State, step: Step, *due: list[Any]) -> None:
     for rollout_id in found.expired:
         watchdog.expire(state, step, state.entries[rollout_id], active_now)
     for session_id, key in found.withdrawn:
-        take_back(state, step, state.sessions[session_id], key, why="withdrawn")
+        take_back(state, step, state.sessions[session_id], (key[0], str(key[1])), why="withdrawn")
     for session_id in found.silent:
         end_session(state, step, state.sessions[session_id], why="silence")
     for session_id in found.forgotten:
@@ -376,7 +376,7 @@ def _take_now(state: State, step: Step, consumer: str, count: int, must: bool) -
     if not chosen:
         return [], 0
     if known is None:
-        known = state.consumers[consumer] = Consumer()
+        known = state.consumers[consumer] = Consumer(cursor=0)
     known.made += 1
     known.open = known.made
     known.batches[known.open] = chosen
@@ -384,9 +384,7 @@ def _take_now(state: State, step: Step, consumer: str, count: int, must: bool) -
         entry = state.entries[rollout_id]
         entry.taken = {**entry.taken, consumer: Taken(known.made)}
         state.touch(rollout_id)
-        enter_retention(state, entry)
-        if state.spans.has(rollout_id):
-            enter_eviction(state, entry)
+        settle(state, entry)
         if rollout_id in known.returned:
             del known.returned[rollout_id]
         else:
@@ -419,6 +417,121 @@ def _is_for_training(entry: Entry) -> bool:
     return entry.latest is None or entry.latest.outcome != "dropped"
 
 
+def _ack(state: State, step: Step, *, consumer: str, batch: int, at_step: int, note: str | None) -> None:
+    known = _known(state, consumer, batch)
+    if known.open != batch:
+        if known.steps.get(batch) == at_step:
+            return  # said before
+        _refuse(known, consumer, batch)
+    if known.checkpoint is not None and at_step <= known.checkpoint:
+        raise BatchConflictError(
+            consumer, f"step {at_step} cannot consume batch {batch}: the model is durable at step {known.checkpoint}"
+        )
+    latest = max(known.steps.values(), default=at_step)
+    if at_step < latest:
+        raise BatchConflictError(consumer, f"step {at_step} cannot consume batch {batch}: {latest} consumed one before")
+    known.open = None
+    known.steps[batch] = at_step
+    for rollout_id in known.batches[batch]:
+        if (entry := state.entries.get(rollout_id)) is not None:
+            entry.taken = {**entry.taken, consumer: Taken(batch, at_step, note=note)}
+            state.touch(rollout_id)
+    state.changes.append(step.now, "consumed", consumer=consumer, batch=batch, step=at_step, note=note)
+
+
+def _nack(state: State, step: Step, *, consumer: str, batch: int) -> None:
+    known = _known(state, consumer, batch)
+    if known.open != batch:
+        _refuse(known, consumer, batch)
+    _return(state, known, consumer, [batch])
+    state.changes.append(step.now, "returned", consumer=consumer, batch=batch)
+
+
+def _checkpoint(state: State, step: Step, *, consumer: str, at_step: int) -> int:
+    known = state.consumers.setdefault(consumer, Consumer(cursor=0))
+    if known.checkpoint is not None and at_step < known.checkpoint:
+        raise BatchConflictError(consumer, f"checkpoint {at_step} is before its last one, {known.checkpoint}")
+    known.checkpoint = at_step
+    released: list[str] = []
+    count = 0
+    for batch in [batch for batch, consumed_by in known.steps.items() if consumed_by <= at_step]:
+        del known.steps[batch]
+        for rollout_id in known.batches.pop(batch):
+            entry = state.entries.get(rollout_id)
+            if entry is None:
+                continue
+            count += 1
+            entry.taken[consumer].is_durable = True
+            state.touch(rollout_id)
+            if not entry.is_held:
+                enter_retention(state, entry)
+                released.append(rollout_id)
+    release(state, released)
+    state.changes.append(step.now, "checkpoint", consumer=consumer, step=at_step, rollouts=count)
+    return count
+
+
+def _rewind(state: State, step: Step, *, consumer: str, at_step: int) -> int:
+    known = state.consumers.setdefault(consumer, Consumer(cursor=0))
+    if known.checkpoint is not None and at_step < known.checkpoint:
+        why = f"it cannot go back to step {at_step}: what was consumed up to step {known.checkpoint} is released"
+        raise BatchConflictError(consumer, why)
+    batches = [batch for batch in known.batches if batch == known.open or known.steps.get(batch, at_step) > at_step]
+    count = _return(state, known, consumer, batches)
+    state.changes.append(step.now, "rewound", consumer=consumer, step=at_step, rollouts=count)
+    return count
+
+
+def _return(state: State, known: Consumer, consumer: str, batches: list[int]) -> int:
+    back: dict[str, None] = {}
+    for batch in sorted(batches):
+        for rollout_id in known.batches.pop(batch):
+            entry = state.entries.get(rollout_id)
+            if entry is not None:
+                entry.taken = others(entry, consumer)
+                back[rollout_id] = None
+                state.touch(rollout_id)
+                settle(state, entry)
+        known.steps.pop(batch, None)
+        if known.open == batch:
+            known.open = None
+    state.came_back = state.came_back or bool(back)
+    known.returned = back | known.returned
+    return len(back)
+
+
+def _known(state: State, consumer: str, batch: int) -> Consumer:
+    known = state.consumers.get(consumer)
+    if known is None:
+        raise BatchConflictError(consumer, f"it has taken nothing, so that it does not hold batch {batch}")
+    return known
+
+
+def _refuse(known: Consumer, consumer: str, batch: int) -> None:
+    if batch in known.steps:
+        why = f"step {known.steps[batch]} has consumed batch {batch} already"
+    elif batch > known.made or batch < 1:
+        why = f"there never was a batch {batch}"
+    else:
+        why = f"it does not hold batch {batch} any more: it was given back, rewound, or released by a checkpoint"
+    raise BatchConflictError(consumer, why)
+
+
+def go_on(state: State) -> None:
+    """What consumers await, as it is kept today; the batch that one held was left behind. They have no filter yet."""
+    for known in state.consumers.values():
+        if known.cursor is None:
+            continue  # of today
+        awaited, found = known.awaiting, _available(state, known, len(state.completions) + 1)
+        known.awaiting = OrderedDict.fromkeys(found)
+        known.returned = {i: None for i in known.returned if i in known.awaiting}
+        known.holders = {} if known.open is None else {known.open: None}
+        known.cursor = known.open = None
+        for rollout_id in awaited:
+            if rollout_id not in known.awaiting:
+                settle(state, state.entries[rollout_id])
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 VERBS: dict[str, Verb] = verbs.VERBS | {
@@ -426,6 +539,10 @@ VERBS: dict[str, Verb] = verbs.VERBS | {
     "decline": Verb(_decline),
     "enqueue": Verb(_enqueue),
     "take": Verb(_take),
+    "ack": Verb(_ack),
+    "nack": Verb(_nack),
+    "checkpoint": Verb(_checkpoint),
+    "rewind": Verb(_rewind),
     "report_session": Verb(_report_session),
     "heartbeat": Verb(_heartbeat),
     "add_spans": Verb(_add_spans),
@@ -523,7 +640,7 @@ class Run:
                 reply = before
             elif reply[0] == VALUE:
                 reply = [VALUE, before[1] + reply[1]]
-        replies.append(to_keep(item.verb, reply) if item.is_last else [PARTLY, reply])
+        replies.append(to_keep(item.verb, item.arguments, reply) if item.is_last else [PARTLY, reply])
 
 
 def _pieces(state: State, verb: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -587,6 +704,8 @@ def section(name: str, value: Any) -> Any:
     if name == "waiting":  # since when suspects waited was not known: for long
         orders, arrivals, suspects = value  # the second line was told by a bool
         return orders, arrivals, [(rollout_id, 0.0) for rollout_id in suspects]
+    if name == "disposable":  # when each of them ended is found when it is looked at
+        return [[(rollout_id, 0.0) for rollout_id in ids] for ids in value]
     return _session(value) if name == "session" else value
 
 
@@ -644,7 +763,7 @@ def _taken(row: list[Any]) -> list[Any]:
 
 def _consumer(row: list[Any]) -> dict[str, Any]:
     names = ("cursor", "returned", "made", "open", "batches", "steps", "checkpoint")
-    return dict(zip(names, row, strict=True))
+    return dict(zip(names, [row[0] or 0, *row[1:]], strict=True))
 
 
 def _session(row: list[Any]) -> dict[str, Any]:

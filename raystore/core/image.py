@@ -38,11 +38,12 @@ def image(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
     yield "waiting", (state.queues.orders(), state.queues.arrivals, list(state.suspects.items()))
     yield "workers", [worker.row() for worker in state.workers.values()]
     yield "consumers", {name: packed(known) for name, known in state.consumers.items()}
+    yield "forgotten", {name: packed(known) for name, known in state.forgotten.items()}
     yield "resources", state.resources.image()
     for session in state.sessions.values():
         yield "session", packed(session)
     yield "changes", (state.changes.last, [change.row() for change in state.changes])
-    yield "disposable", (list(state.disposable_released), list(state.disposable_read))
+    yield "disposable", (state.disposable_released.image(), state.disposable_read.image())
     yield "touched", list(state.touched)
 
 
@@ -84,6 +85,7 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
         "waiting": lambda found: _restore_waiting(state, *found),
         "workers": lambda rows: state.workers.update((row[0], Worker(*row)) for row in rows),
         "consumers": lambda found: state.consumers.update((n, unpacked(Consumer, c)) for n, c in found.items()),
+        "forgotten": lambda found: state.forgotten.update((n, unpacked(Consumer, c)) for n, c in found.items()),
         "resources": state.resources.restore,
         "session": lambda found: _restore_session(state, found),
         "changes": lambda found: state.changes.restore(found[0], (Change(*row) for row in found[1])),
@@ -125,6 +127,6 @@ def _restore_waiting(state: State, orders: list[Any], arrivals: int, suspects: l
     state.suspects.update(suspects)
 
 
-def _restore_disposable(state: State, released: list[str], read: list[str]) -> None:
-    state.disposable_released.update(dict.fromkeys(released))
-    state.disposable_read.update(dict.fromkeys(read))
+def _restore_disposable(state: State, released: list[Any], read: list[Any]) -> None:
+    state.disposable_released.restore(released)
+    state.disposable_read.restore(read)

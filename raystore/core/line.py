@@ -33,7 +33,7 @@ def _kept_again(rows: list[Any]) -> dict[int, Kept]:
     return {sequence: Kept(first_ticket, list(replies)) for sequence, (first_ticket, replies) in rows}
 
 
-def _handed_again(rows: list[Any]) -> dict[int, list[tuple[str, str]]]:
+def _handed_again(rows: list[Any]) -> dict[int, list[Any]]:
     return {ticket: [(key[0], key[1]) for key in keys] for ticket, keys in rows}
 
 
@@ -47,8 +47,8 @@ class Line:
     #: ... and these.
     ahead: set[int] = declare(make=set, pack=list, unpack=set, in_digest=False)
     kept: dict[int, Kept] = declare(make=dict, pack=pairs, unpack=_kept_again, in_digest=False)
-    #: By ticket: claims that parked calls were handed.
-    handed: dict[int, list[tuple[str, str]]] = declare(make=dict, pack=pairs, unpack=_handed_again, in_digest=False)
+    #: By ticket: the keys of claims, or of a batch, that parked calls were handed.
+    handed: dict[int, list[Any]] = declare(make=dict, pack=pairs, unpack=_handed_again, in_digest=False)
 
     def heard(self, answered: int, ahead: Iterable[int]) -> None:
         """The client has all answers up to a batch, and those of some later ones."""
@@ -81,10 +81,12 @@ class Line:
         """A batch has run to its end."""
         self._expect(sequence + 1)
 
-    def hand(self, ticket: int, keys: list[tuple[str, str]], open_claims: Collection[tuple[str, str]]) -> None:
-        """A parked call was handed claims: its answer is known now."""
-        if len(self.handed) > HANDED_KEPT + 2 * len(open_claims):  # half of them can go, which pays for looking
-            self.handed = {t: k for t, k in self.handed.items() if any(key in open_claims for key in k)}
+    def hand(self, ticket: int, keys: list[Any], *still_open: Collection[Any]) -> None:
+        """A parked call was handed claims, or a batch: its answer is known now."""
+        if len(self.handed) > HANDED_KEPT + 2 * sum(map(len, still_open)):  # half can go, which pays for looking
+            self.handed = {
+                t: k for t, k in self.handed.items() if any(key in there for key in k for there in still_open)
+            }
         self.handed[ticket] = keys
         self.note(ticket, [PARKED])
 

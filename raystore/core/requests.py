@@ -15,6 +15,7 @@ RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded"
 AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
 WorkerStatus = Literal["idle", "busy", "unknown"]
 Mode = Literal["train", "val", "test"]
+Trainable = Literal["succeeded", "failed"]
 Outcome = Literal[
     "ok",
     "agent_error",

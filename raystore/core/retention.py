@@ -1,7 +1,8 @@
 """Forgetting: deletion by hand and by rule, so that a run of months stays flat.
 
-A rule (`retention`) deletes finished rollouts by age or count, released ones first, then those that were read; what is
-neither is never deleted. Deletion frees everything: rollout, attempts, spans, counters, marks, log entries.
+A rule (`retention`) deletes finished rollouts by age or count: those first that were released or that their consumers
+are done with, then those that were read. What is neither is never deleted, nor what a consumer awaits or holds.
+Deletion frees everything: rollout, attempts, spans, counters, marks, log entries.
 Not here: freeing spans only (`eviction`), resources (`resources`).
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 
 from raystore.core.rollouts import unqueue
 from raystore.core.state import State, Step, is_live_attempt
+from raystore.core.wanted import forget, is_wanted
 from raystore.errors import SealedError
 
 FEW = 200  #: rollouts that are looked at one by one
@@ -28,8 +30,9 @@ def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
             continue
         unqueue(state, entry)
         state.completions.discard(rollout_id)
-        state.disposable_released.pop(rollout_id, None)
-        state.disposable_read.pop(rollout_id, None)
+        state.disposable_released.discard(rollout_id)
+        state.disposable_read.discard(rollout_id)
+        forget(state, rollout_id)
         for index, attempt in enumerate(entry.attempts):
             if is_live_attempt(attempt):
                 state.notify(entry, attempt.attempt_id, "cancelled")
@@ -61,7 +64,7 @@ def held_among(state: State, rollout_ids: list[str]) -> str | None:
 
 
 def due(state: State, now: float, limit: int) -> list[str]:
-    """Rollouts that the retention rule lets go now, at most `limit`."""
+    """Rollouts that the retention rule lets go now, at most `limit`: of each kind those that ended first."""
     settings = state.settings
     over = len(state.completions) - settings.retention_count if settings.retention_count is not None else 0
     before = now - settings.retention_seconds if settings.retention_seconds is not None else None
@@ -69,11 +72,22 @@ def due(state: State, now: float, limit: int) -> list[str]:
     if over <= 0 and before is None:
         return chosen
     for disposable in (state.disposable_released, state.disposable_read):
-        for rollout_id in disposable:
-            end_time = state.entries[rollout_id].rollout.end_time
-            aged = before is not None and end_time is not None and end_time < before
-            if len(chosen) == limit or not (aged or over > 0):
+        met: list[tuple[str, float]] = []
+        for _ in range(limit):
+            oldest = disposable.oldest()
+            if oldest is None or len(chosen) == limit:
                 break
+            ended, rollout_id = oldest
+            if not (over > len(chosen) or (before is not None and ended < before)):
+                break
+            entry = state.entries[rollout_id]
+            disposable.discard(rollout_id)
+            if is_wanted(state, entry):  # a consumer has become known since
+                continue
+            if ended != (actual := entry.rollout.end_time or ended):  # of a snapshot that does not say
+                disposable.add(rollout_id, actual)
+                continue
+            met.append((rollout_id, ended))
             chosen.append(rollout_id)
-            over -= 1
+        disposable.restore(met)  # until they are deleted
     return chosen

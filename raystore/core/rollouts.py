@@ -8,7 +8,6 @@ Not here: starting, settling and cancelling attempts (`attempts`), handing work 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from heapq import heapify, heappush
 from itertools import groupby, islice
 from typing import Any
 
@@ -20,6 +19,7 @@ from raystore.core.payload import digest_of_bytes, is_digest, same_content
 from raystore.core.queues import ASIDE, PLAIN
 from raystore.core.records import Config, Rollout
 from raystore.core.state import Entry, State, Step, is_live_attempt
+from raystore.core.wanted import enter_eviction, enter_retention, follow, reconsider, settle
 from raystore.errors import ConflictError, InvalidValueError, OverloadedError, SealedError
 
 RETRY_AFTER_SECONDS = 1.0
@@ -67,6 +67,8 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
     state.payload_bytes += size
     for key in keys_of(rollout, None):
         state.indexes.add(rollout.rollout_id, key)
+    if state.consumers:
+        follow(state, entry)
     return entry
 
 
@@ -165,6 +167,8 @@ def move(
         state.completions.discard(rollout_id)
         entry.read = False
     state.put_rollout(entry, before.evolve(status=status, end_time=end_time))
+    if state.consumers and (end_time is not None or before.status in FINISHED):
+        follow(state, entry, has_finished=end_time is not None)
     enter_retention(state, entry)
     if status in QUEUED:
         if rollout_id not in state.queues:
@@ -179,30 +183,6 @@ def move(
             enter_eviction(state, entry)
     if status in ACTIVE:
         state.deadlines.guard(rollout_id)
-
-
-def enter_retention(state: State, entry: Entry) -> None:
-    """Make a rollout known to the retention rule if nobody needs it any more, and unknown if somebody does."""
-    rollout_id = entry.rollout.rollout_id
-    is_free = entry.rollout.status in FINISHED and not entry.is_held
-    for disposable, belongs in (
-        (state.disposable_released, is_free and entry.released),
-        (state.disposable_read, is_free and entry.read and not entry.released),
-    ):
-        if belongs:
-            disposable.setdefault(rollout_id)
-        else:
-            disposable.pop(rollout_id, None)
-
-
-def enter_eviction(state: State, entry: Entry) -> None:
-    """Make a rollout with spans known to the eviction class it now belongs to."""
-    rollout = entry.rollout
-    heap = state.eviction_heaps[state.eviction_class(entry)]
-    heappush(heap, (rollout.start_time, entry.number, rollout.rollout_id))
-    if len(heap) > 256 and len(heap) > 4 * len(state.entries):  # mostly rollouts that are gone
-        heap[:] = {item for item in heap if state.spans.has(item[2])}
-        heapify(heap)
 
 
 def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]) -> Rollout:
@@ -222,6 +202,8 @@ def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]
         more -= of_rollout(before.input, before.metadata, before.tags)
         state.payload_bytes += more
         entry.bytes += more
+        if state.consumers and entry.rollout.mode != before.mode:
+            reconsider(state, entry)
         if entry.rollout.resources_id != before.resources_id:
             _move_references(state, entry, before.resources_id)
             if rollout_id in state.queues and entry.order is not None:  # what it is held back for may be another
@@ -268,21 +250,16 @@ def release(state: State, rollout_ids: Iterable[str]) -> int:
         entry.released = True
         state.touch(rollout_id)
         released += 1
-        enter_retention(state, entry)
-        if state.spans.has(rollout_id):
-            enter_eviction(state, entry)
+        settle(state, entry)
     return released
 
 
 def mark_read(state: State, entry: Entry) -> None:
     """Note that somebody has read the spans of a finished rollout; costs nothing in a journal, so it is no step."""
-    rollout_id = entry.rollout.rollout_id
     if entry.read or entry.rollout.status not in FINISHED:
         return
     entry.read = True
-    enter_retention(state, entry)
-    if state.spans.has(rollout_id):
-        enter_eviction(state, entry)
+    settle(state, entry)
 
 
 def find(

@@ -8,6 +8,7 @@ Not here: decisions (`lifecycle` and the verbs), time (`Step` carries it), durab
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha1
@@ -15,11 +16,12 @@ from types import MappingProxyType
 from typing import Any
 
 from raystore.core.accounts import of_attempt
+from raystore.core.ages import Ages
 from raystore.core.changes import ChangeFeed, CompletionLog
 from raystore.core.deadlines import Deadlines
 from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
 from raystore.core.indexes import Indexes, Key, keys_of
-from raystore.core.lifecycle import ACTIVE, FINISHED, UNCHARGED
+from raystore.core.lifecycle import ACTIVE, UNCHARGED
 from raystore.core.line import Line
 from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker
@@ -40,6 +42,8 @@ SESSION_RECORD_SECONDS = 600.0  #: how long the record of an ended session answe
 
 Patience = tuple[bool, str]  #: whether of a session, which is reserved, and its id; else of a rollout, which waits
 AttemptKey = tuple[str, str]  #: rollout id and attempt id; an attempt id alone is only unique within its rollout
+BatchKey = tuple[str, int]  #: consumer and number
+HandedKey = AttemptKey | BatchKey  #: what an answer hands over, and its caller is to acknowledge
 
 
 @dataclass(slots=True)
@@ -59,6 +63,7 @@ class Settings:
     keep_resources: int | None = None
     default_config: Config = field(default_factory=Config)
     on_disk: bool = False  # a journal has every span, so that evicting one loses nothing
+    consumers: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # known from the start; filter of each
 
 
 class Step:
@@ -133,6 +138,10 @@ class Session:
     held: dict[AttemptKey, None] = declare(
         make=dict, pack=list, unpack=lambda rows: dict.fromkeys(_keys(rows)), shows=list
     )
+    #: Batches of consumers that it holds; those that are not acknowledged, with since when.
+    batches: dict[BatchKey, float | None] = declare(
+        make=dict, pack=pairs, unpack=lambda rows: {(key[0], key[1]): since for key, since in rows}, shows=list
+    )
     #: Withdrawn claims, which a late acknowledgement may re-instate.
     lost: dict[AttemptKey, Attempt] = declare(
         make=dict, pack=pairs, unpack=lambda rows: {(key[0], key[1]): attempt for key, attempt in rows}, shows=pairs
@@ -169,22 +178,32 @@ class Taken:
 
 @dataclass(slots=True, eq=False)
 class Consumer:
-    """Who trains on finished rollouts: what it has seen, what it holds, what its durable model consumed."""
+    """Who trains on finished rollouts: what it asks for, awaits and holds, and what its durable model consumed."""
 
-    #: In the completion log: up to here it was given everything.
-    cursor: int | None = declare(None)
-    #: Came back, to be given again before anything new.
+    #: What it is given (`wanted`); None as long as it has not said.
+    filter: dict[str, Any] | None = declare(None)
+    #: What it is to be given, in this order.
+    awaiting: OrderedDict[str, None] = declare(make=OrderedDict, pack=list, unpack=OrderedDict.fromkeys, shows=list)
+    #: Of that, what it had before.
     returned: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
+    #: What is not finished and may come; found when it is needed, if the filter is a narrow one.
+    coming: dict[str, None] | None = declare(None, in_snapshot=False, in_digest=False)
     #: Batches so far.
     made: int = declare(0)
-    #: The batch that it holds and has not consumed.
-    open: int | None = declare(None)
+    #: Batches that it holds and has not consumed, with the session of each; None once that has ended.
+    holders: dict[int, str | None] = declare(make=dict, pack=pairs, unpack=dict)
+    #: Of these, those whose session took them over from one that had ended.
+    inherited: dict[int, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
     #: Rollouts of batches that no checkpoint has released.
     batches: dict[int, list[str]] = declare(make=dict, pack=pairs, unpack=dict)
     #: Of those, which step consumed which.
     steps: dict[int, int] = declare(make=dict, pack=pairs, unpack=dict)
     #: The model is durable at this step.
     checkpoint: int | None = declare(None)
+    #: In the completion log: up to here it was given everything. Of a journal of format 1, while that is read.
+    cursor: int | None = declare(None)
+    #: The one batch that it holds. Of a journal of format 1, while that is read.
+    open: int | None = declare(None)
 
 
 NOBODY: Mapping[str, Taken] = MappingProxyType({})  #: shared by all rollouts that nobody took
@@ -314,7 +333,8 @@ class State:
         self.drained: str | None = None  # the session that takes no work until it is idle, for a suspect
         self.indexes = Indexes()
         self.workers: dict[str, Worker] = {}
-        self.consumers: dict[str, Consumer] = {}
+        self.consumers: dict[str, Consumer] = {}  # those that are known
+        self.forgotten: dict[str, Consumer] = {}
         self.resources = ResourceTable(settings.keep_resources)
         self.spans = SpanTable(keep_duplicates=settings.keep_duplicates)
         self.sessions: dict[str, Session] = {}
@@ -322,7 +342,7 @@ class State:
         self.changes = ChangeFeed()
         self.completions = CompletionLog()
         self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
-        self.claim_deadlines: Deadlines[tuple[str, AttemptKey]] = Deadlines(self._claim_deadline)
+        self.claim_deadlines: Deadlines[tuple[str, HandedKey]] = Deadlines(self._claim_deadline)
         self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)
         self.patience_deadlines: Deadlines[Patience] = Deadlines(self._patience_deadline)
         self.paused = 0.0  # seconds in which the store stood still, by which deadlines move
@@ -330,20 +350,21 @@ class State:
         self.attempts_made = 0
         self.attempt_count = 0
         self.payload_bytes = 0  # of rollouts with their attempts, and of workers: what a user gave
-        self.eviction_heaps: list[list[tuple[float, int, str]]] = [[], [], [], []]
-        self.disposable_released: dict[str, None] = {}  # finished and released, for retention
-        self.disposable_read: dict[str, None] = {}  # finished, read, and not released
+        self.eviction_heaps: list[list[tuple[float, int, str]]] = [[] for _ in range(7)]
+        self.disposable_released = Ages()  # finished, and released or consumed, for retention
+        self.disposable_read = Ages()  # finished, read, and neither
         self.eviction_pass: Pass | None = None  # one that has more to do
         self.evicted_rollouts = 0
         self.eviction_passes = 0
-        self.memory_full = False
+        self.memory_full = False  # the store hands out no work
+        self.waits_for: str | None = None  # the consumer that memory is full of
         # Records that are kept for a while only, in the order in which they are let go of. That is decided outside of
         # a replay, which is told which ones: `gather` finds them after one.
         self.ended_sessions: dict[str, None] = {}
         self.idle_workers: dict[str, None] = {}
         # What the shell should look at after a step; it empties these.
         self.finished: list[str] = []
-        self.came_back = False  # to a consumer
+        self.came_back = False  # something to a consumer, or there is another reason to look at who waits for a batch
         self.queues_touched: set[str] = set()
         self.noticed: set[str] = set()
         self.ended: list[str] = []
@@ -554,9 +575,13 @@ class State:
             deadline = silence if deadline is None else min(deadline, silence)
         return deadline
 
-    def _claim_deadline(self, key: tuple[str, AttemptKey]) -> float | None:
+    def _claim_deadline(self, key: tuple[str, HandedKey]) -> float | None:
         session = self.sessions.get(key[0])
-        since = session.claims.get(key[1]) if session else None
+        if session is None:
+            return None
+        consumer, number = handed = key[1]
+        is_batch = isinstance(number, int)
+        since = session.batches.get((consumer, number)) if is_batch else session.claims.get(handed)  # type: ignore[arg-type]
         return None if since is None else since + CLAIM_SECONDS
 
     def _session_deadline(self, session_id: str) -> float | None:
@@ -589,7 +614,8 @@ class State:
         for session in self.sessions.values():
             self.session_deadlines.guard(session.session_id)
             self.patience_deadlines.guard((True, session.session_id))
-            for key in session.claims:
+            handed: list[HandedKey] = [*session.claims, *session.batches]
+            for key in handed:
                 self.claim_deadlines.guard((session.session_id, key))
 
     # -- sums ----------------------------------------------------------------------------------------------------
@@ -604,11 +630,3 @@ class State:
     def index_keys(self, entry: Entry) -> set[Key]:
         """The index keys that an entry must be found under."""
         return set(keys_of(entry.rollout, entry.latest))
-
-    def eviction_class(self, entry: Entry) -> int:
-        """0 goes first: released; finished and read; finished; the rest."""
-        if entry.released:
-            return 0
-        if entry.rollout.status in FINISHED:
-            return 1 if entry.read and not entry.is_held else 2
-        return 3

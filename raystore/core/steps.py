@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raystore.core import claims, held_back, verbs, watchdog, workers
-from raystore.core.state import AttemptKey, Entry, State, Step
+from raystore.core.state import Entry, HandedKey, State, Step
 
 
 def _pause(state: State, step: Step, seconds: float) -> None:
@@ -31,22 +31,26 @@ def _hand_over(
     claimed = claims.claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
     if claimed:
         keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
-        session.line.hand(ticket, keys, session.claims)
+        session.line.hand(ticket, keys, session.claims, session.batches)
     return claimed
 
 
-def _take(state: State, step: Step, consumer: str, count: int, must: bool) -> Any:
+def _hand_batch(state: State, step: Step, session_id: str, ticket: int, consumer: str, count: int) -> verbs.Batch:
     """Give a call that waits for a batch what there is."""
-    return verbs.take(state, step, consumer=consumer, count=count, must=must)
+    session = step.session = state.sessions[session_id]
+    batch = verbs.take(state, step, consumer, count)
+    if batch[1]:
+        session.line.hand(ticket, [(consumer, batch[1])], session.claims, session.batches)
+    return batch
 
 
-def _take_back(state: State, step: Step, session_id: str, keys: list[AttemptKey]) -> None:
+def _take_back(state: State, step: Step, session_id: str, keys: list[HandedKey]) -> None:
     """The caller of a parked call had gone when its answer came."""
     for key in keys:
         claims.take_back(state, step, state.sessions[session_id], key, why="declined")
 
 
-def _acknowledge(state: State, step: Step, session_id: str, keys: list[AttemptKey]) -> list[AttemptKey]:
+def _acknowledge(state: State, step: Step, session_id: str, keys: list[HandedKey]) -> list[HandedKey]:
     return claims.acknowledge(state, step, state.sessions[session_id], keys)
 
 
@@ -70,7 +74,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "pause": _pause,
     "advance": _advance,
     "hand_over": _hand_over,
-    "take": _take,
+    "hand_batch": _hand_batch,
     "take_back": _take_back,
     "acknowledge": _acknowledge,
     "open_session": _open_session,

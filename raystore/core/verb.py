@@ -20,6 +20,7 @@ class Verb:
     run: Callable[..., Any]
     changes: bool = True
     names: tuple[str, ...] = ()  # arguments that name rollouts
+    hands: Callable[[dict[str, Any], Any], list[Any]] | None = None  # keys of what an answer hands over, to arguments
     fits: Callable[[Any], bool] = field(init=False)  # whether arguments are what the function's annotations ask for
     schema: Schema = field(init=False)
 

@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from raystore.core import attempts, claims, consumers, held_back, query, retention, rollouts, workers
+from raystore.core import attempts, claims, consumers, held_back, query, retention, rollouts, wanted, workers
 from raystore.core.accounts import bounded_error
 from raystore.core.lifecycle import FINISHED
 from raystore.core.payload import Payload, size_of
@@ -20,12 +20,14 @@ from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Wor
 from raystore.core.requests import (
     AttemptChanges,
     FinalChanges,
+    Mode,
     Must,
     Request,
     RolloutChanges,
     RolloutStatus,
     SpanRow,
     SpanTexts,
+    Trainable,
     WorkerChanges,
     WorkerStatus,
 )
@@ -44,7 +46,7 @@ from raystore.core.schema import (
     Whole,
     checker,
 )
-from raystore.core.state import AttemptKey, Chain, Entry, Session, State, Step
+from raystore.core.state import AttemptKey, BatchKey, Chain, Entry, HandedKey, Session, State, Step
 from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError, SessionEndedError, SpansEvictedError, StoreError, again
 
@@ -256,9 +258,10 @@ def _decline(state: State, step: Step, *, rollout_id: Id, attempt_id: Id) -> boo
     return claims.take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
 
 
-def _acknowledge(state: State, step: Step, *, keys: list[tuple[Id, Id]]) -> list[AttemptKey]:
+def _acknowledge(state: State, step: Step, *, keys: list[tuple[Id, Id | Positive]]) -> list[HandedKey]:
     assert step.session is not None
-    return claims.acknowledge(state, step, step.session, [(key[0], key[1]) for key in keys])
+    handed: list[Any] = [(key[0], key[1]) for key in keys]
+    return claims.acknowledge(state, step, step.session, handed)
 
 
 # -- spans -------------------------------------------------------------------------------------------------------------
@@ -348,18 +351,54 @@ def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_parti
 # -- consumers ---------------------------------------------------------------------------------------------------------
 
 
-def take(state: State, step: Step, *, consumer: str, count: int, must: bool) -> tuple[list[Pair], int] | None:
-    """A batch of so many; of fewer only if it `must` be now, else None."""
-    if not must and consumers.missing(state, consumer, count):
-        return None
-    batch, rollout_ids = consumers.take(state, step, consumer, count)
-    return [_with_attempt(state.entries[rollout_id]) for rollout_id in rollout_ids], batch
+Batch = tuple[list[Pair], int]  #: rollouts, and its number
 
 
 def _take(
-    state: State, step: Step, *, consumer: Id, count: Positive, timeout: Seconds = 0.0
-) -> tuple[list[Pair], int] | None:
-    return take(state, step, consumer=consumer, count=count, must=timeout <= 0)
+    state: State,
+    step: Step,
+    *,
+    consumer: Id,
+    count: Positive,
+    timeout: Seconds = 0.0,
+    mode: Mode | None = None,
+    tags: Tags | None = None,
+    queue: Id | None = None,
+    group_id: Id | None = None,
+    status_in: list[Trainable] | None = None,
+    max_open: Positive = 1,
+    of: int | None = None,
+) -> Batch | None:
+    """A batch; None if waiting may bring a better one. `of` asks for what a parked call was handed."""
+    asked = wanted.make_filter(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in)
+    if of is not None and step.session is not None:
+        for key in step.session.line.handed.pop(of, []):
+            if claims.is_batch(key) and (found := batch_again(state, step.session, key)) is not None:
+                return found
+    known = consumers.prepare(state, step, consumer, asked, max_open)
+    if timeout > 0 and not consumers.is_ready(state, known, count):
+        return None
+    return take(state, step, consumer, count)
+
+
+def take(state: State, step: Step, consumer: str, count: int) -> Batch:
+    """A batch of what there is now, up to so many."""
+    number, rollout_ids = consumers.take(state, step, consumer, count)
+    return [_with_attempt(state.entries[rollout_id]) for rollout_id in rollout_ids], number
+
+
+def batch_again(state: State, session: Session, key: BatchKey) -> Batch | None:
+    """A batch as it is now, for the session that holds it; None if it does no longer."""
+    known = state.consumers.get(key[0])
+    if known is None or known.holders.get(key[1]) != session.session_id:
+        return None
+    return [_with_attempt(state.entries[i]) for i in known.batches[key[1]] if i in state.entries], key[1]
+
+
+def _get_batch(state: State, step: Step, *, consumer: Id, batch: int) -> Many:
+    """What is in a batch that is open, for a caller that has lost a part of its answer."""
+    found = [_with_attempt(state.entries[i]) for i in consumers.rollouts_of(state, consumer, batch)]
+    return Many(found, batch)
 
 
 def _ack(state: State, step: Step, *, consumer: Id, batch: int, at_step: Whole, note: Text | None) -> None:
@@ -376,6 +415,10 @@ def _checkpoint(state: State, step: Step, *, consumer: Id, at_step: Whole) -> in
 
 def _rewind(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int:
     return consumers.rewind(state, step, consumer, at_step)
+
+
+def _forget_consumer(state: State, step: Step, *, consumer: Id) -> int:
+    return consumers.forget(state, step, consumer)
 
 
 def _ledger(state: State, step: Step, *, consumer: Id) -> Many:
@@ -605,13 +648,38 @@ def _part(session: Session, given: tuple[int, bool], refuse: StoreError | None =
     return chain
 
 
+def _claims_of(arguments: dict[str, Any], claimed: Any) -> list[HandedKey]:
+    """Keys of what a dequeue answered, as records or as rows."""
+    keys: list[HandedKey] = []
+    for rollout, attempt, _ in claimed or ():
+        if isinstance(attempt, (list, tuple)):
+            keys.append((attempt[0], attempt[1]))
+        else:
+            keys.append((rollout.rollout_id, attempt.attempt_id))
+    return keys
+
+
+def _batch_of(arguments: dict[str, Any], taken: Any) -> list[HandedKey]:
+    """The key of the batch that a take answered, if it is one."""
+    number = taken[1] if taken else 0
+    return [(arguments["consumer"], number)] if number else []
+
+
+def handed_again(state: State, session: Session, keys: list[HandedKey]) -> Any:
+    """What an answer handed over, as it is now; None if the session holds nothing of it any more."""
+    for key in keys:
+        if claims.is_batch(key):
+            return batch_again(state, session, key)
+    return claims.claimed_again(state, session, [key for key in keys if claims.is_claim(key)]) or None
+
+
 _ONE = ("rollout_id",)
 _LIST = ("rollout_ids",)
 
 VERBS: dict[str, Verb] = {
     "start_rollout": Verb(_start_rollout),
     "enqueue": Verb(_enqueue),
-    "dequeue": Verb(_dequeue),
+    "dequeue": Verb(_dequeue, hands=_claims_of),
     "query_rollouts": Verb(_query_rollouts, changes=False, names=("rollout_id_in",)),
     "get_rollout": Verb(_get_rollout, changes=False, names=_ONE),
     "update_rollout": Verb(_update_rollout, names=_ONE),
@@ -630,11 +698,13 @@ VERBS: dict[str, Verb] = {
     "next_numbers": Verb(_next_numbers),
     "query_spans": Verb(_query_spans, changes=False, names=_ONE),
     "query_many_spans": Verb(_query_many_spans, changes=False, names=_LIST),
-    "take": Verb(_take),
+    "take": Verb(_take, hands=_batch_of),
+    "get_batch": Verb(_get_batch, changes=False),
     "ack": Verb(_ack),
     "nack": Verb(_nack),
     "checkpoint": Verb(_checkpoint),
     "rewind": Verb(_rewind),
+    "forget_consumer": Verb(_forget_consumer),
     "ledger": Verb(_ledger, changes=False),
     "put_resources": Verb(_put_resources),
     "get_resources": Verb(_get_resources, changes=False),
@@ -650,4 +720,5 @@ VERBS: dict[str, Verb] = {
     "end_chain": Verb(_end_chain),
 }
 
+HANDING = {name: verb.hands for name, verb in VERBS.items() if verb.hands}  #: whose answers are to be acknowledged
 CHANGING = frozenset(name for name, verb in VERBS.items() if verb.changes)  #: what must not run twice

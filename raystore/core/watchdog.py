@@ -17,7 +17,7 @@ from raystore.core import bounds, retention
 from raystore.core.attempts import settle
 from raystore.core.claims import end_session, serve, take_back
 from raystore.core.lifecycle import ACTIVE, SILENCE, TIMEOUT
-from raystore.core.state import AttemptKey, Entry, State, Step
+from raystore.core.state import Entry, HandedKey, State, Step
 
 SLICE = 1_000  #: deadlines worked off in one step
 
@@ -39,7 +39,7 @@ class Due:
     """What is due at one instant, by name: found by whoever has a clock, worked off by `advance`."""
 
     expired: list[str]  # rollouts whose latest attempt timed out or fell silent
-    withdrawn: list[tuple[str, AttemptKey]]  # claims, with their sessions
+    withdrawn: list[tuple[str, HandedKey]]  # claims and batches, with their sessions
     silent: list[str]  # sessions that have ended
     forgotten: list[str]  # sessions that ended long ago
     deleted: list[str]  # rollouts that the retention rule lets go
@@ -128,6 +128,8 @@ def pause(state: State, step: Step, seconds: float) -> None:
         session.last_heard += seconds
         for key in session.claims:
             session.claims[key] += seconds
+        for batch, since in session.batches.items():
+            session.batches[batch] = None if since is None else since + seconds
         if session.reserved_since is not None:
             session.reserved_since += seconds
     for rollout_id in state.suspects:
@@ -141,6 +143,7 @@ def resume(state: State, step: Step, away: float) -> None:
     for session_id, session in list(state.sessions.items()):
         session.last_heard = step.age
         session.claims = dict.fromkeys(session.claims, step.age)
+        session.batches = {batch: None if s is None else step.age for batch, s in session.batches.items()}
         session.reserved_since = None if session.reserved_since is None else step.age
         if session.eternal:  # the process that ran the store itself
             end_session(state, step, session, why="ended with its store")

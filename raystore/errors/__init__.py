@@ -141,6 +141,45 @@ class BatchConflictError(ConflictError):
         )
 
 
+class BatchHeldError(BatchConflictError):
+    """A consumer holds as many batches as it may, and has consumed none of them yet; nothing was taken."""
+
+    def __init__(self, consumer: str, held: list[Any], max_open: int) -> None:
+        """`held`: number, how many rollouts, and whose, of each batch."""
+        StoreError.__init__(self, consumer, held, max_open)
+
+    def __str__(self) -> str:
+        consumer, held, max_open = self.args
+        shown = ", ".join(f"batch {number} ({count} rollouts, {whose})" for number, count, whose in held[:5])
+        more = f", and {len(held) - 5} more" if len(held) > 5 else ""
+        return (
+            f"Consumer {consumer!r} holds {shown}{more} and has not said what became of it; max_open={max_open} "
+            "batches may be open at once. Say ack(batch, step=...) once a step has consumed it, nack(batch) to give it "
+            f"back, or rewind({consumer!r}, step) after a restart, and all that is held comes again. To hold several "
+            "at once, for several ranks or to fetch ahead: take(..., max_open=...)."
+        )
+
+
+def _brief(filters: dict[str, Any] | str) -> str:
+    text = str(filters)
+    return text if len(text) <= 400 else text[:400] + "..."
+
+
+class ConsumerFilterError(StoreError, ValueError):
+    """A consumer asks for something else than it did before; nothing was taken."""
+
+    def __init__(self, consumer: str, known: dict[str, Any] | str, asked: dict[str, Any] | str) -> None:
+        super().__init__(consumer, _brief(known), _brief(asked))
+
+    def __str__(self) -> str:
+        consumer, known, asked = self.args
+        return (
+            f"Consumer {consumer!r} takes {known} since its first take, or since consumers= at the start of the store, "
+            f"and now asks for {asked}. What a consumer awaits is kept for it, so that its filter stays: repeat it (or "
+            "leave it out), take with another name for something else, or say forget_consumer first to begin anew."
+        )
+
+
 class OverloadedError(StoreError, RuntimeError):
     """The queue is full (`max_queued`), or the call is larger than it may be; nothing was enqueued."""
 

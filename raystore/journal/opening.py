@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raystore.config import StoreConfig
-from raystore.core import watchdog
+from raystore.core import format1, wanted, watchdog
 from raystore.core.state import Settings, State, Step
 from raystore.errors import (
     FencedError,
@@ -116,7 +116,8 @@ def _begin(
         logger.critical("%s", held)
         progress.at(stop_at)
         found.state.guard_all()
-        found.state.configure(settings)
+        format1.go_on(found.state)
+        wanted.configure(found.state, settings)
         return Opened(
             found.state, directory, None, found.started["store_id"], epoch, found.now, [str(held)], held=held
         )  # fmt: skip
@@ -149,7 +150,8 @@ def go_on(
     told = asdict(settings) | {"default_config": settings.default_config.row()}
     begun: list[Any] = [who, told, astuple(after), away]
     log.append([records.pack(records.START, step, 0, None, begun)])
-    state.configure(settings)
+    format1.go_on(state)
+    wanted.configure(state, settings)
     if away is not None:
         watchdog.resume(state, step, away)
     state.spans.keeps_bodies = True
@@ -196,5 +198,6 @@ def open_for_reading(path: str | Path) -> Opened:
     """A run to look at; whoever writes it is not disturbed."""
     found = read_run(path)
     found.state.guard_all()
+    format1.go_on(found.state)
     epoch = max(Directory(path).epochs(), default=0)
     return Opened(found.state, Directory(path), None, found.started["store_id"], epoch, found.now, [])

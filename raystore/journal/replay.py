@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raystore import wire
-from raystore.core import format1, verbs, watchdog
+from raystore.core import format1, verbs, wanted, watchdog
 from raystore.core.batches import Item, Run, to_keep
 from raystore.core.digest import verify
 from raystore.core.line import AGAIN, ERROR, VALUE, Kept, Reply
@@ -50,12 +50,18 @@ class Rules(NamedTuple):
     resume: Callable[..., None]
     run_of: type[Run] | type[format1.Run]
     are_digests_compared: bool
+    begin: Callable[[State, Settings], None]  # a process, after another one with other settings
+
+
+def _begin(state: State, before: Settings) -> None:
+    format1.go_on(state)
+    wanted.introduce(state, before)
 
 
 #: Whoever changes what a record does, or what a digest covers, gives the old rules a file and an entry here.
 _RULES = {
-    1: Rules(format1.run, format1.STEPS, format1.resume, format1.Run, False),
-    FORMAT: Rules(verbs.run, STEPS, watchdog.resume, Run, True),
+    1: Rules(format1.run, format1.STEPS, format1.resume, format1.Run, False, lambda state, before: None),
+    FORMAT: Rules(verbs.run, STEPS, watchdog.resume, Run, True, _begin),
 }
 
 
@@ -140,7 +146,9 @@ class Replay:
 
     def _start(self, told: Told, record: list[memoryview]) -> None:
         self.started, settings, _, away = told.arguments
+        before = self.state.settings
         self._configure(settings)
+        self._rules.begin(self.state, before)
         if away is not None:
             self._rules.resume(self.state, told.step(), away)
 
@@ -187,7 +195,7 @@ class Replay:
         step = self._step(told)
         step.record = self.last
         reply = self._operation(step, verb, arguments)
-        self._session(told).line.note(told.arguments[0], to_keep(verb, reply))
+        self._session(told).line.note(told.arguments[0], to_keep(verb, arguments, reply))
 
     def _left_out(self, told: Told, record: list[memoryview]) -> None:
         _, name, arguments = told.arguments

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -55,6 +55,7 @@ def start(
     retention: float | int | dict[str, Any] | None = None,
     keep_resources: int | None = None,
     limits: dict[str, int] | None = None,
+    consumers: Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None = None,
     clock: str = "system",
     journal: str | os.PathLike[str] | None = None,
     durability: str = "power",
@@ -88,6 +89,8 @@ def start(
             {"max_age_seconds": ..., "max_rollouts": ...}.
         keep_resources: newest resources ids to keep; older ones go when nobody refers to them. Default: all stay.
         limits: bytes of one value, span and call: {"value_bytes", "span_bytes", "call_bytes"}.
+        consumers: names of those who will `take`, so that what they await is kept for them from the start; or of each
+            name its filter, as arguments of `take`: {"trainer": {"mode": "train"}}. Outside it nothing is kept for it.
         clock: "system", or "manual" for tests (`store.testing.tick`).
         journal: a directory, in which everything that happens is written down; a store that is started there again goes
             on where it was, and an actor that dies is restarted by Ray and does the same. It must be reachable from
@@ -121,6 +124,7 @@ def start(
         retention=retention,
         keep_resources=keep_resources,
         limits=limits,
+        consumers=consumers,
         clock=clock,
         journal=journal,
         durability=durability,

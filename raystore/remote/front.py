@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raystore import __version__, wire
-from raystore.core.schema import Id, checker
+from raystore.core.schema import Id, Positive, checker
 from raystore.core.state import Session
 from raystore.errors import InvalidValueError, StoreError, StoreOverloadedError, to_record
 from raystore.remote.inbox import Inbox, SessionEnded
@@ -25,7 +25,7 @@ SLOW_SECONDS = 0.1  #: an answer that waited for the disk for longer starts the 
 
 #: What stands in a batch's header behind the protocol: the client, its session, number of the batch, up to where it has
 #: all answers, which later ones, ticket of the first operation, claims that arrived, parked answers that arrived.
-is_header = checker(tuple[str, Id, int, int, list[int], int, list[tuple[Id, Id]], list[int]])
+is_header = checker(tuple[str, Id, int, int, list[int], int, list[tuple[Id, Id | Positive]], list[int]])
 
 
 class Front:

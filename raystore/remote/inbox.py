@@ -16,13 +16,12 @@ from typing import Any
 
 from raystore import wire
 from raystore.core.batches import Item, Run, again
-from raystore.core.claims import claimed_again
 from raystore.core.line import VALUE, Kept, Reply
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
-from raystore.core.state import Session
+from raystore.core.state import HandedKey, Session
 from raystore.core.verb import Verb
-from raystore.core.verbs import Many
+from raystore.core.verbs import HANDING, Many, handed_again
 from raystore.errors import AnswerGoneError, StoreError, to_record
 from raystore.journal.recorder import Source
 from raystore.service import Service
@@ -50,9 +49,8 @@ class Inbox:
         self._turns: dict[int, asyncio.Future[None]] = {}
         self._running: dict[int, asyncio.Future[wire.Answer]] = {}
         handed = session.line.handed  # by a process that ran this store before
-        self._outbox: dict[int, Reply] = {
-            ticket: [VALUE, claimed_again(service.state, session, keys)] for ticket, keys in handed.items()
-        }
+        found = ((ticket, handed_again(service.state, session, keys)) for ticket, keys in handed.items())
+        self._outbox: dict[int, Reply] = {ticket: [VALUE, value] for ticket, value in found if value is not None}
         # Of another process, the same numbers would stand for something else.
         first = service.epoch << 32 if service.journal is not None else 0
         self._notices = itertools.count(-1 - first, -1)
@@ -104,10 +102,10 @@ class Inbox:
 
     async def _run(
         self, sequence: int, header: list[Any], operations: list[Any], parts: Sequence[bytes]
-    ) -> tuple[list[Reply], list[tuple[str, str]]]:
+    ) -> tuple[list[Reply], list[HandedKey]]:
         first_ticket, acknowledged_claims, acknowledged_tickets = header
         self._forget(acknowledged_tickets)
-        lost: list[tuple[str, str]] = []
+        lost: list[HandedKey] = []
         if acknowledged_claims:
             lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged_claims])
         line = self.session.line
@@ -164,7 +162,7 @@ class Inbox:
                     source.unwritten += 1
                 own.require(verb, arguments)
                 return [wire.VALUE, own.run(self, **arguments)]
-            if verb == "dequeue" and type(of := arguments.get("of")) is int:
+            if verb in HANDING and type(of := arguments.get("of")) is int:
                 self._outbox.pop(of, None)  # it asks again for what may lie there
             value = perform(item.ticket, verb, arguments, self._deliver)
         except Exception as error:  # the answer of this operation; the others of the batch go on
@@ -174,7 +172,7 @@ class Inbox:
     def _once_more(self, item: Item) -> Reply:
         return self._operation(functools.partial(self.service.call, self.session), item)
 
-    def _answer(self, replies: list[Reply], lost: list[tuple[str, str]]) -> wire.Answer:
+    def _answer(self, replies: list[Reply], lost: list[HandedKey]) -> wire.Answer:
         """Pack the answers, with what waits in the outbox if no listen call is there to take it."""
         self._collect_notices()
         later = self._later() if self._listener is None else []
@@ -184,8 +182,9 @@ class Inbox:
     def _hint(self) -> tuple[int, bool]:
         """Whether the client should keep a listen call parked; numbered, since answers overtake each other."""
         service, session_id = self.service, self.session.session_id
-        wanted = not self.session.is_idle or bool(self._outbox) or service.is_waiting(session_id)
-        return next(self._hints), wanted or service.state.resources.is_publishing(session_id)
+        holds = not self.session.is_idle or bool(self.session.batches) or bool(self._outbox)
+        wanted = holds or service.is_waiting(session_id) or service.state.resources.is_publishing(session_id)
+        return next(self._hints), wanted
 
     # -- answers that come later -------------------------------------------------------------------------------------
 

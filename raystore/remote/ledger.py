@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from raystore.core.state import AttemptKey
+from raystore.core.state import HandedKey
 from raystore.remote.outgoing import Operation
 
 
@@ -18,21 +18,21 @@ class ClaimLedger:
     """The claims of one session. Its owner holds a lock around every call."""
 
     def __init__(self) -> None:
-        self._unseen: dict[AttemptKey, tuple[Operation, float]] = {}  # by whom, and since when
-        self._acknowledgements: dict[AttemptKey, float] = {}  # since when they wait
+        self._unseen: dict[HandedKey, tuple[Operation, float]] = {}  # by whom, and since when
+        self._acknowledgements: dict[HandedKey, float] = {}  # since when they wait
 
     @property
     def has_unseen(self) -> bool:
         """Whether a claim has arrived and its caller has not run yet."""
         return bool(self._unseen)
 
-    def arrived(self, operation: Operation, keys: Iterable[AttemptKey]) -> None:
+    def arrived(self, operation: Operation, keys: Iterable[HandedKey]) -> None:
         """Claims came for a caller."""
         now = time.monotonic()
         for key in keys:
             self._unseen[key] = (operation, now)
 
-    def seen(self, keys: Iterable[AttemptKey], *, acknowledged: bool) -> None:
+    def seen(self, keys: Iterable[HandedKey], *, acknowledged: bool) -> None:
         """The caller has its claims; unless the store knows already, it is to be told."""
         now = time.monotonic()
         for key in keys:
@@ -50,11 +50,11 @@ class ClaimLedger:
                 self._unseen[key] = (operation, float("inf"))
         return gone
 
-    def of(self, operation: Operation) -> list[AttemptKey]:
+    def of(self, operation: Operation) -> list[HandedKey]:
         """The unseen claims of a caller."""
         return [key for key, (claimer, _) in self._unseen.items() if claimer is operation]
 
-    def forget(self, keys: Iterable[AttemptKey]) -> None:
+    def forget(self, keys: Iterable[HandedKey]) -> None:
         """Claims that are given back."""
         for key in keys:
             self._unseen.pop(key, None)
@@ -64,7 +64,7 @@ class ClaimLedger:
         """Since when the oldest acknowledgement waits."""
         return min(self._acknowledgements.values(), default=None)
 
-    def take(self) -> list[AttemptKey]:
+    def take(self) -> list[HandedKey]:
         """The acknowledgements that leave now."""
         taken, self._acknowledgements = list(self._acknowledgements), {}
         return taken

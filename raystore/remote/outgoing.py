@@ -17,7 +17,7 @@ from typing import Any
 
 from raystore import wire
 from raystore.calls import Call
-from raystore.core.verbs import CHANGING
+from raystore.core.verbs import CHANGING, HANDING
 
 BATCH_BYTES = 384 * 1024  #: of a batch
 BULK_BYTES = 1024 * 1024  #: of a batch once as much as this waits
@@ -30,7 +30,7 @@ WINDOW = 2  #: batches under way at once
 class Operation(Call):
     """One operation of a session, packed."""
 
-    __slots__ = ("abandoned", "arguments", "cancels", "issued", "packed", "sent", "size")
+    __slots__ = ("abandoned", "cancels", "issued", "packed", "sent", "size")
 
     def __init__(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> None:
         Call.__init__(self, verb, 0, awaited)
@@ -56,7 +56,7 @@ class Operation(Call):
 
     def resume(self) -> None:
         """Make an operation that waited ask again: for what it may have been handed, then for what is left."""
-        self._pack_again(**({"of": self.ticket} if self.verb == "dequeue" else {}))
+        self._pack_again(**({"of": self.ticket} if self.verb in HANDING else {}))
 
     def _pack_again(self, **more: Any) -> None:
         if self.arguments is None:

@@ -22,7 +22,8 @@ import ray
 
 from raystore import wire
 from raystore.core.resources import FREED
-from raystore.core.state import AttemptKey
+from raystore.core.state import HandedKey
+from raystore.core.verbs import HANDING
 from raystore.errors import (
     OutcomeUnknownError,
     OverloadedError,
@@ -46,7 +47,7 @@ from raystore.remote.processes import this_process
 from raystore.remote.retries import Retries
 from raystore.remote.timer import SessionTimer
 from raystore.service import PROTOCOL
-from raystore.transport import claimed_keys, with_time_left, without
+from raystore.transport import giving_back, handed_keys, with_time_left, without
 
 logger = logging.getLogger("raystore")
 
@@ -123,17 +124,17 @@ class Session:
             operation = self.post(verb, arguments)
             try:
                 answer = await operation
-                if verb != "dequeue" or not answer:
+                keys = handed_keys(verb, arguments, answer) if answer else []
+                if not keys:
                     return answer
-                keys = claimed_keys(answer)
-                if not any(suspect for _, _, suspect in answer):
+                if verb != "dequeue" or not any(suspect for _, _, suspect in answer):
                     self._seen(keys)
                     return answer
                 # Once lost or withdrawn: known to the store before its caller sees it, so that whoever dies of it
                 # is found.
                 lost = await self.call("acknowledge", {"keys": keys})
                 self._seen(keys, acknowledged=True)
-                if kept := without(answer, lost):
+                if kept := without(verb, answer, lost):
                     return kept
                 arguments = with_time_left(waits, time.monotonic() - started)
             except GeneratorExit:
@@ -226,7 +227,10 @@ class Session:
             return
         replies, later, lost, hint = rest
         for key in lost:
-            logger.warning("The claim of attempt %s of rollout %s was lost: acknowledged too late", key[1], key[0])
+            if isinstance(key[1], int):
+                logger.warning("Batch %d of consumer %r was lost: acknowledged too late", key[1], key[0])
+            else:
+                logger.warning("The claim of attempt %s of rollout %s was lost: acknowledged too late", key[1], key[0])
         answers = list(zip(batch.operations, replies, strict=True))
         with self.lock:
             resumed = self.follow(epoch)
@@ -256,7 +260,7 @@ class Session:
         by_loop: dict[asyncio.AbstractEventLoop, list[Operation]] = {}
         for operation, reply in answers:
             kind = reply[0]
-            if kind == wire.VALUE and operation.cancels is None and operation.verb != "dequeue":
+            if kind == wire.VALUE and operation.cancels is None and operation.verb not in HANDING:
                 operation.put(reply[1], None)
                 if operation.loop is not None and not operation.abandoned:
                     by_loop.setdefault(operation.loop, []).append(operation)
@@ -271,8 +275,8 @@ class Session:
             if kind == wire.ERROR:
                 operation.put(None, from_record(reply[1], reply[2]))
             else:
-                if operation.verb == "dequeue" and reply[1]:
-                    self._arrived(operation, claimed_keys(reply[1]))
+                if reply[1] and (keys := handed_keys(operation.verb, operation.arguments, reply[1])):
+                    self._arrived(operation, keys)
                 operation.put(reply[1], None)
             if operation.loop is not None and not operation.abandoned:
                 by_loop.setdefault(operation.loop, []).append(operation)
@@ -310,7 +314,7 @@ class Session:
 
     # -- claims ------------------------------------------------------------------------------------------------------
 
-    def _arrived(self, operation: Operation, keys: list[AttemptKey]) -> None:
+    def _arrived(self, operation: Operation, keys: list[HandedKey]) -> None:
         with self.lock:
             is_wanted = not operation.abandoned
             if is_wanted:
@@ -320,7 +324,7 @@ class Session:
             return
         self._decline(keys)
 
-    def _seen(self, keys: list[AttemptKey], *, acknowledged: bool = False) -> None:
+    def _seen(self, keys: list[HandedKey], *, acknowledged: bool = False) -> None:
         with self.lock:
             self.ledger.seen(keys, acknowledged=acknowledged)
         self.timer.wake_for_pending()
@@ -365,11 +369,11 @@ class Session:
         while self._orphans:
             self.abandon(self._orphans.popleft())
 
-    def _decline(self, keys: list[AttemptKey]) -> None:
+    def _decline(self, keys: list[HandedKey]) -> None:
         with self.lock:
             self.ledger.forget(keys)
-        for rollout_id, attempt_id in keys:
-            self._tell("decline", {"rollout_id": rollout_id, "attempt_id": attempt_id})
+        for key in keys:
+            self._tell(*giving_back(key))
 
     # -- what the timer asks -----------------------------------------------------------------------------------------
 

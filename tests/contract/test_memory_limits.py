@@ -195,3 +195,109 @@ async def test_threshold_defaults_and_ratios(make_store):
     )  # fmt: skip
     one_byte = await make_store(eviction_memory_threshold=1).statistics()
     assert (one_byte["eviction_threshold_bytes"], one_byte["safe_threshold_bytes"]) == (1, 0)
+
+
+# -- what a consumer awaits or holds -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_small(make_store):
+    """Makes stores that hold four spans and evict down to two."""
+
+    def make(**options):
+        return make_store(
+            eviction_memory_threshold=4 * SIZE, safe_memory_threshold=2 * SIZE, span_size_estimator=sized, **options
+        )
+
+    return make
+
+
+async def finish(store, made, **more):
+    for rollout in made:
+        await store.update_attempt(rollout.rollout_id, "latest", status="succeeded", **more)
+
+
+async def test_memory_full_of_what_a_consumer_awaits_makes_the_store_wait_for_it(make_small):
+    """Though a monitor has read all of it; nothing is evicted, the consumer is named, and gets a short batch."""
+    store = make_small(consumers=["t"])
+    made = await fill(store, 5)  # running ones, which it will await
+    await finish(store, made)
+    assert not any([await is_evicted(store, r) for r in made])
+    waiting = await store.enqueue_rollout("next")
+    assert await store.dequeue_rollout() is None
+    found = await store.statistics()
+    assert (found["memory_full"], found["waits_for_consumer"], found["consumers"]["t"]["awaited"]) == (True, "t", 5)
+    (change,) = (await store.changes(kinds=["memory_full"])).items
+    assert change.detail["consumer"] == "t" and change.detail["awaited"] + change.detail["held"] > 0
+    parked = asyncio.ensure_future(store.dequeue_rollout(timeout=60))
+    batch = await asyncio.wait_for(store.take(100, consumer="t", timeout=600), 30)
+    assert len(batch.rollouts) == 5
+    await store.ack(batch, step=1)
+    assert (await store.statistics())["memory_full"] and not any([await is_evicted(store, r) for r in made])
+    assert await store.checkpoint("t", 1) == 5
+    assert (await parked).rollout_id == waiting.rollout_id
+    assert [await is_evicted(store, r) for r in made] == [True, True, True, False, False]
+    assert (await store.statistics())["waits_for_consumer"] is None
+
+
+async def test_a_take_that_waits_gets_what_there_is_once_memory_is_full(make_small):
+    """Else both would wait for each other."""
+    store = make_small()
+    waiting = asyncio.ensure_future(store.take(100, consumer="t", timeout=600))
+    await asyncio.sleep(0)
+    await store.enqueue_rollout("could still come")
+    made = [await store.start_rollout(number) for number in range(5)]
+    for rollout in made:
+        await add(store, rollout)
+    await finish(store, made[:1])
+    batch = await asyncio.wait_for(waiting, 30)
+    assert [rollout.rollout_id for rollout in batch.rollouts] == [made[0].rollout_id]
+
+
+async def test_who_does_not_come_again_is_forgotten(make_small):
+    """Then what it awaited and held may go, and the store goes on."""
+    store = make_small(consumers=["t", "gone"])
+    made = await fill(store, 5)
+    await finish(store, made)
+    batch = await store.take(5, consumer="t")
+    await store.ack(batch, step=1)
+    await store.checkpoint("t", 1)
+    assert (await store.statistics())["waits_for_consumer"] == "gone"
+    assert await store.forget_consumer("gone") == 5
+    found = await store.statistics()
+    assert not found["memory_full"] and found["total_span_bytes"] == 2 * SIZE
+
+
+async def test_what_no_consumer_awaits_goes_first_and_in_its_order(make_store):
+    """Released, consumed, read, not read, running, whatever their age; what is awaited or held stays."""
+    store = make_store(
+        eviction_memory_threshold=8 * SIZE + SIZE // 2, safe_memory_threshold=8 * SIZE + SIZE // 10,
+        span_size_estimator=sized, consumers={"t": {"mode": "train"}},
+    )  # fmt: skip
+    made = {}
+    for name in ("awaited", "consumed", "held", "running", "unread", "read", "released", "filler"):
+        mode = "train" if name in ("awaited", "consumed", "held") else "val"
+        made[name] = await store.start_rollout(name, mode)
+        await add(store, made[name])
+        await store.testing.tick(1)
+    for name in ("consumed", "held", "awaited"):
+        await finish(store, [made[name]])
+        if name != "awaited":
+            batch = await store.take(1, consumer="t")
+        if name == "consumed":
+            await store.ack(batch, step=1)
+            await store.checkpoint("t", 1)
+    await finish(store, [made[name] for name in ("unread", "read", "released")])
+    await store.query_spans(made["read"].rollout_id)
+    await store.release([made["released"].rollout_id, made["awaited"].rollout_id])
+    gone = []
+    for number in range(2, 7):
+        await add(store, made["filler"], number)
+        left = await store.query_many_spans([made["running"].rollout_id], allow_partial=True)
+        gone.append((await store.statistics())["evicted_spans"])
+        for name in ("released", "consumed", "read", "unread", "running")[: number - 1]:
+            spans = await store.query_spans(made[name].rollout_id, allow_partial=True)
+            assert not spans, f"{name} was to go before what went"
+    assert gone == [1, 2, 3, 4, 5] and not left[made["running"].rollout_id]
+    await add(store, made["filler"], 7)
+    assert [await is_evicted(store, made[name]) for name in ("filler", "held", "awaited")] == [True, False, False]

@@ -10,11 +10,20 @@ import raystore as rs
 from tests.helpers import make_span
 
 
-async def finish(store, count=1, status="succeeded", **request):
-    """Ids of rollouts that have run, in the order in which they finished."""
+async def start(store, **request):
+    """A rollout that runs."""
+    if not request:
+        return await store.start_rollout("x")
+    made = await store.enqueue_rollout("x", **request)
+    return await store.start_attempt(made.rollout_id)
+
+
+async def finish(store, count=1, status="succeeded", keep=False, **request):
+    """Ids of rollouts that have run, in the order in which they finished; `keep` lets all start before one finishes."""
     done = []
+    started = [await start(store, **request) for _ in range(count)] if keep else []
     for _ in range(count):
-        rollout = await store.start_rollout("x", **request)
+        rollout = started.pop(0) if keep else await start(store, **request)
         await store.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status=status)
         done.append(rollout.rollout_id)
     return done
@@ -25,33 +34,60 @@ def ids(batch):
 
 
 async def test_each_finished_rollout_comes_once_in_completion_order(store):
-    """Failed ones too; cancelled and dropped ones never; each consumer on its own."""
+    """Failed ones if they are asked for; cancelled and dropped ones never; each consumer on its own."""
     first = await finish(store, 2)
     cancelled = await store.enqueue_rollout("x")
     await store.cancel_rollouts([cancelled.rollout_id])
     second = await finish(store, 1, status="failed")
-    batch = await store.take(2, consumer="t")
+    both = ["failed", "succeeded"]
+    batch = await store.take(2, consumer="t", status_in=both)
     assert (ids(batch), batch.number, batch.consumer) == (first, 1, "t")
     await store.ack(batch, step=1)
-    batch = await store.take(5, consumer="t")
+    batch = await store.take(5, consumer="t", status_in=both)
     assert (ids(batch), batch.number) == (second, 2)
     assert batch.rollouts[0].status == "failed"
-    assert ids(await store.take(5, consumer="other")) == first + second
+    assert ids(await store.take(5, consumer="other")) == first
     await store.ack(batch, step=2)
     empty = await store.take(1, consumer="t")
     assert (empty.rollouts, empty.number) == ([], 0)
 
 
-async def test_a_batch_that_is_held_is_given_again(store):
-    """Whoever comes back after a crash goes on with it, whatever it asks for."""
-    first = await finish(store, 3)
-    batch = await store.take(2, consumer="t")
-    assert await store.take(1, consumer="t") == batch
-    assert ids(await store.take(3, consumer="t", timeout=30)) == first[:2]
+async def test_who_holds_a_batch_gets_no_other(store):
+    """Named: the batch, whose it is, and what to do. As many as are allowed are given, and none twice."""
+    done = await finish(store, 5)
+    first = await store.take(2, consumer="t")
+    with pytest.raises(
+        rs.BatchHeldError, match=r"batch 1 \(2 rollouts, taken by this process\).*nack.*rewind.*max_open"
+    ):
+        await store.take(2, consumer="t")
+    with pytest.raises(rs.BatchHeldError):
+        await store.take(2, consumer="t", timeout=5)
+    second = await store.take(2, consumer="t", max_open=2)
+    assert (ids(first), ids(second)) == (done[:2], done[2:4])
+    with pytest.raises(rs.BatchConflictError, match=r"max_open=2"):
+        await store.take(1, consumer="t", max_open=2)
+    shown = (await store.statistics())["consumers"]["t"]
+    assert [(b["batch"], b["rollouts"]) for b in shown["open"]] == [(1, 2), (2, 2)]
+    assert all(b["session"] for b in shown["open"]) and shown["awaited"] == 1
+    await store.ack(second, step=1)
+    assert ids(await store.take(1, consumer="t", max_open=2)) == done[4:]
+    await store.ack(first, step=1)
+
+
+async def test_two_that_wait_are_given_different_ones(store):
+    """With room for two batches both get one; with room for one the other is told who has it."""
+    waiting = [asyncio.ensure_future(store.take(2, consumer="t", timeout=60, max_open=2)) for _ in range(2)]
+    await asyncio.sleep(0)
+    done = await finish(store, 4, keep=True)
+    assert sorted([ids(await one) for one in waiting]) == sorted([done[:2], done[2:]])
+    other = [asyncio.ensure_future(store.take(2, consumer="other", timeout=60)) for _ in range(2)]
+    found = await asyncio.gather(*other, return_exceptions=True)
+    assert sorted(type(one) for one in found if isinstance(one, Exception)) == [rs.BatchHeldError]
 
 
 async def test_take_waits_until_there_are_enough_and_then_gives_what_there_is(store):
     """The third completion ends the wait; the end of the time ends another."""
+    more = await store.enqueue_rollout("more may come")
     waiting = asyncio.ensure_future(store.take(3, consumer="t", timeout=60))
     await asyncio.sleep(0)
     done = await finish(store, 2)
@@ -66,6 +102,123 @@ async def test_take_waits_until_there_are_enough_and_then_gives_what_there_is(st
     await store.statistics()
     await store.testing.tick(6)
     assert ids(await waiting) == last
+    assert (await store.get_rollout_by_id(more.rollout_id)).status == "queuing"
+
+
+@pytest.mark.parametrize("end", ["finish", "fail", "cancel", "delete"])
+async def test_a_take_ends_once_nothing_can_make_it_longer(store, end):
+    """Whatever becomes of the last that waits or runs; what its filter leaves out does not count."""
+    await store.enqueue_rollout("of another mode", mode="val")
+    (done,) = await finish(store, mode="train")
+    last = await start(store, mode="train")
+    waiting = asyncio.ensure_future(store.take(3, consumer="t", mode="train", timeout=600))
+    await asyncio.sleep(0)
+    await store.statistics()
+    assert not waiting.done()
+    if end == "cancel":
+        await store.cancel_rollouts([last.rollout_id])
+    elif end == "delete":
+        await store.delete_rollouts([last.rollout_id])
+    else:
+        status = "succeeded" if end == "finish" else "failed"
+        await store.update_attempt(last.rollout_id, last.attempt.attempt_id, status=status)
+    expected = [done, last.rollout_id] if end == "finish" else [done]
+    batch = await asyncio.wait_for(waiting, 10)
+    assert ids(batch) == expected
+    await store.ack(batch, step=1)
+    assert ids(await store.take(1, consumer="u", timeout=600)) == [done]
+
+
+async def test_with_nothing_in_hand_a_take_waits_its_time(store):
+    """Somebody may enqueue meanwhile."""
+    waiting = asyncio.ensure_future(store.take(2, consumer="t", timeout=5))
+    await asyncio.sleep(0)
+    await store.statistics()
+    await store.testing.tick(4)
+    assert not waiting.done()
+    done = await finish(store, 1)
+    assert ids(await waiting) == done
+    await store.ack(await store.take(1, consumer="u"), step=1)
+    waiting = asyncio.ensure_future(store.take(2, consumer="u", timeout=5))
+    await asyncio.sleep(0)
+    await store.statistics()
+    await store.testing.tick(6)
+    assert (await waiting).number == 0
+
+
+async def test_a_consumer_takes_what_its_filter_says(store):
+    """Mode, tags, queue, group and status, also together; it is fixed by the first take."""
+    plain = await finish(store, 1)
+    train = await finish(store, 1, mode="train")
+    tagged = await finish(store, 1, mode="train", tags={"level": 3})
+    grouped = await finish(store, 1, group_id="g", queue="other")
+    failed = await finish(store, 1, mode="val", status="failed")
+    everything = plain + train + tagged + grouped
+    for name, filters, expected in [
+        ("all", {}, everything),
+        ("train", {"mode": "train"}, train + tagged),
+        ("tagged", {"mode": "train", "tags": {"level": 3}}, tagged),
+        ("group", {"group_id": "g"}, grouped),
+        ("queue", {"queue": "other", "status_in": ["succeeded"]}, grouped),
+        ("failed", {"status_in": ["failed"]}, failed),
+        ("both", {"status_in": ["failed", "succeeded"]}, everything + failed),
+        ("none", {"tags": {"level": 4}}, []),
+    ]:
+        waiting = asyncio.ensure_future(store.take(9, consumer=name, **filters))
+        assert ids(await waiting) == expected, name
+    later = await finish(store, 1, mode="train", tags={"level": 3, "more": True})
+    await store.rewind("tagged", 0)
+    assert ids(await store.take(9, consumer="tagged")) == tagged + later
+    with pytest.raises(
+        rs.ConsumerFilterError, match=r"'train' takes .*'mode': 'train'.*asks for .*'val'.*forget_consumer"
+    ):
+        await store.take(1, consumer="train", mode="val")
+    with pytest.raises(rs.ConsumerFilterError):
+        await store.take(1, consumer="all", status_in=["failed"])
+
+
+async def test_a_filter_may_be_given_at_the_start(make_store):
+    """Then it is awaited from the beginning, and a take need not repeat it; one without a filter fixes it later."""
+    store = make_store(consumers={"trainer": {"mode": "train"}, "other": None}, retention={"max_rollouts": 0})
+    train = await finish(store, 1, mode="train")
+    val = await finish(store, 1, mode="val")
+    failed = await finish(store, 1, status="failed")
+    shown = (await store.statistics())["consumers"]
+    assert shown["trainer"]["filter"] == {"mode": "train", "status_in": ["succeeded"]}
+    assert (shown["other"]["filter"], shown["trainer"]["awaited"], shown["other"]["awaited"]) == (None, 1, 3)
+    with pytest.raises(rs.ConsumerFilterError, match="consumers="):
+        await store.take(1, consumer="trainer", mode="val")
+    assert ids(await store.take(5, consumer="trainer", mode="train")) == train
+    assert ids(await store.take(5, consumer="other", mode="val")) == val
+    assert (await store.statistics())["consumers"]["other"]["awaited"] == 0
+    assert failed
+
+
+async def test_a_consumer_is_forgotten(make_store):
+    """What it awaited or held can go; who waits in its name gets nothing; with a new filter it begins anew."""
+    store = make_store(retention={"max_rollouts": 0}, consumers=["t"])
+    held = await finish(store, 2)
+    batch = await store.take(2, consumer="t")
+    awaited = await finish(store, 1)
+    await store.query_many_spans(held + awaited)
+    await store.testing.tick(1)
+    assert len(await store.query_rollouts()) == 3
+    waiting = asyncio.ensure_future(store.take(2, consumer="t", timeout=60, max_open=2))
+    await asyncio.sleep(0)
+    (got,) = [await waiting]
+    assert ids(got) == awaited  # nothing else can come
+    waiting = asyncio.ensure_future(store.take(2, consumer="t", timeout=60, max_open=3))
+    await asyncio.sleep(0)
+    await store.statistics()
+    assert await store.forget_consumer("t") == 3
+    assert (await waiting).number == 0
+    assert await store.forget_consumer("t") == 0
+    await store.testing.tick(1)
+    assert len(await store.query_rollouts()) == 0
+    with pytest.raises(rs.BatchConflictError):
+        await store.ack(batch, step=1)
+    done = await finish(store, 1, mode="val")
+    assert ids(await store.take(1, consumer="t", mode="val")) == done
 
 
 async def test_what_is_given_back_comes_first_and_wakes_whoever_waits(store):
@@ -75,6 +228,24 @@ async def test_what_is_given_back_comes_first_and_wakes_whoever_waits(store):
     later = await finish(store, 1)
     await store.nack(batch)
     assert ids(await store.take(3, consumer="t")) == first + later
+
+
+async def test_a_cancelled_take_leaves_nothing_behind(store):
+    """Neither a call that waits nor a batch that nobody has."""
+    waiting = asyncio.ensure_future(store.take(1, consumer="t", timeout=60))
+    await asyncio.sleep(0)
+    await store.statistics()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    done = await finish(store, 1)
+    assert ids(await store.take(1, consumer="t")) == done
+    await store.rewind("t", 0)
+    waiting = asyncio.ensure_future(store.take(1, consumer="t", timeout=60))
+    await asyncio.sleep(0)
+    waiting.cancel()  # it may have its answer already
+    (answer,) = await asyncio.gather(waiting, return_exceptions=True)
+    await store.statistics()
+    assert ids(answer if waiting.done() and not waiting.cancelled() else await store.take(1, consumer="t")) == done
 
 
 async def test_a_model_that_goes_back_to_its_checkpoint_sees_what_it_had_not_seen(store):
@@ -135,7 +306,7 @@ async def test_what_is_in_a_batch_is_sealed(store):
     """Late reports stay on their attempts; it is not run again, not deleted, and freed when all have trained on it."""
     (rollout_id,) = await finish(store, status="failed")
     (attempt,) = await store.query_attempts(rollout_id)
-    batch = await store.take(1, consumer="t")
+    batch = await store.take(1, consumer="t", status_in=["failed"])
     with pytest.raises(rs.SealedError, match="'t'"):
         await store.update_rollout(rollout_id, status="queuing")
     with pytest.raises(rs.SealedError):
@@ -174,6 +345,15 @@ async def test_a_rollout_is_released_when_all_that_took_it_have_a_checkpoint(mak
     lambda store: store.take(0, consumer="t"),
     lambda store: store.take(1, consumer=""),
     lambda store: store.take(1, consumer="t", timeout=-1),
+    lambda store: store.take(1, consumer="t", mode="training"),
+    lambda store: store.take(1, consumer="t", tags={"a": None}),
+    lambda store: store.take(1, consumer="t", queue=""),
+    lambda store: store.take(1, consumer="t", group_id=7),
+    lambda store: store.take(1, consumer="t", status_in="failed"),
+    lambda store: store.take(1, consumer="t", status_in=["cancelled"]),
+    lambda store: store.take(1, consumer="t", status_in=[]),
+    lambda store: store.take(1, consumer="t", max_open=0),
+    lambda store: store.forget_consumer(""),
     lambda store: store.checkpoint("t", -1),
     lambda store: store.rewind("t", 1.5),
     lambda store: store.ack("batch", step=1),
@@ -194,3 +374,4 @@ def test_the_blocking_twins_do_the_same(store):
     assert store.sync.checkpoint("t", 1) == 1
     assert store.sync.rewind("t", 1) == 0
     assert len(store.sync.ledger("t")) == 1
+    assert store.sync.forget_consumer("t") == 0

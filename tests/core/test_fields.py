@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import MappingProxyType
 
 import pytest
@@ -46,12 +47,13 @@ SAMPLES = {
     },
     Taken: {"batch": 9, "step": 2, "note": "n", "is_durable": True},
     Consumer: {
-        "cursor": 5, "returned": {"mine": None}, "made": 3, "open": 2, "batches": {2: ["mine"]}, "steps": {1: 4},
-        "checkpoint": 1,
+        "filter": {"mode": "val", "status_in": ["failed"]}, "awaiting": OrderedDict({"mine": None}),
+        "returned": {"mine": None}, "coming": {"mine": None}, "made": 3, "holders": {2: "s"}, "inherited": {2: None},
+        "batches": {2: ["mine"]}, "steps": {1: 4}, "checkpoint": 1, "cursor": 5, "open": 2,
     },
     Session: {
         "session_id": "other", "last_heard": 9.0, "eternal": True, "ended_at": 9.0, "claims": {("mine", "at"): 1.0},
-        "held": {("mine", "at"): None}, "lost": {("mine", "at-9"): ATTEMPT},
+        "held": {("mine", "at"): None}, "batches": {("c", 1): 2.0}, "lost": {("mine", "at-9"): ATTEMPT},
         "notices": [("cancelled", "mine", "at")], "chains": {3: CHAIN}, "deleting": {"mine": None},
         "line": Line(expected=4), "process": ["node", "machine", 4, 5, "job", False], "reserved_since": 9.0,
     },
@@ -61,12 +63,14 @@ SAMPLES = {
     },
 }  # fmt: skip
 
-#: What a snapshot does not hold: reading costs nothing in a journal, so that it is no step.
-NOT_IN_SNAPSHOTS = {(Entry, "read")}
+#: What a snapshot does not hold: reading costs nothing in a journal, so that it is no step. What may come to a consumer
+#: is found anew.
+NOT_IN_SNAPSHOTS = {(Entry, "read"), (Consumer, "coming")}
 
 #: What a replay need not reproduce: what only a process knows, and what is still to be sent.
 NOT_IN_DIGESTS = {
-    (Entry, "read"), (Session, "last_heard"), (Session, "notices"), (Session, "line"), (Span, "body"), (Span, "size"),
+    (Entry, "read"), (Consumer, "coming"),
+    (Session, "last_heard"), (Session, "notices"), (Session, "line"), (Span, "body"), (Span, "size"),
     *((Line, field.name) for field in declared(Line)),
 }  # fmt: skip
 

@@ -466,6 +466,8 @@ class Peer:
         if verb == "ack" and reply[0] == wire.VALUE:
             self.consumed += self.held[arguments["batch"]]
             return
+        if verb == "take" and reply[0] == wire.ERROR and reply[1] == "BatchHeldError":
+            return  # of one whose answer may still be on its way
         assert reply[0] == wire.VALUE, f"{operation} was answered {reply}"
         if verb == "enqueue":
             self.enqueued += [request["input"] for request in arguments["requests"]]

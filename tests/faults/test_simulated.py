@@ -144,7 +144,7 @@ def take_other_time(monkeypatch):
 
 def forget_what_was_handed(monkeypatch):
     """A process that goes on does not know what parked calls were handed, so that nobody holds it."""
-    monkeypatch.setattr("raystore.remote.inbox.claimed_again", lambda state, session, keys: [])
+    monkeypatch.setattr("raystore.remote.inbox.handed_again", lambda state, session, keys: [])
 
 
 BROKEN = [

@@ -81,11 +81,16 @@ RIGHT: dict[str, dict[str, Any]] = {
         **_PAGE, "allow_partial": True,
     },
     "query_many_spans": {"rollout_ids": ["r0"], "attempt_id": "latest", "allow_partial": False},
-    "take": {"consumer": "c", "count": 2, "timeout": 1.0},
+    "take": {
+        "consumer": "c", "count": 2, "timeout": 1.0, "mode": "train", "tags": {"k": 1}, "queue": "q", "group_id": "g",
+        "status_in": ["succeeded"], "max_open": 2, "of": 7,
+    },
+    "get_batch": {"consumer": "c", "batch": 1},
     "ack": {"consumer": "c", "batch": 1, "at_step": 3, "note": "n"},
     "nack": {"consumer": "c", "batch": 1},
     "checkpoint": {"consumer": "c", "at_step": 3},
     "rewind": {"consumer": "c", "at_step": 3},
+    "forget_consumer": {"consumer": "c"},
     "ledger": {"consumer": "c"},
     "put_resources": {
         "resources_id": "m", "resources": b"\x01\x80", "policy_version": 1, "holds_objects": False,
