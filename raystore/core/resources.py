@@ -217,8 +217,11 @@ class ResourceTable:
         return held is not None and held.resources is not None
 
     def hold(self, resources_id: str, version: int, references: tuple[Any, ...], publisher: str) -> bool:
-        """A process has the objects of a version: these references, which are none in a replay. Whether it is there."""
-        if not self.is_there(resources_id, version):
+        """A process has the objects of a version: these references, which are none in a replay.
+
+        Whether the version is there and has objects; else nobody needs what the process holds.
+        """
+        if not self.is_there(resources_id, version) or (resources_id, version) not in self._objects:
             return False
         versions = self._versions[resources_id]
         payload = versions[version].resources

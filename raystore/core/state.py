@@ -601,7 +601,8 @@ class State:
         return None if since is None else since + self.settings.suspect_patience_seconds
 
     def guard_all(self) -> None:
-        """Guard every deadline there is."""
+        """Guard every deadline there is, and find what is kept for a while only."""
+        self.gather()
         for status in ACTIVE:
             for rollout_id in self.indexes.find(("status", status)):
                 self.deadlines.guard(rollout_id)

@@ -189,17 +189,26 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
     },
     "take": lambda h, rng: {
         "consumer": h.consumer(), "count": rng.randint(1, 4), "timeout": rng.choice([0.0, 0.0, 10.0]),
+        **h.maybe(0.2, mode="train"), **h.maybe(0.2, status_in=["succeeded", "failed"]),
+        **h.maybe(0.2, group_id="g1"), **h.maybe(0.5, max_open=rng.randint(1, 3)),
     },
+    "get_batch": lambda h, rng: {"consumer": h.consumer(), "batch": rng.randint(1, 6)},
     "ack": lambda h, rng: {
         "consumer": h.consumer(), "batch": rng.randint(1, 6), "at_step": rng.randint(0, 8), "note": None,
     },
     "nack": lambda h, rng: {"consumer": h.consumer(), "batch": rng.randint(1, 6)},
     "checkpoint": lambda h, rng: {"consumer": h.consumer(), "at_step": rng.randint(0, 6)},
     "rewind": lambda h, rng: {"consumer": h.consumer(), "at_step": rng.randint(0, 6)},
+    "forget_consumer": lambda h, rng: {"consumer": h.consumer()},
     "ledger": lambda h, rng: {"consumer": h.consumer()},
     "put_resources": lambda h, rng: {
         "resources_id": rng.choice([None, "r1", "r2"]), "resources": b"\x01\x80",
         "policy_version": rng.choice([None, 1, 2]), "holds_objects": rng.random() < 0.3,
+        **h.maybe(0.3, objects=[(rng.choice([None, "ab" * 20, "cd" * 20]), 100)]),
+    },
+    "hold_objects": lambda h, rng: {"versions": [(rng.choice(["r1", "r2"]), rng.randint(1, 2), b"\x01\x80")]},
+    "unread": lambda h, rng: {
+        **h.attempt(), "resources_id": rng.choice(["r1", "r2"]), "version": rng.randint(1, 2), "error": "gone",
     },
     "get_resources": lambda h, rng: {"resources_id": rng.choice(["r1", "r9"]), "version": rng.choice([None, 1, 2])},
     "get_latest_resources": lambda h, rng: {},
@@ -212,6 +221,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
         "status_in": None, "worker_id_contains": None, "filter_logic": "and", **h.page(),
     },
     "get_worker": lambda h, rng: {"worker_id": "w1"},
+    "end_chain": lambda h, rng: {"chain_id": rng.randint(1, 5)},
     "report_session": lambda h, rng: {
         "session_id": rng.choice([None, "zz", *h.sessions[-2:]]), "worker_id": rng.choice([None, "w2"]),
     },
@@ -349,6 +359,7 @@ def options(rng: random.Random) -> dict[str, Any]:
         "retention": rng.choice([None, {"max_rollouts": 15}, {"max_age_seconds": 50}]),
         "duplicate_spans": rng.choice(["reject", "keep"]),
         "max_deliveries": rng.choice([1, 3]),
+        "consumers": rng.choice([{}, {"c1": None}, {"c1": None, "c2": None}]),
     }
 
 
