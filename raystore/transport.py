@@ -142,7 +142,7 @@ class LocalTransport:
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
         if self.service.journal is None and arguments.get("timeout", 0) == 0:  # answered at once: no future, no wake-up
             answer = self.service.call(self._session, 0, verb, arguments, _nobody)
-            if answer and (keys := handed_keys(verb, arguments, answer)):  # nothing can come between
+            if verb in HANDING and (keys := handed_keys(verb, arguments, answer)):  # nothing can come between
                 self.service.acknowledge(self._session, keys)
             return answer
         waits = arguments

@@ -158,16 +158,19 @@ def enter_eviction(state: State, entry: Entry) -> None:
 def enter_retention(state: State, entry: Entry) -> None:
     """Make a rollout known to the retention rule if nobody needs it any more, and unknown if somebody does."""
     rollout = entry.rollout
-    is_free = rollout.status in FINISHED and not is_wanted(state, entry)
-    is_done_with = entry.released or bool(entry.taken)
-    for disposable, belongs in (
-        (state.disposable_released, is_free and is_done_with),
-        (state.disposable_read, is_free and entry.read and not is_done_with),
-    ):
-        if belongs and rollout.end_time is not None:
-            disposable.add(rollout.rollout_id, rollout.end_time)
+    rollout_id, ended = rollout.rollout_id, rollout.end_time
+    if ended is None or is_wanted(state, entry):
+        state.disposable_released.discard(rollout_id)
+        state.disposable_read.discard(rollout_id)
+    elif entry.released or entry.taken:
+        state.disposable_read.discard(rollout_id)
+        state.disposable_released.add(rollout_id, ended)
+    else:
+        state.disposable_released.discard(rollout_id)
+        if entry.read:
+            state.disposable_read.add(rollout_id, ended)
         else:
-            disposable.discard(rollout.rollout_id)
+            state.disposable_read.discard(rollout_id)
 
 
 def settle(state: State, entry: Entry) -> None:

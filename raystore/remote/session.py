@@ -124,8 +124,7 @@ class Session:
             operation = self.post(verb, arguments)
             try:
                 answer = await operation
-                keys = handed_keys(verb, arguments, answer) if answer else []
-                if not keys:
+                if verb not in HANDING or not (keys := handed_keys(verb, arguments, answer)):
                     return answer
                 if verb != "dequeue" or not any(suspect for _, _, suspect in answer):
                     self._seen(keys)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 
 from raystore.core.check import check
+from raystore.errors import BatchConflictError, BatchHeldError, SealedError
 from tests.core.conftest import Core
 
 ACTIVE = ("preparing", "running")
@@ -44,6 +45,34 @@ class ModelRollout:
     attempts: list[ModelAttempt] = field(default_factory=list)
 
 
+@dataclass
+class ModelConsumer:
+    """One that takes what has these statuses."""
+
+    statuses: tuple[str, ...]
+    awaiting: list[str] = field(default_factory=list)
+    batches: dict[int, list[str]] = field(default_factory=dict)
+    open: list[int] = field(default_factory=list)
+    steps: dict[int, int] = field(default_factory=dict)
+    made: int = 0
+    checkpoint: int | None = None
+    durable: set[str] = field(default_factory=set)
+
+    def holds(self, rollout_id: str) -> bool:
+        return any(rollout_id in batch for batch in self.batches.values())
+
+    def has_taken(self, rollout_id: str) -> bool:
+        return rollout_id in self.durable or self.holds(rollout_id)
+
+    def give_back(self, batches: list[int]) -> None:
+        back = [rollout_id for batch in sorted(batches) for rollout_id in self.batches.pop(batch)]
+        for batch in batches:
+            self.steps.pop(batch, None)
+            if batch in self.open:
+                self.open.remove(batch)
+        self.awaiting = back + self.awaiting
+
+
 class Model:
     """What the contract says, the slow way."""
 
@@ -51,6 +80,13 @@ class Model:
         self.rollouts: dict[str, ModelRollout] = {}
         self.arrivals = 0
         self.completions: list[str] = []
+        self.consumers = {"c": ModelConsumer(("succeeded",)), "d": ModelConsumer(("failed", "succeeded"))}
+
+    def is_sealed(self, rollout_id: str) -> bool:
+        return any(consumer.has_taken(rollout_id) for consumer in self.consumers.values())
+
+    def is_held(self, rollout_id: str) -> bool:
+        return any(consumer.holds(rollout_id) for consumer in self.consumers.values())
 
     def queue(self) -> list[str]:
         waiting = [r for r in self.rollouts.values() if r.status in QUEUED]
@@ -68,9 +104,14 @@ class Model:
         if status in FINISHED:
             self.completions.append(rollout.id)
         rollout.status = status
+        for consumer in self.consumers.values():
+            if rollout.id in consumer.awaiting:
+                consumer.awaiting.remove(rollout.id)
+            if status in consumer.statuses and not consumer.has_taken(rollout.id):
+                consumer.awaiting.append(rollout.id)
 
     def follow(self, rollout: ModelRollout) -> None:
-        if rollout.status == "cancelled":
+        if rollout.status == "cancelled" or self.is_sealed(rollout.id):
             return
         status = rollout.attempts[-1].status
         if status in ("failed", "timeout", "unresponsive"):
@@ -108,6 +149,8 @@ class Machine(RuleBasedStateMachine):
         self.model = Model()
         self.session = self.core.open("s")
         self.session.eternal = True
+        for name, consumer in self.model.consumers.items():
+            self.core.run("take", session=self.session, consumer=name, count=1, status_in=list(consumer.statuses))
 
     def _catch_up(self) -> None:
         """Every operation sees what has become due before it."""
@@ -165,6 +208,10 @@ class Machine(RuleBasedStateMachine):
         rollout = self._pick(number)
         if rollout is None:
             return multiple()
+        if self.model.is_sealed(rollout.id):
+            with pytest.raises(SealedError):
+                self.core.run("start_attempt", session=self.session, rollout_id=rollout.id, worker_id=None)
+            return multiple()
         _, attempt = self.core.run("start_attempt", session=self.session, rollout_id=rollout.id, worker_id=None)
         return self._begin(rollout, attempt.attempt_id)
 
@@ -202,9 +249,14 @@ class Machine(RuleBasedStateMachine):
     def update_rollout(self, number, status):
         self._catch_up()
         rollout = self._pick(number)
-        if rollout is not None:
-            self.core.run("update_rollout", rollout_id=rollout.id, changes={"status": status})
-            self.model.move(rollout, status)
+        if rollout is None:
+            return
+        if self.model.is_sealed(rollout.id):
+            with pytest.raises(SealedError):
+                self.core.run("update_rollout", rollout_id=rollout.id, changes={"status": status})
+            return
+        self.core.run("update_rollout", rollout_id=rollout.id, changes={"status": status})
+        self.model.move(rollout, status)
 
     @rule(number=st.integers(0, 99))
     def cancel(self, number):
@@ -223,11 +275,88 @@ class Machine(RuleBasedStateMachine):
     def delete(self, number):
         self._catch_up()
         rollout = self._pick(number)
-        if rollout is not None:
-            self.core.run("delete_rollouts", rollout_ids=[rollout.id])
-            del self.model.rollouts[rollout.id]
-            if rollout.id in self.model.completions:
-                self.model.completions.remove(rollout.id)
+        if rollout is None:
+            return
+        if self.model.is_held(rollout.id):
+            with pytest.raises(SealedError):
+                self.core.run("delete_rollouts", rollout_ids=[rollout.id])
+            return
+        self.core.run("delete_rollouts", rollout_ids=[rollout.id])
+        del self.model.rollouts[rollout.id]
+        if rollout.id in self.model.completions:
+            self.model.completions.remove(rollout.id)
+        for consumer in self.model.consumers.values():
+            consumer.durable.discard(rollout.id)
+            if rollout.id in consumer.awaiting:
+                consumer.awaiting.remove(rollout.id)
+
+    @rule(name=st.sampled_from("cd"), count=st.integers(1, 3), max_open=st.integers(1, 2))
+    def take(self, name, count, max_open):
+        self._catch_up()
+        consumer = self.model.consumers[name]
+        arguments = {"consumer": name, "count": count, "max_open": max_open, "status_in": list(consumer.statuses)}
+        if len(consumer.open) >= max_open:
+            with pytest.raises(BatchHeldError):
+                self.core.run("take", session=self.session, **arguments)
+            return
+        pairs, number = self.core.run("take", session=self.session, **arguments)
+        chosen = consumer.awaiting[:count]
+        assert [rollout.rollout_id for rollout, _ in pairs] == chosen
+        if not chosen:
+            assert number == 0
+            return
+        del consumer.awaiting[:count]
+        consumer.made += 1
+        assert number == consumer.made
+        consumer.batches[number] = chosen
+        consumer.open.append(number)
+        self.core.acknowledge(self.session, [(name, number)])
+
+    @rule(name=st.sampled_from("cd"), first=st.booleans(), further=st.integers(-1, 2))
+    def ack(self, name, first, further):
+        self._catch_up()
+        consumer = self.model.consumers[name]
+        if not consumer.open:
+            return
+        batch = consumer.open[0 if first else -1]
+        newest = max(consumer.steps.values(), default=consumer.checkpoint or 0)
+        step = max(newest + further, 0)
+        call = {"consumer": name, "batch": batch, "at_step": step, "note": None}
+        is_late = consumer.checkpoint is not None and step <= consumer.checkpoint
+        if is_late or step < max(consumer.steps.values(), default=step):
+            with pytest.raises(BatchConflictError):
+                self.core.run("ack", session=self.session, **call)
+            return
+        self.core.run("ack", session=self.session, **call)
+        consumer.open.remove(batch)
+        consumer.steps[batch] = step
+
+    @rule(name=st.sampled_from("cd"))
+    def nack(self, name):
+        self._catch_up()
+        consumer = self.model.consumers[name]
+        if consumer.open:
+            batch = consumer.open[-1]
+            self.core.run("nack", session=self.session, consumer=name, batch=batch)
+            consumer.give_back([batch])
+
+    @rule(name=st.sampled_from("cd"), step=st.integers(0, 4), back=st.booleans())
+    def checkpoint_or_rewind(self, name, step, back):
+        self._catch_up()
+        consumer = self.model.consumers[name]
+        call = ("rewind" if back else "checkpoint", {"consumer": name, "at_step": step})
+        if consumer.checkpoint is not None and step < consumer.checkpoint:
+            with pytest.raises(BatchConflictError):
+                self.core.run(call[0], session=self.session, **call[1])
+            return
+        self.core.run(call[0], session=self.session, **call[1])
+        if back:
+            consumer.give_back([b for b in consumer.batches if b in consumer.open or consumer.steps[b] > step])
+            return
+        consumer.checkpoint = step
+        for batch in [b for b, consumed in consumer.steps.items() if consumed <= step]:
+            del consumer.steps[batch]
+            consumer.durable.update(consumer.batches.pop(batch))
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 4.0, 30.0]))
     def tick(self, seconds):
@@ -253,6 +382,8 @@ class Machine(RuleBasedStateMachine):
         ended = set(self.model.completions) - set(before[1])
         order = [i for _, i in self.core.state.completions.after(None)]
         self.model.completions.sort(key=lambda i: order.index(i) if i in ended else -1)
+        for consumer in self.model.consumers.values():
+            consumer.awaiting.sort(key=lambda i: order.index(i) if i in ended else -1)
 
     @invariant()
     def same(self):
@@ -266,6 +397,10 @@ class Machine(RuleBasedStateMachine):
         queue = self.core.state.queues
         assert sorted(queue, key=lambda i: entries[i].order) == self.model.queue()
         assert [i for _, i in self.core.state.completions.after(None)] == self.model.completions
+        for name, consumer in self.model.consumers.items():
+            known = self.core.state.consumers[name]
+            assert list(known.awaiting) == consumer.awaiting
+            assert (list(known.holders), known.batches) == (consumer.open, consumer.batches)
 
     @invariant()
     def sound(self):
