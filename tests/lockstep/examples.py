@@ -100,6 +100,7 @@ async def _statistics(pair: Pair) -> None:
 async def _total_spans(pair: Pair) -> None:
     for _ in range(2):
         made = await pair.ask("start_rollout", input=1)
+        await pair.tick(1.0)
         for number in (1, 2, 3):
             await pair.ask("add_span", span=span(made, number))
     await pair.ask("statistics")

@@ -173,6 +173,7 @@ class Theirs:
             }  # fmt: skip
         self.store = ReferenceStore(scan_debounce_seconds=0, **options)
         self.memory = memory
+        self.looked_at: set[str] = set()  # rollouts that run without an attempt that does, and were timed out for that
 
     def expect_ids(self, answer: Any) -> None:
         """The ids that raystore minted for the same operation."""
@@ -252,10 +253,9 @@ class Theirs:
         held.span_sequence_ids._values = dict(state.spans.counters())
         store = self.store
         store._latest_resources_id = state.resources.latest_id
-        active = ("preparing", "running")  # it looks at all whose rollout is, again and again
-        store._running_rollout_ids = {
-            i for i, e in state.entries.items() if e.rollout.status in active and e.latest and e.latest.status in active
-        }
+        active = ("preparing", "running")
+        over = {i for i in self.looked_at & state.entries.keys() if state.entries[i].latest.status not in active}
+        store._running_rollout_ids = {i for i, r in rollouts.items() if r.status in active} - over
         store._start_time_by_rollout = {i: r.start_time for i, r in rollouts.items()}
         store._evicted_rollout_span_sets = set(state.spans.evicted)
         store._span_bytes_by_rollout.clear()
