@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from raystore import codec
 from tests.scripts import zoo
@@ -18,13 +19,13 @@ SCRIPTS = Path(__file__).parent / "scripts"
 COUNT = len(zoo.values())
 
 
-def run(*arguments, folder=None):
+def run(*arguments, folder=None, **environment):
     """What a script prints."""
     root = str(SCRIPTS.parent.parent)
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, cwd=folder, env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=120, cwd=folder, env=os.environ | {"PYTHONPATH": path} | environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -83,9 +84,10 @@ def test_a_script_that_was_edited(tmp_path):
     assert "reward 1.0" in run(SCRIPTS / "onlooker.py", tmp_path / "j", tmp_path / "j.agent")
 
 
-def test_runners_on_ray(tmp_path):
+def test_runners_on_ray(cluster, tmp_path):
     """An agent of the script knows its tasks, and what it enqueues is of the script's classes to the driver."""
-    assert f"{COUNT} values came back" in run(SCRIPTS / "zoo.py", tmp_path, "runners")
+    address = ray.get_runtime_context().gcs_address
+    assert f"{COUNT} values came back" in run(SCRIPTS / "zoo.py", tmp_path, "runners", RAY_ADDRESS=address)
 
 
 #: `[task, Task]` of a script `/scripts/gone.py`, where `Task` has `kind = "math"`, and `task.number` is 7.
