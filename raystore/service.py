@@ -118,6 +118,7 @@ class Service:
         self.probes = Probes()
         self._object_ids = reports.ObjectIds()
         self._deferred: deque[Callable[[], None]] = deque()
+        self._unneeded: deque[list[str]] = deque()  # objects of the journal whose files may go now
         self._afterwards: deque[Callable[[], None]] = deque()
         if opened is not None and self._recorder is not None:
             needed = self.state.resources.addresses
@@ -178,6 +179,8 @@ class Service:
                 self._end()
 
     def _end(self) -> None:
+        if self._unneeded:
+            self._remove_objects()
         if self._recorder is not None:
             self._recorder.end()
             if self.keeper is not None:
@@ -417,16 +420,15 @@ class Service:
                 state.noticed.add(session.session_id)
         unneeded = [address for one in freed for address in one.addresses]
         if unneeded and self.objects is not None:
-            remove = functools.partial(self._remove_objects, unneeded)
-            if not self.when_safe(lambda error: None if error is not None else self.defer(remove)):
-                remove()
+            if not self.when_safe(lambda error: None if error is not None else self._unneeded.append(unneeded)):
+                self._unneeded.append(unneeded)
 
-    def _remove_objects(self, addresses: list[str]) -> None:
+    def _remove_objects(self) -> None:
         """Delete files, unless the same object was published again meanwhile."""
         assert self.objects is not None
-        with self._lock:
-            needed = self.state.resources.addresses
-            self.objects.remove(address for address in addresses if address not in needed)
+        needed = self.state.resources.addresses
+        while self._unneeded:
+            self.objects.remove(address for address in self._unneeded.popleft() if address not in needed)
 
     def _forget(self) -> None:
         """Let go of records that nobody needs any more, once there are too many of them."""

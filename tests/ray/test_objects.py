@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import ray
 from ray._private.internal_api import memory_summary
@@ -90,3 +93,70 @@ async def test_references_in_tasks_travel_beside_the_bytes(make_ray_store):
     claimed = await store.dequeue_rollout()
     assert ray.get(claimed.input["data"]) == [1, 2, 3]
     assert (await store.query_rollouts())[0].input["data"] == ref
+
+
+async def test_objects_go_to_the_journal_and_outlive_their_owner(make_ray_store, tmp_path):
+    """Written by who publishes them; read from their file once the owner is dead, by others and after a restart."""
+    store = make_ray_store(journal=tmp_path)
+
+    @ray.remote(num_cpus=0)
+    class Publisher:
+        def publish(self, handle):
+            value = {"w": np.ones(MIB, dtype=np.uint8)}
+            rs.RayLightningStore(handle).sync.update_resources("w", {"w": ObjectResource(value=value)})
+
+    publisher = Publisher.remote()
+    await publisher.publish.remote(store.actor)
+    (address,) = (path.name for path in (tmp_path / "objects").iterdir() if path.name != "token")
+    update = await store.get_latest_resources()
+    ray.kill(publisher)
+    assert (await update.resources["w"].aget())["w"].sum() == MIB
+    await store.update_resources("w", {"w": ObjectResource(value=1)})
+
+    async def gone():
+        await store.statistics()
+        return not (tmp_path / "objects" / address).exists()
+
+    await until(gone)
+
+
+async def test_a_client_that_does_not_see_the_journal_uses_the_store(make_ray_store, tmp_path, monkeypatch):
+    """Pieces go through the actor, both ways; what is too large is told once, and works as long as its owner lives."""
+    monkeypatch.setattr("raystore.objects.Origin.files", lambda origin: None)
+    monkeypatch.setattr("raystore.objects.PIECE_BYTES", 300_000)
+    monkeypatch.setattr("raystore.remote.boxing.PIECE_BYTES", 300_000)
+    store = make_ray_store(journal=tmp_path, journal_object_bytes=MIB)
+    await store.update_resources("w", {"w": ObjectResource(value=np.arange(MIB, dtype=np.uint8))})
+    resource = (await store.get_latest_resources()).resources["w"]
+    assert (resource.source.read("asked") == np.arange(MIB, dtype=np.uint8)).all()
+    assert len(list((tmp_path / "objects").iterdir())) == 2  # the object, and the token
+
+
+async def test_a_large_object_is_said_not_to_survive(make_ray_store, tmp_path, caplog):
+    """Once, with its size, the bound, and what to do; and the value is there."""
+    store = make_ray_store(journal=tmp_path, journal_object_bytes=MIB // 2)
+    for _ in range(2):
+        await store.update_resources("w", {"w": ObjectResource(value=np.ones(MIB, dtype=np.uint8))})
+    told = [record.getMessage() for record in caplog.records if "journal_object_bytes" in record.getMessage()]
+    assert len(told) == 1 and str(MIB) in told[0] and str(MIB // 2) in told[0]
+    assert (await store.get_latest_resources()).resources["w"].get().sum() == MIB
+
+
+async def test_the_store_is_given_references_again(make_ray_store, tmp_path):
+    """A store that is killed has the objects of a living publisher again, and tells it when they are freed."""
+    store = make_ray_store(journal=tmp_path, journal_object_bytes=0)
+    await store.update_resources("w", {"w": ObjectResource(value=np.ones(MIB, dtype=np.uint8))})
+    held = store._session().held
+    assert len(held) == 1
+    os.kill((await store.actor.describe.remote())["pid"], signal.SIGKILL)
+    rollout = await store.enqueue_rollout("x")
+    assert (await store.dequeue_rollout(timeout=30)).rollout_id == rollout.rollout_id
+    resource = (await store.get_resources_by_id("w")).resources["w"]
+    assert isinstance(resource.value, ray.ObjectRef) and resource.get().sum() == MIB
+    await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
+    await store.update_resources("w", {})
+
+    async def let_go():
+        return not len(held)
+
+    await until(let_go)
