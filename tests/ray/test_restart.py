@@ -54,6 +54,28 @@ async def test_clients_ride_through_the_death_of_the_store(make_durable):
     assert (await store.statistics())["total_attempts"] == 2
 
 
+async def test_a_trainer_rides_through_the_death_of_the_store(make_durable):
+    """A take that waits, and a batch that is held; a long one comes in parts, whichever process sends them."""
+    store = make_durable()
+    held = [await store.start_rollout("x" * 60_000) for _ in range(40)]
+    for rollout in held:
+        await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
+    batch = await store.take(100, consumer="t")
+    assert [r.rollout_id for r in batch.rollouts] == [r.rollout_id for r in held]
+    later = await store.start_rollout("later")
+    waiting = asyncio.ensure_future(store.take(2, consumer="t", timeout=60, max_open=2))
+    await until(lambda: _waiters(store, 1))
+    await kill(store)
+    await store.update_attempt(later.rollout_id, "latest", status="succeeded")
+    second = await waiting
+    assert [r.rollout_id for r in second.rollouts] == [later.rollout_id]
+    with pytest.raises(rs.BatchHeldError, match="this process"):
+        await store.take(1, consumer="t", max_open=2)
+    await store.ack(batch, step=1)
+    await store.nack(second)
+    assert [r.rollout_id for r in (await store.take(1, consumer="t")).rollouts] == [later.rollout_id]
+
+
 async def _waiters(store, count):
     return (await store.statistics())["waiters"] == count
 
