@@ -46,6 +46,11 @@ class Notices:
             finally:
                 self._turn.release()
 
+    def hand_out_elsewhere(self) -> None:
+        """The same on a thread of its own, for one that answers come on: a handler may wait for an answer."""
+        if self._waiting:
+            threading.Thread(target=self.hand_out, name="raystore-notices", daemon=True).start()
+
     def _tell(self, notice: Sequence[str]) -> None:
         for handler in list(self._handlers):
             try:

@@ -195,6 +195,7 @@ class StoreActor:
 
         On a thread, since files take their time; nothing of it changes the state.
         """
+        await self._until_read()
         objects = self._open().service.objects if self._refusal is None else None
         if objects is None:
             return b""

@@ -23,6 +23,7 @@ class ParkedCalls:
         self._early: dict[int, Reply] = {}  # answers of calls of which we do not know yet that they are parked
         self._acknowledgements: list[int] = []  # tickets whose answers came
         self._hint = 0
+        self._noticed = 0  # number of the newest notice that came; they count downwards
         self._wanted = False
         self.listening = False  #: whether a listen call is under way
 
@@ -65,7 +66,9 @@ class ParkedCalls:
                 continue
             self._acknowledgements.append(ticket)
             if reply[0] == wire.NOTICE:
-                notices.append(reply[1:])
+                if ticket < self._noticed:  # else it has come before, and its acknowledgement is on its way
+                    self._noticed = ticket
+                    notices.append(reply[1:])
             elif (operation := self._waiting.pop(ticket, None)) is not None:
                 answers.append((operation, reply))
             elif is_under_way(ticket):
@@ -98,5 +101,5 @@ class ParkedCalls:
         self._waiting.clear()
         self._early.clear()
         self._acknowledgements.clear()
-        self._hint, self._wanted = 0, False
+        self._hint, self._wanted, self._noticed = 0, False, 0
         return waiting

@@ -306,7 +306,7 @@ class Session:
             self.held.drop(freed)
             notices = [notice for notice in notices if notice[0] != FREED]
         self.notices.add(notices)
-        self.notices.hand_out()
+        self.notices.hand_out_elsewhere()
 
     def _is_under_way(self, ticket: int) -> bool:
         return any(batch.has(ticket) for batch in self._under_way.values())
