@@ -11,6 +11,7 @@ from typing import Any, Literal
 from raystore import convert
 from raystore.client.connection import Connection
 from raystore.convert import validated
+from raystore.core.accounts import bounded_error
 from raystore.types import (
     UNSET,
     Attempt,
@@ -76,8 +77,8 @@ class AttemptMethods(Connection):
         changes: dict[str, Any] = {"status": validated(AttemptStatus, status)}
         if outcome is not None:
             changes["outcome"] = validated(Outcome, outcome)
-        if error is not None:
-            changes["error"] = convert.optional_text("error", error)
+        if (said := convert.optional_text("error", error)) is not None:
+            changes["error"] = bounded_error(said)  # here already: a longer one would not travel
         if convert.flag("died", died):
             changes["died"] = True
         rows = [self._encoder.span(span, numbered=False) for span in convert.spans(spans)]

@@ -173,3 +173,16 @@ async def test_story_tells_what_happened(store):
     assert kinds == ["enqueued", "claimed", "failed"]
     assert any(line.startswith("now: failed") for line in story)
     assert await store.story("nope") == ["now: rollout nope does not exist"]
+
+
+@pytest.mark.parametrize("length", [100, 100_000, 5_000_000])
+async def test_an_error_of_any_length_is_kept_in_part(store, length):
+    """A runner whose agent fails with ten megabytes of text reports all the same; both ends of it stay."""
+    rollout = await claim(store)
+    error = "Traceback\n" + "x" * length + "\nValueError: in the end"
+    attempt = await store.finish_attempt(rollout.rollout_id, rollout.attempt.attempt_id, [], "failed", error=error)
+    assert attempt.error.startswith("Traceback") and attempt.error.endswith("ValueError: in the end")
+    assert len(attempt.error) == len(error) if length == 100 else 60_000 < len(attempt.error) <= 65_536
+    assert (await store.get_latest_attempt(rollout.rollout_id)).error == attempt.error
+    before = (await store.statistics())["accounted_bytes"]
+    assert before > len(attempt.error)
