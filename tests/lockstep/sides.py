@@ -128,7 +128,7 @@ class Ours:
         for worker_id, worker in state.workers.items():
             self._put(seen, ("worker", worker_id), worker, convert.worker)
         for resources in state.resources.all_newest():
-            self._put(seen, ("resources", resources.resources_id), resources, convert.resources_update)
+            self._put(seen, ("resources", resources.resources_id), resources, self.opened)
         seen["latest resources",] = state.resources.latest_id
         waiting = sorted(state.queues.orders(), key=lambda placed: placed[2])
         seen["queue",] = [rollout_id for rollout_id, _, _ in waiting]
@@ -137,6 +137,10 @@ class Ours:
         for rollout_id in state.spans.evicted:
             seen["evicted", rollout_id] = True
         return seen
+
+    def opened(self, resources: Any) -> types.ResourcesUpdate:
+        """Resources as its callers see them."""
+        return convert.resources_update(resources, self.store._origin_of_objects())
 
     def _put(self, seen: State, place: tuple[str, ...], record: Any, opened: Callable[[Any], BaseModel]) -> None:
         """The fields of a record, which is replaced and never edited, so that it needs to be looked at once."""
@@ -240,7 +244,7 @@ class Theirs:
         workers = {i: _model(made.Worker, convert.worker(w)) for i, w in state.workers.items()}
         resources = {}
         for row in state.resources.all_newest():
-            resources[row.resources_id] = _model(made.ResourcesUpdate, convert.resources_update(row))
+            resources[row.resources_id] = _model(made.ResourcesUpdate, ours.opened(row))
         for collection, items, count in (
             (held.rollouts, rollouts, len(rollouts)),
             (held.attempts, attempts, sum(map(len, attempts.values()))),
