@@ -156,7 +156,7 @@ NOTHING_IS_HELD_BACK = """
 import os, tempfile
 folder = tempfile.mkdtemp()
 open(os.path.join(folder, "sitecustomize.py"), "w").write(
-    "import raystore.service as s; s.Service._hold_back_what_is_missing = lambda self: None")
+    "from raystore.core import held_back; held_back.hold_back = lambda *arguments: False")
 paths = os.pathsep.join([folder, *filter(None, sys.path)])
 options = {"actor_options": {"runtime_env": {"env_vars": {"PYTHONPATH": paths}}}}
 """
