@@ -42,8 +42,8 @@ def triplets(spans: Sequence[Span]) -> list[Triplet]:
     """The model calls among these spans that carry token ids, in the order given.
 
     Takes the spans of one rollout or of several, as `query_spans` and `query_many_spans` give them; each attempt has a
-    reward of its own. Understands what `ctx.llm` records, and the attributes `prompt_token_ids` and
-    `response_token_ids` of agent-lightning's tracers.
+    reward of its own. Understands what `ctx.llm` records, and of agent-lightning's tracers the attributes
+    `prompt_token_ids` and `response_token_ids`: not their log-probabilities, nor rewards in spans of other names.
     """
     attempts: dict[tuple[str, str], list[Span]] = {}
     for span in spans:

@@ -1,6 +1,7 @@
 """A process's session to a store, shared by all its clients there.
 
-Made at first use, and anew in a forked child or when Ray was shut down and started again.
+Made at first use, and anew when Ray was shut down and started again. A child that was forked from a process with a
+session makes one of its own, but Ray itself does not survive a fork: fork before the first use.
 Not here: what a session does (`session`).
 """
 

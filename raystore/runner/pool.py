@@ -124,7 +124,8 @@ class RunnerPool:
     def stop(self, *, drain: bool = True) -> None:
         """Claim nothing more and end the runners.
 
-        With `drain` rollouts that run are given 5 seconds to finish; what has not finished then is offered again.
+        With `drain` rollouts that run are given 5 seconds to finish; what has not finished then is offered again,
+        which counts as a delivery (`max_deliveries`).
         """
         self._home.stop(drain=drain)
 
