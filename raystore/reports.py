@@ -40,7 +40,7 @@ def memory_full(state: State) -> None:
         "are in use. %s",
         state.total_bytes, state.settings.eviction_bytes, state.settings.safe_bytes,
         "Call release() for what nobody needs any more (on_memory_full='pause')." if not whose else
-        f"{'; '.join(whose[:5])}. What is taken, acknowledged and covered by a checkpoint is freed; say "
+        f"In the way: {'; '.join(whose[:5])}. What is taken, acknowledged and covered by a checkpoint is freed; say "
         f"forget_consumer({state.waits_for!r}) if it will not come again. A journal keeps spans on disk instead.",
     )  # fmt: skip
 

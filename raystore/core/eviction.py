@@ -135,5 +135,6 @@ def evict(state: State, rollout_id: str, done: Pass) -> None:
     done.spans += count
     done.bytes += size
     is_lost = not state.settings.on_disk
-    if is_lost and entry.rollout.status in FINISHED and not entry.read and not entry.released:
+    is_known = entry.read or entry.released or entry.taken
+    if is_lost and entry.rollout.status in FINISHED and not is_known:
         done.unread.append(rollout_id)
