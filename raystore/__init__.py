@@ -63,7 +63,7 @@ _NAMES = {
         AgentNotPicklableError AgentProcessError PoolStartError
         JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError
         JournalFailedError JournalHeldError FencedError SealedError BatchConflictError ReadOnlyError AnswerGoneError
-        BatchHeldError ConsumerFilterError
+        BatchHeldError ConsumerFilterError SessionEndedError
         Abort Drop
     """,
 }

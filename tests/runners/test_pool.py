@@ -53,7 +53,7 @@ async def test_an_agent_returns_a_reward_and_emits_spans(store):
         inner, outer, reward = spans[rollout.rollout_id]
         assert (outer.name, inner.name, reward.name) == ("outer", "inner", "agentlightning.annotation")
         assert inner.parent_id == outer.span_id and outer.parent_id is None
-        assert outer.attributes == {"task": i, "prompt": f"{i}!", "nested": '{"a": 1}', "numbers": [1, 2]}
+        assert outer.attributes == {"task": i, "prompt": f"{i}!", "nested": {"a": 1}, "numbers": [1, 2]}
         assert [s.sequence_id for s in (inner, outer, reward)] == [1, 2, 3]
         attempt = await store.get_latest_attempt(rollout.rollout_id)
         assert (attempt.outcome, attempt.policy_version) == ("ok", 7)

@@ -143,7 +143,7 @@ async def test_a_process_whose_job_has_ended_was_stopped(watched, is_driver):
 async def test_what_is_elsewhere_is_gone_with_its_node(watched, nodes, expected):
     """Its process id says nothing here, be it in use or not."""
     store = watched(nodes=nodes)
-    entry = store.holding("far", this_process()._replace(node="far", machine="another", job="j"))
+    entry = store.holding("far", this_process()._replace(node="far", machine="another", job="j", is_driver=False))
     assert await outcome(entry) == expected
 
 
