@@ -84,6 +84,7 @@ async def test_a_raw_caller_is_killed_beside_a_busy_one(make_ray_store, report, 
            bar="≤ 8 s", met=slowest <= 8, did=f"{times} times")  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_row_61_finds_a_rollout_that_waits_for_an_idle_process(make_ray_store, tmp_path):
     """A claim that was withdrawn once makes it a suspect, and it waits for ever."""
@@ -126,6 +127,7 @@ async def test_a_process_that_is_gone_is_noticed(make_ray_store, report, amount,
     report(62, what, figure=figure, bar="≤ 3 s; 0", met=slowest <= 3 and is_kept, did=f"{times} times")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_row_62_finds_a_store_that_does_not_look(make_ray_store, tmp_path):
     """Then only the silence of a minute tells."""
@@ -169,6 +171,7 @@ async def test_a_driver_is_killed_beside_its_store(make_ray_store, report, amoun
            did=f"{times} times, 2 runners with 2 rollouts each")  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_row_63_finds_a_store_that_does_not_ask_for_the_job(make_ray_store, tmp_path):
     """Then the end of a driver looks like that of each of its runners."""
