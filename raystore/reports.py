@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 
 from raystore.core import wanted
-from raystore.core.resources import OBJECT_IDS_WARNED
 from raystore.core.state import Pass, State
 
 logger = logging.getLogger("raystore.store")
@@ -51,9 +50,9 @@ class ObjectIds:
     def __init__(self) -> None:
         self._warned = False
 
-    def look(self, count: int) -> None:
-        """Look at how many ids hold objects now."""
-        if count > OBJECT_IDS_WARNED and not self._warned:
+    def warn(self, count: int) -> None:
+        """So many ids hold objects now, which is more than usual."""
+        if not self._warned:
             self._warned = True
             logger.warning(
                 "%d resources ids hold objects, and none of them is freed while its id stays. Publish new weights with "

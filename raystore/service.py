@@ -26,7 +26,7 @@ from raystore import reports, shell
 from raystore.clock import Alarm, Clock, ManualClock
 from raystore.config import StoreConfig, resolve
 from raystore.core import bounds, check, claims, eviction, verbs, wanted, watchdog, workers
-from raystore.core.resources import FREED
+from raystore.core.resources import FREED, OBJECT_IDS_WARNED
 from raystore.core.state import HandedKey, Session, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING, VERBS
@@ -171,12 +171,16 @@ class Service:
 
         `source` is what a journal needs to know of operations that change something.
         """
-        with self._held():
-            step = self._begin(session, source)
-            try:
-                yield functools.partial(self._perform, step)
-            finally:
-                self._end()
+        try:
+            with self._lock:
+                step = self._begin(session, source)
+                try:
+                    yield functools.partial(self._perform, step)
+                finally:
+                    self._end()
+        finally:
+            if self._afterwards:
+                self._do(self._afterwards)
 
     def _end(self) -> None:
         if self._unneeded:
@@ -185,7 +189,8 @@ class Service:
             self._recorder.end()
             if self.keeper is not None:
                 self.keeper.look(self._recorder, self.state, self.clock.now())
-        self._object_ids.look(self.state.resources.object_ids)
+        if len(self.state.resources.object_ids) > OBJECT_IDS_WARNED:
+            self._object_ids.warn(len(self.state.resources.object_ids))
         self._arm()
 
     def _begin(self, session: Session, source: Source | None) -> Step:
@@ -194,7 +199,7 @@ class Service:
         if self._recorder is not None:
             self._recorder.begin(source)
         step = self.step(session)
-        if self.waiters.are_overdue(step.now):
+        if self.waiters.deadlines and self.waiters.are_overdue(step.now):
             self._settle()
         return step
 
@@ -206,7 +211,8 @@ class Service:
         recorder, is_item = self._recorder, False
         if self.clock.is_manual:  # it may have been moved by the operation before
             step = self.step(step.session)
-        spec = VERBS.get(verb) or SHELL.get(verb)
+        own = SHELL.get(verb)
+        spec = VERBS.get(verb, own)
         try:
             if self._failed is None and watchdog.may_be_due(state, step):
                 self._advance(step, verb, arguments)
@@ -216,7 +222,6 @@ class Service:
                 is_item = True
             if spec is None or is_refused:
                 raise verbs.refusal(step, spec, verb, arguments)
-            own = SHELL.get(verb)
             if own is None:
                 return verbs.perform(state, step, spec, arguments)
             if step.session is not None and step.session.ended_at is not None:
@@ -231,7 +236,7 @@ class Service:
             self._fail(verb, arguments, is_item=is_item)
         finally:
             is_news = state.has_news or state.withdrawals != self._withdrawals_seen
-            if is_news or state.is_full or self.waiters.wants_changes:
+            if is_news or state.is_full or self.waiters.by_changes:
                 rollout_id = arguments.get("rollout_id")
                 self._settle(rollout_id if isinstance(rollout_id, str) else None)
 
@@ -487,7 +492,7 @@ class Service:
         return (
             state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest,
             state.patience_deadlines.soonest, state.paused,
-            waiters.next_deadline() if waiters else None, self.probes.at,
+            waiters.next_deadline() if waiters.deadlines else None, self.probes.at,
             state.eviction_pass and state.eviction_pass.spans,
         )  # fmt: skip
 
@@ -530,7 +535,7 @@ class Service:
                 if self._closed:
                     raise StoreClosedError(self.name or self.store_id)
                 lost: list[HandedKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
-                if lost or self.state.has_news or self.waiters.wants_changes:
+                if lost or self.state.has_news or self.waiters.by_changes:
                     self._settle()
                 self._arm()
                 return lost

@@ -52,7 +52,8 @@ class Waiters:
         self._by_queue: dict[str, dict[int, Waiter]] = {}
         self._by_session: dict[str, dict[int, Waiter]] = {}
         self._by_verb: dict[str, dict[int, Waiter]] = {"completed": {}, "changes": {}, "take": {}}
-        self._deadlines: list[tuple[float, int]] = []
+        self.by_changes = self._by_verb["changes"]  #: those that wait for changes, whatever they are
+        self.deadlines: list[tuple[float, int]] = []  #: a heap; some may be answered
 
     def __len__(self) -> int:
         return len(self._all)
@@ -77,10 +78,10 @@ class Waiters:
                 mapping.setdefault(key, {})[waiter.number] = waiter
         self.wait_for(waiter, missing)
         if deadline is not None:
-            heappush(self._deadlines, (deadline, waiter.number))
-            if len(self._deadlines) > 256 and len(self._deadlines) > 4 * len(self._all):  # mostly answered ones
-                self._deadlines = [item for item in self._deadlines if item[1] in self._all]
-                heapify(self._deadlines)
+            heappush(self.deadlines, (deadline, waiter.number))
+            if len(self.deadlines) > 256 and len(self.deadlines) > 4 * len(self._all):  # mostly answered ones
+                self.deadlines = [item for item in self.deadlines if item[1] in self._all]
+                heapify(self.deadlines)
         return waiter
 
     def _places(self, waiter: Waiter) -> list[tuple[dict[str, dict[int, Waiter]], Iterable[str]]]:
@@ -144,31 +145,26 @@ class Waiters:
                 last = waiter.number
                 yield waiter
 
-    @property
-    def wants_changes(self) -> bool:
-        """Whether a call waits for changes, whatever they are."""
-        return bool(self._by_verb["changes"])
-
     def reading(self, verb: str) -> list[Waiter]:
         """Calls that wait for completions or changes."""
         return list(self._by_verb[verb].values())
 
     def next_deadline(self) -> float | None:
         """When the first waiting call runs out of time."""
-        while self._deadlines and self._deadlines[0][1] not in self._all:
-            heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        while self.deadlines and self.deadlines[0][1] not in self._all:
+            heappop(self.deadlines)
+        return self.deadlines[0][0] if self.deadlines else None
 
     def are_overdue(self, now: float) -> bool:
         """Whether a waiting call has run out of time."""
-        deadline = self.next_deadline() if self._deadlines else None
+        deadline = self.next_deadline()
         return deadline is not None and deadline <= now
 
     def expired(self, now: float) -> list[Waiter]:
         """Calls that have run out of time."""
         found = []
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            found.append(self._all[heappop(self._deadlines)[1]])
+            found.append(self._all[heappop(self.deadlines)[1]])
         return found
 
     def drain(self) -> list[Waiter]:

@@ -74,7 +74,7 @@ class AttemptMethods(Connection):
         outcome "runner_lost" the work is given back; `died` says that a process which ran nothing else died of it,
         which counts as a delivery (`max_deliveries`). A span that is refused refuses the whole.
         """
-        changes: dict[str, Any] = {"status": validated(AttemptStatus, status)}
+        changes: dict[str, Any] = {"status": convert.attempt_status(status)}
         if outcome is not None:
             changes["outcome"] = validated(Outcome, outcome)
         if (said := convert.optional_text("error", error)) is not None:
@@ -116,7 +116,7 @@ class AttemptMethods(Connection):
     ) -> Attempt:
         changes: dict[str, Any] = {}
         if not isinstance(status, Unset):
-            changes["status"] = validated(AttemptStatus, status)
+            changes["status"] = convert.attempt_status(status)
         if not isinstance(worker_id, Unset):
             changes["worker_id"] = convert.optional_identifier("worker_id", worker_id)
         if not isinstance(last_heartbeat_time, Unset):

@@ -272,7 +272,7 @@ def add_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans:
     if step.record:
         places = [OnDisk.place_of(step.record, step.operation, number) for number in range(len(spans))]
     written = state.spans.add(rollout_id, spans, places)
-    if not any(written.stored):
+    if True not in written.stored:
         return written
     state.touch(rollout_id)
     if had_none and state.spans.has(rollout_id):

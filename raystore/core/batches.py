@@ -31,10 +31,8 @@ class Item(NamedTuple):
 
 def _operation(given: Any) -> tuple[str, dict[str, Any]]:
     """Verb and arguments; of what is neither, a verb that does not exist."""
-    match given:
-        case [str(verb), dict(arguments)]:
-            return verb, arguments
-    return "", {}
+    verb, arguments = given if isinstance(given, (list, tuple)) and len(given) == 2 else ("", {})
+    return (verb, arguments) if isinstance(verb, str) and isinstance(arguments, dict) else ("", {})
 
 
 class Run:
@@ -106,7 +104,8 @@ class Run:
         is_last = item.is_last or reply[:1] == [ERROR]
         if is_last:
             self.cut.clear()
-            unreserve(self._state, self._session)
+            if self._state.deleting:
+                unreserve(self._state, self._session)
         if item.is_more:
             reply = _joined(kept.pop()[1], reply)
         self._ran[item.number] = reply

@@ -47,7 +47,7 @@ class ResourceTable:
         self.latest_id: str | None = None
         self.policy_version: int | None = None
         self.bytes = 0
-        self._object_ids: set[str] = set()
+        self.object_ids: set[str] = set()  #: those whose newest version holds an object
         self._objects: dict[Version, list[Object]] = {}  # of versions that hold references
         self._addresses: dict[str, int] = {}  # in the journal: how many versions need each
         self._publishers: dict[Version, str] = {}  # sessions of the processes that hold what is referred to
@@ -61,11 +61,6 @@ class ResourceTable:
 
     def __contains__(self, resources_id: object) -> bool:
         return resources_id in self._versions
-
-    @property
-    def object_ids(self) -> int:
-        """How many ids hold an object in their newest version."""
-        return len(self._object_ids)
 
     def publish(
         self,
@@ -100,7 +95,7 @@ class ResourceTable:
         self.policy_version = policy_version
         if newest is not None:
             self._thin(resources_id)
-        (self._object_ids.add if holds_objects else self._object_ids.discard)(resources_id)
+        (self.object_ids.add if holds_objects else self.object_ids.discard)(resources_id)
         self._drop_old_ids()
         return made
 
@@ -285,7 +280,7 @@ class ResourceTable:
         objects = [(*key, known, self._publishers.get(key)) for key, known in self._objects.items()]
         missing = [(resources_id, *why) for resources_id, why in self.missing.items()]
         return [
-            versions, list(self._references.items()), self.latest_id, self.policy_version, list(self._object_ids),
+            versions, list(self._references.items()), self.latest_id, self.policy_version, list(self.object_ids),
             objects, missing, [(*key, sessions) for key, sessions in self._unread.items()],
         ]  # fmt: skip
 
@@ -297,7 +292,7 @@ class ResourceTable:
             self._versions[held[0].resources_id] = {record.version: record for record in held}
             self.bytes += sum(size_of(record.resources) + RECORD_OVERHEAD_BYTES for record in held)
         self._references = {(resources_id, version): count for (resources_id, version), count in references}
-        self._object_ids = set(object_ids)
+        self.object_ids = set(object_ids)
         if not more:  # of format 1, which says nothing of objects
             for record in self.everything():
                 self._note_objects(record, None, None)
@@ -323,7 +318,7 @@ class ResourceTable:
         for held in self._versions.pop(resources_id).values():
             self._free(held)
         self.missing.pop(resources_id, None)
-        self._object_ids.discard(resources_id)
+        self.object_ids.discard(resources_id)
         if resources_id == self.latest_id:
             left = self.all_newest()
             newest = max(left, key=lambda held: held.update_time) if left else None

@@ -187,9 +187,9 @@ class _Many(_Node):
         self.expected = f"a list, each {item.expected}"
 
     def test(self, source: _Source, v: str) -> str:
-        body = ["if type(v) is not list and type(v) is not tuple: return False", "for x in v:"]
-        body += [f"    {line}" for line in self.item.refuse(source, "x")]
-        return f"{source.function([*body, 'return True'])}({v})"
+        body = ["for x in v:"] + [f"    {line}" for line in self.item.refuse(source, "x")]
+        looked = source.function([*body, "return True"])
+        return f"((type({v}) is list or type({v}) is tuple) and (not {v} or {looked}({v})))"  # many are empty
 
     def inside(self, name: str, value: Any) -> Complaint | None:
         if type(value) not in (list, tuple):

@@ -420,10 +420,13 @@ class State:
 
     def find_attempt(self, entry: Entry, attempt_id: str, session: Session | None = None) -> int:
         """Index of an attempt; "latest" names the newest."""
+        attempts = entry.attempts
+        if attempts and attempts[-1].attempt_id == attempt_id:
+            return len(attempts) - 1
         if attempt_id == "latest":
-            if not entry.attempts:
+            if not attempts:
                 raise AttemptNotFoundError(entry.rollout.rollout_id)
-            return len(entry.attempts) - 1
+            return len(attempts) - 1
         if (found := self.index_of(entry, attempt_id)) is not None:
             return found
         key = (entry.rollout.rollout_id, attempt_id)
