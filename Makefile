@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo examples test test-long test-agentlightning faults fuzz test-ray-oldest bench bench-long bench-peers lint clean
+.PHONY: demo examples test test-examples test-long test-agentlightning faults fuzz test-ray-oldest bench bench-long bench-peers lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
@@ -16,10 +16,15 @@ examples: .venv/installed
 # Two at a time, since most tests wait for processes; a file stays together, and the slow ones begin. What has bounds of
 # milliseconds runs alone.
 QUIET := tests/faults/test_load.py
+EXAMPLES := tests/test_examples.py
 
 test: lint
-	$(LOCAL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore $(QUIET)
+	$(LOCAL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore $(QUIET) --ignore $(EXAMPLES)
 	$(LOCAL) $(BIN)/python -m pytest $(QUIET)
+
+# A short form of each example, on a Ray of its own.
+test-examples: .venv/installed
+	$(LOCAL) $(BIN)/python -m pytest $(EXAMPLES)
 
 test-long: .venv/installed
 	$(LOCAL) $(BIN)/python -m pytest -m long

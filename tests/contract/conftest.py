@@ -1,63 +1,96 @@
 """One suite for every kind of store; no test here names an implementation.
 
-Stores run on a manual clock: time passes by `tick`, and no test sleeps for it.
+Stores run on a manual clock: time passes by `tick`, and no test sleeps for it. Those on Ray share a few actors, which
+become a new store for each test, since the start of a process takes ten times as long as a test.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import contextlib
+import inspect
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import ray
 
 import raystore as rs
+from raystore.options import make_config
+from raystore.remote.actor import StoreActor
 
 KINDS = ["memory", "ray"]
-SPARES = 3
+
+#: What `start` hands on to the store that it starts; the other options are Ray's, or those of a journal.
+OPTIONS = {
+    name: option.default
+    for name, option in inspect.signature(rs.start).parameters.items()
+    if name in inspect.signature(make_config).parameters
+}
 
 
-class Spares:
-    """Stores on Ray with default options, started ahead of the tests that will use them, since a start takes longer
-    than a test. Each is used once.
-    """
+class Shared(StoreActor):
+    """An actor that is one store after the other."""
+
+    async def become(self, config: Any) -> None:
+        """Forget the store that this was, and be another one."""
+        if self._service is not None:
+            self._lifelines.close()
+            self._service.close()
+        self._config, self._service, self._front = config, None, None
+
+
+class Actors:
+    """Actors that are no test's at the moment."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(2)
-        self._starting: deque[Future[Any]] = deque()
+        self._idle: list[Any] = []
+        self._made = 0
 
-    def take(self) -> Any:
+    def store(self, **options: Any) -> Any:
         """A store that nobody has used."""
-        while len(self._starting) <= SPARES:
-            self._starting.append(self._threads.submit(rs.start, clock="manual"))
-        return self._starting.popleft().result()
+        config = make_config(**{**OPTIONS, **options})
+        if not self._idle:
+            name = f"shared-{self._made}"
+            self._made += 1
+            actor = ray.remote(Shared).options(name=name, namespace="shared", num_cpus=0, max_concurrency=1_000)
+            self._idle.append(actor.remote(config, name, "shared"))
+        actor = self._idle.pop()
+        ray.get(actor.become.remote(config))
+        return rs.RayLightningStore(actor)
 
-    def close(self) -> None:
-        """End those that are left."""
-        for starting in self._starting:
-            starting.result().close()
+    def check_and_take_back(self, stores: list[Any]) -> None:
+        """The tests of these stores have ended."""
+        for store in stores:
+            with contextlib.suppress(rs.StoreClosedError):  # the test closed it
+                store.sync.check()
+            store.close()
+            self._idle.append(store.actor)
 
 
 @pytest.fixture(scope="package")
-def spares(cluster: None) -> Iterator[Spares]:
-    """Spare stores for all tests here."""
-    spares = Spares()
-    yield spares
-    spares.close()
+def actors(cluster: None) -> Actors:
+    """Actors for all tests here; they end with the cluster."""
+    return Actors()
+
+
+@pytest.fixture
+def make_shared_store(actors: Actors) -> Iterator[Any]:
+    """Makes stores on Ray; checks their invariants after the test."""
+    made: list[Any] = []
+
+    def make(**options: Any) -> Any:
+        made.append(actors.store(**options))
+        return made[-1]
+
+    yield make
+    actors.check_and_take_back(made)
 
 
 @pytest.fixture(params=KINDS)
 def make_store(request: pytest.FixtureRequest) -> Any:
     """Makes stores of one kind, with any options."""
-    make = request.getfixturevalue(f"make_{request.param}_store")
-
-    def make_manual(**options: Any) -> Any:
-        if request.param == "ray" and not options:
-            return make(start=request.getfixturevalue("spares").take)
-        return make(**{"clock": "manual", **options})
-
-    return make_manual
+    make = request.getfixturevalue("make_shared_store" if request.param == "ray" else "make_memory_store")
+    return lambda **options: make(**{"clock": "manual", **options})
 
 
 @pytest.fixture

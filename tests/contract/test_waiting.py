@@ -172,8 +172,9 @@ async def test_changes_feed(store):
     assert [c.kind for c in (await task).items] == ["enqueued"]
 
 
-async def test_a_cursor_that_is_too_old(store):
+async def test_a_cursor_that_is_too_old(make_memory_store):
     """The feed is bounded; an old cursor is told what the oldest entry is."""
+    store = make_memory_store()
     for _ in range(101):
         await store.enqueue_group("x", 1000)
     with pytest.raises(rs.CursorTooOldError, match="oldest entry is") as caught:

@@ -125,7 +125,7 @@ async def test_a_queue_is_linearizable(make_ray_store, tmp_path, report, amount)
     """First in, first out, for whoever looks, also over the death of the store."""
     store = make_ray_store(journal=tmp_path / "j")
     clients = [Client.remote(store.actor, f"c{number}", number) for number in range(4)]
-    each = amount(75, 4_000)
+    each = amount(40, 4_000)
     running = [client.queue.remote(8, each) for client in clients]
     await until(lambda: _have_come(store, each * 4), within=60)  # a quarter of all that will
     await kill(store)
@@ -152,9 +152,9 @@ async def _are_written(store):
 async def test_each_rollout_is_linearizable(make_ray_store, tmp_path, report, amount):
     """What is read of a rollout is what was written last, for whoever looks, also over the death of the store."""
     store = make_ray_store(journal=tmp_path / "j")
-    ids = [(await store.enqueue_rollout("x")).rollout_id for _ in range(amount(40, 400))]
+    ids = [(await store.enqueue_rollout("x")).rollout_id for _ in range(amount(20, 400))]
     clients = [Client.remote(store.actor, f"c{number}", 10 + number) for number in range(4)]
-    running = [client.registers.remote(ids, 4, amount(50, 2_000)) for client in clients]
+    running = [client.registers.remote(ids, 4, amount(25, 2_000)) for client in clients]
     await until(lambda: _are_written(store), within=60)
     await kill(store)
     killed = time.monotonic()

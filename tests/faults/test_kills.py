@@ -74,7 +74,7 @@ async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, re
     store = make_ray_store(journal=tmp_path / "journal", duplicate_spans="keep", durability=durability)
     workers = [Worker.remote(store.actor, f"w{number}") for number in range(4)]
     working = [worker.work.remote(4) for worker in workers]
-    kills, back = amount(3, 200 if row == 8 else 30), []
+    kills, back = amount(2 if row == 8 else 3, 200 if row == 8 else 30), []
     stop = time.monotonic() + amount(60, 2_000)
     for number in range(kills):
         if time.monotonic() > stop:

@@ -36,7 +36,7 @@ async def agent(task, ctx):
 @pytest.mark.parametrize("isolation", ["process", pytest.param("actor", marks=pytest.mark.long)])
 async def test_a_task_that_kills_its_runner(make_ray_store, report, amount, isolation):
     """It ends as failed after `max_deliveries`, and takes nothing else with it."""
-    store, count, seconds = make_ray_store(max_deliveries=3), amount(150, 1_500), {True: [], False: []}
+    store, count, seconds = make_ray_store(max_deliveries=3), amount(60, 1_500), {True: [], False: []}
     async with rs.RunnerPool(store, agent, size=2, concurrency=2, isolation=isolation):
         for number in range(amount(2, 6)):
             is_poisoned = number % 2 == 1
@@ -239,7 +239,7 @@ def test_calls_leak_nothing(tmp_path, report, amount):
             subprocess.run([python, "-m", "venv", tmp_path / str(number)], check=True)
             python = str(tmp_path / str(number) / "bin" / "python")
             subprocess.run([python, "-m", "pip", "install", "--quiet", "-e", f"{ROOT}[dev]"], check=True)
-        found = program("leaks", amount(12_000, 400_000), python=python, timeout=900)
+        found = program("leaks", amount(4_000, 400_000), python=python, timeout=900)
         figure = {"store MiB": round(found["store_mib"], 1), "client MiB": round(found["client_mib"], 1)}
         report(60, f"memory of calls, Python {found['python']}", figure=figure, bar="≤ 20 each",
                met=max(found["store_mib"], found["client_mib"]) <= 20, did=f"{found['calls']} calls")  # fmt: skip

@@ -139,6 +139,7 @@ async def test_a_driver_is_killed_with_small_weights(cluster, report, tmp_path):
            did=f"{ROLLOUTS} rollouts")  # fmt: skip
 
 
+@pytest.mark.long
 async def test_a_driver_is_killed_with_large_weights(cluster, report, tmp_path):
     """Weights of 100 MB are above the bound: what waits for them is not tried until they are published again."""
     before, resumed, later, after = await driver_killed(tmp_path / "j", "large-weights", 12_500_000)
