@@ -146,7 +146,7 @@ store = rs.InMemoryLightningStore()
 store.sync.enqueue_rollout("x")
 pool = rs.RunnerPool(store, agent, size=1)
 pool.start()
-while not store.sync.query_rollouts(status_in=["preparing"]):
+while not store.sync.query_rollouts(status_in=["preparing", "running"]):
     time.sleep(0.01)
 pool.stop(drain=False)
 """

@@ -204,7 +204,7 @@ async def test_cancelling_reaches_an_async_agent(store):
     async with rs.RunnerPool(store, agent, size=1):
 
         async def is_running():
-            return (await store.get_rollout_by_id(made.rollout_id)).status == "preparing"
+            return (await store.get_rollout_by_id(made.rollout_id)).status in ("preparing", "running")
 
         await until(is_running)
         await store.cancel_rollouts([made.rollout_id])
