@@ -8,6 +8,7 @@ import pytest
 
 import raystore as rs
 from raystore import convert
+from raystore.core.changes import ChangeFeed
 from tests.helpers import claim, until
 
 
@@ -172,10 +173,11 @@ async def test_changes_feed(store):
     assert [c.kind for c in (await task).items] == ["enqueued"]
 
 
-async def test_a_cursor_that_is_too_old(make_memory_store):
+async def test_a_cursor_that_is_too_old(make_memory_store, monkeypatch):
     """The feed is bounded; an old cursor is told what the oldest entry is."""
+    monkeypatch.setattr(ChangeFeed.__init__, "__defaults__", (1_000,))
     store = make_memory_store()
-    for _ in range(101):
+    for _ in range(3):
         await store.enqueue_group("x", 1000)
     with pytest.raises(rs.CursorTooOldError, match="oldest entry is") as caught:
         await store.changes(0, limit=1)

@@ -65,7 +65,11 @@ class Worker:
 
 
 @pytest.mark.timeout(2_400)
-@pytest.mark.parametrize(("row", "ends"), [(8, ["SIGKILL"]), (10, list(ENDS))], ids=["sigkill", "three-ways"])
+@pytest.mark.parametrize(
+    ("row", "ends"),
+    [pytest.param(8, ["SIGKILL"], marks=pytest.mark.long), (10, list(ENDS))],  # of which SIGKILL is one
+    ids=["sigkill", "three-ways"],
+)
 async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, report, amount, row, ends):
     """What was acknowledged is there, once; what was not may be there or not, and at most once."""
     seed = 8_000 + row
@@ -74,7 +78,7 @@ async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, re
     store = make_ray_store(journal=tmp_path / "journal", duplicate_spans="keep", durability=durability)
     workers = [Worker.remote(store.actor, f"w{number}") for number in range(4)]
     working = [worker.work.remote(4) for worker in workers]
-    kills, back = amount(2 if row == 8 else 3, 200 if row == 8 else 30), []
+    kills, back = amount(3, 200 if row == 8 else 30), []
     stop = time.monotonic() + amount(60, 2_000)
     for number in range(kills):
         if time.monotonic() > stop:

@@ -36,7 +36,7 @@ async def agent(task, ctx):
 @pytest.mark.parametrize("isolation", ["process", pytest.param("actor", marks=pytest.mark.long)])
 async def test_a_task_that_kills_its_runner(make_ray_store, report, amount, isolation):
     """It ends as failed after `max_deliveries`, and takes nothing else with it."""
-    store, count, seconds = make_ray_store(max_deliveries=3), amount(60, 1_500), {True: [], False: []}
+    store, count, seconds = make_ray_store(max_deliveries=3), amount(40, 1_500), {True: [], False: []}
     async with rs.RunnerPool(store, agent, size=2, concurrency=2, isolation=isolation):
         for number in range(amount(2, 6)):
             is_poisoned = number % 2 == 1
@@ -192,7 +192,7 @@ class Creator:
 async def test_many_create_one_store_at_once(cluster, report, amount):
     """One store, the same for all; whoever asked for another configuration hears of it."""
     extra = unnoticed = 0
-    processes, rounds = 5, amount(2, 60)
+    processes, rounds = amount(3, 5), amount(1, 60)
     creators = [Creator.remote() for _ in range(processes)]
     stop = time.monotonic() + 400
     for number in range(rounds):
@@ -211,7 +211,7 @@ async def test_many_create_one_store_at_once(cluster, report, amount):
         rs.stop(name)
     report(58, "many creators at once", figure={"extra stores": extra, "hangs": 0, "unnoticed": unnoticed},
            bar="0; 0; 0", met=not extra and not unnoticed,
-           did=f"{rounds} times 50 threads of {processes} processes, one with another configuration")  # fmt: skip
+           did=f"{rounds} times 10 threads of {processes} processes each, one with another configuration")  # fmt: skip
 
 
 def test_nothing_is_left(tmp_path, report):
@@ -231,6 +231,7 @@ def pythons():
             yield found
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_calls_leak_nothing(tmp_path, report, amount):
     """As many calls as a long run makes: memory of store and client is what it was."""

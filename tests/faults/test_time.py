@@ -140,7 +140,7 @@ class Empty:
 
 async def test_nobody_calls(make_ray_store, report, amount):
     """Deadlines are met without any client's help, and an idle store uses next to no processor."""
-    store, empty, seconds = make_ray_store(), Empty.remote(), amount(6, 300)
+    store, empty, seconds = make_ray_store(), Empty.remote(), amount(4, 300)
     rollout = await store.start_rollout("x", config=rs.RolloutConfig(timeout_seconds=seconds / 2))
     bare, ours = await empty.cpu_seconds.remote(), (await store.statistics())["cpu_seconds"]
     await asyncio.sleep(seconds)

@@ -223,6 +223,15 @@ def _moved_by_report(case: Case, place: Place) -> bool:
     return case.name == "update_attempt" and (is_its_own or place in (("queue",), ("left in queue",)))
 
 
+@listed("spans-are-added-by-attempt")
+def _by_attempt(case: Case, place: Place, one: Any, other: Any) -> bool:
+    if case.name != "add_many_spans" or place[0] not in ("rollout", "attempt", "worker", "queue", "left in queue"):
+        return False
+    keys = {(s.fields["rollout_id"], s.fields["attempt_id"]) for s in case.arguments["spans"]}
+    over = {p[1] for p, value in case.after.items() if p[0] == "attempt" and value in ("timeout", "unresponsive")}
+    return len(keys) > 1 and any(rollout_id in over for rollout_id, _ in keys)
+
+
 @listed("cancelled-stays-cancelled")
 def _cancelled(case: Case, place: Place, one: Any, other: Any) -> bool:
     return _moved_by_report(case, place) and case.rollout(case.arguments["rollout_id"], "status") == "cancelled"

@@ -129,6 +129,14 @@ async def _duplicates(pair: Pair) -> None:
     await pair.ask("add_many_spans", spans=[span(made, 2), span(made, 1), span(made, 3)])
 
 
+@shows("spans-are-added-by-attempt")
+async def _by_attempt(pair: Pair) -> None:
+    config = Made("RolloutConfig", timeout_seconds=1.0, max_attempts=2, retry_condition=["timeout"])
+    made = await pair.ask("start_rollout", input=1, config=config)
+    await pair.tick(3.0)
+    await pair.ask("add_many_spans", spans=[span(made, 1), span(made, 2, attempt_id="latest")])
+
+
 @shows("real-spans-keep-their-kind")
 async def _kind(pair: Pair) -> None:
     made = await pair.ask("start_rollout", input=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import weakref
@@ -105,8 +106,8 @@ async def test_nothing_of_a_rollout_is_kept_while_its_runner_waits(make_memory_s
 
 
 BLOCKING = """
-import asyncio, numpy as np, ray, raystore as rs
-ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+import asyncio, sys, numpy as np, ray, raystore as rs
+ray.init(address=sys.argv[1], logging_level="ERROR")
 
 def agent(task, ctx):
     return float(ctx.resources["w"].get()[0])
@@ -122,14 +123,13 @@ asyncio.run(main())
 """
 
 
-def test_ray_does_not_warn_of_blocking(tmp_path):
+def test_ray_does_not_warn_of_blocking(cluster, tmp_path):
     """An agent that is no coroutine has a thread of its own, in which it may wait for its weights."""
     (tmp_path / "agent.py").write_text(BLOCKING)
     root = Path(__file__).parent.parent.parent
-    done = subprocess.run(
-        [sys.executable, tmp_path / "agent.py"], capture_output=True, text=True, timeout=100,
-        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-    )  # fmt: skip
+    command = [sys.executable, tmp_path / "agent.py", ray.get_runtime_context().gcs_address]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert done.stdout.startswith("1.0"), done.stderr
     assert "blocking" not in done.stdout + done.stderr
 
