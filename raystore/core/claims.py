@@ -23,7 +23,9 @@ from raystore.core.state import AttemptKey, BatchKey, Entry, HandedKey, Session,
 Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
 
 SUSPICIOUS_WITHDRAWALS = 2  #: claims of a rollout that nobody acknowledged: the first says nothing about it
-JOB_ENDED = "job ended"  #: why a session ended whose driver is gone, which is a stop and no loss
+JOB_ENDED = "job ended"  #: why a session ended whose driver is gone
+STOPPED = "stopped"  #: and why one whose pool has ended it
+STOPS = (JOB_ENDED, STOPPED)  #: these are no losses: nothing is charged, nobody is suspected
 LOST_CLAIMS_KEPT = 1_000  #: of a session, so that a late acknowledgement can be told what became of its claim
 
 
@@ -249,7 +251,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if held or claims:
         company = len(held) + len(claims)
         state.changes.append(step.now, "session_ended", session_id=session.session_id, why=why, attempts=company)
-    is_stop = why == JOB_ENDED
+    is_stop = why in STOPS
     to_blame = _lost_most_often(state, [*held, *claims])
     for key in claims:
         take_back(state, step, session, key, why="withdrawn", is_stop=is_stop)
