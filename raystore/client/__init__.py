@@ -7,7 +7,7 @@ Not here: making stores (`memory`, `ray_store`), the way to a store (`transport`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, Self
 
@@ -83,6 +83,19 @@ class StoreClient(
         if convert.flag("stopped", stopped):
             arguments["stopped"] = True
         return bool(await self._transport.call("report_session", arguments))
+
+    async def report_pool(self, pool_id: str, queues: Sequence[str], *, failures: int, error: str | None) -> None:
+        """Say that the runners of a pool fail before they are ready, or (without an error) that one is ready.
+
+        For pools. Who waits for nothing but what this pool would do hears of it, by `PoolFailedError`.
+        """
+        arguments = {
+            "pool_id": convert.identifier("pool_id", pool_id),
+            "queues": convert.queue_names(queues),
+            "failures": convert.whole("failures", failures, at_least=0),
+            "error": convert.optional_text("error", error),
+        }
+        await self._transport.call("report_pool", arguments)
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:

@@ -32,6 +32,7 @@ NAMESPACE = "raystore-runners"  #: of Ray's, in which runners have their worker 
 REPLACE_SECONDS = 1.0  #: after which a runner that died is replaced, although the store has not said what it had done
 RESTART_SECONDS = 0.2  #: before a runner that died before it had done anything is replaced; doubles each time ...
 RESTART_MOST_SECONDS = 10.0  #: ... up to this
+FAILURES_TOLD = 3  #: runners, one after the other, that failed before they were ready: then those who wait are told
 
 
 class RunnerActor:
@@ -119,6 +120,7 @@ class RunnerActors:
         self._hired: Counter[int] = Counter()  # how often each place was filled
         self._delays: dict[int, float] = {}  # before it is filled again
         self._events: queue.SimpleQueue[tuple[str, _Member | None, Any]] = queue.SimpleQueue()
+        self._failures = 0  # of runners before they were ready, one after the other
         self._stopping = False
         self._lock = threading.Lock()
         self._resizing = threading.Lock()
@@ -216,6 +218,8 @@ class RunnerActors:
         if what == "hello":
             member.session_id = None if future.exception() else future.result()
             member.is_ready = True
+            if member.session_id is not None:
+                self._has_come()
         elif what == "explain":
             if not member.is_ready and not member.ended.is_set() and not self._stopping:
                 self._explain(f"runner {member.worker_id}")
@@ -231,8 +235,33 @@ class RunnerActors:
             with self._lock:
                 self._forget(member)
             return
+        if member.session_id is None:
+            self._failures += 1
+            if self._failures >= FAILURES_TOLD and not self._stopping:
+                cause = _cause(error)
+                logger.error("Pool %s has failed %d times to make a runner: %s", self._pool_id, self._failures, cause)
+                self._tell(self._failures, cause)
         # On a thread of its own: others may end meanwhile, and the store may be away.
         threading.Thread(target=self._see_off, args=(member, error), name="raystore-pool-end", daemon=True).start()
+
+    def _has_come(self) -> None:
+        """A runner is ready: if the store was told that none comes, it is told that."""
+        failures, self._failures = self._failures, 0
+        if failures >= FAILURES_TOLD:
+            self._tell(0, None)
+
+    def _tell(self, failures: int, cause: str | None) -> None:
+        """Let the store tell those who wait for what this pool would do."""
+
+        def tell() -> None:
+            try:
+                run_blocking(
+                    self._store.report_pool(self._pool_id, self._options.queues, failures=failures, error=cause)
+                )
+            except StoreError as refusal:
+                logger.warning("The store cannot be told of pool %s: %s", self._pool_id, refusal)
+
+        threading.Thread(target=tell, name="raystore-pool-tell", daemon=True).start()
 
     def _see_off(self, member: _Member, error: BaseException) -> None:
         """A runner died: replace it, and tell the store, whichever is possible first."""
