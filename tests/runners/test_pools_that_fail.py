@@ -79,7 +79,7 @@ async def test_those_who_wait_for_something_else_are_not(make_memory_store):
 async def test_a_pool_whose_runners_stop_coming_up(make_ray_store, tmp_path):
     """The driver hears why; once the cause is mended the pool goes on, and what waited is done."""
     store = make_ray_store()
-    flag = tmp_path / "server"
+    flag, died = tmp_path / "server", tmp_path / "died"
     flag.touch()
 
     class Agent:
@@ -88,13 +88,14 @@ async def test_a_pool_whose_runners_stop_coming_up(make_ray_store, tmp_path):
                 raise ConnectionError("no model server")
 
         def __call__(self, task, ctx):
-            if task == "deadly" and ctx.attempt.sequence_id == 1:
+            if not died.exists():
+                died.touch()
                 flag.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
             return 1.0
 
     async with rs.RunnerPool(store, Agent, size=1):
-        made = await store.enqueue_rollout("deadly")
+        made = await store.enqueue_rollout("x")
         with pytest.raises(rs.PoolFailedError, match="no model server"):
             await store.wait_for_rollout(made.rollout_id, timeout=60)
         flag.touch()

@@ -39,6 +39,13 @@ def blocking(task, ctx):
     ctx.check()
 
 
+def stubborn(task, ctx):
+    """The same, and goes on writing spans, whatever it is told."""
+    for _ in range(200):
+        with ctx.span("turn"):
+            time.sleep(0.05)
+
+
 def deaf(task, ctx):
     """The same, and does not listen."""
     with ctx.span("begun"):
@@ -47,7 +54,7 @@ def deaf(task, ctx):
 
 
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-@pytest.mark.parametrize("agent", [patient, blocking])
+@pytest.mark.parametrize("agent", [patient, blocking, stubborn])
 @mostly_in_memory
 async def test_a_polite_stop_charges_nobody(store, agent, isolation):
     """More often than there are deliveries: each time the rollout waits at its old place, before younger ones."""
