@@ -60,7 +60,7 @@ _NAMES = {
         PayloadTooLargeError PayloadNotPicklableError PayloadNotReadableError
         StoreUnavailableError OutcomeUnknownError StoreClosedError
         StoreCorruptError StoreNotFoundError StoreExistsError NotAStoreError ProtocolMismatchError
-        AgentNotPicklableError AgentProcessError PoolStartError
+        AgentNotPicklableError AgentProcessError PoolFailedError PoolStartError
         JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError
         JournalFailedError JournalHeldError FencedError SealedError BatchConflictError ReadOnlyError AnswerGoneError
         BatchHeldError ConsumerFilterError SessionEndedError

@@ -5,10 +5,12 @@ Not here: which calls wait (`waiters`), when to look (`service`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from raystore import shell
 from raystore.core import consumers, verbs
+from raystore.pools import Pools
 from raystore.waiters import Waiter
 
 if TYPE_CHECKING:
@@ -58,6 +60,21 @@ class Offers:
             self._service.waiters.wait_for(waiter, missing)
         else:
             self.answer(waiter, shell.finished(self._service.state, rollout_ids))
+
+    def refuse_what_never_comes(self, waiters: Iterable[Waiter], pools: Pools) -> None:
+        """Answer those that wait for nothing but what pools would do that cannot work; a batch is given as it is."""
+        state = self._service.state
+        for waiter in waiters:
+            if waiter.verb not in ("wait", "take", "completed"):
+                continue
+            refusal = pools.why_never(state, waiter.missing if waiter.verb == "wait" else None)
+            if refusal is None:
+                continue
+            known = state.consumers.get(waiter.arguments["consumer"]) if waiter.verb == "take" else None
+            if known is not None and consumers.has_something(state, known):
+                self.offer_batch(waiter, is_over=True)
+            else:
+                self.answer(waiter, refusal)
 
     def answer_expired(self, waiter: Waiter) -> None:
         """The time of a call is over: it gets what there is."""

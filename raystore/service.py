@@ -45,9 +45,10 @@ from raystore.journal.objects import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.offers import Offers
+from raystore.pools import Pools
 from raystore.probes import Probes
 from raystore.shell import SHELL
-from raystore.waiters import Deliver, Waiters
+from raystore.waiters import Deliver, Waiter, Waiters
 from raystore.watches import Watches
 
 logger = logging.getLogger("raystore.store")
@@ -95,6 +96,7 @@ class Service:
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
         self.waiters = Waiters()
         self.watches = Watches()
+        self.pools = Pools()
         self._offers = Offers(self)
         self.operations = 0
         self.actor_calls = 0
@@ -328,7 +330,7 @@ class Service:
         raise failed
 
     def _refuse_waiters(self, error: StoreError) -> None:
-        for waiter in self.waiters.drain():
+        for waiter in self.waiters.all():
             self._offers.answer(waiter, again(error))
 
     def with_bodies(self, items: list[Any]) -> list[Any]:
@@ -585,6 +587,13 @@ class Service:
             self.waiters.remove(waiter)
         self.watches.drop_session(session_id)
         self.probes.heard(session_id)
+        self.pools.drop_session(session_id)
+        self.refuse_what_never_comes()
+
+    def refuse_what_never_comes(self, *parked: Waiter) -> None:
+        """Tell those who wait for what only pools would do that cannot work: these calls, or all."""
+        if self.pools.have_failed:
+            self._offers.refuse_what_never_comes(parked or self.waiters.all(), self.pools)
 
     def _suspend(self) -> None:
         """A claim was withdrawn: ask those who wait for work whether they live, before handing out more."""
@@ -602,7 +611,7 @@ class Service:
             if self._closed:
                 return
             self._closed = True
-            for waiter in self.waiters.drain():
+            for waiter in self.waiters.all():
                 self._offers.answer_expired(waiter)
             self._alarm.close()
         if self.keeper is not None:

@@ -15,7 +15,7 @@ from raystore.config import resident_bytes
 from raystore.core import bounds, check, verbs
 from raystore.core.counts import counts
 from raystore.core.requests import Filters, Mode, Trainable
-from raystore.core.schema import Id, Positive, Rule, Seconds, Tags, Whole
+from raystore.core.schema import Id, Positive, Rule, Seconds, Tags, Text, Whole
 from raystore.core.state import State, Step
 from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError
@@ -58,6 +58,7 @@ def _dequeue(
     of: int | None = None,
 ) -> Any:
     wanted = {"queues": queues, "limit": limit, "worker_id": worker_id}
+    service.pools.serves(asked.session_id, queues)
     claimed = verbs.VERBS["dequeue"].run(service.state, asked.step, **wanted, timeout=timeout, of=of)
     return _park(service, asked, "dequeue", wanted, timeout) if claimed is None else claimed
 
@@ -143,8 +144,19 @@ def _park(
 ) -> Any:
     bounds.admit("calls that wait", len(service.waiters), bounds.WAITERS)
     deadline = None if timeout is None or timeout > FOR_EVER_SECONDS else asked.step.now + timeout
-    service.waiters.park(asked.session_id, asked.ticket, verb, arguments, deadline, asked.deliver, missing or ())
+    parked = service.waiters.park(
+        asked.session_id, asked.ticket, verb, arguments, deadline, asked.deliver, missing or ()
+    )
+    service.refuse_what_never_comes(parked)
     return PARKED
+
+
+def _report_pool(
+    service: Service, asked: Asked, *, pool_id: Id, queues: list[Id], failures: Whole, error: Text | None
+) -> None:
+    """The runners of a pool fail before they are ready, or (without an error) one is ready."""
+    service.pools.report(pool_id, asked.session_id, queues, failures, error)
+    service.refuse_what_never_comes()
 
 
 def _cancel_wait(service: Service, asked: Asked, *, of: int) -> bool:
@@ -208,6 +220,7 @@ SHELL: dict[str, Verb] = {
     "completed": Verb(_completed, changes=False),
     "changes": Verb(_changes, changes=False),
     "cancel_wait": Verb(_cancel_wait, changes=False),
+    "report_pool": Verb(_report_pool, changes=False),
     "statistics": Verb(_statistics, changes=False),
     "story": Verb(_story, changes=False),
     "check": Verb(_check, changes=False),

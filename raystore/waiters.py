@@ -167,6 +167,6 @@ class Waiters:
             found.append(self._all[heappop(self.deadlines)[1]])
         return found
 
-    def drain(self) -> list[Waiter]:
-        """All parked calls, for a store that closes."""
+    def all(self) -> list[Waiter]:
+        """All parked calls."""
         return list(self._all.values())

@@ -7,9 +7,9 @@ Not here: making stores (`memory`, `ray_store`), the way to a store (`transport`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Self
+from typing import Any, Self
 
 from raystore import convert
 from raystore._sync import SyncStore
@@ -68,16 +68,34 @@ class StoreClient(
         """The session that the operations of this process belong to."""
         return self._transport.session_id
 
-    async def report_ended(self, session_id: str | None, *, worker_id: str | None = None) -> bool:
-        """Say that a process has ended, by its session and by the worker it was: what it held is offered again at once.
+    async def report_ended(
+        self, session_id: str | None, *, worker_id: str | None = None, stopped: bool = False
+    ) -> bool:
+        """Say that a process has ended, by its session: what it held is offered again at once.
 
-        Whether there was a live session of it.
+        `worker_id` tells which one where the session is not known. One that was `stopped` has lost nothing: what it
+        held is withdrawn, without a charge. Answers whether there was a live session of it.
         """
-        arguments = {
+        arguments: dict[str, Any] = {
             "session_id": convert.optional_identifier("session_id", session_id),
             "worker_id": convert.optional_identifier("worker_id", worker_id),
         }
+        if convert.flag("stopped", stopped):
+            arguments["stopped"] = True
         return bool(await self._transport.call("report_session", arguments))
+
+    async def report_pool(self, pool_id: str, queues: Sequence[str], *, failures: int, error: str | None) -> None:
+        """Say that the runners of a pool fail before they are ready, or (without an error) that one is ready.
+
+        For pools. Who waits for nothing but what this pool would do hears of it, by `PoolFailedError`.
+        """
+        arguments = {
+            "pool_id": convert.identifier("pool_id", pool_id),
+            "queues": convert.queue_names(queues),
+            "failures": convert.whole("failures", failures, at_least=0),
+            "error": convert.optional_text("error", error),
+        }
+        await self._transport.call("report_pool", arguments)
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:

@@ -290,7 +290,7 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
         entry.attempts[index] = before.evolve(last_heartbeat_time=step.now)
         entry.clocks[-1].beat = step.now - state.paused
         return
-    after = before.evolve(status=attempt_after(before.status, SPAN), last_heartbeat_time=step.now)
+    after = before.evolve(status=attempt_after(before.status, SPAN, before.outcome), last_heartbeat_time=step.now)
     if reward is not None:
         after.reward = reward
     if after.status != before.status:
@@ -323,7 +323,8 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list
             useless.append((rollout_id, attempt_id))
             continue
         attempt = entry.attempts[index]
-        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or attempt.status in OVER:
+        is_over = attempt.status in OVER or attempt.outcome == "withdrawn"
+        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or is_over:
             useless.append((rollout_id, attempt_id))
         if attempt.status not in ACTIVE:
             continue

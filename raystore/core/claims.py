@@ -23,7 +23,10 @@ from raystore.core.state import AttemptKey, BatchKey, Entry, HandedKey, Session,
 Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
 
 SUSPICIOUS_WITHDRAWALS = 2  #: claims of a rollout that nobody acknowledged: the first says nothing about it
-JOB_ENDED = "job ended"  #: why a session ended whose driver is gone, which is a stop and no loss
+JOB_ENDED = "job ended"  #: why a session ended whose driver is gone
+STOPPED = "stopped"  #: and why one whose pool has ended it
+CLOSED = "closed"  #: and why one that says itself that it ends
+STOPS = (JOB_ENDED, STOPPED, CLOSED)  #: these are no losses: nothing is charged, nobody is suspected
 LOST_CLAIMS_KEPT = 1_000  #: of a session, so that a late acknowledgement can be told what became of its claim
 
 
@@ -249,7 +252,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if held or claims:
         company = len(held) + len(claims)
         state.changes.append(step.now, "session_ended", session_id=session.session_id, why=why, attempts=company)
-    is_stop = why == JOB_ENDED
+    is_stop = why in STOPS
     to_blame = _lost_most_often(state, [*held, *claims])
     for key in claims:
         take_back(state, step, session, key, why="withdrawn", is_stop=is_stop)
@@ -260,7 +263,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
         elif entry is not None:
             attempts.lose(state, step, entry, key[1], is_charged=key == to_blame)
     _separate(state, [key[0] for key in held])
-    if why != "closed":  # a process that only stops using the store still has what it published
+    if why != CLOSED:  # a process that only stops using the store still has what it published
         held_back.publisher_gone(state, step, session)
     session.held.clear()
     session.claims.clear()

@@ -92,8 +92,13 @@ ROLLOUT_ON_HEARTBEAT = {"preparing": "running"}
 UNCHARGED = frozenset({"runner_lost", "withdrawn", "infra"})
 
 
-def attempt_after(status: str, event: str) -> str:
-    """The status of an attempt after an event."""
+def attempt_after(status: str, event: str, outcome: str | None = None) -> str:
+    """The status of an attempt after an event; `outcome` is what it had before.
+
+    What was withdrawn was given up by whoever ran it, so that no sign of life brings it back.
+    """
+    if outcome == "withdrawn" and event in (SPAN, HEARTBEAT):
+        return status
     return ATTEMPT.get((status, event), status)
 
 

@@ -544,8 +544,10 @@ def _get_worker(state: State, step: Step, *, worker_id: Id) -> Worker | None:
 # -- sessions ----------------------------------------------------------------------------------------------------------
 
 
-def _report_session(state: State, step: Step, *, session_id: Id | None, worker_id: Id | None = None) -> bool:
-    """Somebody saw that a process has ended (a pool, its runner): its session.
+def _report_session(
+    state: State, step: Step, *, session_id: Id | None, worker_id: Id | None = None, stopped: bool = False
+) -> bool:
+    """Somebody saw that a process has ended (a pool, its runner), or has `stopped` it: its session.
 
     If that is not known, those that hold work of its worker.
     """
@@ -553,7 +555,7 @@ def _report_session(state: State, step: Step, *, session_id: Id | None, worker_i
     sessions = [session] if session is not None else _sessions_of_worker(state, worker_id)
     live = [session for session in sessions if session.ended_at is None and not session.eternal]
     for session in live:
-        claims.end_session(state, step, session, why="reported")
+        claims.end_session(state, step, session, why=claims.STOPPED if stopped else "reported")
     return bool(live)
 
 

@@ -467,6 +467,21 @@ class PoolStartError(StoreError, RuntimeError):
         return f"Runners did not start in time. Asked for: {asked}. The cluster has: {available}."
 
 
+class PoolFailedError(StoreError, RuntimeError):
+    """What a call waits for is never done: only a pool would do it whose runners fail before they are ready."""
+
+    def __init__(self, pool_id: str, failures: int, queues: list[str], cause: str) -> None:
+        super().__init__(pool_id, failures, queues, cause)
+
+    def __str__(self) -> str:
+        pool_id, failures, queues, cause = self.args
+        return (
+            f"Nobody works for the queues {', '.join(map(repr, queues))}: pool {pool_id} has failed {failures} times "
+            f"to make a runner, the last time with: {cause}. It goes on trying, less and less often; what waits in "
+            "its queues stays there. Mend the cause, or start a pool that works"
+        )
+
+
 class Abort(Exception):
     """Raised by an agent: the infrastructure failed (a sandbox, an endpoint); the rollout is delivered again."""
 

@@ -106,6 +106,10 @@ class StoreActor:
         self._is_read = True
         self._read.set_result(None)
 
+    def __repr__(self) -> str:
+        """What Ray's own tools show: in its logs, dashboard and `ray list actors`."""
+        return f"Store({self._name})"
+
     async def _until_read(self) -> None:
         """Wait until the journal has been read, however long that takes; whoever asks sees that it goes on."""
         if not self._is_read:

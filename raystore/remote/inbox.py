@@ -16,6 +16,7 @@ from typing import Any
 
 from raystore import wire
 from raystore.core.batches import Item, Run, again
+from raystore.core.claims import CLOSED
 from raystore.core.line import VALUE, Kept, Reply
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
@@ -131,7 +132,7 @@ class Inbox:
         line.end(sequence)
         self._take_turns()
         if self._closing:
-            self.service.end_session(self.session, why="closed")
+            self.service.end_session(self.session, why=CLOSED)
         first = min(run.ran, default=len(operations))
         replies = [run.ran[number] for number in range(first, len(operations))]
         return self._again(before, operations[:first]) + replies if first else replies, lost

@@ -8,6 +8,7 @@ Not here: what a runner does (`worker`), where its agents run (`inline`, `forked
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from raystore.memory import InMemoryLightningStore
 from raystore.runner import agents
 from raystore.runner.actors import RunnerActors
 from raystore.runner.threads import RunnerThreads
-from raystore.runner.worker import RunnerOptions
+from raystore.runner.worker import STOP_SECONDS, RunnerOptions
 
 
 class RunnerPool:
@@ -45,6 +46,9 @@ class RunnerPool:
             has a process of its own, which can be killed, and which may crash without harm to its neighbours. Agents
             see the same `ctx`, but are not connected to Ray there; an agent class has one instance in each.
 
+    Attributes:
+        pool_id: part of the worker ids of its runners, so that those of two pools are never taken for each other.
+
     Raises `AgentNotPicklableError` before any runner is started.
     """
 
@@ -68,9 +72,8 @@ class RunnerPool:
         start_timeout: float = 30.0,
         isolation: Literal["actor", "process"] = "actor",
     ) -> None:
-        for name, value in (("size", size), ("concurrency", concurrency)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidValueError(name, value, "a whole number, 1 or more")
+        size = convert.whole("size", size, at_least=1)
+        concurrency = convert.whole("concurrency", concurrency, at_least=1)
         durations = {"heartbeat_seconds": heartbeat_seconds, "flush_seconds": flush_seconds}
         if max_agent_seconds is not None:
             durations["max_agent_seconds"] = max_agent_seconds
@@ -94,9 +97,10 @@ class RunnerPool:
             max_agent_seconds=max_agent_seconds,
             isolation=isolation,
         )
+        self.pool_id = secrets.token_hex(4)
         self._home: RunnerThreads | RunnerActors
         if isinstance(store, InMemoryLightningStore):
-            self._home = RunnerThreads(store, agent, size, options)
+            self._home = RunnerThreads(store, agent, size, options, self.pool_id)
         else:
             requirements = {
                 "num_cpus": num_cpus,
@@ -105,7 +109,7 @@ class RunnerPool:
                 "runtime_env": runtime_env,
                 "scheduling_strategy": scheduling_strategy,
             }
-            self._home = RunnerActors(store, agent, size, options, requirements, start_timeout)
+            self._home = RunnerActors(store, agent, size, options, requirements, start_timeout, self.pool_id)
 
     @property
     def worker_ids(self) -> list[str]:
@@ -121,13 +125,31 @@ class RunnerPool:
         """Start the runners; `with` does it."""
         self._home.start()
 
-    def stop(self, *, drain: bool = True) -> None:
-        """Claim nothing more and end the runners.
+    def resize(self, size: int, *, drain_seconds: float = STOP_SECONDS) -> None:
+        """Start runners until there are `size`, or end those beyond, as `stop` does; returns once that is done.
 
-        With `drain` rollouts that run are given 5 seconds to finish; what has not finished then is offered again,
-        which counts as a delivery (`max_deliveries`).
+        Blocks: within a coroutine use `await asyncio.to_thread(pool.resize, size)`.
+
+        Raises:
+            InvalidValueError: `size` is not 1 or more, or `drain_seconds` not 0 or more.
+            PoolStartError: the new runners do not come up within `start_timeout` (the others go on), or the pool does
+                not run.
         """
-        self._home.stop(drain=drain)
+        self._home.resize(
+            convert.whole("size", size, at_least=1), drain_seconds=convert.duration("drain_seconds", drain_seconds)
+        )
+
+    def stop(self, *, drain_seconds: float = STOP_SECONDS, drain: bool = True) -> None:
+        """Claim nothing more and end the runners, once what they run has finished, or after `drain_seconds`.
+
+        What has not finished by then is told to stop (`ctx.cancelled`) and given back: the store offers it again at its
+        old place, and nothing is charged, since stopping is no failure. `drain=False` is `drain_seconds=0`. Blocks as
+        `resize` does; a second call does nothing.
+
+        Raises InvalidValueError if `drain_seconds` is not 0 or more.
+        """
+        seconds = convert.duration("drain_seconds", drain_seconds)
+        self._home.stop(drain_seconds=seconds if drain else 0.0)
 
     def __enter__(self) -> RunnerPool:
         self.start()

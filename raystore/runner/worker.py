@@ -42,6 +42,7 @@ from raystore.types import AttemptedRollout
 logger = logging.getLogger("raystore.runner")
 
 STOP_SECONDS = 5.0  #: that rollouts which run are given to finish when their pool closes
+WITHDRAW_SECONDS = 1.0  #: then, to give back what has not finished, before the processes end
 CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner asks
 CLAIM_PAUSE_SECONDS = 0.2  #: before claiming again after a claim that failed
 UNREAD_PAUSE_MOST_SECONDS = 5.0  #: before claiming again where resources cannot be read
@@ -62,6 +63,11 @@ class RunnerOptions:
     cancel_grace_seconds: float = 5.0
     max_agent_seconds: float | None = None
     isolation: str = "actor"
+
+
+def runner_id(pool_id: str, number: int, count: int) -> str:
+    """The worker id of the runner that takes a place of a pool, as so many did before; no other runner has it."""
+    return f"runner-{pool_id}-{number}" + (f".{count}" if count else "")
 
 
 @dataclass(slots=True, eq=False)
@@ -248,8 +254,8 @@ class Runner:
         else:
             # The store knows what became of the attempt, or is told now:
             await self._send(context.rollout.rollout_id, spans)
-            if context.stopped:  # in the middle of it, and nobody's fault
-                await finish([], "unresponsive", outcome="runner_lost")
+            if context.stopped:  # in the middle of it: it waits at its old place, and nothing is charged
+                await finish([], "unresponsive", outcome="withdrawn")
 
     async def _give_back_unread(self, work: _Work, resources_id: str, version: int, error: str | None) -> None:
         """Resources could not be read: the store offers the rollout again, or holds it back if nobody can read them.

@@ -224,6 +224,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
     "end_chain": lambda h, rng: {"chain_id": rng.randint(1, 5)},
     "report_session": lambda h, rng: {
         "session_id": rng.choice([None, "zz", *h.sessions[-2:]]), "worker_id": rng.choice([None, "w2"]),
+        "stopped": rng.random() < 0.3,
     },
     "wait": lambda h, rng: {"rollout_ids": [h.rollout(), h.rollout()], "timeout": rng.choice([0.0, 5.0, None])},
     "sort_out": lambda h, rng: {"rollout_ids": [h.rollout(), h.rollout()]},

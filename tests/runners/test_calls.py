@@ -24,10 +24,10 @@ async def test_actor_calls_of_a_runner_with_concurrency_1(make_ray_store, work_w
                 time.sleep(0.002)
         return 1.0
 
-    async with rs.RunnerPool(store, agent, size=1, heartbeat_seconds=1000):
+    async with rs.RunnerPool(store, agent, size=1, heartbeat_seconds=1000) as pool:
 
         async def has_begun():
-            worker = await store.get_worker_by_id("runner-0")
+            worker = await store.get_worker_by_id(pool.worker_ids[0])
             return worker and worker.heartbeat_stats and (await store.statistics())["waiters"] == 1
 
         await until(has_begun)  # its first heartbeat is sent, and its claim waits

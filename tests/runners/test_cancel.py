@@ -54,7 +54,7 @@ async def test_ways_to_be_of_no_use_any_more(store, agent, by):
 
 async def test_a_cancel_that_overtakes_its_claim(store):
     """Issued together with the enqueuing: the runner hears of the cancel before it has its claim."""
-    async with rs.RunnerPool(store, sleeping, size=1, heartbeat_seconds=1000):
+    async with rs.RunnerPool(store, sleeping, size=1, heartbeat_seconds=1000) as pool:
 
         async def parked():
             return (await store.statistics())["waiters"]
@@ -66,7 +66,7 @@ async def test_a_cancel_that_overtakes_its_claim(store):
                 store.enqueue_rollout("long", rollout_id=name), store.cancel_rollouts([name])
             )
             assert (made.rollout_id, [r.status for r in cancelled]) == (name, ["cancelled"])
-            assert cancelled[0].attempt.worker_id == "runner-0"
+            assert [cancelled[0].attempt.worker_id] == pool.worker_ids
         quick = await store.enqueue_rollout("quick")
         assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
 

@@ -77,14 +77,14 @@ async def test_everything_ends_with_a_killed_runner(make_ray_store, tmp_path):
         os.kill(os.getpid(), signal.SIGSTOP)
 
     await store.enqueue_rollout("x")
-    async with rs.RunnerPool(store, agent, size=1, isolation="process"):
+    async with rs.RunnerPool(store, agent, size=1, isolation="process") as pool:
 
         async def started():
             return list(tmp_path.glob("pids-*"))
 
         (file,) = await until(started)
         pids = [int(pid) for pid in file.read_text().split()]
-        worker = await store.get_worker_by_id("runner-0")
+        worker = await store.get_worker_by_id(pool.worker_ids[0])
         os.kill(worker.heartbeat_stats["pid"], signal.SIGKILL)
         await until(lambda: gone(pids), within=10)
 

@@ -169,11 +169,11 @@ async def test_heartbeats_keep_a_blocking_agent_alive(store):
         return 1.0
 
     made = await store.enqueue_rollout("x", config=RolloutConfig(unresponsive_seconds=0.6))
-    async with rs.RunnerPool(store, agent, size=1):
+    async with rs.RunnerPool(store, agent, size=1) as pool:
         (finished,) = await store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=30)
         assert finished.status == "succeeded"
         (worker,) = await store.query_workers()
-        assert worker.worker_id == "runner-0"
+        assert [worker.worker_id] == pool.worker_ids
 
 
 @mostly_in_memory
@@ -185,10 +185,10 @@ async def test_short_rollouts_do_not_keep_a_long_one_from_its_heartbeats(store):
 
     long = await store.enqueue_rollout("long", config=RolloutConfig(unresponsive_seconds=0.6))
     await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input="short")] * 300)
-    async with rs.RunnerPool(store, agent, size=1, concurrency=3):
+    async with rs.RunnerPool(store, agent, size=1, concurrency=3) as pool:
         finished = await store.wait_for_rollout(long.rollout_id, timeout=30)
         assert finished.status == "succeeded" and len(await store.query_attempts(long.rollout_id)) == 1
-        assert (await store.get_worker_by_id("runner-0")).heartbeat_stats["pid"]
+        assert (await store.get_worker_by_id(pool.worker_ids[0])).heartbeat_stats["pid"]
 
 
 @mostly_in_memory

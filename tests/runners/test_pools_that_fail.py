@@ -1,0 +1,107 @@
+"""A pool that cannot work says so to whoever waits for what nobody else would do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+import raystore as rs
+from tests.helpers import until
+
+WHY = "ConnectionError: no model server"
+
+
+async def tell(store, *, queues=("default",), error=WHY):
+    await store.report_pool("p", queues, failures=3, error=error)
+
+
+def waiting(store, made):
+    """Calls that wait for what is queued, each in its own way."""
+    ids = [rollout.rollout_id for rollout in made]
+    calls = [
+        store.wait_for_rollouts(rollout_ids=ids, timeout=60),
+        store.wait_for_rollout(ids[0], timeout=60),
+        store.take(1, consumer="t", timeout=60),
+        store.completed(timeout=60),
+    ]
+    return [asyncio.ensure_future(call) for call in calls]
+
+
+async def test_those_who_wait_are_told(store):
+    """At once, whichever comes first: the call, or the failure; with the runners' own error."""
+    made = [await store.enqueue_rollout(n) for n in range(2)]
+    calls = waiting(store, made)
+
+    async def parked():
+        return (await store.statistics())["waiters"] == len(calls)
+
+    await until(parked)
+    await tell(store)
+    for call in [*calls, *waiting(store, made)]:
+        with pytest.raises(rs.PoolFailedError, match="'default'.*failed 3 times.*no model server"):
+            await asyncio.wait_for(call, 10)
+    assert (await store.statistics())["waiters"] == 0
+
+
+async def test_those_who_wait_for_something_else_are_not(make_memory_store):
+    """What runs, what somebody else serves, a queue that the pool does not serve, a pool that works again."""
+    store = make_memory_store()
+    made = [await store.enqueue_rollout(n, queue=queue) for n, queue in enumerate(["default", "other"])]
+
+    async def is_told(*rollouts):
+        ids = [rollout.rollout_id for rollout in rollouts]
+        try:
+            await store.wait_for_rollouts(rollout_ids=ids, timeout=0.05)
+        except rs.PoolFailedError:
+            return True
+        return False
+
+    await tell(store)
+    assert await is_told(made[0])
+    assert not await is_told(made[1]) and not await is_told(*made)
+    await tell(store, queues=["default", "other"])
+    assert await is_told(*made)
+    await tell(store, error=None)
+    assert not await is_told(*made)
+    await tell(store, queues=["default", "other"])
+    running = await store.start_rollout("runs")
+    assert not await is_told(running) and not await is_told(running, *made)
+    assert (await store.take(1, consumer="t", timeout=0.05)).rollouts == []
+    await store.update_attempt(running.rollout_id, running.attempt.attempt_id, status="succeeded")
+    assert len((await store.take(2, consumer="t", timeout=60)).rollouts) == 1  # what there is, at once
+    await store.dequeue_rollout(queues=["nothing", "other"])  # this process serves it
+    assert await is_told(made[0]) and not await is_told(made[1])
+
+
+async def test_a_pool_whose_runners_stop_coming_up(make_ray_store, tmp_path):
+    """The driver hears why; once the cause is mended the pool goes on, and what waited is done."""
+    store = make_ray_store()
+    flag, died = tmp_path / "server", tmp_path / "died"
+    flag.touch()
+
+    class Agent:
+        def setup(self):
+            if not flag.exists():
+                raise ConnectionError("no model server")
+
+        def __call__(self, task, ctx):
+            if not died.exists():
+                died.touch()
+                flag.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return 1.0
+
+    async with rs.RunnerPool(store, Agent, size=1):
+        made = await store.enqueue_rollout("x")
+        with pytest.raises(rs.PoolFailedError, match="no model server"):
+            await store.wait_for_rollout(made.rollout_id, timeout=60)
+        flag.touch()
+
+        async def is_done():
+            return (await store.get_rollout_by_id(made.rollout_id)).status == "succeeded"
+
+        await until(is_done, within=40)
+        assert (await store.wait_for_rollout(made.rollout_id, timeout=10)).reward == 1.0

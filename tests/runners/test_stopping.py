@@ -1,0 +1,209 @@
+"""Stopping is not losing: pools that are stopped, or made smaller, give back what they run, and nobody is charged."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+
+import pytest
+
+import raystore as rs
+from tests.helpers import mostly_in_memory, until
+
+
+def running(store, *made):
+    """Whether all of these rollouts are worked on."""
+
+    async def are():
+        found = await store.query_rollouts(rollout_ids=[rollout.rollout_id for rollout in made])
+        return all(rollout.status == "running" for rollout in found)
+
+    return are
+
+
+async def patient(task, ctx):
+    """Goes on for longer than anybody waits, and listens."""
+    with ctx.span("begun"):
+        pass
+    await asyncio.sleep(100)
+
+
+def blocking(task, ctx):
+    """The same in a thread of its own."""
+    with ctx.span("begun"):
+        pass
+    while not ctx.cancelled:
+        time.sleep(0.01)
+    ctx.check()
+
+
+def stubborn(task, ctx):
+    """The same, and goes on writing spans, whatever it is told."""
+    for _ in range(200):
+        with ctx.span("turn"):
+            time.sleep(0.05)
+
+
+def deaf(task, ctx):
+    """The same, and does not listen."""
+    with ctx.span("begun"):
+        pass
+    threading.Event().wait(20)
+
+
+@pytest.mark.parametrize("isolation", ["actor", "process"])
+@pytest.mark.parametrize("agent", [patient, blocking, stubborn])
+@mostly_in_memory
+async def test_a_polite_stop_charges_nobody(store, agent, isolation):
+    """More often than there are deliveries: each time the rollout waits at its old place, before younger ones."""
+    made = await store.enqueue_rollout("long")
+    for number in range(4):
+        async with rs.RunnerPool(store, agent, size=1, flush_seconds=0.05, isolation=isolation) as pool:
+            await until(running(store, made))
+            if not number:
+                await store.enqueue_rollout("younger")
+            await asyncio.to_thread(pool.stop, drain_seconds=0.1)
+        found = await store.get_rollout_by_id(made.rollout_id)
+        assert (found.status, found.attempt.outcome, found.attempt.error) == ("requeuing", "withdrawn", None)
+        assert (await store.statistics())["suspects"] == 0
+    claimed = await store.dequeue_rollout()
+    assert (claimed.rollout_id, claimed.attempt.sequence_id) == (made.rollout_id, 5)
+
+
+async def test_an_agent_that_does_not_listen_is_no_loss_either(make_ray_store):
+    """Its process is ended with it; what it ran goes back as if it had listened."""
+    store = make_ray_store(max_deliveries=1)
+    made = await store.enqueue_rollout("long")
+    async with rs.RunnerPool(store, deaf, size=1, flush_seconds=0.05) as pool:
+        await until(running(store, made))
+        await asyncio.to_thread(pool.stop, drain=False)
+    found = await store.get_rollout_by_id(made.rollout_id)
+    assert (found.status, found.attempt.outcome) == ("requeuing", "withdrawn")
+    assert (await store.statistics())["suspects"] == 0
+
+
+async def test_a_stop_waits_for_as_long_as_it_is_told_to(make_memory_store):
+    """What finishes within `drain_seconds` has finished."""
+    store = make_memory_store()
+
+    async def agent(task, ctx):
+        await asyncio.sleep(0.3)
+        return 1.0
+
+    made = await store.enqueue_rollout("x")
+    pool = rs.RunnerPool(store, agent, size=1, flush_seconds=0.05)
+    pool.start()
+    await until(running(store, made))
+    await asyncio.to_thread(pool.stop, drain_seconds=60)
+    assert (await store.get_rollout_by_id(made.rollout_id)).status == "succeeded"
+    with pytest.raises(rs.InvalidValueError, match="drain_seconds"):
+        pool.stop(drain_seconds=-1)
+
+
+async def test_pools_beside_each_other(store):
+    """Their runners are told apart, and one pool's stop is none of the other's."""
+    made = [await store.enqueue_rollout("x", queue=queue) for queue in "ab"]
+    a = rs.RunnerPool(store, patient, size=2, queues=["a"], flush_seconds=0.05)
+    b = rs.RunnerPool(store, patient, size=2, queues=["b"], flush_seconds=0.05)
+    async with a, b:
+        await until(running(store, *made))
+        assert len({*a.worker_ids, *b.worker_ids}) == 4
+        workers = {worker.worker_id for worker in await store.query_workers(status_in=["busy"])}
+        assert len(workers & {*a.worker_ids}) == len(workers & {*b.worker_ids}) == 1
+        await asyncio.to_thread(a.stop, drain_seconds=0)
+        stopped, other = [await store.get_rollout_by_id(rollout.rollout_id) for rollout in made]
+        assert (stopped.status, other.status) == ("requeuing", "running")
+        assert len(await store.query_attempts(other.rollout_id)) == 1
+        await asyncio.to_thread(b.stop, drain_seconds=0)
+
+
+async def test_a_pool_is_resized(store):
+    """Up: more run at once. Down: those beyond finish, or give back; the others are not touched."""
+    made = await store.enqueue_group("x", 3)
+    async with rs.RunnerPool(store, patient, size=1, flush_seconds=0.05) as pool:
+        (first,) = pool.worker_ids
+        await asyncio.to_thread(pool.resize, 3)
+        await until(running(store, *made))
+        assert len(pool.worker_ids) == 3 and first in pool.worker_ids
+        await asyncio.to_thread(pool.resize, 1, drain_seconds=0)
+        assert pool.worker_ids == [first]
+        statuses = [rollout.status for rollout in await store.query_rollouts()]
+        assert sorted(statuses) == ["requeuing", "requeuing", "running"]
+        await asyncio.to_thread(pool.resize, 2)
+        assert len(pool.worker_ids) == 2 and not {*pool.worker_ids} & {f"runner-{pool.pool_id}-1"}
+        for wrong in (0, -1, 1.5, True, "2"):
+            with pytest.raises(rs.InvalidValueError, match="size"):
+                pool.resize(wrong)
+        await asyncio.to_thread(pool.stop, drain_seconds=0)
+    with pytest.raises(rs.PoolStartError, match="does not run"):
+        pool.resize(2)
+
+
+async def test_a_pool_that_cannot_grow_stays_as_it_was(store, tmp_path):
+    """The error says why; those who were there go on."""
+
+    class Agent:
+        def setup(self):
+            if (tmp_path / "broken").exists():
+                raise ConnectionError("no model server")
+
+        def __call__(self, task, ctx):
+            return 1.0
+
+    async with rs.RunnerPool(store, Agent, size=1) as pool:
+        before = pool.worker_ids
+        (tmp_path / "broken").touch()
+        with pytest.raises(rs.PoolStartError, match="no model server"):
+            await asyncio.to_thread(pool.resize, 2)
+        assert pool.worker_ids == before
+        made = await store.enqueue_rollout("x")
+        assert (await store.wait_for_rollout(made.rollout_id, timeout=20)).status == "succeeded"
+
+
+async def test_runners_and_stores_have_names_in_the_tools_of_ray(make_ray_store):
+    """By which whoever looks at a cluster finds them."""
+    from ray.util import list_named_actors
+
+    store = make_ray_store()
+    async with rs.RunnerPool(store, patient, size=1) as pool:
+        names = {(actor["namespace"], actor["name"]) for actor in list_named_actors(all_namespaces=True)}
+        assert {("raystore-runners", worker_id) for worker_id in pool.worker_ids} <= names
+        assert rs.list_stores()[0].name == store.info.name
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(900)
+async def test_many_stops_beside_another_pool(make_ray_store, report, amount):
+    """Row 72: a pool is started and stopped over and over, in the middle of its work; the other one does not notice."""
+    store, lots, stops = make_ray_store(max_deliveries=1), random.Random(72), amount(4, 50)
+
+    async def agent(task, ctx):
+        with ctx.span("turn"):
+            await asyncio.sleep(0.3)
+        return 1.0
+
+    steady = await store.enqueue_rollout("steady", queue="b")
+    other = rs.RunnerPool(store, patient, size=1, queues=["b"], flush_seconds=0.05)
+    async with other:
+        await until(running(store, steady))
+        before = other.worker_ids
+        made = [rollout.rollout_id for rollout in await store.enqueue_group("x", 8 * stops)]
+        for _ in range(stops):
+            async with rs.RunnerPool(store, agent, size=2, concurrency=4, flush_seconds=0.05) as pool:
+                await asyncio.sleep(lots.uniform(0.1, 1.0))
+                await asyncio.to_thread(pool.stop, drain_seconds=lots.choice([0.0, 0.1]))
+        async with rs.RunnerPool(store, agent, size=2, concurrency=16):
+            done = await store.wait_for_rollouts(rollout_ids=made, timeout=200)
+        touched = (other.worker_ids != before) + (len(await store.query_attempts(steady.rollout_id)) != 1)
+        await asyncio.to_thread(other.stop, drain_seconds=0)
+    outcomes = [attempt.outcome for rollout_id in made for attempt in await store.query_attempts(rollout_id)]
+    figure = {
+        "not succeeded": len(made) - sum(rollout.status == "succeeded" for rollout in done),
+        "lost or charged": sum(outcome not in ("ok", "withdrawn") for outcome in outcomes),
+        "runners of the other pool touched": touched,
+    }
+    report(72, "pools stopped under load beside another", figure=figure, bar="0 of each", met=not any(figure.values()),
+           seed=72, did=f"{stops} stops withdrew {outcomes.count('withdrawn')} attempts")  # fmt: skip
+    assert outcomes.count("withdrawn") >= stops
