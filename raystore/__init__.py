@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from raystore import otel as otel
     from raystore import semconv as semconv
     from raystore.api import LightningStore as LightningStore
+    from raystore.dialects import ModelCall as ModelCall
+    from raystore.dialects import model_calls as model_calls
     from raystore.errors import *  # noqa: F403
     from raystore.memory import InMemoryLightningStore as InMemoryLightningStore
     from raystore.recovered import RecoveredRun as RecoveredRun
@@ -41,6 +43,7 @@ _NAMES = {
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current run_one",
+    "raystore.dialects": "ModelCall model_calls",
     "raystore.triplet": "Triplet triplets",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo

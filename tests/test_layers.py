@@ -16,6 +16,7 @@ LAYERS = [
     ["errors", "failpoints", "semconv"],
     ["core", "packed", "pickler", "plain", "unread"],
     ["spans"],
+    ["dialects"],
     ["triplet"],
     ["objects"],
     ["types"],
