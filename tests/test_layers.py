@@ -17,7 +17,7 @@ LAYERS = [
     ["core", "packed", "pickler", "plain", "unread"],
     ["spans"],
     ["dialects"],
-    ["triplet"],
+    ["trajectory", "triplet"],
     ["objects"],
     ["types"],
     ["api"],

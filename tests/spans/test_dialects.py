@@ -6,6 +6,7 @@ import json
 import logging
 from array import array
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -286,7 +287,7 @@ def test_texts_that_only_seem_to_be_lists(told):
         assert call.prompt_ids is None and call.messages == [] and call.answer == []
 
 
-@pytest.mark.parametrize("reading", [rs.triplets])
+@pytest.mark.parametrize("reading", [rs.triplets, rs.trajectories])
 def test_calls_without_token_ids_are_told_once_with_the_remedy(reading, told):
     """And those without log-probabilities, apart; a call that failed has nothing to train on."""
     bare = span("chat m", {"gen_ai.operation.name": "chat", "gen_ai.usage.output_tokens": 5})
@@ -334,3 +335,12 @@ async def test_a_span_that_cannot_be_decoded_fails_nothing(told, tmp_path, monke
         spans = await store.query_spans(rollout.rollout_id)
         assert [list(t.prompt_ids) for t in rs.triplets(spans)] == [[7]]
     assert odd.span_id in told.text
+
+
+def test_the_docs_name_every_place():
+    """`docs/spans.md` is the table for people."""
+    docs = (Path(__file__).parents[2] / "docs" / "spans.md").read_text()
+    places = {place for fact in ("prompt_ids", "response_ids", "logprobs") for place in semconv.PLACES[fact]}
+    places |= {semconv.PRIMARY_REWARD, semconv.LEGACY_REWARD, *semconv.REWARD_OUTPUTS, *semconv.MODEL_CALLS}
+    places |= {name for _, name in semconv.AGENTS if name is not None}
+    assert [place for place in places if f"`{place}`" not in docs] == []
