@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from raystore import otel as otel
     from raystore import semconv as semconv
     from raystore.api import LightningStore as LightningStore
+    from raystore.dialects import ModelCall as ModelCall
+    from raystore.dialects import model_calls as model_calls
     from raystore.errors import *  # noqa: F403
     from raystore.memory import InMemoryLightningStore as InMemoryLightningStore
     from raystore.recovered import RecoveredRun as RecoveredRun
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
     from raystore.runner import current as current
     from raystore.runner import run_one as run_one
     from raystore.spans import *  # noqa: F403
+    from raystore.trajectory import Split as Split
+    from raystore.trajectory import Trajectory as Trajectory
+    from raystore.trajectory import collate as collate
+    from raystore.trajectory import trajectories as trajectories
     from raystore.triplet import Triplet as Triplet
     from raystore.triplet import triplets as triplets
     from raystore.types import *  # noqa: F403
@@ -41,6 +47,8 @@ _NAMES = {
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current run_one",
+    "raystore.dialects": "ModelCall model_calls",
+    "raystore.trajectory": "Trajectory Split trajectories collate",
     "raystore.triplet": "Triplet triplets",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo

@@ -24,7 +24,7 @@ from raystore.core.wanted import TRAINABLE
 from raystore.errors import InvalidValueError
 from raystore.objects import Kept, Origin, Source
 from raystore.plain import whole as whole
-from raystore.spans import REWARD_SPAN, reward_of
+from raystore.spans import reward_of
 from raystore.types import (
     Attempt,
     AttemptedRollout,
@@ -348,7 +348,7 @@ class Encoder:
             name,
             start_time,
             end_time,
-            reward_of(name, values["attributes"]) if name == REWARD_SPAN else None,
+            reward_of(name, values["attributes"]),
             encoded,
             -1 if self._estimator is None else max(int(self._estimator(span)), 0),
         ]

@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}. raystore.otel needs the OpenTelemetry SDK: install raystore[otel]") from error
 
 from raystore import semconv
+from raystore.dialects import is_model_call
 from raystore.errors import InvalidValueError
 from raystore.runner.context import Context, current
 from raystore.spans import Span
@@ -27,8 +28,6 @@ from raystore.spans import Span
 logger = logging.getLogger("raystore.otel")
 
 OPEN_SPANS = 100_000  #: of a process that are followed; an agent that never ends its spans must not fill the memory
-
-_TOKENS = {semconv.OUTPUT_TOKEN_IDS, semconv.LEGACY_OUTPUT_TOKEN_IDS}
 
 _lock = threading.Lock()
 _instrumented: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -86,7 +85,7 @@ class RolloutSpanProcessor(SpanProcessor):
         except Exception:  # the agent has done nothing wrong, and must not fail for its trace
             logger.exception("Span %r of rollout %s cannot be recorded", span.name, context.rollout.rollout_id)
             return
-        if context.policy_version is not None and not _TOKENS.isdisjoint(made.attributes):
+        if context.policy_version is not None and is_model_call(made.name, made.attributes):
             made.attributes[semconv.POLICY_VERSION] = context.policy_version  # for `triplets`
         context.sink(made)
 

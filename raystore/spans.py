@@ -18,7 +18,8 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, PlainValidator
 
-from raystore.errors import InvalidValueError
+from raystore import semconv
+from raystore.errors import InvalidValueError, PayloadNotReadableError
 from raystore.plain import LEAVES, plain, scalar
 from raystore.unread import Delivered
 
@@ -48,8 +49,7 @@ Attributes = Annotated[dict[str, AttributeValue], PlainValidator(attributes_of, 
 StatusCode = Literal["UNSET", "OK", "ERROR"]
 
 VIRTUAL_SPAN = "agentlightning.virtual"  #: name of a span that was made from attributes alone
-REWARD_SPAN = "agentlightning.annotation"  #: name of spans that carry a reward
-REWARD_PREFIX = "agentlightning.reward."  #: attribute `<prefix><i>.name` and `<prefix><i>.value`; 0 is the primary one
+_PRIMARY, (_OUTPUT, _OLDER_OUTPUT), _REWARD_SPANS = semconv.PRIMARY_REWARD, semconv.REWARD_OUTPUTS, semconv.REWARD_SPANS
 _NANOSECONDS_ABOVE = 1e12  # a time larger than this can only be in nanoseconds
 
 
@@ -271,25 +271,54 @@ def seconds(value: float | None) -> float | None:
 
 
 def reward_of(name: str, attributes: Mapping[str, Any]) -> float | None:
-    """The primary reward that a span carries, if it carries one."""
-    if name != REWARD_SPAN:
+    """The primary reward that a span carries, if it carries one; in which forms, `find_final_reward` says."""
+    if (
+        _PRIMARY not in attributes
+        and _OUTPUT not in attributes
+        and _OLDER_OUTPUT not in attributes
+        and name not in _REWARD_SPANS
+    ):  # nearly all spans, each of which is asked on its way to the store
         return None
-    value = scalar(attributes.get(f"{REWARD_PREFIX}0.value"))
+    value = attributes.get(_PRIMARY)
+    for output in (_OUTPUT, _OLDER_OUTPUT):
+        if value is None and output in attributes:
+            value = _rewarded(attributes[output])
+    if value is None and name in _REWARD_SPANS:
+        value = attributes.get(semconv.LEGACY_REWARD)
+    value = scalar(value)
     if isinstance(value, (int, float)) and not math.isnan(value):  # True and False are 1 and 0
         return float(value)
     return None
 
 
+def _rewarded(output: Any) -> Any:
+    """The value in what AgentOps keeps of a function that gave a reward; None if it gave anything else."""
+    if isinstance(output, str):
+        if '"reward"' not in output:
+            return None
+        try:
+            output = json.loads(output)
+        except ValueError:  # a text of its own
+            return None
+    return output.get("value") if isinstance(output, Mapping) and output.get("type") == "reward" else None
+
+
 def find_final_reward(spans: Sequence[Span]) -> float | None:
     """The primary reward of the newest span that carries one.
 
-    A span carries a reward if its name is `agentlightning.annotation` and its attribute
-    `agentlightning.reward.0.value` is a number; the same rule lifts a reward to `Rollout.reward`.
+    A span carries a reward if a number stands in its attribute `agentlightning.reward.0.value`; or in its attribute
+    `reward`, if its name is `agentlightning.annotation` or `agentlightning.reward` (agent-lightning 0.2); or in the
+    output that AgentOps keeps of a function under agent-lightning's decorator `reward`. The same rule lifts a reward to
+    `Rollout.reward`. Raises `PayloadNotReadableError` if a span of those names cannot be decoded here.
     """
     for span in reversed(spans):
-        if span.name != REWARD_SPAN:  # whose attributes may not be readable here, and do not matter
-            continue
-        if (reward := reward_of(span.name, span.attributes)) is not None:
+        try:
+            attributes = span.attributes
+        except PayloadNotReadableError:
+            if span.name in semconv.REWARD_SPANS:
+                raise
+            continue  # not a reward by its name, and there is nothing else to see
+        if (reward := reward_of(span.name, attributes)) is not None:
             return reward
     return None
 

@@ -1,6 +1,7 @@
 """From spans to what a trainer takes: prompt ids, response ids, log-probabilities, reward, policy version.
 
-Not here: recording LLM calls (`Context.llm`), tokenising texts, advantages, which are an algorithm's business.
+Not here: reading the spans (`raystore.dialects`), turns that belong together (`raystore.trajectory`), tokenising texts,
+advantages, which are an algorithm's business.
 """
 
 from __future__ import annotations
@@ -8,11 +9,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from raystore import semconv
-from raystore.packed import pack_floats, pack_integers
-from raystore.spans import Span, find_final_reward
+from raystore.dialects import final_rewards, model_calls, with_token_ids
+from raystore.spans import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,36 +41,23 @@ def triplets(spans: Sequence[Span]) -> list[Triplet]:
     """The model calls among these spans that carry token ids, in the order given.
 
     Takes the spans of one rollout or of several, as `query_spans` and `query_many_spans` give them; each attempt has a
-    reward of its own. Understands what `ctx.llm` records, and of agent-lightning's tracers the attributes
-    `prompt_token_ids` and `response_token_ids`: not their log-probabilities, nor rewards in spans of other names.
+    reward of its own (`find_final_reward`). Understands what `ctx.llm` records and the tracers of `docs/spans.md`; a
+    call that several of them trace is one (`model_calls`).
+
+    Logged, never raised: a span that cannot be read is named and passed over; once in a process, calls that carry no
+    token ids, and calls that carry no log-probabilities, with what to do about it.
     """
-    attempts: dict[tuple[str, str], list[Span]] = {}
-    for span in spans:
-        attempts.setdefault((span.rollout_id, span.attempt_id), []).append(span)
-    rewards = {key: find_final_reward(of_attempt) for key, of_attempt in attempts.items()}
-    found = []
-    for span in spans:
-        prompt = _either(span, semconv.INPUT_TOKEN_IDS, semconv.LEGACY_INPUT_TOKEN_IDS)
-        response = _either(span, semconv.OUTPUT_TOKEN_IDS, semconv.LEGACY_OUTPUT_TOKEN_IDS)
-        if prompt is None or response is None:
-            continue
-        logprobs = span.attributes.get(semconv.OUTPUT_LOGPROBS)
-        version = span.attributes.get(semconv.POLICY_VERSION)
-        found.append(
-            Triplet(
-                prompt_ids=pack_integers(semconv.INPUT_TOKEN_IDS, prompt),
-                response_ids=pack_integers(semconv.OUTPUT_TOKEN_IDS, response),
-                logprobs=None if logprobs is None else pack_floats(semconv.OUTPUT_LOGPROBS, logprobs),  # type: ignore[arg-type]
-                reward=rewards[span.rollout_id, span.attempt_id],
-                policy_version=version if isinstance(version, int) else None,
-                rollout_id=span.rollout_id,
-                attempt_id=span.attempt_id,
-                span_id=span.span_id,
-            )
+    rewards = final_rewards(spans)
+    return [
+        Triplet(
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            logprobs=call.logprobs,
+            reward=rewards[call.rollout_id, call.attempt_id],
+            policy_version=call.policy_version,
+            rollout_id=call.rollout_id,
+            attempt_id=call.attempt_id,
+            span_id=call.span_id,
         )
-    return found
-
-
-def _either(span: Span, name: str, legacy: str) -> Any:
-    value = span.attributes.get(name)
-    return span.attributes.get(legacy) if value is None else value
+        for call, prompt_ids, response_ids in with_token_ids(model_calls(spans))
+    ]

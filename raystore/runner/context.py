@@ -19,7 +19,7 @@ from typing import Any
 from raystore import plain, semconv
 from raystore.errors import InvalidValueError
 from raystore.packed import pack_floats, pack_integers
-from raystore.spans import REWARD_PREFIX, REWARD_SPAN, Event, Span, TraceStatus, attributes_of
+from raystore.spans import Event, Span, TraceStatus, attributes_of
 from raystore.types import LLM, Attempt, AttemptedRollout
 
 _current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
@@ -175,10 +175,10 @@ class Context:
         """Emit the reward of the rollout; `dimensions` are further values by name, beside the reward."""
         attributes: dict[str, Any] = {}
         for index, (name, number) in enumerate({"reward": value, **dimensions}.items()):
-            attributes[f"{REWARD_PREFIX}{index}.name"] = name
-            attributes[f"{REWARD_PREFIX}{index}.value"] = plain.reward(name, number)
+            attributes[f"{semconv.REWARD_PREFIX}{index}.name"] = name
+            attributes[f"{semconv.REWARD_PREFIX}{index}.value"] = plain.reward(name, number)
         now = time.time()
-        self._end(OpenSpan(REWARD_SPAN, attributes), _parent.get(), now, now)
+        self._end(OpenSpan(semconv.REWARD_SPAN, attributes), _parent.get(), now, now)
 
     def add(self, span: Span) -> None:
         """Take a span that was made elsewhere; it is given to this attempt."""

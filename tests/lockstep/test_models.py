@@ -115,19 +115,24 @@ def test_the_estimate_of_a_size(given) -> None:
 
 
 def test_the_final_reward() -> None:
-    """The same for the reference's own reward spans of 0.3; other ways to say one count there only."""
+    """The same in all forms that the reference knows, and its first span name besides."""
     primary = {"agentlightning.reward.0.name": "primary", "agentlightning.reward.0.value": 0.5}
     output = {"agentops.task.output": '{"type": "reward", "value": 0.5}'}
-    for name, attributes, is_one in (
+    entity = {"agentops.entity.output": {"type": "reward", "value": 0.5}}
+    for name, attributes, theirs_too in (
         ("agentlightning.annotation", primary, True),
+        ("agentlightning.annotation", {"reward": 0.5}, True),
+        ("call", primary, True),
+        ("call", output, True),
+        ("call", entity, True),
+        ("agentlightning.reward", {"reward": 0.5}, False),
         ("agentlightning.annotation", {"other": 1}, None),
-        ("agentlightning.annotation", {"reward": 0.5}, False),
-        ("call", primary, False),
-        ("call", output, False),
+        ("call", {"reward": 0.5}, None),
+        ("call", {"agentops.task.output": '{"type": "score", "value": 0.5}'}, None),
     ):
         one, other = (m.Span.from_attributes(attributes=attributes, name=name) for m in (ours, theirs))
         found = (rs.find_final_reward([one]), find_final_reward([other]))
-        assert found == {True: (0.5, 0.5), None: (None, None), False: (None, 0.5)}[is_one]
+        assert found == {True: (0.5, 0.5), None: (None, None), False: (0.5, None)}[theirs_too]
 
 
 def test_urls_of_a_proxy() -> None:

@@ -49,6 +49,27 @@ async def test_model_calls_become_triplets(store):
     assert (await store.statistics())["total_span_bytes"] < 4 * 41_000 + 10_000
 
 
+@mostly_in_memory
+async def test_recorded_turns_become_trajectories(store):
+    """Read back from the store, with the policy version of the claim on each generated token."""
+    await store.update_resources("policy", {"p": rs.PromptTemplate(template="x", engine="f-string")}, policy_version=3)
+
+    def agent(task, ctx):
+        ctx.llm(prompt_ids=[1, 2], response_ids=[3], logprobs=[-0.5])
+        ctx.llm(prompt_ids=[1, 2, 3, 4], response_ids=[5, 6], logprobs=[-0.25, -1.0])
+        return float(task)
+
+    made = await store.enqueue_group(1, 2)
+    async with rs.RunnerPool(store, agent, size=1):
+        await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=20)
+    found = await store.query_many_spans([r.rollout_id for r in made])
+    both = rs.trajectories([each for spans in found.values() for each in spans])
+    assert [t.rollout_id for t in both] == [r.rollout_id for r in made]
+    for one in both:
+        assert list(one.policy_versions) == [-1, -1, 3, -1, 3, 3] and one.reward == 1.0
+        assert list(one.logprobs) == [0, 0, -0.5, 0, -0.25, -1.0]
+
+
 def test_triplets_keep_attempts_apart_and_read_other_tracers():
     """Each attempt has its own reward; agent-lightning's names are understood."""
 
