@@ -20,6 +20,7 @@ from raystore.client import StoreClient
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.runner.agents import Agents
 from raystore.runner.inline import InlineAgents
+from raystore.runner.told import last_line, portable, text_of
 from raystore.runner.worker import STOP_SECONDS, Runner, RunnerOptions
 
 logger = logging.getLogger("raystore.runner")
@@ -47,7 +48,10 @@ class RunnerActor:
     async def _open(self) -> None:
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._agents.open())
-        await asyncio.shield(self._opening)
+        try:
+            await asyncio.shield(self._opening)
+        except Exception as error:
+            raise portable(error) from None
 
     async def hello(self) -> str:
         """The session by which the store knows this process, once its agents are ready."""
@@ -277,8 +281,7 @@ class RunnerActors:
 
 def _cause(error: BaseException) -> str:
     """The line of an error that says most: the last of its traceback, without Ray's list of what it might be."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
+    return last_line(text_of(error)).partition(" Some common causes")[0] or type(error).__name__
 
 
 def _available() -> str:

@@ -14,6 +14,7 @@ from raystore.client import StoreClient
 from raystore.errors import PoolStartError
 from raystore.runner.agents import Agents
 from raystore.runner.inline import InlineAgents
+from raystore.runner.told import last_line, report
 from raystore.runner.worker import STOP_SECONDS, Runner, RunnerOptions
 
 
@@ -41,7 +42,7 @@ class RunnerThreads:
         self._thread.start()
         self._started.wait()
         if self._failure is not None:
-            cause = f"{type(self._failure).__name__}: {self._failure}"
+            cause = last_line(report(self._failure))
             raise PoolStartError(f"{len(self._runners)} runners in this process", "this process", cause) from (
                 self._failure
             )
