@@ -8,9 +8,13 @@ Not here: converting a span (`Span.from_opentelemetry`), receiving spans of othe
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import threading
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 try:
@@ -22,7 +26,7 @@ except ModuleNotFoundError as error:
 from raystore import semconv
 from raystore.dialects import is_model_call
 from raystore.errors import InvalidValueError
-from raystore.runner.context import Context, current
+from raystore.runner.context import current
 from raystore.spans import Span
 
 logger = logging.getLogger("raystore.otel")
@@ -59,38 +63,58 @@ def instrument(provider: TracerProvider | None = None) -> TracerProvider:
         return chosen  # type: ignore[no-any-return]
 
 
+@dataclass(slots=True)
+class _Open:
+    """A span that has not ended, and where it goes when it does: not the rollout itself, which may end before it."""
+
+    span: weakref.ref[Any]  # with the span that is given up, this goes
+    rollout_id: str
+    attempt_id: str
+    policy_version: int | None
+    sink: Callable[[Span], None]
+
+
 class RolloutSpanProcessor(SpanProcessor):
-    """Hands each span that ends to the rollout in which it started."""
+    """Hands each span that ends to the rollout in which it started; one that never ends keeps nothing of it."""
 
     def __init__(self) -> None:
-        self._open: dict[tuple[int, int], Context] = {}
+        self._open: dict[tuple[int, int], _Open] = {}
 
     def on_start(self, span: Any, parent_context: Any = None) -> None:
-        context = current()
-        if context is None and span.parent is not None:
-            context = self._open.get((span.parent.trace_id, span.parent.span_id))
-        if context is None:
-            return
-        self._open[span.context.trace_id, span.context.span_id] = context
+        key = (span.context.trace_id, span.context.span_id)
+        given_up = weakref.ref(span, functools.partial(_forget, self._open, key))
+        if (context := current()) is not None:
+            ids = (context.rollout.rollout_id, context.attempt.attempt_id)
+            self._open[key] = _Open(given_up, *ids, context.policy_version, context.sink)
+        elif span.parent is not None:
+            parent = self._open.get((span.parent.trace_id, span.parent.span_id))
+            if parent is None:
+                return
+            self._open[key] = dataclasses.replace(parent, span=given_up)
         if len(self._open) > OPEN_SPANS:
             self._open.pop(next(iter(self._open), None), None)  # type: ignore[arg-type]
 
     def on_end(self, span: ReadableSpan) -> None:
         identity = span.context
-        context = self._open.pop((identity.trace_id, identity.span_id), None)
-        if context is None:
+        place = self._open.pop((identity.trace_id, identity.span_id), None)
+        if place is None:
             return
         try:
-            made = Span.from_opentelemetry(span, context.rollout.rollout_id, context.attempt.attempt_id, 0)
+            made = Span.from_opentelemetry(span, place.rollout_id, place.attempt_id, 0)
         except Exception:  # the agent has done nothing wrong, and must not fail for its trace
-            logger.exception("Span %r of rollout %s cannot be recorded", span.name, context.rollout.rollout_id)
+            logger.exception("Span %r of rollout %s cannot be recorded", span.name, place.rollout_id)
             return
-        if context.policy_version is not None and is_model_call(made.name, made.attributes):
-            made.attributes[semconv.POLICY_VERSION] = context.policy_version  # for `triplets`
-        context.sink(made)
+        if place.policy_version is not None and is_model_call(made.name, made.attributes):
+            made.attributes[semconv.POLICY_VERSION] = place.policy_version  # for `triplets`
+        place.sink(made)
 
     def shutdown(self) -> None:
         self._open.clear()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         return True  # nothing waits here
+
+
+def _forget(opened: dict[tuple[int, int], _Open], key: tuple[int, int], span: object) -> None:
+    """A span was given up without an end."""
+    opened.pop(key, None)

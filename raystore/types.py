@@ -278,7 +278,7 @@ class PromptTemplate(Resource):
     template: str
     engine: Literal["jinja", "f-string", "poml"]
 
-    def format(self, **values: Any) -> str:
+    def format(self, /, **values: Any) -> str:
         """The prompt with its places filled in; only the "f-string" engine is built in."""
         if self.engine != "f-string":
             raise NotImplementedError(

@@ -1,8 +1,9 @@
 """Runners: processes that claim rollouts, run an agent on them and report.
 
 `pool` keeps a number of them alive (`actors` on Ray, `threads` in this process), `worker` is what each one does,
-`agents` says what an agent is and `context` what it sees; it runs in its runner's process (`inline`) or in one of its
-own (`forked`, `nursery`, `child`), or once and without a store (`single`).
+`agents` says what an agent is, `life` in which thread and task it lives, `context` what it sees and `told` what is
+said of its errors; it runs in its runner's process (`inline`) or in one of its own (`forked`, `nursery`, `child`), or
+once and without a store (`single`).
 Not here: algorithms, which are plain async functions over a store.
 """
 

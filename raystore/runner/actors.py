@@ -23,6 +23,7 @@ from raystore.client import StoreClient
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.runner.agents import Agents
 from raystore.runner.inline import InlineAgents
+from raystore.runner.told import last_line, portable, text_of
 from raystore.runner.worker import WITHDRAW_SECONDS, Runner, RunnerOptions, runner_id
 
 logger = logging.getLogger("raystore.runner")
@@ -53,7 +54,10 @@ class RunnerActor:
     async def _open(self) -> None:
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._agents.open())
-        await asyncio.shield(self._opening)
+        try:
+            await asyncio.shield(self._opening)
+        except Exception as error:
+            raise portable(error) from None
 
     async def hello(self) -> str:
         """The session by which the store knows this process, once its agents are ready."""
@@ -400,8 +404,7 @@ class _Once:
 
 def _cause(error: BaseException) -> str:
     """The line of an error that says most: the last of its traceback, without Ray's list of what it might be."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
+    return last_line(text_of(error)).partition(" Some common causes")[0] or type(error).__name__
 
 
 def _available() -> str:

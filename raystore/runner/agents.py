@@ -1,8 +1,9 @@
 """What an agent is, how it is called, and how a call ends.
 
 An agent is a function or coroutine function `agent(task, ctx)`, or a class with `__call__`, of which each process makes
-one instance (`setup` and `close` may be coroutine functions, too). Whatever it returns or raises becomes an `Ending`.
-Not here: in which thread or process it runs (`inline`, `forked`), what is reported of it (`worker`).
+one instance (`setup` and `close` may be coroutine functions, too). Whatever it returns or raises becomes an `Ending`;
+no error that can be raised, however odd, is replaced by another one on that way.
+Not here: its thread and task (`life`), its process (`inline`, `forked`), what is reported of it (`worker`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import logging
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from raystore.errors import Abort, Drop, PayloadLostError
 from raystore.runner.context import Context
+from raystore.runner.told import report, summary, text_of
 from raystore.spans import Span
 
-logger = logging.getLogger("raystore.runner")
-
 CAUSES_SEEN = 20  #: of an error
+RETRY_SECONDS = 0.2  #: before an agent that could not be made again is tried again; doubles each time ...
+RETRY_MOST_SECONDS = 10.0  #: ... up to this
 ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
 
 
@@ -87,45 +89,13 @@ def check(agent: Any) -> str | None:
     return None
 
 
-class LoadedAgent:
-    """An agent that is ready in this process: a function as it is, a class as one instance that was set up."""
-
-    def __init__(self, call: Any, *, is_ours: bool) -> None:
-        self.call = call
-        self.is_async = is_async(call)
-        self._is_ours = is_ours
-
-    async def close(self) -> None:
-        """Let an instance that was made here let go of what it holds; an error there is told and changes nothing."""
-        if self._is_ours:
-            try:
-                await _maybe_await(self.call, "close")
-            except Exception:
-                logger.exception("close() of the agent failed")
-
-
-async def load(agent: Any) -> LoadedAgent:
-    """Make an agent ready; raises what it raises."""
-    is_class = inspect.isclass(_inner(agent))
-    try:
-        call = agent() if is_class else agent
-        if is_class:
-            await _maybe_await(call, "setup")
-    except (SystemExit, KeyboardInterrupt) as error:  # would end the process
-        raise RuntimeError(f"the agent could not be made: {error!r}") from error
-    return LoadedAgent(call, is_ours=is_class)
-
-
-async def _maybe_await(agent: Any, name: str) -> None:
-    method = getattr(agent, name, None)
-    if callable(method):
-        result = method()
-        if inspect.isawaitable(result):
-            await result
+def is_class(agent: Any) -> bool:
+    """Whether it is a class, of which an instance is to be made."""
+    return inspect.isclass(_inner(agent))
 
 
 def is_async(agent: Any) -> bool:
-    """Whether calling it gives a coroutine."""
+    """Whether it, or an instance of it, is a coroutine function. What merely returns an awaitable is not known here."""
     inner = _inner(agent)
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))  # noqa: B004
 
@@ -136,60 +106,57 @@ def _inner(agent: Any) -> Any:
     return agent
 
 
-async def run_async(agent: Any, context: Context) -> Ending:
-    """Run an agent that is a coroutine function, in a task of its own."""
-    try:
-        with context.active():
-            take_result(context, await agent(context.rollout.input, context))
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling() and not context.cancelled:
-            raise  # the loop ends
-        return _ending(error, context)
-    except GeneratorExit:
-        raise
-    except BaseException as error:
-        return _ending(error, context)
-    return Ending("succeeded", "ok")
-
-
-def run_sync(agent: Any, context: Context) -> Ending:
-    """Run any other agent, in the calling thread."""
-    try:
-        with context.active():
-            take_result(context, agent(context.rollout.input, context))
-    except BaseException as error:  # SystemExit, too, would end more than this rollout
-        return _ending(error, context)
-    return Ending("succeeded", "ok")
-
-
-def _ending(error: BaseException, context: Context) -> Ending:
-    """How an agent that raised has ended."""
-    if isinstance(error, Abort):
-        return Ending("failed", "infra", str(error))
-    if isinstance(error, Drop):
-        return Ending("failed", "dropped", str(error))
+def ended(context: Context, result: Any, error: BaseException | None) -> Ending:
+    """How a call has ended that returned this, or raised that if it is not None; in the agent's thread."""
+    if error is None:
+        try:
+            take_result(context, result)
+            return Ending("succeeded", "ok")
+        except Exception as refusal:
+            error = refusal
+    for one in _leaves(error):
+        if isinstance(one, Abort):  # before Drop: what failed with the infrastructure may have been in order
+            return Ending("failed", "infra", text_of(one))
+    for one in _leaves(error):
+        if isinstance(one, Drop):
+            return Ending("failed", "dropped", text_of(one))
     if isinstance(error, asyncio.CancelledError):
         if context.cancelled:
             return Ending(None)
-        return Ending("failed", "agent_error", f"the agent cancelled itself: {error!r}", "cancelled itself")
+        return Ending("failed", "agent_error", f"the agent cancelled itself: {summary(error)}", "cancelled itself")
     if (lost := lost_resources(error, context)) is not None:
         return Ending("failed", "infra", str(lost), unread=lost.resources)
-    text = "".join(traceback.format_exception(error))
-    raised = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{type(error).__name__} at {raised.filename}:{raised.lineno}"
-    return Ending("failed", "agent_error", text[-ERROR_CHARACTERS:], place)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
+    return Ending("failed", "agent_error", report(error)[-ERROR_CHARACTERS:], f"{type(error).__name__} at {where}")
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """An error, or those that a group holds, also within groups."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _leaves(one)
+    else:
+        yield error
+
+
+def and_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it, with what groups among them hold; the newest first, and not without end."""
+    for _ in range(CAUSES_SEEN):
+        if error is None:
+            return
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        error = error.__cause__ or error.__context__
 
 
 def lost_resources(error: BaseException | None, context: Context) -> PayloadLostError | None:
     """The error, among those that led to this one, which says that the rollout's resources cannot be had."""
     wanted = (context.rollout.resources_id, context.attempt.resources_version)
-    for _ in range(CAUSES_SEEN):
-        if error is None:
-            return None
-        if isinstance(error, PayloadLostError) and error.resources == wanted:
-            return error
-        error = error.__cause__ or error.__context__
+    for one in and_causes(error):
+        if isinstance(one, PayloadLostError) and one.resources == wanted:
+            return one
     return None
 
 
@@ -203,8 +170,4 @@ def take_result(context: Context, result: Any) -> None:
         for span in result:
             context.add(span)
     else:
-        hint = ""
-        if inspect.iscoroutine(result):
-            result.close()
-            hint = ". Was an await forgotten? An agent that awaits is an `async def`"
-        raise TypeError(f"the agent returned {result!r}: expected a number (the reward), a list of Span, or None{hint}")
+        raise TypeError(f"the agent returned {result!r}: expected a number (the reward), a list of Span, or None")

@@ -8,25 +8,24 @@ Not here: how it is forked and killed (`nursery`), the runner's side (`forked`).
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
+import contextlib
 import logging
 import os
 import pickle
-import queue
 import socket
 import struct
 import sys
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from raystore import pickler
-from raystore.runner import agents, nursery
+from raystore.runner import nursery
 from raystore.runner.agents import Ending
 from raystore.runner.context import Context
+from raystore.runner.life import Life
+from raystore.runner.told import report, summary
 from raystore.types import AttemptedRollout
 
 NURSERY_SECONDS = 2.0  #: that the nursery has to end this process, before it does so itself
@@ -82,58 +81,29 @@ class _Channel:
 
 
 class _Child:
-    """One agent's process."""
+    """One agent's process, whose main thread leads the agent's life."""
 
     def __init__(self, channel: _Channel) -> None:
         self._channel = channel
-        self._runs: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self._loop = asyncio.new_event_loop()
-        self._lock = threading.Lock()  # over the three that follow
         self._context: Context | None = None
-        self._task: asyncio.Task[Any] | None = None
-        self._early: tuple[str, str, str] | None = None  # a cancel of a rollout that is not there yet
         self._resources: dict[str, Any] = {}
+        self._worker_id = ""
 
     def work(self) -> None:
         setup: Setup = self._channel.receive()
         sys.path[:] = setup.path
-        try:
-            agent = self._loop.run_until_complete(agents.load(pickler.loads_agent(setup.agent)))
-        except BaseException as error:
-            self._channel.send(FAILED, "".join(traceback.format_exception(error)))
-            return
-        self._channel.send(READY)
-        threading.Thread(target=self._listen, name="raystore-listen", daemon=True).start()
-        while (run := self._runs.get()) is not None:
-            if run.resources is not None:
-                self._resources = run.resources
-            context = Context(run.rollout, self._resources, setup.worker_id, self._send_span)
-            self._channel.send(STARTED)
-            with self._lock:
-                self._context = context
-                if agent.is_async:
-                    self._task = self._loop.create_task(agents.run_async(agent.call, context))
-            if self._early is not None:
-                self._cancel(*self._early)
-            if self._task is not None:
-                ending = self._ended(self._task)
-            else:  # in the main thread, where an agent may do anything
-                ending = contextvars.copy_context().run(agents.run_sync, agent.call, context)
-            with self._lock:
-                self._context = self._task = None
-            self._channel.send(DONE, ending)
-        self._loop.run_until_complete(agent.close())
+        self._worker_id = setup.worker_id
+        with contextlib.ExitStack() as stack:
+            try:
+                life = stack.enter_context(Life(pickler.loads_agent(setup.agent)))
+            except BaseException as error:
+                self._channel.send(FAILED, report(error))
+                return
+            self._channel.send(READY)
+            threading.Thread(target=self._listen, args=[life], name="raystore-listen", daemon=True).start()
+            life.serve()
 
-    def _ended(self, task: asyncio.Task[Ending]) -> Ending:
-        try:
-            return self._loop.run_until_complete(task)
-        except asyncio.CancelledError:  # before it had begun
-            return Ending(None)
-
-    def _send_span(self, span: Any) -> None:
-        self._channel.send(SPAN, span)
-
-    def _listen(self) -> None:
+    def _listen(self, life: Life) -> None:
         """Take messages while the agent works."""
         while True:
             try:
@@ -143,25 +113,37 @@ class _Child:
                 nursery.kill_tree(os.getpid())
                 return
             except Exception as error:
-                why = f"the task or a resource cannot be opened in the agent's process: {type(error).__name__}: {error}"
+                why = f"the task or a resource cannot be opened in the agent's process: {summary(error)}"
                 self._channel.send(DONE, Ending("failed", "infra", why))
                 continue
             if isinstance(message, Run):
-                self._runs.put(message)
+                if message.resources is not None:
+                    self._resources = message.resources
+                self._context = Context(message.rollout, self._resources, self._worker_id, self._send_span)
+                with contextlib.suppress(RuntimeError):  # the agent is over, and so is this process: it never begins
+                    life.begin(self._context, self._settle, self._begun)
             elif message[0] == CLOSE:
-                self._runs.put(None)
+                life.end()
             else:
-                self._cancel(*message[1:])
+                self._cancel(life, *message[1:])
+            del message
 
-    def _cancel(self, rollout_id: str, attempt_id: str, why: str) -> None:
-        with self._lock:
-            context, task = self._context, self._task
-            if context is None or (context.rollout.rollout_id, context.attempt.attempt_id) != (rollout_id, attempt_id):
-                self._early = (rollout_id, attempt_id, why)  # it has not begun yet, or has ended meanwhile
-                return
-            context.cancel(why)
-        if task is not None:
-            self._loop.call_soon_threadsafe(task.cancel)
+    def _begun(self) -> None:
+        self._channel.send(STARTED)
+
+    def _send_span(self, span: Any) -> None:
+        self._channel.send(SPAN, span)
+
+    def _settle(self, ending: Ending) -> None:
+        self._context = None
+        self._channel.send(DONE, ending)
+
+    def _cancel(self, life: Life, rollout_id: str, attempt_id: str, why: str) -> None:
+        context = self._context  # messages are in order: if it is another one, the rollout has ended
+        if context is None or (context.rollout.rollout_id, context.attempt.attempt_id) != (rollout_id, attempt_id):
+            return
+        context.cancel(why)
+        life.cancel(context)
 
 
 def main(end: socket.socket) -> NoReturn:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from raystore import plain, semconv
 from raystore.errors import InvalidValueError
 from raystore.packed import pack_floats, pack_integers
+from raystore.runner.told import report, summary, text_of
 from raystore.spans import Event, Span, TraceStatus, attributes_of
 from raystore.types import LLM, Attempt, AttemptedRollout
 
@@ -55,11 +55,34 @@ class OpenSpan:
         """Note an exception, under OpenTelemetry's names, and mark the span as failed."""
         details = {
             "exception.type": type(error).__name__,
-            "exception.message": str(error),
-            "exception.stacktrace": "".join(traceback.format_exception(error)),
+            "exception.message": text_of(error),
+            "exception.stacktrace": report(error),
         }
         self.events.append(Event(name="exception", attributes=details, timestamp=time.time()))
-        self.status = TraceStatus(status_code="ERROR", description=f"{type(error).__name__}: {error}")
+        self.status = TraceStatus(status_code="ERROR", description=summary(error))
+
+
+class _Block:
+    """A block of an agent that is recorded as a span. A class, since a generator would meddle with the exceptions."""
+
+    def __init__(self, context: Context, span: OpenSpan) -> None:
+        self._context = context
+        self._span = span
+        self._parent_id: str | None = None
+        self._started = 0.0
+
+    def __enter__(self) -> OpenSpan:
+        self._parent_id = _parent.get()
+        _parent.set(self._span.span_id)
+        self._started = time.time()
+        return self._span
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and not isinstance(error, GeneratorExit):
+            self._span.record_exception(error)
+        if _parent.get() == self._span.span_id:  # else it is left elsewhere than entered: a generator that was closed
+            _parent.set(self._parent_id)
+        self._context._end(self._span, self._parent_id, self._started, time.time())
 
 
 class Context:
@@ -97,24 +120,17 @@ class Context:
 
     # -- spans and rewards -------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def span(self, name: str, **attributes: Any) -> Iterator[OpenSpan]:
-        """Record what the block does as a span; an exception is noted on it and goes on."""
-        span = OpenSpan(name, attributes)
-        parent_id = _parent.get()
-        token = _parent.set(span.span_id)
-        started = time.time()
-        try:
-            yield span
-        except BaseException as error:
-            span.record_exception(error)
-            raise
-        finally:
-            _parent.reset(token)
-            self._end(span, parent_id, started, time.time())
+    def span(self, name: str, /, **attributes: Any) -> AbstractContextManager[OpenSpan]:
+        """Record what the block does as a span; an exception is noted on it and goes on.
+
+        Attributes may have any names, also `name`. A block that is left since its generator was closed has not failed;
+        one that is never left is no span.
+        """
+        return _Block(self, OpenSpan(name, attributes))
 
     def llm(
         self,
+        /,
         *,
         prompt_ids: Iterable[int],
         response_ids: Iterable[int],
@@ -171,10 +187,10 @@ class Context:
         span = OpenSpan(f"{operation} {model}" if model else operation, known | attributes)
         self._end(span, _parent.get(), now if start_time is None else start_time, now)
 
-    def reward(self, value: float, **dimensions: float) -> None:
-        """Emit the reward of the rollout; `dimensions` are further values by name, beside the reward."""
+    def reward(self, value: float, /, **dimensions: float) -> None:
+        """Emit the reward of the rollout; `dimensions` are further values, of any names, beside the reward."""
         attributes: dict[str, Any] = {}
-        for index, (name, number) in enumerate({"reward": value, **dimensions}.items()):
+        for index, (name, number) in enumerate([("reward", value), *dimensions.items()]):
             attributes[f"{semconv.REWARD_PREFIX}{index}.name"] = name
             attributes[f"{semconv.REWARD_PREFIX}{index}.value"] = plain.reward(name, number)
         now = time.time()
@@ -227,13 +243,7 @@ class Context:
         """Mark the work as of no use; for the runner."""
         self._cancelled = why
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Make this the context that `current` finds."""
-        token = _current.set(self)
-        parent = _parent.set(None)
-        try:
-            yield
-        finally:
-            _parent.reset(parent)
-            _current.reset(token)
+    def enter(self) -> None:
+        """Make this the context that `current` finds, in the calling code's context variables; for the runner."""
+        _current.set(self)
+        _parent.set(None)

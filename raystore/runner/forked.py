@@ -24,7 +24,7 @@ from typing import Any
 from raystore import pickler
 from raystore.errors import AgentNotPicklableError, AgentProcessError
 from raystore.runner import nursery
-from raystore.runner.agents import Ending
+from raystore.runner.agents import RETRY_MOST_SECONDS, RETRY_SECONDS, Ending
 from raystore.runner.child import CANCEL, CLOSE, DONE, FAILED, LENGTH, READY, SPAN, STARTED, Run, Setup, pack
 from raystore.runner.context import Context
 from raystore.spans import Span
@@ -33,8 +33,6 @@ from raystore.types import ObjectResource
 logger = logging.getLogger("raystore.runner")
 
 CLOSE_SECONDS = 1.0  #: that an agent's `close` may take
-RETRY_SECONDS = 0.2  #: before another process is tried for an agent that could not be set up; doubles each time ...
-RETRY_MOST_SECONDS = 10.0  #: ... up to this
 REMEMBERED = 64  #: rollouts of a process whose late spans still find their way
 
 

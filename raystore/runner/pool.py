@@ -29,10 +29,14 @@ class RunnerPool:
         store: the store to work for.
         agent: a function or coroutine function `agent(task, ctx) -> float | None | list[Span]`, or a class with
             `setup()`, `__call__(task, ctx)` and `close()`, of which each runner makes one instance (use
-            `functools.partial(Class, ...)` for arguments). A number is the reward. An exception fails the attempt;
-            `raystore.Abort` has it delivered again, `raystore.Drop` drops it.
+            `functools.partial(Class, ...)` for arguments). A number is the reward; what is awaitable is awaited. An
+            exception fails the attempt; `raystore.Abort` has it delivered again, `raystore.Drop` drops it, also within
+            an exception group.
         size: number of runners.
-        concurrency: rollouts that one runner works on at a time.
+        concurrency: rollouts that one runner works on at a time. With 1, `__init__`, `setup`, the calls and `close` of
+            an agent run in one thread, and all that they await in one task, wherever they run. Above that, `setup` and
+            `close` share a thread and a task, and the calls run beside: async ones as tasks of the same event loop,
+            any other in threads.
         num_cpus: that Ray reserves for a runner; None means 0 on a single node, else 1.
         num_gpus, resources, runtime_env, scheduling_strategy: of a runner, as Ray takes them.
         queues: tried in the order given.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from secrets import token_hex
@@ -19,6 +20,8 @@ from raystore.convert import validated
 from raystore.errors import InvalidValueError
 from raystore.runner import agents
 from raystore.runner.context import Context
+from raystore.runner.life import Life
+from raystore.runner.told import add_note
 from raystore.spans import Span, find_final_reward
 from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
 
@@ -59,8 +62,8 @@ def run_one(
         resources: by name, for `ctx.resources`: what `update_resources` takes.
         policy_version: for `ctx.policy_version`.
 
-    Whatever the agent raises comes out as it was raised, with a note of the spans before it. Inside a running event
-    loop (a notebook) the agent runs in another thread.
+    Whatever the agent raises comes out as it was raised, with a note of the spans before it. All of the agent's life,
+    from `__init__` to `close`, is in the calling thread; inside a running event loop (a notebook) it is in another one.
     """
     if (expected := agents.check(agent)) is not None:
         raise InvalidValueError("agent", agent, expected)
@@ -75,41 +78,45 @@ def run_one(
     spans: list[Span] = []
     context = Context(rollout, validated(NamedResources, dict(resources or {})), "run_one", spans.append)
     try:
-        _drive(_call(agent, context))
+        _here_or_beside(functools.partial(_run, agent, context))
     except Exception as error:
-        error.add_note(f"raystore: spans recorded before: {', '.join(span.name for span in spans) or 'none'}")
+        add_note(error, f"spans recorded before: {', '.join(span.name for span in spans) or 'none'}")
         raise
     for number, span in enumerate(spans, 1):
         span.sequence_id = number
     return Run(rollout, spans, find_final_reward(spans))
 
 
-async def _call(agent: Any, context: Context) -> None:
-    loaded = await agents.load(agent)
-    try:
-        with context.active():
-            result = loaded.call(context.rollout.input, context)
-            agents.take_result(context, await result if loaded.is_async else result)
-    finally:
-        await loaded.close()
+def _run(agent: Any, context: Context) -> None:
+    """The life of an agent, with one call; raises what the agent raised."""
+    with Life(agent) as life:
+        result, error = life.run(context)
+        if error is None:
+            agents.take_result(context, result)
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error  # no cycle with its traceback
 
 
-def _drive(coroutine: Any) -> None:
-    """Run to the end here; in another thread if this one has a running event loop."""
+def _here_or_beside(function: Callable[[], None]) -> None:
+    """Run a function in this thread; in another one if this one has a running event loop."""
     try:
         running = asyncio.get_running_loop()
     except RuntimeError:
         running = None
     if running is None:  # outside of the handler, whose exception would be shown with the agent's
-        asyncio.run(coroutine)
+        function()
         return
     done: Future[None] = Future()
 
-    def drive() -> None:
+    def settle() -> None:
         try:
-            done.set_result(asyncio.run(coroutine))
+            function()
+            done.set_result(None)
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=contextvars.copy_context().run, args=[drive], name="raystore-run-one").start()
+    threading.Thread(target=contextvars.copy_context().run, args=[settle], name="raystore-run-one").start()
     done.result()

@@ -16,6 +16,7 @@ from raystore.client import StoreClient
 from raystore.errors import PoolStartError
 from raystore.runner.agents import Agents
 from raystore.runner.inline import InlineAgents
+from raystore.runner.told import last_line, report
 from raystore.runner.worker import STOP_SECONDS, Runner, RunnerOptions, runner_id
 
 
@@ -49,7 +50,7 @@ class RunnerThreads:
             raise self._cannot_start(self._failure) from self._failure
 
     def _cannot_start(self, failure: BaseException) -> PoolStartError:
-        cause = f"{type(failure).__name__}: {failure}"
+        cause = last_line(report(failure))
         return PoolStartError(f"{self._size} runners in this process", "this process", cause)
 
     def _run(self) -> None:

@@ -36,6 +36,7 @@ from raystore.runner.agents import Agents, Ending, lost_resources
 from raystore.runner.cache import ResourceCache
 from raystore.runner.context import STOPPED, Context
 from raystore.runner.outbox import Outbox
+from raystore.runner.told import last_line, summary
 from raystore.spans import Span
 from raystore.types import AttemptedRollout
 
@@ -181,7 +182,7 @@ class Runner:
         except Exception as error:  # gone, or of a class that cannot be imported here
             logger.error("Runner %s cannot run rollout %s: %s", self.worker_id, rollout.rollout_id, error)
             await asyncio.sleep(CLAIM_PAUSE_SECONDS)  # somebody else may be able to, and comes first
-            return functools.partial(finish, [], "failed", outcome="infra", error=f"{type(error).__name__}: {error}")
+            return functools.partial(finish, [], "failed", outcome="infra", error=summary(error))
         try:
             return await self._run(rollout, resources, finish)
         finally:
@@ -209,7 +210,7 @@ class Runner:
         except Exception as error:  # the agent was not even called: no process for it, say
             lost = lost_resources(error, work.context)
             unread = None if lost is None else lost.resources
-            ending = Ending("failed", "infra", f"{type(error).__name__}: {error}", unread=unread)
+            ending = Ending("failed", "infra", summary(error), unread=unread)
         finally:
             del self._running[key]
             flushing.cancel()
@@ -228,10 +229,9 @@ class Runner:
         """Tell people of an agent's error, once for each place: a run in which all fail should not be silent."""
         if place not in self._warned and len(self._warned) < PLACES_WARNED:
             self._warned.add(place)
-            lines = (error or "").strip().splitlines()
             logger.warning(
                 "The agent failed on rollout %s: %s (%s; told once, the rest is in attempt.error)",
-                rollout.rollout_id, lines[-1][:300] if lines else "", place,
+                rollout.rollout_id, last_line(error or "")[:400], place,
             )  # fmt: skip
 
     async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
