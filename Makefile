@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo examples test test-examples test-long test-agentlightning faults fuzz test-ray-oldest bench bench-long bench-peers lint clean
+.PHONY: demo examples test test-examples test-long test-agentlightning test-tracers faults fuzz test-ray-oldest bench bench-long bench-peers lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
@@ -36,6 +36,14 @@ STEPS ?= 8000
 test-agentlightning: .venv-agentlightning/installed
 	LOCKSTEP_STEPS=$(STEPS) .venv-agentlightning/bin/python -m pytest -c tests/lockstep/pytest.ini --rootdir . \
 		--confcutdir tests/lockstep tests/lockstep $(ARGS)
+
+# Spans of people's tracers, made by the libraries themselves, in two environments of their own; each test is skipped in
+# the one that has not its library.
+TRACERS := -m pytest -c tests/tracers/pytest.ini --rootdir . --confcutdir tests/tracers tests/tracers
+
+test-tracers: .venv-agentlightning/installed .venv-tracers/installed
+	.venv-tracers/bin/python $(TRACERS)
+	.venv-agentlightning/bin/python $(TRACERS)
 
 # The fault suite in its long form; each row adds a line to runs/faults.jsonl.
 faults: .venv/installed
@@ -82,5 +90,14 @@ lint: .venv/installed
 		-e . 'agentlightning==0.3.*' 'pytest>=8' 'hypothesis>=6.100'
 	@touch $@
 
+# The pins are what opentelemetry-instrumentation-openai-v2 needs and does not say.
+.venv-tracers/installed: pyproject.toml
+	@test -x .venv-tracers/bin/python || $(PYTHON) -m venv .venv-tracers
+	@echo "Installing tracers into .venv-tracers (a minute or so, once) ..."
+	@.venv-tracers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[otel]' 'pytest>=8' \
+		'openai>=2,<3' httpx 'wrapt<2' 'opentelemetry-instrumentation-openai>=0.60' openinference-instrumentation-openai \
+		'opentelemetry-instrumentation-openai-v2==2.4b0' 'opentelemetry-util-genai==0.4b0'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-agentlightning .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .venv-oldest .venv-agentlightning .venv-tracers .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -133,9 +133,9 @@ def model_calls(spans: Iterable[Span]) -> list[ModelCall]:
 
     Takes the spans of one rollout or of several. Spans with the same response id, in one attempt, are one call; so are
     two of which one encloses the other and that do not both have response ids; unless both have token ids that differ.
-    Which attributes are read, `docs/spans.md` lists.
+    Which attributes are read, `docs/spans.md` lists. Raises `InvalidValueError` for what is no span.
     """
-    given = list(spans)
+    given = list(_checked(spans))
     places = {id(span): place for place, span in enumerate(given)}
     odd: list[tuple[Span, Exception]] = []
     found = [call for of_attempt in by_attempt(given).values() for call in _calls_of(of_attempt, odd)]
@@ -146,9 +146,20 @@ def model_calls(spans: Iterable[Span]) -> list[ModelCall]:
 def by_attempt(spans: Iterable[Span]) -> dict[tuple[str, str], list[Span]]:
     """Spans by rollout and attempt, in their order."""
     attempts: dict[tuple[str, str], list[Span]] = {}
-    for span in spans:
+    for span in _checked(spans):
         attempts.setdefault((span.rollout_id, span.attempt_id), []).append(span)
     return attempts
+
+
+def _checked(spans: Iterable[Span]) -> Iterator[Span]:
+    """The same, if it is spans; their class may be agent-lightning's."""
+    if isinstance(spans, Mapping):
+        flat = "[span for spans in found.values() for span in spans]"
+        raise InvalidValueError("spans", spans, f"spans; of what query_many_spans found: {flat}")
+    for number, span in enumerate(spans):
+        if not hasattr(span, "span_id"):
+            raise InvalidValueError(f"spans[{number}]", span, "a Span, as query_spans gives them")
+        yield span
 
 
 def final_rewards(spans: Iterable[Span]) -> dict[tuple[str, str], float | None]:
@@ -455,6 +466,8 @@ def _message(item: Mapping[str, Any], role: str) -> Iterator[dict[str, Any]]:
             content = "".join(texts) if texts else None
         else:
             content = [{"type": "text", "text": text} if isinstance(text, str) else text for text in texts]
+    if calls and content == "null":  # agent-lightning's Weave tracer writes None as JSON
+        content = None
     message: dict[str, Any] = {"role": role, "content": content}
     if calls:
         message["tool_calls"] = calls

@@ -96,8 +96,8 @@ def trajectories(spans: Sequence[Span]) -> list[Trajectory]:
     Takes the spans of one rollout or of several, as `query_spans` and `query_many_spans` give them. Within an attempt
     and a role, a call whose prompt begins with all tokens of a sequence (the longest, if there are several) is its next
     turn; any other begins a sequence, and `Trajectory.split` says why. So sub-agents, samples of the same prompt and
-    drift after tokenising again are apart, and no generated token is trained on twice. Which spans count, and what is
-    logged, is as with `triplets`.
+    drift after tokenising again are apart, and no generated token is trained on twice. Which spans count, what is
+    logged, and what raises, is as with `triplets`.
     """
     rewards = final_rewards(spans)
     found: list[_Sequence] = []

@@ -45,7 +45,8 @@ def triplets(spans: Sequence[Span]) -> list[Triplet]:
     call that several of them trace is one (`model_calls`).
 
     Logged, never raised: a span that cannot be read is named and passed over; once in a process, calls that carry no
-    token ids, and calls that carry no log-probabilities, with what to do about it.
+    token ids, and calls that carry no log-probabilities, with what to do about it. Raises `InvalidValueError` for what
+    is no span.
     """
     rewards = final_rewards(spans)
     return [

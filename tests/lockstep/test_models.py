@@ -118,7 +118,7 @@ def test_the_final_reward() -> None:
     """The same in all forms that the reference knows, and its first span name besides."""
     primary = {"agentlightning.reward.0.name": "primary", "agentlightning.reward.0.value": 0.5}
     output = {"agentops.task.output": '{"type": "reward", "value": 0.5}'}
-    entity = {"agentops.entity.output": {"type": "reward", "value": 0.5}}
+    entity = {"agentops.entity.output": '{"type": "reward", "value": 0.5}'}
     for name, attributes, theirs_too in (
         ("agentlightning.annotation", primary, True),
         ("agentlightning.annotation", {"reward": 0.5}, True),

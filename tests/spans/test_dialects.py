@@ -309,6 +309,15 @@ def test_calls_without_token_ids_are_told_once_with_the_remedy(reading, told):
     assert [r.message.split(",")[0] for r in told.records[1:]] == ["1 of 1 model calls have no log-probabilities"]
 
 
+@pytest.mark.parametrize("reading", [rs.triplets, rs.trajectories, rs.model_calls])
+def test_what_is_no_span_is_refused(reading):
+    """With what to do about the answer of `query_many_spans`, which is likely."""
+    with pytest.raises(rs.InvalidValueError, match=r"spans=.*found.values\(\)"):
+        reading({"ro": DIALECTS["genai"](TURN)})
+    with pytest.raises(rs.InvalidValueError, match=r"spans\[1\]="):
+        reading([*DIALECTS["genai"](TURN), "text"])
+
+
 def test_asking_for_messages_alone_tells_nothing(told):
     """Whoever reads what was said needs no token ids."""
     (call,) = rs.model_calls([span("chat", {"llm.request.type": "chat"} | indexed(TURN))])

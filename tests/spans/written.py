@@ -71,7 +71,7 @@ def flattened(value: Any, name: str) -> dict[str, Any]:
     elif isinstance(value, list) and not (value and all(type(item) in (int, str, float) for item in value)):
         items = [(str(number), item) for number, item in enumerate(value)]
     else:
-        return {} if value is None else {name: value}
+        return {name: "null" if value is None else value}
     found: dict[str, Any] = {}
     for key, item in items:
         found |= flattened(item, f"{name}.{key}")
