@@ -66,7 +66,7 @@ _NAMES = {
         StoreError InvalidValueError RolloutNotFoundError AttemptNotFoundError ResourcesNotFoundError ClaimLostError
         ConflictError OverloadedError StoreOverloadedError CursorTooOldError SpansEvictedError PayloadLostError
         PayloadTooLargeError PayloadNotPicklableError PayloadNotReadableError
-        StoreUnavailableError OutcomeUnknownError StoreClosedError
+        StoreUnavailableError OutcomeUnknownError StoreClosedError ForkedError RayClientError
         StoreCorruptError StoreNotFoundError StoreExistsError NotAStoreError ProtocolMismatchError
         AgentNotPicklableError AgentProcessError PoolFailedError PoolStartError
         JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError

@@ -13,11 +13,19 @@ import itertools
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
+from raystore import forks
 from raystore.calls import Call
 from raystore.core.claims import is_batch
 from raystore.core.state import HandedKey, Session
 from raystore.core.verbs import HANDING, Many
-from raystore.errors import BatchConflictError, JournalError, StoreClosedError, StoreCorruptError, StoreError
+from raystore.errors import (
+    BatchConflictError,
+    ForkedError,
+    JournalError,
+    StoreClosedError,
+    StoreCorruptError,
+    StoreError,
+)
 from raystore.journal.objects import OBJECTS
 from raystore.notices import Handler, Notices
 from raystore.objects import Origin
@@ -86,6 +94,7 @@ class LocalTransport:
         self._session: Session = service.open_session("local", eternal=True)  # anew with each process
         self._tickets = itertools.count(1)
         self._notices = Notices()
+        self._pid = 0  # of the process that uses it; 0 until one does
         service.on_notice = self._hand_on
 
     @property
@@ -101,7 +110,15 @@ class LocalTransport:
         self._notices.add(notices)
         self.service.afterwards(self._notices.hand_out)
 
+    def _begin(self) -> None:
+        """It is used for the first time in this process."""
+        if self._pid:
+            raise ForkedError("This store")
+        self._pid = forks.pid
+
     def post(self, verb: str, arguments: dict[str, Any]) -> Call:
+        if self._pid != forks.pid:
+            self._begin()
         call = Call(verb, next(self._tickets))
         call.arguments = arguments
 
@@ -140,6 +157,8 @@ class LocalTransport:
         return is_own or _wake(call)
 
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
+        if self._pid != forks.pid:
+            self._begin()
         if self.service.journal is None and arguments.get("timeout", 0) == 0:  # answered at once: no future, no wake-up
             answer = self.service.call(self._session, 0, verb, arguments, _nobody)
             if verb in HANDING and (keys := handed_keys(verb, arguments, answer)):  # nothing can come between
@@ -172,6 +191,8 @@ class LocalTransport:
 
     def tell(self, verb: str, arguments: dict[str, Any]) -> None:
         with contextlib.suppress(StoreError):
+            if self._pid != forks.pid:
+                self._begin()
             self.service.call(self._session, 0, verb, arguments, _nobody)
 
     def abandon(self, call: Call) -> None:
@@ -186,7 +207,8 @@ class LocalTransport:
                     self.service.call(self._session, 0, *giving_back(key), _nobody)
 
     def close(self) -> None:
-        self.service.close()
+        if self._pid in (0, forks.pid):  # in a forked child it is the parent's
+            self.service.close()
 
 
 def _nobody(ticket: int, value: Any) -> bool:

@@ -351,6 +351,34 @@ class StoreClosedError(StoreError, RuntimeError):
         return f"Store {self.args[0]} is closed; start or connect to a store again"
 
 
+class ForkedError(StoreError, RuntimeError):
+    """This process was forked from one that had used the store, or was connected to Ray; neither survives a fork."""
+
+    def __init__(self, store: str) -> None:
+        super().__init__(store)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]} was used before this process was forked, and does not work in the child: its threads are "
+            "the parent's. Start the child by 'spawn' or 'forkserver' (multiprocessing.get_context('spawn'), "
+            "DataLoader(multiprocessing_context='spawn')) and pass it a store of rs.start() or rs.connect(), or leave "
+            "the store to the parent."
+        )
+
+
+class RayClientError(StoreError, RuntimeError):
+    """This process reaches its cluster by Ray Client (ray://), over which a store cannot be used."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+
+    def __str__(self) -> str:
+        return (
+            f"Ray Client ({self.args[0]}) is not supported: a store's driver takes part in the cluster itself. Submit "
+            "it with `ray job submit`, or run it on a node of the cluster with address='auto'."
+        )
+
+
 class StoreCorruptError(StoreError, RuntimeError):
     """The core failed where it must not: its state can no longer be trusted and takes no more writes."""
 

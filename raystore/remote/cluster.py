@@ -25,7 +25,7 @@ from raystore.errors import (
 )
 from raystore.options import make_config
 from raystore.remote.actor import StoreActor
-from raystore.remote.handshake import describe, find_actor, is_store, join_cluster, store_info
+from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, store_info
 from raystore.remote.store import RayLightningStore, end, own
 from raystore.types import RolloutConfig, Span, StoreInfo
 
@@ -226,6 +226,7 @@ def stop(name: str | RayLightningStore, *, namespace: str = NAMESPACE, address: 
     Raises `StoreNotFoundError` and `NotAStoreError`.
     """
     if isinstance(name, RayLightningStore):
+        check_connection()
         name._transport.close()
         end(name.actor)
         name._owns = False

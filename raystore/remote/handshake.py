@@ -6,15 +6,18 @@ Not here: starting and ending stores (`cluster`).
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import Any
 
 import ray
 
-from raystore import __version__
+from raystore import __version__, forks
 from raystore.errors import (
+    ForkedError,
     NotAStoreError,
     ProtocolMismatchError,
+    RayClientError,
     StoreUnavailableError,
     from_record,
 )
@@ -36,6 +39,7 @@ def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
 
     One that reads its journal is waited for as long as it comes on, unless `waits` is False.
     """
+    check_connection()
     if not isinstance(handle, ray.actor.ActorHandle):
         raise NotAStoreError(f"{handle!r} (a {type(handle).__name__})")
     if not is_store(handle):
@@ -95,8 +99,32 @@ def store_info(known: dict[str, Any]) -> StoreInfo:
 
 
 def join_cluster(address: str | None) -> None:
+    """Connect this process to Ray, if it is not; raises where a store could not be used then."""
     if not ray.is_initialized():
+        asked = address or os.environ.get("RAY_ADDRESS", "")
+        if asked.startswith("ray://"):
+            raise RayClientError(asked)
         ray.init(address=address)
+    check_connection()
+
+
+def check_connection() -> None:
+    """Raise if this process's connection to Ray is one that no store can use: inherited by a fork, or Ray Client."""
+    if forks.ray_is_inherited():
+        raise ForkedError("Ray")
+    if ray.util.client.ray.is_connected():
+        raise RayClientError("ray://")
+
+
+def join_cluster_of(store: str, address: str | None) -> None:
+    """Connect to the cluster in which a store was, unless this process is connected, or RAY_ADDRESS names another."""
+    if ray.is_initialized() or address is None or os.environ.get("RAY_ADDRESS", "local") != "local":
+        join_cluster(None)
+        return
+    try:
+        join_cluster(address)
+    except ConnectionError as error:
+        raise StoreUnavailableError(store, f"its cluster at {address} cannot be reached from here: {error}") from None
 
 
 def find_actor(name: str, namespace: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from raystore import forks
 from raystore._sync import SyncStore
 from raystore.calls import in_thread
 from raystore.client import StoreClient
@@ -24,7 +25,7 @@ from raystore.errors import (
 from raystore.objects import Origin
 from raystore.options import make_encoder
 from raystore.remote import boxing
-from raystore.remote.handshake import describe, find_actor, join_cluster, store_info
+from raystore.remote.handshake import describe, find_actor, join_cluster_of, ray_connection, store_info
 from raystore.remote.session import Session
 from raystore.remote.transport import ActorTransport
 from raystore.testing import Testing
@@ -64,7 +65,8 @@ class RayLightningStore(StoreClient):
     def __init__(self, handle: Any, *, owns: bool = False) -> None:
         self._attach(handle, describe(handle), owns=owns)
 
-    _origin: tuple[str, str, str] | None = None  # name, namespace and id, while unpickled and not used yet
+    # Name, namespace, id, and the address of its cluster, while unpickled and not used yet.
+    _origin: tuple[str, str, str, str | None] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if self._origin is None or name.startswith("__"):
@@ -76,14 +78,12 @@ class RayLightningStore(StoreClient):
         with _attach_lock:
             if self._origin is None:
                 return
-            name, namespace, store_id = self._origin
-            join_cluster(None)
+            name, namespace, store_id, address = self._origin
+            join_cluster_of(name, address)
             handle = find_actor(name, namespace)
-            if handle is None:
-                raise StoreUnavailableError(name, "it has ended: there is no such actor any more")
-            known = describe(handle)
-            if known["store_id"] != store_id:
-                raise StoreUnavailableError(name, f"it has ended, and another store ({known['store_id']}) has its name")
+            known = None if handle is None else describe(handle)
+            if known is None or known["store_id"] != store_id:
+                raise StoreUnavailableError(name, _why_not_found(address, known))
             self._attach(handle, known, owns=False)
             self._origin = None
 
@@ -161,25 +161,41 @@ class RayLightningStore(StoreClient):
     def close(self) -> None:
         """Stop using the store; ends it if this object started it and it is not detached."""
         self._transport.close()
-        if self._owns:
+        if self._owns and not forks.ray_is_inherited():  # in a forked child it is the parent's
             self._owns = False
             end(self.actor)
 
-    def __reduce__(self) -> tuple[Callable[..., RayLightningStore], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[Callable[..., RayLightningStore], tuple[str, str, str, str | None]]:
         if self._origin is not None:
             return _rebuild, self._origin
-        return _rebuild, (self._known["name"], self._known["namespace"], self._known["store_id"])
+        connection = ray_connection()
+        address = None if connection is None else connection[0]
+        return _rebuild, (self._known["name"], self._known["namespace"], self._known["store_id"], address)
 
     def __repr__(self) -> str:
         name, namespace = self._origin[:2] if self._origin else (self._known["name"], self._known["namespace"])
         return f"<RayLightningStore {name!r} in namespace {namespace!r}>"
 
 
-def _rebuild(name: str, namespace: str, store_id: str) -> RayLightningStore:
+def _why_not_found(address: str | None, other: dict[str, Any] | None) -> str:
+    """Why there is no store where it was; that it has ended is said only if this is its cluster."""
+    connection = ray_connection()
+    here = None if connection is None else connection[0]
+    if address is not None and here != address:
+        return (
+            f"it was started in the cluster at {address}, and this process is connected to another one, at {here}. "
+            f"Connect to its cluster first: ray.init(address={address!r})"
+        )
+    if other is None:
+        return "it has ended: there is no such actor any more"
+    return f"it has ended, and another store ({other['store_id']}) has its name"
+
+
+def _rebuild(name: str, namespace: str, store_id: str, address: str | None = None) -> RayLightningStore:
     """A client of the same store in another process, which finds the store at its first use.
 
     Not at once: Ray unpickles under a lock that the answer of a call needs too.
     """
     store = RayLightningStore.__new__(RayLightningStore)
-    store._origin = (name, namespace, store_id)
+    store._origin = (name, namespace, store_id, address)
     return store

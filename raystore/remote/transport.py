@@ -1,7 +1,7 @@
 """A process's session to a store, shared by all its clients there.
 
-Made at first use, and anew when Ray was shut down and started again. A child that was forked from a process with a
-session makes one of its own, but Ray itself does not survive a fork: fork before the first use.
+Made at first use, and anew when Ray was shut down and started again. In a child that was forked from a process with a
+session, or with Ray, it raises.
 Not here: what a session does (`session`).
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from raystore import forks
 from raystore.calls import Call
-from raystore.errors import StoreClosedError, StoreUnavailableError
+from raystore.errors import ForkedError, StoreClosedError, StoreUnavailableError
 from raystore.notices import Handler
 from raystore.remote.handshake import describe, find_actor, ray_connection
 from raystore.remote.outgoing import Operation
@@ -23,15 +23,6 @@ from raystore.remote.session import Session
 
 _sessions: dict[bytes, tuple[int, Session]] = {}  # of this process, by actor, with the process they belong to
 _sessions_lock = threading.Lock()
-_pid = os.getpid()
-
-
-def _note_pid() -> None:
-    global _pid
-    _pid = os.getpid()
-
-
-os.register_at_fork(after_in_child=_note_pid)  # asking the system with every operation would cost more than the lock
 
 
 class ActorTransport:
@@ -51,12 +42,14 @@ class ActorTransport:
 
     @property
     def session(self) -> Session:
-        """The session of this process; made at first use, and anew in a forked child."""
+        """The session of this process, made at first use; raises `ForkedError` in a child that was forked later."""
         session = self._session
-        if session is not None and self._pid == _pid and session.failure is None:
+        if session is not None and self._pid == forks.pid and session.failure is None:
             return session
         if self._closed:
             raise StoreClosedError(self._known["name"])
+        if (session is not None and self._pid != forks.pid) or forks.ray_is_inherited():
+            raise ForkedError(f"Store {self._known['name']!r}")
         if session is not None and session.failure is not None:
             if isinstance(session.failure, StoreClosedError) or ray_connection() in (None, session.connection):
                 return session  # which says why
@@ -64,7 +57,7 @@ class ActorTransport:
             if self._handle is None or describe(self._handle)["store_id"] != self._known["store_id"]:
                 return session
         with _sessions_lock:
-            pid = _pid
+            pid = forks.pid
             if self._session is not None and self._session is not session and self._pid == pid:
                 return self._session  # another thread was quicker
             owner, found = _sessions.get(self._actor_id, (0, None))
@@ -103,7 +96,7 @@ class ActorTransport:
             return
         self._closed = True
         session, self._session = self._session, None
-        if session is None or self._pid != _pid:
+        if session is None or self._pid != forks.pid:
             return
         with _sessions_lock:
             session.users -= 1
@@ -117,7 +110,7 @@ class ActorTransport:
 def close_sessions() -> None:
     """Say goodbye to all stores; at the exit of the process."""
     with _sessions_lock:
-        mine = [session for pid, session in _sessions.values() if pid == _pid]
+        mine = [session for pid, session in _sessions.values() if pid == forks.pid]
         _sessions.clear()
     for session in mine:
         session.close()

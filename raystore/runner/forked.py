@@ -274,6 +274,7 @@ class _Nursery:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            env=os.environ | _ray_of_agents(),
         )
         self._starting = asyncio.create_task(asyncio.to_thread(starter.wait))
         theirs.close()
@@ -326,6 +327,16 @@ class _Nursery:
         await asyncio.wait([self._listening], timeout=CLOSE_SECONDS)  # it closes its end when it has killed them
         self._listening.cancel()
         self._control.close()
+
+
+def _ray_of_agents() -> dict[str, str]:
+    """What makes Ray in an agent's process join the cluster of its runner, and never start another one unasked."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        return {"RAY_ENABLE_AUTO_CONNECT": "0"}  # an agent may still call ray.init()
+    return {}
 
 
 async def _fetched(resource: Any) -> Any:
