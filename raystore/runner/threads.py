@@ -33,6 +33,7 @@ class RunnerThreads:
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self._resizing = threading.Lock()
+        self._stopping = False
 
     def worker_ids(self) -> list[str]:
         """The runners that work now."""
@@ -78,6 +79,9 @@ class RunnerThreads:
             made = [home for home, result in zip(homes.values(), opened, strict=True) if result is None]
             await asyncio.gather(*(home.close() for home in made))
             raise failure
+        if self._stopping:  # while they got ready
+            await asyncio.gather(*(home.close() for home in homes.values()))
+            return
         for number, worker_id in ids.items():
             self._hired[number] += 1
             runner = self._runners[number] = Runner(self._store, homes[number], worker_id, self._options)
@@ -103,6 +107,8 @@ class RunnerThreads:
         """Claim nothing more and end; let what runs finish within so many seconds."""
         if self._thread.ident is None:  # never started
             return
+        self._stopping = True
+        self._started.wait(STOP_SECONDS)  # or runners would start behind our back
         self._dismiss(list(self._runners.values()), drain_seconds)
         self._thread.join(STOP_SECONDS)
 

@@ -53,8 +53,9 @@ def deaf(task, ctx):
     threading.Event().wait(20)
 
 
-@pytest.mark.parametrize("isolation", ["actor", "process"])
-@pytest.mark.parametrize("agent", [patient, blocking, stubborn])
+@pytest.mark.parametrize(
+    ("agent", "isolation"), [(patient, "actor"), (blocking, "actor"), (stubborn, "actor"), (stubborn, "process")]
+)
 @mostly_in_memory
 async def test_a_polite_stop_charges_nobody(store, agent, isolation):
     """More often than there are deliveries: each time the rollout waits at its old place, before younger ones."""
@@ -177,7 +178,7 @@ async def test_runners_and_stores_have_names_in_the_tools_of_ray(make_ray_store)
 @pytest.mark.timeout(900)
 async def test_many_stops_beside_another_pool(make_ray_store, report, amount):
     """Row 72: a pool is started and stopped over and over, in the middle of its work; the other one does not notice."""
-    store, lots, stops = make_ray_store(max_deliveries=1), random.Random(72), amount(4, 50)
+    store, lots, stops = make_ray_store(max_deliveries=1), random.Random(72), amount(2, 50)
 
     async def agent(task, ctx):
         with ctx.span("turn"):
