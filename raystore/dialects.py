@@ -440,10 +440,11 @@ def _message(item: Mapping[str, Any], role: str) -> Iterator[dict[str, Any]]:
     thoughts = item.get("reasoning_content")
     is_answer_of_tools = False
     for part in _sequence(parts):
+        if isinstance(part, Mapping):
+            part = part.get("message_content", part)  # OpenInference
         if not isinstance(part, Mapping):
             texts.append(part)
             continue
-        part = part.get("message_content", part)  # OpenInference
         kind = part.get("type")
         if kind == "tool_call":
             calls.append(_tool_call(part))

@@ -9,6 +9,8 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import raystore as rs
 from raystore import dialects, semconv
@@ -285,6 +287,46 @@ def test_texts_that_only_seem_to_be_lists(told):
         made = span("x", {"openinference.span.kind": "LLM", "output.value": text, "input.value": text})
         (call,) = rs.model_calls([made])
         assert call.prompt_ids is None and call.messages == [] and call.answer == []
+
+
+PLACES = [
+    *sorted({place.replace("*", "x") for places in semconv.PLACES.values() for place in places}),
+    *("gen_ai.prompt.0.role", "gen_ai.prompt.0.content", "gen_ai.completion.0.tool_calls.0.function", "output.value"),
+    *("llm.input_messages.0.message.contents.0", "llm.x.choices.0", "llm..", "..", "", "tool.call.id"),
+    semconv.SYSTEM_INSTRUCTIONS,
+]
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=2)
+KEYS = st.sampled_from(
+    [
+        "role",
+        "content",
+        "parts",
+        "contents",
+        "message",
+        "message_content",
+        "tool_calls",
+        "tool_call",
+        "function",
+        "type",
+    ]
+)
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4))
+ANYTHING = st.dictionaries(st.sampled_from(PLACES), VALUES | VALUES.map(str) | VALUES.map(repr), max_size=6)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(ANYTHING, ANYTHING, st.sampled_from(["chat", "raw_gen_ai_request"]))
+def test_whatever_stands_there_the_rest_is_read(attributes, said, name):
+    """Any value at any place, and in any event."""
+    odd = span(name, {"gen_ai.operation.name": "chat"} | attributes, attempt_id="odd")
+    for event in (*semconv.MESSAGE_EVENTS, *semconv.DETAIL_EVENTS, semconv.CHOICE_EVENT):
+        short = {place.rpartition(".")[2]: value for place, value in said.items()}
+        odd.events += [rs.Event(name=event, attributes=said), rs.Event(name=event, attributes=short)]
+    spans = [odd, *DIALECTS["genai"](TURN)]
+    for call in rs.model_calls(spans):
+        assert all(type(message) is dict and "role" in message for message in call.messages + call.answer)
+        assert call.model is None or type(call.model) is str
+    assert list(rs.trajectories(spans)[-1].token_ids) == [1, 2, 3, 4, 5] and rs.triplets(spans)
 
 
 @pytest.mark.parametrize("reading", [rs.triplets, rs.trajectories])
