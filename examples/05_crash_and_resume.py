@@ -18,7 +18,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -73,6 +72,9 @@ async def train(told: dict[str, Any]) -> None:
     """The algorithm, from its newest checkpoint on; ends at once at the point that the supervisor chose."""
     folder, seed, steps = Path(told["folder"]), told["seed"], told["steps"]
 
+    def say(what: dict[str, Any]) -> None:
+        os.write(told["channel"], json.dumps(what).encode() + b"\n")
+
     def may_die(step: int, point: str) -> None:
         if told["die"] == [step, point]:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -83,7 +85,7 @@ async def train(told: dict[str, Any]) -> None:
     logits, done, consumed = load(folder / "model.npz")
     again = await store.rewind("trainer", done)
     await store.checkpoint("trainer", done)  # it may have died before it could say so
-    print(json.dumps({"from": done, "again": again}), flush=True)
+    say({"from": done, "again": again})
     async with rs.RunnerPool(store, agent, size=told["runners"], concurrency=16):
         for step in range(done, steps):
             await store.update_resources("policy", {"policy": rs.ObjectResource(value=logits)}, policy_version=step)
@@ -99,7 +101,7 @@ async def train(told: dict[str, Any]) -> None:
             logits = improve(logits, [[rs.triplets(spans[r.rollout_id]) for r in group] for group in groups.values()])
             consumed += ids
             reward = float(np.mean([rollout.reward for rollout in batch.rollouts]))
-            print(json.dumps({"step": step, "reward": reward}), flush=True)
+            say({"step": step, "reward": reward})
             may_die(step, "optimiser step")
             await store.ack(batch, step=step + 1)
             may_die(step, "ack")
@@ -142,27 +144,32 @@ class Supervisor:
 
     async def trainer(self, others: dict[int, str], death: list[Any] | None) -> int:
         """One process of the trainer, to its end."""
+        ours, theirs = socket.socketpair()  # for what it says: to its stdout others print, too
         told = {
             "address": ray.get_runtime_context().gcs_address, "name": self.name, "folder": str(self.folder),
             "seed": self.run.seed, "steps": self.run.steps, "runners": self.run.runners, "die": death,
+            "channel": theirs.fileno(),
         }  # fmt: skip
         command = [sys.executable, __file__, "--trainer", json.dumps(told)]
-        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()])
+        theirs.close()
+        said, writer = await asyncio.open_connection(sock=ours)
         killing: asyncio.Task[None] | None = None
         try:
-            async for line in process.stdout or []:
-                said = json.loads(line)
-                self.again += said.get("again", 0)
-                if "reward" in said:
-                    step = said["step"]
-                    self.curve[step] = said["reward"]
+            async for line in said:
+                news = json.loads(line)
+                self.again += news.get("again", 0)
+                if "reward" in news:
+                    step = news["step"]
+                    self.curve[step] = news["reward"]
                     if self.run.shows(step):
-                        print(f"step {step:3}  reward {said['reward']:.2f}  {'#' * round(30 * said['reward'])}")
-                following = said["step"] + 1 if "step" in said else said["from"]
+                        print(f"step {step:3}  reward {news['reward']:.2f}  {'#' * round(30 * news['reward'])}")
+                following = news["step"] + 1 if "step" in news else news["from"]
                 if (victim := others.pop(following, None)) is not None:
                     killing = asyncio.create_task(self.kill(victim))
             return await process.wait()
         finally:
+            writer.close()
             if process.returncode is None:
                 process.kill()
             if killing is not None and not killing.cancel():

@@ -244,12 +244,12 @@ class Life:
             _settle(self._waiting)
             return
         call.begun()
+        self._begin_beside(self._function(call.context), self._variables_of(call), call.context, call.settle)
+
+    def _variables_of(self, call: _Call) -> contextvars.Context:
         variables = self._variables.copy()
         variables.run(call.context.enter)
-        if self._is_async:
-            self._begin_beside(self._function(call.context), variables, call.context, call.settle)
-        else:
-            self._threads.submit(functools.partial(self._run_beside, call, variables))
+        return variables
 
     def _function(self, context: Context) -> Callable[[], Any]:
         return lambda: self._agent(context.rollout.input, context)
@@ -282,8 +282,15 @@ class Life:
 
     # -- in a thread beside ------------------------------------------------------------------------------------------
 
-    def _run_beside(self, call: _Call, variables: contextvars.Context) -> None:
+    def _run_beside(self, call: _Call) -> None:
         """Make one call of a plain agent; what it gives to await is awaited on the loop of this life."""
+        if self._ends:
+            return
+        call.begun()
+        if call.context.cancelled:
+            call.settle(Ending(None))
+            return
+        variables = self._variables_of(call)
         result, error = _tried(functools.partial(variables.run, self._function(call.context)))
         if error is not None or not inspect.isawaitable(result):
             call.settle(agents.ended(call.context, result, error))
@@ -304,7 +311,11 @@ class Life:
 
         It never begins if this life is over; RuntimeError says so if that is known already.
         """
-        self._loop.call_soon_threadsafe(self._take, _Call(context, settle, begun))
+        call = _Call(context, settle, begun)
+        if self._is_alone or self._is_async:
+            self._loop.call_soon_threadsafe(self._take, call)
+        else:
+            self._threads.submit(functools.partial(self._run_beside, call))
 
     def cancel(self, context: Context) -> None:
         """Cancel what is awaited for a call, whose context says why. What does not await is left alone."""

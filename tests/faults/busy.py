@@ -14,6 +14,7 @@ import sys
 
 import raystore as rs
 from raystore.journal import keeper, log
+from tests.channel import take_stdout
 from tests.helpers import make_span
 
 log.SEGMENT_BYTES = int(os.environ.get("SEGMENT_BYTES", log.SEGMENT_BYTES))
@@ -23,8 +24,7 @@ keeper.VERIFY_LAG = 10
 
 def say(*what: object) -> None:
     """What was acknowledged, or happened."""
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
+    channel.write(json.dumps(what) + "\n")
 
 
 async def work(path: str, seed: int, count: int) -> None:
@@ -54,4 +54,5 @@ async def work(path: str, seed: int, count: int) -> None:
 
 
 if __name__ == "__main__":
+    channel = take_stdout()
     asyncio.run(work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -16,12 +16,12 @@ import ray
 
 import raystore as rs
 from raystore.remote import processes
+from tests.channel import take_stdout
 
 
 def say(*what: Any) -> None:
     """That it is so far, and what for."""
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
+    channel.write(json.dumps(what) + "\n")
 
 
 async def park(store: Any) -> None:
@@ -92,4 +92,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    channel = take_stdout()
     asyncio.run(main())

@@ -16,6 +16,7 @@ import psutil
 import ray
 
 import raystore as rs
+from tests.channel import take_stdout
 
 
 async def call(store: Any, count: int) -> None:
@@ -51,6 +52,7 @@ async def main(count: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    channel = take_stdout()
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    print(json.dumps(asyncio.run(main(int(sys.argv[1])))))
+    print(json.dumps(asyncio.run(main(int(sys.argv[1])))), file=channel)
     ray.shutdown()

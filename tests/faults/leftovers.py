@@ -18,6 +18,7 @@ import psutil
 import ray
 
 import raystore as rs
+from tests.channel import take_stdout
 
 OURS = ("raystore", "StoreActor", "RunnerActor", "Runner.", "agent")
 
@@ -80,4 +81,5 @@ def main(journal: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))
+    channel = take_stdout()
+    print(json.dumps(main(sys.argv[1])), file=channel)

@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raystore as rs
+from tests.channel import take_stdout
 from tests.faults.processes import describe, later
 from tests.helpers import QUICK_HEALTH_CHECKS, until
 
@@ -44,6 +45,7 @@ async def main(cluster: Cluster, journal: str, kills: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    channel = take_stdout()
     options = {"num_cpus": 2, "include_dashboard": False, "_system_config": QUICK_HEALTH_CHECKS}
     cluster = Cluster(initialize_head=True, head_node_args=options)
     try:
@@ -53,4 +55,4 @@ if __name__ == "__main__":
     finally:
         ray.shutdown()
         cluster.shutdown()
-    sys.stdout.write(json.dumps(found) + "\n")
+    print(json.dumps(found), file=channel)

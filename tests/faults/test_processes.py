@@ -18,6 +18,7 @@ import ray
 
 import raystore as rs
 from raystore.remote.retries import Retries
+from tests.channel import CODE
 from tests.conftest import SLACK
 from tests.faults.processes import describe, kill, later, program
 from tests.helpers import make_span, until
@@ -102,7 +103,9 @@ async def _nobody_waits(store):
     return (await store.statistics())["waiters"] == 0
 
 
-LOSING = """
+LOSING = (
+    CODE
+    + """
 import asyncio, json, os, sys
 lost, operations = int(sys.argv[1]), int(sys.argv[2])
 lose = {"num_failures": -1, "req_failure_prob": 0, "resp_failure_prob": lost}
@@ -133,10 +136,12 @@ async def main():
     statistics = await store.statistics()
     wrong = sum(not right for right, _ in told) + len(made - claimed) + doubled
     wrong += statistics["total_rollouts"] != len(made)
-    print(json.dumps({"wrong": wrong, "done": len(made) * 3, "calls": statistics["actor_calls"]}))
+    told = {"wrong": wrong, "done": len(made) * 3, "calls": statistics["actor_calls"]}
+    print(json.dumps(told), file=channel)
 
 asyncio.run(main())
 """
+)
 
 
 @pytest.mark.skipif(
@@ -191,7 +196,9 @@ async def test_a_store_without_a_journal_dies_loudly(make_ray_store, report):
            bar="none; ≤ 5 s", met=not silent and slowest <= 5, did=f"{len(told)} kinds of calls")  # fmt: skip
 
 
-DRIVER = """
+DRIVER = (
+    CODE
+    + """
 import asyncio, sys, ray, raystore as rs
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 async def agent(task, ctx):
@@ -203,10 +210,11 @@ async def main():
     made = [(await store.enqueue_rollout(i)).rollout_id for i in range(50)]
     async with rs.RunnerPool(store, agent, size=2):
         await asyncio.sleep(0.3)
-        print((await store.actor.describe.remote())["pid"], *made, flush=True)
+        print((await store.actor.describe.remote())["pid"], *made, file=channel)
         await asyncio.sleep(1000)
 asyncio.run(main())
 """
+)
 
 
 async def test_the_driver_is_killed(cluster, report):

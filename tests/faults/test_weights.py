@@ -15,6 +15,7 @@ import pytest
 import ray
 
 import raystore as rs
+from tests.channel import CODE
 from tests.faults.processes import kill
 from tests.helpers import until
 
@@ -22,7 +23,9 @@ ROLLOUTS = 30
 
 # Starts a store and a pool. Publishes in its first run, and after a crash only when it is told to. Says again and again
 # what has become of the rollouts.
-DRIVER = """
+DRIVER = (
+    CODE
+    + """
 import asyncio, collections, json, sys, threading
 import numpy as np, ray, raystore as rs
 address, journal, name, number, count, mutation = sys.argv[1:]
@@ -55,7 +58,7 @@ async def main():
                 "status": collections.Counter(rollout.status for rollout in rollouts),
                 "attempts": statistics["total_attempts"], "held_back": statistics["held_back"],
                 "charged": sum("charged deliveries" in line for story in stories for line in story),
-            }), flush=True)
+            }), file=channel)
             if told.is_set():
                 told.clear()
                 await publish(store, 2)
@@ -63,6 +66,7 @@ async def main():
 
 asyncio.run(main())
 """
+)
 
 
 class Driver:

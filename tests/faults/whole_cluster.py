@@ -14,21 +14,26 @@ from pathlib import Path
 
 import psutil
 
-WORK = """
+from tests.channel import CODE, take_stdout
+
+WORK = (
+    CODE
+    + """
 import asyncio, sys, ray, raystore as rs
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 store = rs.start("whole", journal=sys.argv[1])
 async def main():
     there = {r.rollout_id for r in await store.query_rollouts()}
-    print("there", len(there), flush=True)
+    print("there", len(there), file=channel)
     for number in range(10**9):
         rollout = await store.enqueue_rollout(number)
-        print("made", rollout.rollout_id, flush=True)
+        print("made", rollout.rollout_id, file=channel)
         claimed = await store.dequeue_rollout()
         await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
-        print("finished", claimed.rollout_id, flush=True)
+        print("finished", claimed.rollout_id, file=channel)
 asyncio.run(main())
 """
+)
 
 
 def run(folder: Path, lines: int) -> list[list[str]]:
@@ -65,4 +70,5 @@ def main(folder: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(Path(sys.argv[1]))) + "\n")
+    channel = take_stdout()
+    print(json.dumps(main(Path(sys.argv[1]))), file=channel)

@@ -15,6 +15,7 @@ import ray
 
 import raystore as rs
 from raystore.types import RolloutConfig
+from tests.channel import CODE
 from tests.helpers import make_span, until
 from tests.runners.sleepers import patient, sleeping
 
@@ -202,7 +203,9 @@ async def test_runners_are_killed_under_load(make_ray_store, report, amount):
            seed=f"0-{len(seeds) - 1}", did=f"{len(seeds) * kills} kills hit {len(delays)} rollouts")  # fmt: skip
 
 
-DRIVER = """
+DRIVER = (
+    CODE
+    + """
 import asyncio, sys, ray, raystore as rs
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 async def main():
@@ -211,10 +214,11 @@ async def main():
     started = await store.start_rollout("by hand")
     await store.add_span(rs.Span.from_attributes(
         attributes={}, rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id))
-    print(rollout.rollout_id, started.rollout_id, flush=True)
+    print(rollout.rollout_id, started.rollout_id, file=channel)
     await asyncio.sleep(1000)
 asyncio.run(main())
 """
+)
 
 
 @pytest.mark.fault
