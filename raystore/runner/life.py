@@ -127,12 +127,16 @@ class Life:
 
     def serve(self) -> None:
         """Make the calls that other threads ask for, until one of them says `end`, or this life is over."""
-        while not self._ends and not self._loop.is_closed():
-            if self._calls:
-                self._serve_one(self._calls.popleft())
-            else:
-                self._waiting = self._loop.create_future()
-                self._until(self._waiting)
+        try:
+            while not self._ends and not self._loop.is_closed():
+                if self._calls:
+                    self._serve_one(self._calls.popleft())
+                else:
+                    self._waiting = self._loop.create_future()
+                    self._until(self._waiting)
+        except BaseException:  # SystemExit of something that the agent has started
+            self._over()
+            raise
 
     def _serve_one(self, call: _Call) -> None:
         call.begun()
@@ -239,11 +243,18 @@ class Life:
         _settle(self._waiting)
 
     def _take(self, call: _Call) -> None:
-        if self._is_alone:
+        if self._ends:
+            return
+        if not self._is_async:
             self._calls.append(call)
             _settle(self._waiting)
             return
         call.begun()
+        if self._is_alone:  # the loop runs, and need not stop for it
+            given, done = self._function(call.context), self._loop.create_future()
+            done.add_done_callback(lambda done: call.settle(agents.ended(call.context, *done.result())))
+            self._give(_Step(given, self._variables_of(call), call.context, done))
+            return
         self._begin_beside(self._function(call.context), self._variables_of(call), call.context, call.settle)
 
     def _variables_of(self, call: _Call) -> contextvars.Context:
