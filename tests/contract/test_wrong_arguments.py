@@ -83,6 +83,7 @@ class Known:
             "batch": self.batch,
             "step": 5, "note": "n", "resources": {"llm": LLM(endpoint="e", model="m")}, "policy_version": 1,
             "version": 1, "heartbeat_stats": {"x": 1}, "outcome": None, "error": "e", "died": False, "session_id": "s",
+            "stopped": False, "pool_id": "p", "failures": 3,
             "attempts": [(self.running.rollout_id, self.running.attempt.attempt_id)],
         }  # fmt: skip
         values |= {

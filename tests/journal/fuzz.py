@@ -237,6 +237,10 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
         "timeout": rng.choice([0.0, 5.0]),
     },
     "cancel_wait": lambda h, rng: {"of": rng.randint(1, 60)},
+    "report_pool": lambda h, rng: {
+        "pool_id": "p", "queues": [rng.choice(["default", "other"])], "failures": 3,
+        "error": rng.choice([None, "no model server"]),
+    },
     "statistics": lambda h, rng: {},
     "story": lambda h, rng: {"rollout_id": h.rollout()},
     "check": lambda h, rng: {},

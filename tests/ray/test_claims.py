@@ -127,7 +127,7 @@ class SyncClaimer:
 
 
 async def test_a_process_that_closes_gives_back_what_it_runs(make_ray_store):
-    """A runner with no timeout configured: `close` says goodbye, and its attempt is lost and offered again."""
+    """A runner with no timeout configured: `close` says goodbye, and its attempt is withdrawn and offered again."""
     store = make_ray_store()
     made = await store.enqueue_rollout("x")
     claimer = SyncClaimer.remote(store.actor)
@@ -136,7 +136,7 @@ async def test_a_process_that_closes_gives_back_what_it_runs(make_ray_store):
     again = await store.dequeue_rollout(timeout=5)
     assert (again.rollout_id, again.attempt.sequence_id) == (made.rollout_id, 2)
     first, _ = await store.query_attempts(made.rollout_id)
-    assert (first.status, first.outcome) == ("unresponsive", "runner_lost")
+    assert (first.status, first.outcome) == ("unresponsive", "withdrawn")
 
 
 @pytest.mark.long

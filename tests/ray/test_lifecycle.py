@@ -153,6 +153,7 @@ async def test_errors_survive_a_real_call(cluster):
         rs.OutcomeUnknownError("s", "w"), rs.StoreClosedError("s"), rs.StoreCorruptError("v", "s", "t"),
         rs.StoreNotFoundError("n", "ns", ["x"]), rs.StoreExistsError("n", "ns", []), rs.NotAStoreError("x"),
         rs.ProtocolMismatchError("a", "b"), rs.AgentNotPicklableError("a", "b"), rs.PoolStartError("a", "b"),
+        rs.PoolFailedError("p", 3, ["q"], "w"), rs.ForkedError("s"), rs.RayClientError("ray://x"),
         rs.AgentProcessError("w"), rs.JournalError("x"), rs.JournalDamagedError("f", 1, "w"),
         rs.JournalFormatError("f", 2, 1), rs.JournalMissingError("p", "w"), rs.JournalInUseError("p", "w"),
         rs.JournalFullError("p", 0.1), rs.JournalFailedError("p", "w"), rs.FencedError("p", 1),
