@@ -25,7 +25,7 @@ LAYERS = [
     ["wire"],
     ["journal"],
     ["shell"],
-    ["offers"],
+    ["pools", "offers"],
     ["service"],
     ["calls", "codec", "content"],
     ["convert"],

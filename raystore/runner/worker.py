@@ -291,10 +291,10 @@ class Runner:
 
     def _send_late(self, rollout_id: str, outbox: Outbox) -> None:
         if spans := outbox.take():
-            self._do_aside(self._send(rollout_id, spans))
+            self._do_aside(functools.partial(self._send, rollout_id, spans))
 
-    def _do_aside(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        task = asyncio.create_task(_reported(lambda: coroutine))
+    def _do_aside(self, report: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        task = asyncio.create_task(_reported(report))
         self._aside.add(task)
         task.add_done_callback(self._aside.discard)
 
@@ -372,7 +372,7 @@ class Runner:
         seconds = self._options.max_agent_seconds
         error = f"the agent ran for more than max_agent_seconds={seconds:g}"
         self._warn(work.context.rollout, "max_agent_seconds", error)
-        self._do_aside(self._time_out(key, work, error))
+        self._do_aside(functools.partial(self._time_out, key, work, error))
         self._cancel("timeout", key)
 
     async def _time_out(self, key: Key, work: _Work, error: str) -> None:
