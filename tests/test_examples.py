@@ -104,7 +104,7 @@ def test_the_exit_status_says_whether_it_did_what_it_says(tmp_path, monkeypatch,
 
 
 @pytest.mark.timeout(400)
-@short_and_long("02_grpo_tools", 18, 60)
+@short_and_long("02_grpo_tools", 30, 60)
 def test_grpo_learns_through_kills(ran):
     """Undisturbed and with a runner killed at each step: both reach 0.9, and nothing is lost or trained on twice."""
     done, metrics, folder, steps = ran
