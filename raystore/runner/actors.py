@@ -308,7 +308,7 @@ class RunnerActors:
 
     def _replace(self, before: _Member) -> None:
         with self._lock:
-            if self._stopping or self._members.get(before.number) is not before:
+            if self._stopping or self._members.get(before.number) is not before or before.number >= self._size:
                 return
             member = self._hire(before.number)
         member.actor.hello.remote().future().add_done_callback(
@@ -340,7 +340,9 @@ class RunnerActors:
             try:
                 self._hire_and_greet(range(before, size))
             except BaseException:
-                self._size = before
+                with self._lock:
+                    self._size = before
+                    self._kill([member for number, member in self._members.items() if number >= before])
                 raise
 
     # -- stopping ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import ray
 
 import raystore as rs
 from tests.helpers import mostly_in_memory, until
@@ -161,6 +162,27 @@ async def test_a_pool_that_cannot_grow_stays_as_it_was(store, tmp_path):
         assert pool.worker_ids == before
         made = await store.enqueue_rollout("x")
         assert (await store.wait_for_rollout(made.rollout_id, timeout=20)).status == "succeeded"
+
+
+async def test_what_did_not_grow_is_not_replaced(make_ray_store, tmp_path):
+    """Of two new runners one dies and one never comes up: neither they nor who replaced them stay."""
+
+    class Agent:
+        def setup(self):
+            name = ray.get_runtime_context().get_actor_name()
+            if name.endswith("-1"):
+                threading.Event().wait(60)
+            elif not name.endswith("-0"):
+                raise ConnectionError("no model server")
+
+        def __call__(self, task, ctx):
+            return 1.0
+
+    async with rs.RunnerPool(make_ray_store(), Agent, size=1) as pool:
+        before, pool._home._start_timeout = pool.worker_ids, 8.0
+        with pytest.raises(rs.PoolStartError, match="did not start in time"):
+            await asyncio.to_thread(pool.resize, 3)
+        assert pool.worker_ids == before
 
 
 async def test_runners_and_stores_have_names_in_the_tools_of_ray(make_ray_store):
