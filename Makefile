@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo examples test test-examples test-long test-agentlightning test-tracers faults fuzz test-ray-oldest bench bench-long bench-peers lint clean
+.PHONY: demo examples test test-faults test-examples test-long test-agentlightning test-tracers faults fuzz test-ray-oldest bench bench-long bench-peers lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
@@ -13,21 +13,28 @@ demo: .venv/installed
 examples: .venv/installed
 	@set -e; for example in examples/0*.py; do $(LOCAL) $(BIN)/python $$example $(ARGS); done
 
-# Two at a time, since most tests wait for processes; a file stays together, and the slow ones begin. What has bounds of
-# milliseconds runs alone.
-QUIET := tests/faults/test_load.py
+# Two files at a time, since most tests wait for processes; the slow ones begin.
+PYTEST := $(LOCAL) $(BIN)/python -m pytest
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+FAULTS := tests/faults
 EXAMPLES := tests/test_examples.py
 
 test: lint
-	$(LOCAL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore $(QUIET) --ignore $(EXAMPLES)
-	$(LOCAL) $(BIN)/python -m pytest $(QUIET)
+	$(PYTEST) $(TWO) --ignore $(FAULTS) --ignore $(EXAMPLES)
+
+# The fault suite in its short form. What has bounds of milliseconds runs alone.
+QUIET := $(FAULTS)/test_load.py
+
+test-faults: .venv/installed
+	$(PYTEST) $(TWO) $(FAULTS) --ignore $(QUIET)
+	$(PYTEST) $(QUIET)
 
 # A short form of each example, on a Ray of its own.
 test-examples: .venv/installed
-	$(LOCAL) $(BIN)/python -m pytest $(EXAMPLES)
+	$(PYTEST) $(EXAMPLES)
 
 test-long: .venv/installed
-	$(LOCAL) $(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 # The store in process in lock-step with agentlightning's, in an environment of its own; `make test-agentlightning
 # STEPS=100000` is its long form.

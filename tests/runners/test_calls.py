@@ -17,7 +17,7 @@ ROLLOUTS = 60
 async def test_actor_calls_of_a_runner_with_concurrency_1(make_ray_store, work_waits, limit):
     """One call while work is waiting: report, acknowledgement, next claim; two when each claim has to wait for work.
 
-    The quarter is for what time brings: a listen call every half a minute, an acknowledgement that met no batch in time.
+    The quarter is for what time brings: a listen call each half a minute, an acknowledgement that met no batch.
     """
     store = make_ray_store()
 
