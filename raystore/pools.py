@@ -2,18 +2,20 @@
 
 A pool tells its store when its runners fail before they are ready, each time it has tried again, and when one is ready.
 Known to the process of the store only, and told anew to the next one. Whoever asked for work of a queue, and lives,
-serves it.
+serves it; a queue in which rollouts wait and that nobody serves is named after a while, once.
 Not here: trying again (`runner.actors`), answering those who wait (`offers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from raystore.core.lifecycle import ACTIVE
 from raystore.core.state import State
 from raystore.errors import PoolFailedError
+
+UNSERVED_SECONDS = 30.0  #: that rollouts wait in a queue which nobody serves, before it is named
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,6 +35,9 @@ class Pools:
         self._failed: dict[str, _Failed] = {}
         self._servers: dict[str, dict[str, None]] = {}  # sessions that asked for work, by queue
         self._served: dict[str, set[str]] = {}  # and the other way round
+        self._unserved: dict[str, float] = {}  # queues in which something waits, and since when
+        self._named: set[str] = set()  # of these
+        self.at: float | None = None  #: when the next is to be named, on the clock by which sessions age
 
     def serves(self, session_id: str, queues: Iterable[str]) -> None:
         """A session has asked for work of these queues."""
@@ -43,6 +48,8 @@ class Pools:
             if queue not in served:
                 served.add(queue)
                 self._servers.setdefault(queue, {})[session_id] = None
+                self._unserved.pop(queue, None)
+                self._named.discard(queue)
 
     def report(self, pool_id: str, session_id: str, queues: Iterable[str], failures: int, error: str | None) -> None:
         """A pool says that its runners fail, or (without an error) that one is ready."""
@@ -51,15 +58,51 @@ class Pools:
         else:
             self._failed[pool_id] = _Failed(session_id, tuple(queues), failures, error)
 
-    def drop_session(self, session_id: str) -> None:
-        """A process has ended, and what it served is served by it no more."""
+    def drop_session(self, session_id: str) -> list[str]:
+        """A process has ended, and what it served is served by it no more; the queues that nobody serves now."""
+        left = []
         for queue in self._served.pop(session_id, ()):
             servers = self._servers[queue]
             del servers[session_id]
             if not servers:
                 del self._servers[queue]
+                left.append(queue)
         if self._failed:
             self._failed = {name: pool for name, pool in self._failed.items() if pool.session_id != session_id}
+        return left
+
+    @property
+    def served(self) -> list[str]:
+        """The queues that somebody serves."""
+        return list(self._servers)
+
+    def serve(self, queues: set[str]) -> bool:
+        """Whether somebody serves each of these queues."""
+        return queues <= self._servers.keys()
+
+    def wait_in(self, queues: Iterable[str], age: float) -> None:
+        """Rollouts wait in these queues."""
+        for queue in queues:
+            if queue not in self._servers and queue not in self._unserved:
+                self._unserved[queue] = age
+                if self.at is None:
+                    self.at = age + UNSERVED_SECONDS
+
+    def unserved(self, lengths: Mapping[str, int], age: float) -> dict[str, float]:
+        """For how long each queue was served by nobody while rollouts waited in it."""
+        return {queue: age - since for queue, since in self._unserved.items() if queue in lengths}
+
+    def to_name(self, lengths: Mapping[str, int], age: float) -> list[str]:
+        """The queues that nobody has served for too long and that were not named yet."""
+        if self.at is None or age < self.at:
+            return []
+        self._unserved = {queue: since for queue, since in self._unserved.items() if queue in lengths}
+        self._named.intersection_update(self._unserved)
+        others = {queue: since for queue, since in self._unserved.items() if queue not in self._named}
+        due = [queue for queue, since in others.items() if since + UNSERVED_SECONDS <= age]
+        self._named.update(due)
+        self.at = min((since + UNSERVED_SECONDS for queue, since in others.items() if queue not in due), default=None)
+        return due
 
     @property
     def have_failed(self) -> bool:

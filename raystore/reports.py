@@ -5,10 +5,12 @@ Not here: counters (`statistics`), errors.
 
 from __future__ import annotations
 
+import difflib
 import logging
 
 from raystore.core import wanted
 from raystore.core.state import Pass, State
+from raystore.pools import UNSERVED_SECONDS
 
 logger = logging.getLogger("raystore.store")
 
@@ -41,6 +43,22 @@ def memory_full(state: State) -> None:
         "Call release() for what nobody needs any more (on_memory_full='pause')." if not whose else
         f"In the way: {'; '.join(whose[:5])}. What is taken, acknowledged and covered by a checkpoint is freed; say "
         f"forget_consumer({state.waits_for!r}) if it will not come again. A journal keeps spans on disk instead.",
+    )  # fmt: skip
+
+
+def unserved(queue: str, waiting: int, served: list[str]) -> None:
+    """A queue in which rollouts wait and of which nobody has asked for work for a while: a misspelt name, perhaps."""
+    if served:
+        near = difflib.get_close_matches(queue, served, n=1)
+        others = ", ".join(repr(name) for name in sorted(served)[:5])
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        hint += f"Queues that are served: {others}{', ...' if len(served) > 5 else ''}."
+    else:
+        hint = "No queue is served: the runners are not ready yet, have ended, or were never started."
+    logger.warning(
+        "Queue %r has %d rollouts waiting, and no process has asked for work of it for %.0f s. %s "
+        "Serve it with RunnerPool(store, agent, queues=[%r]), or cancel_rollouts() what was put there by mistake.",
+        queue, waiting, UNSERVED_SECONDS, hint, queue,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from raystore import reports, shell
@@ -126,6 +126,7 @@ class Service:
             needed = self.state.resources.addresses
             self.objects = JournalObjects(opened.directory, needed=needed, bound=config.journal_object_bytes)
             self._hold_back_what_is_missing()
+        self._wait_in(self.state.queues.lengths())
 
     def _hold_back_what_is_missing(self) -> None:
         """References of a process before this one lead nowhere; only what the journal keeps can still be had."""
@@ -405,12 +406,16 @@ class Service:
                 self._offers.give_finished()
             elif state.queues_touched:
                 touched, state.queues_touched = state.queues_touched, set()
+                if not self.pools.serve(touched):
+                    self._wait_in(touched)
                 for waiter in self.waiters.wanting(touched):
                     if not any(map(state.queues.offers, touched)):
                         break
                     self._offers.offer(waiter)
             else:
                 break
+        if self.pools.at is not None:
+            self._name_unserved()
         self._offers.give_changes()
         noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
@@ -469,7 +474,7 @@ class Service:
         if self._soonest() == self._armed_for:
             return
         age_deadline = watchdog.next_age_deadline(self.state)
-        ages = [deadline for deadline in (age_deadline, self.probes.at) if deadline is not None]
+        ages = [deadline for deadline in (age_deadline, self.probes.at, self.pools.at) if deadline is not None]
         in_seconds = [max(deadline - self.clock.age(), 0.0) for deadline in ages]
         deadline = watchdog.next_deadline(self.state)
         self._armed = None
@@ -494,7 +499,7 @@ class Service:
         return (
             state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest,
             state.patience_deadlines.soonest, state.paused,
-            waiters.next_deadline() if waiters.deadlines else None, self.probes.at,
+            waiters.next_deadline() if waiters.deadlines else None, self.probes.at, self.pools.at,
             state.eviction_pass and state.eviction_pass.spans,
         )  # fmt: skip
 
@@ -587,8 +592,17 @@ class Service:
             self.waiters.remove(waiter)
         self.watches.drop_session(session_id)
         self.probes.heard(session_id)
-        self.pools.drop_session(session_id)
+        self._wait_in(self.pools.drop_session(session_id))
         self.refuse_what_never_comes()
+
+    def _wait_in(self, queues: Iterable[str]) -> None:
+        """Rollouts may wait in these queues: note those that nobody serves."""
+        self.pools.wait_in(filter(self.state.queues.length, queues), self.clock.age())
+
+    def _name_unserved(self) -> None:
+        lengths = self.state.queues.lengths()
+        for queue in self.pools.to_name(lengths, self.clock.age()):
+            reports.unserved(queue, lengths[queue], self.pools.served)
 
     def refuse_what_never_comes(self, *parked: Waiter) -> None:
         """Tell those who wait for what only pools would do that cannot work: these calls, or all."""

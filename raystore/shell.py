@@ -190,6 +190,7 @@ def _statistics(service: Service, asked: Asked) -> dict[str, Any]:
         "operations": service.operations,
         "actor_calls": service.actor_calls,
         "overloads": service.overloads,
+        "unserved_queues": service.pools.unserved(service.state.queues.lengths(), service.clock.age()),
         "last_eviction_seconds": service.last_eviction_seconds,
         "cpu_seconds": time.process_time(),
         "rss_bytes": resident_bytes(),
@@ -198,7 +199,12 @@ def _statistics(service: Service, asked: Asked) -> dict[str, Any]:
 
 
 def _story(service: Service, asked: Asked, *, rollout_id: Id) -> list[str]:
-    return check.story(service.state, rollout_id)
+    told = check.story(service.state, rollout_id)
+    if rollout_id in service.state.queues:
+        queue = service.state.entries[rollout_id].rollout.queue
+        if (seconds := service.pools.unserved({queue: 1}, service.clock.age()).get(queue)) is not None:
+            told.append(f"waits in queue {queue!r}, of which no process has asked for work for {seconds:.0f} s")
+    return told
 
 
 def _check(service: Service, asked: Asked) -> None:

@@ -516,6 +516,7 @@ class LightningStoreStatistics(TypedDict, total=False):
     sessions: int
     queue_length: int
     queue_lengths: dict[str, int]
+    unserved_queues: dict[str, float]  # in which rollouts wait, and for how long no process has asked for work of it
     held_back: int  # of those that wait: their resources cannot be had until they are published again
     held_back_by_resources: dict[str, int]
     rollouts_by_status: dict[str, int]
