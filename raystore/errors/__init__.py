@@ -483,16 +483,29 @@ class AgentProcessError(StoreError, RuntimeError):
 
 
 class PoolStartError(StoreError, RuntimeError):
-    """The runners of a pool did not start: they could not be made, or could not be scheduled in time."""
+    """The runners of a pool did not start: they could not be made or scheduled in time, or their agent is slow.
 
-    def __init__(self, asked: str, available: str, cause: str | None = None) -> None:
-        super().__init__(asked, available, cause)
+    `setting_up` is the number of runners that are there, and whose agent gets ready.
+    """
+
+    def __init__(self, asked: str, available: str, cause: str | None = None, setting_up: int = 0) -> None:
+        super().__init__(asked, available, cause, setting_up)
 
     def __str__(self) -> str:
-        asked, available, cause = self.args
+        asked, available, cause, setting_up = self.args
         if cause is not None:
             return f"A runner could not be made: {cause}. Asked for: {asked}. The cluster has: {available}."
-        return f"Runners did not start in time. Asked for: {asked}. The cluster has: {available}."
+        if setting_up:
+            return (
+                f"Runners did not start in time, and not for want of resources: {setting_up} of them are there, and "
+                f"__init__ or setup() of their agent has not ended. Asked for: {asked}. Give a slow agent more time "
+                "with RunnerPool(start_timeout=...)"
+            )
+        return (
+            f"Runners did not start in time. Asked for: {asked}. The cluster has: {available}. If that is too little, "
+            "ask for less (num_cpus=, num_gpus=, resources=) or add nodes; if it is enough, their processes take long "
+            "to start (runtime_env=): raise start_timeout="
+        )
 
 
 class PoolFailedError(StoreError, RuntimeError):

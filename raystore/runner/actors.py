@@ -24,11 +24,10 @@ from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.runner.agents import Agents
 from raystore.runner.inline import InlineAgents
 from raystore.runner.told import last_line, portable, text_of
-from raystore.runner.worker import WITHDRAW_SECONDS, Runner, RunnerOptions, runner_id
+from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, runner_id
 
 logger = logging.getLogger("raystore.runner")
 
-EXPLAIN_SECONDS = 10.0  #: after which a pool that does not start says what it waits for
 NAMESPACE = "raystore-runners"  #: of Ray's, in which runners have their worker ids as names
 REPLACE_SECONDS = 1.0  #: after which a runner that died is replaced, although the store has not said what it had done
 RESTART_SECONDS = 0.2  #: before a runner that died before it had done anything is replaced; doubles each time ...
@@ -59,6 +58,9 @@ class RunnerActor:
         except Exception as error:
             raise portable(error) from None
 
+    async def arrive(self) -> None:
+        """Answer as soon as this process is there, whether its agents are ready or not."""
+
     async def hello(self) -> str:
         """The session by which the store knows this process, once its agents are ready."""
         await self._open()
@@ -86,10 +88,16 @@ class _Member:
         self.number = number
         self.worker_id = worker_id
         self.actor = actor
+        self.arrival = actor.arrive.remote().future()
         self.session_id: str | None = None
         self.is_ready = False
         self.is_dismissed = False
         self.ended = threading.Event()
+
+    @property
+    def is_setting_up(self) -> bool:
+        """Whether its process is there, and its agent gets ready."""
+        return not self.is_ready and self.arrival.done() and self.arrival.exception() is None
 
 
 class RunnerActors:
@@ -177,8 +185,9 @@ class RunnerActors:
                     if greeting.done():  # the agent's own
                         raise PoolStartError(self._asked(), _available(), _cause(error)) from error
                     if explained or time.monotonic() >= deadline:
-                        raise PoolStartError(self._asked(), _available()) from None
-                    self._explain(f"{len(members)} runners")
+                        slow = sum(member.is_setting_up for member in members)
+                        raise PoolStartError(self._asked(), _available(), setting_up=slow) from None
+                    self._explain([member for member in members if not member.is_ready])
                     explained = True
                 except Exception as error:  # the runner could not be made: an agent that fails in setup, say
                     raise PoolStartError(self._asked(), _available(), _cause(error)) from error
@@ -200,11 +209,20 @@ class RunnerActors:
         needs = {name: value for name, value in self._requirements.items() if name != "runtime_env"}
         return f"{self._size} runners, each {needs}"
 
-    def _explain(self, who: str) -> None:
-        logger.warning(
-            "Still waiting for %s to be scheduled and ready. Asked for: %s. The cluster has free: %s.",
-            who, self._asked(), _available(),
-        )  # fmt: skip
+    def _explain(self, members: list[_Member]) -> None:
+        """Say what these runners wait for: for a place in the cluster, or for their own agent."""
+        slow = [member.worker_id for member in members if member.is_setting_up]
+        others = [member.worker_id for member in members if not member.is_setting_up]
+        if slow:
+            logger.warning(
+                "Still waiting for __init__ or setup() of the agent in %d runners, which are there: %s.",
+                len(slow), ", ".join(slow[:3]),
+            )  # fmt: skip
+        if others:
+            logger.warning(
+                "Still waiting for %d runners to be scheduled and started: %s. Asked for: %s. The cluster has: %s.",
+                len(others), ", ".join(others[:3]), self._asked(), _available(),
+            )  # fmt: skip
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -226,7 +244,7 @@ class RunnerActors:
                 self._has_come()
         elif what == "explain":
             if not member.is_ready and not member.ended.is_set() and not self._stopping:
-                self._explain(f"runner {member.worker_id}")
+                self._explain([member])
         else:
             member.is_ready = True
             member.ended.set()

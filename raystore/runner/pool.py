@@ -104,7 +104,7 @@ class RunnerPool:
         self.pool_id = secrets.token_hex(4)
         self._home: RunnerThreads | RunnerActors
         if isinstance(store, InMemoryLightningStore):
-            self._home = RunnerThreads(store, agent, size, options, self.pool_id)
+            self._home = RunnerThreads(store, agent, size, options, start_timeout, self.pool_id)
         else:
             requirements = {
                 "num_cpus": num_cpus,

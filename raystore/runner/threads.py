@@ -6,6 +6,7 @@ Not here: runners that are Ray actors (`actors`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import Counter
@@ -17,14 +18,19 @@ from raystore.errors import PoolStartError
 from raystore.runner.agents import Agents
 from raystore.runner.inline import InlineAgents
 from raystore.runner.told import last_line, report
-from raystore.runner.worker import STOP_SECONDS, Runner, RunnerOptions, runner_id
+from raystore.runner.worker import EXPLAIN_SECONDS, STOP_SECONDS, Runner, RunnerOptions, runner_id
+
+logger = logging.getLogger("raystore.runner")
 
 
 class RunnerThreads:
     """A number of runners, started and stopped together."""
 
-    def __init__(self, store: StoreClient, agent: Any, size: int, options: RunnerOptions, pool_id: str) -> None:
+    def __init__(
+        self, store: StoreClient, agent: Any, size: int, options: RunnerOptions, start_timeout: float, pool_id: str
+    ) -> None:
         self._store, self._agent, self._size, self._options, self._pool_id = store, agent, size, options, pool_id
+        self._start_timeout = start_timeout
         self._runners: dict[int, Runner] = {}
         self._hired: Counter[int] = Counter()  # how often each place was filled
         self._working: dict[Runner, asyncio.Task[None]] = {}
@@ -46,7 +52,11 @@ class RunnerThreads:
     def start(self) -> None:
         """Make the agents ready, and work."""
         self._thread.start()
-        self._started.wait()
+        if not self._started.wait(min(EXPLAIN_SECONDS, self._start_timeout)):
+            logger.warning("Still waiting for __init__ or setup() of the agent.")
+            if not self._started.wait(max(self._start_timeout - EXPLAIN_SECONDS, 0)):
+                self._stopping = True  # what gets ready now is closed again
+                raise PoolStartError(f"{self._size} runners in this process", "this process", setting_up=self._size)
         if self._failure is not None:
             raise self._cannot_start(self._failure) from self._failure
 

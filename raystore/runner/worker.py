@@ -42,6 +42,7 @@ from raystore.types import AttemptedRollout
 
 logger = logging.getLogger("raystore.runner")
 
+EXPLAIN_SECONDS = 10.0  #: after which a pool that does not start says what it waits for
 STOP_SECONDS = 5.0  #: that rollouts which run are given to finish when their pool closes
 WITHDRAW_SECONDS = 1.0  #: then, to give back what has not finished, before the processes end
 CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner asks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 
 import pytest
 
@@ -105,3 +106,38 @@ async def test_a_pool_whose_runners_stop_coming_up(make_ray_store, tmp_path):
 
         await until(is_done, within=40)
         assert (await store.wait_for_rollout(made.rollout_id, timeout=10)).reward == 1.0
+
+
+class Slow:
+    """An agent that takes its time to get ready."""
+
+    seconds = 60.0
+
+    def setup(self):
+        threading.Event().wait(self.seconds)
+
+    def __call__(self, task, ctx):
+        return 1.0
+
+
+async def test_a_slow_setup_is_not_taken_for_missing_resources(store, monkeypatch, caplog):
+    """Said while it is waited for, and by the error if that takes too long."""
+    is_here = isinstance(store, rs.InMemoryLightningStore)  # elsewhere its process takes a while until it is there
+    for module in ("actors", "threads"):
+        monkeypatch.setattr(f"raystore.runner.{module}.EXPLAIN_SECONDS", 0.2 if is_here else 20.0)
+    pool = rs.RunnerPool(store, Slow, size=1, start_timeout=0.5 if is_here else 21.0)
+    with pytest.raises(rs.PoolStartError, match=r"not for want of resources: 1 of them are there, and __init__"):
+        await asyncio.to_thread(pool.start)
+    said = [record.getMessage() for record in caplog.records if "Still waiting" in record.getMessage()]
+    assert len(said) == 1 and "setup() of the agent" in said[0], said
+    await asyncio.to_thread(pool.stop)
+
+
+async def test_missing_resources_are_not_taken_for_a_slow_setup(make_ray_store, monkeypatch, caplog):
+    """What was asked for, and what the cluster has."""
+    monkeypatch.setattr("raystore.runner.actors.EXPLAIN_SECONDS", 0.5)
+    pool = rs.RunnerPool(make_ray_store(), Slow, size=1, resources={"moon": 1}, start_timeout=1.0)
+    with pytest.raises(rs.PoolStartError, match=r"did not start in time\. Asked for: .*'moon': 1.*ask for less"):
+        await asyncio.to_thread(pool.start)
+    said = [record.getMessage() for record in caplog.records if "Still waiting" in record.getMessage()]
+    assert len(said) == 1 and "to be scheduled" in said[0] and "'moon'" in said[0], said
