@@ -186,15 +186,18 @@ def read_sparse(path: Path) -> tuple[Head, Any]:
 
 
 def main() -> int:
-    """Compact as the command line says; the outcome as one line of JSON."""
+    """Compact as the command line says; the outcome as JSON, the last line of stdout whatever else is printed here."""
     path, epoch, number = sys.argv[1:]
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     os.nice(19)
     gc.disable()  # what is read stays until the end, and holds no cycles
     try:
         outcome = compact(Directory(path), int(epoch), int(number))
     except (StoreError, OSError) as error:
         outcome = {"error": f"{type(error).__name__}: {error}"}
-    sys.stdout.write(json.dumps(outcome))
+    with told:
+        told.write("\n" + json.dumps(outcome))
     return DIFFERS if "differs" in outcome else 1 if "error" in outcome else 0
 
 

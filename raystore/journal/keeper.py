@@ -188,7 +188,7 @@ def _outcome(told: bytes, errors: bytes, code: int) -> dict[str, Any]:
         hint = "; the system may be out of memory" if number == signal.SIGKILL else ""
         return {"error": f"the helper was ended by {name}{hint}{': ' + said if said else ''}"}
     try:
-        outcome = json.loads(told)
+        outcome = json.loads(told.rstrip().rpartition(b"\n")[2])
     except ValueError:
         outcome = None
     if not isinstance(outcome, dict):

@@ -385,6 +385,18 @@ async def test_a_journal_of_many_processes_is_compacted(tmp_path):
     store.close()
 
 
+async def test_what_else_a_helper_prints_is_not_taken_for_its_outcome(tmp_path, monkeypatch):
+    """A customized Python that greets, and one that says good-bye."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit; print('hello'); atexit.register(print, 'good-bye')")
+    monkeypatch.syspath_prepend(tmp_path)
+    store = store_of(tmp_path / "j")
+    while not of(store).made:
+        await work(store, 50)
+        await asyncio.sleep(0.05)
+        assert not of(store)._failures
+    store.close()
+
+
 def test_the_helper_is_a_command(tmp_path):
     """It says what is wrong, and ends with a code that tells."""
     told = subprocess.run(
