@@ -44,3 +44,9 @@ def program(name: str, *arguments: Any, python: str = sys.executable, timeout: f
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def broken(path: Path, code: str) -> dict[str, Any]:
+    """Options of a store whose process runs this code first."""
+    (path / "sitecustomize.py").write_text(code)
+    return {"actor_options": {"runtime_env": {"env_vars": {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}}}}

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 import raystore as rs
-from tests.faults.processes import ROOT, describe, later
+from tests.faults.processes import ROOT, broken, describe, later
 from tests.helpers import until
 
 
@@ -43,12 +43,6 @@ async def said(process):
         line = await process.stdout.readline()
     assert line, "the caller ended"
     return json.loads(line)
-
-
-def broken(path, code):
-    """Options of a store whose process runs this code first."""
-    (path / "sitecustomize.py").write_text(code)
-    return {"actor_options": {"runtime_env": {"env_vars": {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}}}}
 
 
 # -- raw callers -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
 
@@ -194,39 +193,3 @@ async def test_runners_and_stores_have_names_in_the_tools_of_ray(make_ray_store)
         names = {(actor["namespace"], actor["name"]) for actor in list_named_actors(all_namespaces=True)}
         assert {("raystore-runners", worker_id) for worker_id in pool.worker_ids} <= names
         assert rs.list_stores()[0].name == store.info.name
-
-
-@pytest.mark.fault
-@pytest.mark.timeout(900)
-async def test_many_stops_beside_another_pool(make_ray_store, report, amount):
-    """Row 72: a pool is started and stopped over and over, in the middle of its work; the other one does not notice."""
-    store, lots, stops = make_ray_store(max_deliveries=1), random.Random(72), amount(2, 50)
-
-    async def agent(task, ctx):
-        with ctx.span("turn"):
-            await asyncio.sleep(0.3)
-        return 1.0
-
-    steady = await store.enqueue_rollout("steady", queue="b")
-    other = rs.RunnerPool(store, patient, size=1, queues=["b"], flush_seconds=0.05)
-    async with other:
-        await until(running(store, steady))
-        before = other.worker_ids
-        made = [rollout.rollout_id for rollout in await store.enqueue_group("x", 8 * stops)]
-        for _ in range(stops):
-            async with rs.RunnerPool(store, agent, size=2, concurrency=4, flush_seconds=0.05) as pool:
-                await asyncio.sleep(lots.uniform(0.1, 1.0))
-                await asyncio.to_thread(pool.stop, drain_seconds=lots.choice([0.0, 0.1]))
-        async with rs.RunnerPool(store, agent, size=2, concurrency=16):
-            done = await store.wait_for_rollouts(rollout_ids=made, timeout=200)
-        touched = (other.worker_ids != before) + (len(await store.query_attempts(steady.rollout_id)) != 1)
-        await asyncio.to_thread(other.stop, drain_seconds=0)
-    outcomes = [attempt.outcome for rollout_id in made for attempt in await store.query_attempts(rollout_id)]
-    figure = {
-        "not succeeded": len(made) - sum(rollout.status == "succeeded" for rollout in done),
-        "lost or charged": sum(outcome not in ("ok", "withdrawn") for outcome in outcomes),
-        "runners of the other pool touched": touched,
-    }
-    report(72, "pools stopped under load beside another", figure=figure, bar="0 of each", met=not any(figure.values()),
-           seed=72, did=f"{stops} stops withdrew {outcomes.count('withdrawn')} attempts")  # fmt: skip
-    assert outcomes.count("withdrawn") >= stops
