@@ -1,6 +1,6 @@
 """The examples do what they say, in a short form of each; and stop quietly.
 
-They mostly wait (for a Ray that starts, for agents), so two of them run at a time.
+One at a time, with patience: each must also do it on a machine whose cores are taken.
 """
 
 from __future__ import annotations
@@ -12,41 +12,31 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(1000)
+PATIENCE = 900  #: seconds for one example; on a quiet machine none takes two minutes
 ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local"}
 
 
 def example(name, *arguments, cwd):
     """Run an example on a local Ray of its own; its output, which must be quiet, and its metrics."""
     command = [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=ENVIRONMENT)
     (run,) = (cwd / "runs").iterdir()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return done, metrics, cwd
 
 
-@pytest.fixture(scope="module")
-def begun(request, tmp_path_factory):
-    """The examples that the chosen tests look at: each waits for its turn, and its test for its end."""
-    called = (getattr(item, "callspec", None) for item in request.session.items)
-    wanted = dict.fromkeys(spec.params["ran"] for spec in called if spec is not None and "ran" in spec.params)
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            (name, steps): pool.submit(example, name, "--steps", steps, cwd=tmp_path_factory.mktemp(name))
-            for name, steps in wanted
-        }
-
-
 @pytest.fixture
-def ran(request, begun):
-    """What one of them said and wrote, where, and in how many steps."""
-    return *begun[request.param].result(), request.param[1]
+def ran(request, tmp_path):
+    """What an example said and wrote, where, and in how many steps."""
+    name, steps = request.param
+    return *example(name, "--steps", steps, cwd=tmp_path), steps
 
 
 def short_and_long(name, short, long):
@@ -67,16 +57,12 @@ def check(done, metrics, cwd, *, steps):
 
 def test_prompt_bandit_learns_and_is_reproducible(tmp_path):
     """Two runs with one seed, on different numbers of runners, write the same metrics but for times."""
-    folders = {runners: tmp_path / str(runners) for runners in (2, 3)}
-    with ThreadPoolExecutor() as beside:  # two Rays at once
-        running = {}
-        for runners, folder in folders.items():
-            folder.mkdir()
-            arguments = ("--runners", runners, "--steps", 15, "--seed", 3)
-            running[runners] = beside.submit(example, "01_prompt_bandit", *arguments, cwd=folder)
     without_times = []
-    for runners, folder in folders.items():
-        done, metrics, _ = running[runners].result()
+    for runners in (2, 3):
+        folder = tmp_path / str(runners)
+        folder.mkdir()
+        arguments = ("--runners", runners, "--steps", 15, "--seed", 3)
+        done, metrics, _ = example("01_prompt_bandit", *arguments, cwd=folder)
         check(done, metrics, folder, steps=15)
         assert len(done.stdout.splitlines()) <= 25
         without_times.append([{k: v for k, v in line.items() if k != "seconds"} for line in metrics])
@@ -103,7 +89,6 @@ def test_the_exit_status_says_whether_it_did_what_it_says(tmp_path, monkeypatch,
     assert ended.value.code == status
 
 
-@pytest.mark.timeout(400)
 @short_and_long("02_grpo_tools", 30, 60)
 def test_grpo_learns_through_kills(ran):
     """Undisturbed and with a runner killed at each step: both reach 0.9, and nothing is lost or trained on twice."""
@@ -116,7 +101,6 @@ def test_grpo_learns_through_kills(ran):
     assert {line["staleness"] for line in metrics} <= {0, 1, 2}
 
 
-@pytest.mark.timeout(400)
 @short_and_long("05_crash_and_resume", 17, 24)
 def test_everything_dies_and_is_trained_exactly_once(ran):
     """Store, runners and trainer are killed, the latter at each point between a step and its checkpoint."""
@@ -132,7 +116,6 @@ def test_everything_dies_and_is_trained_exactly_once(ran):
     assert with_kills == pytest.approx(undisturbed, abs=0.1)
 
 
-@pytest.mark.timeout(400)
 @short_and_long("03_otel_agent", 6, 12)
 def test_an_agent_of_opentelemetry_is_trained(ran):
     """Its file does not know raystore; every span of it arrives."""
@@ -142,7 +125,6 @@ def test_an_agent_of_opentelemetry_is_trained(ran):
     assert "every span is there" in done.stdout and "      chat stub" in done.stdout
 
 
-@pytest.mark.timeout(400)
 @short_and_long("04_many_agents", 3, 6)
 def test_many_agents_wait_at_once(ran):
     """2,000 agents over four processes: a step takes hardly longer than the longest wait."""
