@@ -1,5 +1,6 @@
 """The spans of one rollout that wait to be sent, gathered from whatever thread they end in.
 
+With what the model calls among them lack, which is known when the rollout has ended.
 Not here: sending them (`worker`).
 """
 
@@ -9,6 +10,7 @@ import threading
 from array import array
 from collections.abc import Callable
 
+from raystore.dialects import CallsSeen
 from raystore.spans import Span
 
 FLUSH_BYTES = 64 * 1024  #: so much does not wait for the next flush by time
@@ -25,10 +27,13 @@ class Outbox:
         self._spans: list[Span] = []
         self._bytes = 0
         self._closed = False
+        self.calls = CallsSeen()  #: of what has ended before it was closed
 
     def add(self, span: Span) -> None:
         """Take a span."""
         with self._lock:
+            if not self._closed:
+                self.calls.add(span)
             self._spans.append(span)
             self._bytes += _weight(span)
             wake = self._wake if self._closed or self._bytes >= FLUSH_BYTES else None
