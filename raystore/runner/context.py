@@ -43,14 +43,14 @@ def any_at_work() -> Context | None:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Say that no agent runs in this thread: spans that start here are not theirs."""
-    thread = threading.get_ident()
-    _apart.append(thread)
+def apart(thread: threading.Thread | None = None) -> Iterator[None]:
+    """Say that a thread (None: this one) works for no rollout: spans that start there without one are not lost."""
+    ident = threading.get_ident() if thread is None else thread.ident or 0
+    _apart.append(ident)
     try:
         yield
     finally:
-        _apart.remove(thread)
+        _apart.remove(ident)
 
 
 def is_apart() -> bool:

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable
 
 from raystore.dialects import CallsSeen
+from raystore.losses import Losses
 from raystore.spans import Span
 
 FLUSH_BYTES = 64 * 1024  #: so much does not wait for the next flush by time
@@ -27,13 +28,13 @@ class Outbox:
         self._spans: list[Span] = []
         self._bytes = 0
         self._closed = False
-        self.calls = CallsSeen()  #: of what has ended before it was closed
+        self._calls: CallsSeen | None = CallsSeen()  # until the rollout has ended
 
     def add(self, span: Span) -> None:
         """Take a span."""
         with self._lock:
-            if not self._closed:
-                self.calls.add(span)
+            if self._calls is not None:
+                self._calls.add(span)
             self._spans.append(span)
             self._bytes += _weight(span)
             wake = self._wake if self._closed or self._bytes >= FLUSH_BYTES else None
@@ -51,6 +52,13 @@ class Outbox:
         with self._lock:
             self._closed, self._wake = True, wake
         return self.take()
+
+    def tell(self, losses: Losses) -> None:
+        """Count what the model calls lack that have ended until now; later ones are not looked at."""
+        with self._lock:
+            calls, self._calls = self._calls, None
+        if calls is not None:
+            calls.tell(losses)
 
 
 def _weight(span: Span) -> int:

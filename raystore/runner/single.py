@@ -91,7 +91,7 @@ def run_one(
     finally:
         context.leave()
     spans = outbox.close(functools.partial(losses.add, "too_late", "", story))
-    outbox.calls.tell(losses)
+    outbox.tell(losses)
     for number, span in enumerate(spans, 1):
         span.sequence_id = number
     return Run(rollout, spans, find_final_reward(spans), losses.take())

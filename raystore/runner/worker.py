@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ class _Work:
     outbox: Outbox
     full: asyncio.Event = field(default_factory=asyncio.Event)  # enough spans for not waiting any longer
     refusal: Exception | None = None  # of a span that the store does not take
+    sending: asyncio.Task[None] | None = None
+    is_refused: bool = False  # of what is sent or was sent before, something; the rest of it goes one by one
 
 
 class Runner:
@@ -244,9 +247,11 @@ class Runner:
 
     async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
         context = work.context
-        late = functools.partial(self._wake_late, context.rollout.rollout_id, work.outbox)
-        spans = work.outbox.close(late)  # which knows nothing of the context, so that its resources can go
-        work.outbox.calls.tell(self._losses)
+        late = functools.partial(_wake_late, weakref.ref(self), self._losses, context.rollout.rollout_id, work.outbox)
+        spans = work.outbox.close(late)  # a span that somebody keeps holds nothing of the context, or of this runner
+        work.outbox.tell(self._losses)
+        if work.is_refused and work.sending is not None:  # else it is ahead of what follows, and not waited for
+            await asyncio.wait([work.sending])
         if context.cancelled and ending.status != "succeeded":
             ending = Ending(None)  # however it took being stopped
         elif work.refusal is not None and ending.status == "succeeded":
@@ -257,7 +262,7 @@ class Runner:
             except Exception as refusal:
                 self._look_at(refusal, spans)
                 own = await self._send(context.rollout.rollout_id, spans)
-                if own is not None:
+                if own is not None and ending.status == "succeeded":
                     ending = _refused(own)
                 await finish([], ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
         else:
@@ -287,16 +292,16 @@ class Runner:
         """Enough spans have gathered; on any thread."""
         self._soon(work.context.rollout.rollout_id, work.full.set)
 
-    def _wake_late(self, rollout_id: str, outbox: Outbox) -> None:
-        """A span came after the end of its rollout; on any thread."""
-        self._soon(rollout_id, self._send_late, rollout_id, outbox)
-
     def _soon(self, rollout_id: str, action: Callable[..., Any], *arguments: Any) -> None:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(action, *arguments)
         except RuntimeError:
-            self._losses.add("too_late", "", f"A span of rollout {rollout_id} ended after its runner, and is lost")
+            _too_late(self._losses, rollout_id)
+
+    def wake_late(self, rollout_id: str, outbox: Outbox) -> None:
+        """A span came after the end of its rollout; on any thread."""
+        self._soon(rollout_id, self._send_late, rollout_id, outbox)
 
     def _send_late(self, rollout_id: str, outbox: Outbox) -> None:
         if spans := outbox.take():
@@ -323,7 +328,8 @@ class Runner:
             work.full.clear()
             if spans := work.outbox.take():
                 try:
-                    await asyncio.shield(self._send_of(work, spans))
+                    work.sending = asyncio.create_task(self._send_of(work, spans))
+                    await asyncio.shield(work.sending)
                 except StoreError as error:
                     logger.warning("Spans of rollout %s are lost: %s", rollout.rollout_id, error)
             elif not is_known:
@@ -332,10 +338,10 @@ class Runner:
             is_known = True
 
     async def _send_of(self, work: _Work, spans: list[Span]) -> None:
-        refusal = await self._send(work.context.rollout.rollout_id, spans)
+        refusal = await self._send(work.context.rollout.rollout_id, spans, work)
         work.refusal = work.refusal or refusal
 
-    async def _send(self, rollout_id: str, spans: list[Span]) -> Exception | None:
+    async def _send(self, rollout_id: str, spans: list[Span], work: _Work | None = None) -> Exception | None:
         """Send spans; those that are refused do not keep the others from being stored.
 
         The first refusal of a span that the agent gave by its own hand; one that a tracer made is only counted.
@@ -351,7 +357,9 @@ class Runner:
                 name = spans[0].name
                 self._losses.add("refused", name, f"Span {name!r} of rollout {rollout_id} is refused: {refusal}")
                 return None if is_traced(spans[0]) else refusal
-        refusals = [await self._send(rollout_id, [span]) for span in spans]
+            if work is not None:
+                work.is_refused = True
+        refusals = await asyncio.gather(*(self._send(rollout_id, [span]) for span in spans))
         return next((refusal for refusal in refusals if refusal is not None), None)
 
     def _look_at(self, error: Exception, spans: list[Span]) -> None:
@@ -399,6 +407,10 @@ class Runner:
         await self._store.finish_attempt(*key, [], "timeout", outcome="timeout", error=error)
 
     def _heartbeats(self) -> None:
+        with apart():
+            self._beat()
+
+    def _beat(self) -> None:
         process = psutil.Process()
         beaten = float("-inf")  # the first one at once: it says which process this is
         while not self._stopping.is_set():
@@ -442,6 +454,17 @@ class Runner:
             if (seconds := work.context.rollout.config.unresponsive_seconds) is not None
         ]
         return max(min([self._options.heartbeat_seconds, *(seconds / 3 for seconds in patience)]), 0.05)
+
+
+def _wake_late(runner: weakref.ref[Runner], losses: Losses, rollout_id: str, outbox: Outbox) -> None:
+    if (alive := runner()) is not None:
+        alive.wake_late(rollout_id, outbox)
+    else:
+        _too_late(losses, rollout_id)
+
+
+def _too_late(losses: Losses, rollout_id: str) -> None:
+    losses.add("too_late", "", f"A span of rollout {rollout_id} ended after its runner, and is lost")
 
 
 def _is_refusal(error: Exception) -> bool:
