@@ -313,7 +313,8 @@ def _seen(span: Span) -> _Seen | None:
     except InvalidValueError:
         return _Seen(span, None, False, False)
     has_token_ids = told.prompt_ids is not None and told.response_ids is not None
-    return _Seen(span, told.response_id, has_token_ids, told.logprobs is not None or not told.response_ids)
+    has_logprobs = has_token_ids and (told.logprobs is not None or not told.response_ids)
+    return _Seen(span, told.response_id, has_token_ids, has_logprobs)
 
 
 # -- one span ----------------------------------------------------------------------------------------------------------

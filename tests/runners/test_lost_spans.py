@@ -7,11 +7,14 @@ import gc
 import logging
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from opentelemetry import trace
@@ -149,6 +152,13 @@ async def test_only_known_reasons_are_counted(make_memory_store):
         with pytest.raises(rs.InvalidValueError):
             await store.report_spans_lost(wrong)
     assert (await store.statistics())["spans_lost"] == {}
+
+
+def test_every_reason_is_documented():
+    """With what to do."""
+    text = (Path(__file__).parents[2] / "docs" / "spans.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", text.partition("## Spans that are lost")[2], re.MULTILINE)
+    assert listed == list(get_args(losses.Reason))
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
