@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import inspect
 import os
 import threading
 import weakref
@@ -70,6 +71,8 @@ def instrument(provider: TracerProvider | None = None) -> TracerProvider:
             _add_processor(chosen)
         _wrap(Tracer, "start_span", _watched)
         _wrap(trace.NoOpTracer, "start_span", _not_made)
+        if "start_span" not in inspect.unwrap(trace.NoOpTracer.start_as_current_span).__code__.co_names:  # older ones
+            _wrap(trace.NoOpTracer, "start_as_current_span", _not_made)
         _wrap(concurrent.futures.ThreadPoolExecutor, "submit", _handing_on)
         _everything = _everything or provider is None
         return chosen  # type: ignore[no-any-return]
@@ -133,7 +136,7 @@ def _watched(start_span: Any) -> Any:
 
 
 def _not_made(start_span: Any) -> Any:
-    """`NoOpTracer.start_span`: libraries also use it on purpose, so it is a loss where tracing as a whole is off."""
+    """A method of `NoOpTracer`: libraries also use it on purpose, so it is a loss where tracing as a whole is off."""
 
     @functools.wraps(start_span)
     def not_made(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -349,6 +349,30 @@ def test_a_parent_elsewhere_that_was_not_sampled(told):
     assert "parent that was not sampled" in told.text
 
 
+FORKING = """
+import os
+import raystore as rs
+from opentelemetry.sdk.trace import TracerProvider
+
+def agent(task, ctx):
+    rs.otel.instrument()
+    tracer = TracerProvider().get_tracer("t")
+    if (child := os.fork()) == 0:
+        for number in range(3):
+            tracer.start_span(f"in a child {number}").end()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    tracer.start_span("here").end()
+assert [span.name for span in rs.run_one(agent, "x").spans] == ["here"]
+"""
+
+
+def test_a_process_that_an_agent_forks_says_that_it_is_not_heard():
+    """Once, by the name of a span."""
+    ran = subprocess.run([sys.executable, "-c", FORKING], check=True, timeout=60, capture_output=True, text=True)
+    assert ran.stderr.count("is lost") == 1 and "'in a child 0'" in ran.stderr and "forked" in ran.stderr
+
+
 # -- odd spans ---------------------------------------------------------------------------------------------------------
 
 
