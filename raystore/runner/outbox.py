@@ -54,7 +54,7 @@ class Outbox:
         if self._pid:
             self._pid = 0
             logger.warning(
-                "Span %r of rollout %s is lost, with all that this process records of it: the process was forked by the "
+                "Span %r of rollout %s is lost, with all that this process records of it: it was forked by the "
                 "agent. Let it return what is to be recorded, and the agent record that. (Told once.)",
                 span.name, span.rollout_id,
             )  # fmt: skip
