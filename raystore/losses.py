@@ -67,7 +67,7 @@ class Losses:
         if name not in told and len(told) < (NAMES_TOLD if reason in _ODD else 1):
             told.add(name)
             remedy = _REMEDIES.get(reason, "The others are kept.")
-            logger.warning("%s. %s (Told once; statistics()['spans_lost'] counts.)", story.rstrip("."), remedy)
+            logger.warning("%s. %s (Told once, and counted.)", story.rstrip("."), remedy)
 
     def take(self) -> dict[Reason, int]:
         """What was counted since the last call."""

@@ -114,25 +114,32 @@ def _watched(start_span: Any) -> Any:
     @functools.wraps(start_span)
     def watched(self: Any, name: str, context: Any = None, *args: Any, **kwargs: Any) -> Any:
         rollout = current()
-        if rollout is None and any_at_work() is None:
-            return start_span(self, name, context, *args, **kwargs)
-        pipeline = self.span_processor
-        if pipeline not in _instrumented:
-            if not _everything:
-                return start_span(self, name, context, *args, **kwargs)
-            with _lock:
-                if pipeline not in _instrumented:
-                    pipeline.add_span_processor(_processor)
-                    _instrumented.add(pipeline)
+        is_seen = (rollout is not None or any_at_work() is not None) and _is_instrumented(self)
         span = start_span(self, name, context, *args, **kwargs)
-        if rollout is not None and not span.is_recording():
+        if is_seen and rollout is not None and not span.is_recording():
             identity = span.get_span_context()
             if identity != trace.get_current_span(context).get_span_context():  # else this tracer is switched off
-                why = f"was dropped by the sampler {self.sampler.get_description()}"
-                _lose(rollout.lose, "sampled_out", name, f"of rollout {rollout.rollout.rollout_id} {why}")
+                who = f"the sampler {type(self.sampler).__name__}"
+                _lose(
+                    rollout.lose, "sampled_out", name, f"of rollout {rollout.rollout.rollout_id} was dropped by {who}"
+                )
         return span
 
     return watched
+
+
+def _is_instrumented(tracer: Any) -> bool:
+    """Whether the spans of a tracer come here; from now on, if all are to."""
+    pipeline: Any = getattr(tracer, "span_processor", None)
+    if pipeline in _instrumented:
+        return True
+    if not _everything or not hasattr(pipeline, "add_span_processor"):
+        return False
+    with _lock:
+        if pipeline not in _instrumented:
+            pipeline.add_span_processor(_processor)
+            _instrumented.add(pipeline)
+    return True
 
 
 def _not_made(start_span: Any) -> Any:

@@ -39,7 +39,12 @@ def current() -> Context | None:
 
 def any_at_work() -> Context | None:
     """The context of some rollout whose agent runs in this process, None if there is none."""
-    return next(iter(list(_at_work)), None) if _at_work else None
+    while _at_work:
+        try:
+            return next(iter(_at_work), None)
+        except RuntimeError:  # another thread has changed it at this moment
+            continue
+    return None
 
 
 @contextmanager

@@ -82,8 +82,8 @@ class _Work:
     outbox: Outbox
     full: asyncio.Event = field(default_factory=asyncio.Event)  # enough spans for not waiting any longer
     refusal: Exception | None = None  # of a span that the store does not take
-    sending: asyncio.Task[None] | None = None
-    is_refused: bool = False  # of what is sent or was sent before, something; the rest of it goes one by one
+    sending: asyncio.Task[None] | None = None  # of what was flushed last
+    is_refused: bool = False  # something that was flushed, so that what went with it goes again, one by one
 
 
 class Runner:
@@ -363,7 +363,7 @@ class Runner:
         return next((refusal for refusal in refusals if refusal is not None), None)
 
     def _look_at(self, error: Exception, spans: list[Span]) -> None:
-        """Go on if an error is a refusal of spans, else raise it; unless nobody wants them, they are lost then."""
+        """Go on if an error is a refusal of spans, else raise it: then all of them are lost, if they were wanted."""
         if not _is_refusal(error):
             if not isinstance(error, ValueError):  # which says that rollout or attempt are there no more
                 self._losses.count("not_sent", len(spans))
