@@ -125,12 +125,29 @@ async def test_in_this_process(make_memory_store, told):
     assert len(check_told(told.records)) == 7
 
 
+def wordy(task, ctx):
+    """Says more than the store takes, and ends at once."""
+    for name, length in (("first", 1), ("large", 200_000), ("last", 1)):
+        with ctx.span(name, text="x" * length):
+            pass
+    return 1.0
+
+
 async def test_in_actors_and_their_processes(make_ray_store):
-    """The same on Ray, also where the agent has a process of its own."""
+    """The same on Ray, also where the agent has a process of its own; no success overtakes a refusal."""
     store = make_ray_store(limits={"span_bytes": 100_000})
     for isolation in ("actor", "process"):
         assert await count(store, isolation=isolation) == LOST | {"refused": 1}
     assert (await store.statistics())["spans_lost"] == {name: 2 * n for name, n in (LOST | {"refused": 1}).items()}
+    ids = [(await store.enqueue_rollout("x")).rollout_id for _ in range(10)]
+    async with rs.RunnerPool(store, wordy, size=1):
+        finished = await store.wait_for_rollouts(rollout_ids=ids, timeout=60)
+        found = await store.query_many_spans(ids)
+    assert [rollout.status for rollout in finished] == ["failed"] * 10
+    assert all("200" in rollout.attempt.error for rollout in finished)
+    for spans in found.values():
+        assert {span.name for span in spans} == {"first", "last", "agentlightning.annotation"}
+    assert (await store.statistics())["spans_lost"]["refused"] == 12
 
 
 async def test_runners_tell_while_they_work(make_memory_store):
