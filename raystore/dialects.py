@@ -17,6 +17,7 @@ from typing import Any
 
 from raystore import semconv
 from raystore.errors import InvalidValueError, PayloadNotReadableError
+from raystore.losses import Losses
 from raystore.packed import pack_floats, pack_integers
 from raystore.spans import Event, Span, find_final_reward
 
@@ -183,9 +184,9 @@ def with_token_ids(calls: Sequence[ModelCall]) -> list[tuple[ModelCall, array[in
         elif call.spans[0].status.status_code != "ERROR":  # which has no answer
             lacking.append(call)
     if lacking:
-        _tell_once("token ids", lacking, len(calls), "they are not trained on")
+        _tell_once("token ids", lacking[0].spans[0], len(lacking), len(calls))
     if unknown := [call for call, _, response in complete if call.logprobs is None and response]:
-        _tell_once("log-probabilities", unknown, len(calls), "no importance ratio can be computed for them")
+        _tell_once("log-probabilities", unknown[0].spans[0], len(unknown), len(calls))
     return complete
 
 
@@ -198,15 +199,21 @@ _REMEDY = (
 )
 
 
-def _tell_once(what: str, lacking: Sequence[ModelCall], among: int, therefore: str) -> None:
+_THEREFORE = {
+    "token ids": "they are not trained on",
+    "log-probabilities": "no importance ratio can be computed for them",
+}
+
+
+def _tell_once(what: str, first: Span | _Seen, lacking: int, among: int) -> None:
     if what in _TOLD:
         return
     _TOLD.add(what)
-    counts = f"{len(lacking)} of {among} model calls have no {what}, so that {therefore}"
-    logger.warning("%s; the first is %s. %s", counts, _shown(lacking[0].spans[0]), _REMEDY)
+    counts = f"{lacking} of {among} model calls have no {what}, so that {_THEREFORE[what]}"
+    logger.warning("%s; the first is %s. %s", counts, _shown(first), _REMEDY)
 
 
-def _shown(span: Span) -> str:
+def _shown(span: Span | _Seen) -> str:
     return f"span {span.name!r} ({span.span_id}) of rollout {span.rollout_id}"
 
 
@@ -216,6 +223,98 @@ def _name(odd: Sequence[tuple[Span, Exception]]) -> None:
         shown = "; ".join(f"{_shown(span)}: {error}" for span, error in odd[:SHOWN])
         more = f"; and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
         logger.warning("Passed over while model calls were read: %s%s", shown, more)
+
+
+# -- as spans end ------------------------------------------------------------------------------------------------------
+
+
+class _Seen:
+    """A model call of which at least one span has ended."""
+
+    __slots__ = ("has_logprobs", "has_token_ids", "name", "response_id", "rollout_id", "span_id")
+
+    def __init__(self, span: Span, response_id: Any, has_token_ids: bool, has_logprobs: bool) -> None:
+        self.name, self.span_id, self.rollout_id = span.name, span.span_id, span.rollout_id
+        self.response_id: str | None = response_id if isinstance(response_id, str) and response_id else None
+        self.has_token_ids = has_token_ids
+        self.has_logprobs = has_logprobs
+
+    def take(self, other: _Seen) -> None:
+        self.response_id = self.response_id or other.response_id
+        self.has_token_ids |= other.has_token_ids
+        self.has_logprobs |= other.has_logprobs
+
+
+class CallsSeen:
+    """What the model calls of one attempt lack, of its spans as they end; keeps none of them.
+
+    Spans are one call by the rules of `model_calls`, except that token ids are not compared: two that both have them
+    and no response id are two calls, of which none lacks anything.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[_Seen, None] = {}
+        self._by_response: dict[str, _Seen] = {}
+        self._inner: dict[str, list[_Seen]] = {}  # by the id of the span that encloses them, which has not ended
+
+    def add(self, span: Span) -> None:
+        """A span has ended, and those that it encloses before it; one that cannot be read is no call."""
+        try:
+            self._add(span)
+        except Exception:
+            logger.debug("Cannot say whether a span is a model call", exc_info=True)
+
+    def _add(self, span: Span) -> None:
+        inner = self._inner.pop(span.span_id, [])
+        call = _seen(span)
+        if call is not None:
+            inner = [self._joined(call, inner)]
+        if inner and span.parent_id is not None:
+            self._inner.setdefault(span.parent_id, []).extend(inner)
+
+    def _joined(self, call: _Seen, inner: Sequence[_Seen]) -> _Seen:
+        """The call itself, or the one that it is told of before; what it encloses may be the same."""
+        known = self._by_response.get(call.response_id or "")
+        if known is not None:
+            known.take(call)
+            call = known
+        self._calls[call] = None
+        for one in inner:
+            are_two = (one.response_id and call.response_id) or (one.has_token_ids and call.has_token_ids)
+            if one is not call and one in self._calls and not are_two:
+                call.take(one)
+                del self._calls[one]
+        if call.response_id is not None:
+            self._by_response[call.response_id] = call
+        return call
+
+    def tell(self, losses: Losses) -> None:
+        """Count the calls that cannot be trained on, once all spans have ended; and say once what to do about it."""
+        without_ids = [call for call in self._calls if not call.has_token_ids]
+        without_logprobs = [call for call in self._calls if call.has_token_ids and not call.has_logprobs]
+        if without_ids:
+            losses.count("without_token_ids", len(without_ids))
+            _tell_once("token ids", without_ids[0], len(without_ids), len(self._calls))
+        if without_logprobs:
+            losses.count("without_logprobs", len(without_logprobs))
+            _tell_once("log-probabilities", without_logprobs[0], len(without_logprobs), len(self._calls))
+
+
+def _seen(span: Span) -> _Seen | None:
+    """What one span tells of a model call, None if it is none, or one that failed and has no answer."""
+    attributes = span.attributes
+    if not is_model_call(span.name, attributes) or span.status.status_code == "ERROR":
+        return None
+    if semconv.INPUT_TOKEN_IDS in attributes and semconv.OUTPUT_TOKEN_IDS in attributes:  # as nearly always
+        has_logprobs = semconv.OUTPUT_LOGPROBS in attributes or not attributes[semconv.OUTPUT_TOKEN_IDS]
+        return _Seen(span, attributes.get(semconv.RESPONSE_ID), True, has_logprobs)
+    try:
+        told = _Told(span, attributes, [])
+    except InvalidValueError:
+        return _Seen(span, None, False, False)
+    has_token_ids = told.prompt_ids is not None and told.response_ids is not None
+    has_logprobs = has_token_ids and (told.logprobs is not None or not told.response_ids)
+    return _Seen(span, told.response_id, has_token_ids, has_logprobs)
 
 
 # -- one span ----------------------------------------------------------------------------------------------------------

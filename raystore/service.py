@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -100,6 +100,7 @@ class Service:
         self._offers = Offers(self)
         self.operations = 0
         self.actor_calls = 0
+        self.spans_lost: Counter[str] = Counter()  # by reason, as runners tell this process
         self.overloads = 0  # what was refused since there was too much of something
         self.last_eviction_seconds = 0.0
         self._eviction_seconds = 0.0  # of the pass that is under way

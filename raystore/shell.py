@@ -19,6 +19,7 @@ from raystore.core.schema import Id, Positive, Rule, Seconds, Tags, Text, Whole
 from raystore.core.state import State, Step
 from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError
+from raystore.losses import Reason
 from raystore.waiters import Deliver
 
 if TYPE_CHECKING:
@@ -159,6 +160,11 @@ def _report_pool(
     service.refuse_what_never_comes()
 
 
+def _report_spans_lost(service: Service, asked: Asked, *, counts: dict[Reason, Positive]) -> None:
+    """A runner has counted what traces lack since its last report."""
+    service.spans_lost.update(counts)
+
+
 def _cancel_wait(service: Service, asked: Asked, *, of: int) -> bool:
     waiter = service.waiters.find(asked.session_id, of)
     if waiter is not None:
@@ -191,6 +197,7 @@ def _statistics(service: Service, asked: Asked) -> dict[str, Any]:
         "actor_calls": service.actor_calls,
         "overloads": service.overloads,
         "unserved_queues": service.pools.unserved(service.state.queues.lengths(), service.clock.age()),
+        "spans_lost": dict(service.spans_lost),
         "last_eviction_seconds": service.last_eviction_seconds,
         "cpu_seconds": time.process_time(),
         "rss_bytes": resident_bytes(),
@@ -227,6 +234,7 @@ SHELL: dict[str, Verb] = {
     "changes": Verb(_changes, changes=False),
     "cancel_wait": Verb(_cancel_wait, changes=False),
     "report_pool": Verb(_report_pool, changes=False),
+    "report_spans_lost": Verb(_report_spans_lost, changes=False),
     "statistics": Verb(_statistics, changes=False),
     "story": Verb(_story, changes=False),
     "check": Verb(_check, changes=False),

@@ -241,6 +241,11 @@ _NOT_EXTRA = frozenset(
 )  # fmt: skip
 
 
+def is_traced(span: Span) -> bool:
+    """Whether a tracer made this span, and not the agent by its own hand: a library's name is on it."""
+    return "instrumentation_scope" in (span.model_extra or ())
+
+
 def _extras(source: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     """What an object of the SDK carries beyond the model, by its public names."""
     extras = {}

@@ -530,6 +530,9 @@ class LightningStoreStatistics(TypedDict, total=False):
     actor_calls: int
     operations: int
     overloads: int  # what was refused since there was too much of something
+    # Spans that were lost, and model calls that cannot be trained on, by reason (docs/spans.md has them): what runners
+    # counted and told the store's process, with their heartbeats and when they end.
+    spans_lost: dict[str, int]
     journal: dict[str, Any] | None  # its snapshots, what was written since, and why there are no more if so
 
 

@@ -7,7 +7,7 @@ Not here: making stores (`memory`, `ray_store`), the way to a store (`transport`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from raystore.client.spans import SpanMethods
 from raystore.client.training import TrainingMethods
 from raystore.client.waiting import WaitingMethods
 from raystore.client.workers import WorkerMethods
+from raystore.losses import Reason
 from raystore.notices import Handler
 from raystore.types import LightningStoreCapabilities, LightningStoreStatistics
 
@@ -96,6 +97,11 @@ class StoreClient(
             "error": convert.optional_text("error", error),
         }
         await self._transport.call("report_pool", arguments)
+
+    async def report_spans_lost(self, counts: Mapping[Reason, int]) -> None:
+        """Add to `statistics()["spans_lost"]` what was lost since the last report, by reason. For runners."""
+        lost = {reason: convert.whole(f"counts[{reason!r}]", number, at_least=1) for reason, number in counts.items()}
+        await self._transport.call("report_spans_lost", {"counts": lost})
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:

@@ -34,7 +34,7 @@ LENGTH = struct.Struct("<Q")
 # Messages to the process: a Setup first; a Run each time; CANCEL with rollout id, attempt id and why; CLOSE.
 CANCEL, CLOSE = "cancel", "close"
 # Messages from it.
-READY, FAILED, STARTED, SPAN, DONE = "ready", "failed", "started", "span", "done"
+READY, FAILED, STARTED, SPAN, LOST, DONE = "ready", "failed", "started", "span", "lost", "done"
 
 
 @dataclass(slots=True)
@@ -119,7 +119,8 @@ class _Child:
             if isinstance(message, Run):
                 if message.resources is not None:
                     self._resources = message.resources
-                self._context = Context(message.rollout, self._resources, self._worker_id, self._send_span)
+                ours = (self._worker_id, self._send_span, self._send_loss)
+                self._context = Context(message.rollout, self._resources, *ours)
                 with contextlib.suppress(RuntimeError):  # the agent is over, and so is this process: it never begins
                     life.begin(self._context, self._settle, self._begun)
             elif message[0] == CLOSE:
@@ -134,7 +135,13 @@ class _Child:
     def _send_span(self, span: Any) -> None:
         self._channel.send(SPAN, span)
 
+    def _send_loss(self, *loss: str) -> None:
+        with contextlib.suppress(OSError):  # the runner is gone
+            self._channel.send(LOST, *loss)
+
     def _settle(self, ending: Ending) -> None:
+        if self._context is not None:
+            self._context.leave()
         self._context = None
         self._channel.send(DONE, ending)
 

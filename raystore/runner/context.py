@@ -1,22 +1,24 @@
 """What an agent sees of its rollout: the task's resources, spans, the reward, and whether it was cancelled.
 
 Spans nest by context variable, so that concurrent rollouts of one process do not mix; one that has ended goes to the
-`sink` of whoever runs the agent.
+`sink` of whoever runs the agent, and what is known of one that is lost to its `lose`.
 Not here: claiming, sending, reporting (`worker`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any
 
 from raystore import plain, semconv
 from raystore.errors import InvalidValueError
+from raystore.losses import Reason
 from raystore.packed import pack_floats, pack_integers
 from raystore.runner.told import report, summary, text_of
 from raystore.spans import Event, Span, TraceStatus, attributes_of
@@ -24,6 +26,8 @@ from raystore.types import LLM, Attempt, AttemptedRollout
 
 _current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
 _parent: ContextVar[str | None] = ContextVar("raystore_span", default=None)
+_at_work: dict[Context, None] = {}  # those whose agents run in this process
+_apart: list[int] = []  # threads of this process in which no agent runs
 
 STOPPED = "the runner stops"
 
@@ -31,6 +35,48 @@ STOPPED = "the runner stops"
 def current() -> Context | None:
     """The context of the rollout that the calling code runs for, however deep; None outside of an agent."""
     return _current.get()
+
+
+def any_at_work() -> Context | None:
+    """The context of some rollout whose agent runs in this process, None if there is none."""
+    while _at_work:
+        try:
+            return next(iter(_at_work), None)
+        except RuntimeError:  # another thread has changed it at this moment
+            continue
+    return None
+
+
+@contextmanager
+def apart(thread: threading.Thread | None = None) -> Iterator[None]:
+    """Say that a thread (None: this one) works for no rollout: spans that start there without one are not lost."""
+    ident = threading.get_ident() if thread is None else thread.ident or 0
+    _apart.append(ident)
+    try:
+        yield
+    finally:
+        _apart.remove(ident)
+
+
+def is_apart() -> bool:
+    """Whether somebody has said that no agent runs in this thread."""
+    return threading.get_ident() in _apart
+
+
+class Position:
+    """Where in a rollout, and in which span of it, the calling code is: to go on from there in another thread."""
+
+    def __init__(self) -> None:
+        self._context, self._parent = _current.get(), _parent.get()
+
+    def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function there; what it returns or raises."""
+        context, parent = _current.set(self._context), _parent.set(self._parent)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _parent.reset(parent)
+            _current.reset(context)
 
 
 class OpenSpan:
@@ -100,13 +146,16 @@ class Context:
         resources: Mapping[str, Any],
         worker_id: str,
         sink: Callable[[Span], None],
+        lose: Callable[[Reason, str, str], None],
     ) -> None:
         self.rollout = rollout
         self.resources = resources
         self.worker_id = worker_id
         self._trace_id = token_hex(16)
         self._cancelled: str | None = None
+        self._is_over = False
         self.sink = sink  #: takes the spans that have ended; for the runner
+        self.lose = lose  #: takes the reason, name and story of what a trace lacks (`Losses.add`); for the runner
 
     @property
     def attempt(self) -> Attempt:
@@ -247,3 +296,11 @@ class Context:
         """Make this the context that `current` finds, in the calling code's context variables; for the runner."""
         _current.set(self)
         _parent.set(None)
+        _at_work[self] = None
+        if self._is_over:  # since then, on another thread
+            _at_work.pop(self, None)
+
+    def leave(self) -> None:
+        """The agent's call has ended, or is not waited for any longer; for the runner."""
+        self._is_over = True
+        _at_work.pop(self, None)

@@ -25,7 +25,7 @@ from raystore import pickler
 from raystore.errors import AgentNotPicklableError, AgentProcessError
 from raystore.runner import nursery
 from raystore.runner.agents import RETRY_MOST_SECONDS, RETRY_SECONDS, Ending
-from raystore.runner.child import CANCEL, CLOSE, DONE, FAILED, LENGTH, READY, SPAN, STARTED, Run, Setup, pack
+from raystore.runner.child import CANCEL, CLOSE, DONE, FAILED, LENGTH, LOST, READY, SPAN, STARTED, Run, Setup, pack
 from raystore.runner.context import Context
 from raystore.spans import Span
 from raystore.types import ObjectResource
@@ -63,6 +63,7 @@ class _Process:
         self._started = False
         self._done: asyncio.Future[Ending] | None = None
         self._sinks: dict[tuple[str, str], Callable[[Span], None]] = {}
+        self._lose: Callable[..., None] = lambda *loss: None
         self._version: tuple[str | None, int | None] | None = None  # of the resources that it has
         self._reading = asyncio.create_task(self._read())
 
@@ -76,6 +77,7 @@ class _Process:
         self._sinks[context.rollout.rollout_id, context.attempt.attempt_id] = context.sink
         if len(self._sinks) > REMEMBERED:
             del self._sinks[next(iter(self._sinks))]
+        self._lose = context.lose
         resources = None
         version = (context.rollout.resources_id, context.attempt.resources_version)
         if version != self._version:
@@ -115,6 +117,11 @@ class _Process:
                     (span,) = values
                     if (sink := self._sinks.get((span.rollout_id, span.attempt_id))) is not None:
                         sink(span)
+                    else:
+                        whose = f"Span {span.name!r} of rollout {span.rollout_id}"
+                        self._lose("too_late", span.name, f"{whose} ended long after its rollout, and is lost")
+                elif kind == LOST:
+                    self._lose(*values)
                 elif kind == DONE and self._done is not None:
                     self._done.set_result(values[0])
                 elif kind == READY:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from raystore.runner import agents
 from raystore.runner.agents import Ending
-from raystore.runner.context import Context
+from raystore.runner.context import Context, apart
 from raystore.runner.told import add_note, text_of
 
 logger = logging.getLogger("raystore.runner")
@@ -97,8 +97,9 @@ class Life:
         self._keeper = self._loop.create_task(self._keep())
         try:
             if self._is_ours:
-                self._agent = _result(self._do(self._source, self._variables))
-                self._method("setup")
+                with apart():
+                    self._agent = _result(self._do(self._source, self._variables))
+                    self._method("setup")
             else:
                 self._agent = self._source
         except BaseException:
@@ -111,7 +112,8 @@ class Life:
         """Let an agent that was made here let go of what it holds; an error there is told and changes nothing."""
         try:
             if self._is_ours:
-                self._method("close")
+                with apart():
+                    self._method("close")
         except Exception:
             logger.exception("close() of the agent failed")
         finally:

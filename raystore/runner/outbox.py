@@ -1,15 +1,22 @@
 """The spans of one rollout that wait to be sent, gathered from whatever thread they end in.
 
+With what the model calls among them lack, which is known when the rollout has ended.
 Not here: sending them (`worker`).
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from array import array
 from collections.abc import Callable
 
+from raystore import forks
+from raystore.dialects import CallsSeen
+from raystore.losses import Losses
 from raystore.spans import Span
+
+logger = logging.getLogger("raystore.runner")
 
 FLUSH_BYTES = 64 * 1024  #: so much does not wait for the next flush by time
 _SPAN_BYTES = 300  # of a span without attributes, about
@@ -21,19 +28,36 @@ class Outbox:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
+        self._pid = forks.pid
         self._lock = threading.Lock()
         self._spans: list[Span] = []
         self._bytes = 0
         self._closed = False
+        self._calls: CallsSeen | None = CallsSeen()  # until the rollout has ended
 
     def add(self, span: Span) -> None:
         """Take a span."""
+        if self._pid != forks.pid:  # whose lock may be held for ever
+            self._tell_of_fork(span)
+            return
         with self._lock:
+            if self._calls is not None:
+                self._calls.add(span)
             self._spans.append(span)
             self._bytes += _weight(span)
             wake = self._wake if self._closed or self._bytes >= FLUSH_BYTES else None
         if wake is not None:
             wake()
+
+    def _tell_of_fork(self, span: Span) -> None:
+        """This is a copy, from which nothing comes to the runner."""
+        if self._pid:
+            self._pid = 0
+            logger.warning(
+                "Span %r of rollout %s is lost, with all that this process records of it: it was forked by the "
+                "agent. Let it return what is to be recorded, and the agent record that. (Told once.)",
+                span.name, span.rollout_id,
+            )  # fmt: skip
 
     def take(self) -> list[Span]:
         """What has ended since the last call."""
@@ -46,6 +70,13 @@ class Outbox:
         with self._lock:
             self._closed, self._wake = True, wake
         return self.take()
+
+    def tell(self, losses: Losses) -> None:
+        """Count what the model calls lack that have ended until now; later ones are not looked at."""
+        with self._lock:
+            calls, self._calls = self._calls, None
+        if calls is not None:
+            calls.tell(losses)
 
 
 def _weight(span: Span) -> int:

@@ -12,15 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, TypeVar
 
 from raystore.convert import validated
 from raystore.errors import InvalidValueError
+from raystore.losses import Losses, Reason
 from raystore.runner import agents
 from raystore.runner.context import Context
 from raystore.runner.life import Life
+from raystore.runner.outbox import Outbox
 from raystore.runner.told import add_note
 from raystore.spans import Span, find_final_reward
 from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
@@ -36,11 +38,13 @@ class Run:
         rollout: the made-up rollout that it ran for.
         spans: those that it emitted, numbered in the order in which they ended.
         reward: its final reward, None if it gave none.
+        spans_lost: spans that were lost, and model calls that cannot be trained on, by reason, as in `statistics()`.
     """
 
     rollout: AttemptedRollout
     spans: list[Span]
     reward: float | None
+    spans_lost: dict[Reason, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         names = ", ".join(span.name for span in self.spans)
@@ -75,16 +79,22 @@ def run_one(
     rollout = AttemptedRollout(
         rollout_id=rollout_id, input=task, start_time=now, config=RolloutConfig(), status="preparing", attempt=attempt
     )
-    spans: list[Span] = []
-    context = Context(rollout, validated(NamedResources, dict(resources or {})), "run_one", spans.append)
+    outbox, losses = Outbox(lambda: None), Losses()
+    given = validated(NamedResources, dict(resources or {}))
+    context = Context(rollout, given, "run_one", outbox.add, losses.add)
+    story = f"A span of rollout {rollout_id} ended after run_one, and is lost"
     try:
         _here_or_beside(functools.partial(_run, agent, context))
     except Exception as error:
-        add_note(error, f"spans recorded before: {', '.join(span.name for span in spans) or 'none'}")
+        add_note(error, f"spans recorded before: {', '.join(span.name for span in outbox.take()) or 'none'}")
         raise
+    finally:
+        context.leave()
+    spans = outbox.close(functools.partial(losses.add, "too_late", "", story))
+    outbox.tell(losses)
     for number, span in enumerate(spans, 1):
         span.sequence_id = number
-    return Run(rollout, spans, find_final_reward(spans))
+    return Run(rollout, spans, find_final_reward(spans), losses.take())
 
 
 def _run(agent: Any, context: Context) -> None:

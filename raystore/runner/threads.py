@@ -16,6 +16,7 @@ from typing import Any
 from raystore.client import StoreClient
 from raystore.errors import PoolStartError
 from raystore.runner.agents import Agents
+from raystore.runner.context import apart
 from raystore.runner.inline import InlineAgents
 from raystore.runner.told import last_line, report
 from raystore.runner.worker import EXPLAIN_SECONDS, STOP_SECONDS, Runner, RunnerOptions, runner_id
@@ -65,7 +66,8 @@ class RunnerThreads:
         return PoolStartError(f"{self._size} runners in this process", "this process", cause)
 
     def _run(self) -> None:
-        asyncio.run(self._work())
+        with apart(threading.main_thread()):  # which is the driver's
+            asyncio.run(self._work())
 
     async def _work(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ import psutil
 from raystore.calls import run_blocking
 from raystore.client import StoreClient
 from raystore.errors import (
+    InvalidValueError,
     OutcomeUnknownError,
     PayloadNotPicklableError,
     PayloadTooLargeError,
@@ -32,12 +34,13 @@ from raystore.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from raystore.losses import Losses
 from raystore.runner.agents import Agents, Ending, lost_resources
 from raystore.runner.cache import ResourceCache
-from raystore.runner.context import STOPPED, Context
+from raystore.runner.context import STOPPED, Context, apart
 from raystore.runner.outbox import Outbox
 from raystore.runner.told import last_line, summary
-from raystore.spans import Span
+from raystore.spans import Span, is_traced
 from raystore.types import AttemptedRollout
 
 logger = logging.getLogger("raystore.runner")
@@ -80,6 +83,8 @@ class _Work:
     outbox: Outbox
     full: asyncio.Event = field(default_factory=asyncio.Event)  # enough spans for not waiting any longer
     refusal: Exception | None = None  # of a span that the store does not take
+    sending: asyncio.Task[None] | None = None  # of what was flushed last
+    is_refused: bool = False  # something that was flushed, so that what went with it goes again, one by one
 
 
 class Runner:
@@ -90,6 +95,7 @@ class Runner:
         self._store = store
         self._agents = agents
         self._options = options
+        self._losses = Losses()
         self._running: dict[Key, _Work] = {}
         self._early: OrderedDict[Key, str] = OrderedDict()  # notices of claims that have not arrived here yet
         self._resources = ResourceCache(store)
@@ -110,7 +116,8 @@ class Runner:
         heart.start()
         try:
             self._slots = [asyncio.create_task(self._slot()) for _ in range(self._options.concurrency)]
-            await asyncio.gather(*self._slots)
+            with apart():
+                await asyncio.gather(*self._slots)
         finally:
             self._stopping.set()
             self._hurried.set()
@@ -118,6 +125,9 @@ class Runner:
             await self._agents.close()
             while self._aside:
                 await asyncio.wait(self._aside)
+            with contextlib.suppress(StoreError, TimeoutError):  # it has ended before, or is away
+                async with asyncio.timeout(WITHDRAW_SECONDS):
+                    await self._report_losses()
 
     def stop(self, *, drain: bool = True) -> None:
         """Claim nothing more; what runs is finished, or cancelled if not to drain. On the runner's loop."""
@@ -195,7 +205,7 @@ class Runner:
         """The same, with its resources."""
         assert self._loop is not None
         outbox = Outbox(lambda: self._wake(work))
-        work = _Work(Context(rollout, resources, self.worker_id, outbox.add), outbox)
+        work = _Work(Context(rollout, resources, self.worker_id, outbox.add, self._losses.add), outbox)
         key = (rollout.rollout_id, rollout.attempt.attempt_id)
         if (kind := self._early.pop(key, None)) is not None:
             work.context.cancel(kind)
@@ -213,6 +223,7 @@ class Runner:
             unread = None if lost is None else lost.resources
             ending = Ending("failed", "infra", summary(error), unread=unread)
         finally:
+            work.context.leave()
             del self._running[key]
             flushing.cancel()
             if overdue is not None:
@@ -237,8 +248,11 @@ class Runner:
 
     async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
         context = work.context
-        late = functools.partial(self._wake_late, context.rollout.rollout_id, work.outbox)
-        spans = work.outbox.close(late)  # which knows nothing of the context, so that its resources can go
+        late = functools.partial(_wake_late, weakref.ref(self), self._losses, context.rollout.rollout_id, work.outbox)
+        spans = work.outbox.close(late)  # a span that somebody keeps holds nothing of the context, or of this runner
+        work.outbox.tell(self._losses)
+        if work.is_refused and work.sending is not None:  # else it is ahead of what follows, and not waited for
+            await asyncio.wait([work.sending])
         if context.cancelled and ending.status != "succeeded":
             ending = Ending(None)  # however it took being stopped
         elif work.refusal is not None and ending.status == "succeeded":
@@ -247,11 +261,11 @@ class Runner:
             try:
                 await finish(spans, ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
             except Exception as refusal:
-                if not _is_refusal(refusal):
-                    raise
-                await self._send(context.rollout.rollout_id, spans)
-                ending = _refused(refusal)
-                await finish([], ending.status, outcome=ending.outcome, error=ending.error)
+                self._look_at(refusal, spans)
+                own = await self._send(context.rollout.rollout_id, spans)
+                if own is not None and ending.status == "succeeded":
+                    ending = _refused(own)
+                await finish([], ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
         else:
             # The store knows what became of the attempt, or is told now:
             await self._send(context.rollout.rollout_id, spans)
@@ -279,16 +293,16 @@ class Runner:
         """Enough spans have gathered; on any thread."""
         self._soon(work.context.rollout.rollout_id, work.full.set)
 
-    def _wake_late(self, rollout_id: str, outbox: Outbox) -> None:
-        """A span came after the end of its rollout; on any thread."""
-        self._soon(rollout_id, self._send_late, rollout_id, outbox)
-
     def _soon(self, rollout_id: str, action: Callable[..., Any], *arguments: Any) -> None:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(action, *arguments)
         except RuntimeError:
-            logger.warning("A span of rollout %s ended after its runner and is lost", rollout_id)
+            _too_late(self._losses, rollout_id)
+
+    def wake_late(self, rollout_id: str, outbox: Outbox) -> None:
+        """A span came after the end of its rollout; on any thread."""
+        self._soon(rollout_id, self._send_late, rollout_id, outbox)
 
     def _send_late(self, rollout_id: str, outbox: Outbox) -> None:
         if spans := outbox.take():
@@ -315,7 +329,8 @@ class Runner:
             work.full.clear()
             if spans := work.outbox.take():
                 try:
-                    await asyncio.shield(self._send_of(work, spans))
+                    work.sending = asyncio.create_task(self._send_of(work, spans))
+                    await asyncio.shield(work.sending)
                 except StoreError as error:
                     logger.warning("Spans of rollout %s are lost: %s", rollout.rollout_id, error)
             elif not is_known:
@@ -324,24 +339,36 @@ class Runner:
             is_known = True
 
     async def _send_of(self, work: _Work, spans: list[Span]) -> None:
-        refusal = await self._send(work.context.rollout.rollout_id, spans)
+        refusal = await self._send(work.context.rollout.rollout_id, spans, work)
         work.refusal = work.refusal or refusal
 
-    async def _send(self, rollout_id: str, spans: list[Span]) -> Exception | None:
-        """Send spans; those that are refused do not keep the others from being stored. The first refusal."""
+    async def _send(self, rollout_id: str, spans: list[Span], work: _Work | None = None) -> Exception | None:
+        """Send spans; those that are refused do not keep the others from being stored.
+
+        The first refusal of a span that the agent gave by its own hand; one that a tracer made is only counted.
+        """
         if not spans:
             return None
         try:
             await self._store.add_unnumbered_spans(spans)
             return None
         except Exception as refusal:
-            if not _is_refusal(refusal):
-                raise
+            self._look_at(refusal, spans)
             if len(spans) == 1:
-                logger.warning("Span %r of rollout %s is refused: %s", spans[0].name, rollout_id, refusal)
-                return refusal
-        refusals = [await self._send(rollout_id, [span]) for span in spans]
+                name = spans[0].name
+                self._losses.add("refused", name, f"Span {name!r} of rollout {rollout_id} is refused: {refusal}")
+                return None if is_traced(spans[0]) else refusal
+            if work is not None:
+                work.is_refused = True
+        refusals = await asyncio.gather(*(self._send(rollout_id, [span]) for span in spans))
         return next((refusal for refusal in refusals if refusal is not None), None)
+
+    def _look_at(self, error: Exception, spans: list[Span]) -> None:
+        """Go on if an error is a refusal of spans, else raise it: then all of them are lost, if they were wanted."""
+        if not _is_refusal(error):
+            if not isinstance(error, ValueError):  # which says that rollout or attempt are there no more
+                self._losses.count("not_sent", len(spans))
+            raise error
 
     # -- what comes from outside -------------------------------------------------------------------------------------
 
@@ -381,6 +408,10 @@ class Runner:
         await self._store.finish_attempt(*key, [], "timeout", outcome="timeout", error=error)
 
     def _heartbeats(self) -> None:
+        with apart():
+            self._beat()
+
+    def _beat(self) -> None:
         process = psutil.Process()
         beaten = float("-inf")  # the first one at once: it says which process this is
         while not self._stopping.is_set():
@@ -401,10 +432,20 @@ class Runner:
                     "rss_bytes": process.memory_info().rss,
                 }
                 self._store.sync.update_worker(self.worker_id, stats)
+                run_blocking(self._report_losses())
             except StoreError as error:
                 logger.warning("Runner %s could not send a heartbeat: %s", self.worker_id, error)
             except Exception:  # without heartbeats all that runs here would be taken for dead
                 logger.exception("Runner %s could not send a heartbeat", self.worker_id)
+
+    async def _report_losses(self) -> None:
+        """Tell the store what was counted here since the last time."""
+        if counts := self._losses.take():
+            try:
+                await self._store.report_spans_lost(counts)
+            except StoreError:
+                self._losses.give_back(counts)
+                raise
 
     def _heartbeat_interval(self) -> float:
         """Often enough for the most impatient rollout that runs."""
@@ -416,13 +457,25 @@ class Runner:
         return max(min([self._options.heartbeat_seconds, *(seconds / 3 for seconds in patience)]), 0.05)
 
 
+def _wake_late(runner: weakref.ref[Runner], losses: Losses, rollout_id: str, outbox: Outbox) -> None:
+    if (alive := runner()) is not None:
+        alive.wake_late(rollout_id, outbox)
+    else:
+        _too_late(losses, rollout_id)
+
+
+def _too_late(losses: Losses, rollout_id: str) -> None:
+    losses.add("too_late", "", f"A span of rollout {rollout_id} ended after its runner, and is lost")
+
+
 def _is_refusal(error: Exception) -> bool:
-    """Whether an error is about what was to be sent, and not about the store: too large, or not to be encoded."""
-    return isinstance(error, (PayloadTooLargeError, PayloadNotPicklableError)) or not isinstance(error, StoreError)
+    """Whether an error is about what was to be sent, and not about the store: too large, wrong, not to be encoded."""
+    wrong = (PayloadTooLargeError, PayloadNotPicklableError, InvalidValueError)
+    return isinstance(error, wrong) or not isinstance(error, StoreError)
 
 
 def _refused(refusal: Exception) -> Ending:
-    """A refused span must not hide behind a success."""
+    """A refused span of the agent's own must not hide behind a success."""
     return Ending("failed", "agent_error", f"a span of the agent was refused: {type(refusal).__name__}: {refusal}")
 
 

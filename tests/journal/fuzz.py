@@ -241,6 +241,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
         "pool_id": "p", "queues": [rng.choice(["default", "other"])], "failures": 3,
         "error": rng.choice([None, "no model server"]),
     },
+    "report_spans_lost": lambda h, rng: {"counts": {rng.choice(["sampled_out", "refused"]): rng.randint(1, 9)}},
     "statistics": lambda h, rng: {},
     "story": lambda h, rng: {"rollout_id": h.rollout()},
     "check": lambda h, rng: {},

@@ -112,6 +112,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "changes": {"cursor": 0, "kinds": ["enqueued"], "limit": 2, "timeout": 1.0},
     "cancel_wait": {"of": 1},
     "report_pool": {"pool_id": "p", "queues": ["nothing"], "failures": 3, "error": "x"},
+    "report_spans_lost": {"counts": {"sampled_out": 2, "refused": 1}},
     "statistics": {},
     "story": {"rollout_id": "r0"},
     "check": {},

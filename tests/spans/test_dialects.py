@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from array import array
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import raystore as rs
-from raystore import dialects, semconv
+from raystore import dialects, losses, semconv
 from tests.spans.written import DIALECTS, MESSAGES, TOOL_CALL, Turn, indexed, parts, span
 
 TURN = Turn([1, 2, 3], [4, 5], [-0.5, -0.25])
@@ -349,6 +350,36 @@ def test_calls_without_token_ids_are_told_once_with_the_remedy(reading, told):
     for dialect in DIALECTS.values():
         assert len(reading(dialect(Turn([1], [2])))) == 1
     assert [r.message.split(",")[0] for r in told.records[1:]] == ["1 of 1 model calls have no log-probabilities"]
+
+
+@pytest.mark.parametrize("outer", DIALECTS)
+@pytest.mark.parametrize("inner", DIALECTS)
+def test_calls_that_lack_something_are_known_as_their_spans_end(inner, outer):
+    """As many as are found when all is read, also where several spans tell of one call, with another in between."""
+    bare = Turn([1], [2], None, "chatcmpl-2")
+
+    def within(spans, above):
+        return [one.model_copy(update={"parent_id": above.span_id}) if one.parent_id is None else one for one in spans]
+
+    between = span("http", {})
+    for first, second in ((TURN, TURN), (bare, bare), (TURN, bare), (bare, TURN)):
+        around = DIALECTS[outer](second)
+        top = next(one for one in around if one.parent_id is None)
+        (middle,) = within([between], top)
+        spans = [*within(DIALECTS[inner](first), middle), middle, *around]
+        calls = [*rs.model_calls(spans), *rs.model_calls([lone := span("chat", {"gen_ai.operation.name": "chat"})])]
+        seen, counts = dialects.CallsSeen(), losses.Losses()
+        depths = {one.span_id: one for one in spans}
+        for one in sorted([*spans, lone], key=lambda one: -_depth(one, depths)):
+            seen.add(one)
+        seen.tell(counts)
+        expected = Counter("without_token_ids" for call in calls if call.prompt_ids is None)
+        expected += Counter("without_logprobs" for call in calls if call.prompt_ids is not None and not call.logprobs)
+        assert counts.take() == expected
+
+
+def _depth(one, by_id):
+    return 0 if one.parent_id not in by_id else 1 + _depth(by_id[one.parent_id], by_id)
 
 
 @pytest.mark.parametrize("reading", [rs.triplets, rs.trajectories, rs.model_calls])
