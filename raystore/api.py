@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from inspect import isfunction
 from typing import Any, Literal
 
 from raystore.types import (
@@ -548,3 +549,7 @@ class LightningStore(ABC):
 
 
 SpanSizeEstimator = Callable[[Span], int]
+
+
+#: The names of its methods.
+METHODS = tuple(name for name, method in vars(LightningStore).items() if name[0] != "_" and isfunction(method))

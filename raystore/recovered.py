@@ -11,6 +11,7 @@ from raystore._sync import SyncStore
 from raystore.client import StoreClient
 from raystore.clock import NoAlarm
 from raystore.config import StoreConfig, memory_capacity
+from raystore.forms import explained
 from raystore.journal.opening import open_for_reading
 from raystore.objects import Origin
 from raystore.options import make_encoder
@@ -36,6 +37,7 @@ class RecoveredRun(StoreClient):
         return origin_of(self._service)
 
 
+@explained
 def recover(path: str | os.PathLike[str]) -> RecoveredRun:
     """Open a finished, crashed or running run for reading, by the directory of its journal.
 

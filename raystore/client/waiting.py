@@ -94,7 +94,7 @@ class WaitingMethods(Connection):
             "group_id": convert.optional_identifier("group_id", group_id),
             "tags": convert.tag_dict("tags", tags),
             "queue": convert.optional_identifier("queue", queue),
-            "mode": validated(RolloutMode | None, mode),
+            "mode": validated("mode", RolloutMode | None, mode),
         }
         arguments = {
             "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),

@@ -85,7 +85,7 @@ def check(agent: Any) -> str | None:
     try:
         signature.bind(*(["self"] if is_class else []), "task", "ctx")
     except TypeError:
-        return f"to be called with (task, ctx), but it takes {signature}"
+        return f"to be called with (task, ctx), but it takes {signature}; write it as agent(task, ctx)"
     return None
 
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any, TypeVar
 
+from raystore.client.resources import TO_PUBLISH
 from raystore.convert import validated
 from raystore.errors import InvalidValueError
+from raystore.forms import explained
 from raystore.runner import agents
 from raystore.runner.context import Context
 from raystore.runner.life import Life
@@ -47,6 +49,7 @@ class Run:
         return f"<Run: reward {self.reward}, {len(self.spans)} spans: {names}>"
 
 
+@explained
 def run_one(
     agent: Any,
     task: Any,
@@ -76,7 +79,12 @@ def run_one(
         rollout_id=rollout_id, input=task, start_time=now, config=RolloutConfig(), status="preparing", attempt=attempt
     )
     spans: list[Span] = []
-    context = Context(rollout, validated(NamedResources, dict(resources or {})), "run_one", spans.append)
+    context = Context(
+        rollout,
+        validated("resources", NamedResources, {} if resources is None else resources, TO_PUBLISH),
+        "run_one",
+        spans.append,
+    )
     try:
         _here_or_beside(functools.partial(_run, agent, context))
     except Exception as error:

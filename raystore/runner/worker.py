@@ -25,6 +25,7 @@ import psutil
 from raystore.calls import run_blocking
 from raystore.client import StoreClient
 from raystore.errors import (
+    InvalidValueError,
     OutcomeUnknownError,
     PayloadNotPicklableError,
     PayloadTooLargeError,
@@ -417,7 +418,8 @@ class Runner:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether an error is about what was to be sent, and not about the store: too large, or not to be encoded."""
-    return isinstance(error, (PayloadTooLargeError, PayloadNotPicklableError)) or not isinstance(error, StoreError)
+    about_it = (PayloadTooLargeError, PayloadNotPicklableError, InvalidValueError)
+    return isinstance(error, about_it) or not isinstance(error, StoreError)
 
 
 def _refused(refusal: Exception) -> Ending:
