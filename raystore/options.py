@@ -70,12 +70,20 @@ def make_config(
         limits=plain("limits", dict(limits or {})),
         consumers=_consumers(consumers),
         clock=clock,
-        journal=None if journal is None else os.path.abspath(os.path.expanduser(journal)),
+        journal=None if journal is None else directory("journal", journal),
         durability=durability,
         journal_object_bytes=journal_object_bytes,
     )
     config.check()
     return config
+
+
+def directory(name: str, path: Any) -> str:
+    """The path of a directory, absolute."""
+    given = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise InvalidValueError(name, path, "the path of a directory")
+    return os.path.abspath(os.path.expanduser(given))
 
 
 def _consumers(given: Any) -> dict[str, dict[str, Any] | None]:

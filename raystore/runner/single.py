@@ -21,7 +21,7 @@ from raystore.convert import validated
 from raystore.errors import InvalidValueError
 from raystore.forms import explained
 from raystore.runner import agents
-from raystore.runner.context import Context
+from raystore.runner.context import ALONE, Context
 from raystore.runner.life import Life
 from raystore.runner.told import add_note
 from raystore.spans import Span, find_final_reward
@@ -73,7 +73,11 @@ def run_one(
     now = time.time()
     rollout_id, attempt_id = f"ro-{token_hex(6)}", f"at-{token_hex(4)}"
     attempt = Attempt(
-        rollout_id=rollout_id, attempt_id=attempt_id, sequence_id=1, start_time=now, policy_version=policy_version
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        sequence_id=1,
+        start_time=now,
+        policy_version=validated("policy_version", int | None, policy_version),
     )
     rollout = AttemptedRollout(
         rollout_id=rollout_id, input=task, start_time=now, config=RolloutConfig(), status="preparing", attempt=attempt
@@ -82,7 +86,7 @@ def run_one(
     context = Context(
         rollout,
         validated("resources", NamedResources, {} if resources is None else resources, TO_PUBLISH),
-        "run_one",
+        ALONE,
         spans.append,
     )
     try:
