@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from raystore.errors import InvalidValueError
 
+PART_LETTERS = 3  #: of a name that is meant by a longer one, or by a part of it
 PLACE_SHOWN = 200  #: characters of the place of a value that an error shows
 
 #: What is expected where the type of pydantic's error begins like this.
@@ -36,7 +37,9 @@ def meant(name: Any, known: Iterable[str]) -> str:
     if not isinstance(name, str) or not 0 < len(name) < 100:
         return ""
     names = [one for one in known if isinstance(one, str)]
-    found = difflib.get_close_matches(name, names, n=1) or [one for one in names if one in name or name in one]
+    found = difflib.get_close_matches(name, names, n=1)
+    if not found and len(name) >= PART_LETTERS:
+        found = [one for one in names if len(one) >= PART_LETTERS and (one in name or name in one)]
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
@@ -120,9 +123,11 @@ def refusal(name: str, annotation: Any, error: ValidationError, remedy: str = ""
 
 def _telling(annotation: Any, lines: list[ErrorDetails]) -> ErrorDetails:
     """The one of several errors that tells most: a field that is missing may be there under a wrong name."""
+    missing = [line["loc"][-1] for line in lines if line["type"] == "missing"]
     for line in lines:
         if line["type"] == "extra_forbidden":
-            if meant(line["loc"][-1], _model_at(annotation, line["loc"][:-1]).model_fields):
+            fields = missing or _model_at(annotation, line["loc"][:-1]).model_fields
+            if meant(line["loc"][-1], [str(field) for field in fields]):
                 return line
     return lines[0]
 

@@ -115,21 +115,25 @@ class RolloutConfig(Record):
     max_attempts: _Whole = Field(default=1, ge=1)
     retry_condition: list[AttemptStatus] = Field(default_factory=list)
 
-    @model_validator(mode="after")
-    def _has_both_or_neither(self) -> Self:
-        given = self.model_fields_set
-        if "max_attempts" in given and "retry_condition" not in given and self.max_attempts > 1:
+    @model_validator(mode="before")
+    @classmethod
+    def _has_both_or_neither(cls, given: Any) -> Any:
+        """Warn of one that does nothing without the other. One that was made already comes here, too, as it is."""
+        if type(given) is not dict:
+            return given
+        attempts, statuses = given.get("max_attempts"), given.get("retry_condition")
+        if isinstance(attempts, int) and attempts > 1 and "retry_condition" not in given:
             _warn(
-                f"RolloutConfig(max_attempts={self.max_attempts}) tries nothing again, since no retry_condition names "
-                "the statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them "
-                "that you mean; retry_condition=[] if none"
+                f"RolloutConfig(max_attempts={attempts}) tries nothing again, since no retry_condition names the "
+                "statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them that "
+                "you mean; retry_condition=[] if none"
             )
-        elif "retry_condition" in given and "max_attempts" not in given and self.retry_condition:
+        elif isinstance(statuses, (list, tuple)) and statuses and "max_attempts" not in given:
             _warn(
-                f"RolloutConfig(retry_condition={self.retry_condition}) tries nothing again, since max_attempts is 1 "
-                "unless given: add max_attempts=3, or as many as you mean in all; max_attempts=1 if it is one"
+                f"RolloutConfig(retry_condition={statuses}) tries nothing again, since max_attempts is 1 unless given: "
+                "add max_attempts=3, or as many as you mean in all; max_attempts=1 if it is one"
             )
-        return self
+        return given
 
 
 def _warn(text: str) -> None:
