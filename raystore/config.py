@@ -16,7 +16,7 @@ from typing import Any
 from raystore.core.records import Config
 from raystore.core.state import Settings
 from raystore.errors import InvalidValueError
-from raystore.mistakes import either, meant
+from raystore.errors.words import either, meant
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from functools import wraps
 from inspect import Parameter, Signature
 from typing import Any, TypeVar
 
-from raystore.mistakes import either, meant
+from raystore.errors.words import either, meant
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -7,16 +7,15 @@ Not here: calls that do not fit a method at all (`forms`), checks of single valu
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from raystore.errors import InvalidValueError
+from raystore.errors.words import either, meant
 
-PART_LETTERS = 3  #: of a name that is meant by a longer one, or by a part of it
 PLACE_SHOWN = 200  #: characters of the place of a value that an error shows
 
 #: What is expected where the type of pydantic's error begins like this.
@@ -30,22 +29,6 @@ _PLAINLY = {
 }
 _NO_MODEL = ("model_type", "model_attributes_type", "union_tag_not_found", "union_tag_invalid")
 _PLAIN_TYPES: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
-
-
-def meant(name: Any, known: Iterable[str]) -> str:
-    """Which of the known names was probably meant, to end a sentence with; empty if none is like it."""
-    if not isinstance(name, str) or not 0 < len(name) < 100:
-        return ""
-    names = [one for one in known if isinstance(one, str)]
-    found = difflib.get_close_matches(name, names, n=1)
-    if not found and len(name) >= PART_LETTERS:
-        found = [one for one in names if len(one) >= PART_LETTERS and (one in name or name in one)]
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def either(names: Sequence[str]) -> str:
-    """Names as a sentence has them: a, b or c."""
-    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 class Record(BaseModel):

@@ -15,7 +15,7 @@ from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig
 from raystore.convert import Encoder, filter_arguments, identifier, validated
 from raystore.core.wanted import USUAL, make_filter
 from raystore.errors import AgentNotPicklableError, InvalidValueError
-from raystore.mistakes import either, meant
+from raystore.errors.words import either, meant
 from raystore.plain import plain, scalar
 from raystore.types import RolloutConfig, Span
 

@@ -15,7 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 
 from raystore.errors import PayloadLostError
 from raystore.mistakes import Record
@@ -115,25 +123,25 @@ class RolloutConfig(Record):
     max_attempts: _Whole = Field(default=1, ge=1)
     retry_condition: list[AttemptStatus] = Field(default_factory=list)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _has_both_or_neither(cls, given: Any) -> Any:
-        """Warn of one that does nothing without the other. One that was made already comes here, too, as it is."""
+    def _has_both_or_neither(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Warn of one that does nothing without the other; not again where a config that was made is passed on."""
+        made = handler(given)
         if type(given) is not dict:
-            return given
-        attempts, statuses = given.get("max_attempts"), given.get("retry_condition")
-        if isinstance(attempts, int) and attempts > 1 and "retry_condition" not in given:
+            return made
+        if made.max_attempts > 1 and "retry_condition" not in given:
             _warn(
-                f"RolloutConfig(max_attempts={attempts}) tries nothing again, since no retry_condition names the "
-                "statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them that "
+                f"RolloutConfig(max_attempts={made.max_attempts}) tries nothing again, since no retry_condition names "
+                "the statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them that "
                 "you mean; retry_condition=[] if none"
             )
-        elif isinstance(statuses, (list, tuple)) and statuses and "max_attempts" not in given:
+        elif made.retry_condition and "max_attempts" not in given:
             _warn(
-                f"RolloutConfig(retry_condition={statuses}) tries nothing again, since max_attempts is 1 unless given: "
-                "add max_attempts=3, or as many as you mean in all; max_attempts=1 if it is one"
+                f"RolloutConfig(retry_condition={made.retry_condition}) tries nothing again, since max_attempts is 1 "
+                "unless given: add max_attempts=3, or as many as you mean in all; max_attempts=1 if it is one"
             )
-        return given
+        return made
 
 
 def _warn(text: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from raystore import plain, semconv
 from raystore.errors import InvalidValueError, NoSuchResourceError
-from raystore.mistakes import meant
+from raystore.errors.words import meant
 from raystore.packed import pack_floats, pack_integers
 from raystore.runner.told import report, summary, text_of
 from raystore.spans import Event, Span, TraceStatus, attributes_of
