@@ -133,8 +133,8 @@ class RolloutConfig(Record):
         if made.max_attempts > 1 and "retry_condition" not in given:
             _warn(
                 f"RolloutConfig(max_attempts={made.max_attempts}) tries nothing again, since no retry_condition names "
-                "the statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them that "
-                "you mean; retry_condition=[] if none"
+                "the statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them "
+                "that you mean; retry_condition=[] if none"
             )
         elif made.retry_condition and "max_attempts" not in given:
             _warn(
