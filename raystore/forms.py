@@ -19,6 +19,7 @@ from raystore.errors.words import either, meant
 F = TypeVar("F", bound=Callable[..., Any])
 
 _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+NOT_GIVEN: Any = object()  #: the value of a required argument that was left out, where a method is to say so itself
 _THE_REST = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
@@ -63,7 +64,7 @@ def explained(function: F) -> F:
 
 
 def explain_methods(cls: type, names: Iterable[str]) -> None:
-    """Do this to methods of a class, also to inherited ones; those that take what is not theirs do not show it."""
+    """Do this to methods of a class, also to inherited ones. Those that take what is not theirs do not show it."""
     for name in names:
         method = getattr(cls, name, None)
         if not inspect.isfunction(method):
@@ -73,15 +74,18 @@ def explain_methods(cls: type, names: Iterable[str]) -> None:
         if rest:
             shown = [parameter for parameter in signature.parameters.values() if parameter.kind not in _THE_REST]
             method.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+            required = [one for one in shown[1:] if one.kind in _BY_POSITION and one.default is Parameter.empty]
+            method.__defaults__ = (NOT_GIVEN,) * len(required) + (method.__defaults__ or ())
         else:
             setattr(cls, name, explained(method))
 
 
-def unfit(method: Callable[..., Any], unnamed: Sequence[Any], unknown: Mapping[str, Any]) -> TypeError:
-    """The error for a call of a bound method with what it does not take: too much without a name, names it has not."""
+def unfit(method: Callable[..., Any], unnamed: Sequence[Any], unknown: Mapping[str, Any], **required: Any) -> TypeError:
+    """The error for a call of a bound method with too much without a name, names it has not, or `NOT_GIVEN`."""
     signature = inspect.signature(method)
     taken = [None for parameter in signature.parameters.values() if parameter.kind in _BY_POSITION]
-    return TypeError(_text(method.__name__, signature, [*taken, *unnamed] if unnamed else (), unknown))
+    named = {} if unnamed else {name: value for name, value in required.items() if value is not NOT_GIVEN}
+    return TypeError(_text(method.__name__, signature, [*taken, *unnamed] if unnamed else (), {**named, **unknown}))
 
 
 def _is_of_the_call(error: TypeError) -> bool:
@@ -108,12 +112,12 @@ def _text(name: str, signature: Signature, given: Sequence[Any], named: Mapping[
     missing = [one for one in needed if one not in named and one not in by_position[: len(given)]]
     unknown = [one for one in named if one not in parameters]
     twice = [one for one in by_position[: len(given)] if one in named]
-    said = [f"has no argument {one!r}{meant(one, parameters)}" for one in unknown]
+    said = [f"has no argument {one!r}{meant(one, missing) or meant(one, parameters)}" for one in unknown]
     if len(given) > len(by_position):
         form = either([f"{one}=..." for one in (missing or by_name)[:3]])
         rest = f"; give the others by name ({form})" if by_name else ""
         said.append(f"takes {len(by_position) or 'no'} arguments by position, and got {len(given)}{rest}")
-    elif missing and not unknown:
+    elif missing and not any(meant(one, missing) for one in unknown):
         said.append(f"needs {' and '.join(f'{one}=' for one in missing)}, which was not given")
     said += [f"got {one!r} twice, by position and by name" for one in twice]
     if not said:

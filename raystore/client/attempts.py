@@ -12,7 +12,7 @@ from raystore import convert
 from raystore.client.connection import Connection
 from raystore.convert import validated
 from raystore.core.accounts import bounded_error
-from raystore.forms import unfit
+from raystore.forms import NOT_GIVEN, unfit
 from raystore.types import (
     UNSET,
     Attempt,
@@ -117,8 +117,8 @@ class AttemptMethods(Connection):
         *unnamed: Never,
         **unknown: Never,
     ) -> Attempt:
-        if unnamed or unknown:
-            raise unfit(self.update_attempt, unnamed, unknown)
+        if unnamed or unknown or attempt_id is NOT_GIVEN or rollout_id is NOT_GIVEN:
+            raise unfit(self.update_attempt, unnamed, unknown, rollout_id=rollout_id, attempt_id=attempt_id)
         changes: dict[str, Any] = {}
         if not isinstance(status, Unset):
             changes["status"] = convert.attempt_status(status)

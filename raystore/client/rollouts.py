@@ -14,7 +14,7 @@ from raystore.client.connection import Connection, cut
 from raystore.convert import made, validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError
-from raystore.forms import unfit
+from raystore.forms import NOT_GIVEN, unfit
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -71,8 +71,8 @@ class RolloutMethods(Connection):
         tags: Mapping[str, TagValue] | None = None,
         **unknown: Never,
     ) -> Rollout:
-        if unnamed or unknown:
-            raise unfit(self.enqueue_rollout, unnamed, unknown)
+        if unnamed or unknown or input is NOT_GIVEN:
+            raise unfit(self.enqueue_rollout, unnamed, unknown, input=input)
         fields = {
             "input": input,
             "mode": mode,

@@ -16,7 +16,7 @@ from raystore.client.connection import Connection, cut
 from raystore.convert import validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError, StoreError
-from raystore.forms import unfit
+from raystore.forms import NOT_GIVEN, unfit
 from raystore.mistakes import refusal
 from raystore.types import (
     FilterLogic,
@@ -40,8 +40,8 @@ class SpanMethods(Connection):
         return list(await self._transport.call("next_numbers", {"rollout_ids": rollout_ids}))
 
     async def add_span(self, span: Span, *unnamed: Never, **unknown: Never) -> Span | None:
-        if unnamed or unknown:
-            raise unfit(self.add_span, unnamed, unknown)
+        if unnamed or unknown or span is NOT_GIVEN:
+            raise unfit(self.add_span, unnamed, unknown, span=span)
         span = validated("span", Span, span)
         row = self._encoder.span(span)
         arguments = {"rollout_id": span.rollout_id, "attempt_id": span.attempt_id, "spans": [row]}
