@@ -3,8 +3,8 @@
 Each error carries facts positionally, so that it survives pickling and the trip through an actor (which sends
 the class name and `args`), and has a builtin as second base, so that an `except ValueError` written for the
 reference goes on working. Messages use the reference's words where it has some.
-Not here: errors of a journal (`journal`), and pydantic's `ValidationError`, which a malformed value raises in the
-caller's process.
+Not here: errors of a journal (`journal`), and pydantic's `ValidationError`, which a model raises that a user makes of
+malformed values.
 """
 
 from __future__ import annotations
