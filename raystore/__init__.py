@@ -64,6 +64,7 @@ _NAMES = {
     """,
     "raystore.errors": """
         StoreError InvalidValueError RolloutNotFoundError AttemptNotFoundError ResourcesNotFoundError ClaimLostError
+        NoSuchResourceError
         ConflictError OverloadedError StoreOverloadedError CursorTooOldError SpansEvictedError PayloadLostError
         PayloadTooLargeError PayloadNotPicklableError PayloadNotReadableError
         StoreUnavailableError OutcomeUnknownError StoreClosedError ForkedError RayClientError

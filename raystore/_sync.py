@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from raystore.api import LightningStore
+from raystore.api import METHODS, LightningStore
 from raystore.calls import iterate_blocking, run_blocking
+from raystore.forms import explain_methods
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -607,3 +608,6 @@ class SyncStore:
         return run_blocking(
             self._store.update_worker(worker_id, heartbeat_stats)
         )
+
+
+explain_methods(SyncStore, METHODS)

@@ -8,9 +8,10 @@ Rules that hold for every method:
 
 - It is `async def`; arguments are validated and taken by value before the first suspension, so that calls take effect
   in the order in which they were issued, also when they are not awaited.
-- A malformed value raises pydantic's `ValidationError` or `InvalidValueError` and changes nothing. Ids are text of 1 to
-  512 characters without control characters, wherever one is asked for; None clears, or leaves open.
-- Reads and waits are lenient about unknown ids (empty, None, or skipped); writes raise a `ValueError`.
+- A malformed value raises `InvalidValueError`, a call that does not fit a TypeError, and both change nothing. Ids are
+  text of 1 to 512 characters without control characters, wherever one is asked for; None clears, or leaves open.
+- Reads and waits are lenient about unknown ids (empty, None, or skipped), but for `as_completed`; writes raise a
+  `ValueError`.
 - Answers are snapshots. A rollout comes with its latest attempt, as an `AttemptedRollout`; one that has none comes as a
   plain `Rollout`, which has no `attempt`.
 - Times are in seconds since the epoch, by the store's clock; durations are in seconds.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from inspect import isfunction
 from typing import Any, Literal
 
 from raystore.types import (
@@ -259,7 +261,11 @@ class LightningStore(ABC):
 
     @abstractmethod
     def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[AnyRollout]:
-        """Iterate over the rollouts as they finish. Raises TimeoutError when `timeout` passes before all have."""
+        """Iterate over the rollouts as they finish. Raises TimeoutError when `timeout` passes before all have.
+
+        Raises `RolloutNotFoundError` at once, and gives none, if some do not exist. What is deleted while it is waited
+        for is not waited for any longer.
+        """
 
     @abstractmethod
     async def completed(
@@ -548,3 +554,7 @@ class LightningStore(ABC):
 
 
 SpanSizeEstimator = Callable[[Span], int]
+
+
+#: The names of its methods.
+METHODS = tuple(name for name, method in vars(LightningStore).items() if name[0] != "_" and isfunction(method))

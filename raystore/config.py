@@ -16,6 +16,7 @@ from typing import Any
 from raystore.core.records import Config
 from raystore.core.state import Settings
 from raystore.errors import InvalidValueError
+from raystore.errors.words import either, meant
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class StoreConfig:
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InvalidValueError(name, value, " or ".join(map(repr, allowed)))
+        raise InvalidValueError(name, value, either([repr(one) for one in allowed]) + meant(value, allowed))
 
 
 def _count(name: str, value: Any, *, at_least: int) -> None:

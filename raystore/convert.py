@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raystore import plain
 from raystore.codec import decode, encode, is_pickled
@@ -22,6 +22,7 @@ from raystore.core.payload import Opaque
 from raystore.core.records import Record
 from raystore.core.wanted import TRAINABLE
 from raystore.errors import InvalidValueError
+from raystore.mistakes import refusal
 from raystore.objects import Kept, Origin, Source
 from raystore.plain import whole as whole
 from raystore.spans import reward_of
@@ -51,6 +52,7 @@ M = TypeVar("M", bound=BaseModel)
 Row = Sequence[Any] | Record
 
 ID_LENGTH = 512
+SHOWN_IN_A_LIST = 50  #: characters of a text that is shown as the list it should be in
 MAX_TAGS = 16
 
 
@@ -67,11 +69,22 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation)
 
 
-def validated(annotation: Any, value: Any) -> Any:
-    """The value if it is of this type; pydantic's ValidationError if not. Instances of a model stay the same object."""
+def validated(name: str, annotation: Any, value: Any, remedy: str = "") -> Any:
+    """An argument of this type; an error that says what to do, if it is not. An instance of a model stays the same."""
     if type(value) is annotation and issubclass(annotation, BaseModel):
         return value
-    return _adapter(annotation).validate_python(value)
+    try:
+        return _adapter(annotation).validate_python(value)
+    except ValidationError as error:
+        raise refusal(name, annotation, error, remedy) from None
+
+
+def made(cls: type[M], name: str, fields: dict[str, Any]) -> M:
+    """A model of these fields, which are arguments of a call, or (with a name) make up the argument of that name."""
+    try:
+        return cls.__pydantic_validator__.validate_python(fields)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise refusal(name, cls, error) from None
 
 
 _ATTEMPT_STATUSES = frozenset(get_args(AttemptStatus))
@@ -80,7 +93,7 @@ _ATTEMPT_STATUSES = frozenset(get_args(AttemptStatus))
 def attempt_status(value: Any) -> AttemptStatus:
     """The status of an attempt; looked up first, since asking pydantic costs ten times as much."""
     is_known = type(value) is str and value in _ATTEMPT_STATUSES
-    return value if is_known else validated(AttemptStatus, value)  # type: ignore[no-any-return]
+    return value if is_known else validated("status", AttemptStatus, value)  # type: ignore[no-any-return]
 
 
 def identifier(name: str, value: Any) -> str:
@@ -115,12 +128,18 @@ def tag_dict(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | Non
     if value is None:
         return None
     if not isinstance(value, Mapping) or len(value) > MAX_TAGS:
-        raise InvalidValueError(name, value, f"a mapping of at most {MAX_TAGS} tags")
+        raise InvalidValueError(
+            name,
+            value,
+            f"a mapping of at most {MAX_TAGS} tags, {{'level': 3}}; longer texts and more of them belong into metadata",
+        )
     tags = {}
     for key, item in value.items():
         tag = plain.scalar(item)
         if type(tag) not in (str, int, float, bool) or (isinstance(tag, float) and math.isnan(tag)):
-            raise InvalidValueError(f"{name}[{key!r}]", item, "a str, int, float or bool")
+            raise InvalidValueError(
+                f"{name}[{key!r}]", item, "a str, int, float or bool; anything else belongs into metadata"
+            )
         tags[identifier(f"{name} name", key)] = tag
     return tags
 
@@ -137,7 +156,7 @@ def duration(name: str, value: Any) -> float:
 def identifiers(name: str, values: Any) -> list[str]:
     """A list of ids; a single text is a mistake that would otherwise be taken letter by letter."""
     if isinstance(values, str) or not isinstance(values, (Sequence, set, frozenset, dict)):
-        raise InvalidValueError(name, values, "a list of ids")
+        raise InvalidValueError(name, values, f"a list of ids{_in_a_list(values)}")
     for value in values:
         if type(value) is not str or not 0 < len(value) <= ID_LENGTH or not value.isprintable():
             return [identifier(f"{name}[{index}]", value) for index, value in enumerate(values)]
@@ -147,8 +166,20 @@ def identifiers(name: str, values: Any) -> list[str]:
 def listed(name: str, values: Any, expected: str) -> list[Any]:
     """Anything that can be gone through, as a list; a text or mapping is a mistake."""
     if isinstance(values, (str, bytes, Mapping, BaseModel)) or not isinstance(values, Iterable):
-        raise InvalidValueError(name, values, expected)
+        raise InvalidValueError(name, values, f"{expected}{_in_a_list(values)}")
     return list(values)
+
+
+def _in_a_list(value: Any) -> str:
+    """What to do about one item that was passed instead of a list of them."""
+    if isinstance(value, str) and len(value) < SHOWN_IN_A_LIST:
+        return f"; put one alone into a list: [{value!r}]"
+    return "; put one alone into a list" if isinstance(value, BaseModel) else ""
+
+
+def statuses(name: str, annotation: Any, values: Any) -> list[Any] | None:
+    """Statuses to look for; None leaves it open."""
+    return None if values is None else validated(name, annotation, listed(name, values, "a list of statuses"))
 
 
 def pairs(name: str, values: Any) -> list[tuple[str, str]]:
@@ -174,7 +205,8 @@ def names(rollout_id: Any, attempt_id: Any) -> dict[str, Any]:
 
 def spans(values: Any) -> list[Span]:
     """A list of spans."""
-    return [validated(Span, value) for value in listed("spans", values, "a list of spans")]
+    found = listed("spans", values, "a list of spans")
+    return [v if type(v) is Span else validated(f"spans[{n}]", Span, v) for n, v in enumerate(found)]
 
 
 def flag(name: str, value: Any) -> bool:
@@ -209,7 +241,7 @@ def filter_arguments(
 ) -> dict[str, Any]:
     """What a consumer asks for, by field of a rollout, without what it leaves open."""
     given = {
-        "mode": validated(RolloutMode | None, mode),
+        "mode": validated("mode", RolloutMode | None, mode),
         "tags": tag_dict("tags", tags) or None,
         "queue": optional_identifier("queue", queue),
         "group_id": optional_identifier("group_id", group_id),
@@ -247,6 +279,12 @@ class Encoder:
         """A user's value as an opaque payload."""
         return encode(value, what, self._value_bytes)
 
+    def task(self, task: Any) -> Opaque:
+        """A rollout's input. Requests and rollouts are none: their fields were meant."""
+        if type(task) in _NO_TASKS or (type(task) is list and task and type(task[0]) in _NO_TASKS):
+            raise InvalidValueError("input", task, _instead_of_a_task(task))
+        return encode(task, "input", self._value_bytes)
+
     def mapping(self, what: str, value: Any) -> Opaque:
         """Metadata or statistics, copied; None stays None."""
         if value is None:
@@ -259,10 +297,10 @@ class Encoder:
         """A rollout's configuration in field order."""
         if config is None:
             return None
-        if type(config) is not RolloutConfig:
-            config = RolloutConfig.model_validate(config)
-        else:  # assignment is not validated, so a wrong value may have come in since
-            config = RolloutConfig.model_validate(config.__dict__)
+        if type(config) is RolloutConfig:  # assignment is not validated, so a wrong value may have come in since
+            config = made(RolloutConfig, "config", config.__dict__)
+        else:
+            config = validated("config", RolloutConfig, config)
         return [
             config.timeout_seconds,
             config.unresponsive_seconds,
@@ -273,7 +311,7 @@ class Encoder:
     def request(self, request: EnqueueRolloutRequest) -> dict[str, Any]:
         """The arguments that make a rollout; group and tags are lifted from metadata when they are absent there."""
         if len(request.__dict__) < len(_REQUEST):  # made without validation
-            request = EnqueueRolloutRequest.model_validate(request.__dict__)
+            request = made(EnqueueRolloutRequest, "request", request.__dict__)
         metadata = request.metadata or {}
         if not isinstance(metadata, Mapping):
             raise InvalidValueError("metadata", metadata, "a mapping")
@@ -285,7 +323,7 @@ class Encoder:
                 tags = tag_dict("tags", lifted)
             except InvalidValueError:  # not well-formed, so not meant as tags
                 tags = None
-        encoded: dict[str, Any] = {"input": self.value("input", request.input)}
+        encoded: dict[str, Any] = {"input": self.task(request.input)}
         encoded["metadata"] = self.mapping("metadata", metadata)
         if request.config is not None:
             encoded["config"] = self.config(request.config)
@@ -316,7 +354,7 @@ class Encoder:
             if read_all(span):  # it came from a store, and had not been read
                 return self.span(span, numbered=numbered)
             # It was changed, or made, without validation.
-            checked = Span.model_validate({name: _raw(value) for name, value in values.items()})
+            checked = made(Span, "span", {name: _raw(value) for name, value in values.items()})
             if checked.__dict__.keys() == values.keys() and checked.__dict__ == values:
                 raise InvalidValueError("span", span, f"a whole Span; {type(error).__name__}: {error}") from None
             return self.span(checked, numbered=numbered)
@@ -357,6 +395,19 @@ class Encoder:
         """Named resources, validated before, as a payload, and whether they hold an object."""
         holds_objects = any(isinstance(resource, ObjectResource) for resource in resources.values())
         return encode(resources, "resources", self._value_bytes), holds_objects
+
+
+#: What is handed to a store with a task in it, and is no task itself.
+_NO_TASKS = frozenset({EnqueueRolloutRequest, Rollout, AttemptedRollout})
+
+
+def _instead_of_a_task(given: Any) -> str:
+    """What was expected where such a thing was passed as a task, and what to write."""
+    if isinstance(given, Rollout):
+        return "a task, and this is a rollout; pass its input (rollout.input), or requeue it: start_attempt(rollout_id)"
+    if isinstance(given, list):
+        return "a task, and these are requests or rollouts; pass requests to enqueue_many_rollouts(requests)"
+    return "a task, and this is a request; call enqueue_many_rollouts([request]), or pass its fields, input=... first"
 
 
 #: What of a span the store looks at.

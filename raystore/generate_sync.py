@@ -21,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from raystore.api import LightningStore
+from raystore.api import METHODS, LightningStore
 from raystore.calls import iterate_blocking, run_blocking
+from raystore.forms import explain_methods
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -72,7 +73,7 @@ def generate() -> str:
             text += _twin(name, method, "run_blocking", lambda annotation: annotation)
         elif "AsyncIterator" in str(inspect.signature(method).return_annotation):
             text += _twin(name, method, "iterate_blocking", lambda annotation: annotation.replace("Async", ""))
-    return text
+    return f"{text}\n\nexplain_methods(SyncStore, METHODS)\n"
 
 
 def _twin(name: str, method: object, driver: str, answer: object) -> str:

@@ -14,6 +14,7 @@ from raystore._sync import SyncStore
 from raystore.client import StoreClient
 from raystore.clock import ThreadAlarm
 from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, memory_capacity, resolve
+from raystore.forms import explained
 from raystore.journal.opening import open_journal
 from raystore.objects import Origin
 from raystore.options import make_config, make_encoder
@@ -30,6 +31,7 @@ class InMemoryLightningStore(StoreClient):
     accepted and have no effect: this store is always thread-safe, and time is watched by deadlines, not by scans.
     """
 
+    @explained
     def __init__(
         self,
         *,

@@ -15,6 +15,7 @@ from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig
 from raystore.convert import Encoder, filter_arguments, identifier, validated
 from raystore.core.wanted import USUAL, make_filter
 from raystore.errors import AgentNotPicklableError, InvalidValueError
+from raystore.errors.words import either, meant
 from raystore.plain import plain, scalar
 from raystore.types import RolloutConfig, Span
 
@@ -45,10 +46,10 @@ def make_config(
 ) -> StoreConfig:
     """A checked configuration; raises for a value that is not valid."""
     if resume not in RESUME:
-        raise InvalidValueError("resume", resume, " or ".join(map(repr, RESUME)))
+        raise InvalidValueError("resume", resume, either([repr(one) for one in RESUME]) + meant(resume, RESUME))
     if journal is None and resume == "must":
         raise InvalidValueError("resume", resume, "a journal= to resume from")
-    chosen = validated(RolloutConfig, default_config if default_config is not None else RolloutConfig())
+    chosen = validated("default_config", RolloutConfig, RolloutConfig() if default_config is None else default_config)
     config = StoreConfig(
         eviction_memory_threshold=scalar(eviction_memory_threshold),
         safe_memory_threshold=scalar(safe_memory_threshold),
@@ -69,12 +70,20 @@ def make_config(
         limits=plain("limits", dict(limits or {})),
         consumers=_consumers(consumers),
         clock=clock,
-        journal=None if journal is None else os.path.abspath(os.path.expanduser(journal)),
+        journal=None if journal is None else directory("journal", journal),
         durability=durability,
         journal_object_bytes=journal_object_bytes,
     )
     config.check()
     return config
+
+
+def directory(name: str, path: Any) -> str:
+    """The path of a directory, absolute."""
+    given = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise InvalidValueError(name, path, "the path of a directory")
+    return os.path.abspath(os.path.expanduser(given))
 
 
 def _consumers(given: Any) -> dict[str, dict[str, Any] | None]:

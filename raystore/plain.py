@@ -87,13 +87,16 @@ def whole(name: str, value: Any, *, at_least: int) -> int:
     return found
 
 
+A_REWARD = "one number, not NaN; True and False are 1 and 0. Where there is none, return None, or raise rs.Drop(why)"
+
+
 def reward(name: str, value: Any) -> float:
     """A reward: any number but NaN; True and False are 1 and 0, and an array or tensor may hold the one number."""
     found = scalar(value)
     if _is_numeric(found):
         found = _item(found)  # its one item, however many dimensions it has
     if type(found) not in (int, float, bool) or math.isnan(found):
-        raise InvalidValueError(name, value, "one number, not NaN; True and False are 1 and 0")
+        raise InvalidValueError(name, value, A_REWARD)
     return float(found)
 
 

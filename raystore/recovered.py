@@ -11,9 +11,10 @@ from raystore._sync import SyncStore
 from raystore.client import StoreClient
 from raystore.clock import NoAlarm
 from raystore.config import StoreConfig, memory_capacity
+from raystore.forms import explained
 from raystore.journal.opening import open_for_reading
 from raystore.objects import Origin
-from raystore.options import make_encoder
+from raystore.options import directory, make_encoder
 from raystore.service import Service
 from raystore.transport import LocalTransport, origin_of
 
@@ -25,8 +26,9 @@ class RecoveredRun(StoreClient):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        config = StoreConfig(clock="manual", journal=str(path))
-        opened = open_for_reading(os.fspath(path))
+        path = directory("path", path)
+        config = StoreConfig(clock="manual", journal=path)
+        opened = open_for_reading(path)
         self._service = Service(config, capacity_bytes=memory_capacity(), alarm=NoAlarm, opened=opened)
         self._transport = LocalTransport(self._service)
         self._encoder = make_encoder(config.all_limits(), None)
@@ -36,6 +38,7 @@ class RecoveredRun(StoreClient):
         return origin_of(self._service)
 
 
+@explained
 def recover(path: str | os.PathLike[str]) -> RecoveredRun:
     """Open a finished, crashed or running run for reading, by the directory of its journal.
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, 
 
 from raystore import semconv
 from raystore.errors import InvalidValueError, PayloadNotReadableError
+from raystore.mistakes import Record
 from raystore.plain import LEAVES, plain, scalar
 from raystore.unread import Delivered
 
@@ -53,7 +54,7 @@ _PRIMARY, (_OUTPUT, _OLDER_OUTPUT), _REWARD_SPANS = semconv.PRIMARY_REWARD, semc
 _NANOSECONDS_ABOVE = 1e12  # a time larger than this can only be in nanoseconds
 
 
-class TraceStatus(BaseModel):
+class TraceStatus(Record):
     """How the spanned operation ended."""
 
     model_config = ConfigDict(extra="allow")
@@ -62,7 +63,7 @@ class TraceStatus(BaseModel):
     description: str | None = None
 
 
-class Event(BaseModel):
+class Event(Record):
     """Something that happened within a span."""
 
     model_config = ConfigDict(extra="allow")
@@ -72,7 +73,7 @@ class Event(BaseModel):
     timestamp: float | None = None
 
 
-class SpanContext(BaseModel):
+class SpanContext(Record):
     """The identity of a span across processes."""
 
     model_config = ConfigDict(extra="allow")
@@ -83,7 +84,7 @@ class SpanContext(BaseModel):
     trace_state: dict[str, str]
 
 
-class Link(BaseModel):
+class Link(Record):
     """A reference to another span."""
 
     model_config = ConfigDict(extra="allow")
@@ -92,14 +93,14 @@ class Link(BaseModel):
     attributes: dict[str, Any] | None = None
 
 
-class OtelResource(BaseModel):
+class OtelResource(Record):
     """The OpenTelemetry resource that produced a span."""
 
     attributes: dict[str, Any]
     schema_url: str
 
 
-class SpanCoreFields(BaseModel):
+class SpanCoreFields(Record):
     """What an agent needs to say of a span; the store's side fills in the rest."""
 
     name: str

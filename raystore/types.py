@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 
 from raystore.errors import PayloadLostError
+from raystore.mistakes import Record
 from raystore.objects import Kept, Source
 from raystore.plain import scalar
 from raystore.spans import AttributeValue as AttributeValue
@@ -56,12 +66,12 @@ def _tag(value: Any) -> Any:
     """A number of numpy or torch as a plain one; pydantic would make a float of a Decimal, and 1 of numpy's True."""
     found = scalar(value)
     if type(found) not in (str, bool, int, float):
-        raise ValueError("a tag is a str, int, float or bool")
+        raise ValueError("expected a str, int, float or bool")
     return found
 
 
 _Tag = Annotated[TagValue, BeforeValidator(_tag)]
-_Seconds = Annotated[float, BeforeValidator(scalar)]
+_Seconds = Annotated[float, Field(ge=0), BeforeValidator(scalar)]  # which NaN is not
 _Whole = Annotated[int, BeforeValidator(scalar)]
 SortOrder = Literal["asc", "desc"]
 FilterLogic = Literal["and", "or"]
@@ -92,12 +102,12 @@ def _get_unset() -> _UnsetType:
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-class RolloutConfig(BaseModel):
+class RolloutConfig(Record):
     """When an attempt of a rollout is given up, and what is tried again.
 
     An attempt is tried again only if its status is in `retry_condition` *and* `max_attempts` allows another: each of
-    the two alone does nothing. A field that does not exist is refused, since `RolloutConfig(timeout=60)` would
-    otherwise mean "no timeout".
+    the two alone does nothing, which is warned of unless the other is given, too (`retry_condition=[]`). A field that
+    does not exist is refused, since `RolloutConfig(timeout=60)` would otherwise mean "no timeout".
 
     Attributes:
         timeout_seconds: since the start of an attempt, after which it has timed out; None: never.
@@ -113,12 +123,33 @@ class RolloutConfig(BaseModel):
     max_attempts: _Whole = Field(default=1, ge=1)
     retry_condition: list[AttemptStatus] = Field(default_factory=list)
 
-    @field_validator("timeout_seconds", "unresponsive_seconds")
+    @model_validator(mode="wrap")
     @classmethod
-    def _is_a_duration(cls, value: float | None) -> float | None:
-        if value is not None and (math.isnan(value) or value < 0):
-            raise ValueError(f"{value} is not a number of seconds (0 or more)")
-        return value
+    def _has_both_or_neither(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Warn of one that does nothing without the other; not again where a config that was made is passed on."""
+        made = handler(given)
+        if type(given) is not dict:
+            return made
+        if made.max_attempts > 1 and "retry_condition" not in given:
+            _warn(
+                f"RolloutConfig(max_attempts={made.max_attempts}) tries nothing again, since no retry_condition names "
+                "the statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them "
+                "that you mean; retry_condition=[] if none"
+            )
+        elif made.retry_condition and "max_attempts" not in given:
+            _warn(
+                f"RolloutConfig(retry_condition={made.retry_condition}) tries nothing again, since max_attempts is 1 "
+                "unless given: add max_attempts=3, or as many as you mean in all; max_attempts=1 if it is one"
+            )
+        return made
+
+
+def _warn(text: str) -> None:
+    """Warn whoever made a record: the nearest caller that is neither raystore nor pydantic."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("raystore.", "pydantic.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 class Rollout(Delivered):
@@ -184,7 +215,7 @@ else:
     FoundRollout = AttemptedRollout | Rollout | None  # looked up by an id, which its caller knows to exist
 
 
-class EnqueueRolloutRequest(BaseModel):
+class EnqueueRolloutRequest(Record):
     """The arguments of `enqueue_rollout`, for many at once; a field that does not exist is refused."""
 
     model_config = ConfigDict(extra="forbid")
@@ -219,7 +250,7 @@ class Worker(Delivered):
 # -- resources ---------------------------------------------------------------------------------------------------------
 
 
-class Resource(BaseModel):
+class Resource(Record):
     """Base of what a driver publishes for agents."""
 
     resource_type: Any

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from raystore.errors import PayloadNotReadableError, StoreError
+from raystore.mistakes import Record
 
 EXTRA = "__pydantic_extra__"  #: among fields: those that the model does not know
 
@@ -59,7 +60,7 @@ class Unread:
         return "<not read yet>"
 
 
-class Delivered(BaseModel):
+class Delivered(Record):
     """A record that a store answers with."""
 
     if not TYPE_CHECKING:  # a type checker would take any name for a field

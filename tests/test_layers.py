@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "raystore"
 # From the bottom up; a module imports from its own layer and those above it in this list.
 LAYERS = [
     ["errors", "failpoints", "forks", "semconv"],
-    ["core", "losses", "packed", "pickler", "plain", "unread"],
+    ["mistakes"],
+    ["core", "forms", "losses", "packed", "pickler", "plain", "unread"],
     ["spans"],
     ["dialects"],
     ["trajectory", "triplet"],

@@ -58,7 +58,7 @@ def test_the_client_has_the_signatures_of_the_contract():
 def test_models_built_without_validation_equal_validated_ones(make_memory_store):
     """Answers are built by hand; validating their dump again gives equal objects."""
     store = make_memory_store()
-    config = rs.RolloutConfig(timeout_seconds=9, retry_condition=["failed"])
+    config = rs.RolloutConfig(timeout_seconds=9, max_attempts=2, retry_condition=["failed"])
     store.sync.enqueue_rollout({"q": [1]}, "train", None, config, {"m": 1}, group_id="g", tags={"t": 1}, priority=2)
     store.sync.update_resources("r", {"p": rs.PromptTemplate(template="x", engine="f-string")}, policy_version=1)
     claimed = store.sync.dequeue_rollout("w")

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from raystore import convert
 from raystore._sync import SyncStore
-from raystore.api import LightningStore
+from raystore.api import METHODS, LightningStore
 from raystore.client.attempts import AttemptMethods
 from raystore.client.resources import ResourceMethods
 from raystore.client.rollouts import RolloutMethods
@@ -21,6 +21,7 @@ from raystore.client.spans import SpanMethods
 from raystore.client.training import TrainingMethods
 from raystore.client.waiting import WaitingMethods
 from raystore.client.workers import WorkerMethods
+from raystore.forms import explain_methods
 from raystore.losses import Reason
 from raystore.notices import Handler
 from raystore.types import LightningStoreCapabilities, LightningStoreStatistics
@@ -131,3 +132,4 @@ def _document() -> None:
 
 
 _document()
+explain_methods(StoreClient, METHODS)

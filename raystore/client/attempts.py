@@ -6,12 +6,13 @@ Not here: what each method means (`raystore.api`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 from raystore import convert
 from raystore.client.connection import Connection
 from raystore.convert import validated
 from raystore.core.accounts import bounded_error
+from raystore.forms import NOT_GIVEN, unfit
 from raystore.types import (
     UNSET,
     Attempt,
@@ -76,7 +77,7 @@ class AttemptMethods(Connection):
         """
         changes: dict[str, Any] = {"status": convert.attempt_status(status)}
         if outcome is not None:
-            changes["outcome"] = validated(Outcome, outcome)
+            changes["outcome"] = validated("outcome", Outcome, outcome)
         if (said := convert.optional_text("error", error)) is not None:
             changes["error"] = bounded_error(said)  # here already: a longer one would not travel
         if convert.flag("died", died):
@@ -113,7 +114,11 @@ class AttemptMethods(Connection):
         worker_id: str | Unset | None = UNSET,
         last_heartbeat_time: float | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
+        *unnamed: Never,
+        **unknown: Never,
     ) -> Attempt:
+        if unnamed or unknown or attempt_id is NOT_GIVEN or rollout_id is NOT_GIVEN:
+            raise unfit(self.update_attempt, unnamed, unknown, rollout_id=rollout_id, attempt_id=attempt_id)
         changes: dict[str, Any] = {}
         if not isinstance(status, Unset):
             changes["status"] = convert.attempt_status(status)

@@ -20,6 +20,11 @@ from raystore.types import (
     SortOrder,
 )
 
+TO_PUBLISH = (
+    "give each its name, {'prompt': rs.PromptTemplate(...)}, and wrap a plain value: rs.ObjectResource(value=...)"
+)
+COUNTED = "count the versions; what they are called can be told by resources_id"
+
 
 @dataclass(slots=True)
 class Boxed:
@@ -45,7 +50,7 @@ class ResourceMethods(Connection):
     async def _put_resources(
         self, resources_id: str | None, resources: NamedResources, policy_version: int | None
     ) -> ResourcesUpdate:
-        boxed = await self._boxed(resources_id, validated(NamedResources, resources))
+        boxed = await self._boxed(resources_id, validated("resources", NamedResources, resources, TO_PUBLISH))
         payload, holds_objects = self._encoder.resources(boxed.resources)
         objects = [(kept.address, kept.size) for kept in boxed.objects]
         if isinstance(payload, Payload):  # references within small values are kept nowhere
@@ -53,7 +58,7 @@ class ResourceMethods(Connection):
         arguments = {
             "resources_id": resources_id,
             "resources": payload,
-            "policy_version": validated(int | None, policy_version),
+            "policy_version": validated("policy_version", int | None, policy_version, COUNTED),
             "holds_objects": holds_objects,
             "objects": objects,
         }

@@ -6,14 +6,15 @@ Not here: what each method means (`raystore.api`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 from uuid import uuid4
 
 from raystore import convert
 from raystore.client.connection import Connection, cut
-from raystore.convert import validated
+from raystore.convert import made, validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError
+from raystore.forms import NOT_GIVEN, unfit
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -32,6 +33,7 @@ from raystore.types import (
     Unset,
 )
 
+TO_ENQUEUE = "wrap each task: rs.EnqueueRolloutRequest(input=task)"
 GROUP_ITEMS = 1_000_000  #: rollouts of one group, made by one call
 
 
@@ -47,9 +49,8 @@ class RolloutMethods(Connection):
         metadata: dict[str, Any] | None = None,
         worker_id: str | None = None,
     ) -> AttemptedRollout:
-        request = self._encoder.request(
-            EnqueueRolloutRequest(input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata)
-        )
+        fields = {"input": input, "mode": mode, "resources_id": resources_id, "config": config, "metadata": metadata}
+        request = self._encoder.request(made(EnqueueRolloutRequest, "", fields))
         worker_id = convert.optional_identifier("worker_id", worker_id)
         return convert.attempted(
             await self._transport.call("start_rollout", {"request": request, "worker_id": worker_id})
@@ -62,32 +63,40 @@ class RolloutMethods(Connection):
         resources_id: str | None = None,
         config: RolloutConfig | None = None,
         metadata: dict[str, Any] | None = None,
-        *,
+        *unnamed: Never,
         rollout_id: str | None = None,
         group_id: str | None = None,
         queue: str = "default",
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
+        **unknown: Never,
     ) -> Rollout:
-        request = EnqueueRolloutRequest(
-            input=input,
-            mode=mode,
-            resources_id=resources_id,
-            config=config,
-            metadata=metadata,
-            rollout_id=rollout_id,
-            group_id=group_id,
-            queue=queue,
-            priority=priority,
-            tags=convert.tag_dict("tags", tags),
-        )
-        answer = await self._transport.call("enqueue", {"requests": [self._encoder.request(request)]})
+        if unnamed or unknown or input is NOT_GIVEN:
+            raise unfit(self.enqueue_rollout, unnamed, unknown, input=input)
+        fields = {
+            "input": input,
+            "mode": mode,
+            "resources_id": resources_id,
+            "config": config,
+            "metadata": metadata,
+            "rollout_id": rollout_id,
+            "group_id": group_id,
+            "queue": queue,
+            "priority": priority,
+            "tags": convert.tag_dict("tags", tags),
+        }
+        request = self._encoder.request(made(EnqueueRolloutRequest, "", fields))
+        answer = await self._transport.call("enqueue", {"requests": [request]})
         return convert.pair(answer[0])
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         requests = [
-            self._encoder.request(validated(EnqueueRolloutRequest, request))
-            for request in convert.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")
+            self._encoder.request(
+                request
+                if type(request) is EnqueueRolloutRequest
+                else validated(f"rollouts[{index}]", EnqueueRolloutRequest, request, TO_ENQUEUE)
+            )
+            for index, request in enumerate(convert.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest"))
         ]
         return await self._enqueue_all(requests)
 
@@ -123,23 +132,31 @@ class RolloutMethods(Connection):
         n = convert.whole("n", n, at_least=1)
         if n > GROUP_ITEMS:
             raise InvalidValueError("n", n, f"at most {GROUP_ITEMS:,} rollouts in one call")
-        request = EnqueueRolloutRequest(
-            input=input,
-            mode=mode,
-            resources_id=resources_id,
-            config=config,
-            metadata=metadata,
-            group_id=f"group-{uuid4().hex[:12]}" if group_id is None else group_id,
-            queue=queue,
-            priority=priority,
-            tags=convert.tag_dict("tags", tags),
-        )
-        return await self._enqueue_all([self._encoder.request(request)] * n)
+        fields = {
+            "input": input,
+            "mode": mode,
+            "resources_id": resources_id,
+            "config": config,
+            "metadata": metadata,
+            "group_id": f"group-{uuid4().hex[:12]}" if group_id is None else group_id,
+            "queue": queue,
+            "priority": priority,
+            "tags": convert.tag_dict("tags", tags),
+        }
+        request = self._encoder.request(made(EnqueueRolloutRequest, "", fields))
+        return await self._enqueue_all([request] * n)
 
     async def dequeue_rollout(
-        self, worker_id: str | None = None, *, timeout: float = 0.0, queues: Sequence[str] = ("default",)
+        self,
+        worker_id: str | None = None,
+        *unnamed: Never,
+        timeout: float = 0.0,
+        queues: Sequence[str] = ("default",),
+        **unknown: Never,
     ) -> AttemptedRollout | None:
-        claimed = await self.dequeue_many_rollouts(limit=1, worker_id=worker_id, timeout=timeout, queues=queues)
+        if unnamed or unknown:
+            raise unfit(self.dequeue_rollout, unnamed, unknown)
+        claimed = await self._claim(1, worker_id, timeout, queues)
         return claimed[0] if claimed else None
 
     async def dequeue_many_rollouts(
@@ -150,6 +167,11 @@ class RolloutMethods(Connection):
         timeout: float = 0.0,
         queues: Sequence[str] = ("default",),
     ) -> Sequence[AttemptedRollout]:
+        return await self._claim(limit, worker_id, timeout, queues)
+
+    async def _claim(
+        self, limit: int, worker_id: str | None, timeout: float, queues: Sequence[str]
+    ) -> list[AttemptedRollout]:
         arguments = {
             "queues": convert.queue_names(queues),
             "limit": convert.whole("limit", limit, at_least=-(2**31)),
@@ -180,9 +202,7 @@ class RolloutMethods(Connection):
         status_in = status if status_in is None else status_in
         rollout_id_in = rollout_ids if rollout_id_in is None else rollout_id_in
         arguments = {
-            "status_in": None
-            if status_in is None
-            else validated(list[RolloutStatus], convert.listed("status_in", status_in, "a list of statuses")),
+            "status_in": convert.statuses("status_in", list[RolloutStatus], status_in),
             "rollout_id_in": None if rollout_id_in is None else convert.identifiers("rollout_id_in", rollout_id_in),
             "rollout_id_contains": convert.optional_text("rollout_id_contains", rollout_id_contains),
             "filter_logic": filter_logic,
@@ -191,7 +211,7 @@ class RolloutMethods(Connection):
                 "tags": convert.tag_dict("tags", tags),
                 "queue": convert.optional_identifier("queue", queue),
                 "worker_id": convert.optional_identifier("worker_id", worker_id),
-                "mode": validated(RolloutMode | None, mode),
+                "mode": validated("mode", RolloutMode | None, mode),
             },
             "sort_by": convert.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
@@ -214,15 +234,15 @@ class RolloutMethods(Connection):
     ) -> AnyRollout:
         changes: dict[str, Any] = {}
         if not isinstance(input, Unset):
-            changes["input"] = self._encoder.value("input", input)
+            changes["input"] = self._encoder.task(input)
         if not isinstance(mode, Unset):
-            changes["mode"] = validated(RolloutMode | None, mode)
+            changes["mode"] = validated("mode", RolloutMode | None, mode)
         if not isinstance(resources_id, Unset):
             changes["resources_id"] = convert.optional_identifier("resources_id", resources_id)
         if not isinstance(status, Unset):
-            changes["status"] = validated(RolloutStatus, status)
+            changes["status"] = validated("status", RolloutStatus, status)
         if not isinstance(config, Unset):
-            changes["config"] = self._encoder.config(validated(RolloutConfig, config))
+            changes["config"] = self._encoder.config(validated("config", RolloutConfig, config))
         if not isinstance(metadata, Unset):
             changes["metadata"] = self._encoder.mapping("metadata", metadata)
         arguments = {"rollout_id": convert.identifier("rollout_id", rollout_id), "changes": changes}

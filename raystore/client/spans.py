@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 from pydantic import ValidationError
 
@@ -16,6 +16,8 @@ from raystore.client.connection import Connection, cut
 from raystore.convert import validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError, StoreError
+from raystore.forms import NOT_GIVEN, unfit
+from raystore.mistakes import refusal
 from raystore.types import (
     FilterLogic,
     PaginatedResult,
@@ -37,8 +39,10 @@ class SpanMethods(Connection):
         rollout_ids = [rollout_id for rollout_id, _ in convert.pairs("rollout_attempt_ids", rollout_attempt_ids)]
         return list(await self._transport.call("next_numbers", {"rollout_ids": rollout_ids}))
 
-    async def add_span(self, span: Span) -> Span | None:
-        span = validated(Span, span)
+    async def add_span(self, span: Span, *unnamed: Never, **unknown: Never) -> Span | None:
+        if unnamed or unknown or span is NOT_GIVEN:
+            raise unfit(self.add_span, unnamed, unknown, span=span)
+        span = validated("span", Span, span)
         row = self._encoder.span(span)
         arguments = {"rollout_id": span.rollout_id, "attempt_id": span.attempt_id, "spans": [row]}
         ((stored, _),) = await self._transport.call("add_spans", arguments)
@@ -84,7 +88,9 @@ class SpanMethods(Connection):
         number = 0 if sequence_id is None else convert.whole("sequence_id", sequence_id, at_least=0)
         try:
             span = Span.from_opentelemetry(readable_span, **arguments, sequence_id=number)
-        except (StoreError, ValidationError):
+        except ValidationError as error:
+            raise refusal("readable_span", Span, error) from None
+        except StoreError:
             raise
         except (AttributeError, TypeError, ValueError) as error:
             expected = f"a ReadableSpan of OpenTelemetry (a Span of raystore goes to add_span); {error}"

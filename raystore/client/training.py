@@ -14,6 +14,8 @@ from raystore.convert import validated
 from raystore.errors import AnswerGoneError
 from raystore.types import Batch, LedgerEntry, RolloutMode, RolloutStatus, TagValue
 
+A_BATCH = "pass what take() gave"
+
 
 class TrainingMethods(Connection):
     """Training on each finished rollout exactly once."""
@@ -76,7 +78,9 @@ class TrainingMethods(Connection):
 
 
 def _named(batch: Batch) -> dict[str, object]:
-    values = validated(Batch, batch).__dict__  # it may have been changed since, or made, without validation
+    values = validated(
+        "batch", Batch, batch, A_BATCH
+    ).__dict__  # it may have been changed since, or made, without validation
     return {
         "consumer": convert.identifier("batch.consumer", values.get("consumer")),
         "batch": convert.whole("batch.number", values.get("number"), at_least=0),

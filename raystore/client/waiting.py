@@ -11,7 +11,7 @@ from time import monotonic
 from raystore import convert
 from raystore.client.connection import Connection
 from raystore.convert import validated
-from raystore.errors import AnswerGoneError
+from raystore.errors import AnswerGoneError, RolloutNotFoundError
 from raystore.types import (
     AnyRollout,
     Change,
@@ -45,7 +45,10 @@ class WaitingMethods(Connection):
     ) -> AsyncIterator[AnyRollout]:
         missing = set(convert.identifiers("rollout_ids", rollout_ids))
         deadline = None if timeout is None else monotonic() + convert.duration("timeout", timeout)
+        asked = set(missing)
         finished, cursor, token = await self._sort_out(missing)
+        if unknown := sorted(asked - missing):
+            raise RolloutNotFoundError(*unknown)
         while True:
             for rollout in finished:
                 if rollout.rollout_id in missing:
@@ -94,7 +97,7 @@ class WaitingMethods(Connection):
             "group_id": convert.optional_identifier("group_id", group_id),
             "tags": convert.tag_dict("tags", tags),
             "queue": convert.optional_identifier("queue", queue),
-            "mode": validated(RolloutMode | None, mode),
+            "mode": validated("mode", RolloutMode | None, mode),
         }
         arguments = {
             "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),

@@ -10,7 +10,6 @@ from typing import Any
 
 from raystore import convert
 from raystore.client.connection import Connection
-from raystore.convert import validated
 from raystore.types import (
     UNSET,
     FilterLogic,
@@ -37,9 +36,7 @@ class WorkerMethods(Connection):
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
         arguments = {
-            "status_in": None
-            if status_in is None
-            else validated(list[WorkerStatus], convert.listed("status_in", status_in, "a list of statuses")),
+            "status_in": convert.statuses("status_in", list[WorkerStatus], status_in),
             "worker_id_contains": convert.optional_text("worker_id_contains", worker_id_contains),
             "filter_logic": filter_logic,
             "sort_by": convert.optional_text("sort_by", sort_by),

@@ -294,6 +294,8 @@ def _known(state: State, consumer: str, batch: int) -> Consumer:
 def _refuse(known: Consumer, consumer: str, batch: int) -> None:
     if batch in known.steps:
         why = f"step {known.steps[batch]} has consumed batch {batch} already"
+    elif batch == 0:
+        why = "a take that gives nothing gives batch 0, which holds nothing: ask `if batch.rollouts` first"
     elif batch > known.made or batch < 1:
         why = f"there never was a batch {batch}"
     else:

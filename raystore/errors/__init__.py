@@ -3,8 +3,8 @@
 Each error carries facts positionally, so that it survives pickling and the trip through an actor (which sends
 the class name and `args`), and has a builtin as second base, so that an `except ValueError` written for the
 reference goes on working. Messages use the reference's words where it has some.
-Not here: errors of a journal (`journal`), and pydantic's `ValidationError`, which a malformed value raises in the
-caller's process.
+Not here: errors of a journal (`journal`), and pydantic's `ValidationError`, which a model raises that a user makes of
+malformed values.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from raystore.errors.journal import JournalInUseError as JournalInUseError
 from raystore.errors.journal import JournalMissingError as JournalMissingError
 from raystore.errors.journal import ReadOnlyError as ReadOnlyError
 
+NAMED = 5  #: things of one kind that an error names
 SHOWN = 100  #: characters of a value that an error shows
 
 _SHORT = reprlib.Repr()
@@ -52,14 +53,21 @@ class InvalidValueError(StoreError, ValueError):
 
 
 class RolloutNotFoundError(StoreError, ValueError):
-    """No rollout has this id: it was never enqueued here, or it has been deleted."""
+    """No rollout has this id: it was never enqueued here, or it has been deleted; nor any of the others, if told."""
 
-    def __init__(self, rollout_id: str) -> None:
-        super().__init__(rollout_id)
+    def __init__(self, rollout_id: str, *others: str) -> None:
+        super().__init__(rollout_id, *others)
 
     def __str__(self) -> str:
-        rollout_id = self.args[0]
-        return f"Rollout {rollout_id} not found: Item does not exist with primary key(s): rollout_id='{rollout_id}'"
+        rollout_id, *others = self.args
+        said = f"Rollout {rollout_id} not found: Item does not exist with primary key(s): rollout_id='{rollout_id}'"
+        if others:
+            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+            said += f"; nor do {', '.join(map(repr, others[:NAMED]))}{more}"
+        return (
+            f"{said}. What is not found was never enqueued in this store, or has been deleted (delete_rollouts, "
+            "retention=); ids are in what enqueue_rollout returned"
+        )
 
 
 class AttemptNotFoundError(StoreError, ValueError):
@@ -83,6 +91,18 @@ class ResourcesNotFoundError(StoreError, ValueError):
 
     def __str__(self) -> str:
         return f"Resources {self.args[0]} not found"
+
+
+class NoSuchResourceError(StoreError, KeyError):
+    """An agent's resources have none of this name; with the names that they have, and where they are from."""
+
+    def __init__(self, name: Any, names: list[str], source: str) -> None:
+        super().__init__(shown(name), names, source)
+
+    def __str__(self) -> str:
+        name, names, source = self.args
+        has = f"It has {', '.join(map(repr, names))}" if names else "It is empty"
+        return f"ctx.resources has no {name!r}. {has}: {source}"
 
 
 class ClaimLostError(StoreError, ValueError):

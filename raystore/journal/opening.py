@@ -16,6 +16,7 @@ from raystore.core import format1, wanted, watchdog
 from raystore.core.state import Settings, State, Step
 from raystore.errors import (
     FencedError,
+    InvalidValueError,
     JournalFullError,
     JournalHeldError,
     JournalInUseError,
@@ -71,9 +72,10 @@ def open_journal(
     `now` is the wall clock. Who opens a long one on a thread may `watch` it.
     """
     assert config.journal is not None
-    directory = Directory(config.journal)
+    directory = usable(config.journal)
     _check(directory, name, resume, writer)
     try:
+        _make(directory)
         is_forced = resume == "must"
         return _begin(
             directory, config, settings, watch or Watch(), name=name, now=now, writer=writer, is_forced=is_forced
@@ -82,6 +84,24 @@ def open_journal(
         if is_full(error):
             raise JournalFullError(str(directory.path), FULL_SECONDS) from None
         raise
+
+
+def usable(path: str | Path, *, to_write: bool = True) -> Directory:
+    """Where a journal is, or is to be; raises for a path at which no process of this user on this machine can do so."""
+    directory = Directory(path)
+    if (expected := directory.unusable(to_write=to_write)) is not None:
+        raise InvalidValueError("journal", str(directory.path), expected)
+    return directory
+
+
+def _make(directory: Directory) -> None:
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_full(error):
+            raise
+        expected = f"a directory that is there, or can be made ({error.strerror}); name another"
+        raise InvalidValueError("journal", str(directory.path), expected) from None
 
 
 def _begin(
@@ -188,7 +208,7 @@ def _check(directory: Directory, name: str | None, resume: str, writer: str | No
 
 def read_run(path: str | Path) -> Replay:
     """The state that a journal holds, without becoming its writer."""
-    directory = Directory(path)
+    directory = usable(path, to_write=False)
     if not directory.segments(RECORDS, SNAPSHOT):
         raise JournalMissingError(str(directory.path), "there are no segments")
     return settled(lambda: replay(Reading(directory)))

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,26 @@ class Directory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser().absolute()
+
+    def unusable(self, *, to_write: bool) -> str | None:
+        """What is expected and is not so, for people to read; None if a journal can be here, or may be made here."""
+        for place in (self.path, *self.path.parents):
+            try:
+                is_directory = stat.S_ISDIR(os.stat(place).st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                return f"a directory, and {place} cannot be reached ({error.strerror})"
+            if not is_directory:
+                return f"a directory, and {place} is a file; name the directory, which is made if it is not there"
+            if place != self.path and not to_write:
+                return None
+            rights = os.X_OK | (os.W_OK if to_write else 0) | (os.R_OK if place == self.path else 0)
+            if not os.access(place, rights):
+                to_do = "written" if to_write else "read"
+                return f"a directory of this user, and {place} may not be {to_do}; change its rights, or name another"
+            return None
+        return None
 
     def epochs(self) -> list[int]:
         """All epochs there ever were, oldest first."""

@@ -93,6 +93,9 @@ class StoreActor:
         except StoreError as error:
             logger.critical("%s", error)
             self._refusal = error
+        except OSError as error:
+            self._refusal = JournalFailedError(str(config.journal), f"{type(error).__name__}: {error}")
+            logger.critical("%s", self._refusal)
         except BaseException as error:  # a bug of ours: everybody who waits is to be told
             logger.critical("The journal cannot be read", exc_info=True)
             self._refusal = JournalFailedError(str(config.journal), f"{type(error).__name__}: {error}")

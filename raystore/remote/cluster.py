@@ -23,6 +23,8 @@ from raystore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from raystore.forms import explained
+from raystore.journal.opening import usable
 from raystore.options import make_config
 from raystore.remote.actor import StoreActor
 from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, store_info
@@ -36,6 +38,7 @@ NAMESPACE = "raystore"
 MAX_CONCURRENCY = 40_000  #: a session may park a listen call and batches that came early: 10,000 sessions
 
 
+@explained
 def start(
     name: str | None = None,
     *,
@@ -133,6 +136,8 @@ def start(
     )
     if name is not None:
         identifier("name", name)
+    if config.journal is not None and not actor_options:  # else the store may be on a node that has other directories
+        usable(config.journal)
     join_cluster(address)
     if name is None:
         name = f"store-{secrets.token_hex(4)}"
@@ -188,6 +193,7 @@ def _take_existing(existing: Any, name: str, namespace: str, exist: str, config:
     return store
 
 
+@explained
 def connect(name: str | None = None, *, namespace: str = NAMESPACE, address: str | None = None) -> RayLightningStore:
     """Return a client of a running store; without a name, of the only one there is.
 
@@ -205,6 +211,7 @@ def connect(name: str | None = None, *, namespace: str = NAMESPACE, address: str
     return RayLightningStore(handle)
 
 
+@explained
 def list_stores(*, namespace: str | None = NAMESPACE, address: str | None = None) -> list[StoreInfo]:
     """The stores that run, by name; `namespace` None lists all namespaces."""
     join_cluster(address)
@@ -220,6 +227,7 @@ def list_stores(*, namespace: str | None = NAMESPACE, address: str | None = None
     return sorted(found, key=lambda info: info.name or "")
 
 
+@explained
 def stop(name: str | RayLightningStore, *, namespace: str = NAMESPACE, address: str | None = None) -> None:
     """End a store, whoever started it; what it holds is gone.
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import os
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from raystore.errors import Abort, Drop, PayloadLostError
@@ -24,6 +26,7 @@ from raystore.spans import Span
 CAUSES_SEEN = 20  #: of an error
 RETRY_SECONDS = 0.2  #: before an agent that could not be made again is tried again; doubles each time ...
 RETRY_MOST_SECONDS = 10.0  #: ... up to this
+_OURS = str(Path(__file__).parents[1]) + os.sep
 ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
 
 
@@ -85,7 +88,7 @@ def check(agent: Any) -> str | None:
     try:
         signature.bind(*(["self"] if is_class else []), "task", "ctx")
     except TypeError:
-        return f"to be called with (task, ctx), but it takes {signature}"
+        return f"to be called with (task, ctx), but it takes {signature}; write it as agent(task, ctx)"
     return None
 
 
@@ -126,7 +129,8 @@ def ended(context: Context, result: Any, error: BaseException | None) -> Ending:
         return Ending("failed", "agent_error", f"the agent cancelled itself: {summary(error)}", "cancelled itself")
     if (lost := lost_resources(error, context)) is not None:
         return Ending("failed", "infra", str(lost), unread=lost.resources)
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
+    frames = [frame for frame in frames if not frame.filename.startswith(_OURS)] or frames  # where people can look
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
     return Ending("failed", "agent_error", report(error)[-ERROR_CHARACTERS:], f"{type(error).__name__} at {where}")
 

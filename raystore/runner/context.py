@@ -17,12 +17,45 @@ from secrets import token_hex
 from typing import Any
 
 from raystore import plain, semconv
-from raystore.errors import InvalidValueError
+from raystore.errors import InvalidValueError, NoSuchResourceError
+from raystore.errors.words import meant
 from raystore.losses import Reason
 from raystore.packed import pack_floats, pack_integers
 from raystore.runner.told import report, summary, text_of
 from raystore.spans import Event, Span, TraceStatus, attributes_of
 from raystore.types import LLM, Attempt, AttemptedRollout
+
+
+class _Resources(dict[str, Any]):
+    """Resources by name; who asks for one that is not there is told which are."""
+
+    def __init__(self, resources: Mapping[str, Any], source: str) -> None:
+        super().__init__(resources)
+        self._source = source
+
+    def __missing__(self, name: Any) -> Any:
+        names = sorted(self)
+        likely = meant(name, names).removeprefix("; ")
+        raise NoSuchResourceError(name, names, f"{self._source}{likely and f' ({likely})'}")
+
+    def __reduce__(self) -> Any:
+        return _Resources, (dict(self), self._source)
+
+
+def _source_of(rollout: AttemptedRollout, worker_id: str) -> str:
+    """Where a rollout's resources are from, and how there would be others."""
+    if worker_id == ALONE:
+        return "what was passed to rs.run_one; pass resources={name: resource, ...}"
+    if (resources_id := rollout.resources_id) is None:
+        return (
+            "nothing had been published when the rollout was enqueued; publish first, with "
+            "store.update_resources('main', {name: resource, ...})"
+        )
+    return (
+        f"version {rollout.attempt.resources_version} of {resources_id!r}; to publish another, "
+        f"store.update_resources({resources_id!r}, {{name: resource, ...}})"
+    )
+
 
 _current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
 _parent: ContextVar[str | None] = ContextVar("raystore_span", default=None)
@@ -30,6 +63,7 @@ _at_work: dict[Context, None] = {}  # those whose agents run in this process
 _apart: list[int] = []  # threads of this process in which no agent runs
 
 STOPPED = "the runner stops"
+ALONE = "run_one"  #: id of the worker where there is no store
 
 
 def current() -> Context | None:
@@ -136,7 +170,8 @@ class Context:
 
     Attributes:
         rollout: the rollout, with its attempt; `rollout.input` is the task.
-        resources: the named resources of the version that was newest at the claim, by name.
+        resources: the named resources of the version that was newest at the claim, by name; a name that is not there
+            raises `NoSuchResourceError`, a KeyError.
         worker_id: the runner that runs it.
     """
 
@@ -149,7 +184,7 @@ class Context:
         lose: Callable[[Reason, str, str], None],
     ) -> None:
         self.rollout = rollout
-        self.resources = resources
+        self.resources = _Resources(resources, _source_of(rollout, worker_id))
         self.worker_id = worker_id
         self._trace_id = token_hex(16)
         self._cancelled: str | None = None

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from raystore import convert
 from raystore.client import StoreClient
 from raystore.errors import InvalidValueError, NotAStoreError
+from raystore.forms import explained
 from raystore.memory import InMemoryLightningStore
 from raystore.runner import agents
 from raystore.runner.actors import RunnerActors
@@ -56,6 +57,7 @@ class RunnerPool:
     Raises `AgentNotPicklableError` before any runner is started.
     """
 
+    @explained
     def __init__(
         self,
         store: StoreClient,

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, TypeVar
 
+from raystore.client.resources import TO_PUBLISH
 from raystore.convert import validated
 from raystore.errors import InvalidValueError
+from raystore.forms import explained
 from raystore.losses import Losses, Reason
 from raystore.runner import agents
-from raystore.runner.context import Context
+from raystore.runner.context import ALONE, Context
 from raystore.runner.life import Life
 from raystore.runner.outbox import Outbox
 from raystore.runner.told import add_note
@@ -51,6 +53,7 @@ class Run:
         return f"<Run: reward {self.reward}, {len(self.spans)} spans: {names}>"
 
 
+@explained
 def run_one(
     agent: Any,
     task: Any,
@@ -74,14 +77,18 @@ def run_one(
     now = time.time()
     rollout_id, attempt_id = f"ro-{token_hex(6)}", f"at-{token_hex(4)}"
     attempt = Attempt(
-        rollout_id=rollout_id, attempt_id=attempt_id, sequence_id=1, start_time=now, policy_version=policy_version
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        sequence_id=1,
+        start_time=now,
+        policy_version=validated("policy_version", int | None, policy_version),
     )
     rollout = AttemptedRollout(
         rollout_id=rollout_id, input=task, start_time=now, config=RolloutConfig(), status="preparing", attempt=attempt
     )
     outbox, losses = Outbox(lambda: None), Losses()
-    given = validated(NamedResources, dict(resources or {}))
-    context = Context(rollout, given, "run_one", outbox.add, losses.add)
+    given = validated("resources", NamedResources, {} if resources is None else resources, TO_PUBLISH)
+    context = Context(rollout, given, ALONE, outbox.add, losses.add)
     story = f"A span of rollout {rollout_id} ended after run_one, and is lost"
     try:
         _here_or_beside(functools.partial(_run, agent, context))

@@ -100,6 +100,7 @@ class Runner:
         self._early: OrderedDict[Key, str] = OrderedDict()  # notices of claims that have not arrived here yet
         self._resources = ResourceCache(store)
         self._warned: set[str] = set()
+        self._warned_of_no_reward = False
         self._unread_pause = 0.0  # after resources that could not be read here; grows until some could
         self._stopping = threading.Event()
         self._hurried = threading.Event()
@@ -246,6 +247,17 @@ class Runner:
                 rollout.rollout_id, last_line(error or "")[:400], place,
             )  # fmt: skip
 
+    def _warn_of_no_reward(self, rollout_id: str) -> None:
+        """Tell people once of an agent that gives no reward: they may believe that it does."""
+        if not self._warned_of_no_reward:
+            self._warned_of_no_reward = True
+            logger.warning(
+                "Rollout %s succeeded without a reward, so its reward is None. Let the agent return a number, or call "
+                "ctx.reward(x); nothing is to be done if somebody else sends it, or none is meant. A rollout that is "
+                "not to be trained on should raise rs.Drop(why). (told once)",
+                rollout_id,
+            )  # fmt: skip
+
     async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
         context = work.context
         late = functools.partial(_wake_late, weakref.ref(self), self._losses, context.rollout.rollout_id, work.outbox)
@@ -259,13 +271,16 @@ class Runner:
             ending = _refused(work.refusal)
         if ending.status is not None:
             try:
-                await finish(spans, ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
+                told = await finish(spans, ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
             except Exception as refusal:
                 self._look_at(refusal, spans)
                 own = await self._send(context.rollout.rollout_id, spans)
                 if own is not None and ending.status == "succeeded":
                     ending = _refused(own)
                 await finish([], ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
+            else:
+                if ending.status == "succeeded" and told.reward is None:
+                    self._warn_of_no_reward(context.rollout.rollout_id)
         else:
             # The store knows what became of the attempt, or is told now:
             await self._send(context.rollout.rollout_id, spans)

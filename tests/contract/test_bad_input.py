@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from raystore.errors import InvalidValueError
 from raystore.types import EnqueueRolloutRequest, RolloutConfig
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "named"),
     [
-        ({"mode": "prod"}, ValidationError, "prod"),
-        ({"config": {"timeout": 60}}, ValidationError, "timeout"),
+        ({"mode": "prod"}, InvalidValueError, "prod"),
+        ({"config": {"timeout": 60}}, InvalidValueError, "timeout"),
         ({"rollout_id": ""}, ValueError, "rollout_id"),
         ({"rollout_id": "a\nb"}, ValueError, "rollout_id"),
         ({"rollout_id": "x" * 513}, ValueError, "rollout_id"),
@@ -24,7 +25,7 @@ from raystore.types import EnqueueRolloutRequest, RolloutConfig
         ({"tags": {str(i): i for i in range(17)}}, ValueError, "tags"),
         ({"tags": ["a"]}, ValueError, "tags"),
         ({"metadata": [1]}, ValueError, "metadata"),
-        ({"priority": "high"}, ValidationError, "priority"),
+        ({"priority": "high"}, InvalidValueError, "priority"),
     ],
     ids=str,
 )
@@ -38,7 +39,7 @@ async def test_enqueue_refuses(store, arguments, error, named):
 async def test_bulk_enqueue_is_validated_as_a_whole(store):
     """One bad request refuses all of them."""
     good = EnqueueRolloutRequest(input=1)
-    with pytest.raises(ValidationError):
+    with pytest.raises(InvalidValueError):
         await store.enqueue_many_rollouts([good, "bad"])
     with pytest.raises(ValueError, match="rollout_id='twice'"):
         await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i, rollout_id="twice") for i in range(2)])
@@ -57,13 +58,13 @@ async def test_config_refuses(store, bad):
     config = RolloutConfig()
     name, value = next(iter(bad.items()))
     object.__setattr__(config, "__dict__", config.__dict__ | {name: value})
-    with pytest.raises(ValidationError):
+    with pytest.raises(InvalidValueError):
         await store.enqueue_rollout("x", config=config)
 
 
 async def test_unknown_retry_condition(store):
     """Only attempt statuses can be retried."""
-    with pytest.raises(ValidationError, match="retry_condition"):
+    with pytest.raises(InvalidValueError, match="retry_condition"):
         await store.enqueue_rollout("x", config={"retry_condition": ["queuing"]})
 
 
@@ -78,7 +79,7 @@ async def test_rollouts_are_no_ids(store):
     rollout = await store.enqueue_rollout("x")
     with pytest.raises(ValueError, match="pass its rollout_id"):
         await store.wait_for_rollouts(rollout_ids=[rollout], timeout=0)
-    with pytest.raises(ValidationError):
+    with pytest.raises(InvalidValueError):
         await store.update_resources("m", 5)
     with pytest.raises(ValueError, match="at least one name of a queue"):
         await store.dequeue_rollout(queues=[])

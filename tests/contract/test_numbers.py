@@ -245,7 +245,9 @@ def places_for_whole_numbers(store):
         "limit of completed": lambda n: store.completed(limit=n),
         "limit of changes": lambda n: store.changes(limit=n),
         "priority": lambda n: store.enqueue_rollout("x", priority=n),
-        "max_attempts": lambda n: store.enqueue_rollout("x", config=rs.RolloutConfig(max_attempts=n)),
+        "max_attempts": lambda n: store.enqueue_rollout(
+            "x", config=rs.RolloutConfig(max_attempts=n, retry_condition=["failed"])
+        ),
     }
 
 

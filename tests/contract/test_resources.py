@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
 
 import raystore as rs
 from raystore.types import LLM, AttemptedRollout, ObjectResource, PromptTemplate, ProxyLLM
@@ -72,7 +71,7 @@ async def test_resources_of_every_kind_round_trip(store):
     assert type(rollout) is AttemptedRollout
     url = found["proxy"].with_attempted_rollout(rollout).get_base_url()
     assert url == f"http://x/rollout/{rollout.rollout_id}/attempt/{rollout.attempt.attempt_id}/v1"
-    with pytest.raises(ValidationError):
+    with pytest.raises(rs.InvalidValueError):
         await store.add_resources({"x": 5})
     assert (await store.statistics())["total_resources"] == 1
 

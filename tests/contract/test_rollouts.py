@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
 
 import raystore as rs
 from raystore.types import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
@@ -12,10 +11,12 @@ from tests.helpers import claim, make_span, status_of
 
 async def test_enqueue_gives_a_queuing_rollout(store):
     """An enqueued rollout waits, has no attempt, and carries what it was given."""
-    rollout = await store.enqueue_rollout({"q": 1}, "train", None, RolloutConfig(max_attempts=2), {"a": 1})
+    rollout = await store.enqueue_rollout(
+        {"q": 1}, "train", None, RolloutConfig(max_attempts=2, retry_condition=["failed"]), {"a": 1}
+    )
     assert type(rollout) is Rollout
     assert (rollout.status, rollout.mode, rollout.input, rollout.metadata) == ("queuing", "train", {"q": 1}, {"a": 1})
-    assert rollout.config == RolloutConfig(max_attempts=2)
+    assert rollout.config == RolloutConfig(max_attempts=2, retry_condition=["failed"])
     assert rollout.rollout_id.startswith("ro-") and len(rollout.rollout_id) == 15
     assert rollout.end_time is None
 
@@ -226,7 +227,7 @@ async def test_update_of_an_unknown_rollout(store):
 async def test_update_refuses_bad_values_and_changes_nothing(store, bad):
     """Validation comes before any change."""
     rollout = await store.enqueue_rollout("x", "train")
-    with pytest.raises(ValidationError):
+    with pytest.raises(rs.InvalidValueError):
         await store.update_rollout(rollout.rollout_id, input="y", **bad)
     assert await store.get_rollout_by_id(rollout.rollout_id) == rollout
     assert (await store.dequeue_rollout()).input == "x"

@@ -195,13 +195,13 @@ async def test_bad_arguments_of_reads_with_a_cursor(store, method, bad):
 
 
 async def test_as_completed_ends_when_what_is_left_does_not_exist(store, monkeypatch):
-    """Unknown and deleted rollouts are skipped, as they are by wait_for_rollouts."""
+    """Rollouts that are deleted meanwhile are skipped, as they are by wait_for_rollouts."""
     monkeypatch.setattr("raystore.client.waiting.LOOK_AGAIN_SECONDS", 5.0)
     made = [await claim(store) for _ in range(2)]
     seen = []
 
     async def collect():
-        async for rollout in store.as_completed(["nope", *(r.rollout_id for r in made)]):
+        async for rollout in store.as_completed([r.rollout_id for r in made]):
             seen.append(rollout.rollout_id)
 
     task = await started(collect())
@@ -212,6 +212,19 @@ async def test_as_completed_ends_when_what_is_left_does_not_exist(store, monkeyp
         await asyncio.sleep(0.05)
     await asyncio.wait_for(task, 20)
     assert seen == [made[1].rollout_id]
+
+
+async def test_as_completed_refuses_what_never_existed(store):
+    """All that is unknown is named at once, before anything is given: it would be missed in silence otherwise."""
+    done = await claim(store)
+    await finish(store, done)
+    seen = []
+    with pytest.raises(
+        rs.RolloutNotFoundError, match="Rollout n-0 not found.*'n-1'.*'n-5' and 2 more.*enqueued"
+    ) as caught:
+        async for rollout in store.as_completed([done.rollout_id, *(f"n-{n}" for n in range(8))]):
+            seen.append(rollout)
+    assert seen == [] and caught.value.args == tuple(f"n-{n}" for n in range(8))
 
 
 async def test_as_completed_is_told_only_of_what_it_waits_for(store, monkeypatch):

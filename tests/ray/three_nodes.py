@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import time
 
 import ray
 from ray.cluster_utils import Cluster
@@ -19,7 +20,7 @@ async def agent(task, ctx):
     """Slow enough to be hit; says where it ran."""
     with ctx.span("begun", node=ray.get_runtime_context().get_node_id()):
         pass  # sent after 0.1 s, so that the store knows that the rollout runs
-    await asyncio.sleep(1.2)
+    await asyncio.sleep(2.0)
     return 1.0
 
 
@@ -35,6 +36,18 @@ class UsersRunner:
             await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
             done.append(claimed.rollout_id)
         return ray.get_runtime_context().get_node_id(), done
+
+
+async def holds_something(store, node):
+    """Wait until an agent has begun on a node and goes on; it has most of its two seconds left."""
+    async with asyncio.timeout(30):
+        while True:
+            running = await store.query_rollouts(status_in=["running"])
+            spans = await store.query_many_spans([r.rollout_id for r in running])
+            begun = [of_one[0] for of_one in spans.values() if of_one and of_one[0].attributes["node"] == node.node_id]
+            if any(time.time() - span.end_time < 0.5 for span in begun):
+                return
+            await asyncio.sleep(0.05)
 
 
 async def main(cluster, second, third):
@@ -54,6 +67,7 @@ async def main(cluster, second, third):
                 done += 1
                 if done == 15:
                     break
+            await holds_something(store, third)
             await asyncio.to_thread(cluster.remove_node, third, allow_graceful=False)
             finished = await store.wait_for_rollouts(rollout_ids=made, timeout=90)
             replaced = set(pool.worker_ids) - before
