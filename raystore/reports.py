@@ -10,7 +10,6 @@ import logging
 
 from raystore.core import wanted
 from raystore.core.state import Pass, State
-from raystore.pools import UNSERVED_SECONDS
 
 logger = logging.getLogger("raystore.store")
 
@@ -46,7 +45,7 @@ def memory_full(state: State) -> None:
     )  # fmt: skip
 
 
-def unserved(queue: str, waiting: int, served: list[str]) -> None:
+def unserved(queue: str, waiting: int, seconds: float, served: list[str]) -> None:
     """A queue in which rollouts wait and of which nobody has asked for work for a while: a misspelt name, perhaps."""
     if served:
         near = difflib.get_close_matches(queue, served, n=1)
@@ -58,7 +57,7 @@ def unserved(queue: str, waiting: int, served: list[str]) -> None:
     logger.warning(
         "Queue %r has %d rollouts waiting, and no process has asked for work of it for %.0f s. %s "
         "Serve it with RunnerPool(store, agent, queues=[%r]), or cancel_rollouts() what was put there by mistake.",
-        queue, waiting, UNSERVED_SECONDS, hint, queue,
+        queue, waiting, seconds, hint, queue,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ from raystore.journal.objects import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.offers import Offers
-from raystore.pools import Pools
+from raystore.pools import UNSERVED_SECONDS, Pools
 from raystore.probes import Probes
 from raystore.shell import SHELL
 from raystore.waiters import Deliver, Waiter, Waiters
@@ -603,7 +603,7 @@ class Service:
     def _name_unserved(self) -> None:
         lengths = self.state.queues.lengths()
         for queue in self.pools.to_name(lengths, self.clock.age()):
-            reports.unserved(queue, lengths[queue], self.pools.served)
+            reports.unserved(queue, lengths[queue], UNSERVED_SECONDS, self.pools.served)
 
     def refuse_what_never_comes(self, *parked: Waiter) -> None:
         """Tell those who wait for what only pools would do that cannot work: these calls, or all."""

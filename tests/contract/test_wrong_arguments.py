@@ -21,7 +21,7 @@ from raystore.core.digest import parts
 from raystore.errors import StoreCorruptError, StoreError
 from raystore.spans import Event, Link, OtelResource, SpanContext, TraceStatus
 from raystore.types import LLM, EnqueueRolloutRequest, RolloutConfig
-from tests.helpers import make_span
+from tests.helpers import make_span, until
 
 METHODS = {
     name: inspect.signature(method)
@@ -197,6 +197,11 @@ async def test_every_wrong_argument_through_an_actor(make_shared_store):
 
         values = [(name, value) for name in known.right(method) for value in values_for(known, method, name)]
         values = await refused(values)
+
+        async def nobody_waits():  # any more: calls that gave up are withdrawn a moment later
+            return (await store.statistics())["waiters"] == 0
+
+        await until(nobody_waits)
         before = await state_of(store)
         if len(await refused(values)) == len(values):
             assert await state_of(store) == before, method
