@@ -94,8 +94,6 @@ class Pools:
 
     def to_name(self, lengths: Mapping[str, int], age: float) -> list[str]:
         """The queues that nobody has served for too long and that were not named yet."""
-        if self.at is None or age < self.at:
-            return []
         self._unserved = {queue: since for queue, since in self._unserved.items() if queue in lengths}
         self._named.intersection_update(self._unserved)
         others = {queue: since for queue, since in self._unserved.items() if queue not in self._named}

@@ -415,7 +415,7 @@ class Service:
                     self._offers.offer(waiter)
             else:
                 break
-        if self.pools.at is not None:
+        if self.pools.at is not None and self.pools.at <= self.clock.age():
             self._name_unserved()
         self._offers.give_changes()
         noticed, state.noticed = state.noticed, set()
