@@ -155,10 +155,10 @@ async def test_errors_survive_a_real_call(cluster):
         rs.ProtocolMismatchError("a", "b"), rs.AgentNotPicklableError("a", "b"), rs.PoolStartError("a", "b"),
         rs.PoolFailedError("p", 3, ["q"], "w"), rs.NoSuchResourceError("n", ["x"], "s"), rs.ForkedError("s"),
         rs.RayClientError("ray://x"), rs.AgentProcessError("w"), rs.JournalError("x"),
-        rs.JournalDamagedError("f", 1, "w"), rs.JournalFormatError("f", 2, 1), rs.JournalMissingError("p", "w"), rs.JournalInUseError("p", "w"),
-        rs.JournalFullError("p", 0.1), rs.JournalFailedError("p", "w"), rs.FencedError("p", 1),
-        rs.SealedError("r", ["c"]), rs.BatchConflictError("c", "w"), rs.ReadOnlyError("p"), rs.AnswerGoneError(1),
-        rs.JournalHeldError("p", 7, 2), rs.StoreOverloadedError("sessions", 3, 3, 5.0),
+        rs.JournalDamagedError("f", 1, "w"), rs.JournalFormatError("f", 2, 1), rs.JournalMissingError("p", "w"),
+        rs.JournalInUseError("p", "w"), rs.JournalFullError("p", 0.1), rs.JournalFailedError("p", "w"),
+        rs.FencedError("p", 1), rs.SealedError("r", ["c"]), rs.BatchConflictError("c", "w"), rs.ReadOnlyError("p"),
+        rs.AnswerGoneError(1), rs.JournalHeldError("p", 7, 2), rs.StoreOverloadedError("sessions", 3, 3, 5.0),
         rs.SessionEndedError("s"), rs.BatchHeldError("c", [[1, 2, "s"]], 1), rs.ConsumerFilterError("c", "a", "b"),
     ]  # fmt: skip
 
