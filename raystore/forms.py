@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import wraps
 from inspect import Parameter, Signature
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from raystore.errors.words import either, meant
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 NOT_GIVEN: Any = object()  #: the value of a required argument that was left out, where a method is to say so itself
@@ -80,9 +82,15 @@ def explain_methods(cls: type, names: Iterable[str]) -> None:
             setattr(cls, name, explained(method))
 
 
+def typed_as(form: Callable[Concatenate[Any, P], R]) -> Callable[[Callable[..., R]], Callable[Concatenate[Any, P], R]]:
+    """For a type checker, the form of another method: so that one that takes what is not its own can be overridden."""
+    return lambda method: method
+
+
 def unfit(method: Callable[..., Any], unnamed: Sequence[Any], unknown: Mapping[str, Any], **required: Any) -> TypeError:
-    """The error for a call of a bound method with too much without a name, names it has not, or `NOT_GIVEN`."""
+    """The error for a call of a method with too much without a name, names it has not, or `NOT_GIVEN`."""
     signature = inspect.signature(method)
+    signature = signature.replace(parameters=list(signature.parameters.values())[1:])
     taken = [None for parameter in signature.parameters.values() if parameter.kind in _BY_POSITION]
     named = {} if unnamed else {name: value for name, value in required.items() if value is not NOT_GIVEN}
     return TypeError(_text(method.__name__, signature, [*taken, *unnamed] if unnamed else (), {**named, **unknown}))
@@ -108,7 +116,11 @@ def _text(name: str, signature: Signature, given: Sequence[Any], named: Mapping[
     parameters = signature.parameters
     by_position = [parameter.name for parameter in parameters.values() if parameter.kind in _BY_POSITION]
     by_name = [parameter for parameter in parameters if parameter not in by_position]
-    needed = [parameter.name for parameter in parameters.values() if parameter.default is Parameter.empty]
+    needed = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is Parameter.empty and parameter.kind not in _THE_REST
+    ]
     missing = [one for one in needed if one not in named and one not in by_position[: len(given)]]
     unknown = [one for one in named if one not in parameters]
     twice = [one for one in by_position[: len(given)] if one in named]

@@ -52,7 +52,7 @@ class Losses:
     """The counts of one runner; any thread may add to them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection may end a span while it is held
         self._counts: Counter[Reason] = Counter()
 
     def count(self, reason: Reason, number: int = 1) -> None:
@@ -67,7 +67,9 @@ class Losses:
         if name not in told and len(told) < (NAMES_TOLD if reason in _ODD else 1):
             told.add(name)
             remedy = _REMEDIES.get(reason, "The others are kept.")
-            logger.warning("%s. %s (Told once, and counted.)", story.rstrip("."), remedy)
+            # What comes after the last report is counted by nobody.
+            counted = "" if reason == "too_late" else ", and counted"
+            logger.warning("%s. %s (Told once%s.)", story.rstrip("."), remedy, counted)
 
     def take(self) -> dict[Reason, int]:
         """What was counted since the last call."""

@@ -37,7 +37,7 @@ from raystore.spans import Span
 
 OPEN_SPANS = 100_000  #: of a process that are followed; an agent that never ends its spans must not fill the memory
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a garbage collection may start a span while it is held
 _instrumented: weakref.WeakSet[Any] = weakref.WeakSet()  # providers, and what their tracers give their spans to
 _everything = False  # whether every provider of this process is instrumented
 _wrapped: set[tuple[type, str]] = set()
@@ -209,6 +209,7 @@ class RolloutSpanProcessor(SpanProcessor):
 
     def __init__(self) -> None:
         self._open: dict[tuple[int, int], _Open] = {}
+        self._outside: dict[tuple[int, int], weakref.ref[Any]] = {}  # that have not ended, and began in no rollout
 
     def on_start(self, span: Any, parent_context: Any = None) -> None:
         key = (span.context.trace_id, span.context.span_id)
@@ -221,11 +222,20 @@ class RolloutSpanProcessor(SpanProcessor):
             if span.parent is not None:
                 parent = self._open.get((span.parent.trace_id, span.parent.span_id))
             if parent is None:
-                _tell_of_stray(span)
+                if self._is_outside(span):
+                    self._outside[key] = weakref.ref(span, functools.partial(_forget, self._outside, key))
+                else:
+                    _tell_of_stray(span)
                 return
             self._open[key] = dataclasses.replace(parent, span=given_up)
         if len(self._open) > OPEN_SPANS:
             self._drop_oldest()
+
+    def _is_outside(self, span: Any) -> bool:
+        """Whether a span is surely no agent's: none runs, or it goes on with what began when none did."""
+        if any_at_work() is None or is_apart():
+            return True
+        return span.parent is not None and (span.parent.trace_id, span.parent.span_id) in self._outside
 
     def _drop_oldest(self) -> None:
         place = self._open.pop(next(iter(self._open), None), None)  # type: ignore[arg-type]
@@ -238,6 +248,7 @@ class RolloutSpanProcessor(SpanProcessor):
         identity = span.context
         place = self._open.pop((identity.trace_id, identity.span_id), None)
         if place is None:
+            self._outside.pop((identity.trace_id, identity.span_id), None)
             return
         try:
             made = Span.from_opentelemetry(span, place.rollout_id, place.attempt_id, 0)
@@ -259,12 +270,12 @@ _processor = RolloutSpanProcessor()
 
 
 def _tell_of_stray(span: Any) -> None:
-    """A span belongs to no rollout: a loss, if it starts where an agent may have started it."""
-    if (somebody := any_at_work()) is not None and not is_apart():
+    """A span belongs to no rollout, and an agent may have started it."""
+    if (somebody := any_at_work()) is not None:
         where = f"in thread {threading.current_thread().name!r}, which knows no rollout"
         _lose(somebody.lose, "no_context", span.name, f"is lost: it started {where}, while agents ran")
 
 
-def _forget(opened: dict[tuple[int, int], _Open], key: tuple[int, int], span: object) -> None:
+def _forget(opened: dict[tuple[int, int], Any], key: tuple[int, int], span: object) -> None:
     """A span was given up without an end."""
     opened.pop(key, None)

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, Never
 
 from raystore import convert
+from raystore.api import LightningStore
 from raystore.client.connection import Connection
 from raystore.convert import validated
 from raystore.core.accounts import bounded_error
-from raystore.forms import NOT_GIVEN, unfit
+from raystore.forms import NOT_GIVEN, typed_as, unfit
 from raystore.types import (
     UNSET,
     Attempt,
@@ -106,6 +107,7 @@ class AttemptMethods(Connection):
         useless = await self._transport.call("heartbeat", {"attempts_alive": convert.pairs("attempts", attempts)})
         return [(rollout_id, attempt_id) for rollout_id, attempt_id in useless]
 
+    @typed_as(LightningStore.update_attempt)
     async def update_attempt(
         self,
         rollout_id: str,
@@ -118,7 +120,7 @@ class AttemptMethods(Connection):
         **unknown: Never,
     ) -> Attempt:
         if unnamed or unknown or attempt_id is NOT_GIVEN or rollout_id is NOT_GIVEN:
-            raise unfit(self.update_attempt, unnamed, unknown, rollout_id=rollout_id, attempt_id=attempt_id)
+            raise unfit(AttemptMethods.update_attempt, unnamed, unknown, rollout_id=rollout_id, attempt_id=attempt_id)
         changes: dict[str, Any] = {}
         if not isinstance(status, Unset):
             changes["status"] = convert.attempt_status(status)

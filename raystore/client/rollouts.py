@@ -10,11 +10,12 @@ from typing import Any, Never
 from uuid import uuid4
 
 from raystore import convert
+from raystore.api import LightningStore
 from raystore.client.connection import Connection, cut
 from raystore.convert import made, validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError
-from raystore.forms import NOT_GIVEN, unfit
+from raystore.forms import NOT_GIVEN, typed_as, unfit
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -56,6 +57,7 @@ class RolloutMethods(Connection):
             await self._transport.call("start_rollout", {"request": request, "worker_id": worker_id})
         )
 
+    @typed_as(LightningStore.enqueue_rollout)
     async def enqueue_rollout(
         self,
         input: TaskInput,
@@ -72,7 +74,7 @@ class RolloutMethods(Connection):
         **unknown: Never,
     ) -> Rollout:
         if unnamed or unknown or input is NOT_GIVEN:
-            raise unfit(self.enqueue_rollout, unnamed, unknown, input=input)
+            raise unfit(RolloutMethods.enqueue_rollout, unnamed, unknown, input=input)
         fields = {
             "input": input,
             "mode": mode,
@@ -146,6 +148,7 @@ class RolloutMethods(Connection):
         request = self._encoder.request(made(EnqueueRolloutRequest, "", fields))
         return await self._enqueue_all([request] * n)
 
+    @typed_as(LightningStore.dequeue_rollout)
     async def dequeue_rollout(
         self,
         worker_id: str | None = None,
@@ -155,7 +158,7 @@ class RolloutMethods(Connection):
         **unknown: Never,
     ) -> AttemptedRollout | None:
         if unnamed or unknown:
-            raise unfit(self.dequeue_rollout, unnamed, unknown)
+            raise unfit(RolloutMethods.dequeue_rollout, unnamed, unknown)
         claimed = await self._claim(1, worker_id, timeout, queues)
         return claimed[0] if claimed else None
 

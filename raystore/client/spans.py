@@ -12,11 +12,12 @@ from typing import Any, Literal, Never
 from pydantic import ValidationError
 
 from raystore import convert
+from raystore.api import LightningStore
 from raystore.client.connection import Connection, cut
 from raystore.convert import validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError, StoreError
-from raystore.forms import NOT_GIVEN, unfit
+from raystore.forms import NOT_GIVEN, typed_as, unfit
 from raystore.mistakes import refusal
 from raystore.types import (
     FilterLogic,
@@ -39,9 +40,10 @@ class SpanMethods(Connection):
         rollout_ids = [rollout_id for rollout_id, _ in convert.pairs("rollout_attempt_ids", rollout_attempt_ids)]
         return list(await self._transport.call("next_numbers", {"rollout_ids": rollout_ids}))
 
+    @typed_as(LightningStore.add_span)
     async def add_span(self, span: Span, *unnamed: Never, **unknown: Never) -> Span | None:
         if unnamed or unknown or span is NOT_GIVEN:
-            raise unfit(self.add_span, unnamed, unknown, span=span)
+            raise unfit(SpanMethods.add_span, unnamed, unknown, span=span)
         span = validated("span", Span, span)
         row = self._encoder.span(span)
         arguments = {"rollout_id": span.rollout_id, "attempt_id": span.attempt_id, "spans": [row]}

@@ -24,15 +24,19 @@ _NUMBER_BYTES = 9
 
 
 class Outbox:
-    """Spans that have ended and are not sent yet. `wake` is called on the adding thread when some should be sent."""
+    """Spans that have ended and are not sent yet. `wake` is called on the adding thread when some should be sent.
+
+    A garbage collection may end a span anywhere, also in the middle of `add`: so the lock lets its own thread in again,
+    and nothing here is half done where something is allocated.
+    """
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._pid = forks.pid
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._spans: list[Span] = []
         self._bytes = 0
-        self._closed = False
+        self._late: Callable[[Span], None] | None = None  # takes those that end after the rollout
         self._calls: CallsSeen | None = CallsSeen()  # until the rollout has ended
 
     def add(self, span: Span) -> None:
@@ -40,14 +44,18 @@ class Outbox:
         if self._pid != forks.pid:  # whose lock may be held for ever
             self._tell_of_fork(span)
             return
+        weight = _weight(span)
         with self._lock:
-            if self._calls is not None:
-                self._calls.add(span)
-            self._spans.append(span)
-            self._bytes += _weight(span)
-            wake = self._wake if self._closed or self._bytes >= FLUSH_BYTES else None
-        if wake is not None:
-            wake()
+            if (late := self._late) is None:
+                if self._calls is not None:
+                    self._calls.add(span)
+                self._spans.append(span)
+                self._bytes += weight
+            is_enough = self._bytes >= FLUSH_BYTES
+        if late is not None:
+            late(span)
+        elif is_enough:
+            self._wake()
 
     def _tell_of_fork(self, span: Span) -> None:
         """This is a copy, from which nothing comes to the runner."""
@@ -65,10 +73,10 @@ class Outbox:
             spans, self._spans, self._bytes = self._spans, [], 0
             return spans
 
-    def close(self, wake: Callable[[], None]) -> list[Span]:
-        """The same for the last time: the rollout has ended; `wake` is called for each span that is added later."""
+    def close(self, late: Callable[[Span], None]) -> list[Span]:
+        """The same for the last time: the rollout has ended; `late` is called with each span that is added later."""
         with self._lock:
-            self._closed, self._wake = True, wake
+            self._late = late
         return self.take()
 
     def tell(self, losses: Losses) -> None:

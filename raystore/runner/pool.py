@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -87,7 +88,7 @@ class RunnerPool:
             if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
                 raise InvalidValueError(name, seconds, "a number of seconds, more than 0")
         convert.duration("cancel_grace_seconds", cancel_grace_seconds)
-        convert.duration("start_timeout", start_timeout)
+        start_timeout = _patience("start_timeout", start_timeout)
         if isolation not in ("actor", "process"):
             raise InvalidValueError("isolation", isolation, "'actor' or 'process'")
         if not isinstance(store, StoreClient):
@@ -142,7 +143,7 @@ class RunnerPool:
                 not run.
         """
         self._home.resize(
-            convert.whole("size", size, at_least=1), drain_seconds=convert.duration("drain_seconds", drain_seconds)
+            convert.whole("size", size, at_least=1), drain_seconds=_patience("drain_seconds", drain_seconds)
         )
 
     def stop(self, *, drain_seconds: float = STOP_SECONDS, drain: bool = True) -> None:
@@ -154,7 +155,7 @@ class RunnerPool:
 
         Raises InvalidValueError if `drain_seconds` is not 0 or more.
         """
-        seconds = convert.duration("drain_seconds", drain_seconds)
+        seconds = _patience("drain_seconds", drain_seconds)
         self._home.stop(drain_seconds=seconds if drain else 0.0)
 
     def __enter__(self) -> RunnerPool:
@@ -174,3 +175,8 @@ class RunnerPool:
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         await asyncio.shield(asyncio.to_thread(self.stop, drain=kind is None))
+
+
+def _patience(name: str, seconds: float) -> float:
+    """A duration that threads can wait for; they cannot wait for ever."""
+    return min(convert.duration(name, seconds), threading.TIMEOUT_MAX)

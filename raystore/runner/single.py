@@ -97,7 +97,7 @@ def run_one(
         raise
     finally:
         context.leave()
-    spans = outbox.close(functools.partial(losses.add, "too_late", "", story))
+    spans = outbox.close(lambda span: losses.add("too_late", "", story))
     outbox.tell(losses)
     for number, span in enumerate(spans, 1):
         span.sequence_id = number

@@ -260,7 +260,7 @@ class Runner:
 
     async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
         context = work.context
-        late = functools.partial(_wake_late, weakref.ref(self), self._losses, context.rollout.rollout_id, work.outbox)
+        late = functools.partial(_late, weakref.ref(self), self._losses)
         spans = work.outbox.close(late)  # a span that somebody keeps holds nothing of the context, or of this runner
         work.outbox.tell(self._losses)
         if work.is_refused and work.sending is not None:  # else it is ahead of what follows, and not waited for
@@ -315,13 +315,9 @@ class Runner:
         except RuntimeError:
             _too_late(self._losses, rollout_id)
 
-    def wake_late(self, rollout_id: str, outbox: Outbox) -> None:
+    def send_late(self, span: Span) -> None:
         """A span came after the end of its rollout; on any thread."""
-        self._soon(rollout_id, self._send_late, rollout_id, outbox)
-
-    def _send_late(self, rollout_id: str, outbox: Outbox) -> None:
-        if spans := outbox.take():
-            self._do_aside(functools.partial(self._send, rollout_id, spans))
+        self._soon(span.rollout_id, self._do_aside, functools.partial(self._send, span.rollout_id, [span]))
 
     def _do_aside(self, report: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         task = asyncio.create_task(_reported(report))
@@ -472,11 +468,11 @@ class Runner:
         return max(min([self._options.heartbeat_seconds, *(seconds / 3 for seconds in patience)]), 0.05)
 
 
-def _wake_late(runner: weakref.ref[Runner], losses: Losses, rollout_id: str, outbox: Outbox) -> None:
+def _late(runner: weakref.ref[Runner], losses: Losses, span: Span) -> None:
     if (alive := runner()) is not None:
-        alive.wake_late(rollout_id, outbox)
+        alive.send_late(span)
     else:
-        _too_late(losses, rollout_id)
+        _too_late(losses, span.rollout_id)
 
 
 def _too_late(losses: Losses, rollout_id: str) -> None:

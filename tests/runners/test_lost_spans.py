@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import gc
 import logging
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -295,6 +297,66 @@ async def test_spans_of_the_driver_are_not_lost(make_memory_store):
         held.set()
         await store.wait_for_rollout(rollout.rollout_id, timeout=20)
     assert (await store.statistics())["spans_lost"] == {}
+
+
+async def test_what_a_driver_goes_on_with_while_agents_run_is_its_own(make_memory_store):
+    """Also in a thread that is not the main one: its span began when no agent ran."""
+    provider, store, held = TracerProvider(), make_memory_store(), threading.Event()
+    rs.otel.instrument(provider)
+    tracer, sync = provider.get_tracer("t"), store.sync
+
+    def drive():
+        with (
+            tracer.start_as_current_span("a step of training"),
+            rs.RunnerPool(store, lambda task, ctx: held.wait() and None, size=1, flush_seconds=0.05),
+        ):
+            rollout = sync.enqueue_rollout("x")
+            while sync.get_rollout_by_id(rollout.rollout_id).status != "running":
+                time.sleep(0.01)
+            tracer.start_span("waiting").end()
+            held.set()
+            sync.wait_for_rollout(rollout.rollout_id, timeout=20)
+
+    await asyncio.to_thread(drive)
+    assert (await store.statistics())["spans_lost"] == {}
+
+
+def test_a_garbage_collection_may_end_a_span_anywhere():
+    """Of a generator in a cycle, say, while another span is taken; its own thread must not wait for itself."""
+
+    class Stream:
+        def __init__(self, ctx):
+            self.items = self.all_of_them(ctx)
+
+        def all_of_them(self, ctx):
+            with ctx.span("stream"):
+                yield from range(10)
+                self.end()
+
+    def agent(task, ctx):
+        for _ in range(300):
+            next(Stream(ctx).items)  # and no more
+            ctx.llm(prompt_ids=[1, 2], response_ids=[3], logprobs=[-0.1])
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(7, 2, 2)
+    try:
+        names = [span.name for span in rs.run_one(agent, "x").spans]
+    finally:
+        gc.set_threshold(*thresholds)
+    assert names.count("chat") == 300 and names.count("stream") > 200
+
+
+def test_spans_after_the_end_are_not_kept(told):
+    """They are told of, once, and go."""
+    contexts = []
+    run = rs.run_one(lambda task, ctx: contexts.append(ctx), "x")
+    for _ in range(20):
+        with contexts[0].span("late"):
+            pass
+    outbox = contexts[0].sink.__self__
+    assert run.spans == [] and outbox.take() == []
+    assert [record.getMessage() for record in told.records if "ended after run_one" in record.getMessage()] != []
 
 
 # -- which providers ---------------------------------------------------------------------------------------------------

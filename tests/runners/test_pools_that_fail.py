@@ -141,3 +141,18 @@ async def test_missing_resources_are_not_taken_for_a_slow_setup(make_ray_store, 
         await asyncio.to_thread(pool.start)
     said = [record.getMessage() for record in caplog.records if "Still waiting" in record.getMessage()]
     assert len(said) == 1 and "to be scheduled" in said[0] and "'moon'" in said[0], said
+
+
+async def test_a_patience_without_end(make_memory_store, monkeypatch):
+    """Whoever waits for ever waits for as long as a thread can."""
+    monkeypatch.setattr("raystore.runner.threads.EXPLAIN_SECONDS", 0.05)
+
+    class Late(Slow):
+        seconds = 0.3
+
+    store = make_memory_store()
+    pool = rs.RunnerPool(store, Late, size=1, start_timeout=float("inf"))
+    await asyncio.to_thread(pool.start)
+    made = await store.enqueue_rollout("x")
+    assert (await store.wait_for_rollout(made.rollout_id, timeout=20)).reward == 1.0
+    await asyncio.to_thread(pool.stop, drain_seconds=float("inf"))

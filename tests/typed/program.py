@@ -5,6 +5,8 @@ Never run. Every way to a rollout gives its attempt without a question first, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import raystore as rs
 
 
@@ -74,3 +76,17 @@ async def any_store_will_do() -> None:
     """Both stores are stores, and can be made."""
     for store in (rs.InMemoryLightningStore(), rs.start()):
         await every_way_to_a_rollout(store)
+
+
+class Logged(rs.InMemoryLightningStore):
+    """A store of one's own, whose methods have the forms of the contract."""
+
+    async def add_span(self, span: rs.Span) -> rs.Span | None:
+        """Add a span."""
+        return await super().add_span(span)
+
+    async def dequeue_rollout(
+        self, worker_id: str | None = None, *, timeout: float = 0.0, queues: Sequence[str] = ("default",)
+    ) -> rs.AttemptedRollout | None:
+        """Claim a rollout."""
+        return await super().dequeue_rollout(worker_id, timeout=timeout, queues=queues)
