@@ -8,17 +8,21 @@ from __future__ import annotations
 import inspect
 import pickle
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
+from pydantic import AliasChoices, AliasPath, BaseModel, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # which pydantic needs before Python 3.12
 
 import raystore as rs
 from raystore.api import METHODS, LightningStore
 from raystore.client import StoreClient
 from raystore.errors import InvalidValueError
 from raystore.forms import explained
+from raystore.mistakes import Record, refusal
 from tests.helpers import claim
 
 REQUEST = rs.EnqueueRolloutRequest(input=1)
@@ -156,6 +160,89 @@ def test_what_is_wrong_in_a_model_is_said_by_pydantic_in_better_words():
         assert caught.value.errors()[0]["type"] != "value_error"
     with pytest.raises(TypeError, match=r"write ObjectResource\(value=\.\.\.\)"):
         rs.ObjectResource(5)
+
+
+class Shape(TypedDict):
+    """A type of a user's with fields, which is no model."""
+
+    a: int
+
+
+@dataclass
+class Plain:
+    """Another."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    a: int
+
+
+class Cat(BaseModel):
+    """A model of a user's that is no record."""
+
+    claws: int
+
+
+class Dog(BaseModel, extra="forbid"):
+    """Another, to be told from the first."""
+
+    barks: Literal["loud", "not"]
+
+
+TYPES_OF_USERS = [
+    (Shape, {}, ""),
+    (Plain, {"a": 1, "b": 2}, ""),
+    (Plain, {}, ""),
+    (dict[str, list[Shape]], {"x": [{}]}, ""),
+    (dict[str, list[Dog]], {"x": [{}]}, "Dog.* needs 'barks'.*'loud' or 'not'"),
+    (Mapping[str, Dog] | None, {"x": {"bark": 1}}, "did you mean 'barks'"),
+    (Cat | Dog, {"paws": 4}, "Cat.* needs 'claws'"),
+    (Cat | Shape, {}, "Cat.* needs 'claws'"),
+    (Shape | Plain, {}, ""),
+    (list[Cat | None], [{}], "Cat.* needs 'claws'"),
+    (tuple[Cat, Dog], [{"claws": 1}, {}], ""),
+    (Annotated[list[Annotated[int, []]], Field()], [None], ""),
+    (Literal["a"] | Literal["b"], "c", ""),
+    (dict[int, str], {"x": "y"}, ""),
+]
+
+
+@pytest.mark.parametrize(("annotation", "value", "words"), TYPES_OF_USERS, ids=str)
+def test_a_users_own_types_in_a_record_are_pydantics_to_refuse(annotation, value, words):
+    """Whatever a field of a subclass is: a better word where there is one, and never another error than pydantic's."""
+
+    class Mine(rs.Resource):
+        resource_type: Literal["mine"] = "mine"
+        field: annotation
+
+    for given in ({"field": value}, {}):
+        with pytest.raises(ValidationError, match=f"(?s){words if given else 'Mine needs .field.'}.*type="):
+            Mine(**given)
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(annotation).validate_python(value)
+    assert "argument" in str(refusal("argument", annotation, caught.value))
+
+
+@pytest.mark.parametrize(
+    ("alias", "words"),
+    [
+        (Field(alias="maxLen"), "Mine needs 'maxLen', which was not given: a whole number"),
+        (Field(validation_alias="maxLen"), "Mine needs 'maxLen', which was not given: a whole number"),
+        (Field(validation_alias=AliasChoices("maxLen", "max")), "maxLen"),
+        (Field(validation_alias=AliasPath("lens", 0)), "lens"),
+    ],
+)
+def test_a_field_under_another_name_is_said_by_that(alias, words):
+    """A record of a user's with aliases: they are what is given, so they are what is told."""
+
+    class Mine(Record, extra="forbid"):
+        max_len: int = alias
+
+    with pytest.raises(ValidationError, match=words):
+        Mine()
+    with pytest.raises(ValidationError, match="Mine has no field 'maxlen'") as caught:
+        Mine(maxlen=1)
+    assert "did you mean 'maxLen'" in str(caught.value) or not isinstance(alias.validation_alias, str)
 
 
 @pytest.mark.parametrize("make", [rs.RolloutConfig, lambda **fields: rs.EnqueueRolloutRequest(input=1, config=fields)])
