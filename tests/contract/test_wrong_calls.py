@@ -265,6 +265,46 @@ def test_half_of_a_retry_is_warned_of(make):
         assert store.sync.get_rollout_by_id(made.rollout_id).config.max_attempts == 3
 
 
+class Patient(rs.RolloutConfig):
+    """A user's own, with one of the two by default."""
+
+    max_attempts: int = 3
+
+
+class Thorough(rs.RolloutConfig):
+    """And with the other."""
+
+    retry_condition: list[rs.AttemptStatus] = Field(default=["failed"])
+
+
+class Counted(rs.RolloutConfig):
+    """And with arguments of its own."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(max_attempts=n, retry_condition=["failed"])
+
+
+def test_a_retry_that_a_subclass_completes_is_not_warned_of(make_memory_store):
+    """What was made is looked at, not what was given; a subclass that is half of one is still told."""
+    store = make_memory_store()
+    made = [
+        Patient(retry_condition=["failed"]),
+        Thorough(max_attempts=3),
+        Counted(3),
+        Counted(1),
+        Counted.model_validate({"n": 3}),
+        Counted.model_validate_json('{"n": 3}'),
+        Thorough.model_validate({"max_attempts": 2}),
+        Thorough(max_attempts=1),
+        Patient(retry_condition=[]),
+    ]
+    for config in made:  # warnings are errors in tests
+        assert store.sync.enqueue_rollout(1, config=config).config.max_attempts == config.max_attempts
+    for make, words in ((Patient, r"max_attempts=3\) tries nothing"), (Thorough, r"\['failed'\]\) tries nothing")):
+        with pytest.warns(UserWarning, match=words):
+            make()
+
+
 def test_functions_say_how_they_are_called(make_memory_store):
     """Stores, pools and the ways to them, likewise."""
     store = make_memory_store()
