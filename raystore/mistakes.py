@@ -78,7 +78,10 @@ def _in_words(model: type[BaseModel], error: ValidationError) -> ValidationError
 
 
 def refusal(name: str, annotation: Any, error: ValidationError, remedy: str = "") -> InvalidValueError:
-    """What a caller is told of an argument that is not of this type, and what to do about it."""
+    """What a caller is told of an argument that is not of this type.
+
+    The remedy is for the argument as a whole, or an item of it that is no model; not for what is wrong within one.
+    """
     line = _telling(annotation, error.errors(include_url=False))
     if isinstance(cause := line.get("ctx", {}).get("error"), InvalidValueError):  # which says it better
         return cause
@@ -97,6 +100,8 @@ def refusal(name: str, annotation: Any, error: ValidationError, remedy: str = ""
     else:
         said = line["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
         expected = next((plainly for start, plainly in _PLAINLY.items() if kind.startswith(start)), said)
+    if place and not (kind in _NO_MODEL and not _model_at(annotation, place[:-1])):
+        remedy = ""
     where = f"{name}{_walked(annotation, place)[1]}".removeprefix(".")
     return InvalidValueError(where[:PLACE_SHOWN], line["input"], f"{expected}{remedy and '; ' + remedy}")
 

@@ -30,6 +30,18 @@ ROLLOUT = rs.Rollout(rollout_id="ro-1", input=1, start_time=0.0)
 RESOURCES = {"w": rs.ObjectResource(value=1)}
 
 
+class Mine(rs.Resource):
+    """A kind of resource that no store knows."""
+
+    resource_type: Literal["mine"] = "mine"
+
+
+class MyLLM(rs.LLM):
+    """Likewise, though derived from one that is known."""
+
+    resource_type: Literal["my_llm"] = "my_llm"  # type: ignore[assignment]
+
+
 class Call:
     """A call of a store's method, with what its error is to say."""
 
@@ -85,6 +97,17 @@ VALUES = [
     ),
     Call("add_span", "span=<dict {'a': 1}>", "a Span")({"a": 1}),
     Call("add_many_spans", "spans[0]=1", "a Span")([1]),
+]  # fmt: skip
+
+#: Calls with something wrong deep within, or in a kind of their own: the remedy is not for these.
+DEEP = [
+    Call("enqueue_many_rollouts", "rollouts[0].tags['a']=None")([{"input": 1, "tags": {"a": None}}]),
+    Call("enqueue_many_rollouts", "rollouts[0].config=5", "a RolloutConfig")([{"input": 1, "config": 5}]),
+    Call("enqueue_many_rollouts", "rollouts[0].metadata=5", "a mapping")([{"input": 1, "metadata": 5}]),
+    Call("update_resources", "['x'].model=5")("a", {"x": {"resource_type": "llm", "endpoint": "e", "model": 5}}),
+    Call("update_resources", "['x']=<dict", "needs 'endpoint'")("a", {"x": {"resource_type": "llm"}}),
+    Call("add_resources", "resources['m']=<Mine", "derive")({"m": Mine()}),
+    Call("add_resources", "resources['m']=<MyLLM", "derive")({"m": MyLLM(endpoint="e", model="m")}),
 ]  # fmt: skip
 
 #: Calls that do not fit; a word of the form is among what is said.
@@ -345,6 +368,15 @@ def test_an_error_of_the_function_itself_stays():
         function([])
     with pytest.raises(TypeError, match=r"function\(\) needs values=.*It is called as function\(values\)"):
         function()
+
+
+async def test_a_remedy_is_given_where_it_helps(make_memory_store):
+    """What is wrong within an item is no matter of wrapping it, or giving it a name."""
+    for call in DEEP:
+        error = await said(make_memory_store(), call, blocking=False)
+        assert type(error) is InvalidValueError, (call, error)
+        assert all(word in str(error) for word in call.words), (call, str(error))
+        assert "wrap each task" not in str(error) and "give each its name" not in str(error), str(error)
 
 
 async def test_an_empty_batch_is_no_batch(store):
