@@ -280,8 +280,11 @@ class Encoder:
         return encode(value, what, self._value_bytes)
 
     def task(self, task: Any) -> Opaque:
-        """A rollout's input. Requests and rollouts are none: their fields were meant."""
-        if type(task) in _NO_TASKS or (type(task) is list and task and type(task[0]) in _NO_TASKS):
+        """A rollout's input. Requests and rollouts are none, nor is a list of them: their fields were meant."""
+        kind = type(task)
+        if (kind is list or kind is tuple) and task:
+            kind = type(task[0])
+        if kind not in _OFTEN_TASKS and not _NO_TASKS.isdisjoint(kind.__mro__):
             raise InvalidValueError("input", task, _instead_of_a_task(task))
         return encode(task, "input", self._value_bytes)
 
@@ -398,14 +401,15 @@ class Encoder:
 
 
 #: What is handed to a store with a task in it, and is no task itself.
-_NO_TASKS = frozenset({EnqueueRolloutRequest, Rollout, AttemptedRollout})
+_NO_TASKS = frozenset({EnqueueRolloutRequest, Rollout})
+_OFTEN_TASKS = plain.LEAVES | {dict, list, tuple}  #: types that need no closer look
 
 
 def _instead_of_a_task(given: Any) -> str:
     """What was expected where such a thing was passed as a task, and what to write."""
     if isinstance(given, Rollout):
         return "a task, and this is a rollout; pass its input (rollout.input), or requeue it: start_attempt(rollout_id)"
-    if isinstance(given, list):
+    if isinstance(given, (list, tuple)):
         return "a task, and these are requests or rollouts; pass requests to enqueue_many_rollouts(requests)"
     return "a task, and this is a request; call enqueue_many_rollouts([request]), or pass its fields, input=... first"
 

@@ -27,6 +27,12 @@ from tests.helpers import claim
 
 REQUEST = rs.EnqueueRolloutRequest(input=1)
 ROLLOUT = rs.Rollout(rollout_id="ro-1", input=1, start_time=0.0)
+ATTEMPTED = rs.AttemptedRollout(
+    rollout_id="ro-1",
+    input=1,
+    start_time=0.0,
+    attempt=rs.Attempt(rollout_id="ro-1", attempt_id="at-1", sequence_id=1, start_time=0.0),
+)
 RESOURCES = {"w": rs.ObjectResource(value=1)}
 
 
@@ -40,6 +46,12 @@ class MyLLM(rs.LLM):
     """Likewise, though derived from one that is known."""
 
     resource_type: Literal["my_llm"] = "my_llm"  # type: ignore[assignment]
+
+
+class Leveled(rs.EnqueueRolloutRequest):
+    """A request of a user's own."""
+
+    level: int = 0
 
 
 class Call:
@@ -90,6 +102,10 @@ VALUES = [
     Call("enqueue_many_rollouts", "rollouts=<EnqueueRolloutRequest", "put one alone into a list")(REQUEST),
     Call("enqueue_rollout", "input=<EnqueueRolloutRequest", "enqueue_many_rollouts([request])")(REQUEST),
     Call("enqueue_rollout", "input=<list", "enqueue_many_rollouts(requests)")([REQUEST]),
+    Call("enqueue_rollout", "input=<tuple", "enqueue_many_rollouts(requests)")((REQUEST,)),
+    Call("enqueue_rollout", "input=<Leveled", "enqueue_many_rollouts([request])")(Leveled(input=1)),
+    Call("enqueue_group", "input=<list", "enqueue_many_rollouts(requests)")([Leveled(input=1)], 2),
+    Call("update_rollout", "input=<AttemptedRollout", "rollout.input")("ro", ATTEMPTED),
     Call("enqueue_group", "input=<EnqueueRolloutRequest", "enqueue_many_rollouts([request])")(REQUEST, 2),
     Call("start_rollout", "input=<Rollout", "rollout.input", "start_attempt")(ROLLOUT),
     Call("enqueue_many_rollouts", "input=<EnqueueRolloutRequest", "pass its fields")(
