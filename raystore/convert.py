@@ -87,6 +87,18 @@ def made(cls: type[M], name: str, fields: dict[str, Any]) -> M:
         raise refusal(name, cls, error) from None
 
 
+def rollout_config(name: str, config: Any) -> tuple[Any, ...]:
+    """A rollout's configuration in field order, checked whatever it is."""
+    if isinstance(config, RolloutConfig):  # assignment is not validated, so a wrong value may have come in since
+        fields = config.__dict__
+        if type(config) is not RolloutConfig:
+            fields = {field: value for field, value in fields.items() if field in RolloutConfig.model_fields}
+        config = made(RolloutConfig, name, fields)
+    else:
+        config = validated(name, RolloutConfig, config)
+    return config.timeout_seconds, config.unresponsive_seconds, config.max_attempts, list(config.retry_condition)
+
+
 _ATTEMPT_STATUSES = frozenset(get_args(AttemptStatus))
 
 
@@ -300,16 +312,7 @@ class Encoder:
         """A rollout's configuration in field order."""
         if config is None:
             return None
-        if type(config) is RolloutConfig:  # assignment is not validated, so a wrong value may have come in since
-            config = made(RolloutConfig, "config", config.__dict__)
-        else:
-            config = validated("config", RolloutConfig, config)
-        return [
-            config.timeout_seconds,
-            config.unresponsive_seconds,
-            config.max_attempts,
-            list(config.retry_condition),
-        ]
+        return list(rollout_config("config", config))
 
     def request(self, request: EnqueueRolloutRequest) -> dict[str, Any]:
         """The arguments that make a rollout; group and tags are lifted from metadata when they are absent there."""

@@ -344,6 +344,31 @@ def test_a_retry_that_a_subclass_completes_is_not_warned_of(make_memory_store):
             make()
 
 
+@pytest.mark.parametrize("cls", [rs.RolloutConfig, Patient], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_attempts", "x"), ("timeout_seconds", -5), ("retry_condition", "failed")]
+)
+def test_a_config_that_was_changed_is_checked_wherever_it_goes(make_memory_store, cls, field, value):
+    """Assignment takes anything, so each way in looks again, a store's default among them."""
+    config = cls(max_attempts=2, retry_condition=["failed"])
+    setattr(config, field, value)
+    store = make_memory_store()
+    kept = store.sync.enqueue_rollout(1)
+    ways = {
+        "default_config": lambda: rs.InMemoryLightningStore(default_config=config),
+        "config": lambda: store.sync.enqueue_rollout(1, config=config),
+        " config": lambda: store.sync.update_rollout(kept.rollout_id, config=config),
+    }
+    for name, way in ways.items():
+        with pytest.raises(InvalidValueError) as caught:
+            way()
+        assert caught.value.args[0] == f"{name.strip()}.{field}"
+    assert store.sync.get_rollout_by_id(kept.rollout_id).config == rs.RolloutConfig()
+    config = cls(max_attempts=2, retry_condition=["failed"])
+    with rs.InMemoryLightningStore(default_config=config) as other:
+        assert other.sync.enqueue_rollout(1).config == rs.RolloutConfig(**config.model_dump())
+
+
 def test_functions_say_how_they_are_called(make_memory_store):
     """Stores, pools and the ways to them, likewise."""
     store = make_memory_store()
