@@ -7,7 +7,7 @@ Not here: calls that do not fit a method at all (`forms`), checks of single valu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -153,6 +153,10 @@ def _a(noun: str) -> str:
 
 def _walked(annotation: Any, place: Sequence[int | str]) -> tuple[Any, str]:
     """The type at a place within a value of this type (`Any` if it is not known), and the place as Python writes it."""
+    if len(place) > 1 and place[-1] == "[key]":  # of the mapping in which the part before is a key
+        mapping, shown = _walked(annotation, place[:-2])
+        if isinstance(get_origin(mapping), type) and issubclass(get_origin(mapping), Mapping):
+            return get_args(mapping)[0], f"{shown} key"
     annotation, shown = _bare(annotation), ""
     for part in place:
         if get_origin(annotation) in _UNIONS:  # of which pydantic names one, and that is no part of the value

@@ -54,6 +54,11 @@ class Leveled(rs.EnqueueRolloutRequest):
     level: int = 0
 
 
+def changed(**fields: Any) -> rs.EnqueueRolloutRequest:
+    """A request that was copied with other values, which pydantic does not look at."""
+    return rs.EnqueueRolloutRequest(input=1).model_copy(update=fields)
+
+
 class Call:
     """A call of a store's method, with what its error is to say."""
 
@@ -108,9 +113,26 @@ VALUES = [
     Call("update_rollout", "input=<AttemptedRollout", "rollout.input")("ro", ATTEMPTED),
     Call("enqueue_group", "input=<EnqueueRolloutRequest", "enqueue_many_rollouts([request])")(REQUEST, 2),
     Call("start_rollout", "input=<Rollout", "rollout.input", "start_attempt")(ROLLOUT),
-    Call("enqueue_many_rollouts", "input=<EnqueueRolloutRequest", "pass its fields")(
-        [rs.EnqueueRolloutRequest(input=REQUEST)]
+    Call("enqueue_many_rollouts", "rollouts[1].input=<EnqueueRolloutRequest", "pass its fields", "or it alone")(
+        [REQUEST, rs.EnqueueRolloutRequest(input=REQUEST)]
     ),
+    Call("enqueue_many_rollouts", "rollouts[1].config.max_attempts='x'")(
+        [REQUEST, changed(config=rs.RolloutConfig().model_copy(update={"max_attempts": "x"}))]
+    ),
+    Call("enqueue_many_rollouts", "rollouts[0].mode='foo'", "'val'")([changed(mode="foo")]),
+    Call("enqueue_many_rollouts", "rollouts[0].mode=<list", "'val'")([changed(mode=["train"])]),
+    Call("enqueue_many_rollouts", "rollouts[1].priority=", "53 bits")([REQUEST, changed(priority=2**70)]),
+    Call("enqueue_many_rollouts", "rollouts[0].tags['a']=None")([changed(tags={"a": None})]),
+    Call("enqueue_many_rollouts", "rollouts[0]=<dict", "'input'")([rs.EnqueueRolloutRequest.model_construct()]),
+    Call("enqueue_rollout", "priority=<int", "53 bits")("x", priority=2**70),
+    Call("enqueue_many_rollouts", "tags['[key]']=None")([{"input": 1, "tags": {"[key]": None}}]),
+    Call("enqueue_rollout", "metadata key=1", "text")("x", metadata={1: 2}),
+    Call("enqueue_many_rollouts", "rollouts[0].metadata key=1", "text")([{"input": 1, "metadata": {1: 2}}]),
+    Call("update_resources", "resources key=1", "text")("r", {1: rs.ObjectResource(value=1)}),
+    Call("query_rollouts", "status='queuing'", "['queuing']")(status="queuing"),
+    Call("query_rollouts", "status[0]='done'")(status=["done"]),
+    Call("query_rollouts", "rollout_ids='ro-1'", "['ro-1']")(rollout_ids="ro-1"),
+    Call("query_rollouts", "rollout_id_in='ro-1'", "['ro-1']")(rollout_id_in="ro-1"),
     Call("add_span", "span=<dict {'a': 1}>", "a Span")({"a": 1}),
     Call("add_many_spans", "spans[0]=1", "a Span")([1]),
 ]  # fmt: skip
