@@ -8,6 +8,7 @@ Not here: calls that do not fit a method at all (`forms`), checks of single valu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -48,6 +49,8 @@ class Record(BaseModel):
                 raise _in_words(type(self), error) from None
 
         __init__.__pydantic_base_init__ = True  # pydantic's own does no more, and is not called for nested values
+        # That of pydantic's own, from which it makes that of each model: `unnamed` is no argument.
+        __init__.__signature__ = signature(BaseModel.__init__)
 
 
 def _by_name(model: type[BaseModel], unnamed: Sequence[Any]) -> str:

@@ -420,6 +420,14 @@ def test_methods_stay_what_they_are():
         assert ours.__name__ == name and (ours.__doc__ == theirs.__doc__), name
 
 
+@pytest.mark.parametrize("model", [rs.RolloutConfig, rs.EnqueueRolloutRequest, rs.LLM, Leveled, Mine, Counted])
+def test_models_show_the_fields_that_they_take(model):
+    """By name, and nothing else; one with arguments of its own shows those."""
+    shown = inspect.signature(model).parameters
+    assert list(shown) == (["n"] if model is Counted else list(model.model_fields))
+    assert model is Counted or {one.kind for one in shown.values()} == {inspect.Parameter.KEYWORD_ONLY}
+
+
 def test_an_error_of_the_function_itself_stays():
     """Only a call that never began is explained."""
 
