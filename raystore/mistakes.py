@@ -77,7 +77,10 @@ def _in_words(model: type[BaseModel], error: ValidationError) -> ValidationError
         is_better = is_better or said != line["msg"]
         worded = PydanticCustomError(kind, "{said}", {"said": said})
         lines.append(InitErrorDetails(type=worded, loc=place, input=line["input"]))
-    return ValidationError.from_exception_data(error.title, lines) if is_better else error
+    if not is_better:
+        return error
+    is_hidden = model.model_config.get("hide_input_in_errors", False)
+    return ValidationError.from_exception_data(error.title, lines, hide_input=is_hidden)
 
 
 def refusal(name: str, annotation: Any, error: ValidationError, remedy: str = "") -> InvalidValueError:

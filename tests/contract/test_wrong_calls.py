@@ -366,6 +366,17 @@ def test_a_retry_that_a_subclass_completes_is_not_warned_of(make_memory_store):
             make()
 
 
+def test_what_a_model_hides_stays_hidden():
+    """A user's own with secrets in it: better words show no value that pydantic would not."""
+
+    class Secret(Record, extra="forbid", hide_input_in_errors=True):
+        api_key: str = ""
+
+    with pytest.raises(ValidationError, match="did you mean 'api_key'") as caught:
+        Secret(api_kay="sk-123")
+    assert "sk-123" not in str(caught.value)
+
+
 @pytest.mark.parametrize("cls", [rs.RolloutConfig, Patient], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize(
     ("field", "value"), [("max_attempts", "x"), ("timeout_seconds", -5), ("retry_condition", "failed")]
