@@ -54,6 +54,7 @@ Row = Sequence[Any] | Record
 ID_LENGTH = 512
 SHOWN_IN_A_LIST = 50  #: characters of a text that is shown as the list it should be in
 MAX_TAGS = 16
+MAX_PRIORITY = 2**53
 
 
 def row(answer: Row) -> Sequence[Any]:
@@ -79,6 +80,11 @@ def validated(name: str, annotation: Any, value: Any, remedy: str = "") -> Any:
         raise refusal(name, annotation, error, remedy) from None
 
 
+def within(place: str, name: str, *rest: Any) -> tuple[Any, ...]:
+    """The arguments of an error, of which the first names a value, if that value is in this place."""
+    return f"{place}{'' if name[:1] in ('', '[') else '.'}{name}", *rest
+
+
 def made(cls: type[M], name: str, fields: dict[str, Any]) -> M:
     """A model of these fields, which are arguments of a call, or (with a name) make up the argument of that name."""
     try:
@@ -87,6 +93,19 @@ def made(cls: type[M], name: str, fields: dict[str, Any]) -> M:
         raise refusal(name, cls, error) from None
 
 
+def rollout_config(name: str, config: Any) -> tuple[Any, ...]:
+    """A rollout's configuration in field order, checked whatever it is."""
+    if isinstance(config, RolloutConfig):  # assignment is not validated, so a wrong value may have come in since
+        fields = config.__dict__
+        if type(config) is not RolloutConfig:
+            fields = {field: value for field, value in fields.items() if field in RolloutConfig.model_fields}
+        config = made(RolloutConfig, name, fields)
+    else:
+        config = validated(name, RolloutConfig, config)
+    return config.timeout_seconds, config.unresponsive_seconds, config.max_attempts, list(config.retry_condition)
+
+
+_MODES = frozenset(get_args(RolloutMode))
 _ATTEMPT_STATUSES = frozenset(get_args(AttemptStatus))
 
 
@@ -280,8 +299,11 @@ class Encoder:
         return encode(value, what, self._value_bytes)
 
     def task(self, task: Any) -> Opaque:
-        """A rollout's input. Requests and rollouts are none: their fields were meant."""
-        if type(task) in _NO_TASKS or (type(task) is list and task and type(task[0]) in _NO_TASKS):
+        """A rollout's input. Requests and rollouts are none, nor is a list of them: their fields were meant."""
+        kind = type(task)
+        if (kind is list or kind is tuple) and task:
+            kind = type(task[0])
+        if kind not in _OFTEN_TASKS and not _NO_TASKS.isdisjoint(kind.__mro__):
             raise InvalidValueError("input", task, _instead_of_a_task(task))
         return encode(task, "input", self._value_bytes)
 
@@ -297,21 +319,12 @@ class Encoder:
         """A rollout's configuration in field order."""
         if config is None:
             return None
-        if type(config) is RolloutConfig:  # assignment is not validated, so a wrong value may have come in since
-            config = made(RolloutConfig, "config", config.__dict__)
-        else:
-            config = validated("config", RolloutConfig, config)
-        return [
-            config.timeout_seconds,
-            config.unresponsive_seconds,
-            config.max_attempts,
-            list(config.retry_condition),
-        ]
+        return list(rollout_config("config", config))
 
     def request(self, request: EnqueueRolloutRequest) -> dict[str, Any]:
         """The arguments that make a rollout; group and tags are lifted from metadata when they are absent there."""
         if len(request.__dict__) < len(_REQUEST):  # made without validation
-            request = made(EnqueueRolloutRequest, "request", request.__dict__)
+            request = made(EnqueueRolloutRequest, "", request.__dict__)
         metadata = request.metadata or {}
         if not isinstance(metadata, Mapping):
             raise InvalidValueError("metadata", metadata, "a mapping")
@@ -327,8 +340,9 @@ class Encoder:
         encoded["metadata"] = self.mapping("metadata", metadata)
         if request.config is not None:
             encoded["config"] = self.config(request.config)
-        if request.mode is not None:
-            encoded["mode"] = request.mode
+        mode: Any = request.mode  # which a copy may have been given
+        if mode is not None:
+            encoded["mode"] = mode if type(mode) is str and mode in _MODES else validated("mode", RolloutMode, mode)
         if request.resources_id is not None:
             encoded["resources_id"] = identifier("resources_id", request.resources_id)
         if request.rollout_id is not None:
@@ -340,6 +354,8 @@ class Encoder:
             encoded["queue"] = identifier("queue", request.queue)
         if request.priority:
             encoded["priority"] = whole("priority", request.priority, at_least=-(2**31))
+            if encoded["priority"] > MAX_PRIORITY:
+                raise InvalidValueError("priority", request.priority, "a whole number of at most 53 bits")
         if tags:
             encoded["tags"] = tag_dict("tags", tags)
         return encoded
@@ -398,16 +414,19 @@ class Encoder:
 
 
 #: What is handed to a store with a task in it, and is no task itself.
-_NO_TASKS = frozenset({EnqueueRolloutRequest, Rollout, AttemptedRollout})
+_NO_TASKS = frozenset({EnqueueRolloutRequest, Rollout})
+_OFTEN_TASKS = plain.LEAVES | {dict, list, tuple}  #: types that need no closer look
 
 
 def _instead_of_a_task(given: Any) -> str:
     """What was expected where such a thing was passed as a task, and what to write."""
     if isinstance(given, Rollout):
         return "a task, and this is a rollout; pass its input (rollout.input), or requeue it: start_attempt(rollout_id)"
-    if isinstance(given, list):
+    if isinstance(given, (list, tuple)):
         return "a task, and these are requests or rollouts; pass requests to enqueue_many_rollouts(requests)"
-    return "a task, and this is a request; call enqueue_many_rollouts([request]), or pass its fields, input=... first"
+    return (
+        "a task, and this is a request; pass its fields, input=... first, or it alone: enqueue_many_rollouts([request])"
+    )
 
 
 #: What of a span the store looks at.

@@ -7,10 +7,13 @@ Not here: calls that do not fit a method at all (`forms`), checks of single valu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from raystore.errors import InvalidValueError
@@ -46,6 +49,8 @@ class Record(BaseModel):
                 raise _in_words(type(self), error) from None
 
         __init__.__pydantic_base_init__ = True  # pydantic's own does no more, and is not called for nested values
+        # That of pydantic's own, from which it makes that of each model: `unnamed` is no argument.
+        __init__.__signature__ = signature(BaseModel.__init__)
 
 
 def _by_name(model: type[BaseModel], unnamed: Sequence[Any]) -> str:
@@ -63,43 +68,46 @@ def _in_words(model: type[BaseModel], error: ValidationError) -> ValidationError
     lines, is_better = [], False
     for line in error.errors(include_url=False):
         said, place, kind = line["msg"], line["loc"], line["type"]
-        if kind == "extra_forbidden":
-            holder = _model_at(model, place[:-1])
+        if kind == "extra_forbidden" and (holder := _model_at(model, place[:-1])):
             said = f"{holder.__name__} has no field {place[-1]!r}{_or_its_fields(place[-1], holder)}"
-        elif kind == "missing":
-            holder = _model_at(model, place[:-1])
+        elif kind == "missing" and (holder := _model_at(model, place[:-1])):
             said = f"{holder.__name__} needs {place[-1]!r}, which was not given{_takes(holder, place[-1])}"
         elif kind == "literal_error":
             said += meant(line["input"], _words(_walked(model, place)[0]))
         is_better = is_better or said != line["msg"]
         worded = PydanticCustomError(kind, "{said}", {"said": said})
         lines.append(InitErrorDetails(type=worded, loc=place, input=line["input"]))
-    return ValidationError.from_exception_data(error.title, lines) if is_better else error
+    if not is_better:
+        return error
+    is_hidden = model.model_config.get("hide_input_in_errors", False)
+    return ValidationError.from_exception_data(error.title, lines, hide_input=is_hidden)
 
 
 def refusal(name: str, annotation: Any, error: ValidationError, remedy: str = "") -> InvalidValueError:
-    """What a caller is told of an argument that is not of this type, and what to do about it."""
+    """What a caller is told of an argument that is not of this type.
+
+    The remedy is for the argument as a whole, or an item of it that is no model; not for what is wrong within one.
+    """
     line = _telling(annotation, error.errors(include_url=False))
     if isinstance(cause := line.get("ctx", {}).get("error"), InvalidValueError):  # which says it better
         return cause
     place, kind = line["loc"], line["type"]
-    if kind == "extra_forbidden":
-        holder = _model_at(annotation, place[:-1])
+    if kind == "extra_forbidden" and (holder := _model_at(annotation, place[:-1])):
         expected, remedy = f"a field of {holder.__name__}{_or_its_fields(place[-1], holder)}", ""
-    elif kind == "missing":
-        holder = _model_at(annotation, place[:-1])
+    elif kind == "missing" and (holder := _model_at(annotation, place[:-1])):
         expected = f"{_a(holder.__name__)}, which needs {place[-1]!r}{_takes(holder, place[-1])}"
         place = place[:-1]
-    elif kind in _NO_MODEL:
-        expected = _a(either([model.__name__ for model in _models(_walked(annotation, place)[0])]))
-    elif kind == "literal_error":
-        words = _words(_walked(annotation, place)[0])
+    elif kind in _NO_MODEL and (models := [model.__name__ for model in _models(_walked(annotation, place)[0])]):
+        expected = _a(either(models))
+    elif kind == "literal_error" and (words := _words(_walked(annotation, place)[0])):
         expected = either([repr(word) for word in words]) + meant(line["input"], words)
-    elif kind == "greater_than_equal":
-        expected = f"{line['ctx']['ge']:g} or more"
+    elif kind == "greater_than_equal" and isinstance(least := line["ctx"]["ge"], (int, float)):
+        expected = f"{least:g} or more"
     else:
         said = line["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
         expected = next((plainly for start, plainly in _PLAINLY.items() if kind.startswith(start)), said)
+    if place and not (kind in _NO_MODEL and not _model_at(annotation, place[:-1])):
+        remedy = ""
     where = f"{name}{_walked(annotation, place)[1]}".removeprefix(".")
     return InvalidValueError(where[:PLACE_SHOWN], line["input"], f"{expected}{remedy and '; ' + remedy}")
 
@@ -109,21 +117,36 @@ def _telling(annotation: Any, lines: list[ErrorDetails]) -> ErrorDetails:
     missing = [line["loc"][-1] for line in lines if line["type"] == "missing"]
     for line in lines:
         if line["type"] == "extra_forbidden":
-            fields = missing or _model_at(annotation, line["loc"][:-1]).model_fields
-            if meant(line["loc"][-1], [str(field) for field in fields]):
+            holder = _model_at(annotation, line["loc"][:-1])
+            if meant(line["loc"][-1], [str(field) for field in missing or (_fields(holder) if holder else ())]):
                 return line
     return lines[0]
 
 
 def _or_its_fields(name: Any, model: type[BaseModel]) -> str:
-    fields = model.model_fields
+    fields = _fields(model)
     return f"{meant(name, fields) or ';'} {model.__name__} has {', '.join(fields)}"
 
 
-def _takes(model: type[BaseModel], field: Any) -> str:
+def _fields(model: type[BaseModel]) -> list[str]:
+    """What its fields are called by who makes one."""
+    aliases = {name: field.validation_alias for name, field in model.model_fields.items()}
+    return [alias if isinstance(alias, str) else name for name, alias in aliases.items()]
+
+
+def _field(model: type[BaseModel], called: Any) -> FieldInfo | None:
+    for name, field in model.model_fields.items():
+        if called in (name, field.validation_alias):
+            return field
+    return None
+
+
+def _takes(model: type[BaseModel], called: Any) -> str:
     """What a field takes, as far as a word says it."""
-    annotation = model.model_fields[field].annotation
-    words = either([repr(word) for word in _words(annotation)]) or _PLAIN_TYPES.get(annotation, "")
+    field = _field(model, called)
+    annotation = field.annotation if field else None
+    words = either([repr(word) for word in _words(annotation)])
+    words = words or next((said for plain, said in _PLAIN_TYPES.items() if annotation is plain), "")
     return words and f": {words}"
 
 
@@ -135,29 +158,54 @@ def _a(noun: str) -> str:
 
 
 def _walked(annotation: Any, place: Sequence[int | str]) -> tuple[Any, str]:
-    """The type at a place within a value of this type, and the place as Python writes it."""
-    shown = ""
+    """The type at a place within a value of this type (`Any` if it is not known), and the place as Python writes it."""
+    if len(place) > 1 and place[-1] == "[key]":  # of the mapping in which the part before is a key
+        mapping, shown = _walked(annotation, place[:-2])
+        if isinstance(get_origin(mapping), type) and issubclass(get_origin(mapping), Mapping):
+            return get_args(mapping)[0], f"{shown} key"
+    annotation, shown = _bare(annotation), ""
     for part in place:
-        models = list(_models(annotation))
-        field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
-        if get_origin(annotation) in (dict, list):
-            annotation, shown = get_args(annotation)[-1], f"{shown}[{part!r}]"
-        elif field is not None:
-            annotation, shown = field.annotation, f"{shown}.{part}"
-        elif tagged := [model for model in models if _is_tag(model, part)]:  # which pydantic puts into the place
-            annotation = tagged[0]
-        else:  # a key or index of something else
-            shown = f"{shown}[{part!r}]"
+        if get_origin(annotation) in _UNIONS:  # of which pydantic names one, and that is no part of the value
+            annotation = _bare(next((one for one in get_args(annotation) if _is_called(one, part)), Any))
+        elif _is_model(annotation) and (field := _field(annotation, part)):
+            annotation, shown = _bare(field.annotation), f"{shown}.{part}"
+        else:  # a key or index
+            items = get_args(annotation) if get_origin(annotation) is not tuple else ()
+            annotation, shown = _bare(items[-1] if items else Any), f"{shown}[{part!r}]"
     return annotation, shown
 
 
-def _is_tag(model: type[BaseModel], part: Any) -> bool:
-    return any(_words(field.annotation) == (part,) for field in model.model_fields.values())
+_UNIONS = (Union, UnionType)
 
 
-def _model_at(annotation: Any, place: Sequence[int | str]) -> type[BaseModel]:
-    """The model whose field it is that pydantic speaks of."""
-    return next(_models(_walked(annotation, place)[0]))
+def _bare(annotation: Any) -> Any:
+    """A type without what pydantic's places do not tell: `Annotated`, and that it may be None."""
+    while True:
+        parts = get_args(annotation)
+        if get_origin(annotation) in _UNIONS:
+            parts = tuple(part for part in parts if part is not NoneType)
+            if len(parts) > 1:
+                return annotation
+        elif get_origin(annotation) is not Annotated:
+            return annotation
+        annotation = parts[0]
+
+
+def _is_called(one: Any, name: Any) -> bool:
+    """Whether pydantic calls one type of a union so: by its class, or by the word that tells it from the others."""
+    if getattr(one, "__name__", None) == name:
+        return True
+    return _is_model(one) and any(_words(field.annotation) == (name,) for field in one.model_fields.values())
+
+
+def _model_at(annotation: Any, place: Sequence[int | str]) -> type[BaseModel] | None:
+    """The model whose field it is that pydantic speaks of; None if it is something else that has fields."""
+    found = _walked(annotation, place)[0]
+    return found if _is_model(found) else None
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _within(annotation: Any) -> Iterator[Any]:
@@ -168,7 +216,7 @@ def _within(annotation: Any) -> Iterator[Any]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    return (part for part in _within(annotation) if isinstance(part, type) and issubclass(part, BaseModel))
+    return (part for part in _within(annotation) if _is_model(part))
 
 
 def _words(annotation: Any) -> tuple[Any, ...]:

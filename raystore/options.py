@@ -12,7 +12,7 @@ from typing import Any
 
 from raystore import pickler
 from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig
-from raystore.convert import Encoder, filter_arguments, identifier, validated
+from raystore.convert import Encoder, filter_arguments, identifier, rollout_config
 from raystore.core.wanted import USUAL, make_filter
 from raystore.errors import AgentNotPicklableError, InvalidValueError
 from raystore.errors.words import either, meant
@@ -49,17 +49,13 @@ def make_config(
         raise InvalidValueError("resume", resume, either([repr(one) for one in RESUME]) + meant(resume, RESUME))
     if journal is None and resume == "must":
         raise InvalidValueError("resume", resume, "a journal= to resume from")
-    chosen = validated("default_config", RolloutConfig, RolloutConfig() if default_config is None else default_config)
+    chosen = RolloutConfig() if default_config is None else default_config
+    *seconds_and_attempts, retried = rollout_config("default_config", chosen)
     config = StoreConfig(
         eviction_memory_threshold=scalar(eviction_memory_threshold),
         safe_memory_threshold=scalar(safe_memory_threshold),
         span_size_estimator=None if span_size_estimator is None else _pickled(span_size_estimator),
-        default_config=(
-            chosen.timeout_seconds,
-            chosen.unresponsive_seconds,
-            chosen.max_attempts,
-            tuple(chosen.retry_condition),
-        ),
+        default_config=(*seconds_and_attempts, tuple(retried)),
         duplicate_spans=duplicate_spans,
         on_memory_full=on_memory_full,
         max_deliveries=scalar(max_deliveries),

@@ -126,17 +126,21 @@ class RolloutConfig(Record):
     @model_validator(mode="wrap")
     @classmethod
     def _has_both_or_neither(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Warn of one that does nothing without the other; not again where a config that was made is passed on."""
+        """Warn of one that does nothing without the other; not again where a config that was made is passed on.
+
+        What was made decides, since a subclass may have defaults of its own, or take other arguments.
+        """
         made = handler(given)
         if type(given) is not dict:
             return made
-        if made.max_attempts > 1 and "retry_condition" not in given:
+        said = made.model_fields_set
+        if made.max_attempts > 1 and not made.retry_condition and "retry_condition" not in said:
             _warn(
                 f"RolloutConfig(max_attempts={made.max_attempts}) tries nothing again, since no retry_condition names "
                 "the statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them "
                 "that you mean; retry_condition=[] if none"
             )
-        elif made.retry_condition and "max_attempts" not in given:
+        elif made.retry_condition and made.max_attempts == 1 and "max_attempts" not in said:
             _warn(
                 f"RolloutConfig(retry_condition={made.retry_condition}) tries nothing again, since max_attempts is 1 "
                 "unless given: add max_attempts=3, or as many as you mean in all; max_attempts=1 if it is one"

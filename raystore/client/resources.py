@@ -5,6 +5,7 @@ Not here: what each method means (`raystore.api`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,16 @@ from raystore import convert
 from raystore.client.connection import Connection
 from raystore.convert import validated
 from raystore.core.payload import Opaque, Payload
+from raystore.errors import InvalidValueError
 from raystore.objects import Kept, Origin, Parts
 from raystore.types import (
+    LLM,
     NamedResources,
+    ObjectResource,
     PaginatedResult,
+    PromptTemplate,
+    ProxyLLM,
+    Resource,
     ResourcesUpdate,
     SortOrder,
 )
@@ -23,6 +30,11 @@ from raystore.types import (
 TO_PUBLISH = (
     "give each its name, {'prompt': rs.PromptTemplate(...)}, and wrap a plain value: rs.ObjectResource(value=...)"
 )
+TO_DERIVE = (
+    "an LLM, ProxyLLM, PromptTemplate or ObjectResource; derive your class from one of these and leave its "
+    "resource_type as it is, or put it into one: rs.ObjectResource(value=...)"
+)
+_KINDS = {"llm": LLM, "proxy_llm": ProxyLLM, "prompt_template": PromptTemplate, "object": ObjectResource}
 COUNTED = "count the versions; what they are called can be told by resources_id"
 
 
@@ -34,6 +46,15 @@ class Boxed:
     objects: list[Kept] = field(default_factory=list)  # of each that is a reference now
     files: list[tuple[str, Parts]] = field(default_factory=list)  # address and bytes of those that the journal keeps
     asked: Any = None  # which process was the store's before
+
+
+def _check_kinds(resources: Any) -> None:
+    """Refuse a kind of resource that a user made up; what is no resource at all is told by `validated`."""
+    for name, resource in resources.items() if isinstance(resources, Mapping) else ():
+        if isinstance(resource, Resource) and not isinstance(
+            resource, _KINDS.get(str(vars(resource).get("resource_type")), ())
+        ):
+            raise InvalidValueError(f"resources[{name!r}]", resource, TO_DERIVE)
 
 
 class ResourceMethods(Connection):
@@ -50,6 +71,7 @@ class ResourceMethods(Connection):
     async def _put_resources(
         self, resources_id: str | None, resources: NamedResources, policy_version: int | None
     ) -> ResourcesUpdate:
+        _check_kinds(resources)
         boxed = await self._boxed(resources_id, validated("resources", NamedResources, resources, TO_PUBLISH))
         payload, holds_objects = self._encoder.resources(boxed.resources)
         objects = [(kept.address, kept.size) for kept in boxed.objects]

@@ -14,7 +14,7 @@ from raystore.api import LightningStore
 from raystore.client.connection import Connection, cut
 from raystore.convert import made, validated
 from raystore.core.payload import size_of
-from raystore.errors import InvalidValueError
+from raystore.errors import InvalidValueError, StoreError
 from raystore.forms import NOT_GIVEN, typed_as, unfit
 from raystore.types import (
     UNSET,
@@ -92,14 +92,15 @@ class RolloutMethods(Connection):
         return convert.pair(answer[0])
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
-        requests = [
-            self._encoder.request(
-                request
-                if type(request) is EnqueueRolloutRequest
-                else validated(f"rollouts[{index}]", EnqueueRolloutRequest, request, TO_ENQUEUE)
-            )
-            for index, request in enumerate(convert.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest"))
-        ]
+        requests = []
+        for index, request in enumerate(convert.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")):
+            if type(request) is not EnqueueRolloutRequest:
+                request = validated(f"rollouts[{index}]", EnqueueRolloutRequest, request, TO_ENQUEUE)
+            try:
+                requests.append(self._encoder.request(request))
+            except StoreError as error:
+                error.args = convert.within(f"rollouts[{index}]", *error.args)
+                raise
         return await self._enqueue_all(requests)
 
     async def _enqueue_all(self, requests: list[dict[str, Any]]) -> list[Rollout]:
@@ -202,11 +203,11 @@ class RolloutMethods(Connection):
         worker_id: str | None = None,
         mode: RolloutMode | None = None,
     ) -> PaginatedResult[AnyRollout]:
-        status_in = status if status_in is None else status_in
-        rollout_id_in = rollout_ids if rollout_id_in is None else rollout_id_in
+        statuses = ("status", status) if status_in is None else ("status_in", status_in)
+        ids = ("rollout_ids", rollout_ids) if rollout_id_in is None else ("rollout_id_in", rollout_id_in)
         arguments = {
-            "status_in": convert.statuses("status_in", list[RolloutStatus], status_in),
-            "rollout_id_in": None if rollout_id_in is None else convert.identifiers("rollout_id_in", rollout_id_in),
+            "status_in": convert.statuses(statuses[0], list[RolloutStatus], statuses[1]),
+            "rollout_id_in": None if ids[1] is None else convert.identifiers(*ids),
             "rollout_id_contains": convert.optional_text("rollout_id_contains", rollout_id_contains),
             "filter_logic": filter_logic,
             "must": {
