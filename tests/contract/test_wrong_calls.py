@@ -548,3 +548,18 @@ def test_a_journal_without_permission(tmp_path, monkeypatch, refused):
     with pytest.raises(InvalidValueError, match=f"{tmp_path} may not be written; change its rights"):
         rs.InMemoryLightningStore(journal=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_store_of_ones_own_hears_of_the_form_of_the_contract():
+    """Whatever form its method has, which hands on what it is given."""
+
+    class Logged(rs.InMemoryLightningStore):
+        async def enqueue_rollout(self, *given, **named):
+            return await super().enqueue_rollout(*given, **named)
+
+    with Logged() as store:
+        assert (await store.enqueue_rollout("x", mode="train")).mode == "train"
+        with pytest.raises(
+            TypeError, match=r"no argument 'mod'; did you mean 'mode'\? It is called as enqueue_rollout\(input"
+        ):
+            await store.enqueue_rollout("x", mod="train")
