@@ -76,7 +76,7 @@ class Outbox:
     def close(self, late: Callable[[Span], None]) -> list[Span]:
         """The same for the last time: the rollout has ended; `late` is called with each span that is added later."""
         with self._lock:
-            self._late = late
+            self._late, self._wake = late, _nobody  # who was woken knows the rollout, of which nothing is to be kept
         return self.take()
 
     def tell(self, losses: Losses) -> None:
@@ -85,6 +85,10 @@ class Outbox:
             calls, self._calls = self._calls, None
         if calls is not None:
             calls.tell(losses)
+
+
+def _nobody() -> None:
+    """Wake nobody."""
 
 
 def _weight(span: Span) -> int:
