@@ -57,13 +57,16 @@ class RunnerThreads:
             logger.warning("Still waiting for __init__ or setup() of the agent.")
             if not self._started.wait(max(self._start_timeout - EXPLAIN_SECONDS, 0)):
                 self._stopping = True  # what gets ready now is closed again
-                raise PoolStartError(f"{self._size} runners in this process", "this process", setting_up=self._size)
+                raise self._too_slow(self._size)
         if self._failure is not None:
             raise self._cannot_start(self._failure) from self._failure
 
     def _cannot_start(self, failure: BaseException) -> PoolStartError:
         cause = last_line(report(failure))
         return PoolStartError(f"{self._size} runners in this process", "this process", cause)
+
+    def _too_slow(self, count: int) -> PoolStartError:
+        return PoolStartError(f"{self._size} runners in this process", "this process", setting_up=count)
 
     def _run(self) -> None:
         with apart(threading.main_thread()):  # which is the driver's
@@ -72,7 +75,7 @@ class RunnerThreads:
     async def _work(self) -> None:
         self._loop = asyncio.get_running_loop()
         try:
-            await self._hire(range(self._size))
+            await self._hire(range(self._size), threading.Event())
         except Exception as failure:
             self._failure = failure
         self._started.set()
@@ -81,8 +84,8 @@ class RunnerThreads:
             for runner in [runner for runner, task in self._working.items() if task in done]:
                 self._working.pop(runner).result()
 
-    async def _hire(self, numbers: Iterable[int]) -> None:
-        """Fill these places, all or none."""
+    async def _hire(self, numbers: Iterable[int], given_up: threading.Event) -> None:
+        """Fill these places, all or none; what gets ready when that was given up is closed again."""
         ids = {number: runner_id(self._pool_id, number, self._hired[number]) for number in numbers}
         homes = {number: _agents(self._agent, worker_id, self._options) for number, worker_id in ids.items()}
         opened = await asyncio.gather(*(home.open() for home in homes.values()), return_exceptions=True)
@@ -91,7 +94,7 @@ class RunnerThreads:
             made = [home for home, result in zip(homes.values(), opened, strict=True) if result is None]
             await asyncio.gather(*(home.close() for home in made))
             raise failure
-        if self._stopping:  # while they got ready
+        if self._stopping or given_up.is_set():  # while they got ready
             await asyncio.gather(*(home.close() for home in homes.values()))
             return
         for number, worker_id in ids.items():
@@ -108,12 +111,17 @@ class RunnerThreads:
             if size < before:
                 self._dismiss([self._runners.pop(number) for number in range(size, before)], drain_seconds)
                 return
+            given_up = threading.Event()
+            # The loop waits for a runner to end: it is looked at again when one has.
+            hiring = asyncio.run_coroutine_threadsafe(self._hire(range(before, size), given_up), self._loop)
             try:
-                # The loop waits for a runner to end: it is looked at again when one has.
-                asyncio.run_coroutine_threadsafe(self._hire(range(before, size)), self._loop).result()
+                hiring.result(self._start_timeout)
             except Exception as failure:
+                is_slow = not hiring.done()  # else it is an error of the agent's, TimeoutError for one
+                given_up.set()
+                error = self._too_slow(size - before) if is_slow else self._cannot_start(failure)
                 self._size = before
-                raise self._cannot_start(failure) from failure
+                raise error from (None if is_slow else failure)
 
     def stop(self, *, drain_seconds: float) -> None:
         """Claim nothing more and end; let what runs finish within so many seconds."""

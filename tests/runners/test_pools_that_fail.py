@@ -156,3 +156,39 @@ async def test_a_patience_without_end(make_memory_store, monkeypatch):
     made = await store.enqueue_rollout("x")
     assert (await store.wait_for_rollout(made.rollout_id, timeout=20)).reward == 1.0
     await asyncio.to_thread(pool.stop, drain_seconds=float("inf"))
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_pool_in_process_that_cannot_grow_in_time(make_memory_store, late):
+    """It says why and stays as it was; who gets ready after that is closed again, and the pool may grow later."""
+    held, closed = threading.Event(), threading.Event()
+
+    class Agent:
+        made = 0
+
+        def setup(self):
+            Agent.made += 1
+            if Agent.made == 2:
+                held.wait(60)
+
+        def __call__(self, task, ctx):
+            return 1.0
+
+        def close(self):
+            closed.set()
+
+    store = make_memory_store()
+    async with rs.RunnerPool(store, Agent, size=1, start_timeout=1.0) as pool:
+        before = pool.worker_ids
+        with pytest.raises(rs.PoolStartError, match=r"not for want of resources: 1 of them are there"):
+            await asyncio.to_thread(pool.resize, 2)
+        assert pool.worker_ids == before
+        if late:
+            held.set()
+            assert await asyncio.to_thread(closed.wait, 20)
+            assert pool.worker_ids == before
+        await asyncio.to_thread(pool.resize, 2)
+        assert len(pool.worker_ids) == 2
+        made = await store.enqueue_rollout("x")
+        assert (await store.wait_for_rollout(made.rollout_id, timeout=20)).reward == 1.0
+        held.set()
