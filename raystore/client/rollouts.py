@@ -41,6 +41,10 @@ GROUP_ITEMS = 1_000_000  #: rollouts of one group, made by one call
 class RolloutMethods(Connection):
     """Rollouts: enqueue, claim, query, update, cancel, release, delete."""
 
+    def _request(self, **fields: Any) -> dict[str, Any]:
+        """What makes a rollout, of the arguments of a call."""
+        return self._encoder.request(made(EnqueueRolloutRequest, "", fields))
+
     async def start_rollout(
         self,
         input: TaskInput,
@@ -50,8 +54,7 @@ class RolloutMethods(Connection):
         metadata: dict[str, Any] | None = None,
         worker_id: str | None = None,
     ) -> AttemptedRollout:
-        fields = {"input": input, "mode": mode, "resources_id": resources_id, "config": config, "metadata": metadata}
-        request = self._encoder.request(made(EnqueueRolloutRequest, "", fields))
+        request = self._request(input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata)
         worker_id = convert.optional_identifier("worker_id", worker_id)
         return convert.attempted(
             await self._transport.call("start_rollout", {"request": request, "worker_id": worker_id})
@@ -75,19 +78,10 @@ class RolloutMethods(Connection):
     ) -> Rollout:
         if unnamed or unknown or input is NOT_GIVEN:
             raise unfit(RolloutMethods.enqueue_rollout, unnamed, unknown, input=input)
-        fields = {
-            "input": input,
-            "mode": mode,
-            "resources_id": resources_id,
-            "config": config,
-            "metadata": metadata,
-            "rollout_id": rollout_id,
-            "group_id": group_id,
-            "queue": queue,
-            "priority": priority,
-            "tags": convert.tag_dict("tags", tags),
-        }
-        request = self._encoder.request(made(EnqueueRolloutRequest, "", fields))
+        request = self._request(
+            input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata, rollout_id=rollout_id,
+            group_id=group_id, queue=queue, priority=priority, tags=convert.tag_dict("tags", tags),
+        )  # fmt: skip
         answer = await self._transport.call("enqueue", {"requests": [request]})
         return convert.pair(answer[0])
 
@@ -135,18 +129,11 @@ class RolloutMethods(Connection):
         n = convert.whole("n", n, at_least=1)
         if n > GROUP_ITEMS:
             raise InvalidValueError("n", n, f"at most {GROUP_ITEMS:,} rollouts in one call")
-        fields = {
-            "input": input,
-            "mode": mode,
-            "resources_id": resources_id,
-            "config": config,
-            "metadata": metadata,
-            "group_id": f"group-{uuid4().hex[:12]}" if group_id is None else group_id,
-            "queue": queue,
-            "priority": priority,
-            "tags": convert.tag_dict("tags", tags),
-        }
-        request = self._encoder.request(made(EnqueueRolloutRequest, "", fields))
+        group_id = f"group-{uuid4().hex[:12]}" if group_id is None else group_id
+        request = self._request(
+            input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata,
+            group_id=group_id, queue=queue, priority=priority, tags=convert.tag_dict("tags", tags),
+        )  # fmt: skip
         return await self._enqueue_all([request] * n)
 
     @typed_as(LightningStore.dequeue_rollout)
