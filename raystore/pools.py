@@ -39,7 +39,7 @@ class Pools:
         self._named: set[str] = set()  # of these
         self.at: float | None = None  #: when the next is to be named, on the clock by which sessions age
 
-    def serves(self, session_id: str, queues: Iterable[str]) -> None:
+    def asked(self, session_id: str, queues: Iterable[str]) -> None:
         """A session has asked for work of these queues."""
         served = self._served.get(session_id)
         if served is None:
@@ -76,7 +76,7 @@ class Pools:
         """The queues that somebody serves."""
         return list(self._servers)
 
-    def serve(self, queues: set[str]) -> bool:
+    def are_served(self, queues: set[str]) -> bool:
         """Whether somebody serves each of these queues."""
         return queues <= self._servers.keys()
 

@@ -5,11 +5,11 @@ Not here: counters (`statistics`), errors.
 
 from __future__ import annotations
 
-import difflib
 import logging
 
 from raystore.core import wanted
 from raystore.core.state import Pass, State
+from raystore.errors.words import meant
 
 logger = logging.getLogger("raystore.store")
 
@@ -48,14 +48,12 @@ def memory_full(state: State) -> None:
 def unserved(queue: str, waiting: int, seconds: float, served: list[str]) -> None:
     """A queue in which rollouts wait and of which nobody has asked for work for a while: a misspelt name, perhaps."""
     if served:
-        near = difflib.get_close_matches(queue, served, n=1)
         others = ", ".join(repr(name) for name in sorted(served)[:5])
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        hint += f"Queues that are served: {others}{', ...' if len(served) > 5 else ''}."
+        hint = f"Served are {others}{', ...' if len(served) > 5 else ''}{meant(queue, served) or '.'}"
     else:
         hint = "No queue is served: the runners are not ready yet, have ended, or were never started."
     logger.warning(
-        "Queue %r has %d rollouts waiting, and no process has asked for work of it for %.0f s. %s "
+        "Rollouts wait in queue %r (%d), and no process has asked for work of it for %.0f s. %s "
         "Serve it with RunnerPool(store, agent, queues=[%r]), or cancel_rollouts() what was put there by mistake.",
         queue, waiting, seconds, hint, queue,
     )  # fmt: skip

@@ -407,7 +407,7 @@ class Service:
                 self._offers.give_finished()
             elif state.queues_touched:
                 touched, state.queues_touched = state.queues_touched, set()
-                if not self.pools.serve(touched):
+                if not self.pools.are_served(touched):
                     self._wait_in(touched)
                 for waiter in self.waiters.wanting(touched):
                     if not any(map(state.queues.offers, touched)):

@@ -59,7 +59,7 @@ def _dequeue(
     of: int | None = None,
 ) -> Any:
     wanted = {"queues": queues, "limit": limit, "worker_id": worker_id}
-    service.pools.serves(asked.session_id, queues)
+    service.pools.asked(asked.session_id, queues)
     claimed = verbs.VERBS["dequeue"].run(service.state, asked.step, **wanted, timeout=timeout, of=of)
     return _park(service, asked, "dequeue", wanted, timeout) if claimed is None else claimed
 

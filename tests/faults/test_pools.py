@@ -233,6 +233,6 @@ async def test_a_setup_that_fails_half_the_time(make_ray_store, tmp_path, report
 @pytest.mark.timeout(300)
 async def test_row_74_finds_a_store_that_forgets_who_works(make_ray_store, tmp_path):
     """Then three failures in a row look like the end, whoever else asks for work."""
-    code = "from raystore import pools; pools.Pools.serves = lambda self, session_id, queues: None"
+    code = "from raystore import pools; pools.Pools.asked = lambda self, session_id, queues: None"
     figure, _ = await kill_the_shaky(make_ray_store(**broken(tmp_path, code)), tmp_path, 3)
     assert figure["told that nobody works, while somebody does"]

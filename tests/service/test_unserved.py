@@ -17,7 +17,8 @@ def store(make_memory_store):
 
 def named(caplog):
     """What was said of queues."""
-    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Queue ")]
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if message.startswith("Rollouts wait in queue ")]
 
 
 async def test_it_is_named_once_with_the_nearest_name(store, caplog):
@@ -30,7 +31,7 @@ async def test_it_is_named_once_with_the_nearest_name(store, caplog):
         await store.testing.tick(1.5, sessions=True)
         await store.enqueue_rollout("x", queue="maht")
     (told,) = named(caplog)
-    assert told.startswith("Queue 'maht' has 1 rollouts waiting") and "Did you mean 'math'?" in told, told
+    assert "in queue 'maht' (1)" in told and "Served are 'default', 'math'; did you mean 'math'?" in told, told
     assert (await store.statistics())["unserved_queues"] == {"maht": pytest.approx(UNSERVED_SECONDS + 3.5, abs=5)}
     assert "of which no process has asked for work for 3" in (await store.story(made.rollout_id))[-1]
     await store.testing.tick(3600, sessions=True)
@@ -77,7 +78,7 @@ async def test_one_whose_server_has_ended_is_named(caplog, monkeypatch):
             return bool(named(caplog))
 
         await until(is_named, within=20)
-        assert "'default' has 2 rollouts waiting" in named(caplog)[0]
+        assert "in queue 'default' (2)" in named(caplog)[0]
     finally:
         near.close()
 
