@@ -76,7 +76,7 @@ class RunnerPool:
         cancel_grace_seconds: float = 5.0,
         max_agent_seconds: float | None = None,
         flush_seconds: float = 1.0,
-        start_timeout: float = 30.0,
+        start_timeout: float = 120.0,
         isolation: Literal["actor", "process"] = "actor",
     ) -> None:
         size = convert.whole("size", size, at_least=1)
