@@ -13,9 +13,9 @@ import sys
 
 import psutil
 
-from raystore import wire
 from raystore.core import verbs
 from raystore.core.state import Session, Settings, State, Step
+from raystore.wire import frames
 
 CASES = {  # sizes of span bodies, rollouts, spans of each
     "small spans": ([200], 10_000, 10),
@@ -28,7 +28,7 @@ CASES = {  # sizes of span bodies, rollouts, spans of each
 
 def from_wire(verb: str, arguments: dict) -> tuple[str, dict]:
     """An operation as the actor gets it."""
-    return wire.unpack(wire.pack_operation(verb, arguments)[0], [])
+    return frames.unpack(frames.pack_operation(verb, arguments)[0], [])
 
 
 def fill(sizes: list[int], rollouts: int, spans: int) -> tuple[int, int]:

@@ -34,7 +34,7 @@ async def _through(limit: Any, size: int, calls: int) -> float:
 
 def frame_bytes(store: Any, spans: list[Any]) -> int:
     """What these spans are on the wire."""
-    from raystore.wire import pack_operation
+    from raystore.wire.frames import pack_operation
 
     rows = [store._encoder.span(span) for span in spans]
     arguments = {"rollout_id": spans[0].rollout_id, "attempt_id": spans[0].attempt_id, "spans": rows}

@@ -9,14 +9,14 @@ import gc
 from dataclasses import asdict
 from pathlib import Path
 
-from raystore.codec import encode
 from raystore.config import StoreConfig, resolve
 from raystore.core import verbs
 from raystore.core.claims import open_session
 from raystore.core.state import Step
 from raystore.journal import records
+from raystore.journal.files import SNAPSHOT, Directory, Place
 from raystore.journal.replay import Replay
-from raystore.journal.segments import SNAPSHOT, Directory, Place
+from raystore.wire.codec import encode
 
 CAPACITY = 2**34
 

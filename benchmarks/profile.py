@@ -27,12 +27,12 @@ ROLLOUTS = 4000
 
 #: What a stack belongs to: the first of these that appears anywhere in it.
 KINDS = {
-    "encode, decode": ("raystore/convert.py", "raystore/codec.py"),
-    "pack, unpack frames": ("remote/wire.py",),
+    "encode, decode": ("raystore/wire/convert.py", "raystore/wire/codec.py"),
+    "pack, unpack frames": ("raystore/wire/frames.py",),
     "core": ("raystore/core/",),
-    "service": ("raystore/service.py", "raystore/shell.py", "raystore/waiters.py"),
-    "inbox and actor": ("remote/inbox.py", "remote/actor.py"),
-    "session": ("remote/session.py", "remote/outgoing.py", "raystore/calls.py", "remote/timer.py", "/transport.py"),
+    "service": ("raystore/service/service.py", "raystore/service/shell.py", "raystore/service/waiters.py"),
+    "server session and actor": ("remote/server_session.py", "remote/actor.py"),
+    "session": ("remote/", "raystore/client/pending.py", "/transport.py"),
     "methods and caller": ("raystore/client/", "benchmarks/shapes.py"),
     "Ray, Python": ("ray/",),
     "asyncio": ("asyncio/",),

@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from raystore import otel as otel
-    from raystore import semconv as semconv
     from raystore.api import LightningStore as LightningStore
-    from raystore.dialects import ModelCall as ModelCall
-    from raystore.dialects import model_calls as model_calls
+    from raystore.client.local import InMemoryLightningStore as InMemoryLightningStore
+    from raystore.client.recovered import RecoveredRun as RecoveredRun
+    from raystore.client.recovered import recover as recover
     from raystore.errors import *  # noqa: F403
-    from raystore.memory import InMemoryLightningStore as InMemoryLightningStore
-    from raystore.recovered import RecoveredRun as RecoveredRun
-    from raystore.recovered import recover as recover
+    from raystore.integrations import otel as otel
     from raystore.remote.cluster import connect as connect
     from raystore.remote.cluster import list_stores as list_stores
     from raystore.remote.cluster import start as start
@@ -31,25 +28,28 @@ if TYPE_CHECKING:
     from raystore.runner import current as current
     from raystore.runner import run_one as run_one
     from raystore.spans import *  # noqa: F403
-    from raystore.trajectory import Split as Split
-    from raystore.trajectory import Trajectory as Trajectory
-    from raystore.trajectory import collate as collate
-    from raystore.trajectory import trajectories as trajectories
-    from raystore.triplet import Triplet as Triplet
-    from raystore.triplet import triplets as triplets
+    from raystore.tracing import semconv as semconv
+    from raystore.tracing.dialects import ModelCall as ModelCall
+    from raystore.tracing.dialects import model_calls as model_calls
+    from raystore.tracing.trajectories import Split as Split
+    from raystore.tracing.trajectories import Trajectory as Trajectory
+    from raystore.tracing.trajectories import collate as collate
+    from raystore.tracing.trajectories import trajectories as trajectories
+    from raystore.tracing.triplets import Triplet as Triplet
+    from raystore.tracing.triplets import triplets as triplets
     from raystore.types import *  # noqa: F403
 
 #: Where each public name lives.
 _NAMES = {
     "raystore.api": "LightningStore",
-    "raystore.memory": "InMemoryLightningStore",
-    "raystore.recovered": "RecoveredRun recover",
+    "raystore.client.local": "InMemoryLightningStore",
+    "raystore.client.recovered": "RecoveredRun recover",
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current run_one",
-    "raystore.dialects": "ModelCall model_calls",
-    "raystore.trajectory": "Trajectory Split trajectories collate",
-    "raystore.triplet": "Triplet triplets",
+    "raystore.tracing.dialects": "ModelCall model_calls",
+    "raystore.tracing.trajectories": "Trajectory Split trajectories collate",
+    "raystore.tracing.triplets": "Triplet triplets",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         Batch LedgerEntry
@@ -76,7 +76,7 @@ _NAMES = {
         Abort Drop
     """,
 }
-_MODULES = ("otel", "semconv")
+_MODULES = {"otel": "raystore.integrations.otel", "semconv": "raystore.tracing.semconv"}
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
@@ -86,7 +86,7 @@ if not TYPE_CHECKING:  # which would take any name for one of these
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:
-            return import_module(f"raystore.{name}")
+            return import_module(_MODULES[name])
         module = _HOME.get(name)
         if module is None:
             raise AttributeError(f"module 'raystore' has no attribute {name!r}")

@@ -119,8 +119,8 @@ class LightningStore(ABC):
     ) -> Rollout:
         """Put a rollout at the tail of its queue, status queuing.
 
-        `rollout_id` makes the call repeatable: the same content again (in any order of keys; `raystore.content` says
-        what is the same) returns the rollout that exists, other content raises `ConflictError`. A higher `priority` is
+        `rollout_id` makes the call repeatable: the same content again (in any order of keys; see `values.content`)
+        returns the rollout that exists, other content raises `ConflictError`. A higher `priority` is
         claimed first. `group_id` and `tags` (at most 16) are indexed; when absent, a well-formed one is lifted from
         `metadata`. Raises `OverloadedError` when `max_queued` is reached.
         """

@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from raystore.api import METHODS, LightningStore
-from raystore.calls import iterate_blocking, run_blocking
-from raystore.forms import explain_methods
+from raystore.client.pending import iterate_blocking, run_blocking
+from raystore.errors.calls import explain_methods
 from raystore.types import (
     UNSET,
     AnyRollout,

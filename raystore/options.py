@@ -10,14 +10,14 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
-from raystore import pickler
 from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig
-from raystore.convert import Encoder, filter_arguments, identifier, rollout_config
 from raystore.core.wanted import USUAL, make_filter
 from raystore.errors import AgentNotPicklableError, InvalidValueError
 from raystore.errors.words import either, meant
-from raystore.plain import plain, scalar
 from raystore.types import RolloutConfig, Span
+from raystore.values import pickler
+from raystore.values.plain import plain, scalar
+from raystore.wire.convert import Encoder, filter_arguments, identifier, rollout_config
 
 FILTERS = ("mode", "tags", "queue", "group_id", "status_in")
 RESUME = ("auto", "must", "never")

@@ -18,14 +18,14 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, PlainValidator
 
-from raystore import semconv
 from raystore.errors import InvalidValueError, PayloadNotReadableError
-from raystore.mistakes import Record
-from raystore.plain import LEAVES, plain, scalar
-from raystore.unread import Delivered
+from raystore.tracing import semconv
+from raystore.values.mistakes import Record
+from raystore.values.plain import LEAVES, plain, scalar
+from raystore.values.unread import Delivered
 
 PackedArray = Annotated[InstanceOf[array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]  # type: ignore[type-arg]  # subscriptable from 3.12 on
-#: OpenTelemetry's: sequences and mappings may be of each other. Packed arrays (`raystore.packed`) are sequences too.
+#: OpenTelemetry's: sequences and mappings may be of each other. Packed arrays (`values.arrays`) are sequences too.
 AttributeValue = PackedArray | str | bool | int | float | bytes | None | Sequence[Any] | Mapping[str, Any]
 
 

@@ -2,7 +2,7 @@
 
 Field names and defaults are the LightningStore contract's (agent-lightning 0.3.0); what raystore adds stands under
 "added" in each class. Answers are snapshots: changing one never changes the store.
-Not here: the store's own light records (`raystore.core.records`), how these travel (`raystore.convert`).
+Not here: the store's own light records (`raystore.core.records`), how these travel (`raystore.wire.convert`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ from pydantic import (
 )
 
 from raystore.errors import PayloadLostError
-from raystore.mistakes import Record
-from raystore.objects import Kept, Source
-from raystore.plain import scalar
 from raystore.spans import AttributeValue as AttributeValue
 from raystore.spans import Event as Event
 from raystore.spans import Link as Link
@@ -38,7 +35,10 @@ from raystore.spans import SpanContext as SpanContext
 from raystore.spans import SpanCoreFields as SpanCoreFields
 from raystore.spans import StatusCode as StatusCode
 from raystore.spans import TraceStatus as TraceStatus
-from raystore.unread import Delivered
+from raystore.values.mistakes import Record
+from raystore.values.objects import Kept, Source
+from raystore.values.plain import scalar
+from raystore.values.unread import Delivered
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from raystore import codec
+from raystore.wire import codec
 from tests.scripts import zoo
 
 SCRIPTS = Path(__file__).parent / "scripts"

@@ -14,12 +14,13 @@ import pytest
 from pydantic import ValidationError
 
 import raystore as rs
-from raystore import _sync, api, convert, types
+from raystore import _sync, api, types
 from raystore.client import StoreClient
-from raystore.codec import decode, describe, encode
 from raystore.core import records
 from raystore.core.payload import Payload
 from raystore.generate_sync import generate
+from raystore.wire import convert
+from raystore.wire.codec import decode, describe, encode
 
 
 @pytest.mark.parametrize(

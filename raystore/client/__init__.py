@@ -11,20 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, Self
 
-from raystore import convert
 from raystore._sync import SyncStore
 from raystore.api import METHODS, LightningStore
 from raystore.client.attempts import AttemptMethods
+from raystore.client.notices import Handler
 from raystore.client.resources import ResourceMethods
 from raystore.client.rollouts import RolloutMethods
 from raystore.client.spans import SpanMethods
 from raystore.client.training import TrainingMethods
 from raystore.client.waiting import WaitingMethods
 from raystore.client.workers import WorkerMethods
-from raystore.forms import explain_methods
-from raystore.losses import Reason
-from raystore.notices import Handler
+from raystore.errors.calls import explain_methods
+from raystore.tracing.losses import Reason
 from raystore.types import LightningStoreCapabilities, LightningStoreStatistics
+from raystore.wire import convert
 
 
 class StoreClient(

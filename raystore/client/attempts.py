@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Never
 
-from raystore import convert
 from raystore.api import LightningStore
 from raystore.client.connection import Connection
-from raystore.convert import validated
 from raystore.core.accounts import bounded_error
-from raystore.forms import NOT_GIVEN, typed_as, unfit
+from raystore.errors.calls import NOT_GIVEN, typed_as, unfit
 from raystore.types import (
     UNSET,
     Attempt,
@@ -25,6 +23,8 @@ from raystore.types import (
     Span,
     Unset,
 )
+from raystore.wire import convert
+from raystore.wire.convert import validated
 
 
 class AttemptMethods(Connection):

@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from raystore import convert
-from raystore.calls import Call
-from raystore.convert import Encoder
+from raystore.client.pending import Call
+from raystore.client.transport import Transport
 from raystore.core.verbs import Many
 from raystore.errors import AnswerGoneError
-from raystore.transport import Transport
 from raystore.types import PaginatedResult
+from raystore.wire import convert
+from raystore.wire.convert import Encoder
 
 T = TypeVar("T")
 

@@ -9,12 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raystore import convert
 from raystore.client.connection import Connection
-from raystore.convert import validated
 from raystore.core.payload import Opaque, Payload
 from raystore.errors import InvalidValueError
-from raystore.objects import Kept, Origin, Parts
 from raystore.types import (
     LLM,
     NamedResources,
@@ -26,6 +23,9 @@ from raystore.types import (
     ResourcesUpdate,
     SortOrder,
 )
+from raystore.values.objects import Kept, Origin, Parts
+from raystore.wire import convert
+from raystore.wire.convert import validated
 
 TO_PUBLISH = (
     "give each its name, {'prompt': rs.PromptTemplate(...)}, and wrap a plain value: rs.ObjectResource(value=...)"

@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Never
 from uuid import uuid4
 
-from raystore import convert
 from raystore.api import LightningStore
 from raystore.client.connection import Connection, cut
-from raystore.convert import made, validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError, StoreError
-from raystore.forms import NOT_GIVEN, typed_as, unfit
+from raystore.errors.calls import NOT_GIVEN, typed_as, unfit
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -33,6 +31,8 @@ from raystore.types import (
     TaskInput,
     Unset,
 )
+from raystore.wire import convert
+from raystore.wire.convert import made, validated
 
 TO_ENQUEUE = "wrap each task: rs.EnqueueRolloutRequest(input=task)"
 GROUP_ITEMS = 1_000_000  #: rollouts of one group, made by one call

@@ -11,20 +11,20 @@ from typing import Any, Literal, Never
 
 from pydantic import ValidationError
 
-from raystore import convert
 from raystore.api import LightningStore
 from raystore.client.connection import Connection, cut
-from raystore.convert import validated
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError, StoreError
-from raystore.forms import NOT_GIVEN, typed_as, unfit
-from raystore.mistakes import refusal
+from raystore.errors.calls import NOT_GIVEN, typed_as, unfit
 from raystore.types import (
     FilterLogic,
     PaginatedResult,
     SortOrder,
     Span,
 )
+from raystore.values.mistakes import refusal
+from raystore.wire import convert
+from raystore.wire.convert import validated
 
 logger = logging.getLogger("raystore")
 

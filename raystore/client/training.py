@@ -1,6 +1,6 @@
 """Training on each finished rollout exactly once: batches of a consumer, tied to the checkpoints of its model.
 
-Not here: what each method means (`raystore.api`), what decides (`raystore.core.consumers`).
+Not here: what each method means (`raystore.api`), what decides (`raystore.core.training`).
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raystore import convert
 from raystore.client.connection import Connection
-from raystore.convert import validated
 from raystore.errors import AnswerGoneError
 from raystore.types import Batch, LedgerEntry, RolloutMode, RolloutStatus, TagValue
+from raystore.wire import convert
+from raystore.wire.convert import validated
 
 A_BATCH = "pass what take() gave"
 

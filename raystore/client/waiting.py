@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from time import monotonic
 
-from raystore import convert
 from raystore.client.connection import Connection
-from raystore.convert import validated
 from raystore.errors import AnswerGoneError, RolloutNotFoundError
 from raystore.types import (
     AnyRollout,
@@ -19,6 +17,8 @@ from raystore.types import (
     RolloutMode,
     TagValue,
 )
+from raystore.wire import convert
+from raystore.wire.convert import validated
 
 LOOK_AGAIN_SECONDS = 10.0  #: after which `as_completed` asks whether what it waits for still exists
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raystore import convert
 from raystore.client.connection import Connection
 from raystore.types import (
     UNSET,
@@ -19,6 +18,7 @@ from raystore.types import (
     Worker,
     WorkerStatus,
 )
+from raystore.wire import convert
 
 
 class WorkerMethods(Connection):

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from raystore.core.consumers import unreserve
 from raystore.core.line import AGAIN, ERROR, PARTLY, VALUE, Kept, Reply
 from raystore.core.pieces import DIVISIBLE, RESERVING, pieces
 from raystore.core.state import Session, State
+from raystore.core.training import unreserve
 from raystore.core.verbs import CHANGING, HANDING, handed_again
 
 

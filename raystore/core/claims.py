@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
-from raystore.core import attempts, bounds, consumers, held_back, workers
+from raystore.core import attempts, bounds, held_back, training, workers
 from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
 from raystore.core.rollouts import move, stop_waiting, unqueue
@@ -117,7 +117,7 @@ def acknowledge(state: State, step: Step, session: Session, keys: Sequence[Hande
     lost: list[HandedKey] = []
     for key in keys:
         if is_batch(key):
-            if not consumers.received(state, session, key):
+            if not training.received(state, session, key):
                 lost.append(key)
         elif not is_claim(key):
             continue
@@ -164,8 +164,8 @@ def take_back(state: State, step: Step, session: Session, key: HandedKey, *, why
     """
     if is_batch(key):
         if why == "declined":
-            return consumers.decline(state, step, session, key)
-        consumers.leave(state, session, key)
+            return training.decline(state, step, session, key)
+        training.leave(state, session, key)
         return True
     return is_claim(key) and _undo(state, step, session, key, why, is_stop)
 
@@ -247,7 +247,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if len(state.ended_sessions) >= bounds.ENDED_SESSIONS + bounds.SURPLUS:
         state.has_surplus = True
     for batch in list(session.batches):
-        consumers.leave(state, session, batch)
+        training.leave(state, session, batch)
     held, claims = list(session.held), list(session.claims)
     if held or claims:
         company = len(held) + len(claims)
@@ -269,7 +269,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     session.claims.clear()
     session.notices.clear()
     session.chains.clear()
-    consumers.unreserve(state, session)
+    training.unreserve(state, session)
     if state.drained == session.session_id:
         state.drained = None
     state.session_deadlines.guard(session.session_id)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore.core import claims, consumers
+from raystore.core import claims, training
 from raystore.core.changes import FEED_LENGTH
 from raystore.core.lifecycle import ROLLOUT_STATUSES
 from raystore.core.state import State
@@ -46,5 +46,5 @@ def counts(state: State) -> dict[str, Any]:
         "change_feed_length": FEED_LENGTH,
         "memory_full": state.memory_full,
         "waits_for_consumer": state.waits_for,
-        "consumers": consumers.describe(state),
+        "consumers": training.describe(state),
     }

@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from raystore.core import attempts, claims, consumers, held_back, query, retention, rollouts, wanted, workers
+from raystore.core import attempts, claims, held_back, query, retention, rollouts, training, wanted, workers
 from raystore.core.accounts import bounded_error
 from raystore.core.lifecycle import FINISHED
 from raystore.core.payload import Payload, size_of
@@ -375,15 +375,15 @@ def _take(
         for key in step.session.line.handed.pop(of, []):
             if claims.is_batch(key) and (found := batch_again(state, step.session, key)) is not None:
                 return found
-    known = consumers.prepare(state, step, consumer, asked, max_open)
-    if timeout > 0 and not consumers.is_ready(state, known, count):
+    known = training.prepare(state, step, consumer, asked, max_open)
+    if timeout > 0 and not training.is_ready(state, known, count):
         return None
     return take(state, step, consumer, count)
 
 
 def take(state: State, step: Step, consumer: str, count: int) -> Batch:
     """A batch of what there is now, up to so many."""
-    number, rollout_ids = consumers.take(state, step, consumer, count)
+    number, rollout_ids = training.take(state, step, consumer, count)
     return [_with_attempt(state.entries[rollout_id]) for rollout_id in rollout_ids], number
 
 
@@ -397,32 +397,32 @@ def batch_again(state: State, session: Session, key: BatchKey) -> Batch | None:
 
 def _get_batch(state: State, step: Step, *, consumer: Id, batch: int) -> Many:
     """What is in a batch that is open, for a caller that has lost a part of its answer."""
-    found = [_with_attempt(state.entries[i]) for i in consumers.rollouts_of(state, consumer, batch)]
+    found = [_with_attempt(state.entries[i]) for i in training.rollouts_of(state, consumer, batch)]
     return Many(found, batch)
 
 
 def _ack(state: State, step: Step, *, consumer: Id, batch: int, at_step: Whole, note: Text | None) -> None:
-    consumers.acknowledge(state, step, consumer, batch, at_step, note)
+    training.acknowledge(state, step, consumer, batch, at_step, note)
 
 
 def _nack(state: State, step: Step, *, consumer: Id, batch: int) -> None:
-    consumers.give_back(state, step, consumer, batch)
+    training.give_back(state, step, consumer, batch)
 
 
 def _checkpoint(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int:
-    return consumers.checkpoint(state, step, consumer, at_step)
+    return training.checkpoint(state, step, consumer, at_step)
 
 
 def _rewind(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int:
-    return consumers.rewind(state, step, consumer, at_step)
+    return training.rewind(state, step, consumer, at_step)
 
 
 def _forget_consumer(state: State, step: Step, *, consumer: Id) -> int:
-    return consumers.forget(state, step, consumer)
+    return training.forget(state, step, consumer)
 
 
 def _ledger(state: State, step: Step, *, consumer: Id) -> Many:
-    rows = consumers.ledger(state, consumer)
+    rows = training.ledger(state, consumer)
     return Many(rows, len(rows))
 
 

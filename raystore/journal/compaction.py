@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from raystore.errors import JournalInUseError, JournalMissingError, StoreError
-from raystore.failpoints import failpoint
-from raystore.journal import frames
-from raystore.journal.frames import Head
-from raystore.journal.reading import Reading
+from raystore.journal import format
+from raystore.journal.failpoints import failpoint
+from raystore.journal.files import BODIES, RECORDS, SNAPSHOT, Directory, Place, unfinished
+from raystore.journal.format import Head
+from raystore.journal.reader import Reading
 from raystore.journal.replay import Replay, replay
-from raystore.journal.segments import BODIES, RECORDS, SNAPSHOT, Directory, Place, unfinished
 
 DIFFERS = 3  #: exit code: the state is not what its writer found
 COPY_BYTES = 8 * 1024 * 1024
@@ -141,9 +141,9 @@ def _drop_segments(directory: Directory, place: Place, needed: list[int]) -> int
 def _records_in(path: Path) -> tuple[int, int, int]:
     """How many records a file holds, and the numbers of the first and the last."""
     with open(path, "rb") as file:
-        head, at = frames.unpack_head(file.read(frames.HEAD_BYTES), str(path))
+        head, at = format.unpack_head(file.read(format.HEAD_BYTES), str(path))
         count, last = 0, head.first - 1
-        while (found := frames.skip_frame(os.pread(file.fileno(), frames.FRAME_BYTES, at), at)) is not None:
+        while (found := format.skip_frame(os.pread(file.fileno(), format.FRAME_BYTES, at), at)) is not None:
             numbers, at = found
             count += len(numbers)
             last = numbers.stop - 1
@@ -156,10 +156,10 @@ def _copy(path: Path, target: Path, live: set[int]) -> int:
     with unfinished(target) as new:
         with open(new, "wb", buffering=COPY_BYTES) as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write(frames.pack_head(head))
+            file.write(format.pack_head(head))
             for number, record in found:
                 if number in live:
-                    for chunk in frames.pack_frame([record], number, 0):
+                    for chunk in format.pack_frame([record], number, 0):
                         file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
@@ -174,11 +174,11 @@ def read_sparse(path: Path) -> tuple[Head, Any]:
     """The head of a file of records, and its records with their numbers, of which some may be missing."""
     with open(path, "rb") as file:
         data = memoryview(file.read())
-    head, at = frames.unpack_head(data, str(path))
+    head, at = format.unpack_head(data, str(path))
 
     def found() -> Any:
         position = at
-        while (frame := frames.read_frame(data, position)) is not None:
+        while (frame := format.read_frame(data, position)) is not None:
             yield from enumerate(frame.records(), frame.first)
             position = frame.end
 

@@ -2,7 +2,7 @@
 
 Whoever publishes an object writes its file, once the store has the version that refers to it; the file goes when no
 version refers to it any more. What a crash left is cleared away when the next process begins.
-Not here: the form of a file, reading and writing one (`raystore.objects`).
+Not here: the form of a file, reading and writing one (`raystore.values.objects`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import secrets
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from raystore.journal.segments import Directory
-from raystore.objects import TOKEN, ObjectFiles
+from raystore.journal.files import Directory
+from raystore.values.objects import TOKEN, ObjectFiles
 
 OBJECTS = "objects"  #: the directory, in that of the journal
 

@@ -23,16 +23,16 @@ from raystore.errors import (
     JournalMissingError,
     StoreError,
 )
-from raystore.failpoints import failpoint
 from raystore.journal import records
 from raystore.journal.compaction import rewrite
-from raystore.journal.keeper import Keeper
-from raystore.journal.log import FULL_SECONDS, Log, is_full
+from raystore.journal.failpoints import failpoint
+from raystore.journal.files import RECORDS, SNAPSHOT, Directory, Place
 from raystore.journal.progress import Progress, Watch
-from raystore.journal.reading import Reading, settled
+from raystore.journal.reader import Reading, settled
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
-from raystore.journal.segments import RECORDS, SNAPSHOT, Directory, Place
+from raystore.journal.snapshotter import Keeper
+from raystore.journal.writer import FULL_SECONDS, Log, is_full
 
 logger = logging.getLogger("raystore.store")
 

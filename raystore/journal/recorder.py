@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raystore import wire
 from raystore.core.state import Step
 from raystore.core.verbs import CHANGING, is_part
 from raystore.errors import JournalFullError, OverloadedError, StoreError, again, to_record
 from raystore.journal import records
-from raystore.journal.log import Log
+from raystore.journal.writer import Log
+from raystore.wire import frames
 
 REFUSED_KEPT = 1_000  #: bulk calls of which a part found no room
 LOCAL = 0  #: sequence of what is no batch: a call within the store's process
@@ -155,5 +155,5 @@ class Recorder:
 
 def local_source(session_id: str, ticket: int, verb: str, arguments: dict[str, Any]) -> Source:
     """A call within the store's process, as bytes."""
-    packed = wire.pack_operation(verb, arguments)
+    packed = frames.pack_operation(verb, arguments)
     return Source(session_id, LOCAL, ticket, [packed.frame, *packed.large])

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from raystore import wire
 from raystore.core.state import Step
+from raystore.wire import frames
 
 START = "start"  # a process begins to write: [who, settings, place up to which it read, how long nobody wrote or None]
 BATCH = "batch"  # [items that ran, operations that had run before], and the batch's bytes
@@ -45,9 +45,9 @@ class Told(NamedTuple):
 
 def pack(kind: str, step: Step, minted: int, session_id: str | None, arguments: Sequence[Any]) -> bytes:
     """The head of a record."""
-    return wire.pack((kind, step.now, step.age, step.seed, minted, session_id, arguments)).frame
+    return frames.pack((kind, step.now, step.age, step.seed, minted, session_id, arguments)).frame
 
 
 def unpack(head: bytes | memoryview) -> Told:
     """The head of a record, read."""
-    return Told(*wire.unpack(head, []))
+    return Told(*frames.unpack(head, []))

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raystore import wire
 from raystore.core import format1, verbs, wanted, watchdog
 from raystore.core.batches import Item, Run, to_keep
 from raystore.core.digest import verify
@@ -21,13 +20,14 @@ from raystore.core.state import Session, Settings, State, Step
 from raystore.core.steps import STEPS
 from raystore.core.verbs import CHANGING
 from raystore.errors import StoreError, to_record
-from raystore.failpoints import failpoint
-from raystore.journal import records, snapshot
-from raystore.journal.frames import FORMAT, Head
+from raystore.journal import records, snapshot_file
+from raystore.journal.failpoints import failpoint
+from raystore.journal.files import Place
+from raystore.journal.format import FORMAT, Head
 from raystore.journal.progress import Watch
-from raystore.journal.reading import Reading
+from raystore.journal.reader import Reading
 from raystore.journal.records import Told
-from raystore.journal.segments import Place
+from raystore.wire import frames
 
 WAITING = frozenset({"dequeue", "take"})  #: what changes something and may wait before it does
 NOTICES_KEPT = 1_000  #: of a session; which of them it has seen is not known, so the newest come again
@@ -78,7 +78,7 @@ class Replay:
         self.state.spans.keeps_bodies = False
         self._settings: dict[str, Any] = {}
         self._runs: dict[str, _Begun] = {}  # by session
-        self._indexes: snapshot.IndexFile | None = None
+        self._indexes: snapshot_file.IndexFile | None = None
         self._rules = _RULES[FORMAT]  # of the record that is done again
 
     @classmethod
@@ -86,12 +86,12 @@ class Replay:
         """The state that a snapshot holds."""
         follower = cls()
         state = follower.state
-        *_, format_ = snapshot.read_head(path)
-        follower._indexes, more = snapshot.read(path, state, watch)
+        *_, format_ = snapshot_file.read_head(path)
+        follower._indexes, more = snapshot_file.read(path, state, watch)
         follower.last, follower.now, follower.started = more["last"], more["now"], more["started"]
         follower._configure(more["settings"])
         for session_id, record, sequence, parts, number, cut in more["runs"]:
-            header, *operations = wire.split(parts, None)
+            header, *operations = frames.split(parts, None)
             kept = state.sessions[session_id].line.kept.get(sequence) or Kept(header[6], [])
             run = _RULES[format_].run_of(state, state.sessions[session_id], kept, operations)
             run.go_on(number, [Item(*row) for row in cut])
@@ -111,7 +111,7 @@ class Replay:
         }  # fmt: skip
         told = {"offset": place.offset, "who": self.started}
         head = Head(self.started["store_id"], place.epoch, place.number, place.last + 1, more=told)
-        return snapshot.write(path, head, self.state, self._indexes, more)
+        return snapshot_file.write(path, head, self.state, self._indexes, more)
 
     def feed(self, number: int, record: list[memoryview], format_: int = FORMAT) -> None:
         """Do what one record says, by the rules of the format in which it was written."""
@@ -167,7 +167,7 @@ class Replay:
 
     def _batch(self, told: Told, record: list[memoryview]) -> None:
         parts = [bytes(part) for part in record[1:]]
-        header, *operations = wire.split(parts, None)
+        header, *operations = frames.split(parts, None)
         _, _, session_id, sequence, answered, ahead, first_ticket, *_ = header
         line = self._session(told).line
         line.heard(answered, ahead)
@@ -191,7 +191,7 @@ class Replay:
             run.answer(item, self._operation(step, item.verb, item.arguments))
 
     def _call(self, told: Told, record: list[memoryview]) -> None:
-        verb, arguments = wire.unpack(record[1], [], (bytes(part) for part in record[2:]))
+        verb, arguments = frames.unpack(record[1], [], (bytes(part) for part in record[2:]))
         step = self._step(told)
         step.record = self.last
         reply = self._operation(step, verb, arguments)

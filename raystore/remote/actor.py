@@ -25,17 +25,18 @@ from typing import Any
 
 import ray
 
-from raystore import __version__, wire
-from raystore.clock import LoopAlarm
+from raystore import __version__
 from raystore.config import StoreConfig, memory_capacity, resolve
 from raystore.core.state import Settings
 from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
 from raystore.journal.progress import Watch
-from raystore.remote.front import Front
+from raystore.remote.endpoint import Front
 from raystore.remote.lifelines import Lifelines
 from raystore.remote.processes import here
-from raystore.service import PROTOCOL, Service
+from raystore.service.clock import LoopAlarm
+from raystore.service.service import PROTOCOL, Service
+from raystore.wire import frames
 
 logger = logging.getLogger("raystore.store")
 
@@ -165,20 +166,20 @@ class StoreActor:
             "objects": None if service.objects is None else service.objects.told(),
         }
 
-    async def exchange(self, *parts: bytes, refs: dict[int, list[Any]] | None = None) -> wire.Answer:
+    async def exchange(self, *parts: bytes, refs: dict[int, list[Any]] | None = None) -> frames.Answer:
         """Run a batch of operations of a session; what became of it, and their answers."""
         if not self._is_read:
             await self._until_read()
         if self._refusal is not None:
-            return wire.pack_answer(0, wire.BROKEN, to_record(self._refusal))
+            return frames.pack_answer(0, frames.BROKEN, to_record(self._refusal))
         return await self._open().exchange(parts, refs)
 
-    async def listen(self, frame: bytes) -> wire.Answer:
+    async def listen(self, frame: bytes) -> frames.Answer:
         """Wait for answers of parked calls and for notices of a session."""
         if not self._is_read:
             await self._until_read()
         if self._refusal is not None:
-            return wire.pack_answer(0, wire.BROKEN, to_record(self._refusal))
+            return frames.pack_answer(0, frames.BROKEN, to_record(self._refusal))
         return await self._open().listen(frame)
 
     async def linger(self, session_id: str) -> None:

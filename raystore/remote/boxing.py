@@ -1,6 +1,6 @@
 """Putting large objects where they belong when they are published: Ray's object store, and the journal.
 
-Not here: holding on to what was published (`held`), the form of a file (`raystore.objects`).
+Not here: holding on to what was published (`held`), the form of a file (`raystore.values.objects`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import ray
 
-from raystore.calls import in_thread
+from raystore.client.pending import in_thread
 from raystore.errors import JournalFailedError
-from raystore.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 from raystore.types import ObjectResource
+from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 
 BOXED_FROM_BYTES = 64 * 1024  #: larger objects in resources go to Ray's object store
 FETCH_SECONDS = 60.0  #: that an object may take to come here, to be written down

@@ -15,7 +15,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig
-from raystore.convert import identifier
 from raystore.errors import (
     InvalidValueError,
     NotAStoreError,
@@ -23,13 +22,14 @@ from raystore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from raystore.forms import explained
+from raystore.errors.calls import explained
 from raystore.journal.opening import usable
 from raystore.options import make_config
 from raystore.remote.actor import StoreActor
 from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, store_info
 from raystore.remote.store import RayLightningStore, end, own
 from raystore.types import RolloutConfig, Span, StoreInfo
+from raystore.wire.convert import identifier
 
 logger = logging.getLogger("raystore")
 

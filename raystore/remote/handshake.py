@@ -12,7 +12,8 @@ from typing import Any
 
 import ray
 
-from raystore import __version__, forks
+from raystore import __version__
+from raystore.client import forks
 from raystore.errors import (
     ForkedError,
     NotAStoreError,
@@ -21,7 +22,7 @@ from raystore.errors import (
     StoreUnavailableError,
     from_record,
 )
-from raystore.service import PROTOCOL
+from raystore.service.service import PROTOCOL
 from raystore.types import StoreInfo
 
 CLIENT = (PROTOCOL, f"raystore {__version__}")  #: what this side of a session is

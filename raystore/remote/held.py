@@ -2,7 +2,7 @@
 
 Ray frees an object that nobody refers to, and what the store refers to dies with its process. So whoever published an
 object refers to it, too, until the store says that nobody needs it any more, and tells each process of the store anew.
-Not here: objects in the journal (`raystore.objects`).
+Not here: objects in the journal (`raystore.values.objects`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from raystore.core.payload import PLAIN, Payload
-from raystore.remote.outgoing import Operation
+from raystore.remote.batching import Operation
 
 EARLY_KEPT = 1_000  #: words of the store that overtook the answer they are about
 

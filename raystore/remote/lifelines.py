@@ -22,7 +22,7 @@ import ray
 from raystore.core.claims import JOB_ENDED
 from raystore.core.state import Session
 from raystore.remote.processes import Process, here, is_gone, process_of
-from raystore.service import Service
+from raystore.service.service import Service
 
 logger = logging.getLogger("raystore.store")
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from raystore import wire
 from raystore.errors import StoreUnavailableError, from_record
 from raystore.remote.handshake import CLIENT
+from raystore.wire import frames
 
 if TYPE_CHECKING:
     from raystore.remote.session import Session
@@ -38,7 +38,7 @@ class Listening:
         if not session.is_connected():
             return False
         try:
-            reference = session.handle.listen.remote(wire.pack([*CLIENT, session_id, tickets, session.epoch])[0])
+            reference = session.handle.listen.remote(frames.pack([*CLIENT, session_id, tickets, session.epoch])[0])
             reference.future().add_done_callback(lambda future: self._on_listened(session_id, tickets, future))
         except Exception as error:
             session.fail(StoreUnavailableError(session.store, f"{type(error).__name__}: {error}"))
@@ -47,7 +47,7 @@ class Listening:
     def _on_listened(self, session_id: str, tickets: list[int], future: Any) -> None:
         session = self._session
         try:
-            epoch, outcome, *rest = wire.unpack_answer(future.result())
+            epoch, outcome, *rest = frames.unpack_answer(future.result())
         except Exception as error:  # no answer, or none that can be read
             with session.lock:  # of a session that was renewed meanwhile the same tickets would be other calls
                 session.parked.listened(tickets if session_id == session.session_id else [])
@@ -65,15 +65,15 @@ class Listening:
         with session.lock:
             session.parked.listened([])
             is_ours = session_id == session.session_id
-            resumed = session.follow(epoch) if is_ours and outcome == wire.DONE else []
+            resumed = session.follow(epoch) if is_ours and outcome == frames.DONE else []
         if not is_ours:
             session.timer.wake()
             return
-        if outcome == wire.BROKEN:
+        if outcome == frames.BROKEN:
             session.fail(from_record(*rest[0]))
         elif epoch < session.epoch:
             session.timer.listen_failed()
-        elif outcome == wire.DONE:
+        elif outcome == frames.DONE:
             later, hint = rest
             with session.lock:
                 session.parked.take_hint(hint)
@@ -81,7 +81,7 @@ class Listening:
             session.receive(later)
             session.resume(resumed)
             self.start()
-        elif outcome == wire.ENDED and session.parked:
+        elif outcome == frames.ENDED and session.parked:
             session.renew(epoch)
         else:
             session.parked.unwanted()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from raystore import wire
-from raystore.remote.outgoing import Operation
+from raystore.remote.batching import Operation
+from raystore.wire import frames
 
 Reply = list[Any]
 
@@ -65,7 +65,7 @@ class ParkedCalls:
             if ticket in self._acknowledgements:
                 continue
             self._acknowledgements.append(ticket)
-            if reply[0] == wire.NOTICE:
+            if reply[0] == frames.NOTICE:
                 if ticket < self._noticed:  # else it has come before, and its acknowledgement is on its way
                     self._noticed = ticket
                     notices.append(reply[1:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 
-from raystore.remote.outgoing import Batch
+from raystore.remote.batching import Batch
 
 RETRY_SECONDS = 60.0  #: how long a batch is tried again when the actor does not answer
 PAUSE_SECONDS = 0.1  #: before a batch is sent again; doubled each time ...

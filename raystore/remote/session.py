@@ -20,7 +20,8 @@ from typing import Any
 
 import ray
 
-from raystore import wire
+from raystore.client.notices import Notices
+from raystore.client.transport import giving_back, handed_keys, with_time_left, without
 from raystore.core.resources import FREED
 from raystore.core.state import HandedKey
 from raystore.core.verbs import HANDING
@@ -34,20 +35,19 @@ from raystore.errors import (
     again,
     from_record,
 )
-from raystore.notices import Notices
 from raystore.remote import retries
+from raystore.remote.batching import WINDOW, Batch, Operation, Outgoing
+from raystore.remote.claim_acks import ClaimLedger
 from raystore.remote.handshake import CLIENT, ray_connection
 from raystore.remote.held import HeldObjects, HoldAgain
-from raystore.remote.ledger import ClaimLedger
 from raystore.remote.lifeline import Lifeline
 from raystore.remote.listening import Listening
-from raystore.remote.outgoing import WINDOW, Batch, Operation, Outgoing
 from raystore.remote.parked import ParkedCalls
 from raystore.remote.processes import this_process
 from raystore.remote.retries import Retries
 from raystore.remote.timer import SessionTimer
-from raystore.service import PROTOCOL
-from raystore.transport import giving_back, handed_keys, with_time_left, without
+from raystore.service.service import PROTOCOL
+from raystore.wire import frames
 
 logger = logging.getLogger("raystore")
 
@@ -199,7 +199,7 @@ class Session:
     def _on_reply(self, batch: Batch, future: Any) -> None:
         """An answer has come, on a thread of Ray's."""
         try:
-            epoch, outcome, *rest = wire.unpack_answer(future.result())
+            epoch, outcome, *rest = frames.unpack_answer(future.result())
         except Exception as error:  # no answer, or none that can be read
             self._on_failure(batch, error)
             return
@@ -212,16 +212,16 @@ class Session:
     def _on_answer(self, batch: Batch, epoch: int, outcome: int, rest: list[Any]) -> None:
         if batch.session_id != self.session_id:
             return  # of a session that was renewed: its operations were sent again
-        if outcome == wire.REFUSED:
+        if outcome == frames.REFUSED:
             self.fail(ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", rest[0]))
             return
-        if outcome == wire.BROKEN:
+        if outcome == frames.BROKEN:
             self._on_broken(batch, from_record(*rest[0]))
             return
         if epoch < self.epoch:  # of a process that has been replaced, and does not know it yet
             self._on_failure(batch, StoreUnavailableError(self.store, "a process answered that was replaced"))
             return
-        if outcome == wire.ENDED:
+        if outcome == frames.ENDED:
             self.renew(epoch)
             return
         replies, later, lost, hint = rest
@@ -238,7 +238,7 @@ class Session:
             while self._answered + 1 in self._answered_ahead:
                 self._answered += 1
                 self._answered_ahead.discard(self._answered)
-            answers = [(op, (reply[0] == wire.PARKED and self.parked.park(op)) or reply) for op, reply in answers]
+            answers = [(op, (reply[0] == frames.PARKED and self.parked.park(op)) or reply) for op, reply in answers]
             self.parked.take_hint(hint)
         self._settle(answers)
         if later:
@@ -259,19 +259,19 @@ class Session:
         by_loop: dict[asyncio.AbstractEventLoop, list[Operation]] = {}
         for operation, reply in answers:
             kind = reply[0]
-            if kind == wire.VALUE and operation.cancels is None and operation.verb not in HANDING:
+            if kind == frames.VALUE and operation.cancels is None and operation.verb not in HANDING:
                 operation.put(reply[1], None)
                 if operation.loop is not None and not operation.abandoned:
                     by_loop.setdefault(operation.loop, []).append(operation)
                 continue
-            if kind == wire.PARKED:
+            if kind == frames.PARKED:
                 if operation.abandoned:
                     self._cancel_wait(operation)
                 continue
             if operation.cancels is not None and reply[1] is True:  # nothing will come for it any more
                 with self.lock:
                     self.parked.forget(operation.cancels)
-            if kind == wire.ERROR:
+            if kind == frames.ERROR:
                 operation.put(None, from_record(reply[1], reply[2]))
             else:
                 if reply[1] and (keys := handed_keys(operation.verb, operation.arguments, reply[1])):

@@ -12,24 +12,23 @@ from typing import Any
 
 import ray
 
-from raystore import forks
 from raystore._sync import SyncStore
-from raystore.calls import in_thread
-from raystore.client import StoreClient
+from raystore.client import StoreClient, forks
+from raystore.client.pending import in_thread
 from raystore.client.resources import Boxed
+from raystore.client.testing import Testing
 from raystore.config import StoreConfig
 from raystore.core.payload import Opaque, Payload
 from raystore.errors import (
     StoreUnavailableError,
 )
-from raystore.objects import Origin
 from raystore.options import make_encoder
 from raystore.remote import boxing
 from raystore.remote.handshake import describe, find_actor, join_cluster_of, ray_connection, store_info
 from raystore.remote.session import Session
 from raystore.remote.transport import ActorTransport
-from raystore.testing import Testing
 from raystore.types import NamedResources, ObjectResource, StoreInfo
+from raystore.values.objects import Origin
 
 logger = logging.getLogger("raystore")
 

@@ -13,12 +13,12 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from raystore import forks
-from raystore.calls import Call
+from raystore.client import forks
+from raystore.client.notices import Handler
+from raystore.client.pending import Call
 from raystore.errors import ForkedError, StoreClosedError, StoreUnavailableError
-from raystore.notices import Handler
+from raystore.remote.batching import Operation
 from raystore.remote.handshake import describe, find_actor, ray_connection
-from raystore.remote.outgoing import Operation
 from raystore.remote.session import Session
 
 _sessions: dict[bytes, tuple[int, Session]] = {}  # of this process, by actor, with the process they belong to

@@ -17,14 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from raystore import pickler
-from raystore.calls import run_blocking
 from raystore.client import StoreClient
+from raystore.client.pending import run_blocking
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.runner.agents import Agents
-from raystore.runner.inline import InlineAgents
+from raystore.runner.inline_agents import InlineAgents
 from raystore.runner.told import last_line, portable, text_of
 from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, runner_id
+from raystore.values import pickler
 
 logger = logging.getLogger("raystore.runner")
 
@@ -42,7 +42,7 @@ class RunnerActor:
         self._store = store
         self._agents: Agents
         if options.isolation == "process":
-            from raystore.runner.forked import ForkedAgents
+            from raystore.runner.process_agents import ForkedAgents
 
             self._agents = ForkedAgents(agent, options.concurrency, worker_id)
         else:
@@ -115,7 +115,7 @@ class RunnerActors:
     ) -> None:
         import ray
 
-        from raystore.runner.forked import pickled
+        from raystore.runner.process_agents import pickled
 
         self._store = store
         self._size = size

@@ -16,14 +16,15 @@ from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any
 
-from raystore import plain, semconv
 from raystore.errors import InvalidValueError, NoSuchResourceError
 from raystore.errors.words import meant
-from raystore.losses import Reason
-from raystore.packed import pack_floats, pack_integers
 from raystore.runner.told import report, summary, text_of
 from raystore.spans import Event, Span, TraceStatus, attributes_of
+from raystore.tracing import semconv
+from raystore.tracing.losses import Reason
 from raystore.types import LLM, Attempt, AttemptedRollout
+from raystore.values import plain
+from raystore.values.arrays import pack_floats, pack_integers
 
 
 class _Resources(dict[str, Any]):

@@ -11,10 +11,10 @@ import threading
 from array import array
 from collections.abc import Callable
 
-from raystore import forks
-from raystore.dialects import CallsSeen
-from raystore.losses import Losses
+from raystore.client import forks
 from raystore.spans import Span
+from raystore.tracing.dialects import CallsSeen
+from raystore.tracing.losses import Losses
 
 logger = logging.getLogger("raystore.runner")
 

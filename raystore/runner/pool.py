@@ -13,15 +13,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from raystore import convert
 from raystore.client import StoreClient
+from raystore.client.local import InMemoryLightningStore
 from raystore.errors import InvalidValueError, NotAStoreError
-from raystore.forms import explained
-from raystore.memory import InMemoryLightningStore
+from raystore.errors.calls import explained
 from raystore.runner import agents
 from raystore.runner.actors import RunnerActors
-from raystore.runner.threads import RunnerThreads
+from raystore.runner.local_runners import RunnerThreads
 from raystore.runner.worker import STOP_SECONDS, RunnerOptions
+from raystore.wire import convert
 
 
 class RunnerPool:

@@ -23,8 +23,8 @@ from typing import Any
 
 import psutil
 
-from raystore.calls import run_blocking
 from raystore.client import StoreClient
+from raystore.client.pending import run_blocking
 from raystore.errors import (
     InvalidValueError,
     OutcomeUnknownError,
@@ -34,13 +34,13 @@ from raystore.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from raystore.losses import Losses
 from raystore.runner.agents import Agents, Ending, lost_resources
 from raystore.runner.cache import ResourceCache
 from raystore.runner.context import STOPPED, Context, apart
 from raystore.runner.outbox import Outbox
 from raystore.runner.told import last_line, summary
 from raystore.spans import Span, is_traced
+from raystore.tracing.losses import Losses
 from raystore.types import AttemptedRollout
 
 logger = logging.getLogger("raystore.runner")

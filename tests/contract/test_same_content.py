@@ -23,8 +23,8 @@ import pydantic
 import pytest
 
 import raystore as rs
-from raystore.content import digest
 from raystore.core.payload import BY_BYTES, CANONICAL
+from raystore.values.content import digest
 
 
 @dataclasses.dataclass

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 import raystore as rs
-from raystore import convert
 from raystore.core.changes import ChangeFeed
+from raystore.wire import convert
 from tests.helpers import claim, until
 
 

@@ -21,8 +21,8 @@ import raystore as rs
 from raystore.api import METHODS, LightningStore
 from raystore.client import StoreClient
 from raystore.errors import InvalidValueError
-from raystore.forms import explained
-from raystore.mistakes import Record, refusal
+from raystore.errors.calls import explained
+from raystore.values.mistakes import Record, refusal
 from tests.helpers import claim
 
 REQUEST = rs.EnqueueRolloutRequest(input=1)

@@ -7,7 +7,7 @@ import pytest
 from raystore.core.state import CLAIM_SECONDS, SESSION_SILENCE_SECONDS
 from raystore.core.verbs import VERBS
 from raystore.errors import ClaimLostError, InvalidValueError
-from raystore.shell import SHELL
+from raystore.service.shell import SHELL
 
 
 def test_unacknowledged_claim_is_withdrawn_without_a_trace(core):

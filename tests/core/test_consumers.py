@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raystore.core import consumers, eviction
+from raystore.core import eviction, training
 from raystore.core.state import CLAIM_SECONDS
 from raystore.core.wanted import COMING, WANTED, eviction_class
 from raystore.errors import BatchConflictError, BatchHeldError
@@ -32,7 +32,7 @@ def test_a_batch_of_an_ended_session_comes_again_before_anything_else(core):
     with pytest.raises(BatchHeldError, match="taken by session one"):
         take(core, two, max_open=2)
     core.end(one)
-    assert [b["session"] for b in consumers.describe(core.state)["t"]["open"]] == [None, None]
+    assert [b["session"] for b in training.describe(core.state)["t"]["open"]] == [None, None]
     assert take(core, two, 9) == (done[:2], 1)
     assert take(core, two, 9, max_open=3) == (done[2:3], 2)
     assert take(core, two, 9, max_open=3) == (done[3:], 3)
@@ -105,7 +105,7 @@ def test_what_was_dropped_is_awaited_by_nobody(core):
     core.run("checkpoint", consumer="t", at_step=0)
     (key,) = core.hold(session)
     core.finish(key, "failed", "dropped", session)
-    assert consumers.describe(core.state)["t"]["awaited"] == 0
+    assert training.describe(core.state)["t"]["awaited"] == 0
     core.report(key, "failed", session)
     assert take(core, session, status_in=["failed"])[0] == [rollout_id]
 
@@ -115,9 +115,9 @@ def test_a_mode_that_is_set_later_counts(core):
     rollout_id, other, session = core.enqueue(mode="val"), core.enqueue(mode="train"), core.open("one")
     assert core.run("take", session=session, consumer="t", count=1, mode="train", timeout=5.0) is None
     known = core.state.consumers["t"]
-    assert consumers.may_still_come(core.state, known)
+    assert training.may_still_come(core.state, known)
     core.run("update_rollout", rollout_id=other, changes={"mode": "val"})
-    assert not consumers.may_still_come(core.state, known)
+    assert not training.may_still_come(core.state, known)
     core.run("update_rollout", rollout_id=rollout_id, changes={"status": "succeeded"})
     core.run("update_rollout", rollout_id=rollout_id, changes={"mode": "train"})
     assert take(core, session)[0] == [rollout_id]

@@ -16,7 +16,7 @@ from raystore.core.records import Span
 from raystore.core.schema import Id, Part, Row, Rule, Schema, Seconds, Tags, Value, Whole
 from raystore.core.verbs import VERBS
 from raystore.errors import InvalidValueError
-from raystore.shell import SHELL
+from raystore.service.shell import SHELL
 
 
 class Changes(TypedDict, total=False):

@@ -13,13 +13,13 @@ import random
 import sys
 
 import raystore as rs
-from raystore.journal import keeper, log
+from raystore.journal import snapshotter, writer
 from tests.channel import take_stdout
 from tests.helpers import make_span
 
-log.SEGMENT_BYTES = int(os.environ.get("SEGMENT_BYTES", log.SEGMENT_BYTES))
-log.SPACE_BYTES = int(os.environ.get("SPACE_BYTES", log.SPACE_BYTES))
-keeper.VERIFY_LAG = 10
+writer.SEGMENT_BYTES = int(os.environ.get("SEGMENT_BYTES", writer.SEGMENT_BYTES))
+writer.SPACE_BYTES = int(os.environ.get("SPACE_BYTES", writer.SPACE_BYTES))
+snapshotter.VERIFY_LAG = 10
 
 
 def say(*what: object) -> None:

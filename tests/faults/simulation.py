@@ -17,22 +17,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raystore import wire
-from raystore.clock import ManualClock, NoAlarm
-from raystore.codec import encode
 from raystore.config import StoreConfig
 from raystore.core import check
 from raystore.core.claims import JOB_ENDED
 from raystore.core.digest import digest
 from raystore.core.state import Settings
 from raystore.errors import FencedError
-from raystore.journal import keeper
+from raystore.journal import snapshotter
+from raystore.journal.files import Directory, Place
 from raystore.journal.opening import go_on
 from raystore.journal.replay import Replay
-from raystore.journal.segments import Directory, Place
-from raystore.remote import inbox
-from raystore.remote.front import Front
-from raystore.service import PROTOCOL, Service
+from raystore.remote import server_session
+from raystore.remote.endpoint import Front
+from raystore.service.clock import ManualClock, NoAlarm
+from raystore.service.service import PROTOCOL, Service
+from raystore.wire import frames
+from raystore.wire.codec import encode
 
 SETTINGS = Settings(
     eviction_bytes=10**9, safe_bytes=10**8, keep_duplicates=True, on_disk=True, suspect_patience_seconds=0.3
@@ -211,8 +211,8 @@ class World:
     async def run(self, operations: int) -> dict[str, int]:
         """Let every peer do so much; what came of it."""
         self.tasks: list[asyncio.Future[Any]] = []
-        inbox.SLICE_SECONDS = self.lots.choice([-1.0, 1.0])  # a batch is cut behind each operation, or never
-        keeper.VERIFY_LAG = self.lots.choice([0, 5])
+        server_session.SLICE_SECONDS = self.lots.choice([-1.0, 1.0])  # a batch is cut behind each operation, or never
+        snapshotter.VERIFY_LAG = self.lots.choice([0, 5])
         working = [_start(peer.work(operations)) for peer in self.peers]
         while not all(task.done() for task in working):
             for task in working:
@@ -413,10 +413,10 @@ class Peer:
             next(self.tickets)
         claims, self.acknowledgements = self.acknowledgements, []
         received, self.received = self.received, []
-        packed = [wire.pack_operation(*operation).frame for operation in operations]
+        packed = [frames.pack_operation(*operation).frame for operation in operations]
         while True:
             header = [PROTOCOL, "test", self.name, sequence, self.answered, sorted(self.ahead), first, claims, received]
-            calling = _start(self.world.call(wire.join(header, packed, [])))
+            calling = _start(self.world.call(frames.join(header, packed, [])))
             giving_up = _start(self.given_up.wait())
             await asyncio.wait({calling, giving_up}, return_when=asyncio.FIRST_COMPLETED)
             giving_up.cancel()
@@ -427,10 +427,10 @@ class Peer:
                 if not isinstance(calling.exception(), Lost):
                     calling.result()
                 continue
-            epoch, outcome, *rest = wire.unpack_answer(calling.result())
+            epoch, outcome, *rest = frames.unpack_answer(calling.result())
             if epoch < self.epoch:
                 continue
-            assert outcome == wire.DONE, f"a batch was answered {outcome}"
+            assert outcome == frames.DONE, f"a batch was answered {outcome}"
             break
         replies, later, _, _ = rest
         of_before = list(self.parked) if epoch > self.epoch and self.epoch else []
@@ -455,20 +455,20 @@ class Peer:
 
     def take_answer(self, operation: list[Any], ticket: int, reply: list[Any]) -> None:
         verb, arguments = operation
-        if reply[0] == wire.PARKED and ticket in self.early:  # the answer has overtaken this
+        if reply[0] == frames.PARKED and ticket in self.early:  # the answer has overtaken this
             reply = self.early.pop(ticket)
-        if reply[0] == wire.PARKED:
+        if reply[0] == frames.PARKED:
             self.parked[ticket] = {name: value for name, value in arguments.items() if name != "of"}
             return
         if verb == "more":
             assert reply[1] == "AnswerGoneError"
             return
-        if verb == "ack" and reply[0] == wire.VALUE:
+        if verb == "ack" and reply[0] == frames.VALUE:
             self.consumed += self.held[arguments["batch"]]
             return
-        if verb == "take" and reply[0] == wire.ERROR and reply[1] == "BatchHeldError":
+        if verb == "take" and reply[0] == frames.ERROR and reply[1] == "BatchHeldError":
             return  # of one whose answer may still be on its way
-        assert reply[0] == wire.VALUE, f"{operation} was answered {reply}"
+        assert reply[0] == frames.VALUE, f"{operation} was answered {reply}"
         if verb == "enqueue":
             self.enqueued += [request["input"] for request in arguments["requests"]]
         elif verb == "dequeue":
@@ -487,13 +487,13 @@ class Peer:
 
 def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int], int]:
     """The counts of one run, and how often the store was killed in it."""
-    slice_seconds, verify_lag = inbox.SLICE_SECONDS, keeper.VERIFY_LAG
+    slice_seconds, verify_lag = server_session.SLICE_SECONDS, snapshotter.VERIFY_LAG
     loop = asyncio.new_event_loop()
     world = World(seed, **how)
     try:
         return loop.run_until_complete(asyncio.wait_for(world.run(operations), 20)), world.kills
     finally:
-        inbox.SLICE_SECONDS, keeper.VERIFY_LAG = slice_seconds, verify_lag
+        server_session.SLICE_SECONDS, snapshotter.VERIFY_LAG = slice_seconds, verify_lag
         shutil.rmtree(world.disk.path)
         loop.run_until_complete(_end())
         loop.close()

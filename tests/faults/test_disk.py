@@ -17,11 +17,11 @@ import pytest
 
 import raystore as rs
 from raystore.core.digest import digest
-from raystore.journal import frames
-from raystore.journal.log import Log
+from raystore.journal import format
+from raystore.journal.files import Directory
 from raystore.journal.opening import read_run
-from raystore.journal.reading import Reading
-from raystore.journal.segments import Directory
+from raystore.journal.reader import Reading
+from raystore.journal.writer import Log
 from tests.conftest import SLACK
 from tests.faults.busy import __name__ as BUSY
 from tests.journal.test_files import bodies, start_record, wait, write
@@ -245,8 +245,8 @@ def test_a_log_cut_anywhere(tmp_path, report, amount):
     directory.path.mkdir()
     write(directory, amount(60, 900), each=3)
     (_, _, path), data = directory.segments()[0], directory.segments()[0][2].read_bytes()
-    whole, head = bodies(directory), frames.unpack_head(data, "x")[1]
-    first = frames.read_frame(memoryview(data), head).end
+    whole, head = bodies(directory), format.unpack_head(data, "x")[1]
+    first = format.read_frame(memoryview(data), head).end
     silent = 0
     for length in range(max(first, len(data) - 65_536), len(data) + 1):
         path.write_bytes(data[:length])
@@ -344,7 +344,7 @@ def test_journals_of_all_formats(tmp_path, report):
         opened.append(path.name)
     segment = Directory(path).segments()[-1][2]
     data = segment.read_bytes()
-    segment.write_bytes(data.replace(b"raystore journal %d" % frames.FORMAT, b"raystore journal 9", 1))
+    segment.write_bytes(data.replace(b"raystore journal %d" % format.FORMAT, b"raystore journal 9", 1))
     with pytest.raises(rs.JournalFormatError, match="format 9"):
         read_run(path)
     report(33, "old formats", figure={"opened": len(opened)}, bar="all opened, a newer one refused",

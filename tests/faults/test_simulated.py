@@ -58,7 +58,7 @@ def forget_answers(monkeypatch):
     def again(state, session, kept, operations, run):
         return [run(batches.Item(n, kept.first_ticket + n, *o)) for n, o in enumerate(operations)]
 
-    monkeypatch.setattr("raystore.remote.inbox.again", again)
+    monkeypatch.setattr("raystore.remote.server_session.again", again)
 
 
 def look_for_no_successor(monkeypatch):
@@ -144,7 +144,7 @@ def take_other_time(monkeypatch):
 
 def forget_what_was_handed(monkeypatch):
     """A process that goes on does not know what parked calls were handed, so that nobody holds it."""
-    monkeypatch.setattr("raystore.remote.inbox.handed_again", lambda state, session, keys: [])
+    monkeypatch.setattr("raystore.remote.server_session.handed_again", lambda state, session, keys: [])
 
 
 BROKEN = [

@@ -23,14 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raystore import wire
-from raystore.codec import encode
 from raystore.core import check
 from raystore.core.digest import digest, parts
 from raystore.journal.compaction import compact
+from raystore.journal.files import Directory
 from raystore.journal.opening import read_run
-from raystore.journal.segments import Directory
-from raystore.remote import inbox
+from raystore.remote import server_session
+from raystore.wire import frames
+from raystore.wire.codec import encode
 from tests.journal.peers import Peer, Store
 
 STATUSES = ["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
@@ -302,15 +302,15 @@ async def _send(store: Store, client: Client, operations: list[Any], rng: random
     client.claims, client.tickets = [], []
     copies = 2 if rng.random() < 0.2 else 1
     answers = await asyncio.gather(*(store.front.exchange(sent) for _ in range(copies)))
-    _, outcome, *rest = wire.unpack_answer(answers[0])
-    if outcome == wire.ENDED:
+    _, outcome, *rest = frames.unpack_answer(answers[0])
+    if outcome == frames.ENDED:
         client.begin()
         return None
     replies, later, *_ = rest
     first = client.sent[sequence][0]
     for number, (operation, reply) in enumerate(zip(operations, replies, strict=True)):
         verb = operation[0] if isinstance(operation[0], str) else ""
-        if reply[0] == wire.PARKED:
+        if reply[0] == frames.PARKED:
             client.verbs[first + number] = verb
         _learn(client, verb, reply)
     for ticket, reply in later:
@@ -320,9 +320,9 @@ async def _send(store: Store, client: Client, operations: list[Any], rng: random
 
 
 def _learn(client: Client, verb: str, reply: list[Any]) -> None:
-    if reply[0] == wire.ERROR and reply[1] in ("StoreCorruptError", "StoreError"):
+    if reply[0] == frames.ERROR and reply[1] in ("StoreCorruptError", "StoreError"):
         raise Broken(f"{verb} broke the state: {reply}")
-    if reply[0] != wire.VALUE:
+    if reply[0] != frames.VALUE:
         return
     client.history.learn(verb, reply[1])
     if verb == "dequeue":
@@ -385,7 +385,7 @@ def _same(one: Any, other: Any, what: str) -> None:
 async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[str]:
     """One history; the errors that were answered, by class. Raises `Broken`, or whatever the store raises."""
     rng = random.Random(seed)
-    inbox.SLICE_SECONDS = rng.choice([-1.0, 1.0])
+    server_session.SLICE_SECONDS = rng.choice([-1.0, 1.0])
     store = _seeded(Store(path, **options(rng)), rng)
     history = History(rng)
     clients = [Client(name, history) for name in "abc"]
@@ -401,9 +401,9 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
             ended = len(store.state.sessions)
             replies = await _send(store, client, operations, rng)
             for reply in replies or []:
-                if reply[0] == wire.ERROR:
+                if reply[0] == frames.ERROR:
                     refused[reply[1]] += 1
-            is_refused = is_alone and replies is not None and replies[0][0] == wire.ERROR
+            is_refused = is_alone and replies is not None and replies[0][0] == frames.ERROR
             if is_refused and ended == len(store.state.sessions) and digest(store.state) != before:
                 raise Broken(f"a refused operation changed something: {operations} {replies}")
             if rng.random() < 0.03:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore import wire
-from raystore.clock import NoAlarm
-from raystore.codec import encode
 from raystore.config import StoreConfig, resolve
 from raystore.core.digest import parts
 from raystore.journal.opening import open_journal, read_run
-from raystore.remote.front import Front
-from raystore.service import PROTOCOL, Service
+from raystore.remote.endpoint import Front
+from raystore.service.clock import NoAlarm
+from raystore.service.service import PROTOCOL, Service
+from raystore.wire import frames
+from raystore.wire.codec import encode
 
 CAPACITY = 2**33
 
@@ -71,13 +71,13 @@ class Peer:
     def parts(self, sequence: int, *, answered: int | None = None, ahead: list[int] | None = None) -> Any:
         """A batch as it travels."""
         header, operations = self.header(sequence, answered, ahead), self.sent[sequence][1]
-        return tuple(wire.join(header, [wire.pack(operation).frame for operation in operations], []))
+        return tuple(frames.join(header, [frames.pack(operation).frame for operation in operations], []))
 
     async def send(self, store: Store, sequence: int, **how: Any) -> list[Any]:
         """Send a batch, for the first time or again; the replies."""
         answer = await store.front.exchange(self.parts(sequence, **how), self.sent[sequence][3])
-        _, outcome, replies, *_ = wire.unpack_answer(answer)
-        assert outcome == wire.DONE
+        _, outcome, replies, *_ = frames.unpack_answer(answer)
+        assert outcome == frames.DONE
         return list(replies)
 
     async def call(self, store: Store, verb: str, **arguments: Any) -> Any:

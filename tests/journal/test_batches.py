@@ -8,10 +8,10 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore import wire
-from raystore.codec import decode, encode
 from raystore.core.payload import Payload
-from raystore.service import PROTOCOL
+from raystore.service.service import PROTOCOL
+from raystore.wire import frames
+from raystore.wire.codec import decode, encode
 from tests.journal.peers import Peer, Store, enqueue, request
 
 
@@ -48,7 +48,7 @@ async def test_nonsense_is_refused_and_does_not_break_the_replay(path, nonsense)
     """What was refused is refused again, and what stood beside it is done."""
     store, peer = Store(path), Peer("p")
     replies = await peer.send(store, peer.batch(enqueue("a"), nonsense, enqueue("b")))
-    assert [reply[0] for reply in replies] == [wire.VALUE, wire.ERROR, wire.VALUE]
+    assert [reply[0] for reply in replies] == [frames.VALUE, frames.ERROR, frames.VALUE]
     assert replies[1][1] == "InvalidValueError"
     assert store.difference() == []
     assert inputs(store.follow()) == ["a", "b"]
@@ -69,15 +69,15 @@ async def test_a_long_operation_that_has_run_does_not_run_again(path, operation)
     if operation[0] == "delete_rollouts":
         await other.call(store, "enqueue", requests=[request(rollout_id="r", group_id="g")])
     before = {i: entry.rollout.status for i, entry in store.state.entries.items()}
-    assert [reply[0] for reply in await peer.send(store, sequence)] == [wire.VALUE]
+    assert [reply[0] for reply in await peer.send(store, sequence)] == [frames.VALUE]
     assert {i: entry.rollout.status for i, entry in store.state.entries.items()} == before
-    assert answer[0][0] == wire.VALUE
+    assert answer[0][0] == frames.VALUE
     assert store.difference() == []
 
 
 async def test_a_long_operation_that_was_cut_short_goes_on(path, monkeypatch):
     """The process died between two pieces: the rest runs, and the answer is of the whole."""
-    monkeypatch.setattr("raystore.remote.inbox.SLICE_SECONDS", -1.0)
+    monkeypatch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
     store, peer = Store(path), Peer("p")
     ids = [f"r{number}" for number in range(250)]
     await peer.call(store, "enqueue", requests=[request(rollout_id=i, group_id="g") for i in ids])
@@ -121,14 +121,14 @@ async def test_a_batch_does_not_wait_for_one_that_the_client_has(path):
     await asyncio.sleep(0.01)
     assert not waiting.done()
     await peer.send(store, first, answered=0, ahead=[second])
-    assert (await asyncio.wait_for(waiting, 5))[0][0] == wire.VALUE
+    assert (await asyncio.wait_for(waiting, 5))[0][0] == frames.VALUE
     assert sorted(inputs(store)) == ["a", "c"]
     assert store.difference() == []
 
 
 async def test_a_long_read_never_goes_on_with_another_one(path, monkeypatch):
     """After a restart what was left of it is gone, which is said; the client begins again."""
-    monkeypatch.setattr("raystore.remote.inbox.PAGE_BYTES", 300)
+    monkeypatch.setattr("raystore.remote.server_session.PAGE_BYTES", 300)
     store, peer = Store(path), Peer("p")
     await peer.call(store, "enqueue", requests=[request(rollout_id=f"r{n}") for n in range(4)])
     every = dict.fromkeys(["status_in", "rollout_id_in", "rollout_id_contains", "sort_by"]) | {
@@ -140,8 +140,8 @@ async def test_a_long_read_never_goes_on_with_another_one(path, monkeypatch):
     (_, (_, _, other)) = await peer.call(store, "query_rollouts", **every)
     assert other != token
     reply = await peer.call(store, "more", token=token)
-    assert reply[:2] == [wire.ERROR, "AnswerGoneError"]
-    assert (await peer.call(store, "more", token=other))[0] == wire.VALUE
+    assert reply[:2] == [frames.ERROR, "AnswerGoneError"]
+    assert (await peer.call(store, "more", token=other))[0] == frames.VALUE
 
 
 async def test_notices_of_another_process_are_others(path):
@@ -154,8 +154,8 @@ async def test_notices_of_another_process_are_others(path):
         rollout_id = claimed[0][0][0]
         sequence = peer.batch(["cancel_rollouts", {"rollout_ids": [rollout_id], "group_id": None, "tags": None}])
         answer = await store.front.exchange(peer.parts(sequence), None)
-        _, _, _, later, *_ = wire.unpack_answer(answer)
-        numbers += [number for number, reply in later if reply[0] == wire.NOTICE]
+        _, _, _, later, *_ = frames.unpack_answer(answer)
+        numbers += [number for number, reply in later if reply[0] == frames.NOTICE]
         store = store.follow()
     assert len(set(numbers)) == len(numbers) >= 2
 
@@ -164,9 +164,9 @@ async def test_a_payload_whose_references_are_gone_says_so(path):
     """A journal keeps no objects: the rollout is handed out, and reading its value raises by name."""
     lost = Payload(b"\x02pickled", ("an object reference",))
     store, peer = Store(path), Peer("p")
-    packed = wire.pack(("enqueue", {"requests": [{"input": lost, "metadata": None}]}))
+    packed = frames.pack(("enqueue", {"requests": [{"input": lost, "metadata": None}]}))
     header = [PROTOCOL, "test", "p", 1, 0, [], 1, [], []]
-    await store.front.exchange(tuple(wire.join(header, [packed.frame], [])), {0: packed.refs})
+    await store.front.exchange(tuple(frames.join(header, [packed.frame], [])), {0: packed.refs})
     peer.sequence, peer.ticket = 1, 2
     store = store.follow()
     _, claimed = await peer.call(store, "dequeue", queues=["default"], limit=1, worker_id=None, timeout=0.0)
@@ -191,19 +191,19 @@ async def test_a_bulk_call_of_which_a_part_found_no_room_is_refused(path, monkey
     def refuse(size):
         raise rs.JournalFullError("p", 0.1)
 
-    assert (await peer.send(store, peer.batch(part("1", False))))[0][0] == wire.VALUE
+    assert (await peer.send(store, peer.batch(part("1", False))))[0][0] == frames.VALUE
     with monkeypatch.context() as full:
         full.setattr(store.service.journal.recorder.log, "admit", refuse)
         refused = await peer.send(store, peer.batch(part("2", False)))
     assert refused[0][1] == "JournalFullError"
     replies = await peer.send(store, peer.batch(enqueue("beside"), part("3", True), enqueue("behind")))
-    assert [reply[0] for reply in replies] == [wire.VALUE, wire.ERROR, wire.VALUE]
+    assert [reply[0] for reply in replies] == [frames.VALUE, frames.ERROR, frames.VALUE]
     assert replies[1][1] == "JournalFullError"
     assert inputs(store) == ["beside", "behind"]
     assert store.difference() == []
     store = store.follow()
     assert inputs(store) == ["beside", "behind"]
-    assert (await peer.send(store, peer.batch(enqueue("new"))))[0][0] == wire.VALUE
+    assert (await peer.send(store, peer.batch(enqueue("new"))))[0][0] == frames.VALUE
 
 
 async def test_a_rollout_that_was_set_running_by_hand_and_never_ran(path):

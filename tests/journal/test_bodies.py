@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import raystore as rs
-from raystore.journal import bodies, keeper, log
-from raystore.journal.segments import BODIES, RECORDS, Directory
+from raystore.journal import snapshotter, span_bodies, writer
+from raystore.journal.files import BODIES, RECORDS, Directory
 from tests.helpers import make_span
 from tests.journal.test_compaction import newest, of, until_snapshot
 
@@ -19,10 +19,10 @@ from tests.journal.test_compaction import newest, of, until_snapshot
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Segments of a few records, indexes of a few frames, and a snapshot only when a test asks for one."""
-    monkeypatch.setattr(log, "SEGMENT_BYTES", 3_000)
-    monkeypatch.setattr(bodies, "SPARSE_BYTES", 500)
-    monkeypatch.setattr(keeper, "OPERATIONS", 10**9)
-    monkeypatch.setattr(keeper, "SEGMENT_BYTES", 10**12)
+    monkeypatch.setattr(writer, "SEGMENT_BYTES", 3_000)
+    monkeypatch.setattr(span_bodies, "SPARSE_BYTES", 500)
+    monkeypatch.setattr(snapshotter, "OPERATIONS", 10**9)
+    monkeypatch.setattr(snapshotter, "SEGMENT_BYTES", 10**12)
 
 
 def store_of(path, **options):
@@ -78,13 +78,13 @@ async def test_few_files_are_open_and_few_are_looked_at(tmp_path, monkeypatch):
     listed, before = [], Directory.segments
     monkeypatch.setattr(Directory, "segments", lambda *asked: (listed.append(asked), before(*asked))[1])
     with store_of(path) as store:
-        assert len(before(Directory(path), RECORDS)) > 3 * bodies.FILES_OPEN
+        assert len(before(Directory(path), RECORDS)) > 3 * span_bodies.FILES_OPEN
         listed.clear()
         await read(store, made, [75])
         assert open_files(path) <= 3, "three records are in at most three files"
         for number in [*range(150), *random.Random(1).sample(range(150), 150)]:
             await read(store, made, [number])
-            assert open_files(path) <= bodies.FILES_OPEN
+            assert open_files(path) <= span_bodies.FILES_OPEN
         assert len(listed) == 1
     assert open_files(path) == 0
 
@@ -99,18 +99,18 @@ async def test_bodies_are_found_while_the_writer_goes_on_and_helpers_replace_fil
                 made |= await record(store, range(number, number + 20))
                 evict(store)
                 await read(store, made, dice.sample(sorted(made), 10))
-                assert open_files(path) <= bodies.FILES_OPEN
+                assert open_files(path) <= span_bodies.FILES_OPEN
             gone = dice.sample(sorted(made), 15)
             await store.delete_rollouts([made.pop(number) for number in gone])
             before = newest(path)
-            monkeypatch.setattr(keeper, "SEGMENT_BYTES", 1)
+            monkeypatch.setattr(snapshotter, "SEGMENT_BYTES", 1)
             made |= await record(store, range(1_000 * round_ + 500, 1_000 * round_ + 510))
             while of(store)._thread:
                 await read(store, made, dice.sample(sorted(made), 3))
-            monkeypatch.setattr(keeper, "SEGMENT_BYTES", 10**12)
+            monkeypatch.setattr(snapshotter, "SEGMENT_BYTES", 10**12)
             await until_snapshot(store, path, before)
             evict(store)
             await read(store, made, dice.sample(sorted(made), len(made)))
-            assert open_files(path) <= bodies.FILES_OPEN
+            assert open_files(path) <= span_bodies.FILES_OPEN
         assert open_files(path) == 0
     assert Directory(path).segments(BODIES)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raystore import wire
 from raystore.core.check import check
 from raystore.core.digest import parts
+from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue, request
 
 IDS = [f"r{number}" for number in range(12)]
@@ -53,7 +53,7 @@ def comparable(store: Store) -> list[Any]:
 
 def plain(reply: Any) -> Any:
     """An answer without times."""
-    if reply[0] == wire.VALUE and isinstance(reply[1], list):
+    if reply[0] == frames.VALUE and isinstance(reply[1], list):
         return [reply[0], [(pair[0][0], pair[0][6]) for pair in reply[1]]]
     return reply
 
@@ -89,7 +89,7 @@ def test_pieces_answer_as_the_whole(tmp_path_factory, states, operations, piece)
     async def run(size: int, slice_seconds: float) -> tuple[Any, Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("raystore.core.pieces.PIECE", size)
-            patch.setattr("raystore.remote.inbox.SLICE_SECONDS", slice_seconds)
+            patch.setattr("raystore.remote.server_session.SLICE_SECONDS", slice_seconds)
             store, peer = await filled(tmp_path_factory.mktemp("j") / "journal", states)
             replies = [plain(reply) for reply in await peer.send(store, peer.batch(*operations))]
             check(store.state)
@@ -113,7 +113,7 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
     async def run() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("raystore.core.pieces.PIECE", piece)
-            patch.setattr("raystore.remote.inbox.SLICE_SECONDS", -1.0)
+            patch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
             store, other = await filled(tmp_path_factory.mktemp("j") / "journal", states)
             deleting = Peer("deleting")
             there = set(store.state.entries)
@@ -154,14 +154,14 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
                 answer = await rest_of(running, awaited)
             elif answer is None:
                 answer = await store.front.exchange(deleting.parts(sequence), None)
-            _, outcome, *rest = wire.unpack_answer(answer)
-            replies = rest[0] if outcome == wire.DONE else None
+            _, outcome, *rest = frames.unpack_answer(answer)
+            replies = rest[0] if outcome == frames.DONE else None
             left = there & set(store.state.entries)
             if is_refused:
                 assert replies is None or replies[0][1] in ("SealedError", "SessionEndedError")
                 assert left == there or "delete" in between or ended
             elif not ended or is_done:
-                assert replies[0][0] == wire.VALUE
+                assert replies[0][0] == frames.VALUE
                 assert left == set()
                 assert replies[0][1] == len(there) - ("delete" in between and bool(reserved))
                 assert "behind" in store.state.entries
@@ -181,7 +181,7 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
 async def test_who_was_past_a_reserved_rollout_gets_it_after_all(tmp_path, monkeypatch):
     """The deletion ended with its session: what a consumer passed over is not lost to it."""
     monkeypatch.setattr("raystore.core.pieces.PIECE", 2)
-    monkeypatch.setattr("raystore.remote.inbox.SLICE_SECONDS", -1.0)
+    monkeypatch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
     store, other = await filled(tmp_path / "journal", ["succeeded"] * 8)
     deleting = Peer("deleting")
     running = store.front.exchange(deleting.parts(deleting.batch(["delete_rollouts", {"rollout_ids": IDS[:6]}])), None)
@@ -190,7 +190,7 @@ async def test_who_was_past_a_reserved_rollout_gets_it_after_all(tmp_path, monke
     assert [pair[0][0] for pair in first[1][0]] == ["r6", "r7"]
     await other.call(store, "ack", consumer="d", batch=first[1][1], at_step=1, note=None)
     await other.call(store, "report_session", session_id="deleting", worker_id=None)
-    assert wire.unpack_answer(await rest_of(running))[2][0][1] == "SessionEndedError"
+    assert frames.unpack_answer(await rest_of(running))[2][0][1] == "SessionEndedError"
     again = await other.call(store, "take", consumer="d", count=9)
     assert [pair[0][0] for pair in again[1][0]] == ["r2", "r3", "r4", "r5"]
     check(store.state)
@@ -205,7 +205,7 @@ async def test_a_bulk_call_in_parts_is_enqueued_as_a_whole(tmp_path):
     """Nothing before its last part, which is answered for all; a process may die in between."""
     store, peer = Store(tmp_path / "journal"), Peer("p")
     first = [request(n, rollout_id=f"m{n}") for n in range(3)]
-    assert (await peer.send(store, peer.batch(chain(1, first, is_last=False, admit=4))))[0] == [wire.VALUE, []]
+    assert (await peer.send(store, peer.batch(chain(1, first, is_last=False, admit=4))))[0] == [frames.VALUE, []]
     assert not store.state.entries
     store = store.follow()
     reply = (await peer.send(store, peer.batch(chain(1, [request(3, rollout_id="m3")], is_last=True, admit=4))))[0]
@@ -232,7 +232,7 @@ async def test_a_refusal_in_any_part_refuses_all(tmp_path, bad, place):
     total = sum(map(len, requests))
     parts_ = [chain(1, part, is_last=n == 3, admit=total) for n, part in enumerate(requests)]
     replies = await peer.send(store, peer.batch(*parts_))
-    assert replies[-1][0] == wire.ERROR
+    assert replies[-1][0] == frames.ERROR
     assert list(store.state.entries) == ["there"]
     assert not store.state.sessions["p"].chains
     assert store.difference() == []
@@ -289,7 +289,7 @@ async def test_a_session_that_ends_in_its_own_batch_claims_nothing_more(tmp_path
     ]  # fmt: skip
     batch = peer.batch(claim, ["report_session", {"session_id": "p", "worker_id": None}], *behind)
     replies = await peer.send(store, batch)
-    assert [reply[0] for reply in replies[:2]] == [wire.VALUE, wire.VALUE]
+    assert [reply[0] for reply in replies[:2]] == [frames.VALUE, frames.VALUE]
     assert [reply[1] for reply in replies[2:]] == ["SessionEndedError"] * len(behind)
     assert sorted(store.state.entries) == ["r0", "r1", "r2", "r3"]
     assert sorted(store.state.queues) == ["r0", "r1", "r2", "r3"]

@@ -13,17 +13,17 @@ import pytest
 
 import raystore as rs
 from raystore.core.digest import digest
-from raystore.journal import compaction, keeper
+from raystore.journal import compaction, snapshotter
+from raystore.journal.files import BODIES, SNAPSHOT, Directory
 from raystore.journal.opening import read_run
-from raystore.journal.segments import BODIES, SNAPSHOT, Directory
 from tests.helpers import make_span
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
     """A snapshot every few hundred operations, and digests nearly at once."""
-    monkeypatch.setattr(keeper, "OPERATIONS", 300)
-    monkeypatch.setattr(keeper, "VERIFY_LAG", 20)
+    monkeypatch.setattr(snapshotter, "OPERATIONS", 300)
+    monkeypatch.setattr(snapshotter, "VERIFY_LAG", 20)
 
 
 def store_of(path, **options):
@@ -166,7 +166,7 @@ async def test_a_helper_that_is_killed_is_no_snapshot(tmp_path, monkeypatch, cap
             if caplog.text.count("SIGKILL") == tries:
                 break
         assert caplog.text.count("no snapshot was made (the helper was ended by SIGKILL") == tries
-        assert of(store).operations >= keeper.OPERATIONS << (tries - 1)
+        assert of(store).operations >= snapshotter.OPERATIONS << (tries - 1)
     assert newest(path) == (0, 0)
     told = (await store.statistics())["journal"]
     assert (told["snapshots"], told["snapshot_bytes"], told["failed"]) == (0, 0, "")
@@ -197,7 +197,7 @@ async def test_what_a_helper_says_is_believed_only_with_a_snapshot(tmp_path, mon
     python.write_text(f"#!{sys.executable}\n{script}\n")
     python.chmod(0o755)
     store = store_of(path)
-    monkeypatch.setattr(keeper.sys, "executable", str(python))
+    monkeypatch.setattr(snapshotter.sys, "executable", str(python))
     for _ in range(40):
         await work(store, 40)
         await until(lambda: not of(store)._thread, "a helper hangs")
@@ -221,7 +221,7 @@ async def until_made(store, path, before):
 async def test_a_state_that_differs_deletes_nothing(tmp_path, monkeypatch, caplog):
     """A replay that does not find what the writer found is an alarm, and the evidence stays."""
     path = tmp_path / "j"
-    monkeypatch.setattr(keeper, "verify", lambda state, count: (keeper_verify(state, count), "another")[1])
+    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (keeper_verify(state, count), "another")[1])
     keeper_verify = compaction.replay.__globals__["verify"]
     store = store_of(path)
     await work(store, 200)
@@ -274,7 +274,7 @@ asyncio.run(main())
 
 async def test_a_helper_outlives_the_store_that_began_it(tmp_path, monkeypatch):
     """Were each to die with its store, one that is killed over and over would never have a snapshot."""
-    monkeypatch.setattr(keeper, "OPERATIONS", 10**9)
+    monkeypatch.setattr(snapshotter, "OPERATIONS", 10**9)
     path = tmp_path / "j"
     command = [sys.executable, "-c", WITH_A_HELPER, str(path)]
     slow = {"RAYSTORE_FAILPOINTS": "snapshot.written=sleep:3"}  # which only helpers come to

@@ -11,7 +11,7 @@ import pytest
 
 import raystore as rs
 from raystore.core.steps import STEPS
-from raystore.journal import log
+from raystore.journal import writer
 from tests.helpers import until
 from tests.journal.peers import Peer, Store, enqueue
 
@@ -30,7 +30,7 @@ def slow_disk(monkeypatch):
         time.sleep(0.2)
         before(fd)
 
-    monkeypatch.setattr(log.os, "fdatasync", slowly)
+    monkeypatch.setattr(writer.os, "fdatasync", slowly)
 
 
 @pytest.mark.parametrize("timeout", [0.0, 30.0])
@@ -80,7 +80,7 @@ async def test_those_who_wait_are_told_when_the_disk_fails(path, monkeypatch):
     def fail(fd):
         raise OSError(errno.EIO, "the disk is gone")
 
-    monkeypatch.setattr(log.os, "fdatasync", fail)
+    monkeypatch.setattr(writer.os, "fdatasync", fail)
     with pytest.raises(rs.JournalFailedError, match="the disk is gone"):
         await asyncio.wait_for(store.enqueue_rollout("y"), 5)
     with pytest.raises(rs.JournalFailedError):

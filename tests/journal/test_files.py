@@ -13,10 +13,10 @@ import pytest
 
 from raystore.core.state import Step
 from raystore.errors import FencedError, JournalDamagedError, JournalFormatError, JournalFullError
-from raystore.journal import frames, log, records
-from raystore.journal.log import Log
-from raystore.journal.reading import Reading
-from raystore.journal.segments import Directory
+from raystore.journal import format, records, writer
+from raystore.journal.files import Directory
+from raystore.journal.reader import Reading
+from raystore.journal.writer import Log
 
 
 def start_record(after=(0, 0, 0, 0)):
@@ -74,7 +74,7 @@ def test_what_is_written_is_read(directory):
 
 def test_segments_follow_each_other(directory, monkeypatch):
     """A long journal is many files; what is behind the last frame of one is nothing."""
-    monkeypatch.setattr(log, "SEGMENT_BYTES", 4_000)
+    monkeypatch.setattr(writer, "SEGMENT_BYTES", 4_000)
     write(directory, 300)
     assert len(directory.segments()) > 5
     reading = Reading(directory)
@@ -86,15 +86,15 @@ def test_a_newer_format_is_refused_by_name(directory):
     """What a later raystore wrote is not guessed at."""
     write(directory, 3)
     path = directory.segments()[0][2]
-    newer = b"%d " % (frames.FORMAT + 1)
-    path.write_bytes(path.read_bytes().replace(b"journal %d " % frames.FORMAT, b"journal " + newer, 1))
-    with pytest.raises(JournalFormatError, match=f"format {frames.FORMAT + 1}"):
+    newer = b"%d " % (format.FORMAT + 1)
+    path.write_bytes(path.read_bytes().replace(b"journal %d " % format.FORMAT, b"journal " + newer, 1))
+    with pytest.raises(JournalFormatError, match=f"format {format.FORMAT + 1}"):
         bodies(directory)
 
 
 def test_a_missing_segment_is_found(directory, monkeypatch):
     """In the middle, and one that a later writer has read."""
-    monkeypatch.setattr(log, "SEGMENT_BYTES", 2_000)
+    monkeypatch.setattr(writer, "SEGMENT_BYTES", 2_000)
     write(directory, 100)
     segments = directory.segments()
     middle = segments[len(segments) // 2][2]
@@ -142,7 +142,7 @@ def test_an_epoch_that_never_began_is_passed_over(directory):
     """A process that died before its first record was on disk has acknowledged nothing."""
     write(directory, 5)
     torn = directory.begin_epoch()
-    head = frames.pack_head(frames.Head("s", torn, 1, 6))
+    head = format.pack_head(format.Head("s", torn, 1, 6))
     directory.segment(torn, 1).write_bytes(head + b"\xf5JF\n and no more")
     third = directory.begin_epoch()
     assert len(bodies(directory, third)) == 4
@@ -178,7 +178,7 @@ def test_a_full_disk_refuses_changes_and_takes_them_again(small_disk):
     wait(made)
     assert 20 < taken < 45
     filler.unlink()
-    time.sleep(log.FULL_SECONDS)
+    time.sleep(writer.FULL_SECONDS)
     made.admit(100_000)
     made.append([b"head", b"with space again"])
     wait(made)
@@ -215,7 +215,7 @@ def test_a_writer_that_dies_while_it_makes_a_segment_leaves_a_journal(directory,
 
 def test_a_reader_is_not_hurt_by_a_writer_that_goes_on(directory, monkeypatch):
     """Segments lose the space they did not need while somebody reads them."""
-    monkeypatch.setattr(log, "SEGMENT_BYTES", 20_000)
+    monkeypatch.setattr(writer, "SEGMENT_BYTES", 20_000)
     made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
     made.append(start_record())
     for number in range(1, 400):
@@ -233,7 +233,7 @@ def test_a_reader_is_not_hurt_by_a_writer_that_goes_on(directory, monkeypatch):
 
 def test_what_was_let_in_before_a_rotation_has_its_place(small_disk, monkeypatch):
     """A rotation on a disk that is nearly full does not break off what waits."""
-    monkeypatch.setattr(log, "SEGMENT_BYTES", 1_000_000)
+    monkeypatch.setattr(writer, "SEGMENT_BYTES", 1_000_000)
     directory = Directory(small_disk / "journal")
     made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
     made.append(start_record())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raystore.core.verbs import VERBS
-from raystore.shell import SHELL
+from raystore.service.shell import SHELL
 from tests.journal.fuzz import ARGUMENTS, run
 
 

@@ -11,9 +11,9 @@ import pytest
 
 import raystore as rs
 from raystore.core.digest import digest
-from raystore.journal import frames
+from raystore.journal import format
+from raystore.journal.files import RECORDS, SNAPSHOT, Directory
 from raystore.journal.opening import read_run
-from raystore.journal.segments import RECORDS, SNAPSHOT, Directory
 
 GOLDEN = Path(__file__).parent / "golden"
 JOURNALS = sorted(GOLDEN.glob("format-*/*.tar.gz"))
@@ -111,8 +111,8 @@ def test_a_store_goes_on_with_a_journal_of_any_format(golden):
     store = rs.InMemoryLightningStore(journal=path, resume="must", clock="manual")
     directory = Directory(path)
     kinds = {kind: directory.segments(kind) for kind in (RECORDS, SNAPSHOT)}
-    heads = [frames.unpack_head(p.read_bytes()[: frames.HEAD_BYTES], str(p))[0] for k in kinds for *_, p in kinds[k]]
-    assert {head.format for head in heads} == {frames.FORMAT}
+    heads = [format.unpack_head(p.read_bytes()[: format.HEAD_BYTES], str(p))[0] for k in kinds for *_, p in kinds[k]]
+    assert {head.format for head in heads} == {format.FORMAT}
     assert len(kinds[SNAPSHOT]) == 1
     before = {rollout.rollout_id for rollout in store.sync.query_rollouts()}
     assert before == set(told["rollouts"])
@@ -136,6 +136,6 @@ def test_a_newer_format_is_refused_by_name(golden):
     store.close()
     *_, newest = Directory(path).segments()[-1]
     data = newest.read_bytes()
-    newest.write_bytes(data.replace(b"journal %d " % frames.FORMAT, b"journal %d " % (frames.FORMAT + 1), 1))
-    with pytest.raises(rs.JournalFormatError, match=f"format {frames.FORMAT + 1}"):
+    newest.write_bytes(data.replace(b"journal %d " % format.FORMAT, b"journal %d " % (format.FORMAT + 1), 1))
+    with pytest.raises(rs.JournalFormatError, match=f"format {format.FORMAT + 1}"):
         read_run(path)

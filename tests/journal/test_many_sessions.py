@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from raystore import wire
-from raystore.clock import NoAlarm
 from raystore.config import StoreConfig, resident_bytes
 from raystore.core import bounds
 from raystore.core.state import Step
 from raystore.journal.opening import read_run
-from raystore.remote.front import Front
-from raystore.service import Service
+from raystore.remote.endpoint import Front
+from raystore.service.clock import NoAlarm
+from raystore.service.service import Service
+from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue
 
 
@@ -67,7 +67,7 @@ async def test_short_sessions_leave_nothing_that_grows(tmp_path, monkeypatch):
         assert "living" in store.state.sessions and f"p-{number}" in store.state.sessions
         assert store.difference() == []
         store = store.follow()
-    assert await living.call(store, "get_rollout", rollout_id="none") == [wire.VALUE, None]
+    assert await living.call(store, "get_rollout", rollout_id="none") == [frames.VALUE, None]
     await living.call(store, "check")
     store.service.close()
 

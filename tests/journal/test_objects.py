@@ -7,9 +7,9 @@ import pytest
 
 import raystore as rs
 from raystore.core.payload import Payload
+from raystore.journal.files import Directory
 from raystore.journal.objects import OBJECTS, JournalObjects
-from raystore.journal.segments import Directory
-from raystore.objects import Kept, ObjectFiles, Origin, Source, address_of, pickled, unpickled
+from raystore.values.objects import Kept, ObjectFiles, Origin, Source, address_of, pickled, unpickled
 
 
 def whole(parts):

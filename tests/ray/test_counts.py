@@ -8,9 +8,9 @@ import msgpack
 import ray
 
 from benchmarks import shapes
-from raystore import wire
 from raystore.core.spans import SPAN_OVERHEAD_BYTES
 from raystore.types import EnqueueRolloutRequest, Span
+from raystore.wire import frames
 from tests.helpers import until
 
 
@@ -49,7 +49,7 @@ async def test_bytes_of_a_span(make_memory_store):
     index = len(span.span_id) + len(span.trace_id) + len(span.name)
     row = store._encoder.span(span)
     names = {"rollout_id": span.rollout_id, "attempt_id": span.attempt_id}
-    frame = wire.pack_operation("add_spans", {**names, "spans": [row]}).frame
+    frame = frames.pack_operation("add_spans", {**names, "spans": [row]}).frame
     assert len(frame) <= attributes + index + 150
     await store.add_span(span)
     before = (await store.statistics())["total_span_bytes"]

@@ -14,9 +14,9 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore import wire
-from raystore.remote import outgoing, retries
+from raystore.remote import batching, retries
 from raystore.remote.session import Session
+from raystore.wire import frames
 from tests.helpers import until
 
 UNAVAILABLE = ray.exceptions.ActorUnavailableError("no answer", b"\x00" * 16)
@@ -34,7 +34,7 @@ class Handle:
     def remote(self, frame, *more):
         answer = Future()
         if frame[0] == 1:  # a batch of one part, not a listen call
-            self.batches.append(tuple(wire.split([frame], None)[0][2:4]))
+            self.batches.append(tuple(frames.split([frame], None)[0][2:4]))
             outcome = self.script.pop(0)
             if isinstance(outcome, Future):
                 answer = outcome
@@ -51,15 +51,15 @@ HINTS = itertools.count(1)
 
 def answered(*replies, later=(), wanted=False, epoch=1):
     """The answer to a batch."""
-    return wire.pack_answer(epoch, wire.DONE, replies, later, [], [next(HINTS), wanted])
+    return frames.pack_answer(epoch, frames.DONE, replies, later, [], [next(HINTS), wanted])
 
 
 def done(*values, **more):
     """The answer to a batch whose operations succeeded."""
-    return answered(*([wire.VALUE, value] for value in values), **more)
+    return answered(*([frames.VALUE, value] for value in values), **more)
 
 
-ENDED = wire.pack_answer(1, wire.ENDED)
+ENDED = frames.pack_answer(1, frames.ENDED)
 
 
 async def test_a_failed_batch_is_sent_again_with_the_same_identity():
@@ -118,7 +118,7 @@ async def test_an_answer_of_an_older_incarnation_is_not_accepted():
 
 async def test_an_answer_may_overtake_the_word_that_its_call_is_parked(monkeypatch):
     """Replies of two batches come in either order; the answer of a parked call is not lost by that."""
-    monkeypatch.setattr(outgoing, "WORTH_OPERATIONS", 1)
+    monkeypatch.setattr(batching, "WORTH_OPERATIONS", 1)
     handle = Handle()
     slow, quick = Future(), Future()
     handle.script = [slow, quick]
@@ -130,10 +130,10 @@ async def test_an_answer_may_overtake_the_word_that_its_call_is_parked(monkeypat
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert len(handle.batches) == 2
-    later = [[1, [wire.VALUE, []]]]
-    quick.set_result(answered([wire.VALUE, None], later=later, wanted=True))
+    later = [[1, [frames.VALUE, []]]]
+    quick.set_result(answered([frames.VALUE, None], later=later, wanted=True))
     await tick
-    slow.set_result(answered([wire.PARKED], wanted=True))
+    slow.set_result(answered([frames.PARKED], wanted=True))
     assert await asyncio.wait_for(waiting, 5) == []
     session.fail(rs.StoreClosedError("s"))
 

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.service import PROTOCOL
+from raystore.service.service import PROTOCOL
 from tests.helpers import until
 
 

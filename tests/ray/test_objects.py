@@ -122,8 +122,8 @@ async def test_objects_go_to_the_journal_and_outlive_their_owner(make_ray_store,
 
 async def test_a_client_that_does_not_see_the_journal_uses_the_store(make_ray_store, tmp_path, monkeypatch):
     """Pieces go through the actor, both ways; what is too large is told once, and works as long as its owner lives."""
-    monkeypatch.setattr("raystore.objects.Origin.files", lambda origin: None)
-    monkeypatch.setattr("raystore.objects.PIECE_BYTES", 300_000)
+    monkeypatch.setattr("raystore.values.objects.Origin.files", lambda origin: None)
+    monkeypatch.setattr("raystore.values.objects.PIECE_BYTES", 300_000)
     monkeypatch.setattr("raystore.remote.boxing.PIECE_BYTES", 300_000)
     store = make_ray_store(journal=tmp_path, journal_object_bytes=MIB)
     await store.update_resources("w", {"w": ObjectResource(value=np.arange(MIB, dtype=np.uint8))})

@@ -12,8 +12,8 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore import wire
-from raystore.service import PROTOCOL
+from raystore.service.service import PROTOCOL
+from raystore.wire import frames
 from tests.helpers import make_span, until
 
 
@@ -91,13 +91,13 @@ async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_d
         ["update_rollout", {"rollout_id": "ro-unknown", "changes": {}}],
         ["statistics", {}],
     ]
-    packed = [wire.pack_operation(*operation).frame for operation in operations]
+    packed = [frames.pack_operation(*operation).frame for operation in operations]
 
     async def send():
         epoch = (await handle.describe.remote())["epoch"]
-        parts = wire.join([PROTOCOL, "test", "session", 1, 0, [], 1, [], []], packed, [])
-        answered, outcome, replies, *_ = wire.unpack_answer(await handle.exchange.remote(*parts))
-        assert (answered, outcome) == (epoch, wire.DONE)
+        parts = frames.join([PROTOCOL, "test", "session", 1, 0, [], 1, [], []], packed, [])
+        answered, outcome, replies, *_ = frames.unpack_answer(await handle.exchange.remote(*parts))
+        assert (answered, outcome) == (epoch, frames.DONE)
         return replies
 
     enqueued, claimed, refused, counted = await send()
@@ -105,7 +105,7 @@ async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_d
     await until(lambda: _answers(handle))
     again = await send()
     assert again[:3] == [enqueued, claimed, refused]
-    assert refused[0] == wire.ERROR
+    assert refused[0] == frames.ERROR
     assert again[3][1]["total_rollouts"] == counted[1]["total_rollouts"] == 2
     assert (await store.statistics())["total_attempts"] == 1
     # Nobody acknowledges the claim, so that it is withdrawn.

@@ -12,8 +12,8 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore import wire
-from raystore.service import PROTOCOL
+from raystore.service.service import PROTOCOL
+from raystore.wire import frames
 from tests.conftest import SLACK
 from tests.helpers import claim, make_span, until
 
@@ -117,9 +117,9 @@ async def test_sync_twin_works_inside_a_running_loop(make_ray_store):
 
 
 async def _exchange(store, session_id, sequence, first_ticket, *operations, client=CLIENT):
-    packed = [wire.pack_operation(verb, arguments).frame for verb, arguments in operations]
-    parts = wire.join([*client, session_id, sequence, 0, [], first_ticket, [], []], packed, [])
-    _, outcome, *rest = wire.unpack_answer(await store.actor.exchange.remote(*parts))
+    packed = [frames.pack_operation(verb, arguments).frame for verb, arguments in operations]
+    parts = frames.join([*client, session_id, sequence, 0, [], first_ticket, [], []], packed, [])
+    _, outcome, *rest = frames.unpack_answer(await store.actor.exchange.remote(*parts))
     return outcome, rest[0] if rest else None
 
 
@@ -134,7 +134,7 @@ async def test_a_repeated_batch_has_its_effect_once(make_ray_store):
     )
     first = await _exchange(store, "s", 1, 1, *operations)
     again = await _exchange(store, "s", 1, 1, *operations)
-    assert first == again and first[0] == wire.DONE
+    assert first == again and first[0] == frames.DONE
     found = await store.statistics()
     assert (found["total_rollouts"], found["total_attempts"]) == (1, 1)
     await store.delete_rollouts([first[1][0][1][0][0][0]])
@@ -147,8 +147,8 @@ async def test_a_batch_that_came_early_is_held(make_ray_store):
     await asyncio.sleep(0.3)
     assert not second.done()
     _, first = await _exchange(store, "s", 1, 1, ("next_numbers", {"rollout_ids": ["r"]}))
-    assert first == [[wire.VALUE, [1]]]
-    assert (await second)[1] == [[wire.VALUE, [2]]]
+    assert first == [[frames.VALUE, [1]]]
+    assert (await second)[1] == [[frames.VALUE, [2]]]
 
 
 async def test_a_batch_of_an_ended_session_is_not_executed(make_ray_store):
@@ -160,7 +160,7 @@ async def test_a_batch_of_an_ended_session_is_not_executed(make_ray_store):
     assert session.session_id == other.session_id
     before = session.session_id
     outcome, _ = await _exchange(store, "judge", 1, 1, ("report_session", {"session_id": before}))
-    assert outcome == wire.DONE
+    assert outcome == frames.DONE
     made = await store.enqueue_rollout("after")
     assert session.session_id != before
     assert [r.rollout_id for r in await store.query_rollouts()] == [rollout.rollout_id, made.rollout_id]
@@ -187,9 +187,9 @@ async def test_protocols_that_do_not_match_refuse_each_other(make_ray_store):
     """Both sides name both versions."""
     store = make_ray_store()
     outcome, _ = await _exchange(store, "s", 1, 1)
-    assert outcome == wire.DONE
+    assert outcome == frames.DONE
     outcome, text = await _exchange(store, "t", 1, 1, client=(PROTOCOL + 1, "raystore 9"))
-    assert outcome == wire.REFUSED and f"protocol {PROTOCOL}" in text
+    assert outcome == frames.REFUSED and f"protocol {PROTOCOL}" in text
     import raystore.remote.session
 
     ours = raystore.remote.session.CLIENT
@@ -349,7 +349,7 @@ async def test_a_wait_that_is_given_up_while_its_session_ends(make_ray_store, en
     session.failure = rs.StoreUnavailableError("s", "test") if end == "failed" else None
     operation.abandoned = True
     try:
-        session._settle([(operation, [wire.PARKED])])
+        session._settle([(operation, [frames.PARKED])])
     finally:
         session._closing, session.failure = False, None
     session.abandon(operation)

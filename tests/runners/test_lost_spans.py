@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 
 import raystore as rs
-from raystore import dialects, losses
+from raystore.tracing import dialects, losses
 from tests.helpers import until
 
 HAD = {"of a library", "outer", "in a thread of an executor", "within", "chat", "bare", "after what is odd"}
@@ -82,7 +82,7 @@ def agent(task, ctx):
 
 def check_told(records):
     """Each reason once, each naming a span and what to do."""
-    said = [record.getMessage() for record in records if record.name in ("raystore.losses", "raystore.dialects")]
+    said = [record.getMessage() for record in records if record.name == "raystore.tracing"]
     for words in (
         ("'dropped'", "sampler", "ALWAYS_ON", "OTEL_TRACES_SAMPLER"),
         ("'not made'", "OTEL_SDK_DISABLED"),
@@ -485,7 +485,7 @@ async def test_odd_spans_of_tracers_fail_nothing(make_memory_store, told, flush_
     assert fine.status == "succeeded"
     assert own.status == "failed" and "trace_id" in own.attempt.error
     assert (await store.statistics())["spans_lost"] == {"not_convertible": 6, "refused": 3}
-    said = [record.getMessage() for record in told.records if record.name == "raystore.losses"]
+    said = [record.getMessage() for record in told.records if record.name == "raystore.tracing"]
     for name in ("large", "no status", "odd parent", "odd time"):
         assert len([line for line in said if f"{name!r}" in line]) == 1
 

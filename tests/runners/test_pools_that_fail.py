@@ -145,7 +145,7 @@ async def test_missing_resources_are_not_taken_for_a_slow_setup(make_ray_store, 
 
 async def test_a_patience_without_end(make_memory_store, monkeypatch):
     """Whoever waits for ever waits for as long as a thread can."""
-    monkeypatch.setattr("raystore.runner.threads.EXPLAIN_SECONDS", 0.05)
+    monkeypatch.setattr("raystore.runner.local_runners.EXPLAIN_SECONDS", 0.05)
 
     class Late(Slow):
         seconds = 0.3

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import raystore as rs
-from raystore import semconv
+from raystore.tracing import semconv
 from tests.helpers import mostly_in_memory, until
 
 

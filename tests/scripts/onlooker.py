@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import raystore as rs
-from raystore import pickler
+from raystore.values import pickler
 
 
 def contents(store):

@@ -15,7 +15,7 @@ import typing
 import pydantic
 
 import raystore as rs
-from raystore import pickler
+from raystore.values import pickler
 
 
 class Kind(enum.Enum):

@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from raystore import wire
-from raystore.clock import LoopAlarm
 from raystore.config import StoreConfig
-from raystore.remote.front import Front
+from raystore.remote.endpoint import Front
 from raystore.remote.session import Session
-from raystore.service import Service
+from raystore.service.clock import LoopAlarm
+from raystore.service.service import Service
+from raystore.wire import frames
 
 
 class _Reference:
@@ -46,18 +46,18 @@ class NearStore:
             StoreConfig(**options), capacity_bytes=2**33, alarm=lambda ring: LoopAlarm(self.loop, ring), name="near"
         )
         self.front = Front(self.service)
-        self.spoil: Callable[[str, wire.Answer], wire.Answer] = lambda name, answer: answer
+        self.spoil: Callable[[str, frames.Answer], frames.Answer] = lambda name, answer: answer
         self.calls = 0
         self.exchange, self.listen = _Method(self, self._exchange), _Method(self, self._listen)
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self._sessions: list[Session] = []
 
-    async def _exchange(self, *parts: bytes, refs: Any = None) -> wire.Answer:
+    async def _exchange(self, *parts: bytes, refs: Any = None) -> frames.Answer:
         self.calls += 1
         return self.spoil("exchange", await self.front.exchange(parts, refs))
 
-    async def _listen(self, frame: bytes) -> wire.Answer:
+    async def _listen(self, frame: bytes) -> frames.Answer:
         self.calls += 1
         return self.spoil("listen", await self.front.listen(frame))
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from raystore import errors, wire
+from raystore import errors
 from raystore.core.check import check
 from raystore.core.digest import parts
 from raystore.core.verbs import VERBS
-from raystore.remote.inbox import OWN
-from raystore.service import PROTOCOL
-from raystore.shell import SHELL
+from raystore.remote.server_session import OWN
+from raystore.service.service import PROTOCOL
+from raystore.service.shell import SHELL
+from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue, request
 
 DEEP: Any = []
@@ -185,7 +186,7 @@ async def test_whatever_the_arguments_are(tmp_path, verb):
     for number, arguments in enumerate([right, *variants(right)]):
         before = before or (list(parts(store.state)), log.last)
         (reply,) = await peer.send(store, peer.batch([verb, arguments]))
-        if reply[0] != wire.ERROR:
+        if reply[0] != frames.ERROR:
             answered += 1
             before = None
         else:
@@ -200,7 +201,7 @@ async def test_whatever_the_arguments_are(tmp_path, verb):
             before = None if log.last != before[1] else before
         if number % 50 == 0:
             replies = await other.send(store, other.batch(enqueue(), ["statistics", {}]))
-            assert [reply[0] for reply in replies] == [wire.VALUE, wire.VALUE]
+            assert [reply[0] for reply in replies] == [frames.VALUE, frames.VALUE]
             check(store.state)
             before = None
         if verb == "close_session":
@@ -223,12 +224,12 @@ async def test_whatever_the_header_is(tmp_path, place):
             continue
         before = list(parts(store.state))
         header[place] = wrong
-        made = wire.join([PROTOCOL, *header], [wire.pack_operation(*enqueue()).frame], [])
-        _, outcome, *rest = wire.unpack_answer(await store.front.exchange(tuple(made)))
+        made = frames.join([PROTOCOL, *header], [frames.pack_operation(*enqueue()).frame], [])
+        _, outcome, *rest = frames.unpack_answer(await store.front.exchange(tuple(made)))
         if place == 0 and isinstance(wrong, str):  # the client's name is anything
             continue
-        assert outcome == wire.BROKEN, wrong
+        assert outcome == frames.BROKEN, wrong
         assert rest[0][0] == "InvalidValueError"
         assert list(parts(store.state)) == before
-    assert (await other.call(store, "statistics"))[0] == wire.VALUE
+    assert (await other.call(store, "statistics"))[0] == frames.VALUE
     assert store.difference() == []

@@ -13,13 +13,13 @@ import weakref
 import pytest
 
 import raystore as rs
-from raystore import clock, watches
-from raystore.clock import LoopAlarm, NoAlarm, ThreadAlarm
 from raystore.config import StoreConfig
 from raystore.core import state as core_state
 from raystore.core.digest import digest
 from raystore.journal.opening import read_run
-from raystore.service import Service
+from raystore.service import clock, watches
+from raystore.service.clock import LoopAlarm, NoAlarm, ThreadAlarm
+from raystore.service.service import Service
 from tests.helpers import claim, until
 
 

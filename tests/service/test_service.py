@@ -10,13 +10,13 @@ import time
 import pytest
 
 import raystore as rs
-from raystore.clock import Clock, ThreadAlarm
 from raystore.config import StoreConfig
 from raystore.core import watchdog
 from raystore.core.verb import Verb
 from raystore.core.verbs import VERBS
-from raystore.offers import Offers
-from raystore.service import Service
+from raystore.service.clock import Clock, ThreadAlarm
+from raystore.service.offers import Offers
+from raystore.service.service import Service
 from raystore.types import RolloutConfig
 from tests.helpers import claim, make_span, until
 

@@ -8,11 +8,11 @@ import threading
 import pytest
 
 import raystore as rs
-from raystore import wire
-from raystore.codec import encode
 from raystore.core import bounds
 from raystore.errors import OutcomeUnknownError, StoreOverloadedError
 from raystore.remote import retries, session
+from raystore.wire import frames
+from raystore.wire.codec import encode
 from tests.helpers import until
 from tests.service.near import NearStore
 
@@ -68,7 +68,7 @@ async def test_an_answer_that_makes_no_sense_is_told(near):
 
     def spoil(name, answer):
         near.spoil = lambda name, answer: answer
-        return wire.pack_answer(near.service.epoch, wire.DONE, [], [], [], (1, False))
+        return frames.pack_answer(near.service.epoch, frames.DONE, [], [], [], (1, False))
 
     near.spoil = spoil
     peer = near.connect()

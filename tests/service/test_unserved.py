@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raystore.pools import UNSERVED_SECONDS
+from raystore.service.pools import UNSERVED_SECONDS
 from tests.helpers import until
 from tests.service.near import NearStore
 from tests.service.test_sessions import DEQUEUE, ENQUEUE
@@ -65,7 +65,7 @@ async def test_each_of_several_is_named_when_its_time_has_come(store, caplog):
 
 async def test_one_whose_server_has_ended_is_named(caplog, monkeypatch):
     """By the timer, without another call."""
-    monkeypatch.setattr("raystore.pools.UNSERVED_SECONDS", 0.3)
+    monkeypatch.setattr("raystore.service.pools.UNSERVED_SECONDS", 0.3)
     near = NearStore()
     try:
         driver, runner = near.connect(), near.connect()

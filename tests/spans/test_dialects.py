@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import raystore as rs
-from raystore import dialects, losses, semconv
+from raystore.tracing import dialects, losses, semconv
 from tests.spans.written import DIALECTS, MESSAGES, TOOL_CALL, Turn, indexed, parts, span
 
 TURN = Turn([1, 2, 3], [4, 5], [-0.5, -0.25])

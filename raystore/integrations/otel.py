@@ -1,0 +1,281 @@
+"""OpenTelemetry in process: spans that an agent emits with the OpenTelemetry SDK go to the rollout that it runs for.
+
+An agent that is instrumented already needs no change: `rs.otel.instrument()` sees to it that a span processor
+finds the rollout by context variable, so concurrent rollouts of one process do not mix, and hands a span to the runner
+when it ends, so the final status never overtakes it. Other processors and exporters of the agent go on as before.
+What cannot be had is counted, and told once (`raystore.tracing`).
+Not here: converting a span (`Span.from_opentelemetry`), receiving spans of other processes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    from opentelemetry import context as tracing
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, Tracer, TracerProvider
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}. raystore.otel needs the OpenTelemetry SDK: install raystore[otel]") from error
+
+from raystore.errors import InvalidValueError
+from raystore.runner.context import Position, any_at_work, current, is_apart
+from raystore.runner.told import summary
+from raystore.spans import Span
+from raystore.tracing import semconv
+from raystore.tracing.dialects import is_model_call
+from raystore.tracing.losses import Reason
+
+OPEN_SPANS = 100_000  #: of a process that are followed; an agent that never ends its spans must not fill the memory
+
+_lock = threading.RLock()  # a garbage collection may start a span while it is held
+_instrumented: weakref.WeakSet[Any] = weakref.WeakSet()  # providers, and what their tracers give their spans to
+_everything = False  # whether every provider of this process is instrumented
+_wrapped: set[tuple[type, str]] = set()
+
+
+def instrument(provider: TracerProvider | None = None) -> TracerProvider:
+    """Send the spans of this process, or of one tracer provider, to the rollouts in which they start.
+
+    Call it in the process that runs the agent: in the agent itself, in `setup`, or in the module of the agent. Calling
+    it again changes nothing. Spans that start outside of a rollout are left alone. From then on a
+    `concurrent.futures.ThreadPoolExecutor` (and so `loop.run_in_executor`) passes the rollout, the enclosing span and
+    OpenTelemetry's context on to what is submitted within a rollout. In any other thread that was not given the agent's
+    context a span is found by its parent, if it has one that has not ended; else it is lost, which is counted
+    (`statistics()["spans_lost"]`) and told once, as is what a sampler drops or a disabled SDK does not make.
+
+    Args:
+        provider: only this one. None means all of this process, also those that are made later: the global one, and
+            those that libraries have for themselves. If no global one was set, an SDK provider is made and set, which
+            gives way to one that the agent sets later.
+
+    Returns the provider, the global one for None. Raises `InvalidValueError` for one to which no span processor can be
+    added.
+    """
+    global _everything
+    with _lock:
+        chosen: Any = trace.get_tracer_provider() if provider is None else provider
+        if provider is None and isinstance(chosen, trace.ProxyTracerProvider):  # the API's placeholder
+            chosen = _set_global(TracerProvider())
+        is_off = provider is None and isinstance(chosen, trace.NoOpTracerProvider)
+        if not is_off:
+            _add_processor(chosen)
+        _wrap(Tracer, "start_span", _watched)
+        _wrap(trace.NoOpTracer, "start_span", _not_made)
+        if "start_span" not in inspect.unwrap(trace.NoOpTracer.start_as_current_span).__code__.co_names:  # older ones
+            _wrap(trace.NoOpTracer, "start_as_current_span", _not_made)
+        _wrap(concurrent.futures.ThreadPoolExecutor, "submit", _handing_on)
+        _everything = _everything or provider is None
+        return chosen  # type: ignore[no-any-return]
+
+
+def _set_global(made: TracerProvider) -> Any:
+    """Make it the global provider, so that another one may still be set, which OpenTelemetry allows just once."""
+    if hasattr(trace, "_TRACER_PROVIDER"):
+        trace._TRACER_PROVIDER = made
+    else:
+        trace.set_tracer_provider(made)
+    return trace.get_tracer_provider()
+
+
+def _add_processor(provider: Any) -> None:
+    if provider in _instrumented:
+        return
+    if not hasattr(provider, "add_span_processor"):
+        raise InvalidValueError("provider", provider, "a TracerProvider of the OpenTelemetry SDK")
+    provider.add_span_processor(_processor)
+    _instrumented.add(provider)
+    pipeline = getattr(provider.get_tracer(__name__), "span_processor", None)
+    if pipeline is not None:  # the SDK is not disabled
+        _instrumented.add(pipeline)
+
+
+# -- what is wrapped, once in a process --------------------------------------------------------------------------------
+
+
+def _wrap(cls: type, name: str, wrapper: Callable[[Any], Any]) -> None:
+    if (cls, name) not in _wrapped:
+        _wrapped.add((cls, name))
+        setattr(cls, name, wrapper(getattr(cls, name)))
+
+
+def _watched(start_span: Any) -> Any:
+    """`Tracer.start_span` of the SDK: instruments a provider in time, and sees what is not recorded."""
+
+    @functools.wraps(start_span)
+    def watched(self: Any, name: str, context: Any = None, *args: Any, **kwargs: Any) -> Any:
+        rollout = current()
+        is_seen = (rollout is not None or any_at_work() is not None) and _is_instrumented(self)
+        span = start_span(self, name, context, *args, **kwargs)
+        if is_seen and rollout is not None and not span.is_recording():
+            identity = span.get_span_context()
+            if identity != trace.get_current_span(context).get_span_context():  # else this tracer is switched off
+                who = f"the sampler {type(self.sampler).__name__}"
+                _lose(
+                    rollout.lose, "sampled_out", name, f"of rollout {rollout.rollout.rollout_id} was dropped by {who}"
+                )
+        return span
+
+    return watched
+
+
+def _is_instrumented(tracer: Any) -> bool:
+    """Whether the spans of a tracer come here; from now on, if all are to."""
+    pipeline: Any = getattr(tracer, "span_processor", None)
+    if pipeline in _instrumented:
+        return True
+    if not _everything or not hasattr(pipeline, "add_span_processor"):
+        return False
+    with _lock:
+        if pipeline not in _instrumented:
+            pipeline.add_span_processor(_processor)
+            _instrumented.add(pipeline)
+    return True
+
+
+def _not_made(start_span: Any) -> Any:
+    """A method of `NoOpTracer`: libraries also use it on purpose, so it is a loss where tracing as a whole is off."""
+
+    @functools.wraps(start_span)
+    def not_made(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        if (rollout := current()) is not None and _is_switched_off():
+            story = f"of rollout {rollout.rollout.rollout_id} is not made: OpenTelemetry is switched off"
+            _lose(rollout.lose, "sdk_disabled", name, story)
+        return start_span(self, name, *args, **kwargs)
+
+    return not_made
+
+
+def _is_switched_off() -> bool:
+    is_disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return is_disabled or isinstance(trace.get_tracer_provider(), trace.NoOpTracerProvider)
+
+
+def _handing_on(submit: Any) -> Any:
+    """`ThreadPoolExecutor.submit`: what is submitted within a rollout goes on in it, and its thread does not."""
+    no_threads = getattr(concurrent.futures, "InterpreterPoolExecutor", ())  # a subclass
+
+    @functools.wraps(submit)
+    def handing_on(self: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if current() is not None and not isinstance(self, no_threads):
+            function = functools.partial(_go_on, Position(), tracing.get_current(), function)
+        return submit(self, function, *args, **kwargs)
+
+    return handing_on
+
+
+def _go_on(position: Position, traced: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    token = tracing.attach(traced)
+    try:
+        return position.run(function, *args, **kwargs)
+    finally:
+        tracing.detach(token)
+
+
+def _lose(lose: Callable[[Reason, str, str], None], reason: Reason, name: str, story: str) -> None:
+    lose(reason, name, f"Span {name!r} {story}")
+
+
+# -- spans as they start and end ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Open:
+    """A span that has not ended, and where it goes when it does: not the rollout itself, which may end before it."""
+
+    span: weakref.ref[Any]  # with the span that is given up, this goes
+    rollout_id: str
+    attempt_id: str
+    policy_version: int | None
+    sink: Callable[[Span], None]
+    lose: Callable[[Reason, str, str], None]
+
+
+class RolloutSpanProcessor(SpanProcessor):
+    """Hands each span that ends to the rollout in which it started; one that never ends keeps nothing of it.
+
+    One serves all providers of a process: the parent of a span may be of another one, and a span that two of them hand
+    over is taken once.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[int, int], _Open] = {}
+        self._outside: dict[tuple[int, int], weakref.ref[Any]] = {}  # that have not ended, and began in no rollout
+
+    def on_start(self, span: Any, parent_context: Any = None) -> None:
+        key = (span.context.trace_id, span.context.span_id)
+        given_up = weakref.ref(span, functools.partial(_forget, self._open, key))
+        if (context := current()) is not None:
+            ids = (context.rollout.rollout_id, context.attempt.attempt_id)
+            self._open[key] = _Open(given_up, *ids, context.policy_version, context.sink, context.lose)
+        else:
+            parent = None
+            if span.parent is not None:
+                parent = self._open.get((span.parent.trace_id, span.parent.span_id))
+            if parent is None:
+                if self._is_outside(span):
+                    self._outside[key] = weakref.ref(span, functools.partial(_forget, self._outside, key))
+                else:
+                    _tell_of_stray(span)
+                return
+            self._open[key] = dataclasses.replace(parent, span=given_up)
+        if len(self._open) > OPEN_SPANS:
+            self._drop_oldest()
+
+    def _is_outside(self, span: Any) -> bool:
+        """Whether a span is surely no agent's: none runs, or it goes on with what began when none did."""
+        if any_at_work() is None or is_apart():
+            return True
+        return span.parent is not None and (span.parent.trace_id, span.parent.span_id) in self._outside
+
+    def _drop_oldest(self) -> None:
+        place = self._open.pop(next(iter(self._open), None), None)  # type: ignore[arg-type]
+        span = None if place is None else place.span()
+        if place is not None and span is not None:
+            story = f"of rollout {place.rollout_id} is lost: {OPEN_SPANS} spans that have not ended are newer"
+            _lose(place.lose, "too_many_open", span.name, story)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        identity = span.context
+        place = self._open.pop((identity.trace_id, identity.span_id), None)
+        if place is None:
+            self._outside.pop((identity.trace_id, identity.span_id), None)
+            return
+        try:
+            made = Span.from_opentelemetry(span, place.rollout_id, place.attempt_id, 0)
+            if place.policy_version is not None and is_model_call(made.name, made.attributes):
+                made.attributes[semconv.POLICY_VERSION] = place.policy_version  # for `triplets`
+            place.sink(made)
+        except Exception as error:  # the agent has done nothing wrong, and must not fail for its trace
+            story = f"of rollout {place.rollout_id} cannot be recorded: {summary(error)}"
+            _lose(place.lose, "not_convertible", span.name, story)
+
+    def shutdown(self) -> None:
+        """Of one provider, whose spans that have not ended may still end."""
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return True  # nothing waits here
+
+
+_processor = RolloutSpanProcessor()
+
+
+def _tell_of_stray(span: Any) -> None:
+    """A span belongs to no rollout, and an agent may have started it."""
+    if (somebody := any_at_work()) is not None:
+        where = f"in thread {threading.current_thread().name!r}, which knows no rollout"
+        _lose(somebody.lose, "no_context", span.name, f"is lost: it started {where}, while agents ran")
+
+
+def _forget(opened: dict[tuple[int, int], Any], key: tuple[int, int], span: object) -> None:
+    """A span was given up without an end."""
+    opened.pop(key, None)

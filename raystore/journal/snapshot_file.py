@@ -1,0 +1,242 @@
+"""A state in one file, from which a journal goes on: made by a helper, read when a store starts.
+
+The file begins like a segment. Then comes the index of the spans of each rollout, which is read when somebody asks for
+it, then the sections of the image in frames, and last where these begin. It has its name only once it is whole and on
+disk; what it says of bodies is where they are in the segments.
+Not here: what is in an image (`core.image`), when one is made (`keeper`), which segments it replaces (`compaction`).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+
+from raystore.core import format1
+from raystore.core.cold import Chunk
+from raystore.core.image import image, restore
+from raystore.core.payload import OnDisk, Payload
+from raystore.core.records import Attempt, Change, Config, Record, Resources, Rollout, Span, Worker
+from raystore.core.spans import Index
+from raystore.core.state import State
+from raystore.errors import JournalDamagedError
+from raystore.journal import format
+from raystore.journal.failpoints import failpoint
+from raystore.journal.files import Place, unfinished
+from raystore.journal.format import Head
+from raystore.journal.progress import Watch
+
+_END = struct.Struct("<8sQI")  # magic, where the sections begin, how many there are
+_END_MAGIC = b"rs-image"
+_INDEX = struct.Struct("<III")  # checksum, bytes of the rows, spans
+_EXACT = frozenset({"session", "consumers", "more"})  # sections whose values are packed as what they are
+_READ_BYTES = 16 * 1024 * 1024
+
+# Extension types.
+_PAYLOAD, _TUPLE, _RECORD = 1, 2, 16
+_KINDS: list[type[Record]] = [Config, Rollout, Attempt, Worker, Resources, Span, Change]
+
+
+def _extended(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return msgpack.ExtType(_TUPLE, _pack(list(value), exactly=True))
+    if isinstance(value, Record):
+        return msgpack.ExtType(_RECORD + _KINDS.index(type(value)), _pack(list(value.row()), exactly=True))
+    if isinstance(value, Payload):  # references are not kept
+        return msgpack.ExtType(_PAYLOAD, value.data)
+    raise TypeError(f"{type(value).__name__} has no place in a snapshot: {value!r}")
+
+
+def _opened(code: int, data: bytes) -> Any:
+    if code == _PAYLOAD:
+        return Payload(data, ())
+    value = _unpack(data)
+    return tuple(value) if code == _TUPLE else _KINDS[code - _RECORD](*value)
+
+
+def _pack(value: Any, *, exactly: bool) -> bytes:
+    """As bytes; `exactly` tells tuples from lists, and records from rows."""
+    return bytes(msgpack.packb(value, default=_extended, strict_types=exactly, unicode_errors="surrogatepass"))
+
+
+def _unpack(data: bytes | memoryview) -> Any:
+    return msgpack.unpackb(data, ext_hook=_opened, strict_map_key=False, unicode_errors="surrogatepass")
+
+
+class IndexFile:
+    """The span indexes in a snapshot."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as somebody may ask
+
+    def raw(self, place: int) -> bytes:
+        """An index as it stands in the file."""
+        data = os.pread(self._file.fileno(), 4096, place)
+        checksum, length, count = _INDEX.unpack_from(data)
+        size = _INDEX.size + 8 * count + length
+        if len(data) < size:
+            data = os.pread(self._file.fileno(), size, place)
+        if len(data) < size or zlib.crc32(data[4:size]) != checksum:
+            raise JournalDamagedError(str(self._path), place, "the index of the spans of a rollout cannot be read")
+        return data[:size]
+
+    def read(self, place: int) -> Index:
+        """An index: where each body is, and a row for each span."""
+        return unpack_index(self.raw(place))
+
+
+def places_in(raw: bytes) -> array[int]:
+    """Where the bodies are of which this is the index."""
+    _, _, count = _INDEX.unpack_from(raw)
+    places = array("Q")
+    places.frombytes(raw[_INDEX.size : _INDEX.size + 8 * count])
+    return places
+
+
+def unpack_index(raw: bytes) -> Index:
+    """An index from its bytes."""
+    places = places_in(raw)
+    return places, _unpack(raw[_INDEX.size + 8 * len(places) :])
+
+
+def pack_index(index: Index) -> bytes:
+    """An index as bytes."""
+    places, rows = index
+    body = _pack(rows, exactly=False)
+    rest = struct.pack("<II", len(body), len(places)) + places.tobytes() + body
+    return struct.pack("<I", zlib.crc32(rest)) + rest
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path,
+    head: Head,
+    state: State,
+    old: IndexFile | None,
+    more: dict[str, Any],
+) -> set[int]:
+    """Write a state; the numbers of the records that hold bodies of its spans.
+
+    `old` is where indexes are that have not been read. `more` is what the journal knows beside the state.
+    """
+    needed: set[int] = set()
+    with unfinished(path) as new:
+        with open(new, "wb", buffering=_READ_BYTES) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(format.pack_head(head))
+            places = _write_indexes(file, state, old, needed)
+            begin, count = file.tell(), 0
+            for name, value in image(state, places):
+                _write_section(file, name, value, count)
+                count += 1
+            _write_section(file, "more", more, count)
+            file.write(_END.pack(_END_MAGIC, begin, count + 1))
+            file.flush()
+            failpoint("snapshot.written")
+            os.fsync(file.fileno())
+        failpoint("snapshot.synced")
+        new.rename(path)
+    return needed
+
+
+def _write_indexes(file: BinaryIO, state: State, old: IndexFile | None, needed: set[int]) -> dict[str, int]:
+    at = file.tell()
+    written: dict[str, int] = {}
+    for rollout_id in state.entries:
+        if place := state.spans.place(rollout_id):
+            assert old is not None
+            raw = old.raw(place)
+        elif (index := state.spans.index(rollout_id)) is not None:
+            raw = pack_index(index)
+        else:
+            continue
+        written[rollout_id] = at
+        needed.update(place // OnDisk.RECORD for place in places_in(raw))
+        file.write(raw)
+        at += len(raw)
+    return written
+
+
+def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
+    packed = bytes(value.packed) if isinstance(value, Chunk) else _pack(value, exactly=name in _EXACT)
+    for chunk in format.pack_frame([[name.encode(), packed]], number, 0):
+        file.write(chunk)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_head(path: Path) -> tuple[Place, dict[str, Any], int]:
+    """Up to where a snapshot goes, who wrote the journal then, and its format."""
+    with open(path, "rb") as file:
+        head = format.unpack_head(file.read(format.HEAD_BYTES), str(path))[0]
+    assert head.more is not None
+    return Place(head.epoch, head.number, head.more["offset"], head.first - 1), head.more["who"], head.format
+
+
+def read(path: Path, state: State, watch: Watch | None = None) -> tuple[IndexFile, dict[str, Any]]:
+    """Fill an empty state; where its span indexes are, and what the journal knew beside it."""
+    indexes = IndexFile(path)
+    more: dict[str, Any] = {}
+    with open(path, "rb", buffering=0) as file:
+        head = format.unpack_head(file.read(format.HEAD_BYTES), str(path))[0]
+        sections = _watched(_sections(file, path, more), watch or Watch())
+        restore(state, _of_format_1(sections) if head.format == 1 else sections, _unpack)
+    state.spans.read_index = indexes.read
+    return indexes, more
+
+
+def _watched(sections: Iterator[tuple[str, Any]], watch: Watch) -> Iterator[tuple[str, Any]]:
+    for section in sections:
+        watch.step()
+        yield section
+
+
+def _of_format_1(sections: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    plain: list[Any] = []
+    payload_bytes = 0
+    for name, value in sections:
+        found = _unpack(value) if name == "chunk" else value
+        payload_bytes += format1.payload_bytes(name, found)
+        if name == "plain":
+            plain = value
+        elif name == "chunk":
+            yield name, _pack(format1.section(name, found), exactly=False)
+        else:
+            yield name, format1.section(name, value)
+    plain[format1.PAYLOAD_BYTES] = payload_bytes
+    yield "plain", format1.section("plain", plain)
+
+
+def _sections(file: Any, path: Path, more: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - _END.size, 0))
+    try:
+        magic, begin, count = _END.unpack(file.read(_END.size))
+    except struct.error:
+        magic, begin, count = b"", 0, 0
+    if magic != _END_MAGIC:
+        raise JournalDamagedError(str(path), size, "the snapshot does not end like one")
+    file.seek(begin)
+    data = memoryview(file.read(size - _END.size - begin))
+    at = 0
+    for number in range(count):
+        frame = format.read_frame(data, at)
+        if frame is None or frame.first != number:
+            raise JournalDamagedError(str(path), begin + at, f"section {number} of the snapshot cannot be read")
+        at = frame.end
+        name, packed = next(frame.records())
+        section = bytes(name).decode()
+        if section == "more":
+            more.update(_unpack(packed))
+        else:
+            yield section, bytes(packed) if section == "chunk" else _unpack(packed)

@@ -1,0 +1,1 @@
+"""What spans say: names, dialects, model calls, triplets and trajectories. Stands on `spans`."""
