@@ -34,7 +34,7 @@ from raystore.core.rollouts import (
     release,
 )
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Session, State, Step, Taken, is_live_attempt
-from raystore.core.verb import Verb
+from raystore.core.verbs import Verb
 from raystore.core.wanted import enter_retention, others, settle
 from raystore.errors import BatchConflictError, ConflictError, InvalidValueError, OverloadedError, StoreError, again
 
@@ -558,12 +558,17 @@ STEPS: dict[str, Callable[..., Any]] = steps.STEPS | {
 }
 
 
+def _require_names(spec: Verb, verb: str, arguments: dict[str, Any]) -> None:
+    if not spec.schema.required <= arguments.keys() or not arguments.keys() <= spec.schema.names:
+        raise InvalidValueError("operation", (verb, sorted(arguments)), "a verb of this store with its arguments")
+
+
 def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
     """Run one verb: only the names of its arguments were looked at."""
     spec = VERBS.get(verb)
     if spec is None:
         raise InvalidValueError("operation", verb, "a verb of this store")
-    spec.require_names(verb, arguments)
+    _require_names(spec, verb, arguments)
     if arguments.get("chain") is None:
         return spec.run(state, step, **arguments)
     assert step.session is not None
@@ -645,7 +650,7 @@ class Run:
 
 def _pieces(state: State, verb: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     try:
-        VERBS[verb].require_names(verb, arguments)
+        _require_names(VERBS[verb], verb, arguments)
         if verb == "cancel_rollouts":
             ids, rest = verbs.chosen_among(state, **arguments), {"group_id": None, "tags": None}
         else:

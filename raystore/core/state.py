@@ -17,7 +17,7 @@ from typing import Any
 
 from raystore.core.accounts import of_attempt
 from raystore.core.ages import Ages
-from raystore.core.changes import ChangeFeed, CompletionLog
+from raystore.core.changes import ChangeFeed, CompletionLog, WatchSets
 from raystore.core.deadlines import Deadlines
 from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
 from raystore.core.indexes import Indexes, Key, keys_of
@@ -341,6 +341,7 @@ class State:
         self.deleting: dict[str, Session] = {}  # those of which a long deletion is under way
         self.changes = ChangeFeed()
         self.completions = CompletionLog()
+        self.watched = WatchSets()  # of callers of this process; no journal keeps them
         self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
         self.claim_deadlines: Deadlines[tuple[str, HandedKey]] = Deadlines(self._claim_deadline)
         self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)

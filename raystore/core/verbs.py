@@ -1,16 +1,16 @@
-"""What can be asked of the core: one table from verb to function.
+"""What can be asked of the state: one table from verb to function.
 
 A verb takes the state, a step, and plain keyword arguments; it answers with records or plain values. `VERBS` says of
-each whether it changes the state and which rollouts it names. Waiting is no business of a verb: `dequeue` answers with
-what there is, and who waits for more is the shell's to remember.
-Not here: encoding, sessions' batches, parked calls (`service`).
+each whether it changes the state, which rollouts it names, what its caller may have to wait for, and whether its answer
+hands something over that the caller must acknowledge. A verb whose caller must wait answers None, and is not blocked.
+Not here: calls that wait (`service.parking`), the batches in which operations come (`replies`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from raystore.core import attempts, claims, held_back, query, retention, rollouts, training, wanted, workers
 from raystore.core.accounts import bounded_error
@@ -19,6 +19,7 @@ from raystore.core.payload import Payload, size_of
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
 from raystore.core.requests import (
     AttemptChanges,
+    Filters,
     FinalChanges,
     Mode,
     Must,
@@ -39,6 +40,7 @@ from raystore.core.schema import (
     Part,
     Positive,
     Rule,
+    Schema,
     Seconds,
     SortOrder,
     Tags,
@@ -47,8 +49,45 @@ from raystore.core.schema import (
     checker,
 )
 from raystore.core.state import AttemptKey, BatchKey, Chain, Entry, HandedKey, Session, State, Step
-from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError, SessionEndedError, SpansEvictedError, StoreError, again
+
+WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes"]
+
+
+@dataclass(slots=True, frozen=True)
+class Verb:
+    """One entry of a table of verbs."""
+
+    run: Callable[..., Any]
+    changes: bool = True
+    names: tuple[str, ...] = ()  #: the arguments that name rollouts
+    #: The keys of what an answer hands over, by arguments and answer: its caller must acknowledge them.
+    hands: Callable[[dict[str, Any], Any], list[HandedKey]] | None = None
+    waits_for: WaitsFor | None = None  #: if the answer is None, the call is parked until there is some of this
+    serves: str = ""  #: the argument that names the queues whose work the caller asks for
+    fits: Callable[[Any], bool] = field(init=False)  #: whether arguments are what the function's annotations ask for
+    schema: Schema = field(init=False)
+
+    def __post_init__(self) -> None:
+        schema = Schema(self.run)
+        object.__setattr__(self, "schema", schema)
+        object.__setattr__(self, "fits", schema.fits)
+
+    def require(self, verb: str, arguments: dict[str, Any]) -> None:
+        """Refuse what are no arguments of the verb; nobody's nonsense may fail inside the core."""
+        if not self.fits(arguments):
+            raise self.schema.refusal(verb, arguments)
+
+    def rollouts_named(self, arguments: dict[str, Any]) -> list[str]:
+        """The rollouts a call is about, which time must have caught up with before it runs; it may still be refused."""
+        named: list[str] = []
+        for name in self.names:
+            value = arguments.get(name)
+            if isinstance(value, str):
+                named.append(value)
+            elif isinstance(value, (list, tuple)):
+                named.extend(item for item in value if isinstance(item, str))
+        return named
 
 
 @dataclass(slots=True)
@@ -190,6 +229,55 @@ def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Pair]:
     return [_with_attempt(entry) for entry in found if entry is not None and entry.rollout.status in FINISHED]
 
 
+def unfinished_among(state: State, rollout_ids: Iterable[str]) -> list[str]:
+    """The rollouts among these that exist and are not finished."""
+    completions, entries = state.completions, state.entries
+    return [i for i in rollout_ids if i not in completions and i in entries]
+
+
+def finished_by_now(state: State, rollout_ids: Iterable[str]) -> tuple[list[Pair], int]:
+    """The answer of `wait`: those that are finished, and the newest cursor of the completion log."""
+    return finished_among(state, rollout_ids), state.completions.last
+
+
+def _wait(state: State, step: Step, *, rollout_ids: list[Id], timeout: float | None) -> tuple[list[Pair], int] | None:
+    if (timeout is None or timeout > 0) and unfinished_among(state, rollout_ids):
+        return None
+    return finished_by_now(state, rollout_ids)
+
+
+def _sort_out(
+    state: State, step: Step, *, rollout_ids: list[Id], instead_of: Whole | None = None
+) -> tuple[list[Pair], tuple[int, list[str], int | None]]:
+    """The finished rollouts among these in the order of completion; then a cursor, the unfinished ones, and a token.
+
+    All of one moment. By the token `completed` is asked for what finishes of the unfinished ones; it takes the place
+    of an earlier token.
+    """
+    assert step.session is not None
+    if instead_of is not None:
+        state.watched.drop(instead_of)
+    done = finished_among(state, rollout_ids)
+    done.sort(key=lambda pair: state.completions.place(pair[0].rollout_id))
+    rest = unfinished_among(state, rollout_ids)
+    token = state.watched.keep(step.session.session_id, rest, step.seed) if rest else None
+    return done, (state.completions.last, rest, token)
+
+
+def _completed(
+    state: State,
+    step: Step,
+    *,
+    cursor: Whole | None,
+    limit: Positive,
+    timeout: Seconds,
+    filters: Filters,
+    among: Whole | None = None,
+) -> tuple[list[Pair], int | None] | None:
+    found, cursor = completed_after(state, cursor, limit, filters, state.watched.find(among))
+    return (found, cursor) if found or timeout <= 0 else None
+
+
 def completed_after(
     state: State, cursor: int | None, limit: int, filters: Mapping[str, Any], among: Container[str] | None = None
 ) -> tuple[list[Pair], int | None]:
@@ -206,6 +294,13 @@ def completed_after(
         if tags(entry.rollout) and all(getattr(entry.rollout, k) == v for k, v in others.items() if v is not None):
             found.append(_with_attempt(entry))
     return found, cursor
+
+
+def _changes(
+    state: State, step: Step, *, cursor: Whole | None, kinds: list[str] | None, limit: Positive, timeout: Seconds
+) -> tuple[list[Change], int | None] | None:
+    found, cursor = changes_after(state, cursor, kinds, limit)
+    return (found, cursor) if found or timeout <= 0 else None
 
 
 def changes_after(
@@ -681,10 +776,14 @@ _LIST = ("rollout_ids",)
 VERBS: dict[str, Verb] = {
     "start_rollout": Verb(_start_rollout),
     "enqueue": Verb(_enqueue),
-    "dequeue": Verb(_dequeue, hands=_claims_of),
+    "dequeue": Verb(_dequeue, hands=_claims_of, waits_for="work", serves="queues"),
     "query_rollouts": Verb(_query_rollouts, changes=False, names=("rollout_id_in",)),
     "get_rollout": Verb(_get_rollout, changes=False, names=_ONE),
     "update_rollout": Verb(_update_rollout, names=_ONE),
+    "wait": Verb(_wait, changes=False, waits_for="rollouts"),
+    "sort_out": Verb(_sort_out, changes=False),
+    "completed": Verb(_completed, changes=False, waits_for="completions"),
+    "changes": Verb(_changes, changes=False, waits_for="changes"),
     "cancel_rollouts": Verb(_cancel_rollouts, names=_LIST),
     "release": Verb(_release, names=_LIST),
     "delete_rollouts": Verb(_delete_rollouts, names=_LIST),
@@ -700,7 +799,7 @@ VERBS: dict[str, Verb] = {
     "next_numbers": Verb(_next_numbers),
     "query_spans": Verb(_query_spans, changes=False, names=_ONE),
     "query_many_spans": Verb(_query_many_spans, changes=False, names=_LIST),
-    "take": Verb(_take, hands=_batch_of),
+    "take": Verb(_take, hands=_batch_of, waits_for="batch"),
     "get_batch": Verb(_get_batch, changes=False),
     "ack": Verb(_ack),
     "nack": Verb(_nack),

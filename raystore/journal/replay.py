@@ -18,7 +18,7 @@ from raystore.core.line import AGAIN, ERROR, VALUE, Kept, Reply
 from raystore.core.records import Config
 from raystore.core.state import Session, Settings, State, Step
 from raystore.core.steps import STEPS
-from raystore.core.verbs import CHANGING
+from raystore.core.verbs import CHANGING, VERBS
 from raystore.errors import StoreError, to_record
 from raystore.journal import records, snapshot_file
 from raystore.journal.failpoints import failpoint
@@ -29,7 +29,6 @@ from raystore.journal.reader import Reading
 from raystore.journal.records import Told
 from raystore.wire import frames
 
-WAITING = frozenset({"dequeue", "take"})  #: what changes something and may wait before it does
 NOTICES_KEPT = 1_000  #: of a session; which of them it has seen is not known, so the newest come again
 
 
@@ -210,7 +209,7 @@ class Replay:
             value = self._rules.run(self.state, step, verb, arguments)
         except StoreError as refusal:
             return [ERROR, *to_record(refusal)]
-        return AGAIN if value is None and verb in WAITING else [VALUE, value]  # it waited, once
+        return AGAIN if value is None and VERBS[verb].waits_for else [VALUE, value]  # its caller waited, once
 
     def _forget_news(self) -> None:
         """Nobody waits while the past is repeated."""

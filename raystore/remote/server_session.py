@@ -20,13 +20,11 @@ from raystore.core.line import VALUE, Kept, Reply
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
 from raystore.core.state import HandedKey, Session
-from raystore.core.verb import Verb
-from raystore.core.verbs import HANDING, Many, handed_again
+from raystore.core.verbs import HANDING, Many, Verb, handed_again
 from raystore.errors import AnswerGoneError, StoreError, to_record
 from raystore.journal.recorder import Source
+from raystore.service.parking import PARKED, Deliver
 from raystore.service.service import Service
-from raystore.service.shell import PARKED
-from raystore.service.waiters import Deliver
 from raystore.wire import frames
 
 SLICE_SECONDS = 0.005  #: a batch that takes longer lets the others in between

@@ -16,7 +16,7 @@ from raystore.core.records import Span
 from raystore.core.schema import Id, Part, Row, Rule, Schema, Seconds, Tags, Value, Whole
 from raystore.core.verbs import VERBS
 from raystore.errors import InvalidValueError
-from raystore.service.shell import SHELL
+from raystore.service.service import PROCESS_VERBS
 
 
 class Changes(TypedDict, total=False):
@@ -133,21 +133,16 @@ def test_a_row_of_a_span_is_its_record():
     assert [name for name, _ in row.columns] == [*Span.__dataclass_fields__][2:]
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS.keys() & SHELL.keys()))
-def test_what_may_wait_asks_for_the_same_as_the_verb_itself(verb):
-    """A replay knows only the latter."""
-    assert SHELL[verb].run.__kwdefaults__ == VERBS[verb].run.__kwdefaults__
-    asked = [
-        {n: a for n, a in v.run.__annotations__.items() if n in v.schema.names} for v in (SHELL[verb], VERBS[verb])
-    ]
-    assert asked[0] == asked[1]
+def test_a_verb_is_in_one_table():
+    """Those of the process are none of the state."""
+    assert not VERBS.keys() & PROCESS_VERBS.keys()
 
 
 def test_every_argument_of_every_verb_says_what_it_must_be():
     """None is left open: what the annotation does not say nobody checks."""
     open_ones = [
         (verb, name)
-        for verb, spec in (VERBS | SHELL).items()
+        for verb, spec in (VERBS | PROCESS_VERBS).items()
         for name, annotation in spec.run.__annotations__.items()
         if name in spec.schema.names and annotation in ("Any", "dict[str, Any]", "list[Any]")
     ]

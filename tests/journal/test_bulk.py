@@ -295,7 +295,7 @@ async def test_a_session_that_ends_in_its_own_batch_claims_nothing_more(tmp_path
     assert sorted(store.state.queues) == ["r0", "r1", "r2", "r3"]
     session = store.state.sessions["p"]
     assert not session.claims and not session.held and not session.chains
-    assert len(store.service.waiters) == 0
+    assert len(store.service.parking) == 0
     check(store.state)
     assert store.difference() == []
     assert list(parts(store.follow().state))

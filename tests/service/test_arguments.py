@@ -18,8 +18,7 @@ from raystore.core.check import check
 from raystore.core.digest import parts
 from raystore.core.verbs import VERBS
 from raystore.remote.server_session import OWN
-from raystore.service.service import PROTOCOL
-from raystore.service.shell import SHELL
+from raystore.service.service import PROCESS_VERBS, PROTOCOL
 from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue, request
 
@@ -168,7 +167,7 @@ def variants(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield made
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS | SHELL | OWN))
+@pytest.mark.parametrize("verb", sorted(VERBS | PROCESS_VERBS | OWN))
 async def test_whatever_the_arguments_are(tmp_path, verb):
     """One wrong argument hurts nobody, its sender included."""
     store, peer, other = Store(tmp_path / "journal"), Peer("peer"), Peer("other")
