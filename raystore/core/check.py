@@ -1,4 +1,4 @@
-"""Every invariant of the state, and the story of one rollout.
+"""What a store can say of itself: whether every invariant of the state holds, the story of a rollout, its counts.
 
 `check` is for tests and debugging: it walks everything and raises AssertionError at the first thing that cannot be.
 `story` is for people: what is still known of how a rollout came to be where it is.
@@ -7,7 +7,11 @@ Not here: repairing anything.
 
 from __future__ import annotations
 
+from typing import Any
+
+from raystore.core import claims, training
 from raystore.core.accounts import of_attempt, of_rollout
+from raystore.core.changes import FEED_LENGTH
 from raystore.core.lifecycle import (
     ACTIVE,
     ATTEMPT_STATUSES,
@@ -170,3 +174,37 @@ def story(state: State, rollout_id: str) -> list[str]:
             + (f", error {tried.error.strip().splitlines()[-1]}" if tried.error and tried.error.strip() else "")
         )
     return lines
+
+
+def counts(state: State) -> dict[str, Any]:
+    """How much a store holds and has done; the service adds the numbers of its process."""
+    by_status = {status: state.indexes.count(("status", status)) for status in ROLLOUT_STATUSES}
+    return {
+        "total_rollouts": len(state.entries),
+        "total_attempts": state.attempt_count,
+        "total_spans": state.spans.count,
+        "total_resources": len(state.resources),
+        "total_workers": len(state.workers),
+        "total_span_bytes": state.spans.bytes,
+        "eviction_threshold_bytes": state.settings.eviction_bytes,
+        "safe_threshold_bytes": state.settings.safe_bytes,
+        "payload_bytes": state.payload_bytes + state.resources.bytes,
+        "accounted_bytes": state.total_bytes,
+        "evicted_spans": state.spans.evicted_spans,
+        "evicted_rollouts": state.evicted_rollouts,
+        "eviction_passes": state.eviction_passes,
+        "deadline_fires": state.deadlines.fires,
+        "sessions": claims.live_sessions(state),
+        "queue_length": len(state.queues),
+        "queue_lengths": state.queues.lengths(),
+        "held_back": sum(state.queues.held_counts().values()),
+        "held_back_by_resources": state.queues.held_counts(),
+        "rollouts_by_status": {status: count for status, count in by_status.items() if count},
+        "suspects": len(state.suspects),
+        "withdrawals": state.withdrawals,
+        "changes": state.changes.last,
+        "change_feed_length": FEED_LENGTH,
+        "memory_full": state.memory_full,
+        "waits_for_consumer": state.waits_for,
+        "consumers": training.describe(state),
+    }

@@ -218,7 +218,7 @@ def taken_over(state: State, session: Session, ticket: int) -> list[Claimed]:
 
     Empty if it was handed nothing, or holds nothing of that any more: then this is a dequeue like any other.
     """
-    keys = session.line.handed.pop(ticket, None)
+    keys = session.replies.handed.pop(ticket, None)
     return claimed_again(state, session, [key for key in keys if is_claim(key)]) if keys else []
 
 

@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from raystore.core import attempts, retention, steps, verbs, watchdog, workers
+from raystore.core import attempts, retention, verbs, watchdog, workers
 from raystore.core.accounts import of_attempt, of_rollout
 from raystore.core.batches import Item, to_keep
 from raystore.core.claims import LOST_CLAIMS_KEPT, Claimed, taken_over
 from raystore.core.cold import column
 from raystore.core.lifecycle import ACTIVE, FINISHED, OVER
-from raystore.core.line import ERROR, PARTLY, VALUE, Kept, Reply
 from raystore.core.payload import same_content, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
+from raystore.core.replies import ERROR, PARTLY, VALUE, BatchReplies, Reply
 from raystore.core.rollouts import (
     CONTENT,
     RETRY_AFTER_SECONDS,
@@ -186,7 +186,7 @@ def _hand_over(
     claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
     if claimed:
         keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
-        session.line.hand(ticket, keys, session.claims)
+        session.replies.hand(ticket, keys, session.claims)
     return claimed
 
 
@@ -549,7 +549,7 @@ VERBS: dict[str, Verb] = verbs.VERBS | {
     "finish": Verb(_finish),
 }
 
-STEPS: dict[str, Callable[..., Any]] = steps.STEPS | {
+STEPS: dict[str, Callable[..., Any]] = verbs.STEPS | {
     "advance": _advance,
     "hand_over": _hand_over,
     "take": _take_now,
@@ -601,7 +601,7 @@ class Run:
 
     __slots__ = ("_is_more", "_kept", "_operations", "_state", "cut", "next")
 
-    def __init__(self, state: State, session: Session, kept: Kept, operations: list[Any]) -> None:
+    def __init__(self, state: State, session: Session, kept: BatchReplies, operations: list[Any]) -> None:
         self._state, self._kept, self._operations = state, kept, operations
         self.next = len(kept.replies)
         self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]

@@ -22,9 +22,9 @@ from raystore.core.deadlines import Deadlines
 from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
 from raystore.core.indexes import Indexes, Key, keys_of
 from raystore.core.lifecycle import ACTIVE, UNCHARGED
-from raystore.core.line import Line
 from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker
+from raystore.core.replies import ReplyCache
 from raystore.core.resources import ResourceTable
 from raystore.core.spans import SpanTable
 from raystore.errors import (
@@ -154,7 +154,9 @@ class Session:
     chains: dict[int, Chain] = declare(make=dict, pack=_chains_packed, unpack=_chains_unpacked, shows=_chains_packed)
     #: Rollouts that a long deletion of it will reach, of which some pieces are still to run.
     deleting: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
-    line: Line = declare(make=Line, pack=packed, unpack=lambda values: unpacked(Line, values), in_digest=False)
+    replies: ReplyCache = declare(
+        name="line", make=ReplyCache, pack=packed, unpack=lambda values: unpacked(ReplyCache, values), in_digest=False
+    )
     #: Which process it is: see `raystore.remote.lifelines`. None if it did not say.
     process: list[Any] | None = declare(None)
     #: Since when it takes nothing else, for it runs a suspect or is drained for one. Once until it is idle again.

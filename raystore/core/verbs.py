@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from raystore.core import attempts, claims, held_back, query, retention, rollouts, training, wanted, workers
+from raystore.core import attempts, claims, held_back, query, retention, rollouts, training, wanted, watchdog, workers
 from raystore.core.accounts import bounded_error
 from raystore.core.lifecycle import FINISHED
 from raystore.core.payload import Payload, size_of
@@ -467,7 +467,7 @@ def _take(
     """A batch; None if waiting may bring a better one. `of` asks for what a parked call was handed."""
     asked = wanted.make_filter(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in)
     if of is not None and step.session is not None:
-        for key in step.session.line.handed.pop(of, []):
+        for key in step.session.replies.handed.pop(of, []):
             if claims.is_batch(key) and (found := batch_again(state, step.session, key)) is not None:
                 return found
     known = training.prepare(state, step, consumer, asked, max_open)
@@ -821,5 +821,87 @@ VERBS: dict[str, Verb] = {
     "end_chain": Verb(_end_chain),
 }
 
+
+def hands_over(verb: str) -> Callable[[dict[str, Any], Any], list[HandedKey]] | None:
+    """How to find the keys of what the answer of a verb hands over; None if it hands over nothing."""
+    spec = VERBS.get(verb)
+    return spec.hands if spec is not None else None
+
+
 HANDING = {name: verb.hands for name, verb in VERBS.items() if verb.hands}  #: whose answers are to be acknowledged
 CHANGING = frozenset(name for name, verb in VERBS.items() if verb.changes)  #: what must not run twice
+
+
+# -- changes that no caller asks for -----------------------------------------------------------------------------------
+
+
+def _pause(state: State, step: Step, seconds: float) -> None:
+    watchdog.pause(state, step, seconds)
+
+
+def _advance(state: State, step: Step, *due: list[Any]) -> None:
+    watchdog.advance(state, step, watchdog.Due(*due))
+
+
+def _hand_over(
+    state: State, step: Step, session_id: str, ticket: int, queues: list[str], limit: int, worker_id: str | None
+) -> list[Entry]:
+    """Give work to a call that waits for it; it was told that it waits, so that it came away empty is no news."""
+    session = state.sessions[session_id]
+    step.session = session
+    claimed = claims.claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
+    if claimed:
+        keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
+        session.replies.hand(ticket, keys, session.claims, session.batches)
+    return claimed
+
+
+def _hand_batch(state: State, step: Step, session_id: str, ticket: int, consumer: str, count: int) -> Batch:
+    """Give a call that waits for a batch what there is."""
+    session = step.session = state.sessions[session_id]
+    batch = take(state, step, consumer, count)
+    if batch[1]:
+        session.replies.hand(ticket, [(consumer, batch[1])], session.claims, session.batches)
+    return batch
+
+
+def _take_back(state: State, step: Step, session_id: str, keys: list[HandedKey]) -> None:
+    """The caller of a parked call had gone when its answer came."""
+    for key in keys:
+        claims.take_back(state, step, state.sessions[session_id], key, why="declined")
+
+
+def _acknowledge_for(state: State, step: Step, session_id: str, keys: list[HandedKey]) -> list[HandedKey]:
+    return claims.acknowledge(state, step, state.sessions[session_id], keys)
+
+
+def _open_session(state: State, step: Step, session_id: str, eternal: bool, process: list[Any] | None = None) -> None:
+    claims.open_session(state, step, session_id, eternal=eternal, process=process)
+
+
+def _end_session(state: State, step: Step, session_id: str, why: str) -> None:
+    claims.end_session(state, step, state.sessions[session_id], why=why)
+
+
+def _hold_back(state: State, step: Step, resources_id: str, version: int, why: str) -> bool:
+    return held_back.hold_back(state, step, resources_id, version, why)
+
+
+def _forget_workers(state: State, step: Step, worker_ids: list[str]) -> None:
+    workers.forget(state, worker_ids)
+
+
+#: Changes of the state that time, waiting, and the life of sessions bring, under the names by which a journal knows
+#: them. Whoever has a clock decides that one is needed, and with which arguments; doing it is the same at a replay.
+STEPS: dict[str, Callable[..., Any]] = {
+    "pause": _pause,
+    "advance": _advance,
+    "hand_over": _hand_over,
+    "hand_batch": _hand_batch,
+    "take_back": _take_back,
+    "acknowledge": _acknowledge_for,
+    "open_session": _open_session,
+    "end_session": _end_session,
+    "hold_back": _hold_back,
+    "forget_workers": _forget_workers,
+}

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raystore.core import format1, verbs, wanted, watchdog
-from raystore.core.batches import Item, Run, to_keep
+from raystore.core.batches import BatchRun, Item, to_keep
 from raystore.core.digest import verify
-from raystore.core.line import AGAIN, ERROR, VALUE, Kept, Reply
 from raystore.core.records import Config
+from raystore.core.replies import AGAIN, ERROR, VALUE, BatchReplies, Reply
 from raystore.core.state import Session, Settings, State, Step
-from raystore.core.steps import STEPS
-from raystore.core.verbs import CHANGING, VERBS
+from raystore.core.verbs import CHANGING, STEPS, VERBS
 from raystore.errors import StoreError, to_record
 from raystore.journal import records, snapshot_file
 from raystore.journal.failpoints import failpoint
@@ -37,7 +36,7 @@ class _Begun(NamedTuple):
 
     record: int  # number of the record with its bytes
     sequence: int
-    run: Run | format1.Run
+    run: BatchRun | format1.Run
     parts: list[bytes]
 
 
@@ -47,7 +46,7 @@ class Rules(NamedTuple):
     run: Callable[..., Any]
     steps: dict[str, Callable[..., Any]]
     resume: Callable[..., None]
-    run_of: type[Run] | type[format1.Run]
+    run_of: type[BatchRun] | type[format1.Run]
     are_digests_compared: bool
     begin: Callable[[State, Settings], None]  # a process, after another one with other settings
 
@@ -60,7 +59,7 @@ def _begin(state: State, before: Settings) -> None:
 #: Whoever changes what a record does, or what a digest covers, gives the old rules a file and an entry here.
 _RULES = {
     1: Rules(format1.run, format1.STEPS, format1.resume, format1.Run, False, lambda state, before: None),
-    FORMAT: Rules(verbs.run, STEPS, watchdog.resume, Run, True, _begin),
+    FORMAT: Rules(verbs.run, STEPS, watchdog.resume, BatchRun, True, _begin),
 }
 
 
@@ -91,7 +90,7 @@ class Replay:
         follower._configure(more["settings"])
         for session_id, record, sequence, parts, number, cut in more["runs"]:
             header, *operations = frames.split(parts, None)
-            kept = state.sessions[session_id].line.kept.get(sequence) or Kept(header[6], [])
+            kept = state.sessions[session_id].replies.kept.get(sequence) or BatchReplies(header[6], [])
             run = _RULES[format_].run_of(state, state.sessions[session_id], kept, operations)
             run.go_on(number, [Item(*row) for row in cut])
             follower._runs[session_id] = _Begun(record, sequence, run, parts)
@@ -103,7 +102,7 @@ class Replay:
         runs = [
             (session_id, begun.record, begun.sequence, begun.parts, begun.run.next, [tuple(i) for i in begun.run.cut])
             for session_id, begun in self._runs.items()
-            if session_id in self.state.sessions and isinstance(begun.run, Run) and begun.run.may_change
+            if session_id in self.state.sessions and isinstance(begun.run, BatchRun) and begun.run.may_change
         ]
         more = {
             "last": self.last, "now": self.now, "started": self.started, "settings": self._settings, "runs": runs,
@@ -168,10 +167,10 @@ class Replay:
         parts = [bytes(part) for part in record[1:]]
         header, *operations = frames.split(parts, None)
         _, _, session_id, sequence, answered, ahead, first_ticket, *_ = header
-        line = self._session(told).line
-        line.heard(answered, ahead)
+        cache = self._session(told).replies
+        cache.acknowledged(answered, ahead)
         count, begun = told.arguments
-        kept = line.begin(sequence, first_ticket)
+        kept = cache.begin(sequence, first_ticket)
         del kept.replies[begun:]
         kept.replies.extend([AGAIN] * (begun - len(kept.replies)))  # what left no record changed nothing
         run = self._rules.run_of(self.state, self._session(told), kept, operations)
@@ -194,7 +193,7 @@ class Replay:
         step = self._step(told)
         step.record = self.last
         reply = self._operation(step, verb, arguments)
-        self._session(told).line.note(told.arguments[0], to_keep(verb, arguments, reply))
+        self._session(told).replies.note(told.arguments[0], to_keep(verb, arguments, reply))
 
     def _left_out(self, told: Told, record: list[memoryview]) -> None:
         _, name, arguments = told.arguments

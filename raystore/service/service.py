@@ -24,12 +24,10 @@ from typing import Annotated, Any, NoReturn
 
 from raystore.config import StoreConfig, resident_bytes, resolve
 from raystore.core import bounds, check, claims, eviction, verbs, wanted, watchdog, workers
-from raystore.core.counts import counts
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED
 from raystore.core.schema import Id, Positive, Rule, Text, Whole
 from raystore.core.state import HandedKey, Pass, Session, State, Step
-from raystore.core.steps import STEPS
-from raystore.core.verbs import CHANGING, VERBS, Verb
+from raystore.core.verbs import CHANGING, STEPS, VERBS, Verb
 from raystore.errors import (
     InvalidValueError,
     OverloadedError,
@@ -631,7 +629,7 @@ class Service:
         self.spans_lost.update(counts)
 
     def _statistics(self, caller: Caller) -> dict[str, Any]:
-        return counts(self.state) | {
+        return check.counts(self.state) | {
             "uptime": time.monotonic() - self.started,
             "memory_capacity_bytes": self.capacity_bytes,
             "waiters": len(self.parking),

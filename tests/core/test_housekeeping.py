@@ -10,7 +10,7 @@ from raystore.core import bounds, check, verbs, watchdog, workers
 from raystore.core.accounts import ERROR_BYTES, bounded_error, text_bytes
 from raystore.core.digest import digest
 from raystore.core.state import Step
-from raystore.core.steps import STEPS
+from raystore.core.verbs import STEPS
 from raystore.journal import snapshot_file
 from raystore.journal.format import Head
 from tests.core.conftest import Core

@@ -58,7 +58,7 @@ def forget_answers(monkeypatch):
     def again(state, session, kept, operations, run):
         return [run(batches.Item(n, kept.first_ticket + n, *o)) for n, o in enumerate(operations)]
 
-    monkeypatch.setattr("raystore.remote.server_session.again", again)
+    monkeypatch.setattr("raystore.remote.server_session.repeat", again)
 
 
 def look_for_no_successor(monkeypatch):

@@ -88,7 +88,7 @@ def test_pieces_answer_as_the_whole(tmp_path_factory, states, operations, piece)
 
     async def run(size: int, slice_seconds: float) -> tuple[Any, Any]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("raystore.core.pieces.PIECE", size)
+            patch.setattr("raystore.core.batches.PIECE", size)
             patch.setattr("raystore.remote.server_session.SLICE_SECONDS", slice_seconds)
             store, peer = await filled(tmp_path_factory.mktemp("j") / "journal", states)
             replies = [plain(reply) for reply in await peer.send(store, peer.batch(*operations))]
@@ -112,7 +112,7 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
 
     async def run() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("raystore.core.pieces.PIECE", piece)
+            patch.setattr("raystore.core.batches.PIECE", piece)
             patch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
             store, other = await filled(tmp_path_factory.mktemp("j") / "journal", states)
             deleting = Peer("deleting")
@@ -180,7 +180,7 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
 
 async def test_who_was_past_a_reserved_rollout_gets_it_after_all(tmp_path, monkeypatch):
     """The deletion ended with its session: what a consumer passed over is not lost to it."""
-    monkeypatch.setattr("raystore.core.pieces.PIECE", 2)
+    monkeypatch.setattr("raystore.core.batches.PIECE", 2)
     monkeypatch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
     store, other = await filled(tmp_path / "journal", ["succeeded"] * 8)
     deleting = Peer("deleting")

@@ -10,7 +10,7 @@ import time
 import pytest
 
 import raystore as rs
-from raystore.core.steps import STEPS
+from raystore.core.verbs import STEPS
 from raystore.journal import writer
 from tests.helpers import until
 from tests.journal.peers import Peer, Store, enqueue
