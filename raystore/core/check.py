@@ -7,7 +7,6 @@ Not here: repairing anything.
 
 from __future__ import annotations
 
-from raystore.core.accounts import of_attempt, of_rollout
 from raystore.core.lifecycle import (
     ACTIVE,
     ATTEMPT_STATUSES,
@@ -17,7 +16,7 @@ from raystore.core.lifecycle import (
     ROLLOUT_STATUSES,
     WORKER_STATUSES,
 )
-from raystore.core.payload import size_of
+from raystore.core.payload import of_attempt, of_rollout, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.state import State, is_live_attempt
 from raystore.core.wanted import eviction_class, fits

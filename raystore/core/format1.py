@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from raystore.core import attempts, retention, steps, verbs, watchdog, workers
-from raystore.core.accounts import of_attempt, of_rollout
+from raystore.core import attempts, expiry, retention, steps, verbs, workers
 from raystore.core.batches import Item, to_keep
 from raystore.core.claims import LOST_CLAIMS_KEPT, Claimed, taken_over
-from raystore.core.cold import column
 from raystore.core.lifecycle import ACTIVE, FINISHED, OVER
 from raystore.core.line import ERROR, PARTLY, VALUE, Kept, Reply
-from raystore.core.payload import same_content, size_of
+from raystore.core.payload import of_attempt, of_rollout, same_content, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
@@ -33,6 +31,7 @@ from raystore.core.rollouts import (
     move,
     release,
 )
+from raystore.core.snapshot import column
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Session, State, Step, Taken, is_live_attempt
 from raystore.core.verb import Verb
 from raystore.core.wanted import enter_retention, others, settle
@@ -221,16 +220,16 @@ def _report_session(state: State, step: Step, *, session_id: str | None, worker_
 
 
 def _advance(state: State, step: Step, *due: list[Any]) -> None:
-    found = watchdog.Due(*due)
+    found = expiry.Due(*due)
     active_now = step.now - state.paused
     for rollout_id in found.expired:
-        watchdog.expire(state, step, state.entries[rollout_id], active_now)
+        expiry.expire(state, step, state.entries[rollout_id], active_now)
     for session_id, key in found.withdrawn:
         take_back(state, step, state.sessions[session_id], (key[0], str(key[1])), why="withdrawn")
     for session_id in found.silent:
         end_session(state, step, state.sessions[session_id], why="silence")
     for session_id in found.forgotten:
-        watchdog.forget_session(state, session_id)
+        expiry.forget_session(state, session_id)
     retention.delete(state, step, found.deleted)
 
 
@@ -242,7 +241,7 @@ def resume(state: State, step: Step, away: float) -> None:
         session.claims = dict.fromkeys(session.claims, step.age)
         if session.eternal:
             end_session(state, step, session, why="ended with its store")
-            watchdog.forget_session(state, session_id)
+            expiry.forget_session(state, session_id)
     for status in ACTIVE:
         for rollout_id in state.indexes.find(("status", status)):
             entry = state.entries[rollout_id]

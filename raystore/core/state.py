@@ -15,14 +15,14 @@ from hashlib import sha1
 from types import MappingProxyType
 from typing import Any
 
-from raystore.core.accounts import of_attempt
 from raystore.core.ages import Ages
 from raystore.core.changes import ChangeFeed, CompletionLog
-from raystore.core.deadlines import Deadlines
 from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
-from raystore.core.indexes import Indexes, Key, keys_of
+from raystore.core.lazyheap import Deadlines
 from raystore.core.lifecycle import ACTIVE, UNCHARGED
 from raystore.core.line import Line
+from raystore.core.payload import of_attempt
+from raystore.core.queries import Indexes, Key, keys_of
 from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker
 from raystore.core.resources import ResourceTable
@@ -261,14 +261,14 @@ class Entry:
         make=lambda: NOBODY, pack=_taken_packed, unpack=_taken_unpacked,
         shows=lambda taken: sorted((name, shown(of_one)) for name, of_one in taken.items()),
     )  # fmt: skip
-    #: The chunk of a snapshot that it is in; only as long as nobody needed it.
-    cold: Any = field(init=False, repr=False)
+    #: The chunk of a snapshot that it is in (`snapshot.LazyChunk`); only as long as nobody needed it.
+    chunk: Any = field(init=False, repr=False)
 
     def __getattr__(self, name: str) -> Any:
         """A field that is not there yet: the entry is as it was found in a snapshot."""
-        if name == "cold" or name not in _ENTRY_FIELDS:
+        if name == "chunk" or name not in _ENTRY_FIELDS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self.cold.thaw()
+        self.chunk.load()
         return getattr(self, name)
 
     @property

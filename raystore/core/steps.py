@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from raystore.core import claims, held_back, verbs, watchdog, workers
+from raystore.core import claims, expiry, held_back, verbs, workers
 from raystore.core.state import Entry, HandedKey, State, Step
 
 
 def _pause(state: State, step: Step, seconds: float) -> None:
-    watchdog.pause(state, step, seconds)
+    expiry.pause(state, step, seconds)
 
 
 def _advance(state: State, step: Step, *due: list[Any]) -> None:
-    watchdog.advance(state, step, watchdog.Due(*due))
+    expiry.advance(state, step, expiry.Due(*due))
 
 
 def _hand_over(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from raystore.core import bounds, query
+from raystore.core import bounds, queries
 from raystore.core.payload import size_of
 from raystore.core.records import Attempt, Worker
 from raystore.core.state import State, Step
@@ -112,9 +112,9 @@ def find(
     """One page of workers, and how many match in all."""
     conditions = []
     if status_in is not None:
-        conditions.append(query.is_in("status", status_in))
+        conditions.append(queries.is_in("status", status_in))
     if worker_id_contains is not None:
-        conditions.append(query.contains("worker_id", worker_id_contains))
-    matches = query.select(state.workers.values(), conditions, filter_logic)
-    matches = query.arrange(matches, sort_by, sort_order, query.WORKER_SORT)
-    return query.page(matches, limit, offset), len(matches)
+        conditions.append(queries.contains("worker_id", worker_id_contains))
+    matches = queries.select(state.workers.values(), conditions, filter_logic)
+    matches = queries.arrange(matches, sort_by, sort_order, queries.WORKER_SORT)
+    return queries.page(matches, limit, offset), len(matches)
