@@ -12,12 +12,12 @@ from itertools import groupby, islice
 from typing import Any
 
 from raystore.core import queries
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
+from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, is_live, notice_of
 from raystore.core.payload import digest_of_bytes, is_digest, of_rollout, same_content
 from raystore.core.queries import keys_of
 from raystore.core.queues import ASIDE, PLAIN
 from raystore.core.records import Config, Rollout
-from raystore.core.state import Entry, State, Step, is_live_attempt
+from raystore.core.state import Entry, State, Step
 from raystore.core.wanted import enter_eviction, enter_retention, follow, reconsider, settle
 from raystore.errors import ConflictError, InvalidValueError, OverloadedError, SealedError
 
@@ -213,7 +213,7 @@ def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]
     if status is not None:
         latest = entry.latest
         if status in FINISHED and latest is not None and latest.status in ACTIVE:
-            state.notify(entry, latest.attempt_id, "cancelled" if status == "cancelled" else "superseded")
+            state.notify(entry, latest.attempt_id, notice_of(status))
         move(state, step, entry, status)
     return entry.rollout
 
@@ -221,7 +221,7 @@ def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]
 def _move_references(state: State, entry: Entry, before: str | None) -> None:
     """Attempts that run were given the old resources; the rollout names others from now on."""
     for index, attempt in enumerate(entry.attempts):
-        if is_live_attempt(attempt):
+        if is_live(attempt):
             state.resources.refer(before, attempt.resources_version, -1)
             newest = state.resources.newest(entry.rollout.resources_id)
             version = newest.version if newest else None
