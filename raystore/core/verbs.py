@@ -12,10 +12,20 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from raystore.core import attempts, claims, held_back, query, retention, rollouts, training, wanted, watchdog, workers
-from raystore.core.accounts import bounded_error
+from raystore.core import (
+    attempts,
+    claims,
+    expiry,
+    held_back,
+    queries,
+    retention,
+    rollouts,
+    training,
+    wanted,
+    workers,
+)
 from raystore.core.lifecycle import FINISHED
-from raystore.core.payload import Payload, size_of
+from raystore.core.payload import Payload, bounded_error, size_of
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
 from raystore.core.requests import (
     AttemptChanges,
@@ -283,7 +293,7 @@ def completed_after(
 ) -> tuple[list[Pair], int | None]:
     """Finished rollouts that follow a cursor in completion order (only those `among` some), and the next cursor."""
     found: list[Pair] = []
-    tags, others = query.has_tags(filters.get("tags") or {}), {k: v for k, v in filters.items() if k != "tags"}
+    tags, others = queries.has_tags(filters.get("tags") or {}), {k: v for k, v in filters.items() if k != "tags"}
     for sequence, rollout_id in state.completions.after(cursor):
         if len(found) == limit:
             break
@@ -330,8 +340,8 @@ def _query_attempts(
     state: State, step: Step, *, rollout_id: Id, sort_by: str | None, sort_order: SortOrder, limit: int, offset: int
 ) -> Many:
     entry = state.entries.get(rollout_id)
-    found = query.arrange(entry.attempts if entry else [], sort_by, sort_order, query.ATTEMPT_SORT)
-    return Many(query.page(found, limit, offset), len(found))
+    found = queries.arrange(entry.attempts if entry else [], sort_by, sort_order, queries.ATTEMPT_SORT)
+    return Many(queries.page(found, limit, offset), len(found))
 
 
 def _get_latest_attempt(state: State, step: Step, *, rollout_id: Id) -> Attempt | None:
@@ -409,11 +419,11 @@ def _query_spans(
     offset: int,
     allow_partial: bool,
 ) -> Many:
-    conditions = [query.equals(name, value) for name, value in equal.items()]
-    conditions += [query.contains(name, str(part)) for name, part in containing.items()]
-    found = query.select(_spans_of(state, rollout_id, attempt_id, allow_partial), conditions, filter_logic)
-    found = query.arrange(found, sort_by, sort_order, query.SPAN_SORT)
-    return Many(query.page(found, limit, offset), len(found))
+    conditions = [queries.equals(name, value) for name, value in equal.items()]
+    conditions += [queries.contains(name, str(part)) for name, part in containing.items()]
+    found = queries.select(_spans_of(state, rollout_id, attempt_id, allow_partial), conditions, filter_logic)
+    found = queries.arrange(found, sort_by, sort_order, queries.SPAN_SORT)
+    return Many(queries.page(found, limit, offset), len(found))
 
 
 def _query_many_spans(
@@ -422,8 +432,8 @@ def _query_many_spans(
     spans = [
         span
         for rollout_id in dict.fromkeys(rollout_ids)
-        for span in query.arrange(
-            _spans_of(state, rollout_id, attempt_id, allow_partial), "sequence_id", "asc", query.SPAN_SORT
+        for span in queries.arrange(
+            _spans_of(state, rollout_id, attempt_id, allow_partial), "sequence_id", "asc", queries.SPAN_SORT
         )
     ]
     return Many(spans, len(spans))
@@ -574,12 +584,12 @@ def _query_resources(
     limit: int,
     offset: int,
 ) -> Many:
-    conditions = [query.equals("resources_id", resources_id)] if resources_id is not None else []
+    conditions = [queries.equals("resources_id", resources_id)] if resources_id is not None else []
     if resources_id_contains is not None:
-        conditions.append(query.contains("resources_id", resources_id_contains))
-    found = query.select(state.resources.all_newest(), conditions, "and")
-    found = query.arrange(found, sort_by, sort_order, query.RESOURCES_SORT)
-    return Many(query.page(found, limit, offset), len(found))
+        conditions.append(queries.contains("resources_id", resources_id_contains))
+    found = queries.select(state.resources.all_newest(), conditions, "and")
+    found = queries.arrange(found, sort_by, sort_order, queries.RESOURCES_SORT)
+    return Many(queries.page(found, limit, offset), len(found))
 
 
 def _delete_resources(state: State, step: Step, *, resources_id: Id) -> None:
@@ -836,11 +846,11 @@ CHANGING = frozenset(name for name, verb in VERBS.items() if verb.changes)  #: w
 
 
 def _pause(state: State, step: Step, seconds: float) -> None:
-    watchdog.pause(state, step, seconds)
+    expiry.pause(state, step, seconds)
 
 
 def _advance(state: State, step: Step, *due: list[Any]) -> None:
-    watchdog.advance(state, step, watchdog.Due(*due))
+    expiry.advance(state, step, expiry.Due(*due))
 
 
 def _hand_over(

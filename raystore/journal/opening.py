@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raystore.config import StoreConfig
-from raystore.core import format1, wanted, watchdog
+from raystore.core import expiry, format1, wanted
 from raystore.core.state import Settings, State, Step
 from raystore.errors import (
     FencedError,
@@ -173,7 +173,7 @@ def go_on(
     format1.go_on(state)
     wanted.configure(state, settings)
     if away is not None:
-        watchdog.resume(state, step, away)
+        expiry.resume(state, step, away)
     state.spans.keeps_bodies = True
     keeper = Keeper(log.directory, log.epoch, found.operations)
     if found.differences:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raystore.core import format1, verbs, wanted, watchdog
+from raystore.core import expiry, format1, verbs, wanted
 from raystore.core.batches import BatchRun, Item, to_keep
 from raystore.core.digest import verify
 from raystore.core.records import Config
@@ -59,7 +59,7 @@ def _begin(state: State, before: Settings) -> None:
 #: Whoever changes what a record does, or what a digest covers, gives the old rules a file and an entry here.
 _RULES = {
     1: Rules(format1.run, format1.STEPS, format1.resume, format1.Run, False, lambda state, before: None),
-    FORMAT: Rules(verbs.run, STEPS, watchdog.resume, BatchRun, True, _begin),
+    FORMAT: Rules(verbs.run, STEPS, expiry.resume, BatchRun, True, _begin),
 }
 
 

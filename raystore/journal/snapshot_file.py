@@ -19,10 +19,9 @@ from typing import Any, BinaryIO
 import msgpack
 
 from raystore.core import format1
-from raystore.core.cold import Chunk
-from raystore.core.image import image, restore
 from raystore.core.payload import OnDisk, Payload
 from raystore.core.records import Attempt, Change, Config, Record, Resources, Rollout, Span, Worker
+from raystore.core.snapshot import LazyChunk, restore, sections
 from raystore.core.spans import Index
 from raystore.core.state import State
 from raystore.errors import JournalDamagedError
@@ -135,7 +134,7 @@ def write(
             file.write(format.pack_head(head))
             places = _write_indexes(file, state, old, needed)
             begin, count = file.tell(), 0
-            for name, value in image(state, places):
+            for name, value in sections(state, places):
                 _write_section(file, name, value, count)
                 count += 1
             _write_section(file, "more", more, count)
@@ -167,7 +166,7 @@ def _write_indexes(file: BinaryIO, state: State, old: IndexFile | None, needed: 
 
 
 def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
-    packed = bytes(value.packed) if isinstance(value, Chunk) else _pack(value, exactly=name in _EXACT)
+    packed = bytes(value.packed) if isinstance(value, LazyChunk) else _pack(value, exactly=name in _EXACT)
     for chunk in format.pack_frame([[name.encode(), packed]], number, 0):
         file.write(chunk)
 

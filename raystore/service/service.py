@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
 from raystore.config import StoreConfig, resident_bytes, resolve
-from raystore.core import bounds, check, claims, eviction, verbs, wanted, watchdog, workers
+from raystore.core import bounds, check, claims, eviction, expiry, verbs, wanted, workers
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED
 from raystore.core.schema import Id, Positive, Rule, Text, Whole
 from raystore.core.state import HandedKey, Pass, Session, State, Step
@@ -219,7 +219,7 @@ class Service:
             step = self.step(step.session)
         spec = VERBS.get(verb) or PROCESS_VERBS.get(verb)
         try:
-            if self._failed is None and watchdog.may_be_due(state, step):
+            if self._failed is None and expiry.may_be_due(state, step):
                 self._advance(step, verb, arguments)
             is_refused = spec is None or not spec.fits(arguments)
             if recorder is not None:
@@ -292,7 +292,7 @@ class Service:
             return False  # what is due stays due
         spec = VERBS.get(verb)
         named = spec.rollouts_named(arguments) if spec and arguments else ()
-        due = watchdog.due(self.state, step, named)
+        due = expiry.due(self.state, step, named)
         if due:
             self.do("advance", step, *due.lists())
         return bool(due)
@@ -312,7 +312,7 @@ class Service:
     def catch_up(self) -> None:
         """Work off all that is due by now."""
         with self._held():
-            while self._failed is None and watchdog.may_be_due(self.state, step := self.step()):
+            while self._failed is None and expiry.may_be_due(self.state, step := self.step()):
                 if not self._advance(step):
                     break
 
@@ -447,7 +447,7 @@ class Service:
         """Let go of records that nobody needs any more, once there are too many of them."""
         state = self.state
         state.has_surplus = False
-        if surplus := watchdog.surplus(state):
+        if surplus := expiry.surplus(state):
             self.do("advance", self.step(), *surplus.lists())
         if gone := workers.surplus(state):
             self.do("forget_workers", self.step(), gone)
@@ -474,10 +474,10 @@ class Service:
         """
         if self._soonest() == self._armed_for:
             return
-        age_deadline = watchdog.next_age_deadline(self.state)
+        age_deadline = expiry.next_age_deadline(self.state)
         ages = [deadline for deadline in (age_deadline, self.liveness.at, self.pools.at) if deadline is not None]
         in_seconds = [max(deadline - self.clock.age(), 0.0) for deadline in ages]
-        deadline = watchdog.next_deadline(self.state)
+        deadline = expiry.next_deadline(self.state)
         self._armed = None
         if not self.clock.is_manual:
             now = self.clock.now()

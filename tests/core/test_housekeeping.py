@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from raystore.core import bounds, check, verbs, watchdog, workers
-from raystore.core.accounts import ERROR_BYTES, bounded_error, text_bytes
+from raystore.core import bounds, check, expiry, verbs, workers
 from raystore.core.digest import digest
+from raystore.core.payload import ERROR_BYTES, bounded_error, text_bytes
 from raystore.core.state import Step
 from raystore.core.verbs import STEPS
 from raystore.journal import snapshot_file
@@ -159,7 +159,7 @@ def work_off(core):
     """What a service does when there is a surplus."""
     if core.state.has_surplus:
         core.state.has_surplus = False
-        watchdog.advance(core.state, core.step(), watchdog.surplus(core.state))
+        expiry.advance(core.state, core.step(), expiry.surplus(core.state))
         STEPS["forget_workers"](core.state, core.step(), workers.surplus(core.state))
 
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from raystore.core import watchdog
+from raystore.core import expiry
 from raystore.core.changes import ChangeFeed, CompletionLog
-from raystore.core.deadlines import Deadlines
+from raystore.core.lazyheap import Deadlines
 from raystore.core.queues import Queues
 from raystore.core.replies import ReplyCache
 from raystore.core.state import Step
@@ -94,7 +94,7 @@ def test_a_pause_moves_deadlines_claims_and_sessions(core):
     core.claim(session)
     core.tick(4)
     core.now += 100
-    watchdog.pause(core.state, core.step(), 100)
+    expiry.pause(core.state, core.step(), 100)
     core.tick(0.5)
     assert core.status(timed) == "preparing" and core.status(waiting) == "preparing" and session.ended_at is None
     core.tick(1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Required, TypedDict, get_args
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raystore import types
-from raystore.core import lifecycle, requests
+from raystore.core import requests
 from raystore.core.payload import Payload
 from raystore.core.records import Span
 from raystore.core.schema import Id, Part, Row, Rule, Schema, Seconds, Tags, Value, Whole
@@ -113,18 +112,6 @@ def test_a_value_is_shown_briefly_and_once():
         error = InvalidValueError("name", value, "another")
         assert len(str(error)) < 300
         assert InvalidValueError(*error.args).args == error.args
-
-
-def test_words_are_those_of_the_lifecycle_and_of_the_public_types():
-    """Statuses, modes and outcomes are said in three places for three readers, and are the same."""
-    for annotation, words, public in (
-        (requests.RolloutStatus, lifecycle.ROLLOUT_STATUSES, types.RolloutStatus),
-        (requests.AttemptStatus, lifecycle.ATTEMPT_STATUSES, types.AttemptStatus),
-        (requests.WorkerStatus, lifecycle.WORKER_STATUSES, types.WorkerStatus),
-        (requests.Mode, lifecycle.MODES, types.RolloutMode),
-        (requests.Outcome, lifecycle.OUTCOMES, types.Outcome),
-    ):
-        assert set(get_args(annotation)) == set(words) == set(get_args(public))
 
 
 def test_a_row_of_a_span_is_its_record():

@@ -11,7 +11,7 @@ import pytest
 
 import raystore as rs
 from raystore.config import StoreConfig
-from raystore.core import watchdog
+from raystore.core import expiry
 from raystore.core.verbs import VERBS, Verb
 from raystore.service.clock import Clock, ThreadAlarm
 from raystore.service.parking import Parking
@@ -298,7 +298,7 @@ async def test_a_due_timer_costs_nothing_when_nothing_is_due(make_memory_store):
 
 async def test_advance_is_sliced(make_memory_store, monkeypatch):
     """Many deadlines at once are worked off in slices, by the timer, although nobody calls."""
-    monkeypatch.setattr(watchdog, "SLICE", 10)
+    monkeypatch.setattr(expiry, "SLICE", 10)
     store = make_memory_store()
     made = await store.enqueue_group("x", 95, config=RolloutConfig(timeout_seconds=0.3))
     await store.dequeue_many_rollouts(limit=95)
