@@ -3,7 +3,7 @@
 What `restore` makes of an image is the state it was taken of, in everything that a replay must reproduce. Rollouts are
 known by their numbers here, in the order in which they came. Of each there is a little at once (what an index or a
 table needs), and the rest in chunks (`cold`); of its spans, where their index is.
-Not here: the file (`journal.snapshot`), batches under way (`journal.replay`).
+Not here: the file (`journal.snapshot_file`), batches under way (`journal.replay`).
 """
 
 from __future__ import annotations

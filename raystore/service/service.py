@@ -40,8 +40,8 @@ from raystore.errors import (
 from raystore.journal.objects import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
-from raystore.journal.span_bodies import Bodies
-from raystore.journal.writer import FULL_SECONDS, Log
+from raystore.journal.span_bodies import SpanBodies
+from raystore.journal.writer import FULL_SECONDS, JournalWriter
 from raystore.service import reports, shell
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.liveness import Probes
@@ -77,7 +77,7 @@ class Service:
         self.capacity_bytes = capacity_bytes
         self.journal = opened
         self._recorder: Recorder | None = None
-        self._bodies: Bodies | None = None
+        self._bodies: SpanBodies | None = None
         if opened is None:
             self.state = State(resolve(config, capacity_bytes))
             wanted.introduce(self.state, self.state.settings)
@@ -86,12 +86,10 @@ class Service:
             self.state, self.store_id, self.epoch = opened.state, opened.store_id, opened.epoch
             not_before = opened.not_before
             self._recorder = opened.recorder
-            self._bodies = Bodies(opened.directory)
+            self._bodies = opened.bodies
         self.objects: JournalObjects | None = None
         self.state.gather()
-        self.keeper = None if opened is None else opened.keeper
-        if self.keeper is not None and self._bodies is not None:
-            self.keeper.on_done = self._bodies.forget_files
+        self.snapshotter = None if opened is None else opened.snapshotter
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
         self.waiters = Waiters()
@@ -113,7 +111,7 @@ class Service:
         self._armed_for: tuple[Any, ...] = ()
         self._failed: StoreError | None = None
         if self._recorder is not None:
-            self._watch(self._recorder.log)
+            self._watch(self._recorder.writer)
         elif opened is not None:
             self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
@@ -191,8 +189,8 @@ class Service:
             self._remove_objects()
         if self._recorder is not None:
             self._recorder.end()
-            if self.keeper is not None:
-                self.keeper.look(self._recorder, self.state, self.clock.now())
+            if self.snapshotter is not None:
+                self.snapshotter.after_step(self._recorder, self.state, self.clock.now())
         if len(self.state.resources.object_ids) > OBJECT_IDS_WARNED:
             self._object_ids.warn(len(self.state.resources.object_ids))
         self._arm()
@@ -327,7 +325,7 @@ class Service:
             self._refuse_waiters(failed)
         else:
             end = self.on_failure  # once it is known what is not to be run again
-            if not self._recorder.log.then(self._recorder.log.last, lambda error: end(error or failed)):
+            if not self._recorder.writer.when_durable(self._recorder.writer.last, lambda error: end(error or failed)):
                 end(failed)
         raise failed
 
@@ -347,7 +345,7 @@ class Service:
     @property
     def is_disk_full(self) -> bool:
         """Whether nothing can be written down at the moment."""
-        return self._recorder is not None and self._recorder.log.is_full
+        return self._recorder is not None and not self._recorder.writer.regain_space()
 
     # -- durability --------------------------------------------------------------------------------------------------
 
@@ -357,9 +355,9 @@ class Service:
         What an answer says must not leave before. `told` gets the error if that will never be; on any thread.
         """
         recorder = self._recorder
-        return recorder is not None and recorder.log.then(recorder.position, told)
+        return recorder is not None and recorder.writer.when_durable(recorder.position, told)
 
-    def _watch(self, log: Log) -> None:
+    def _watch(self, writer: JournalWriter) -> None:
         """Hear of the end of the journal; one of a store that nobody refers to any more is let go of."""
         failed = weakref.WeakMethod(self._journal_failed)
 
@@ -367,8 +365,8 @@ class Service:
             if (method := failed()) is not None:
                 method(error)
 
-        log.watch(tell)
-        weakref.finalize(self, log.let_go).atexit = False
+        writer.when_failed(tell)
+        weakref.finalize(self, writer.close_soon).atexit = False
 
     def _journal_failed(self, error: StoreError) -> None:
         """On the writer's thread."""
@@ -389,7 +387,7 @@ class Service:
             self._let_go_of_objects()
         if state.is_full:
             if self._recorder is not None:
-                state.spans.written = self._recorder.log.durable
+                state.spans.written = self._recorder.writer.durable
             self._evict(writing)
         while True:
             if state.withdrawals != self._withdrawals_seen:
@@ -629,10 +627,10 @@ class Service:
             for waiter in self.waiters.all():
                 self._offers.answer_expired(waiter)
             self._alarm.close()
-        if self.keeper is not None:
-            self.keeper.close()
+        if self.snapshotter is not None:
+            self.snapshotter.close()
         if self._recorder is not None:
-            self._recorder.log.close()
+            self._recorder.writer.close()
         if self._bodies is not None:
             self._bodies.forget_files()
 

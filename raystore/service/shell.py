@@ -201,7 +201,7 @@ def _statistics(service: Service, asked: Asked) -> dict[str, Any]:
         "last_eviction_seconds": service.last_eviction_seconds,
         "cpu_seconds": time.process_time(),
         "rss_bytes": resident_bytes(),
-        "journal": service.keeper.statistics() if service.keeper is not None else None,
+        "journal": service.snapshotter.statistics() if service.snapshotter is not None else None,
     }
 
 
