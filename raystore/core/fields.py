@@ -3,7 +3,7 @@
 A class of the state is a slotted dataclass whose fields say with `declare` what becomes of them: whether a snapshot
 holds them, whether a replay must reproduce them, and how a value looks as plain data where it is none. A field that a
 snapshot does not have (of an earlier format) takes its default. What is not given to `__init__` is no such field.
-Not here: the file of a snapshot (`journal.snapshot`), what is compared (`digest`).
+Not here: the file of a snapshot (`journal.snapshot_file`), what is compared (`digest`).
 """
 
 from __future__ import annotations

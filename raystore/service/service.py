@@ -42,8 +42,8 @@ from raystore.errors.words import meant
 from raystore.journal.objects import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
-from raystore.journal.span_bodies import Bodies
-from raystore.journal.writer import FULL_SECONDS, Log
+from raystore.journal.span_bodies import SpanBodies
+from raystore.journal.writer import FULL_SECONDS, JournalWriter
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.liveness import LivenessChecks
 from raystore.service.parking import Caller, Deliver, Parking
@@ -78,7 +78,7 @@ class Service:
         self.capacity_bytes = capacity_bytes
         self.journal = opened
         self._recorder: Recorder | None = None
-        self._bodies: Bodies | None = None
+        self._bodies: SpanBodies | None = None
         if opened is None:
             self.state = State(resolve(config, capacity_bytes))
             wanted.introduce(self.state, self.state.settings)
@@ -87,12 +87,10 @@ class Service:
             self.state, self.store_id, self.epoch = opened.state, opened.store_id, opened.epoch
             not_before = opened.not_before
             self._recorder = opened.recorder
-            self._bodies = Bodies(opened.directory)
+            self._bodies = opened.bodies
         self.objects: JournalObjects | None = None
         self.state.gather()
-        self.keeper = None if opened is None else opened.keeper
-        if self.keeper is not None and self._bodies is not None:
-            self.keeper.on_done = self._bodies.forget_files
+        self.snapshotter = None if opened is None else opened.snapshotter
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
         self.liveness = LivenessChecks()
@@ -116,7 +114,7 @@ class Service:
         self._armed_for: tuple[Any, ...] = ()
         self._failed: StoreError | None = None
         if self._recorder is not None:
-            self._watch(self._recorder.log)
+            self._watch(self._recorder.writer)
         elif opened is not None:
             self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
@@ -193,8 +191,8 @@ class Service:
             self._remove_objects()
         if self._recorder is not None:
             self._recorder.end()
-            if self.keeper is not None:
-                self.keeper.look(self._recorder, self.state, self.clock.now())
+            if self.snapshotter is not None:
+                self.snapshotter.after_step(self._recorder, self.state, self.clock.now())
         if len(self.state.resources.object_ids) > OBJECT_IDS_WARNED:
             self._warn_of_object_ids()
         self._arm()
@@ -334,7 +332,7 @@ class Service:
             self.parking.refuse(failed)
         else:
             end = self.on_failure  # once it is known what is not to be run again
-            if not self._recorder.log.then(self._recorder.log.last, lambda error: end(error or failed)):
+            if not self._recorder.writer.when_durable(self._recorder.writer.last, lambda error: end(error or failed)):
                 end(failed)
         raise failed
 
@@ -350,7 +348,7 @@ class Service:
     @property
     def is_disk_full(self) -> bool:
         """Whether nothing can be written down at the moment."""
-        return self._recorder is not None and self._recorder.log.is_full
+        return self._recorder is not None and not self._recorder.writer.regain_space()
 
     # -- durability --------------------------------------------------------------------------------------------------
 
@@ -360,9 +358,9 @@ class Service:
         What an answer says must not leave before. `told` gets the error if that will never be; on any thread.
         """
         recorder = self._recorder
-        return recorder is not None and recorder.log.then(recorder.position, told)
+        return recorder is not None and recorder.writer.when_durable(recorder.position, told)
 
-    def _watch(self, log: Log) -> None:
+    def _watch(self, writer: JournalWriter) -> None:
         """Hear of the end of the journal; one of a store that nobody refers to any more is let go of."""
         failed = weakref.WeakMethod(self._journal_failed)
 
@@ -370,8 +368,8 @@ class Service:
             if (method := failed()) is not None:
                 method(error)
 
-        log.watch(tell)
-        weakref.finalize(self, log.let_go).atexit = False
+        writer.when_failed(tell)
+        weakref.finalize(self, writer.close_soon).atexit = False
 
     def _journal_failed(self, error: StoreError) -> None:
         """On the writer's thread."""
@@ -392,7 +390,7 @@ class Service:
             self._let_go_of_objects()
         if state.is_full:
             if self._recorder is not None:
-                state.spans.written = self._recorder.log.durable
+                state.spans.written = self._recorder.writer.durable
             self._evict(writing)
         while True:
             if state.withdrawals != self._withdrawals_seen:
@@ -641,7 +639,7 @@ class Service:
             "last_eviction_seconds": self.last_eviction_seconds,
             "cpu_seconds": time.process_time(),
             "rss_bytes": resident_bytes(),
-            "journal": self.keeper.statistics() if self.keeper is not None else None,
+            "journal": self.snapshotter.statistics() if self.snapshotter is not None else None,
         }
 
     def _story(self, caller: Caller, *, rollout_id: Id) -> list[str]:
@@ -711,10 +709,10 @@ class Service:
             self._closed = True
             self.parking.close()
             self._alarm.close()
-        if self.keeper is not None:
-            self.keeper.close()
+        if self.snapshotter is not None:
+            self.snapshotter.close()
         if self._recorder is not None:
-            self._recorder.log.close()
+            self._recorder.writer.close()
         if self._bodies is not None:
             self._bodies.forget_files()
 

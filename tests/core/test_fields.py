@@ -15,7 +15,7 @@ from raystore.core.replies import BatchReplies, ReplyCache
 from raystore.core.state import AttemptClock, Chain, Consumer, Entry, Session, Settings, State, Taken
 from raystore.errors import OverloadedError
 from raystore.journal import snapshot_file
-from raystore.journal.format import Head
+from raystore.journal.format import FileHead
 
 CHAIN = Chain()
 CHAIN.notes, CHAIN.refusal = {"latest": "rs-1"}, OverloadedError(1, 2, 3.0)
@@ -110,7 +110,7 @@ def made_state(kind=None, name=None, value=None):
 
 def restored(state, path):
     """The state that a snapshot of a state makes."""
-    snapshot_file.write(path, Head("s", 1, 1, 1, more={}), state, None, {})
+    snapshot_file.write(path, FileHead("s", 1, 1, 1, more={}), state, None, {})
     found = State(state.settings)
     snapshot_file.read(path, found)
     return found

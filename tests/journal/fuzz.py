@@ -410,7 +410,7 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
                 store = _seeded(store.follow(), rng)
         check.check(store.state)
         assert store.service.journal is not None and store.service.journal.recorder is not None
-        store.service.journal.recorder.log.close()  # so that all of it is on disk
+        store.service.journal.recorder.writer.close()  # so that all of it is on disk
         again = read_run(path)
         if again.differences:
             raise Broken(f"a replay differs at records {again.differences}")
@@ -427,7 +427,7 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
         return refused
     finally:
         if store.service.journal is not None and store.service.journal.recorder is not None:
-            store.service.journal.recorder.log.close()
+            store.service.journal.recorder.writer.close()
         shutil.rmtree(path, ignore_errors=True)
 
 

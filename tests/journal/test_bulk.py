@@ -94,7 +94,7 @@ def test_pieces_answer_as_the_whole(tmp_path_factory, states, operations, piece)
             replies = [plain(reply) for reply in await peer.send(store, peer.batch(*operations))]
             check(store.state)
             assert store.difference() == []
-            store.service.journal.recorder.log.close()
+            store.service.journal.recorder.writer.close()
             return replies, comparable(store)
 
     assert asyncio.run(run(piece, -1.0)) == asyncio.run(run(1_000, 1.0))
@@ -173,7 +173,7 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
             assert sorted(pair[0][0] for pair in reply[1][0]) == sorted(
                 i for i in wanted if store.state.entries[i].rollout.status == "succeeded"
             )
-            store.service.journal.recorder.log.close()
+            store.service.journal.recorder.writer.close()
 
     asyncio.run(run())
 

@@ -178,7 +178,7 @@ async def test_whatever_the_arguments_are(tmp_path, verb):
     right = with_attempt(RIGHT[verb], started[1][1][1])
     await other.call(store, "update_rollout", rollout_id="r1", changes={"status": "succeeded"})
     await other.call(store, "take", consumer="c", count=1)
-    log = store.service.journal.recorder.log
+    log = store.service.journal.recorder.writer
     await peer.send(store, peer.batch())
     answered = refused = 0
     before: Any = None
