@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 
 from raystore.core import wanted
-from raystore.core.state import Pass, State
+from raystore.core.state import EvictionPass, State
 from raystore.errors.words import meant
 
 logger = logging.getLogger("raystore.store")
 
 
-def eviction(done: Pass, seconds: float) -> None:
+def eviction(done: EvictionPass, seconds: float) -> None:
     """One line for each pass; a warning if finished rollouts lost spans that nobody had read."""
     level = logging.WARNING if done.unread else logging.INFO
     unread = f"; {len(done.unread)} finished rollouts had not been read: {done.unread[:3]}" if done.unread else ""
