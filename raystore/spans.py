@@ -20,12 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, 
 
 from raystore.errors import InvalidValueError, PayloadNotReadableError
 from raystore.tracing import semconv
-from raystore.values.mistakes import Record
+from raystore.values.models import Model, StoredModel
 from raystore.values.plain import LEAVES, plain, scalar
-from raystore.values.unread import Delivered
 
 PackedArray = Annotated[InstanceOf[array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]  # type: ignore[type-arg]  # subscriptable from 3.12 on
-#: OpenTelemetry's: sequences and mappings may be of each other. Packed arrays (`values.arrays`) are sequences too.
+#: OpenTelemetry's: sequences and mappings may be of each other. Packed arrays are sequences too.
 AttributeValue = PackedArray | str | bool | int | float | bytes | None | Sequence[Any] | Mapping[str, Any]
 
 
@@ -54,7 +53,7 @@ _PRIMARY, (_OUTPUT, _OLDER_OUTPUT), _REWARD_SPANS = semconv.PRIMARY_REWARD, semc
 _NANOSECONDS_ABOVE = 1e12  # a time larger than this can only be in nanoseconds
 
 
-class TraceStatus(Record):
+class TraceStatus(Model):
     """How the spanned operation ended."""
 
     model_config = ConfigDict(extra="allow")
@@ -63,7 +62,7 @@ class TraceStatus(Record):
     description: str | None = None
 
 
-class Event(Record):
+class Event(Model):
     """Something that happened within a span."""
 
     model_config = ConfigDict(extra="allow")
@@ -73,7 +72,7 @@ class Event(Record):
     timestamp: float | None = None
 
 
-class SpanContext(Record):
+class SpanContext(Model):
     """The identity of a span across processes."""
 
     model_config = ConfigDict(extra="allow")
@@ -84,7 +83,7 @@ class SpanContext(Record):
     trace_state: dict[str, str]
 
 
-class Link(Record):
+class Link(Model):
     """A reference to another span."""
 
     model_config = ConfigDict(extra="allow")
@@ -93,14 +92,14 @@ class Link(Record):
     attributes: dict[str, Any] | None = None
 
 
-class OtelResource(Record):
+class OtelResource(Model):
     """The OpenTelemetry resource that produced a span."""
 
     attributes: dict[str, Any]
     schema_url: str
 
 
-class SpanCoreFields(Record):
+class SpanCoreFields(Model):
     """What an agent needs to say of a span; the store's side fills in the rest."""
 
     name: str
@@ -110,7 +109,7 @@ class SpanCoreFields(Record):
     end_time: float | None
 
 
-class Span(Delivered):
+class Span(StoredModel):
     """One span of one attempt. Unknown fields are kept."""
 
     model_config = ConfigDict(extra="allow", ser_json_bytes="base64")  # not every attribute of bytes is text

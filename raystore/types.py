@@ -35,10 +35,9 @@ from raystore.spans import SpanContext as SpanContext
 from raystore.spans import SpanCoreFields as SpanCoreFields
 from raystore.spans import StatusCode as StatusCode
 from raystore.spans import TraceStatus as TraceStatus
-from raystore.values.mistakes import Record
+from raystore.values.models import Model, StoredModel
 from raystore.values.objects import Kept, Source
 from raystore.values.plain import scalar
-from raystore.values.unread import Delivered
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def _get_unset() -> _UnsetType:
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-class RolloutConfig(Record):
+class RolloutConfig(Model):
     """When an attempt of a rollout is given up, and what is tried again.
 
     An attempt is tried again only if its status is in `retry_condition` *and* `max_attempts` allows another: each of
@@ -156,7 +155,7 @@ def _warn(text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=level)
 
 
-class Rollout(Delivered):
+class Rollout(StoredModel):
     """One task for an agent, and where it stands."""
 
     rollout_id: str
@@ -176,7 +175,7 @@ class Rollout(Delivered):
     reward: float | None = None
 
 
-class Attempt(Delivered):
+class Attempt(StoredModel):
     """One execution of a rollout."""
 
     rollout_id: str
@@ -219,7 +218,7 @@ else:
     FoundRollout = AttemptedRollout | Rollout | None  # looked up by an id, which its caller knows to exist
 
 
-class EnqueueRolloutRequest(Record):
+class EnqueueRolloutRequest(Model):
     """The arguments of `enqueue_rollout`, for many at once; a field that does not exist is refused."""
 
     model_config = ConfigDict(extra="forbid")
@@ -237,7 +236,7 @@ class EnqueueRolloutRequest(Record):
     tags: dict[str, _Tag] | None = None
 
 
-class Worker(Delivered):
+class Worker(StoredModel):
     """What is known of one runner."""
 
     worker_id: str
@@ -254,7 +253,7 @@ class Worker(Delivered):
 # -- resources ---------------------------------------------------------------------------------------------------------
 
 
-class Resource(Record):
+class Resource(Model):
     """Base of what a driver publishes for agents."""
 
     resource_type: Any
@@ -415,7 +414,7 @@ ResourceUnion = Annotated[LLM | ProxyLLM | PromptTemplate | ObjectResource, Fiel
 NamedResources = dict[str, ResourceUnion]
 
 
-class ResourcesUpdate(Delivered):
+class ResourcesUpdate(StoredModel):
     """One immutable version of a set of named resources."""
 
     resources_id: str
@@ -430,7 +429,7 @@ class ResourcesUpdate(Delivered):
 # -- containers --------------------------------------------------------------------------------------------------------
 
 
-class PaginatedResult(Delivered, Sequence[T], Generic[T]):
+class PaginatedResult(StoredModel, Sequence[T], Generic[T]):
     """One page of a query, which is also a sequence of its items and equals a list of the same items."""
 
     items: Sequence[T]
@@ -465,14 +464,14 @@ class PaginatedResult(Delivered, Sequence[T], Generic[T]):
         return f"<PaginatedResult ({self.offset}:{end} of {self.total}) {shown}>"
 
 
-class Page(Delivered, Generic[T]):
+class Page(StoredModel, Generic[T]):
     """Items that follow a cursor, and the cursor to go on from."""
 
     items: list[T]
     cursor: int | None
 
 
-class Batch(Delivered):
+class Batch(StoredModel):
     """Finished rollouts that a consumer holds, to train on them.
 
     Attributes:

@@ -19,7 +19,7 @@ from raystore.errors import InvalidValueError, PayloadNotReadableError
 from raystore.spans import Event, Span, find_final_reward
 from raystore.tracing import semconv
 from raystore.tracing.losses import Losses
-from raystore.values.arrays import pack_floats, pack_integers
+from raystore.values.plain import pack_floats, pack_integers
 
 logger = logging.getLogger("raystore.tracing")
 

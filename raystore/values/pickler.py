@@ -234,14 +234,21 @@ def dumps(value: Any, refs: list[Any] | None = None, *, prefix: bytes = b"", buf
 
 # -- unpickling --------------------------------------------------------------------------------------------------------
 
-# Pickles in journals name `_class_here`, `_function_here` and `_fill`, and this module: they are part of the format.
+# Pickles in journals name modules of this package, and `_class_here`, `_function_here` and `_fill` of this one: these
+# names are part of the format.
+_FORMER_MODULES = {
+    "raystore.pickler": __name__,
+    "raystore.objects": "raystore.values.objects",
+    "raystore.triplet": "raystore.tracing.trajectories",
+    "raystore.trajectory": "raystore.tracing.trajectories",
+}
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads what any version has written: this module was once `raystore.pickler`."""
+    """Reads what any version has written."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(__name__ if module == "raystore.pickler" else module, name)
+        return super().find_class(_FORMER_MODULES.get(module, module), name)
 
 
 def loads_agent(data: bytes) -> Any:

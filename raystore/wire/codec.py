@@ -4,7 +4,7 @@ Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes,
 tuples and string- or number-keyed dicts of these) becomes msgpack; everything else is pickled (`pickler`), so that
 any picklable object comes back as it was, type included. Object references found in a value travel beside the bytes
 (see `raystore.core.payload`).
-Not here: which values there are (`convert`), how payloads cross to an actor (`wire`).
+Not here: how payloads cross to an actor (`frames`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgpack
 from raystore.core.payload import PICKLED, PLAIN, Opaque, Payload
 from raystore.errors import PayloadLostError, PayloadNotPicklableError, PayloadTooLargeError
 from raystore.values import pickler
-from raystore.values.arrays import TYPECODES
+from raystore.values.plain import TYPECODES
 
 _PLAIN_LEAVES = frozenset({str, int, float, bool, type(None), bytes})
 _PACKED = 1  # msgpack extension: a type code and the array's bytes, little-endian
