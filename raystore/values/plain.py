@@ -15,14 +15,14 @@ from typing import Any
 
 from raystore.errors import InvalidValueError
 
-LEAVES: frozenset[type] = frozenset({str, bool, int, float, bytes, type(None)})  #: what stays as it is
-_DEPTH = 64  # of lists and mappings in each other; deeper ones are taken for endless
+LEAVES: frozenset[type] = frozenset({str, bool, int, float, bytes, type(None)})  #: types of plain values
+_DEPTH = 64  # of lists and mappings in each other; deeper ones are taken to hold themselves
 _BASES: dict[type, Callable[[Any], Any]] = {
     str: str.__str__,
     int: int.__int__,
     float: float.__float__,
     bytes: bytes.__bytes__,
-}  # an instance of a subclass (an IntEnum, numpy's float64) is the base's value to everybody else
+}  # an instance of a subclass (an IntEnum, numpy's float64) becomes one of the base
 
 
 def scalar(value: Any) -> Any:
@@ -38,7 +38,7 @@ def scalar(value: Any) -> Any:
 
 
 def _is_numeric(value: Any) -> bool:
-    """Whether this is numpy's or torch's, or something like it."""
+    """Whether this is a scalar, array or tensor of numpy, torch, or a library like them."""
     return hasattr(value, "item") and (hasattr(value, "dtype") or hasattr(value, "tolist"))
 
 
@@ -51,7 +51,7 @@ def _dimensions(value: Any) -> int:
 
 
 def _item(value: Any) -> Any:
-    """The one item of a scalar or array if it has a plain form, else what was given."""
+    """The only item of a scalar or array in plain form; the value itself if there is none."""
     if not _has_plain_items(value):
         return value
     try:
@@ -66,7 +66,7 @@ def _item(value: Any) -> Any:
 
 
 def _has_plain_items(value: Any) -> bool:
-    """Not for records, dates, durations and complex numbers: `tolist` gives their parts, or counts without a unit."""
+    """Whether `tolist` loses nothing, as it does for records, dates, durations and complex numbers."""
     dtype = getattr(value, "dtype", None)
     return getattr(dtype, "kind", "") not in tuple("VMmc")
 
@@ -85,7 +85,7 @@ def reward(name: str, value: Any) -> float:
 
 
 def plain(name: str, value: Any) -> Any:
-    """A value with all that is in it as plain values, a copy: arrays become lists, tuples and packed arrays stay.
+    """A copy of a value in plain form, deeply: arrays and tensors become lists, tuples and packed arrays stay.
 
     Raises `InvalidValueError`, which names the place, for what has no plain form (a date, an object, a set).
     """
@@ -93,7 +93,7 @@ def plain(name: str, value: Any) -> Any:
 
 
 def plainest(value: Any) -> Any:
-    """The same for a value that is kept in any case: what has no plain form stays as it is."""
+    """The same, but parts that have no plain form stay as they are."""
     return _plain("", value, 0, _keep)
 
 
