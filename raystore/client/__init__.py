@@ -24,7 +24,7 @@ from raystore.client.workers import WorkerMethods
 from raystore.errors.calls import explain_methods
 from raystore.tracing.losses import Reason
 from raystore.types import LightningStoreCapabilities, LightningStoreStatistics
-from raystore.wire import convert
+from raystore.wire import checks
 
 
 class StoreClient(
@@ -79,10 +79,10 @@ class StoreClient(
         held is withdrawn, without a charge. Answers whether there was a live session of it.
         """
         arguments: dict[str, Any] = {
-            "session_id": convert.optional_identifier("session_id", session_id),
-            "worker_id": convert.optional_identifier("worker_id", worker_id),
+            "session_id": checks.optional_identifier("session_id", session_id),
+            "worker_id": checks.optional_identifier("worker_id", worker_id),
         }
-        if convert.flag("stopped", stopped):
+        if checks.flag("stopped", stopped):
             arguments["stopped"] = True
         return bool(await self._transport.call("report_session", arguments))
 
@@ -92,16 +92,16 @@ class StoreClient(
         For pools. Who waits for nothing but what this pool would do hears of it, by `PoolFailedError`.
         """
         arguments = {
-            "pool_id": convert.identifier("pool_id", pool_id),
-            "queues": convert.queue_names(queues),
-            "failures": convert.whole("failures", failures, at_least=0),
-            "error": convert.optional_text("error", error),
+            "pool_id": checks.identifier("pool_id", pool_id),
+            "queues": checks.queue_names(queues),
+            "failures": checks.whole("failures", failures, at_least=0),
+            "error": checks.optional_text("error", error),
         }
         await self._transport.call("report_pool", arguments)
 
     async def report_spans_lost(self, counts: Mapping[Reason, int]) -> None:
         """Add to `statistics()["spans_lost"]` what was lost since the last report, by reason. For runners."""
-        lost = {reason: convert.whole(f"counts[{reason!r}]", number, at_least=1) for reason, number in counts.items()}
+        lost = {reason: checks.whole(f"counts[{reason!r}]", number, at_least=1) for reason, number in counts.items()}
         await self._transport.call("report_spans_lost", {"counts": lost})
 
     @property
@@ -117,7 +117,7 @@ class StoreClient(
         return {"name": type(self).__name__, **answer}  # type: ignore[typeddict-item]
 
     async def story(self, rollout_id: str) -> list[str]:
-        return list(await self._transport.call("story", {"rollout_id": convert.identifier("rollout_id", rollout_id)}))
+        return list(await self._transport.call("story", {"rollout_id": checks.identifier("rollout_id", rollout_id)}))
 
     async def check(self) -> None:
         await self._transport.call("check", {})

@@ -23,8 +23,8 @@ from raystore.types import (
     Span,
     Unset,
 )
-from raystore.wire import convert
-from raystore.wire.convert import validated
+from raystore.wire import checks, convert
+from raystore.wire.checks import validated
 
 
 class AttemptMethods(Connection):
@@ -32,10 +32,10 @@ class AttemptMethods(Connection):
 
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
         arguments = {
-            "rollout_id": convert.identifier("rollout_id", rollout_id),
-            "worker_id": convert.optional_identifier("worker_id", worker_id),
+            "rollout_id": checks.identifier("rollout_id", rollout_id),
+            "worker_id": checks.optional_identifier("worker_id", worker_id),
         }
-        return convert.attempted(await self._transport.call("start_attempt", arguments))
+        return convert.to_attempted_rollout(await self._transport.call("start_attempt", arguments))
 
     async def query_attempts(
         self,
@@ -47,17 +47,17 @@ class AttemptMethods(Connection):
         offset: int = 0,
     ) -> PaginatedResult[Attempt]:
         arguments = {
-            "rollout_id": convert.identifier("rollout_id", rollout_id),
-            "sort_by": convert.optional_text("sort_by", sort_by),
+            "rollout_id": checks.identifier("rollout_id", rollout_id),
+            "sort_by": checks.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
         }
-        return await self._page("query_attempts", arguments, limit, offset, convert.attempt)
+        return await self._page("query_attempts", arguments, limit, offset, convert.to_attempt)
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
         answer = await self._transport.call(
-            "get_latest_attempt", {"rollout_id": convert.identifier("rollout_id", rollout_id)}
+            "get_latest_attempt", {"rollout_id": checks.identifier("rollout_id", rollout_id)}
         )
-        return convert.attempt(answer) if answer else None
+        return convert.to_attempt(answer) if answer else None
 
     async def finish_attempt(
         self,
@@ -76,17 +76,17 @@ class AttemptMethods(Connection):
         outcome "runner_lost" the work is given back; `died` says that a process which ran nothing else died of it,
         which counts as a delivery (`max_deliveries`). A span that is refused refuses the whole.
         """
-        changes: dict[str, Any] = {"status": convert.attempt_status(status)}
+        changes: dict[str, Any] = {"status": checks.attempt_status(status)}
         if outcome is not None:
             changes["outcome"] = validated("outcome", Outcome, outcome)
-        if (said := convert.optional_text("error", error)) is not None:
+        if (said := checks.optional_text("error", error)) is not None:
             changes["error"] = bounded_error(said)  # here already: a longer one would not travel
-        if convert.flag("died", died):
+        if checks.flag("died", died):
             changes["died"] = True
-        rows = [self._encoder.span(span, numbered=False) for span in convert.spans(spans)]
-        arguments = {**convert.names(rollout_id, attempt_id), "spans": rows, "changes": changes}
+        rows = [self._encoder.span(span, numbered=False) for span in checks.spans(spans)]
+        arguments = {**checks.attempt_ids(rollout_id, attempt_id), "spans": rows, "changes": changes}
         attempt, _ = await self._transport.call("finish", arguments)
-        return convert.attempt(attempt)
+        return convert.to_attempt(attempt)
 
     async def report_unread(
         self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str
@@ -104,7 +104,7 @@ class AttemptMethods(Connection):
 
         Answers with those whose work is of no use any more: superseded, finished, or deleted.
         """
-        useless = await self._transport.call("heartbeat", {"attempts_alive": convert.pairs("attempts", attempts)})
+        useless = await self._transport.call("heartbeat", {"attempts_alive": checks.id_pairs("attempts", attempts)})
         return [(rollout_id, attempt_id) for rollout_id, attempt_id in useless]
 
     @typed_as(LightningStore.update_attempt)
@@ -123,12 +123,12 @@ class AttemptMethods(Connection):
             raise unfit(AttemptMethods.update_attempt, unnamed, unknown, rollout_id=rollout_id, attempt_id=attempt_id)
         changes: dict[str, Any] = {}
         if not isinstance(status, Unset):
-            changes["status"] = convert.attempt_status(status)
+            changes["status"] = checks.attempt_status(status)
         if not isinstance(worker_id, Unset):
-            changes["worker_id"] = convert.optional_identifier("worker_id", worker_id)
+            changes["worker_id"] = checks.optional_identifier("worker_id", worker_id)
         if not isinstance(last_heartbeat_time, Unset):
-            changes["last_heartbeat_time"] = convert.finite("last_heartbeat_time", last_heartbeat_time)
+            changes["last_heartbeat_time"] = checks.number("last_heartbeat_time", last_heartbeat_time)
         if not isinstance(metadata, Unset):
             changes["metadata"] = self._encoder.mapping("metadata", metadata)
-        arguments = {**convert.names(rollout_id, attempt_id), "changes": changes}
-        return convert.attempt(await self._transport.call("update_attempt", arguments))
+        arguments = {**checks.attempt_ids(rollout_id, attempt_id), "changes": changes}
+        return convert.to_attempt(await self._transport.call("update_attempt", arguments))

@@ -14,7 +14,7 @@ from raystore.client.transport import Transport
 from raystore.core.verbs import Many
 from raystore.errors import AnswerGoneError
 from raystore.types import PaginatedResult
-from raystore.wire import convert
+from raystore.wire import checks, convert
 from raystore.wire.convert import Encoder
 
 T = TypeVar("T")
@@ -36,8 +36,8 @@ class Connection:
     async def _page(
         self, verb: str, arguments: dict[str, Any], limit: int, offset: int, open_row: Callable[[Any], T]
     ) -> PaginatedResult[T]:
-        limit = convert.whole("limit", limit, at_least=-1)
-        offset = convert.whole("offset", offset, at_least=0)
+        limit = checks.whole("limit", limit, at_least=-1)
+        offset = checks.whole("offset", offset, at_least=0)
         items, total = await self._many(verb, arguments | {"limit": limit, "offset": offset})
         return convert.build(
             PaginatedResult,

@@ -24,8 +24,8 @@ from raystore.types import (
     SortOrder,
 )
 from raystore.values.objects import Kept, Origin, Parts
-from raystore.wire import convert
-from raystore.wire.convert import validated
+from raystore.wire import checks, convert
+from raystore.wire.checks import validated
 
 TO_PUBLISH = (
     "give each its name, {'prompt': rs.PromptTemplate(...)}, and wrap a plain value: rs.ObjectResource(value=...)"
@@ -66,7 +66,7 @@ class ResourceMethods(Connection):
     async def update_resources(
         self, resources_id: str, resources: NamedResources, *, policy_version: int | None = None
     ) -> ResourcesUpdate:
-        return await self._put_resources(convert.identifier("resources_id", resources_id), resources, policy_version)
+        return await self._put_resources(checks.identifier("resources_id", resources_id), resources, policy_version)
 
     async def _put_resources(
         self, resources_id: str | None, resources: NamedResources, policy_version: int | None
@@ -100,12 +100,12 @@ class ResourceMethods(Connection):
         return Origin()
 
     def _opened(self, answer: convert.Row, payload: Opaque = None) -> ResourcesUpdate:
-        return convert.resources_update(answer, self._origin_of_objects(), payload)
+        return convert.to_resources(answer, self._origin_of_objects(), payload)
 
     async def get_resources_by_id(self, resources_id: str, version: int | None = None) -> ResourcesUpdate | None:
         arguments = {
-            "resources_id": convert.identifier("resources_id", resources_id),
-            "version": None if version is None else convert.whole("version", version, at_least=-(2**31)),
+            "resources_id": checks.identifier("resources_id", resources_id),
+            "version": None if version is None else checks.whole("version", version, at_least=-(2**31)),
         }
         answer = await self._transport.call("get_resources", arguments)
         return self._opened(answer) if answer else None
@@ -125,8 +125,8 @@ class ResourceMethods(Connection):
         offset: int = 0,
     ) -> PaginatedResult[ResourcesUpdate]:
         arguments = {
-            "resources_id": convert.optional_identifier("resources_id", resources_id),
-            "resources_id_contains": convert.optional_text("resources_id_contains", resources_id_contains),
+            "resources_id": checks.optional_identifier("resources_id", resources_id),
+            "resources_id_contains": checks.optional_text("resources_id_contains", resources_id_contains),
             "sort_by": sort_by,
             "sort_order": sort_order,
         }
@@ -134,5 +134,5 @@ class ResourceMethods(Connection):
 
     async def delete_resources(self, resources_id: str) -> None:
         await self._transport.call(
-            "delete_resources", {"resources_id": convert.identifier("resources_id", resources_id)}
+            "delete_resources", {"resources_id": checks.identifier("resources_id", resources_id)}
         )

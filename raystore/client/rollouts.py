@@ -31,8 +31,8 @@ from raystore.types import (
     TaskInput,
     Unset,
 )
-from raystore.wire import convert
-from raystore.wire.convert import made, validated
+from raystore.wire import checks, convert
+from raystore.wire.checks import model_of, validated
 
 TO_ENQUEUE = "wrap each task: rs.EnqueueRolloutRequest(input=task)"
 GROUP_ITEMS = 1_000_000  #: rollouts of one group, made by one call
@@ -43,7 +43,7 @@ class RolloutMethods(Connection):
 
     def _request(self, **fields: Any) -> dict[str, Any]:
         """What makes a rollout, of the arguments of a call."""
-        return self._encoder.request(made(EnqueueRolloutRequest, "", fields))
+        return self._encoder.request(model_of(EnqueueRolloutRequest, "", fields))
 
     async def start_rollout(
         self,
@@ -55,8 +55,8 @@ class RolloutMethods(Connection):
         worker_id: str | None = None,
     ) -> AttemptedRollout:
         request = self._request(input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata)
-        worker_id = convert.optional_identifier("worker_id", worker_id)
-        return convert.attempted(
+        worker_id = checks.optional_identifier("worker_id", worker_id)
+        return convert.to_attempted_rollout(
             await self._transport.call("start_rollout", {"request": request, "worker_id": worker_id})
         )
 
@@ -80,20 +80,20 @@ class RolloutMethods(Connection):
             raise unfit(RolloutMethods.enqueue_rollout, unnamed, unknown, input=input)
         request = self._request(
             input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata, rollout_id=rollout_id,
-            group_id=group_id, queue=queue, priority=priority, tags=convert.tag_dict("tags", tags),
+            group_id=group_id, queue=queue, priority=priority, tags=checks.tag_dict("tags", tags),
         )  # fmt: skip
         answer = await self._transport.call("enqueue", {"requests": [request]})
-        return convert.pair(answer[0])
+        return convert.to_any_rollout(answer[0])
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         requests = []
-        for index, request in enumerate(convert.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")):
+        for index, request in enumerate(checks.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")):
             if type(request) is not EnqueueRolloutRequest:
                 request = validated(f"rollouts[{index}]", EnqueueRolloutRequest, request, TO_ENQUEUE)
             try:
                 requests.append(self._encoder.request(request))
             except StoreError as error:
-                error.args = convert.within(f"rollouts[{index}]", *error.args)
+                error.args = checks.within(f"rollouts[{index}]", *error.args)
                 raise
         return await self._enqueue_all(requests)
 
@@ -110,7 +110,7 @@ class RolloutMethods(Connection):
         items = answers[-1] if answers else []
         if len(items) > 1 and isinstance(items[1], int):  # a long answer, with how many there are
             items, _ = await self._whole(items)
-        return [convert.pair(item) for item in items]
+        return [convert.to_any_rollout(item) for item in items]
 
     async def enqueue_group(
         self,
@@ -126,13 +126,13 @@ class RolloutMethods(Connection):
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[Rollout]:
-        n = convert.whole("n", n, at_least=1)
+        n = checks.whole("n", n, at_least=1)
         if n > GROUP_ITEMS:
             raise InvalidValueError("n", n, f"at most {GROUP_ITEMS:,} rollouts in one call")
         group_id = f"group-{uuid4().hex[:12]}" if group_id is None else group_id
         request = self._request(
             input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata,
-            group_id=group_id, queue=queue, priority=priority, tags=convert.tag_dict("tags", tags),
+            group_id=group_id, queue=queue, priority=priority, tags=checks.tag_dict("tags", tags),
         )  # fmt: skip
         return await self._enqueue_all([request] * n)
 
@@ -164,12 +164,12 @@ class RolloutMethods(Connection):
         self, limit: int, worker_id: str | None, timeout: float, queues: Sequence[str]
     ) -> list[AttemptedRollout]:
         arguments = {
-            "queues": convert.queue_names(queues),
-            "limit": convert.whole("limit", limit, at_least=-(2**31)),
-            "worker_id": convert.optional_identifier("worker_id", worker_id),
-            "timeout": convert.duration("timeout", timeout),
+            "queues": checks.queue_names(queues),
+            "limit": checks.whole("limit", limit, at_least=-(2**31)),
+            "worker_id": checks.optional_identifier("worker_id", worker_id),
+            "timeout": checks.duration("timeout", timeout),
         }
-        return [convert.attempted(claim) for claim in await self._transport.call("dequeue", arguments)]
+        return [convert.to_attempted_rollout(claim) for claim in await self._transport.call("dequeue", arguments)]
 
     async def query_rollouts(
         self,
@@ -193,25 +193,25 @@ class RolloutMethods(Connection):
         statuses = ("status", status) if status_in is None else ("status_in", status_in)
         ids = ("rollout_ids", rollout_ids) if rollout_id_in is None else ("rollout_id_in", rollout_id_in)
         arguments = {
-            "status_in": convert.statuses(statuses[0], list[RolloutStatus], statuses[1]),
-            "rollout_id_in": None if ids[1] is None else convert.identifiers(*ids),
-            "rollout_id_contains": convert.optional_text("rollout_id_contains", rollout_id_contains),
+            "status_in": checks.statuses(statuses[0], list[RolloutStatus], statuses[1]),
+            "rollout_id_in": None if ids[1] is None else checks.identifiers(*ids),
+            "rollout_id_contains": checks.optional_text("rollout_id_contains", rollout_id_contains),
             "filter_logic": filter_logic,
             "must": {
-                "group_id": convert.optional_identifier("group_id", group_id),
-                "tags": convert.tag_dict("tags", tags),
-                "queue": convert.optional_identifier("queue", queue),
-                "worker_id": convert.optional_identifier("worker_id", worker_id),
+                "group_id": checks.optional_identifier("group_id", group_id),
+                "tags": checks.tag_dict("tags", tags),
+                "queue": checks.optional_identifier("queue", queue),
+                "worker_id": checks.optional_identifier("worker_id", worker_id),
                 "mode": validated("mode", RolloutMode | None, mode),
             },
-            "sort_by": convert.optional_text("sort_by", sort_by),
+            "sort_by": checks.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
         }
-        return await self._page("query_rollouts", arguments, limit, offset, convert.pair)
+        return await self._page("query_rollouts", arguments, limit, offset, convert.to_any_rollout)
 
     async def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
-        answer = await self._transport.call("get_rollout", {"rollout_id": convert.identifier("rollout_id", rollout_id)})
-        return convert.pair(answer) if answer else None
+        answer = await self._transport.call("get_rollout", {"rollout_id": checks.identifier("rollout_id", rollout_id)})
+        return convert.to_any_rollout(answer) if answer else None
 
     async def update_rollout(
         self,
@@ -229,15 +229,15 @@ class RolloutMethods(Connection):
         if not isinstance(mode, Unset):
             changes["mode"] = validated("mode", RolloutMode | None, mode)
         if not isinstance(resources_id, Unset):
-            changes["resources_id"] = convert.optional_identifier("resources_id", resources_id)
+            changes["resources_id"] = checks.optional_identifier("resources_id", resources_id)
         if not isinstance(status, Unset):
             changes["status"] = validated("status", RolloutStatus, status)
         if not isinstance(config, Unset):
             changes["config"] = self._encoder.config(validated("config", RolloutConfig, config))
         if not isinstance(metadata, Unset):
             changes["metadata"] = self._encoder.mapping("metadata", metadata)
-        arguments = {"rollout_id": convert.identifier("rollout_id", rollout_id), "changes": changes}
-        return convert.pair(await self._transport.call("update_rollout", arguments))
+        arguments = {"rollout_id": checks.identifier("rollout_id", rollout_id), "changes": changes}
+        return convert.to_any_rollout(await self._transport.call("update_rollout", arguments))
 
     async def cancel_rollouts(
         self,
@@ -249,16 +249,16 @@ class RolloutMethods(Connection):
         if rollout_ids is None and group_id is None and not tags:
             raise InvalidValueError("rollout_ids", None, "rollout_ids, group_id or tags, to say what to cancel")
         arguments = {
-            "rollout_ids": None if rollout_ids is None else convert.identifiers("rollout_ids", rollout_ids),
-            "group_id": convert.optional_identifier("group_id", group_id),
-            "tags": convert.tag_dict("tags", tags),
+            "rollout_ids": None if rollout_ids is None else checks.identifiers("rollout_ids", rollout_ids),
+            "group_id": checks.optional_identifier("group_id", group_id),
+            "tags": checks.tag_dict("tags", tags),
         }
-        return [convert.pair(item) for item in await self._transport.call("cancel_rollouts", arguments)]
+        return [convert.to_any_rollout(item) for item in await self._transport.call("cancel_rollouts", arguments)]
 
     async def release(self, rollout_ids: Sequence[str]) -> int:
-        ids = convert.identifiers("rollout_ids", rollout_ids)
+        ids = checks.identifiers("rollout_ids", rollout_ids)
         return int(await self._transport.call("release", {"rollout_ids": ids}))
 
     async def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
-        ids = convert.identifiers("rollout_ids", rollout_ids)
+        ids = checks.identifiers("rollout_ids", rollout_ids)
         return int(await self._transport.call("delete_rollouts", {"rollout_ids": ids}))

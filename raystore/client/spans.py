@@ -22,9 +22,9 @@ from raystore.types import (
     SortOrder,
     Span,
 )
-from raystore.values.mistakes import refusal
-from raystore.wire import convert
-from raystore.wire.convert import validated
+from raystore.values.models import refusal
+from raystore.wire import checks, convert
+from raystore.wire.checks import validated
 
 logger = logging.getLogger("raystore")
 
@@ -33,11 +33,11 @@ class SpanMethods(Connection):
     """Spans: numbers, adding, querying."""
 
     async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
-        named = convert.names(rollout_id, attempt_id)
+        named = checks.attempt_ids(rollout_id, attempt_id)
         return int((await self._transport.call("next_numbers", {"rollout_ids": [named["rollout_id"]]}))[0])
 
     async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
-        rollout_ids = [rollout_id for rollout_id, _ in convert.pairs("rollout_attempt_ids", rollout_attempt_ids)]
+        rollout_ids = [rollout_id for rollout_id, _ in checks.id_pairs("rollout_attempt_ids", rollout_attempt_ids)]
         return list(await self._transport.call("next_numbers", {"rollout_ids": rollout_ids}))
 
     @typed_as(LightningStore.add_span)
@@ -55,7 +55,7 @@ class SpanMethods(Connection):
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         groups: dict[tuple[str, str], list[tuple[Span, list[Any]]]] = {}
-        for span in convert.spans(spans):
+        for span in checks.spans(spans):
             row = self._encoder.span(span)
             groups.setdefault((span.rollout_id, span.attempt_id), []).append((span, row))
         parts: list[list[Span]] = []
@@ -77,7 +77,7 @@ class SpanMethods(Connection):
 
     async def add_unnumbered_spans(self, spans: Sequence[Span]) -> None:
         """Store spans of one attempt, numbered by the store in the order given; for runners."""
-        spans = convert.spans(spans)
+        spans = checks.spans(spans)
         for first, last in cut([0] * len(spans)):
             rows = [self._encoder.span(span, numbered=False) for span in spans[first:last]]
             arguments = {"rollout_id": spans[0].rollout_id, "attempt_id": spans[0].attempt_id, "spans": rows}
@@ -86,8 +86,8 @@ class SpanMethods(Connection):
     async def add_otel_span(
         self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
     ) -> Span | None:
-        arguments = convert.names(rollout_id, attempt_id)
-        number = 0 if sequence_id is None else convert.whole("sequence_id", sequence_id, at_least=0)
+        arguments = checks.attempt_ids(rollout_id, attempt_id)
+        number = 0 if sequence_id is None else checks.whole("sequence_id", sequence_id, at_least=0)
         try:
             span = Span.from_opentelemetry(readable_span, **arguments, sequence_id=number)
         except ValidationError as error:
@@ -134,22 +134,20 @@ class SpanMethods(Connection):
             "name": name_contains,
         }
         arguments = {
-            "rollout_id": convert.identifier("rollout_id", rollout_id),
-            "attempt_id": convert.optional_identifier("attempt_id", attempt_id),
-            "equal": {
-                field: convert.optional_text(field, value) for field, value in equal.items() if value is not None
-            },
+            "rollout_id": checks.identifier("rollout_id", rollout_id),
+            "attempt_id": checks.optional_identifier("attempt_id", attempt_id),
+            "equal": {field: checks.optional_text(field, value) for field, value in equal.items() if value is not None},
             "containing": {
-                field: convert.optional_text(f"{field}_contains", value)
+                field: checks.optional_text(f"{field}_contains", value)
                 for field, value in containing.items()
                 if value is not None
             },
             "filter_logic": filter_logic,
-            "sort_by": convert.optional_text("sort_by", sort_by),
+            "sort_by": checks.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
-            "allow_partial": convert.flag("allow_partial", allow_partial),
+            "allow_partial": checks.flag("allow_partial", allow_partial),
         }
-        return await self._page("query_spans", arguments, limit, offset, convert.span)
+        return await self._page("query_spans", arguments, limit, offset, convert.to_span)
 
     async def query_many_spans(
         self,
@@ -158,18 +156,18 @@ class SpanMethods(Connection):
         *,
         allow_partial: bool = False,
     ) -> dict[str, list[Span]]:
-        ids = convert.identifiers("rollout_ids", rollout_ids)
-        if attempt_id is not None and convert.optional_text("attempt_id", attempt_id) != "latest":
+        ids = checks.identifiers("rollout_ids", rollout_ids)
+        if attempt_id is not None and checks.optional_text("attempt_id", attempt_id) != "latest":
             raise InvalidValueError("attempt_id", attempt_id, "'latest' or None")
         arguments = {
             "rollout_ids": ids,
             "attempt_id": attempt_id,
-            "allow_partial": convert.flag("allow_partial", allow_partial),
+            "allow_partial": checks.flag("allow_partial", allow_partial),
         }
         found: dict[str, list[Span]] = {rollout_id: [] for rollout_id in ids}
         items, _ = await self._many("query_many_spans", arguments)
         for item in items:
-            span = convert.span(item)
+            span = convert.to_span(item)
             found[span.rollout_id].append(span)
         return found
 

@@ -11,8 +11,8 @@ from typing import Any
 from raystore.client.connection import Connection
 from raystore.errors import AnswerGoneError
 from raystore.types import Batch, LedgerEntry, RolloutMode, RolloutStatus, TagValue
-from raystore.wire import convert
-from raystore.wire.convert import validated
+from raystore.wire import checks, convert
+from raystore.wire.checks import validated
 
 A_BATCH = "pass what take() gave"
 
@@ -34,12 +34,12 @@ class TrainingMethods(Connection):
         max_open: int = 1,
     ) -> Batch:
         arguments: dict[str, Any] = {
-            "consumer": convert.identifier("consumer", consumer),
-            "count": convert.whole("n", n, at_least=1),
-            "timeout": convert.duration("timeout", timeout),
-            **convert.filter_arguments(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in),
+            "consumer": checks.identifier("consumer", consumer),
+            "count": checks.whole("n", n, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
+            **checks.filter_arguments(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in),
         }
-        if convert.whole("max_open", max_open, at_least=1) != 1:
+        if checks.whole("max_open", max_open, at_least=1) != 1:
             arguments["max_open"] = max_open
         answer = await self._transport.call("take", arguments)
         number = answer[1]
@@ -52,12 +52,12 @@ class TrainingMethods(Connection):
         except BaseException:  # its caller has gone between the parts
             self._transport.post("nack", {"consumer": consumer, "batch": number})
             raise
-        rollouts = [convert.pair(item) for item in items]
+        rollouts = [convert.to_any_rollout(item) for item in items]
         return convert.build(Batch, {"consumer": consumer, "number": number, "rollouts": rollouts})
 
     async def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
-        named = _named(batch) | {"at_step": convert.whole("step", step, at_least=0)}
-        await self._transport.call("ack", named | {"note": convert.optional_text("note", note)})
+        named = _named(batch) | {"at_step": checks.whole("step", step, at_least=0)}
+        await self._transport.call("ack", named | {"note": checks.optional_text("note", note)})
 
     async def nack(self, batch: Batch) -> None:
         await self._transport.call("nack", _named(batch))
@@ -69,10 +69,10 @@ class TrainingMethods(Connection):
         return int(await self._transport.call("rewind", _at(consumer, step)))
 
     async def forget_consumer(self, name: str) -> int:
-        return int(await self._transport.call("forget_consumer", {"consumer": convert.identifier("name", name)}))
+        return int(await self._transport.call("forget_consumer", {"consumer": checks.identifier("name", name)}))
 
     async def ledger(self, consumer: str) -> list[LedgerEntry]:
-        rows, _ = await self._many("ledger", {"consumer": convert.identifier("consumer", consumer)})
+        rows, _ = await self._many("ledger", {"consumer": checks.identifier("consumer", consumer)})
         names = tuple(LedgerEntry.model_fields)
         return [convert.build(LedgerEntry, dict(zip(names, row, strict=True))) for row in rows]
 
@@ -82,10 +82,10 @@ def _named(batch: Batch) -> dict[str, object]:
         "batch", Batch, batch, A_BATCH
     ).__dict__  # it may have been changed since, or made, without validation
     return {
-        "consumer": convert.identifier("batch.consumer", values.get("consumer")),
-        "batch": convert.whole("batch.number", values.get("number"), at_least=0),
+        "consumer": checks.identifier("batch.consumer", values.get("consumer")),
+        "batch": checks.whole("batch.number", values.get("number"), at_least=0),
     }
 
 
 def _at(consumer: str, step: int) -> dict[str, object]:
-    return {"consumer": convert.identifier("consumer", consumer), "at_step": convert.whole("step", step, at_least=0)}
+    return {"consumer": checks.identifier("consumer", consumer), "at_step": checks.whole("step", step, at_least=0)}

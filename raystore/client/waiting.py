@@ -17,8 +17,8 @@ from raystore.types import (
     RolloutMode,
     TagValue,
 )
-from raystore.wire import convert
-from raystore.wire.convert import validated
+from raystore.wire import checks, convert
+from raystore.wire.checks import validated
 
 LOOK_AGAIN_SECONDS = 10.0  #: after which `as_completed` asks whether what it waits for still exists
 
@@ -27,24 +27,24 @@ class WaitingMethods(Connection):
     """Waiting for rollouts, completions and changes; no polling, one parked call for each."""
 
     async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
-        finished, _ = await self._wait(convert.identifiers("rollout_ids", rollout_ids), timeout)
+        finished, _ = await self._wait(checks.identifiers("rollout_ids", rollout_ids), timeout)
         return finished
 
     async def _wait(self, rollout_ids: list[str], timeout: float | None) -> tuple[list[AnyRollout], int]:
         if timeout is not None:
-            timeout = max(convert.finite("timeout", timeout), 0.0)
+            timeout = max(checks.number("timeout", timeout), 0.0)
         finished, cursor = await self._many("wait", {"rollout_ids": rollout_ids, "timeout": timeout})
-        return [convert.pair(item) for item in finished], cursor
+        return [convert.to_any_rollout(item) for item in finished], cursor
 
     async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
-        finished, _ = await self._wait([convert.identifier("rollout_id", rollout_id)], timeout)
+        finished, _ = await self._wait([checks.identifier("rollout_id", rollout_id)], timeout)
         return finished[0] if finished else None
 
     async def as_completed(
         self, rollout_ids: Sequence[str], *, timeout: float | None = None
     ) -> AsyncIterator[AnyRollout]:
-        missing = set(convert.identifiers("rollout_ids", rollout_ids))
-        deadline = None if timeout is None else monotonic() + convert.duration("timeout", timeout)
+        missing = set(checks.identifiers("rollout_ids", rollout_ids))
+        deadline = None if timeout is None else monotonic() + checks.duration("timeout", timeout)
         asked = set(missing)
         finished, cursor, token = await self._sort_out(missing)
         if unknown := sorted(asked - missing):
@@ -62,7 +62,7 @@ class WaitingMethods(Connection):
             wanted = {"cursor": cursor, "limit": 256, "timeout": left, "filters": {}, "among": token}
             try:
                 items, after = await self._many("completed", wanted)
-                finished, cursor = [convert.pair(item) for item in items], after or cursor
+                finished, cursor = [convert.to_any_rollout(item) for item in items], after or cursor
             except AnswerGoneError:  # the store does not know any more what is waited for
                 finished = []
             if not finished:  # some may have been deleted, and will never finish
@@ -78,7 +78,7 @@ class WaitingMethods(Connection):
         items, (cursor, unfinished, token) = await self._many(
             "sort_out", {"rollout_ids": list(missing), "instead_of": instead_of}
         )
-        finished = [convert.pair(item) for item in items]
+        finished = [convert.to_any_rollout(item) for item in items]
         missing &= {*unfinished, *(rollout.rollout_id for rollout in finished)}
         return finished, cursor, token
 
@@ -94,19 +94,19 @@ class WaitingMethods(Connection):
         mode: RolloutMode | None = None,
     ) -> Page[AnyRollout]:
         filters = {
-            "group_id": convert.optional_identifier("group_id", group_id),
-            "tags": convert.tag_dict("tags", tags),
-            "queue": convert.optional_identifier("queue", queue),
+            "group_id": checks.optional_identifier("group_id", group_id),
+            "tags": checks.tag_dict("tags", tags),
+            "queue": checks.optional_identifier("queue", queue),
             "mode": validated("mode", RolloutMode | None, mode),
         }
         arguments = {
-            "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),
-            "limit": convert.whole("limit", limit, at_least=1),
-            "timeout": convert.duration("timeout", timeout),
+            "cursor": None if cursor is None else checks.whole("cursor", cursor, at_least=0),
+            "limit": checks.whole("limit", limit, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
             "filters": {name: value for name, value in filters.items() if value is not None},
         }
         items, after = await self._many("completed", arguments)
-        return convert.build(Page, {"items": [convert.pair(item) for item in items], "cursor": after})
+        return convert.build(Page, {"items": [convert.to_any_rollout(item) for item in items], "cursor": after})
 
     async def changes(
         self,
@@ -117,10 +117,10 @@ class WaitingMethods(Connection):
         timeout: float = 0.0,
     ) -> Page[Change]:
         arguments = {
-            "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),
-            "kinds": None if kinds is None else convert.identifiers("kinds", kinds),
-            "limit": convert.whole("limit", limit, at_least=1),
-            "timeout": convert.duration("timeout", timeout),
+            "cursor": None if cursor is None else checks.whole("cursor", cursor, at_least=0),
+            "kinds": None if kinds is None else checks.identifiers("kinds", kinds),
+            "limit": checks.whole("limit", limit, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
         }
         items, after = await self._many("changes", arguments)
-        return convert.build(Page, {"items": [convert.change(item) for item in items], "cursor": after})
+        return convert.build(Page, {"items": [convert.to_change(item) for item in items], "cursor": after})

@@ -24,7 +24,7 @@ from raystore.tracing import semconv
 from raystore.tracing.losses import Reason
 from raystore.types import LLM, Attempt, AttemptedRollout
 from raystore.values import plain
-from raystore.values.arrays import pack_floats, pack_integers
+from raystore.values.plain import pack_floats, pack_integers
 
 
 class _Resources(dict[str, Any]):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from raystore.client import forks
 from raystore.spans import Span
-from raystore.tracing.dialects import CallsSeen
+from raystore.tracing.calls import CallCounter
 from raystore.tracing.losses import Losses
 
 logger = logging.getLogger("raystore.runner")
@@ -37,7 +37,7 @@ class Outbox:
         self._spans: list[Span] = []
         self._bytes = 0
         self._late: Callable[[Span], None] | None = None  # takes those that end after the rollout
-        self._calls: CallsSeen | None = CallsSeen()  # until the rollout has ended
+        self._calls: CallCounter | None = CallCounter()  # until the rollout has ended
 
     def add(self, span: Span) -> None:
         """Take a span."""
@@ -84,7 +84,7 @@ class Outbox:
         with self._lock:
             calls, self._calls = self._calls, None
         if calls is not None:
-            calls.tell(losses)
+            calls.report(losses)
 
 
 def _nobody() -> None:

@@ -21,7 +21,7 @@ from raystore.runner import agents
 from raystore.runner.actors import RunnerActors
 from raystore.runner.local_runners import RunnerThreads
 from raystore.runner.worker import STOP_SECONDS, RunnerOptions
-from raystore.wire import convert
+from raystore.wire import checks
 
 
 class RunnerPool:
@@ -79,15 +79,15 @@ class RunnerPool:
         start_timeout: float = 120.0,
         isolation: Literal["actor", "process"] = "actor",
     ) -> None:
-        size = convert.whole("size", size, at_least=1)
-        concurrency = convert.whole("concurrency", concurrency, at_least=1)
+        size = checks.whole("size", size, at_least=1)
+        concurrency = checks.whole("concurrency", concurrency, at_least=1)
         durations = {"heartbeat_seconds": heartbeat_seconds, "flush_seconds": flush_seconds}
         if max_agent_seconds is not None:
             durations["max_agent_seconds"] = max_agent_seconds
         for name, seconds in durations.items():
             if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
                 raise InvalidValueError(name, seconds, "a number of seconds, more than 0")
-        convert.duration("cancel_grace_seconds", cancel_grace_seconds)
+        checks.duration("cancel_grace_seconds", cancel_grace_seconds)
         start_timeout = _patience("start_timeout", start_timeout)
         if isolation not in ("actor", "process"):
             raise InvalidValueError("isolation", isolation, "'actor' or 'process'")
@@ -97,7 +97,7 @@ class RunnerPool:
             raise InvalidValueError("agent", agent, expected)
         options = RunnerOptions(
             concurrency=concurrency,
-            queues=tuple(convert.queue_names(queues)),
+            queues=tuple(checks.queue_names(queues)),
             heartbeat_seconds=heartbeat_seconds,
             flush_seconds=flush_seconds,
             cancel_grace_seconds=cancel_grace_seconds,
@@ -143,7 +143,7 @@ class RunnerPool:
                 not run.
         """
         self._home.resize(
-            convert.whole("size", size, at_least=1), drain_seconds=_patience("drain_seconds", drain_seconds)
+            checks.whole("size", size, at_least=1), drain_seconds=_patience("drain_seconds", drain_seconds)
         )
 
     def stop(self, *, drain_seconds: float = STOP_SECONDS, drain: bool = True) -> None:
@@ -179,4 +179,4 @@ class RunnerPool:
 
 def _patience(name: str, seconds: float) -> float:
     """A duration that threads can wait for; they cannot wait for ever."""
-    return min(convert.duration(name, seconds), threading.TIMEOUT_MAX)
+    return min(checks.duration(name, seconds), threading.TIMEOUT_MAX)

@@ -27,7 +27,7 @@ from raystore.runner.told import add_note
 from raystore.spans import Span, find_final_reward
 from raystore.tracing.losses import Losses, Reason
 from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
-from raystore.wire.convert import validated
+from raystore.wire.checks import validated
 
 T = TypeVar("T")
 
