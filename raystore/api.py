@@ -26,6 +26,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from inspect import isfunction
 from typing import Any, Literal
 
+from raystore.tracing.losses import Reason
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -41,6 +42,7 @@ from raystore.types import (
     LightningStoreCapabilities,
     LightningStoreStatistics,
     NamedResources,
+    Outcome,
     Page,
     PaginatedResult,
     ResourcesUpdate,
@@ -553,8 +555,87 @@ class LightningStore(ABC):
         """Record a heartbeat of a worker, with statistics if given; `heartbeat_stats=None` raises TypeError."""
 
 
-SpanSizeEstimator = Callable[[Span], int]
+NoticeHandler = Callable[[str, str, str], None]  #: takes the kind of a notice, a rollout id and an attempt id
 
 
-#: The names of its methods.
+class RunnerStore(LightningStore):
+    """A store for runners, pools and integrations: what they need besides, and agents and trainers do not."""
+
+    @property
+    @abstractmethod
+    def session_id(self) -> str:
+        """The session of this process: what its operations belong to, and what holds the attempts that it runs."""
+
+    @abstractmethod
+    def listen_for_notices(self, handler: NoticeHandler) -> Callable[[], None]:
+        """Call `handler` when an attempt that this process runs is of no use any longer; returns a function that stops.
+
+        The handler takes (kind, rollout id, attempt id). Kinds are "cancelled", "superseded", "timeout" and
+        "unresponsive". It runs on any thread, must be quick, and may use the store.
+        """
+
+    @abstractmethod
+    async def heartbeat(self, attempts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Record a heartbeat of many attempts, (rollout id, attempt id) each, at the time of the store.
+
+        Returns those that are of no use any longer: superseded, finished or deleted.
+        """
+
+    @abstractmethod
+    async def add_unnumbered_spans(self, spans: Sequence[Span]) -> None:
+        """Store spans of one attempt; the store numbers them in the order given. Raises what `add_span` raises."""
+
+    @abstractmethod
+    async def finish_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        spans: Sequence[Span],
+        status: AttemptStatus,
+        *,
+        outcome: Outcome | None = None,
+        error: str | None = None,
+        died: bool = False,
+    ) -> Attempt:
+        """Store the last spans of an attempt and its final status in one step; the store numbers the spans.
+
+        `outcome` says why the attempt ended (None: as the status implies); `error` is kept on the attempt. With outcome
+        "runner_lost" the rollout is offered again; `died` says that a process died which ran nothing else, and counts
+        against `max_deliveries`. If one span is refused, nothing is stored. Raises what `update_attempt` raises.
+        """
+
+    @abstractmethod
+    async def report_unread(
+        self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str
+    ) -> None:
+        """Tell that an attempt could not read its resources: it ends, is not charged, and its rollout is offered again.
+
+        Rollouts that wait for this version are held back until it is published again, once two processes have told so
+        or its publisher has ended.
+        """
+
+    @abstractmethod
+    async def report_spans_lost(self, counts: Mapping[Reason, int]) -> None:
+        """Add numbers of lost spans, by reason, to `statistics()["spans_lost"]`."""
+
+    @abstractmethod
+    async def report_ended(
+        self, session_id: str | None, *, worker_id: str | None = None, stopped: bool = False
+    ) -> bool:
+        """Tell that a process has ended: the rollouts that it held are offered again at once.
+
+        The process is named by its session, or by the worker it worked as if the session is unknown (None). If it was
+        `stopped`, its attempts are withdrawn and not charged. Returns whether it had a live session.
+        """
+
+    @abstractmethod
+    async def report_pool(self, pool_id: str, queues: Sequence[str], *, failures: int, error: str | None) -> None:
+        """Tell that the runners of a pool fail before they are ready (`error`), or that one is ready (None).
+
+        `failures` is the number of those that failed in a row. Callers that wait only for work in queues which failing
+        pools serve get `PoolFailedError`.
+        """
+
+
+#: The names of the methods of the contract.
 METHODS = tuple(name for name, method in vars(LightningStore).items() if name[0] != "_" and isfunction(method))
