@@ -11,13 +11,14 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
 from typing import Any, NoReturn
 
 from raystore._sync import SyncStore
 from raystore.api import NoticeHandler
 from raystore.client import forks
 from raystore.client.client import StoreClient, Testing
-from raystore.client.pending import PendingCall, is_turn_over
+from raystore.client.pending import PendingCall, this_thread
 from raystore.client.transport import NoticeHandlers, giving_back, handed_keys, with_time_left, without
 from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig, memory_capacity, resolve
 from raystore.core.state import Session
@@ -44,8 +45,8 @@ from raystore.values.objects import Origin
 class LocalTransport:
     """Calls a service of this process, from any of its threads and event loops.
 
-    Most operations are answered at once. So that a loop of such calls does not keep an event loop from its other tasks,
-    a call lets them run now and then, after its operation has run and before its answer is acknowledged.
+    Most operations are answered at once. So that a loop of such calls does not starve other tasks of its event loop,
+    a call lets them run now and then: after its operation has run, and before its claims are acknowledged.
     """
 
     def __init__(self, service: Service) -> None:
@@ -54,6 +55,7 @@ class LocalTransport:
         self._tickets = itertools.count(1)
         self._handlers = NoticeHandlers()
         self._pid = 0  # of the process that uses it; 0 before the first use
+        self._is_quick = service.journal is None  # so that only calls with a timeout may have to wait
         service.on_notice = self._take_notices
 
     @property
@@ -122,7 +124,7 @@ class LocalTransport:
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
         if self._pid != forks.pid:
             self._begin()
-        if self.service.journal is None and arguments.get("timeout", 0) == 0 and not is_turn_over():
+        if self._is_quick and arguments.get("timeout", 0) == 0 and monotonic() < this_thread.turn_ends:
             answer = self.service.call(self._session, 0, verb, arguments, _refuse)
             if verb in HANDING and (keys := handed_keys(verb, arguments, answer)):  # the caller has it: no `await` here
                 self.service.acknowledge(self._session, keys)

@@ -15,22 +15,17 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-TURN_SECONDS = 0.002  #: for so long calls that are answered at once may keep an event loop from its other tasks
+TURN_SECONDS = 0.01  #: for so long calls that are answered at once may keep an event loop from its other tasks
 
 
 class _Thread(threading.local):
     """How coroutines run in this thread."""
 
     is_blocking = False  # whether `run_blocking` drives the current one
-    turn_ends = 0.0  # when a coroutine has held the event loop long enough, by the monotonic clock
+    turn_ends = 0.0  # from then on (`monotonic`) the event loop's other tasks are to have their turn
 
 
-_thread = _Thread()
-
-
-def is_turn_over() -> bool:
-    """Whether a coroutine of this thread should let other tasks run, by awaiting a `PendingCall`."""
-    return monotonic() >= _thread.turn_ends
+this_thread = _Thread()
 
 
 class PendingCall:
@@ -54,7 +49,7 @@ class PendingCall:
         self._event: threading.Event | None = None
         if not awaited:
             return
-        if _thread.is_blocking:
+        if this_thread.is_blocking:
             self._event = threading.Event()
         else:
             self.loop = asyncio.get_running_loop()
@@ -104,11 +99,11 @@ class PendingCall:
             yield self  # to run_blocking
         elif not self._future.done():
             yield from self._future
-        elif is_turn_over():
+        elif monotonic() >= this_thread.turn_ends:
             yield  # to the event loop, which runs its other tasks and comes back
         else:
             return self.result()
-        _thread.turn_ends = monotonic() + TURN_SECONDS
+        this_thread.turn_ends = monotonic() + TURN_SECONDS
         return self.result()
 
 
@@ -131,17 +126,17 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> PendingCall:
 
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine of a store's client to its end in this thread."""
-    before = _thread.is_blocking
+    before = this_thread.is_blocking
     error: BaseException | None = None
     try:
         while True:
-            _thread.is_blocking = True
+            this_thread.is_blocking = True
             try:
                 call = coroutine.throw(error) if error is not None else coroutine.send(None)
             except StopIteration as done:
                 return done.value  # type: ignore[no-any-return]
             finally:
-                _thread.is_blocking = before
+                this_thread.is_blocking = before
             error = None
             try:
                 call.block()
