@@ -50,15 +50,15 @@ class SyncStore:
         self._store = store
 
     def statistics(self) -> LightningStoreStatistics:
-        """Counts and sizes of the store."""
+        """Counts and sizes of the store; sizes are in bytes, durations in seconds."""
         return run_blocking(self._store.statistics())
 
     def story(self, rollout_id: str) -> list[str]:
-        """What is still known of a rollout's history, a line for each thing, for people to read."""
+        """What is known of the history of a rollout, as lines for people to read; `[]` if it is unknown."""
         return run_blocking(self._store.story(rollout_id))
 
     def check(self) -> None:
-        """Verify every invariant of the store; raises AssertionError. For tests: it walks everything."""
+        """Verify the invariants of the store; raises AssertionError if one is broken. For tests: reads everything."""
         return run_blocking(self._store.check())
 
     def start_rollout(
@@ -70,7 +70,7 @@ class SyncStore:
         metadata: dict[str, Any] | None = None,
         worker_id: str | None = None,
     ) -> AttemptedRollout:
-        """Make a rollout that its caller runs now: status preparing with a first attempt, never queued."""
+        """Create a rollout that the caller runs itself: "preparing", with a first attempt, never queued."""
         return run_blocking(self._store.start_rollout(input, mode, resources_id, config, metadata, worker_id))
 
     def enqueue_rollout(
@@ -87,7 +87,7 @@ class SyncStore:
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Rollout:
-        """Put a rollout at the tail of its queue, status queuing."""
+        """Create a rollout with status "queuing" at the tail of its queue."""
         return run_blocking(
             self._store.enqueue_rollout(
                 input,
@@ -104,7 +104,7 @@ class SyncStore:
         )
 
     def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
-        """Enqueue many, in order; the answers are in the order of the requests."""
+        """Enqueue many rollouts; the answers are in the order of the requests."""
         return run_blocking(self._store.enqueue_many_rollouts(rollouts))
 
     def enqueue_group(
@@ -121,7 +121,7 @@ class SyncStore:
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[Rollout]:
-        """Enqueue `n` rollouts of one prompt under one group id (made up when None), as GRPO needs them."""
+        """Enqueue `n` rollouts with the same input and group id, as GRPO needs them."""
         return run_blocking(
             self._store.enqueue_group(
                 input,
@@ -140,7 +140,7 @@ class SyncStore:
     def dequeue_rollout(
         self, worker_id: str | None = None, *, timeout: float = 0.0, queues: Sequence[str] = ("default",)
     ) -> AttemptedRollout | None:
-        """Claim the next rollout: it gets a new attempt and becomes preparing. None if none comes within `timeout`."""
+        """Claim the next rollout, or return None if there is none within `timeout`."""
         return run_blocking(self._store.dequeue_rollout(worker_id, timeout=timeout, queues=queues))
 
     def dequeue_many_rollouts(
@@ -151,7 +151,7 @@ class SyncStore:
         timeout: float = 0.0,
         queues: Sequence[str] = ("default",),
     ) -> Sequence[AttemptedRollout]:
-        """Claim up to `limit` rollouts that wait now; waits up to `timeout` for the first. `[]` when there is none."""
+        """Claim up to `limit` rollouts that wait now; waits up to `timeout` for the first one."""
         return run_blocking(
             self._store.dequeue_many_rollouts(limit=limit, worker_id=worker_id, timeout=timeout, queues=queues)
         )
@@ -175,7 +175,7 @@ class SyncStore:
         worker_id: str | None = None,
         mode: RolloutMode | None = None,
     ) -> PaginatedResult[AnyRollout]:
-        """Rollouts that match, in insertion order unless sorted; with attempts as `AttemptedRollout`."""
+        """A page of the rollouts that match, in the order of their creation unless `sort_by` is given."""
         return run_blocking(
             self._store.query_rollouts(
                 status_in=status_in,
@@ -197,7 +197,7 @@ class SyncStore:
         )
 
     def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
-        """The rollout, with its latest attempt if it has one; None when unknown."""
+        """The rollout with its latest attempt; None if it is unknown."""
         return run_blocking(self._store.get_rollout_by_id(rollout_id))
 
     def update_rollout(
@@ -210,7 +210,7 @@ class SyncStore:
         config: RolloutConfig | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
     ) -> AnyRollout:
-        """Set fields by hand; UNSET leaves a field as it is, None is a value (not for status and config)."""
+        """Set fields of a rollout by hand, and return it. UNSET leaves a field as it is; None sets it to None."""
         return run_blocking(self._store.update_rollout(rollout_id, input, mode, resources_id, status, config, metadata))
 
     def cancel_rollouts(
@@ -220,27 +220,27 @@ class SyncStore:
         group_id: str | None = None,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[AnyRollout]:
-        """Cancel those that have not finished and return them; what is given of ids, group and tags must all match."""
+        """Cancel rollouts that have not finished, and return them. A rollout must match all filters that are given."""
         return run_blocking(self._store.cancel_rollouts(rollout_ids, group_id=group_id, tags=tags))
 
     def release(self, rollout_ids: Sequence[str]) -> int:
-        """Say that nobody needs these rollouts any longer: first to be evicted or deleted. How many were newly so."""
+        """Mark rollouts as no longer needed, to be evicted or deleted first; returns how many were not marked yet."""
         return run_blocking(self._store.release(rollout_ids))
 
     def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
-        """Delete rollouts with their attempts and spans; how many there were."""
+        """Delete rollouts with their attempts and spans, and return how many existed."""
         return run_blocking(self._store.delete_rollouts(rollout_ids))
 
     def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
-        """Those of the rollouts that are finished when all are, or after `timeout`; in the order given."""
+        """Wait until all rollouts have finished, or for `timeout`; returns the finished ones in the given order."""
         return run_blocking(self._store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=timeout))
 
     def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
-        """The rollout once it has finished, None if it has not within `timeout` or does not exist."""
+        """Wait until the rollout has finished, and return it; None if it does not within `timeout` or is unknown."""
         return run_blocking(self._store.wait_for_rollout(rollout_id, timeout))
 
     def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> Iterator[AnyRollout]:
-        """Iterate over the rollouts as they finish. Raises TimeoutError when `timeout` passes before all have."""
+        """Iterate over the rollouts in the order in which they finish."""
         return iterate_blocking(self._store.as_completed(rollout_ids, timeout=timeout))
 
     def completed(
@@ -254,7 +254,7 @@ class SyncStore:
         queue: str | None = None,
         mode: RolloutMode | None = None,
     ) -> Page[AnyRollout]:
-        """Finished rollouts that follow `cursor`, in completion order; None starts at the beginning."""
+        """A page of the rollouts that finished after `cursor`, in that order; None starts at the beginning."""
         return run_blocking(
             self._store.completed(
                 cursor, limit=limit, timeout=timeout, group_id=group_id, tags=tags, queue=queue, mode=mode
@@ -264,11 +264,11 @@ class SyncStore:
     def changes(
         self, cursor: int | None = None, *, kinds: Sequence[str] | None = None, limit: int = 1024, timeout: float = 0.0
     ) -> Page[Change]:
-        """What the store did after `cursor`, in order; None starts at the oldest change that is kept (100,000)."""
+        """A page of what the store did after `cursor`, in order; None starts at the oldest change that is kept."""
         return run_blocking(self._store.changes(cursor, kinds=kinds, limit=limit, timeout=timeout))
 
     def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
-        """Start another attempt by hand, from any status and whatever `max_attempts` says; the rollout is preparing."""
+        """Start another attempt by hand: the rollout becomes "preparing", whatever its status and `max_attempts`."""
         return run_blocking(self._store.start_attempt(rollout_id, worker_id))
 
     def query_attempts(
@@ -280,13 +280,13 @@ class SyncStore:
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Attempt]:
-        """The attempts of a rollout; empty when unknown."""
+        """A page of the attempts of a rollout; empty if the rollout is unknown."""
         return run_blocking(
             self._store.query_attempts(rollout_id, sort_by=sort_by, sort_order=sort_order, limit=limit, offset=offset)
         )
 
     def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
-        """The attempt with the highest sequence id; None when there is none."""
+        """The attempt of a rollout with the highest sequence id; None if there is none."""
         return run_blocking(self._store.get_latest_attempt(rollout_id))
 
     def update_attempt(
@@ -298,31 +298,31 @@ class SyncStore:
         last_heartbeat_time: float | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
     ) -> Attempt:
-        """Set fields of an attempt; rollout and worker follow its status."""
+        """Set fields of an attempt, and return it. UNSET leaves a field as it is."""
         return run_blocking(
             self._store.update_attempt(rollout_id, attempt_id, status, worker_id, last_heartbeat_time, metadata)
         )
 
     def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
-        """The next span number of a rollout: one counter for each rollout, from 1, never given twice."""
+        """The next span number of a rollout. Numbers start at 1, and none is given twice."""
         return run_blocking(self._store.get_next_span_sequence_id(rollout_id, attempt_id))
 
     def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
-        """The next span numbers of many (rollout, attempt) pairs, in order."""
+        """The next span numbers of many (rollout id, attempt id) pairs, in their order."""
         return run_blocking(self._store.get_many_span_sequence_ids(rollout_attempt_ids))
 
     def add_span(self, span: Span) -> Span | None:
-        """Store a span and return the caller's own object; None, with an ERROR log, for a duplicate."""
+        """Store a span, and return the same object; None if it is stored already."""
         return run_blocking(self._store.add_span(span))
 
     def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
-        """Store spans, grouped by attempt in order of first appearance; returns the stored ones in that order."""
+        """Store spans, and return those that were not stored already; both attempt by attempt, by first appearance."""
         return run_blocking(self._store.add_many_spans(spans))
 
     def add_otel_span(
         self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
     ) -> Span | None:
-        """Store an OpenTelemetry `ReadableSpan`; with no `sequence_id` it takes the next number in the same call."""
+        """Store a `ReadableSpan` of OpenTelemetry; returns it as a `Span`, or None if it is stored already."""
         return run_blocking(self._store.add_otel_span(rollout_id, attempt_id, readable_span, sequence_id))
 
     def query_spans(
@@ -345,7 +345,7 @@ class SyncStore:
         sort_order: SortOrder = "asc",
         allow_partial: bool = False,
     ) -> PaginatedResult[Span]:
-        """Spans of a rollout, or of one attempt ("latest": the newest attempt, with or without spans)."""
+        """A page of the spans of a rollout, or of one of its attempts."""
         return run_blocking(
             self._store.query_spans(
                 rollout_id,
@@ -374,7 +374,7 @@ class SyncStore:
         *,
         allow_partial: bool = False,
     ) -> dict[str, list[Span]]:
-        """Spans of many rollouts in one call, by sequence number; unknown ids give an empty list."""
+        """The spans of many rollouts by rollout id, each list in the order of span numbers."""
         return run_blocking(self._store.query_many_spans(rollout_ids, attempt_id, allow_partial=allow_partial))
 
     def take(
@@ -390,7 +390,7 @@ class SyncStore:
         status_in: Sequence[RolloutStatus] | None = None,
         max_open: int = 1,
     ) -> Batch:
-        """Up to `n` finished rollouts for `consumer`, in completion order; it sees each of them once."""
+        """Take up to `n` finished rollouts for `consumer`, in the order in which they finished, each once."""
         return run_blocking(
             self._store.take(
                 n,
@@ -406,27 +406,27 @@ class SyncStore:
         )
 
     def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
-        """Step `step` of the consumer's model has consumed a batch. It is kept until a checkpoint covers that step."""
+        """Tell that step `step` of the consumer's model has consumed a batch."""
         return run_blocking(self._store.ack(batch, step=step, note=note))
 
     def nack(self, batch: Batch) -> None:
-        """Give a batch back unconsumed; its rollouts come again before all others. Raises `BatchConflictError`."""
+        """Give a batch back unconsumed: its rollouts come again before all others."""
         return run_blocking(self._store.nack(batch))
 
     def checkpoint(self, consumer: str, step: int) -> int:
-        """The consumer's model is durable at `step`: what was acknowledged up to it is not kept for it any longer."""
+        """Tell that the consumer's model of step `step` is durable; returns how many rollouts that releases."""
         return run_blocking(self._store.checkpoint(consumer, step))
 
     def rewind(self, consumer: str, step: int) -> int:
-        """The consumer's model is at `step` again: what later steps consumed, or none did, comes again; how many."""
+        """Tell that the consumer's model is at step `step` again; returns how many rollouts come again."""
         return run_blocking(self._store.rewind(consumer, step))
 
     def forget_consumer(self, name: str) -> int:
-        """Keep nothing for a consumer any longer: it will not come again. How many rollouts it awaited or held."""
+        """Keep nothing for a consumer any longer; returns how many rollouts it awaited or held."""
         return run_blocking(self._store.forget_consumer(name))
 
     def ledger(self, consumer: str) -> list[LedgerEntry]:
-        """What a consumer took of the rollouts that are still kept, in the order in which it took them."""
+        """The rollouts that a consumer took, in that order, as far as they are still kept."""
         return run_blocking(self._store.ledger(consumer))
 
     def add_resources(self, resources: NamedResources, *, policy_version: int | None = None) -> ResourcesUpdate:
@@ -436,15 +436,15 @@ class SyncStore:
     def update_resources(
         self, resources_id: str, resources: NamedResources, *, policy_version: int | None = None
     ) -> ResourcesUpdate:
-        """Publish a new version under an id, which becomes the latest; an unknown id starts at version 1."""
+        """Publish a new version under an id, which becomes the latest. An unknown id gets version 1."""
         return run_blocking(self._store.update_resources(resources_id, resources, policy_version=policy_version))
 
     def get_resources_by_id(self, resources_id: str, version: int | None = None) -> ResourcesUpdate | None:
-        """One version of resources (None: the newest); None when unknown. Raises `PayloadLostError` if it was freed."""
+        """One version of resources (None: the newest); None if it is unknown."""
         return run_blocking(self._store.get_resources_by_id(resources_id, version))
 
     def get_latest_resources(self) -> ResourcesUpdate | None:
-        """What was published last; None when nothing was."""
+        """The resources that were published last; None if there are none."""
         return run_blocking(self._store.get_latest_resources())
 
     def query_resources(
@@ -457,7 +457,7 @@ class SyncStore:
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[ResourcesUpdate]:
-        """The newest version of each id that matches, in the order in which the ids came."""
+        """A page of resources: the newest version of each id that matches, in the order in which the ids came."""
         return run_blocking(
             self._store.query_resources(
                 resources_id=resources_id,
@@ -470,7 +470,7 @@ class SyncStore:
         )
 
     def delete_resources(self, resources_id: str) -> None:
-        """Forget an id with all versions. Raises `ResourcesNotFoundError`."""
+        """Delete all versions of an id. Raises `ResourcesNotFoundError`."""
         return run_blocking(self._store.delete_resources(resources_id))
 
     def query_workers(
@@ -484,7 +484,7 @@ class SyncStore:
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
-        """Workers that match, in the order of their first appearance."""
+        """A page of the workers that match, in the order of their first appearance."""
         return run_blocking(
             self._store.query_workers(
                 status_in=status_in,
@@ -498,11 +498,11 @@ class SyncStore:
         )
 
     def get_worker_by_id(self, worker_id: str) -> Worker | None:
-        """The worker; None when unknown."""
+        """The worker; None if it is unknown."""
         return run_blocking(self._store.get_worker_by_id(worker_id))
 
     def update_worker(self, worker_id: str, heartbeat_stats: dict[str, Any] | Unset = UNSET) -> Worker:
-        """Record a heartbeat of a worker, with statistics if given; `heartbeat_stats=None` raises TypeError."""
+        """Record a heartbeat of a worker and return it; an unknown worker is added."""
         return run_blocking(self._store.update_worker(worker_id, heartbeat_stats))
 
 
