@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from raystore.api import LightningStore as LightningStore
     from raystore.client.local import InMemoryLightningStore as InMemoryLightningStore
-    from raystore.client.recovered import RecoveredRun as RecoveredRun
-    from raystore.client.recovered import recover as recover
+    from raystore.client.local import RecoveredRun as RecoveredRun
+    from raystore.client.local import recover as recover
     from raystore.errors import *  # noqa: F403
     from raystore.integrations import otel as otel
     from raystore.remote.cluster import connect as connect
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 #: Where each public name lives.
 _NAMES = {
     "raystore.api": "LightningStore",
-    "raystore.client.local": "InMemoryLightningStore",
-    "raystore.client.recovered": "RecoveredRun recover",
+    "raystore.client.local": "InMemoryLightningStore RecoveredRun recover",
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current run_one",

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from raystore.client.pending import Call
+from raystore.client.pending import PendingCall
 from raystore.core.verbs import CHANGING, HANDING
 from raystore.wire import frames
 
@@ -27,13 +27,13 @@ WORTH_BYTES = 48 * 1024  #: ... of two processes, whatever it carries
 WINDOW = 2  #: batches under way at once
 
 
-class Operation(Call):
+class Operation(PendingCall):
     """One operation of a session, packed."""
 
     __slots__ = ("abandoned", "cancels", "issued", "packed", "sent", "size")
 
     def __init__(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> None:
-        Call.__init__(self, verb, 0, awaited)
+        PendingCall.__init__(self, verb, 0, awaited)
         self._pack(arguments)
         self.arguments = arguments if "timeout" in arguments else None  # to wait on, should the session be renewed
         self.issued = time.monotonic()

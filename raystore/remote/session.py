@@ -20,8 +20,7 @@ from typing import Any
 
 import ray
 
-from raystore.client.notices import Notices
-from raystore.client.transport import giving_back, handed_keys, with_time_left, without
+from raystore.client.transport import NoticeHandlers, giving_back, handed_keys, with_time_left, without
 from raystore.core.resources import FREED
 from raystore.core.state import HandedKey
 from raystore.core.verbs import HANDING
@@ -65,7 +64,7 @@ class Session:
         self.process = this_process()
         self.session_id = secrets.token_hex(8)
         self.users = 0
-        self.notices = Notices()
+        self.notices = NoticeHandlers()
         self.lock = threading.Lock()
         self.parked = ParkedCalls()
         self.failure: Exception | None = None  # why no operation can succeed any more

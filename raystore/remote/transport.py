@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from raystore.api import NoticeHandler
 from raystore.client import forks
-from raystore.client.notices import Handler
-from raystore.client.pending import Call
+from raystore.client.pending import PendingCall
 from raystore.errors import ForkedError, StoreClosedError, StoreUnavailableError
 from raystore.remote.batching import Operation
 from raystore.remote.handshake import describe, find_actor, ray_connection
@@ -73,10 +73,10 @@ class ActorTransport:
     def call(self, verb: str, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         return self.session.call(verb, arguments)
 
-    def post(self, verb: str, arguments: dict[str, Any]) -> Call:
+    def post(self, verb: str, arguments: dict[str, Any]) -> PendingCall:
         return self.session.post(verb, arguments)
 
-    def abandon(self, call: Call) -> None:
+    def abandon(self, call: PendingCall) -> None:
         assert isinstance(call, Operation)
         self.session.abandon(call)
 
@@ -84,7 +84,7 @@ class ActorTransport:
         with contextlib.suppress(StoreClosedError, StoreUnavailableError):
             self.session.post(verb, arguments, awaited=False)
 
-    def listen_for_notices(self, handler: Handler) -> Callable[[], None]:
+    def listen_for_notices(self, handler: NoticeHandler) -> Callable[[], None]:
         return self.session.notices.listen(handler)
 
     @property

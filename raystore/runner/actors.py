@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.client.pending import run_blocking
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.runner.agents import Agents

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.errors import ResourcesNotFoundError
 from raystore.types import AttemptedRollout
 

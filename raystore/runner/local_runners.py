@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.errors import PoolStartError
 from raystore.runner.agents import Agents
 from raystore.runner.context import apart

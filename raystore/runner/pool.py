@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.client.local import InMemoryLightningStore
 from raystore.errors import InvalidValueError, NotAStoreError
 from raystore.errors.calls import explained

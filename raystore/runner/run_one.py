@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, TypeVar
 
-from raystore.client.resources import TO_PUBLISH
+from raystore.client.client import TO_PUBLISH
 from raystore.errors import InvalidValueError
 from raystore.errors.calls import explained
 from raystore.runner import agents

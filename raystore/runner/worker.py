@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.client.pending import run_blocking
 from raystore.errors import (
     InvalidValueError,

@@ -196,7 +196,7 @@ async def test_bad_arguments_of_reads_with_a_cursor(store, method, bad):
 
 async def test_as_completed_ends_when_what_is_left_does_not_exist(store, monkeypatch):
     """Rollouts that are deleted meanwhile are skipped, as they are by wait_for_rollouts."""
-    monkeypatch.setattr("raystore.client.waiting.LOOK_AGAIN_SECONDS", 5.0)
+    monkeypatch.setattr("raystore.client.client.LOOK_AGAIN_SECONDS", 5.0)
     made = [await claim(store) for _ in range(2)]
     seen = []
 

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict  # which pydantic needs before Python 3.
 
 import raystore as rs
 from raystore.api import METHODS, LightningStore
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.errors import InvalidValueError
 from raystore.errors.calls import explained
 from raystore.values.models import Model, refusal
