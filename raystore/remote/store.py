@@ -25,8 +25,7 @@ from raystore.errors import (
 from raystore.options import make_encoder
 from raystore.remote import boxing
 from raystore.remote.handshake import describe, find_actor, join_cluster_of, ray_connection, store_info
-from raystore.remote.session import Session
-from raystore.remote.transport import ActorTransport
+from raystore.remote.session import ActorTransport, ClientSession
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import Origin
 
@@ -129,7 +128,7 @@ class RayLightningStore(StoreClient):
         session = self._session()
         return session.epoch, session.session_id
 
-    def _session(self) -> Session:
+    def _session(self) -> ClientSession:
         assert isinstance(self._transport, ActorTransport)
         return self._transport.session
 
@@ -146,10 +145,9 @@ class RayLightningStore(StoreClient):
 
     async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:
         if isinstance(payload, Payload) and payload.refs:
-            session = self._session()
-            session.held.hold((answer[0], answer[1]), payload.refs)
-            if boxed.asked != self._store_process():  # another process may have the version, and not its objects
-                session.hold_again()
+            # Another process of the store may have the version, and not its objects.
+            is_unknown = boxed.asked != self._store_process()
+            self._session().hold((answer[0], answer[1]), payload.refs, again=is_unknown)
         for address, parts in boxed.files:
             await in_thread(boxing.keep, self._origin_of_objects(), address, parts)
 

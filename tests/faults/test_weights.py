@@ -216,7 +216,7 @@ async def test_the_store_is_killed_with_weights(make_ray_store, report, amount, 
 @pytest.mark.long
 async def test_weights_that_are_not_given_again_would_be_noticed(make_ray_store, tmp_path, monkeypatch):
     """Row 67 finds a process that does not tell the next process of the store what it holds."""
-    monkeypatch.setattr("raystore.remote.session.Session.hold_again", lambda session: None)
+    monkeypatch.setattr("raystore.remote.session_state.SessionState.hold_again", lambda *arguments: None)
     monkeypatch.setattr("raystore.remote.boxing.keep", lambda *arguments: None)
     store = make_ray_store(journal=tmp_path / "j", journal_object_bytes=0)
     found = await asyncio.wait_for(_partly(store), 60)

@@ -10,7 +10,7 @@ from typing import Any
 
 from raystore.config import StoreConfig
 from raystore.remote.endpoint import Front
-from raystore.remote.session import Session
+from raystore.remote.session import ClientSession
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import Service
 from raystore.wire import frames
@@ -51,7 +51,7 @@ class NearStore:
         self.exchange, self.listen = _Method(self, self._exchange), _Method(self, self._listen)
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self._sessions: list[Session] = []
+        self._sessions: list[ClientSession] = []
 
     async def _exchange(self, *parts: bytes, refs: Any = None) -> frames.Answer:
         self.calls += 1
@@ -61,9 +61,9 @@ class NearStore:
         self.calls += 1
         return self.spoil("listen", await self.front.listen(frame))
 
-    def connect(self) -> Session:
+    def connect(self) -> ClientSession:
         """A session, as a client process has one."""
-        self._sessions.append(Session(self, "near", self.service.epoch, 10**6))
+        self._sessions.append(ClientSession(self, "near", self.service.epoch, 10**6))
         return self._sessions[-1]
 
     def close(self) -> None:
