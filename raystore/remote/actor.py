@@ -4,7 +4,7 @@
 large objects of the journal for clients that do not see its directory, and belongs to no session. Arguments and answers
 are bytes and small plain values. Imports neither pydantic nor the public types, so that it starts quickly.
 A journal is read on a thread of its own: `describe` says meanwhile how far that is, and everything else waits for it.
-Not here: what the methods do (`front`), the client's side (`session`), the options it is created with (`cluster`).
+Not here: what the methods do (`endpoint`), the client's side (`session`), the options it is created with (`cluster`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from raystore.core.state import Settings
 from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
 from raystore.journal.progress import Watch
-from raystore.remote.endpoint import Front
-from raystore.remote.lifelines import Lifelines
-from raystore.remote.processes import here
+from raystore.remote.endpoint import Endpoint
+from raystore.remote.lifelines import Lifelines, here
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
@@ -65,7 +64,7 @@ class StoreActor:
         self._name = name
         self._namespace = namespace
         self._service: Service | None = None  # for whoever looks at the process from within
-        self._front: Front | None = None
+        self._endpoint: Endpoint | None = None
         self._node, object_store = _this_node()
         self._capacity = memory_capacity(
             object_store_bytes=object_store if object_store_bytes is None else object_store_bytes
@@ -119,9 +118,9 @@ class StoreActor:
         if not self._is_read:
             await asyncio.shield(asyncio.wrap_future(self._read))
 
-    def _open(self) -> Front:
+    def _open(self) -> Endpoint:
         """The sessions and their service, made on the loop that owns it from then on."""
-        if self._front is None:
+        if self._endpoint is None:
             self._read.result()  # there is none before
             loop = asyncio.get_running_loop()
             service = Service(
@@ -132,11 +131,11 @@ class StoreActor:
                 opened=self._opened,
                 on_failure=_end,
             )
-            self._service, self._front = service, Front(service)
+            self._service, self._endpoint = service, Endpoint(service)
             self._lifelines = Lifelines(service)
             self._lifelines.start()
-            self._front.on_open = self._lifelines.opened
-        return self._front
+            self._endpoint.on_open = self._lifelines.opened
+        return self._endpoint
 
     async def describe(self) -> dict[str, Any]:
         """Who this store is, what it was configured with, and where operations go (today: here)."""

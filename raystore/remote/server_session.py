@@ -41,7 +41,7 @@ class SessionEnded(Exception):
     """The session ended while a batch of it was held; the batch was not executed."""
 
 
-class Inbox:
+class ServerSession:
     """One session, as the actor sees it."""
 
     def __init__(self, service: Service, session: Session) -> None:
@@ -275,7 +275,7 @@ class Inbox:
 
 
 #: Operations that are about the session's own batches and answers.
-OWN = {"more": Verb(Inbox.more, changes=False), "close_session": Verb(Inbox.close, changes=False)}
+OWN = {"more": Verb(ServerSession.more, changes=False), "close_session": Verb(ServerSession.close, changes=False)}
 
 
 def _weight(item: Any) -> int:

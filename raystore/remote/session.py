@@ -38,7 +38,7 @@ from raystore.errors import (
     StoreUnavailableError,
 )
 from raystore.remote.handshake import CLIENT, describe, find_actor, ray_connection
-from raystore.remote.processes import this_process
+from raystore.remote.lifelines import this_process
 from raystore.remote.session_state import PENDING_SECONDS, Actions, Batch, Listen, Operation, SessionState, Version
 from raystore.wire import frames
 

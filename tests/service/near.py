@@ -1,4 +1,4 @@
-"""A store behind the session protocol in this process: real sessions and a real front, and no Ray between them."""
+"""A store behind the session protocol in this process: real sessions and a real endpoint, and no Ray between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raystore.config import StoreConfig
-from raystore.remote.endpoint import Front
+from raystore.remote.endpoint import Endpoint
 from raystore.remote.session import ClientSession
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import Service
@@ -45,7 +45,7 @@ class NearStore:
         self.service = Service(
             StoreConfig(**options), capacity_bytes=2**33, alarm=lambda ring: LoopAlarm(self.loop, ring), name="near"
         )
-        self.front = Front(self.service)
+        self.endpoint = Endpoint(self.service)
         self.spoil: Callable[[str, frames.Answer], frames.Answer] = lambda name, answer: answer
         self.calls = 0
         self.exchange, self.listen = _Method(self, self._exchange), _Method(self, self._listen)
@@ -55,11 +55,11 @@ class NearStore:
 
     async def _exchange(self, *parts: bytes, refs: Any = None) -> frames.Answer:
         self.calls += 1
-        return self.spoil("exchange", await self.front.exchange(parts, refs))
+        return self.spoil("exchange", await self.endpoint.exchange(parts, refs))
 
     async def _listen(self, frame: bytes) -> frames.Answer:
         self.calls += 1
-        return self.spoil("listen", await self.front.listen(frame))
+        return self.spoil("listen", await self.endpoint.listen(frame))
 
     def connect(self) -> ClientSession:
         """A session, as a client process has one."""
