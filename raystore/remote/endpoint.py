@@ -1,7 +1,6 @@
-"""A service behind the session protocol: batches and listen calls of many sessions, as bytes in and bytes out.
+"""The session protocol of a store: batches and listen calls of many sessions, bytes in and bytes out.
 
-What an answer says is as durable as was asked for before it leaves.
-Not here: Ray (`actor`), the order and the answers of one session (`served`).
+An answer leaves once what it says is as durable as the store's configuration asks for. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from raystore.remote.server_session import ServerSession, SessionEnded
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
 
-LISTEN_SECONDS = 30.0  #: at most; jittered, so that a thousand clients do not come back at once
-SLOW_SECONDS = 0.1  #: an answer that waited for the disk for longer starts the time anew in which to acknowledge claims
+LISTEN_SECONDS = 30.0  #: of a listen call, at most; jittered, so that a thousand clients do not come back at once
+SLOW_SECONDS = 0.1  #: an answer that waits longer for the disk starts the time to acknowledge its claims anew
 
 
-#: What stands in a batch's header behind the protocol: the client, its session, number of the batch, up to where it has
-#: all answers, which later ones, ticket of the first operation, claims that arrived, parked answers that arrived.
+#: The header of a batch behind the protocol: version of the client, session id, number of the batch, the last batch up
+#: to which the client has all answers, later ones whose answers it has, ticket of the first operation, keys of claims
+#: that are acknowledged, tickets of parked calls and notices that were received.
 is_header = checker(tuple[str, Id, int, int, list[int], int, list[tuple[Id, Id | Positive]], list[int]])
 
 
@@ -36,8 +36,8 @@ class Endpoint:
         self.service = service
         self._is_durable = service.journal is not None
         service.on_notice = self._wake
-        self.on_open: Callable[[Session], None] = lambda session: None  # is told of each session that begins
-        # Of the process before this one, if there was one:
+        self.on_open: Callable[[Session], None] = lambda session: None  # called with each session that begins
+        # Sessions of the process before this one go on:
         self._sessions = {name: ServerSession(service, session) for name, session in service.state.sessions.items()}
 
     def _wake(self, session_id: str) -> None:
@@ -48,7 +48,10 @@ class Endpoint:
             served.wake()
 
     async def exchange(self, parts: tuple[bytes, ...], refs: dict[int, list[Any]] | None = None) -> frames.Answer:
-        """Run a batch of operations of a session; what became of it, and their answers."""
+        """Run a batch of operations of a session; the outcome of the batch, and the answers.
+
+        `refs`: object references in the arguments of operations, by number of the operation.
+        """
         service = self.service
         service.actor_calls += 1
         (protocol, *header), *operations = frames.split(parts, refs)
@@ -58,10 +61,10 @@ class Endpoint:
             refusal = InvalidValueError("header", header, "who sends which batch, and what it has of earlier ones")
             return frames.pack_answer(service.epoch, frames.BROKEN, to_record(refusal))
         _, session_id, sequence, answered, ahead, *more = header
-        told, more = more[3:], more[:3]  # a session says first which process it is
+        told, more = more[3:], more[:3]  # at first, a client says which process it is
         served = self._sessions.get(session_id)
         if served is None:
-            # A client whose first batch was never answered is new; its second may overtake its first.
+            # A client that has no answer yet is new, although its second batch may overtake its first.
             if answered or ahead or session_id in service.state.sessions:
                 return frames.pack_answer(service.epoch, frames.ENDED)
             try:
@@ -71,7 +74,7 @@ class Endpoint:
                 service.overloads += 1
                 return frames.pack_answer(service.epoch, frames.BROKEN, to_record(refusal))
             served = self._sessions[session_id] = ServerSession(service, session)
-            if len(self._sessions) > 2 * len(service.state.sessions) + 100:  # or it would cost as much as all that was
+            if len(self._sessions) > 2 * len(service.state.sessions) + 100:  # seldom, since it looks at all of them
                 self._sweep()
             self.on_open(session)
         if served.session.ended_at is not None:
@@ -86,26 +89,26 @@ class Endpoint:
         return answer
 
     async def listen(self, frame: bytes) -> frames.Answer:
-        """Wait for answers of parked calls and for notices of a session."""
+        """Wait for answers of parked calls of a session, and for notices."""
         service = self.service
         service.actor_calls += 1
         protocol, *header = frames.unpack(frame, [])
         if protocol != PROTOCOL:
             return frames.pack_answer(service.epoch, frames.REFUSED, own_protocol())
-        _, session_id, acknowledged, epoch = header
+        _, session_id, received, epoch = header
         served = self._sessions.get(session_id)
         if served is None or served.session.ended_at is not None:
             return frames.pack_answer(service.epoch, frames.ENDED)
         service.heard(served.session)
-        # A client that knows of the process before has calls that are parked nowhere: it is told at once.
+        # A client that knows the process before believes in parked calls that are no more: it is told at once.
         seconds = LISTEN_SECONDS * random.uniform(0.7, 1.0) if epoch == service.epoch else 0.0
-        answer = await served.listen(acknowledged, seconds)
+        answer = await served.listen(received, seconds)
         if self._is_durable:
             await self._safe(served.session)
         return answer
 
     async def _safe(self, session: Session) -> None:
-        """Let nothing leave before what it says is as durable as was asked for."""
+        """Wait until the changes so far are as durable as the configuration asks for."""
         service = self.service
         loop = asyncio.get_running_loop()
         safe: asyncio.Future[None] = loop.create_future()

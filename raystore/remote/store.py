@@ -1,6 +1,8 @@
-"""`RayLightningStore`: the client of a store that runs as a Ray actor.
+"""`RayLightningStore`: the client of a store that runs as a Ray actor; and where large objects go that it publishes.
 
-Not here: starting and finding stores (`cluster`), how operations travel (`session`).
+A large object of resources goes to Ray's object store, and the resource refers to it there. If the store keeps objects
+in a journal, and the object is within the bound, it is written to the journal's directory as well.
+Not here: starting and finding stores (`cluster`), referring to objects so that Ray keeps them (`session_state`).
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, ad
 logger = logging.getLogger("raystore")
 
 BOXED_FROM_BYTES = 64 * 1024  #: larger objects in resources go to Ray's object store
-FETCH_SECONDS = 60.0  #: that an object may take to come here, to be written down
-READY_SECONDS = 1.0  #: that a reference is given to say whether its object is there
-PATIENCE_SECONDS = 60.0  #: with a store that does not take an object: it may be another process in a moment
-PAUSE_SECONDS = 1.0
+FETCH_SECONDS = 60.0  #: to fetch an object that is to be written to the journal, or to send a piece of it
+READY_SECONDS = 1.0  #: to wait for an object of which Ray does not know whether it is ready
+PATIENCE_SECONDS = 60.0  #: to go on sending an object to a store that does not take it: it may be restarting
+PAUSE_SECONDS = 1.0  #: between two tries
 
 _attach_lock = threading.Lock()
 _owned: dict[bytes, Any] = {}  # handles of the stores that this process started and that end with it, by actor
 
 
 def own(handle: Any) -> None:
-    """Keep a store that this process has started: it would end with the last object that refers to its actor."""
+    """Keep a store alive that this process has started: it ends with the last reference to its actor."""
     _owned[handle._actor_id.binary()] = handle
 
 
@@ -68,7 +70,7 @@ class RayLightningStore(StoreClient):
     def __init__(self, handle: Any, *, owns: bool = False) -> None:
         self._attach(handle, describe(handle), owns=owns)
 
-    # Name, namespace, id, and the address of its cluster, while unpickled and not used yet.
+    # Name, namespace, store id and address of the cluster, from unpickling until the first use.
     _origin: tuple[str, str, str, str | None] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -94,7 +96,7 @@ class RayLightningStore(StoreClient):
         self.actor = handle
         self._known = known
         self._owns = owns
-        self._warned: set[tuple[str | None, str]] = set()  # of what does not survive
+        self._warned: set[tuple[str | None, str]] = set()  # of these resources that they do not survive
         config: StoreConfig = known["config"]
         self._transport = ActorTransport(handle, known)
         self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
@@ -109,7 +111,10 @@ class RayLightningStore(StoreClient):
     # -- large objects ---------------------------------------------------------------------------------------------
 
     async def _boxed(self, resources_id: str | None, resources: NamedResources) -> Boxed:
-        """Suspends only to look at references that a journal is to keep, so that calls keep their order."""
+        """Resources with their large objects in the object store.
+
+        Suspends only to fetch objects of references that the journal is to keep, so that calls keep their order.
+        """
         told = self._known["objects"]
         bound = 0 if told is None else told["bound"]
         boxed = Boxed({})
@@ -129,7 +134,7 @@ class RayLightningStore(StoreClient):
         return boxed
 
     def _store_process(self) -> tuple[int, str]:
-        """Which process the store is, and by which session it knows this one."""
+        """The store's process that answered last, and the session by which it knows this process."""
         session = self._session()
         return session.epoch, session.session_id
 
@@ -138,6 +143,7 @@ class RayLightningStore(StoreClient):
         return self._transport.session
 
     def _warn(self, resources_id: str | None, name: str, size: int, bound: int) -> None:
+        """Log once that an object is lost if this process dies."""
         if (resources_id, name) in self._warned:
             return
         self._warned.add((resources_id, name))
@@ -149,8 +155,9 @@ class RayLightningStore(StoreClient):
         )  # fmt: skip
 
     async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:
+        """Resources were published: refer to their objects, and write them to the journal."""
         if isinstance(payload, Payload) and payload.refs:
-            # Another process of the store may have the version, and not its objects.
+            # Another process of the store may know the version, and not that its objects are here.
             is_unknown = boxed.asked != self._store_process()
             self._session().hold((answer[0], answer[1]), payload.refs, again=is_unknown)
         for address, parts in boxed.files:
@@ -180,7 +187,7 @@ class RayLightningStore(StoreClient):
 
 
 def _why_not_found(address: str | None, other: dict[str, Any] | None) -> str:
-    """Why there is no store where it was; that it has ended is said only if this is its cluster."""
+    """Why a store is not found. Says that it has ended only if this process is connected to its cluster."""
     connection = ray_connection()
     here = None if connection is None else connection[0]
     if address is not None and here != address:
@@ -194,9 +201,9 @@ def _why_not_found(address: str | None, other: dict[str, Any] | None) -> str:
 
 
 def _rebuild(name: str, namespace: str, store_id: str, address: str | None = None) -> RayLightningStore:
-    """A client of the same store in another process, which finds the store at its first use.
+    """Unpickle a client, which finds its store at its first use.
 
-    Not at once: Ray unpickles under a lock that the answer of a call needs too.
+    Not at once: Ray unpickles under a lock that it also needs to answer a call.
     """
     store = RayLightningStore.__new__(RayLightningStore)
     store._origin = (name, namespace, store_id, address)
@@ -207,7 +214,7 @@ def _rebuild(name: str, namespace: str, store_id: str, address: str | None = Non
 
 
 class Box(NamedTuple):
-    """A resource as it travels; `kept` and the bytes are those of an object that is a reference now."""
+    """A resource as it travels. If its object is a reference now: where it is kept, and its bytes."""
 
     resource: ObjectResource
     kept: Kept | None = None
@@ -215,9 +222,12 @@ class Box(NamedTuple):
 
 
 async def box(resource: ObjectResource, *, bound: int) -> Box:
-    """A resource whose object is in the object store if it is large, with its bytes if they are within the bound."""
+    """Put the object of a resource into the object store if it is large.
+
+    Its bytes are returned, too, if there are at most `bound` of them: they are to be kept in the journal.
+    """
     value = resource.value
-    if isinstance(value, Kept):  # read from a journal, and published again
+    if isinstance(value, Kept):  # it was read from a journal, and is published again
         value = await in_thread(resource.get)
     if isinstance(value, ray.ObjectRef):
         parts, size = await in_thread(_fetched, value, bound) if bound else (None, 0)
@@ -239,19 +249,19 @@ async def box(resource: ObjectResource, *, bound: int) -> Box:
 def _referring(reference: Any, parts: Parts | None, size: int) -> Box:
     kept = Kept(None if parts is None else address_of(parts), size)
     made = ObjectResource(value=reference)
-    made.source = Source(kept, Origin(), "", 0)  # the rest is known where it is read
+    made.source = Source(kept, Origin(), "", 0)  # the reader fills in the rest
     return Box(made, kept, parts)
 
 
 def _fetched(reference: Any, bound: int) -> tuple[Parts | None, int]:
-    """The object of a user's reference, if it is there and within the bound; and its size, 0 if that is not known."""
+    """The object behind a user's reference, if it is ready and within the bound; and its size, 0 if unknown."""
     where = ray.experimental.get_object_locations([reference]).get(reference, {})
     size = where.get("object_size") or 0
     if size > bound:
         return None, size
     try:
         value = reference.future().result(timeout=FETCH_SECONDS if size else READY_SECONDS)
-    except Exception:  # not there yet, or never: whoever gets it will see
+    except Exception:  # it is not ready, or has failed: whoever gets it will see
         return None, size
     parts = pickled(value)
     del value
@@ -260,9 +270,9 @@ def _fetched(reference: Any, bound: int) -> tuple[Parts | None, int]:
 
 
 def keep(origin: Origin, address: str, parts: Parts) -> None:
-    """Have an object on disk in the journal: written here, or by the store if this process does not see the directory.
+    """Write an object to the journal's directory; the store does it if this process does not see the directory.
 
-    Raises `JournalFailedError` if that is not to be: the version is published, and will not survive.
+    Raises `JournalFailedError` if that fails: the version is published, and its object will not survive.
     """
     files = origin.files()
     try:
@@ -276,12 +286,13 @@ def keep(origin: Origin, address: str, parts: Parts) -> None:
 
 
 def _send(origin: Origin, address: str, parts: Parts) -> None:
+    """Have the store write an object."""
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             _send_all(origin, address, parts)
             return
-        except (ray.exceptions.RayError, ValueError):  # the store is being restarted, and what had come is gone
+        except (ray.exceptions.RayError, ValueError):  # the store restarts, and has lost the pieces so far
             if time.monotonic() > until:
                 raise
             time.sleep(PAUSE_SECONDS)
@@ -296,7 +307,7 @@ def _send_all(origin: Origin, address: str, parts: Parts) -> None:
 
 
 def _pieces(parts: Parts) -> Iterator[bytes]:
-    """The bytes of an object in pieces of one size."""
+    """The bytes of an object in pieces of `PIECE_BYTES`; the last may be shorter."""
     pending = bytearray()
     for part in parts:
         left = memoryview(part).cast("B")
