@@ -10,7 +10,7 @@ from typing import Any, Literal, Never
 
 from raystore.api import LightningStore
 from raystore.client.connection import Connection
-from raystore.core.accounts import bounded_error
+from raystore.core.payload import bounded_error
 from raystore.errors.calls import NOT_GIVEN, typed_as, unfit
 from raystore.types import (
     UNSET,

@@ -28,8 +28,8 @@ from raystore.errors import (
     StoreError,
 )
 from raystore.journal.objects import OBJECTS
+from raystore.service.parking import PARKED
 from raystore.service.service import Service
-from raystore.service.shell import PARKED
 from raystore.values.objects import Origin
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from raystore.core.lifecycle import is_live
 from raystore.core.rollouts import unqueue
-from raystore.core.state import State, Step, is_live_attempt
+from raystore.core.state import State, Step
 from raystore.core.wanted import forget, is_wanted
 from raystore.errors import SealedError
 
@@ -34,7 +35,7 @@ def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
         state.disposable_read.discard(rollout_id)
         forget(state, rollout_id)
         for index, attempt in enumerate(entry.attempts):
-            if is_live_attempt(attempt):
+            if is_live(attempt):
                 state.notify(entry, attempt.attempt_id, "cancelled")
                 state.put_attempt(entry, index, attempt.evolve(outcome="superseded"))
         for key in state.index_keys(entry):

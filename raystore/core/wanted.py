@@ -14,14 +14,13 @@ from heapq import heapify, heappush
 from typing import Any
 
 from raystore.core import bounds
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
+from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, is_dropped
+from raystore.core.lifecycle import TRAINABLE as TRAINABLE
 from raystore.core.records import Rollout
 from raystore.core.state import NOBODY, Consumer, Entry, Settings, State, Taken
 from raystore.errors import ConsumerFilterError
 
-#: What a consumer can ask for, and what it is given if it says nothing.
-TRAINABLE = ("failed", "succeeded")
-USUAL = ["succeeded"]
+USUAL = ["succeeded"]  #: what a consumer is given if it says nothing
 
 Filter = dict[str, Any]  #: what is to be equal, by field of a rollout; and "status_in", always
 
@@ -66,10 +65,6 @@ def _statuses(wanted: Filter | None) -> Iterable[str]:
     return TRAINABLE if wanted is None else wanted["status_in"]
 
 
-def _is_dropped(entry: Entry) -> bool:
-    return entry.latest is not None and entry.latest.outcome == "dropped"
-
-
 # -- with every change of a rollout ------------------------------------------------------------------------------------
 
 
@@ -78,7 +73,7 @@ def follow(state: State, entry: Entry, *, has_finished: bool = False) -> None:
     rollout = entry.rollout
     rollout_id = rollout.rollout_id
     is_finished = rollout.status in FINISHED
-    is_trainable = is_finished and rollout.status in TRAINABLE and not _is_dropped(entry)
+    is_trainable = is_finished and rollout.status in TRAINABLE and not is_dropped(entry.latest)
     for name, known in state.consumers.items():
         is_asked = fits(known.filter, rollout)
         if known.coming is not None:
@@ -242,7 +237,7 @@ def _accepts(state: State, consumer: str, wanted: Filter | None, *, is_new: bool
         if is_new and mode is None and rollout_id in succeeded:
             return True
         entry = state.entries[rollout_id]
-        return consumer not in entry.taken and not _is_dropped(entry) and mode in (None, entry.rollout.mode)
+        return consumer not in entry.taken and not is_dropped(entry.latest) and mode in (None, entry.rollout.mode)
 
     return accepts
 

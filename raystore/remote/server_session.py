@@ -13,19 +13,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from raystore.core.batches import Item, Run, again
+from raystore.core.batches import BatchRun, Item, repeat
 from raystore.core.claims import CLOSED
-from raystore.core.line import VALUE, Kept, Reply
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
+from raystore.core.replies import VALUE, BatchReplies, Reply
 from raystore.core.state import HandedKey, Session
-from raystore.core.verb import Verb
-from raystore.core.verbs import HANDING, Many, handed_again
+from raystore.core.verbs import HANDING, Many, Verb, handed_again
 from raystore.errors import AnswerGoneError, StoreError, to_record
 from raystore.journal.recorder import Source
+from raystore.service.parking import PARKED, Deliver
 from raystore.service.service import Service
-from raystore.service.shell import PARKED
-from raystore.service.waiters import Deliver
 from raystore.wire import frames
 
 SLICE_SECONDS = 0.005  #: of a batch; then other calls of the loop have a turn
@@ -48,7 +46,7 @@ class ServerSession:
         self.session = session
         self._turns: dict[int, asyncio.Future[None]] = {}
         self._running: dict[int, asyncio.Future[frames.Answer]] = {}
-        handed = session.line.handed  # by a process that ran this store before
+        handed = session.replies.handed  # by a process that ran this store before
         found = ((ticket, handed_again(service.state, session, keys)) for ticket, keys in handed.items())
         self._outbox: dict[int, Reply] = {ticket: [VALUE, value] for ticket, value in found if value is not None}
         # Numbers of notices and pages differ from those of the process before.
@@ -86,10 +84,10 @@ class ServerSession:
             return await asyncio.shield(running)
         done = self._running[sequence] = asyncio.get_running_loop().create_future()
         try:
-            self.session.line.heard(*answered)
+            self.session.replies.acknowledged(*answered)
             if self._turns:
                 self._take_turns()
-            if sequence > self.session.line.expected:
+            if sequence > self.session.replies.expected:
                 turn = self._turns[sequence] = asyncio.get_running_loop().create_future()
                 await turn
             if self.session.ended_at is not None:
@@ -115,13 +113,13 @@ class ServerSession:
         lost: list[HandedKey] = []
         if acknowledged:
             lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged])
-        line = self.session.line
-        if sequence < line.expected:
-            before = line.find(sequence, first_ticket)
+        cache = self.session.replies
+        if sequence < cache.expected:
+            before = cache.find(sequence, first_ticket)
             return self._again(before, operations) if before else [], lost
-        kept = line.begin(sequence, first_ticket)
-        before = Kept(first_ticket, list(kept.replies))  # of a process that ran this store before
-        run = Run(self.service.state, self.session, kept, operations, self.service.catch_up)
+        kept = cache.begin(sequence, first_ticket)
+        before = BatchReplies(first_ticket, list(kept.replies))  # of a process that ran this store before
+        run = BatchRun(self.service.state, self.session, kept, operations, self.service.catch_up)
         source = Source(self.session.session_id, sequence, first_ticket, parts, len(kept.replies))
         is_done = False
         while not is_done:
@@ -135,7 +133,7 @@ class ServerSession:
                     is_done = True
             if not is_done:
                 await asyncio.sleep(0)
-        line.end(sequence)
+        cache.end(sequence)
         if self._turns:
             self._take_turns()
         if self._closing:
@@ -146,13 +144,13 @@ class ServerSession:
 
     def _take_turns(self) -> None:
         """Let the expected batch run if it is here; held batches before it are repeats, and are answered as such."""
-        for sequence in [number for number in self._turns if number <= self.session.line.expected]:
+        for sequence in [number for number in self._turns if number <= self.session.replies.expected]:
             turn = self._turns.pop(sequence)
             if not turn.done():
                 turn.set_result(None)
 
-    def _again(self, kept: Kept, operations: list[Any]) -> list[Reply]:
-        return again(self.service.state, self.session, kept, operations, self._once_more)
+    def _again(self, kept: BatchReplies, operations: list[Any]) -> list[Reply]:
+        return repeat(self.service.state, self.session, kept, operations, self._once_more)
 
     def _deliver(self, ticket: int, value: Any) -> bool:
         """Put the answer of a parked call into the outbox."""
