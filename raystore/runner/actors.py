@@ -186,13 +186,15 @@ class RunnerActors:
 
     def _start_member(self, number: int) -> _Member:
         worker_id = self._ids.next(number)
-        options = {"max_concurrency": 100, "max_restarts": 0, "max_task_retries": 0, "enable_task_events": False}
-        name = {"name": worker_id, "namespace": NAMESPACE}
-        actor = self._class.options(**options, **name, **self._requirements).remote(
-            self._store, self._agent, worker_id, self._options
-        )
-        member = _Member(number, worker_id, actor)
-        self._members[number] = member
+        options: dict[str, Any] = {
+            "max_concurrency": 100,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "enable_task_events": False,
+        }
+        options |= {"name": worker_id, "namespace": NAMESPACE, **self._requirements}
+        actor = self._class.options(**options).remote(self._store, self._agent, worker_id, self._options)
+        member = self._members[number] = _Member(number, worker_id, actor)
         actor.run.remote().future().add_done_callback(lambda future: self._events.put(("ended", member, future)))
         return member
 
@@ -250,32 +252,26 @@ class RunnerActors:
                 self._remove(member)
             return
         if member.session_id is None:
-            self._failures += 1
-            if self._failures >= FAILURES_REPORTED and not self._stopping:
+            self._failures = failures = self._failures + 1
+            if failures >= FAILURES_REPORTED and not self._stopping:
                 cause = _cause(error)
-                logger.error("Pool %s has failed %d times to start a runner: %s", self._pool_id, self._failures, cause)
-                self._report_pool(self._failures, cause)
-        # In its own thread, because it waits for the store, which may be unreachable, and other runners may end.
-        threading.Thread(target=self._on_death, args=(member, error), name="raystore-pool-end", daemon=True).start()
+                logger.error("Pool %s has failed %d times to start a runner: %s", self._pool_id, failures, cause)
+                self._later(0, lambda: self._report_pool(failures, cause))
+        self._later(0, lambda: self._on_death(member, error))
 
     def _on_ready(self) -> None:
         """A replacement is ready; if the store knows that the pool fails, report that it does no longer."""
         failures, self._failures = self._failures, 0
         if failures >= FAILURES_REPORTED:
-            self._report_pool(0, None)
+            self._later(0, lambda: self._report_pool(0, None))
 
     def _report_pool(self, failures: int, cause: str | None) -> None:
         """Report that the pool fails, so that calls which wait for its rollouts raise; or that it works again."""
-
-        def report() -> None:
-            try:
-                run_blocking(
-                    self._store.report_pool(self._pool_id, self._options.queues, failures=failures, error=cause)
-                )
-            except StoreError as refusal:
-                logger.warning("The failures of pool %s cannot be reported to the store: %s", self._pool_id, refusal)
-
-        threading.Thread(target=report, name="raystore-pool-report", daemon=True).start()
+        report = self._store.report_pool(self._pool_id, self._options.queues, failures=failures, error=cause)
+        try:
+            run_blocking(report)
+        except StoreError as refusal:
+            logger.warning("The failures of pool %s cannot be reported to the store: %s", self._pool_id, refusal)
 
     def _on_death(self, member: _Member, error: BaseException) -> None:
         """Replace a runner that died, and report its end to the store, in the order in which that is possible."""
@@ -331,6 +327,7 @@ class RunnerActors:
 
     @staticmethod
     def _later(seconds: float, action: Callable[[], object]) -> threading.Timer:
+        """Call something in its own thread, so that it may wait for a store that cannot be reached."""
         timer = threading.Timer(seconds, action)
         timer.daemon = True
         timer.start()

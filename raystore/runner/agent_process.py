@@ -9,6 +9,7 @@ Not here: the runner's end of the socket (`process_agents`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -25,7 +26,6 @@ from raystore.runner.agents import Ending
 from raystore.runner.context import Context
 from raystore.runner.life import Life
 from raystore.runner.process_tree import kill_tree
-from raystore.spans import Span
 from raystore.types import AttemptedRollout
 from raystore.values import pickler
 
@@ -121,22 +121,15 @@ class _AgentProcess:
             if isinstance(message, RunRequest):
                 if message.resources is not None:
                     self._resources = message.resources
-                self._context = Context(
-                    message.rollout, self._resources, self._worker_id, self._send_span, self._send_loss
-                )
+                sink = functools.partial(self._channel.send, SPAN)
+                self._context = Context(message.rollout, self._resources, self._worker_id, sink, self._send_loss)
                 with contextlib.suppress(RuntimeError):  # the agent is over, and this process about to exit
-                    life.begin(self._context, self._on_end, self._on_begin)
+                    life.begin(self._context, self._on_end, functools.partial(self._channel.send, STARTED))
             elif message[0] == CLOSE:
                 life.end()
             else:
                 self._cancel(life, *message[1:])
             del message  # it must not live while the thread waits
-
-    def _on_begin(self) -> None:
-        self._channel.send(STARTED)
-
-    def _send_span(self, span: Span) -> None:
-        self._channel.send(SPAN, span)
 
     def _send_loss(self, *loss: str) -> None:
         with contextlib.suppress(OSError):  # the runner is gone

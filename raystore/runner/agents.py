@@ -1,7 +1,7 @@
 """What an agent is, how it is called, and how a call ends.
 
 An agent is a function or coroutine function `agent(task, ctx)`, or a class with `__call__`, of which each process makes
-one instance (`setup` and `close` may be coroutine functions, too). Whatever it returns or raises becomes an `Ending`.
+one instance (`setup` and `close` may be coroutine functions, too). Its result or exception becomes an `Ending`.
 Not here: the thread and task of an agent (`life`).
 """
 

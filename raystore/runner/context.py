@@ -33,7 +33,7 @@ from raystore.values.arrays import pack_floats, pack_integers
 logger = logging.getLogger("raystore.runner")
 
 STOPPED = "the runner stops"  #: reason of a cancellation after which the work is given back
-ALONE = "run_one"  #: worker id where there is no store
+ALONE = "run_one"  #: worker id of a call without a store
 FLUSH_BYTES = 64 * 1024  #: of spans, after which they are sent at once
 _SPAN_BYTES = 300  # of a span without attributes, about
 _NUMBER_BYTES = 9
@@ -257,8 +257,8 @@ class Context:
         Attributes have the names of OpenTelemetry's GenAI conventions (`raystore.semconv`).
 
         Raises:
-            InvalidValueError: ids or log-probabilities are no sequence of numbers or contain NaN, or there are not as
-                many log-probabilities as response tokens.
+            InvalidValueError: ids or log-probabilities are no sequence of numbers or contain NaN, or log-probabilities
+                and response tokens differ in number.
         """
         ids, generated = pack_integers("prompt_ids", prompt_ids), pack_integers("response_ids", response_ids)
         known: dict[str, Any] = {
@@ -353,7 +353,7 @@ class Context:
             _running.pop(self, None)
 
     def leave(self) -> None:
-        """The agent's call has ended, or nobody waits for it any longer; for the runner."""
+        """Note that the agent's call has ended, or was abandoned; for the runner."""
         self._is_over = True
         _running.pop(self, None)
 
@@ -364,8 +364,8 @@ class Context:
 class Outbox:
     """Spans of one rollout that have ended and are not sent yet; spans are added from any thread.
 
-    `on_full` is called on the adding thread when there are enough to send. `losses` counts, when the rollout ends, the
-    model calls that lack what training needs.
+    `on_full` is called on the adding thread when enough spans wait. When the rollout ends, model calls without token
+    ids or log-probabilities are added to `losses`.
     A garbage collection may end a span anywhere, also in the middle of `add`. So the lock is reentrant, and no method
     allocates between two changes that belong together.
     """

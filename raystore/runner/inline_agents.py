@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from raystore.runner.agent_errors import summary
@@ -28,14 +28,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A rollout whose agent is to run, or runs."""
+    """A call of the agent that has not ended."""
 
     ending: asyncio.Future[Ending]
-    has_begun: bool = False
-
-    def begin(self) -> None:
-        """Called on the agent's thread."""
-        self.has_begun = True
+    begun: threading.Event = field(default_factory=threading.Event)
 
 
 class InlineAgents:
@@ -54,7 +50,7 @@ class InlineAgents:
         self._thread = await self._start_thread()
 
     async def _start_thread(self) -> _AgentThread:
-        """A thread whose agent is set up; raises what making or setting up the agent raises."""
+        """A thread whose agent is set up; raises the error of the agent's `__init__` or `setup`."""
         thread = _AgentThread(self._agent, self._concurrency)
         error = await thread.opened
         if error is None:
@@ -78,7 +74,7 @@ class InlineAgents:
                 thread.begin(context, pending)
                 either: list[asyncio.Future[Any]] = [pending.ending, thread.ended]
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if pending.has_begun:
+                if pending.begun.is_set():
                     await asyncio.wait([pending.ending])
         finally:
             del self._pending[context]
@@ -96,7 +92,7 @@ class InlineAgents:
     def cancel(self, context: Context) -> None:
         if (pending := self._pending.get(context)) is None:
             return
-        if pending.has_begun:
+        if pending.begun.is_set():
             assert self._thread is not None
             self._thread.life.cancel(context)
         else:
@@ -156,7 +152,7 @@ class _AgentThread:
     def begin(self, context: Context, pending: _Pending) -> None:
         """Ask for a call; it never begins if the life is over."""
         with contextlib.suppress(RuntimeError):  # the agent's loop is closed, and `ended` will be set
-            self.life.begin(context, functools.partial(self._resolve, pending.ending), pending.begin)
+            self.life.begin(context, functools.partial(self._resolve, pending.ending), pending.begun.set)
 
     def _resolve(self, future: asyncio.Future[T], value: T) -> None:
         """Set the result of a future of the runner's loop; called on the agent's thread."""

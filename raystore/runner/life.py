@@ -39,7 +39,7 @@ NEEDS_MAIN_THREAD = (
 )
 
 T = TypeVar("T")
-Result = tuple[Any, BaseException | None]  #: of a call: what it returned, or the error that it raised if that is set
+Result = tuple[Any, BaseException | None]  #: of a call: the returned value, or the raised error if that is not None
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +104,7 @@ class Life:
     # -- in the agent's thread ---------------------------------------------------------------------------------------
 
     def __enter__(self) -> Life:
-        """Make the agent and set it up; raises what that raises."""
+        """Make the agent and set it up; raises the agent's own errors."""
         self._loop = self._runner.get_loop()
         self._main_task = self._loop.create_task(self._run_steps())
         try:
@@ -283,15 +283,12 @@ class Life:
         self, target: Any, variables: contextvars.Context, context: Context, on_end: Callable[[Ending], None]
     ) -> None:
         """Await an overlapping call in a task of its own."""
-        if context.cancelled:
-            on_end(agents.ending_of(context, *_discarded(target)))
-            return
         coroutine = self._run_task(target, context, on_end)
         self._tasks[context] = self._loop.create_task(coroutine, context=variables)
 
     async def _run_task(self, target: Any, context: Context, on_end: Callable[[Ending], None]) -> None:
         try:
-            result: Result = await _awaited(target), None
+            result = _discarded(target) if context.cancelled else (await _awaited(target), None)
         except BaseException as error:
             result = _failed(error)
         finally:
@@ -302,8 +299,8 @@ class Life:
         if self._step is not None and self._step.context is context:
             self._cancels += 1
             self._main_task.cancel()
-        elif context in self._tasks:
-            self._tasks[context].cancel()
+        elif context in self._tasks:  # `call_soon`: a task that is cancelled before its first step does nothing at all
+            self._loop.call_soon(self._tasks[context].cancel)
 
     # -- in a thread of `_Threads` -----------------------------------------------------------------------------------
 

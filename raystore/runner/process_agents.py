@@ -19,20 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 from raystore.errors import AgentProcessError
-from raystore.runner.agent_process import (
-    CANCEL,
-    CLOSE,
-    DONE,
-    FAILED,
-    LENGTH,
-    LOST,
-    READY,
-    SPAN,
-    STARTED,
-    RunRequest,
-    Setup,
-    pack,
-)
+from raystore.runner import agent_process
+from raystore.runner.agent_process import LENGTH, RunRequest, Setup, pack
 from raystore.runner.agents import Ending, retry_delays
 from raystore.runner.context import Context
 from raystore.runner.fork_server import Exit, ForkServer
@@ -120,22 +108,22 @@ class _Process:
                 self.ready.set_exception(AgentProcessError("it ended while the agent was set up"))
 
     def _on_message(self, kind: str, *values: Any) -> None:
-        if kind == STARTED:
+        if kind == agent_process.STARTED:
             self._has_started = True
-        elif kind == SPAN:
+        elif kind == agent_process.SPAN:
             (span,) = values
             if (sink := self._sinks.get((span.rollout_id, span.attempt_id))) is not None:
                 sink(span)
             else:
                 which = f"Span {span.name!r} of rollout {span.rollout_id}"
                 self._lose("too_late", span.name, f"{which} ended long after its rollout, and is lost")
-        elif kind == LOST:
+        elif kind == agent_process.LOST:
             self._lose(*values)
-        elif kind == DONE and self._done is not None:
+        elif kind == agent_process.DONE and self._done is not None:
             self._done.set_result(values[0])
-        elif kind == READY:
+        elif kind == agent_process.READY:
             self.ready.set_result(None)
-        elif kind == FAILED:
+        elif kind == agent_process.FAILED:
             self.ready.set_exception(AgentProcessError(*values))
 
     def kill(self) -> None:
@@ -225,7 +213,7 @@ class ProcessAgents:
         if (cancelled := self._cancelled.get(context)) is not None:
             cancelled.set()
         if (process := self._running.get(context)) is not None:
-            process.send((CANCEL, context.rollout.rollout_id, context.attempt.attempt_id, context.why))
+            process.send((agent_process.CANCEL, context.rollout.rollout_id, context.attempt.attempt_id, context.why))
 
     def kill(self, context: Context) -> None:
         if (process := self._running.get(context)) is not None:
@@ -260,7 +248,7 @@ class ProcessAgents:
     async def close(self) -> None:
         idle, self._idle = [process for process in self._idle if process.is_usable], []
         for process in idle:
-            process.send((CLOSE,))
+            process.send((agent_process.CLOSE,))
         if idle:
             await asyncio.wait([process.exited for process in idle], timeout=CLOSE_SECONDS)
         for process in idle:

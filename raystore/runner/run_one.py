@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
@@ -34,7 +32,7 @@ class Run:
     Attributes:
         rollout: the rollout that was made up for the call.
         spans: those that the agent recorded, numbered in the order in which they ended.
-        reward: the final reward; None if there is none.
+        reward: the final reward, or None.
         spans_lost: how many spans were lost, and model calls cannot be trained on, by reason, as in `statistics()`.
     """
 
@@ -64,8 +62,8 @@ def run_one(
         resources: by name, for `ctx.resources`, as for `update_resources`.
         policy_version: for `ctx.policy_version`.
 
-    Raises what the agent raises, unchanged, with a note of the spans that were recorded before. The agent lives in the
-    calling thread from `__init__` to `close`, or in another one if this thread has a running event loop (a notebook).
+    An error of the agent is raised unchanged, with a note of the spans recorded before. From `__init__` to `close` the
+    agent lives in the calling thread, or in another one if this thread has a running event loop (a notebook).
     """
     if (expected := agents.check(agent)) is not None:
         raise InvalidValueError("agent", agent, expected)
@@ -87,7 +85,11 @@ def run_one(
     context = Context(rollout, given, ALONE, outbox.add, losses.add)
     too_late = f"A span of rollout {rollout_id} ended after run_one, and is lost"
     try:
-        _outside_event_loop(functools.partial(_run, agent, context))
+        if asyncio._get_running_loop() is None:
+            _run(agent, context)
+        else:
+            thread = ThreadPoolExecutor(1, "raystore-run-one")  # `with` would wait for the agent after a Ctrl+C
+            thread.submit(contextvars.copy_context().run, _run, agent, context).result()
     except Exception as error:
         add_note(error, f"spans recorded before: {', '.join(span.name for span in outbox.take()) or 'none'}")
         raise
@@ -100,7 +102,7 @@ def run_one(
 
 
 def _run(agent: Agent, context: Context) -> None:
-    """Make an agent, call it once and close it; raises what it raises."""
+    """Make an agent, call it once and close it; raises the agent's own errors."""
     with Life(agent) as life:
         result, error = life.run(context)
         if error is None:
@@ -110,25 +112,3 @@ def _run(agent: Agent, context: Context) -> None:
             raise error
         finally:
             del error  # no cycle with its traceback
-
-
-def _outside_event_loop(function: Callable[[], None]) -> None:
-    """Run a function in this thread, or in another one if this thread has a running event loop."""
-    try:
-        running = asyncio.get_running_loop()
-    except RuntimeError:
-        running = None
-    if running is None:  # not in the except block, whose exception would be the context of the agent's
-        function()
-        return
-    done: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            function()
-            done.set_result(None)
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=contextvars.copy_context().run, args=[run], name="raystore-run-one").start()
-    done.result()

@@ -102,7 +102,7 @@ class Member(Protocol):
 
 
 def stop_all(members: Sequence[Member], *, drain_seconds: float, withdraw_seconds: float) -> None:
-    """Stop runners: first let them finish what they run, then let them give it back; waits at most so long."""
+    """Stop runners: they may finish their rollouts for `drain_seconds`, then give them back for `withdraw_seconds`."""
     for drain, seconds in ((True, drain_seconds), (False, withdraw_seconds)):
         if drain and seconds <= 0:
             continue
@@ -163,10 +163,9 @@ class Runner:
         self._unread_pause = 0.0  # grows while resources cannot be read here
         self._stopping = threading.Event()
         self._heartbeat_wanted = threading.Event()
-        self._slots: list[asyncio.Task[None]] = []
         self._claiming: set[asyncio.Task[Any]] = set()
         self._background: set[asyncio.Task[None]] = set()  # reports that no slot waits for
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop  # that runs `run`
 
     async def open(self) -> None:
         """Make the agents; raises the error of an agent's `__init__` or `setup`."""
@@ -182,9 +181,8 @@ class Runner:
         stop_listening = self._store.listen_for_notices(self._on_notice)
         threading.Thread(target=self._send_heartbeats, name=f"{self.worker_id}-heartbeat", daemon=True).start()
         try:
-            self._slots = [asyncio.create_task(self._slot()) for _ in range(self._options.concurrency)]
             with outside_rollouts():
-                await asyncio.gather(*self._slots)
+                await asyncio.gather(*(self._slot() for _ in range(self._options.concurrency)))
         finally:
             self._stopping.set()
             self._heartbeat_wanted.set()
@@ -197,7 +195,7 @@ class Runner:
                     await self._report_losses()
 
     def stop(self, *, drain: bool = True) -> None:
-        """Claim nothing more, and finish what runs, or cancel it unless `drain`; on the runner's loop."""
+        """Claim nothing more; `drain` finishes the rollouts that run, else they are cancelled. On the runner's loop."""
         self._stopping.set()
         for claiming in list(self._claiming):
             claiming.cancel()
@@ -211,8 +209,9 @@ class Runner:
     # -- one slot ----------------------------------------------------------------------------------------------------
 
     async def _slot(self) -> None:
-        reports: list[Report] = []  # of the rollout before; a list, so that nothing keeps it while a claim waits
+        reports: list[Report] = []  # of the previous rollout; a list, so that nothing keeps it while a claim waits
         while True:
+            claimed = None
             try:
                 claimed = await self._report_and_claim(reports)
             except (StoreUnavailableError, StoreClosedError) as error:
@@ -220,18 +219,16 @@ class Runner:
                     logger.error("Runner %s ends: %s", self.worker_id, error)
                     return
                 logger.warning("Runner %s claims again: %s", self.worker_id, error)
-                claimed = None
             except Exception as error:
                 logger.error("Runner %s cannot claim a rollout: %s", self.worker_id, error)
                 await asyncio.sleep(CLAIM_PAUSE_SECONDS)
-                claimed = None
             if claimed is not None:
                 reports.append(await self._run(claimed))
             elif self._stopping.is_set():
                 return
 
     async def _report_and_claim(self, reports: list[Report]) -> AttemptedRollout | None:
-        """Send the report of the rollout before, if there is one, together with the claim of the next."""
+        """Claim the next rollout, and send the report of the previous one with it."""
         reporting = asyncio.create_task(_logging_errors(reports.pop())) if reports else None
         claimed: AttemptedRollout | None = None
         if not self._stopping.is_set():
@@ -267,7 +264,6 @@ class Runner:
             self._resources.release(rollout)
 
     async def _run_with(self, rollout: AttemptedRollout, resources: dict[str, Any]) -> Report:
-        assert self._loop is not None
         outbox = Outbox(self._losses, on_full=lambda: self._call_soon(rollout.rollout_id, work.flush_wanted.set))
         work = _Work(Context(rollout, resources, self.worker_id, outbox.add, self._losses.add), outbox)
         if (kind := self._early_notices.pop(work.key, None)) is not None:
@@ -371,7 +367,6 @@ class Runner:
 
     def _call_soon(self, rollout_id: str, action: Callable[..., object], *arguments: Any) -> None:
         """Call something on the runner's loop for a span of a rollout; on any thread."""
-        assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(action, *arguments)
         except RuntimeError:  # the loop is closed
@@ -390,7 +385,7 @@ class Runner:
     async def _flush(self, work: _Work) -> None:
         """Send spans while the agent works, so that they can be seen, and are not lost with the process.
 
-        If there is none after the first interval, a heartbeat tells the store that the agent runs.
+        If no span has ended after the first interval, a heartbeat tells the store that the agent runs.
         """
         is_known = False  # to the store: that the agent runs
         while True:
@@ -445,7 +440,7 @@ class Runner:
 
     def _on_notice(self, kind: str, rollout_id: str, attempt_id: str) -> None:
         """The store has changed an attempt; called on any thread."""
-        if self._loop is not None and not self._loop.is_closed():
+        if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._cancel, kind, (rollout_id, attempt_id))
 
     def _cancel(self, kind: str, key: Key) -> None:
@@ -459,7 +454,6 @@ class Runner:
             return
         if work.context.cancelled:
             return
-        assert self._loop is not None
         work.context.cancel(kind)
         self._agents.cancel(work.context)
         self._loop.call_later(self._options.cancel_grace_seconds, self._agents.kill, work.context)
