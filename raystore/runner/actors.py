@@ -93,7 +93,7 @@ class _Member:
         self.actor.stop.remote(drain)
 
 
-Event = tuple[Literal["ready", "slow", "ended"], _Member, Future[Any] | None]
+_PoolEvent = tuple[Literal["ready", "slow", "ended"], _Member, Future[Any] | None]
 
 
 class RunnerActors:
@@ -125,7 +125,7 @@ class RunnerActors:
         self._ids = WorkerIds(pool_id)
         self._members: dict[int, _Member] = {}
         self._delays: dict[int, float] = {}  # until the next replacement of each number
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # for the watcher; None ends it
+        self._events: queue.SimpleQueue[_PoolEvent | None] = queue.SimpleQueue()  # for the watcher; None ends it
         self._failures = 0  # runners in a row that died before they were ready
         self._stopping = False
         self._lock = threading.Lock()

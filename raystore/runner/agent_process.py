@@ -70,7 +70,7 @@ class _Channel:
         self._file = end.makefile("rb")
         self._lock = threading.Lock()
 
-    def send(self, *message: Any) -> None:
+    def send(self, *message: object) -> None:
         with self._lock:
             self._end.sendall(pack(message))
 

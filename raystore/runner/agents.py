@@ -75,7 +75,7 @@ class Agents(Protocol):
         """End the agents."""
 
 
-def check(agent: Any) -> str | None:
+def check(agent: object) -> str | None:
     """What an agent has to be, if this is none; None if it is one."""
     if not callable(agent):
         return "a function agent(task, ctx), or a class with __call__"

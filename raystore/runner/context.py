@@ -416,7 +416,7 @@ class Outbox:
     def close(self, on_late: Callable[[Span], None]) -> list[Span]:
         """Take the last spans of a rollout that has ended; `on_late` is called with each span that is added later."""
         with self._lock:
-            self._on_late, self._on_full = on_late, lambda: None  # a late span must not keep the rollout alive
+            self._on_late, self._on_full = on_late, lambda: None  # a kept span must not keep the rollout alive
             calls, self._calls = self._calls, CallsSeen()
         calls.tell(self._losses)
         return self.take()

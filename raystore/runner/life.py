@@ -397,7 +397,7 @@ async def _awaited(target: Any) -> Any:
     return result
 
 
-def _discarded(target: Any) -> Result:
+def _discarded(target: object) -> Result:
     """The result of a target that is not awaited, because its call was cancelled."""
     if inspect.iscoroutine(target):
         target.close()  # or Python warns that it was never awaited

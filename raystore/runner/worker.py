@@ -365,17 +365,17 @@ class Runner:
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
-    def _call_soon(self, rollout_id: str, action: Callable[..., object], *arguments: Any) -> None:
+    def _call_soon(self, rollout_id: str, action: Callable[[], object]) -> None:
         """Call something on the runner's loop for a span of a rollout; on any thread."""
         try:
-            self._loop.call_soon_threadsafe(action, *arguments)
+            self._loop.call_soon_threadsafe(action)
         except RuntimeError:  # the loop is closed
             _lose_late_span(self._losses, rollout_id)
 
     def send_late(self, span: Span) -> None:
         """Send a span that ended after its rollout; on any thread."""
         send = functools.partial(self._send, span.rollout_id, [span])
-        self._call_soon(span.rollout_id, self._start_in_background, send)
+        self._call_soon(span.rollout_id, functools.partial(self._start_in_background, send))
 
     def _start_in_background(self, report: Report) -> None:
         task = asyncio.create_task(_logging_errors(report))
