@@ -28,8 +28,8 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}. raystore.otel needs the OpenTelemetry SDK: install raystore[otel]") from error
 
 from raystore.errors import InvalidValueError
-from raystore.runner.context import Position, any_at_work, current, is_apart
-from raystore.runner.told import summary
+from raystore.runner.agent_errors import summary
+from raystore.runner.context import Position, any_running, current, is_outside_rollouts
 from raystore.spans import Span
 from raystore.tracing import semconv
 from raystore.tracing.dialects import is_model_call
@@ -115,7 +115,7 @@ def _watched(start_span: Any) -> Any:
     @functools.wraps(start_span)
     def watched(self: Any, name: str, context: Any = None, *args: Any, **kwargs: Any) -> Any:
         rollout = current()
-        is_seen = (rollout is not None or any_at_work() is not None) and _is_instrumented(self)
+        is_seen = (rollout is not None or any_running() is not None) and _is_instrumented(self)
         span = start_span(self, name, context, *args, **kwargs)
         if is_seen and rollout is not None and not span.is_recording():
             identity = span.get_span_context()
@@ -233,8 +233,8 @@ class RolloutSpanProcessor(SpanProcessor):
             self._drop_oldest()
 
     def _is_outside(self, span: Any) -> bool:
-        """Whether a span is surely no agent's: no agent runs, or its parent started when none did."""
-        if any_at_work() is None or is_apart():
+        """Whether a span is surely no agent's: none runs, or it goes on with what began when none did."""
+        if any_running() is None or is_outside_rollouts():
             return True
         return span.parent is not None and (span.parent.trace_id, span.parent.span_id) in self._outside
 
@@ -271,8 +271,8 @@ _processor = RolloutSpanProcessor()
 
 
 def _tell_of_stray(span: Any) -> None:
-    """Count a span that belongs to no rollout and may be an agent's."""
-    if (somebody := any_at_work()) is not None:
+    """A span belongs to no rollout, and an agent may have started it."""
+    if (somebody := any_running()) is not None:
         where = f"in thread {threading.current_thread().name!r}, which knows no rollout"
         _lose(somebody.lose, "no_context", span.name, f"is lost: it started {where}, while agents ran")
 
