@@ -110,7 +110,7 @@ def serve(state: State, rollout_id: str) -> None:
     """A suspect has waited for a session of its own long enough: now any gets it, at its old place."""
     if rollout_id in state.suspects:
         stop_waiting(state, rollout_id)
-        state.queues_touched.add(state.queues.make_overdue(rollout_id))
+        state.effects.queues.add(state.queues.make_overdue(rollout_id))
 
 
 def acknowledge(state: State, step: Step, session: Session, keys: Sequence[HandedKey]) -> list[HandedKey]:
@@ -194,6 +194,7 @@ def _undo(state: State, step: Step, session: Session, key: AttemptKey, why: str,
             entry.withdrawals += 1
             entry.suspect = entry.suspect or entry.withdrawals >= SUSPICIOUS_WITHDRAWALS
         state.withdrawals += 1
+        state.effects.has_withdrawn = True
     if entry.rollout.status == attempt.status:  # else somebody has decided otherwise meanwhile, by hand
         move(state, step, entry, entry.former, keep_place=True, kind=why)
     if attempt.worker_id is not None:
@@ -242,10 +243,10 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if session.ended_at is not None:
         return
     session.ended_at = step.age
-    state.ended.append(session.session_id)
+    state.effects.ended.append(session.session_id)
     state.ended_sessions[session.session_id] = None
     if len(state.ended_sessions) >= bounds.ENDED_SESSIONS + bounds.SURPLUS:
-        state.has_surplus = True
+        state.effects.has_surplus = True
     for batch in list(session.batches):
         training.leave(state, session, batch)
     held, claims = list(session.held), list(session.claims)
@@ -273,7 +274,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if state.drained == session.session_id:
         state.drained = None
     state.session_deadlines.guard(session.session_id)
-    state.queues_touched.update(state.queues.lengths())
+    state.offer_all()
 
 
 def _separate(state: State, rollout_ids: list[str]) -> None:

@@ -91,7 +91,7 @@ def advance(state: State, step: Step, due: Due) -> None:
     for rollout_id in due.impatient:
         serve(state, rollout_id)
     if due.released:  # what they wait for may have been there all the while
-        state.queues_touched.update(state.queues.lengths())
+        state.offer_all()
 
 
 def _is_due(state: State, rollout_id: str, active_now: float) -> bool:

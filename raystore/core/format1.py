@@ -123,6 +123,7 @@ def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, wh
             del session.lost[next(iter(session.lost))]
         entry.suspect = True
         state.withdrawals += 1
+        state.effects.has_withdrawn = True
     if entry.rollout.status == attempt.status:  # else somebody has decided otherwise meanwhile, by hand
         move(state, step, entry, entry.former, keep_place=True, kind=why)
     if attempt.worker_id is not None:
@@ -137,7 +138,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if session.ended_at is not None:
         return
     session.ended_at = step.age
-    state.ended.append(session.session_id)
+    state.effects.ended.append(session.session_id)
     company = len(session.held) + len(session.claims)
     held, claims = list(session.held), list(session.claims)
     if held or claims:
@@ -154,7 +155,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if state.drained == session.session_id:
         state.drained = None
     state.session_deadlines.guard(session.session_id)
-    state.queues_touched.update(state.queues.lengths())
+    state.offer_all()
 
 
 def _dequeue(
@@ -491,7 +492,8 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
         known.steps.pop(batch, None)
         if known.open == batch:
             known.open = None
-    state.came_back = state.came_back or bool(back)
+    if back:
+        state.effects.has_batches = True
     known.returned = back | known.returned
     return len(back)
 

@@ -129,7 +129,7 @@ def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int]) 
     if entry.suspect:
         state.suspects[rollout.rollout_id] = step.age
         state.patience_deadlines.guard((False, rollout.rollout_id))
-    state.queues_touched.add(rollout.queue)
+    state.effects.queues.add(rollout.queue)
 
 
 def unqueue(state: State, entry: Entry) -> None:
@@ -148,7 +148,7 @@ def stop_waiting(state: State, rollout_id: str) -> None:
     if drained is not None:  # nobody needs to be alone any more
         drained.reserved_since = None
     state.drained = None
-    state.queues_touched.update(state.queues.lengths())
+    state.offer_all()
 
 
 def move(
@@ -161,7 +161,7 @@ def move(
     if status in FINISHED:
         end_time = step.now
         state.completions.append(rollout_id)
-        state.finished.append(rollout_id)
+        state.effects.finished.append(rollout_id)
     elif before.status in FINISHED:
         state.completions.discard(rollout_id)
         entry.read = False

@@ -24,7 +24,7 @@ from raystore.core.payload import of_attempt
 from raystore.core.queries import Indexes, Key, keys_of
 from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker
-from raystore.core.resources import ResourceTable
+from raystore.core.resources import Freed, ResourceTable
 from raystore.core.spans import SpanTable
 from raystore.errors import (
     AttemptNotFoundError,
@@ -310,6 +310,34 @@ class EvictionPass:
     written: set[str] = field(default_factory=set)  # rollouts that were written to meanwhile: they go last
 
 
+@dataclass(slots=True)
+class Effects:
+    """What steps left to do for whoever runs the store, which takes it after them (`State.take_effects`)."""
+
+    #: Rollouts that have finished, or are gone: somebody may wait for them.
+    finished: list[str] = field(default_factory=list)
+    #: Queues from which there may be something to hand out.
+    queues: set[str] = field(default_factory=set)
+    #: Sessions that have ended.
+    ended: list[str] = field(default_factory=list)
+    #: Sessions that have notices to be sent.
+    noticed: set[str] = field(default_factory=set)
+    #: Values of resources that are gone: others may let go of their objects.
+    freed: list[Freed] = field(default_factory=list)
+    #: A consumer that waits for a batch may be given one now.
+    has_batches: bool = False
+    #: A claim was withdrawn, since nobody acknowledged it: its session may be dead.
+    has_withdrawn: bool = False
+    #: There are more ended sessions or idle workers than are kept.
+    has_surplus: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.finished or self.queues or self.noticed or self.has_batches or self.ended or self.has_withdrawn
+            or self.has_surplus or self.freed
+        )  # fmt: skip
+
+
 def last_heard_of(worker: Worker) -> float:
     """When a worker was heard of last."""
     stamps = (worker.last_heartbeat_time, worker.last_dequeue_time, worker.last_busy_time, worker.last_idle_time)
@@ -358,15 +386,10 @@ class State:
         # a replay, which is told which ones: `gather` finds them after one.
         self.ended_sessions: dict[str, None] = {}
         self.idle_workers: dict[str, None] = {}
-        # What the shell should look at after a step; it empties these.
-        self.finished: list[str] = []
-        self.came_back = False  # something to a consumer, or there is another reason to look at who waits for a batch
-        self.queues_touched: set[str] = set()
-        self.noticed: set[str] = set()
-        self.ended: list[str] = []
+        self.effects = Effects()
+        self.resources.freed = self.effects.freed
         self.withdrawals = 0
         self.reservations = 0
-        self.has_surplus = False  # more of these than are to be kept
         self.touched: dict[str, None] = {}  # with a journal: rollouts that were changed since they were last verified
 
     def configure(self, settings: Settings) -> None:
@@ -381,13 +404,15 @@ class State:
         is_above = self.total_bytes > self.settings.eviction_bytes
         return is_above or self.memory_full or self.eviction_pass is not None
 
-    @property
-    def has_news(self) -> bool:
-        """Whether a step left something for the shell to look at."""
-        return bool(
-            self.finished or self.came_back or self.queues_touched or self.noticed or self.ended or self.has_surplus
-            or self.resources.freed
-        )  # fmt: skip
+    def take_effects(self) -> Effects:
+        """What steps have left to do since this was asked last."""
+        effects, self.effects = self.effects, Effects()
+        self.resources.freed = self.effects.freed
+        return effects
+
+    def offer_all(self) -> None:
+        """There may be something to hand out from any queue: who may have it has changed."""
+        self.effects.queues.update(self.queues.lengths())
 
     def gather(self) -> None:
         """Find, after a replay, what is kept for a while only."""
@@ -535,7 +560,7 @@ class State:
         session.claims.pop(key, None)
         if session.is_idle and (self.suspects or session.reserved_since is not None):
             session.reserved_since = None
-            self.queues_touched.update(self.queues.lengths())
+            self.offer_all()
 
     def take_hold(self, entry: Entry, attempt_id: str, session: Session | None) -> None:
         """Make `session` the holder of an attempt."""
@@ -552,7 +577,7 @@ class State:
         session = self.sessions.get(entry.holders.get(attempt_id, ""))
         if session is not None and session.ended_at is None:
             session.notices.append((kind, entry.rollout.rollout_id, attempt_id))
-            self.noticed.add(session.session_id)
+            self.effects.noticed.add(session.session_id)
 
     # -- deadlines -----------------------------------------------------------------------------------------------
 

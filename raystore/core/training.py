@@ -144,7 +144,7 @@ def leave(state: State, session: Session, key: BatchKey) -> None:
     known = state.consumers.get(key[0])
     if known is not None and known.holders.get(key[1]) == session.session_id:
         known.holders[key[1]] = None
-        state.came_back = True
+        state.effects.has_batches = True
 
 
 def decline(state: State, step: Step, session: Session, key: BatchKey) -> bool:
@@ -176,7 +176,7 @@ def unreserve(state: State, session: Session) -> None:
     """A long deletion has ended. What it did not reach may be taken again."""
     if state.deleting.pop(session.session_id, None) is not None:
         session.deleting = {}
-        state.came_back = True
+        state.effects.has_batches = True
 
 
 def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: int, note: str | None) -> None:
@@ -257,7 +257,7 @@ def forget(state: State, step: Step, consumer: str) -> int:
     for number in list(known.holders):
         _free(state, known, consumer, number)
     count = len(let_go(state, consumer))
-    state.came_back = True  # whoever waits for its next batch
+    state.effects.has_batches = True  # whoever waits for its next batch
     state.changes.append(step.now, "consumer_forgotten", consumer=consumer, rollouts=count)
     return count
 
@@ -276,7 +276,8 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
                     settle(state, entry)
         known.steps.pop(batch, None)
         _free(state, known, consumer, batch)
-    state.came_back = state.came_back or bool(back)
+    if back:
+        state.effects.has_batches = True
     for rollout_id in reversed(back):  # these were taken before what came back earlier and was not taken again
         if rollout_id in known.awaiting:
             known.awaiting.move_to_end(rollout_id, last=False)

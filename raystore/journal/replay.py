@@ -214,17 +214,12 @@ class Replay:
 
     def _forget_news(self) -> None:
         """Nobody waits while the past is repeated."""
-        state = self.state
-        state.finished.clear()
-        state.came_back = False
-        state.queues_touched.clear()
-        state.ended.clear()
-        state.resources.freed.clear()
-        for session_id in state.noticed:
-            session = state.sessions.get(session_id)
+        if not self.state.effects:
+            return
+        for session_id in self.state.take_effects().noticed:
+            session = self.state.sessions.get(session_id)
             if session is not None:
                 del session.notices[:-NOTICES_KEPT]
-        state.noticed.clear()
 
 
 def _keys_restored(told: Told) -> list[Any]:

@@ -28,14 +28,12 @@ class Offers:
         self._service.waiters.remove(waiter)
         return waiter.deliver(waiter.ticket, value)
 
-    def give_finished(self) -> None:
+    def give_finished(self, finished: Iterable[str]) -> None:
         """Rollouts have finished, or came back to a consumer: let those have them who wait for that."""
         state, waiters = self._service.state, self._service.waiters
-        finished, state.finished = state.finished, []
         for rollout_id in finished:
             for waiter in waiters.finished(rollout_id):
                 self.answer_wait(waiter)
-        state.came_back = False
         for waiter in waiters.reading("take"):
             self.offer_batch(waiter)
         for waiter in waiters.reading("completed"):
