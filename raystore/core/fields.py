@@ -3,7 +3,6 @@
 A class of the state is a slotted dataclass whose fields say with `declare` what becomes of them: whether a snapshot
 holds them, whether a replay must reproduce them, and how a value looks as plain data where it is none. A field that a
 snapshot does not have (of an earlier format) takes its default. What is not given to `__init__` is no such field.
-Not here: the file of a snapshot (`journal.snapshot`), what is compared (`digest`).
 """
 
 from __future__ import annotations
@@ -17,27 +16,8 @@ from typing import Any
 Change = Callable[[Any], Any]
 
 
-def declare(
-    default: Any = MISSING,
-    *,
-    make: Callable[[], Any] | None = None,
-    pack: Change | None = None,
-    unpack: Change | None = None,
-    shows: Change | None = None,
-    in_snapshot: bool = True,
-    in_digest: bool = True,
-) -> Any:
-    """A field of a record of the state.
-
-    `make` makes a default that is not to be shared. `pack` and `unpack` turn a value into plain data and back; `shows`
-    says how it stands in a digest, where that is not what it is.
-    """
-    declared = {
-        "raystore": {"pack": pack, "unpack": unpack, "shows": shows, "snapshot": in_snapshot, "digest": in_digest}
-    }
-    if make is not None:
-        return dataclasses.field(default_factory=make, metadata=declared)
-    return dataclasses.field(default=default, metadata=declared)
+def _same(value: Any) -> Any:
+    return value
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,46 +26,46 @@ class Field:
 
     name: str
     default: Callable[[], Any] | None  # None: whoever makes the record gives it
-    pack: Change
-    unpack: Change
-    shows: Change
-    in_snapshot: bool
-    in_digest: bool
+    pack: Change = _same
+    unpack: Change = _same
+    shows: Change = _same
+    in_snapshot: bool = True
+    in_digest: bool = True
 
 
-def _same(value: Any) -> Any:
-    return value
+def declare(
+    default: Any = MISSING,
+    *,
+    make: Callable[[], Any] | None = None,
+    pack: Change = _same,
+    unpack: Change = _same,
+    shows: Change = _same,
+    in_snapshot: bool = True,
+    in_digest: bool = True,
+) -> Any:
+    """A field of a record of the state.
+
+    `make` makes a default that is not to be shared. `pack` and `unpack` turn a value into plain data and back; `shows`
+    says how it stands in a digest, where that is not what it is.
+    """
+    how = {"pack": pack, "unpack": unpack, "shows": shows, "in_snapshot": in_snapshot, "in_digest": in_digest}
+    if make is not None:
+        return dataclasses.field(default_factory=make, metadata=how)
+    return dataclasses.field(default=default, metadata=how)
 
 
 @cache
 def declared(cls: Any) -> tuple[Field, ...]:
     """The fields of a class, in the order of their declaration."""
-    found = []
-    for field in dataclasses.fields(cls):
-        if not field.init:
-            continue
-        said = field.metadata.get("raystore", {})
-        default: Callable[[], Any] | None = None
-        if field.default_factory is not MISSING:
-            default = field.default_factory
-        elif field.default is not MISSING:
-            default = _always(field.default)
-        found.append(
-            Field(
-                field.name,
-                default,
-                said.get("pack") or _same,
-                said.get("unpack") or _same,
-                said.get("shows") or _same,
-                said.get("snapshot", True),
-                said.get("digest", True),
-            )
-        )
-    return tuple(found)
+    return tuple(
+        Field(field.name, _default(field), **field.metadata) for field in dataclasses.fields(cls) if field.init
+    )
 
 
-def _always(value: Any) -> Callable[[], Any]:
-    return lambda: value
+def _default(field: dataclasses.Field[Any]) -> Callable[[], Any] | None:
+    if field.default_factory is not MISSING:
+        return field.default_factory
+    return None if field.default is MISSING else lambda: field.default
 
 
 @cache
