@@ -34,7 +34,7 @@ class Payload:
 
 
 class OnDisk:
-    """A body that is in the journal and not in memory: in which record, of which operation of it, which span."""
+    """A body that is in the journal and not in memory; its place tells record, operation within it, and span."""
 
     __slots__ = ("place", "size")
 
@@ -104,7 +104,7 @@ def of_rollout(input: Opaque, metadata: Opaque, tags: dict[str, Any]) -> int:
 
 
 def digest_of_bytes(payload: Opaque) -> bytes:
-    """What stands for the content of a value of which no more is known than its bytes."""
+    """The digest that stands for a value of which only the bytes are known."""
     data = payload.data if isinstance(payload, Payload) else payload
     return bytes((BY_BYTES,)) + blake2b(b"" if data is None else data, digest_size=16).digest()
 

@@ -54,7 +54,7 @@ class ResourceTable:
         self._publishing: dict[str, int] = {}  # how many versions each of them holds
         self._unread: dict[Version, list[str]] = {}  # sessions that could not read a version
         self.missing: dict[str, tuple[int, str]] = {}  # by id: the newest version, which cannot be had, and why
-        self.freed: list[Freed] = []  # for the shell to look at after a step, which empties this
+        self.freed: list[Freed] = []  #: what was freed since this was replaced (`State.take_effects`)
 
     def __len__(self) -> int:
         return len(self._versions)
