@@ -189,7 +189,7 @@ class Service:
         if self._unneeded:
             self._remove_objects()
         if self._recorder is not None:
-            self._recorder.end()
+            self._recorder.flush()
             if self.snapshotter is not None:
                 self.snapshotter.after_step(self._recorder, self.state, self.clock.now())
         if len(self.state.resources.object_ids) > OBJECT_IDS_WARNED:
