@@ -13,8 +13,8 @@ from raystore.config import StoreConfig, resolve
 from raystore.core import verbs
 from raystore.core.claims import open_session
 from raystore.core.state import Step
-from raystore.journal import records
-from raystore.journal.files import SNAPSHOT, Directory, Place
+from raystore.journal import format
+from raystore.journal.files import SNAPSHOT, Directory, JournalPosition
 from raystore.journal.replay import Replay
 from raystore.wire.codec import encode
 
@@ -30,8 +30,8 @@ def write_snapshot(path: Path, rollouts: int, *, spans: int = 8, unfinished: int
     follower = Replay()
     told = asdict(settings) | {"default_config": settings.default_config.row()}
     who = {"store_id": "bench", "name": "bench", "writer": None}
-    start = records.pack(records.START, Step(1.0), 0, None, [who, told, [0, 0, 0, 0], None])
-    follower.feed(1, [memoryview(start)])
+    start = format.pack_record_head(format.START, Step(1.0), 0, None, [who, told, [0, 0, 0, 0], None])
+    follower.apply(1, [memoryview(start)])
     state, step = follower.state, Step(2.0, seed=5)
     step.session = open_session(state, step, "p1")
     state.spans.written = rollouts + 1
@@ -54,6 +54,6 @@ def write_snapshot(path: Path, rollouts: int, *, spans: int = 8, unfinished: int
         state.queues_touched.clear()
     state.touched.clear()
     follower.last = rollouts + 1
-    follower.write(directory.segment(epoch, 1, SNAPSHOT), Place(epoch, 1, 0, rollouts + 1))
+    follower.write_snapshot(directory.segment(epoch, 1, SNAPSHOT), JournalPosition(epoch, 1, 0, rollouts + 1))
     directory.sync()
     gc.enable()

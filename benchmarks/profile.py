@@ -30,7 +30,7 @@ KINDS = {
     "encode, decode": ("raystore/wire/convert.py", "raystore/wire/codec.py"),
     "pack, unpack frames": ("raystore/wire/frames.py",),
     "core": ("raystore/core/",),
-    "service": ("raystore/service/service.py", "raystore/service/shell.py", "raystore/service/waiters.py"),
+    "service": ("raystore/service/",),
     "server session and actor": ("remote/server_session.py", "remote/actor.py"),
     "session": ("remote/", "raystore/client/pending.py", "/transport.py"),
     "methods and caller": ("raystore/client/", "benchmarks/shapes.py"),

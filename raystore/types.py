@@ -25,6 +25,11 @@ from pydantic import (
     model_validator,
 )
 
+from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
+from raystore.core.lifecycle import AttemptStatus as AttemptStatus
+from raystore.core.lifecycle import Outcome as Outcome
+from raystore.core.lifecycle import RolloutStatus as RolloutStatus
+from raystore.core.lifecycle import WorkerStatus as WorkerStatus
 from raystore.errors import PayloadLostError
 from raystore.spans import AttributeValue as AttributeValue
 from raystore.spans import Event as Event
@@ -42,22 +47,7 @@ from raystore.values.unread import Delivered
 
 logger = logging.getLogger(__name__)
 
-RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
-AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
 RolloutMode = Literal["train", "val", "test"]
-WorkerStatus = Literal["idle", "busy", "unknown"]
-Outcome = Literal[
-    "ok",
-    "agent_error",
-    "infra",
-    "runner_lost",
-    "withdrawn",
-    "timeout",
-    "unresponsive",
-    "cancelled",
-    "superseded",
-    "dropped",
-]
 TaskInput = Any
 TagValue = str | bool | int | float
 
@@ -587,14 +577,14 @@ class StoreInfo(BaseModel):
 
 def is_queuing(rollout: Rollout) -> bool:
     """Whether the rollout waits in a queue."""
-    return rollout.status in ("queuing", "requeuing")
+    return rollout.status in QUEUED
 
 
 def is_running(rollout: Rollout) -> bool:
     """Whether somebody works on the rollout."""
-    return rollout.status in ("preparing", "running")
+    return rollout.status in ACTIVE
 
 
 def is_finished(rollout: Rollout) -> bool:
     """Whether the rollout has ended."""
-    return rollout.status in ("failed", "succeeded", "cancelled")
+    return rollout.status in FINISHED

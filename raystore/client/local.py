@@ -36,8 +36,8 @@ from raystore.journal.objects import OBJECTS
 from raystore.journal.opening import open_for_reading, open_journal
 from raystore.options import directory, make_config, make_encoder
 from raystore.service.clock import NoAlarm, ThreadAlarm
+from raystore.service.parking import PARKED
 from raystore.service.service import Service
-from raystore.service.shell import PARKED
 from raystore.types import RolloutConfig, Span, StoreInfo
 from raystore.values.objects import Origin
 

@@ -11,16 +11,16 @@ from typing import Any
 
 from raystore.core import workers
 from raystore.core.lifecycle import (
-    ABORT,
     ACTIVE,
+    AT_WORK,
     CANCEL,
-    DROP,
+    COMPLETED,
+    EVENT_OF_OUTCOME,
     FINISHED,
     HEARTBEAT,
     LOSS,
     OUTCOME_OF_EVENT,
     OUTCOME_OF_STATUS,
-    OVER,
     QUEUED,
     ROLLOUT_ON_HEARTBEAT,
     ROLLOUT_ON_SPAN,
@@ -29,7 +29,10 @@ from raystore.core.lifecycle import (
     UNCHARGED,
     WITHDRAWAL,
     attempt_after,
+    follows_attempts,
+    is_over,
     rollout_after,
+    uses_delivery,
 )
 from raystore.core.payload import OnDisk
 from raystore.core.records import Attempt, Rollout, Span
@@ -114,7 +117,7 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
     if status is not None:
         unsettled = None if is_latest else "superseded"
         changes.setdefault("outcome", OUTCOME_OF_STATUS[status] if status in SETTLED else unsettled)
-        if status in ("succeeded", "failed"):
+        if status in COMPLETED:
             changes["end_time"] = step.now
     after = before.evolve(**changes)
     if "worker_id" in changes:
@@ -156,7 +159,7 @@ def _follow(state: State, step: Step, entry: Entry) -> None:
     """Let the rollout follow from its latest attempt; what is cancelled or sealed stays as it is."""
     attempt = entry.attempts[-1]
     rollout = entry.rollout
-    if rollout.status == "cancelled" or entry.is_sealed:
+    if entry.is_sealed or not follows_attempts(rollout.status):
         return
     status = rollout_after(
         attempt.status,
@@ -191,11 +194,10 @@ def settle(
     before = entry.attempts[index]
     outcome = OUTCOME_OF_EVENT[event]
     after = before.evolve(status=attempt_after(before.status, event), outcome=outcome, error=error or before.error)
-    if after.status == "failed":
+    if after.status in COMPLETED:
         after.end_time = step.now
-    if outcome == "infra" or (outcome == "runner_lost" and is_charged):
-        entry.deliveries += 1
-    if outcome == "runner_lost":
+    entry.deliveries += uses_delivery(event, is_charged=is_charged)
+    if event == LOSS:
         if not orderly:
             entry.suspect = True
             entry.losses += 1
@@ -286,7 +288,7 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
     before = entry.attempts[index]
     is_latest = index == len(entry.attempts) - 1
     hear_of(state, step, entry, before.attempt_id)
-    if reward is None and is_latest and before.status == entry.rollout.status == "running":  # nothing moves
+    if reward is None and is_latest and before.status == entry.rollout.status == AT_WORK:  # nothing moves
         entry.attempts[index] = before.evolve(last_heartbeat_time=step.now)
         entry.clocks[-1].beat = step.now - state.paused
         return
@@ -302,7 +304,7 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
     rollout = entry.rollout
     if after.status != before.status:
         state.deadlines.guard(rollout.rollout_id)
-    if after.status == "running" and rollout.status in ROLLOUT_ON_SPAN:
+    if after.status == AT_WORK and rollout.status in ROLLOUT_ON_SPAN:
         if rollout.status in QUEUED:  # an attempt that goes on gets its time back from here
             state.changes.append(step.now, "retry_withdrawn", rollout.rollout_id, after.attempt_id)
         move(state, step, entry, ROLLOUT_ON_SPAN[rollout.status])
@@ -323,8 +325,7 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list
             useless.append((rollout_id, attempt_id))
             continue
         attempt = entry.attempts[index]
-        is_over = attempt.status in OVER or attempt.outcome == "withdrawn"
-        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or is_over:
+        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or is_over(attempt):
             useless.append((rollout_id, attempt_id))
         if attempt.status not in ACTIVE:
             continue
@@ -347,9 +348,7 @@ def finish(
     changes = dict(changes)
     died = changes.pop("died", False)  # the process that ran this attempt, and nothing else
     written = add_spans(state, step, rollout_id, attempt_id, spans) if spans else Written([], 0, None)
-    event = {"infra": ABORT, "dropped": DROP, "runner_lost": LOSS, "withdrawn": WITHDRAWAL}.get(
-        changes.get("outcome") or ""
-    )
+    event = EVENT_OF_OUTCOME.get(changes.get("outcome") or "")
     if event is None:
         return report(state, step, rollout_id, attempt_id, changes), written
     _end(state, step, entry, attempt_id, event, is_charged=died, orderly=True, error=changes.get("error"))

@@ -1,8 +1,11 @@
-"""Running a session's batch: each operation once, in order, and again what may run again.
+"""Running a session's batch: each operation once, in order; in a repeated batch again what may run again.
 
-A batch runs in items: its operations, long ones in pieces. One that was cut short (by the end of the process that ran
-it) goes on after the last operation that is known to have run.
-Not here: what is kept (`line`), parking, sending (`inbox`).
+A batch runs in items: its operations, long ones in pieces, so that others may come in between. A batch that was
+interrupted by the end of its process goes on after the last operation that is known to have run.
+Each rollout is changed by one piece, whole. The answers of the pieces are joined (lists) or added up (numbers). What a
+long operation would be refused for is looked at before it is cut, and its rollouts are kept from what would make a
+later piece fail: those of a deletion are reserved, and consumers are not given them any more.
+Not here: the replies that are kept (`replies`), parking (`service`), sending (`remote.server_session`).
 """
 
 from __future__ import annotations
@@ -11,11 +14,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from raystore.core.line import AGAIN, ERROR, PARTLY, VALUE, Kept, Reply
-from raystore.core.pieces import DIVISIBLE, RESERVING, pieces
+from raystore.core.replies import AGAIN, ERROR, PARTLY, VALUE, BatchReplies, Reply
+from raystore.core.retention import held_among
 from raystore.core.state import Session, State
 from raystore.core.training import unreserve
-from raystore.core.verbs import CHANGING, HANDING, handed_again
+from raystore.core.verbs import CHANGING, VERBS, chosen_among, handed_again, hands_over
+
+DIVISIBLE = frozenset({"cancel_rollouts", "release", "delete_rollouts"})
+RESERVING = frozenset({"delete_rollouts"})  #: of these, what a consumer who takes a rollout would refuse
+PIECE = 100  #: rollouts of a long operation that are worked off at once
 
 
 class Item(NamedTuple):
@@ -35,7 +42,7 @@ def _operation(given: Any) -> tuple[str, dict[str, Any]]:
     return (verb, arguments) if isinstance(verb, str) and isinstance(arguments, dict) else ("", {})
 
 
-class Run:
+class BatchRun:
     """A batch under way: an iterator of its items, and the answers so far."""
 
     __slots__ = ("_catch_up", "_is_more", "_kept", "_operations", "_ran", "_session", "_state", "cut", "next")
@@ -44,7 +51,7 @@ class Run:
         self,
         state: State,
         session: Session,
-        kept: Kept,
+        kept: BatchReplies,
         operations: list[Any],
         catch_up: Callable[[], None] = lambda: None,
     ) -> None:
@@ -73,7 +80,7 @@ class Run:
         if verb not in DIVISIBLE:
             return Item(number, ticket, verb, arguments)
         self._catch_up()
-        cuts = pieces(self._state, self._session, verb, arguments, is_more=self._is_more)
+        cuts = _pieces(self._state, self._session, verb, arguments, is_more=self._is_more)
         for index, piece in enumerate(cuts, 1):
             self.cut.append(Item(number, ticket, verb, piece, self._is_more or index > 1, index == len(cuts)))
         self._is_more = False
@@ -117,27 +124,28 @@ class Run:
         return self._ran
 
 
-def again(
-    state: State, session: Session, kept: Kept, operations: list[Any], run: Callable[[Item], Reply]
+def repeat(
+    state: State, session: Session, kept: BatchReplies, operations: list[Any], run: Callable[[Item], Reply]
 ) -> list[Reply]:
     """The answers of a batch that comes again; `run` runs what changes nothing, or nothing any more."""
     answers = []
     for number, (verb, arguments) in enumerate(map(_operation, operations)):
         reply = kept.replies[number] if number < len(kept.replies) else AGAIN
-        if reply and verb in HANDING and reply[0] == VALUE and reply[1] and reply[1][0]:  # it was not empty
+        if reply[:1] == [VALUE] and hands_over(verb) and reply[1] and reply[1][0]:  # keys: it was not empty
             found = handed_again(state, session, reply[1])
             reply = [VALUE, found] if found is not None else AGAIN  # withdrawn meanwhile
         if not reply:
             ticket = kept.first_ticket + number
             reply = run(Item(number, ticket, verb, arguments))
-            session.line.note(ticket, to_keep(verb, arguments, reply))
+            session.replies.note(ticket, to_keep(verb, arguments, reply))
         answers.append(reply)
     return answers
 
 
 def to_keep(verb: str, arguments: dict[str, Any], reply: Reply) -> Reply:
     """What is kept of an answer: of what was handed over the keys, of what may run again nothing."""
-    if verb in HANDING and reply[:1] == [VALUE] and (keys := HANDING[verb](arguments, reply[1])):
+    hands = hands_over(verb)
+    if hands and reply[:1] == [VALUE] and (keys := hands(arguments, reply[1])):
         return [VALUE, keys]
     return reply if not reply or verb in CHANGING or verb == "more" or reply[0] != VALUE else AGAIN
 
@@ -147,3 +155,27 @@ def _joined(reply: Reply, more: Reply) -> Reply:
     if reply[0] != VALUE:
         return reply
     return [VALUE, reply[1] + more[1]] if more[0] == VALUE else more
+
+
+def _pieces(
+    state: State, session: Session, verb: str, arguments: dict[str, Any], *, is_more: bool = False
+) -> list[dict[str, Any]]:
+    """The arguments of each piece of an operation that is divisible; `is_more`: of what is left of one.
+
+    One that will be refused stays whole, so that it is refused as a whole.
+    """
+    if not VERBS[verb].fits(arguments) or session.ended_at is not None:
+        return [arguments]
+    if verb == "cancel_rollouts":
+        ids, rest = chosen_among(state, **arguments), {"group_id": None, "tags": None}
+    else:
+        ids, rest = arguments["rollout_ids"], {}
+    if verb in RESERVING and is_more and session.session_id in state.deleting:
+        ids = [rollout_id for rollout_id in dict.fromkeys(ids) if rollout_id in session.deleting]
+    elif verb in RESERVING and len(ids) > PIECE:
+        if held_among(state, ids) is not None:
+            return [arguments]
+        ids = [rollout_id for rollout_id in dict.fromkeys(ids) if rollout_id in state.entries]
+        state.reserve(session, ids)
+    cuts = [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)]
+    return [rest | {"rollout_ids": part} for part in cuts or [[]]]

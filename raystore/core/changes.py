@@ -3,22 +3,23 @@
 Cursors are sequence numbers: "give me what follows this one". Sequence numbers only grow, so a reader that comes
 back resumes exactly. The feed is bounded and says so (`CursorTooOldError`); the completion log has one entry for
 each finished rollout and keeps it as long as the rollout.
-Not here: deciding that something happened.
+`WatchSets` names the rollouts that one caller reads the log for.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
 from typing import Any
 
 from raystore.core.records import Change
-from raystore.errors import CursorTooOldError
+from raystore.errors import AnswerGoneError, CursorTooOldError
 
 FEED_LENGTH = 100_000  #: changes kept
+WATCHED = 200_000  #: ids of rollouts in all sets together; the newest set is kept in any case
 
 
 class ChangeFeed:
@@ -127,3 +128,57 @@ class CompletionLog:
             sequence, rollout_id = self._sequences[index], self._ids[index]
             if self._place.get(rollout_id) == sequence:
                 yield sequence, rollout_id
+
+
+class WatchSets:
+    """Sets of rollouts that callers wait for one after the other, kept between their calls.
+
+    A caller names a set once, and asks then only for what of it has finished since: ten thousand ids do not travel with
+    each call. A set that is gone (there were too many, the store was started again) is named again by its caller.
+    """
+
+    def __init__(self) -> None:
+        self._sets: OrderedDict[int, tuple[str, frozenset[str]]] = OrderedDict()  # the last that was asked for is last
+        self._by_session: dict[str, set[int]] = {}
+        self._ids = 0
+
+    def __len__(self) -> int:
+        return self._ids
+
+    def keep(self, session_id: str, rollout_ids: Iterable[str], seed: int) -> int:
+        """Keep a set; a token for it, made of a random seed: the token of another process must mean nothing here."""
+        token = (seed + len(self._sets)) % 2**53
+        while token in self._sets:
+            token += 1
+        wanted = frozenset(rollout_ids)
+        self._sets[token] = (session_id, wanted)
+        self._by_session.setdefault(session_id, set()).add(token)
+        self._ids += len(wanted)
+        while self._ids > WATCHED and len(self._sets) > 1:
+            self.drop(next(iter(self._sets)))
+        return token
+
+    def find(self, token: int | None) -> frozenset[str] | None:
+        """The set of a token; None for none."""
+        if token is None:
+            return None
+        if token not in self._sets:
+            raise AnswerGoneError(token)
+        self._sets.move_to_end(token)
+        return self._sets[token][1]
+
+    def drop(self, token: int) -> None:
+        """Keep a set no longer."""
+        if token not in self._sets:
+            return
+        session_id, wanted = self._sets.pop(token)
+        self._ids -= len(wanted)
+        there = self._by_session[session_id]
+        there.discard(token)
+        if not there:
+            del self._by_session[session_id]
+
+    def drop_session(self, session_id: str) -> None:
+        """A process has ended: nobody asks for its sets."""
+        for token in list(self._by_session.get(session_id, ())):
+            self.drop(token)

@@ -1,4 +1,4 @@
-"""Every invariant of the state, and the story of one rollout.
+"""What a store can say of itself: whether every invariant of the state holds, the story of a rollout, its counts.
 
 `check` is for tests and debugging: it walks everything and raises AssertionError at the first thing that cannot be.
 `story` is for people: what is still known of how a rollout came to be where it is.
@@ -7,19 +7,30 @@ Not here: repairing anything.
 
 from __future__ import annotations
 
-from raystore.core.accounts import of_attempt, of_rollout
+from typing import Any
+
+from raystore.core import claims, training
+from raystore.core.changes import FEED_LENGTH
 from raystore.core.lifecycle import (
     ACTIVE,
+    AT_WORK,
+    ATTEMPT,
     ATTEMPT_STATUSES,
     FINISHED,
+    LOSS,
+    OUTCOME_OF_EVENT,
     OUTCOMES,
     QUEUED,
     ROLLOUT_STATUSES,
+    TRAINABLE,
     WORKER_STATUSES,
+    is_busy,
+    is_dropped,
+    is_live,
 )
-from raystore.core.payload import size_of
+from raystore.core.payload import of_attempt, of_rollout, size_of
 from raystore.core.queues import ASIDE
-from raystore.core.state import State, is_live_attempt
+from raystore.core.state import State
 from raystore.core.wanted import eviction_class, fits
 
 
@@ -29,9 +40,11 @@ def check(state: State) -> None:
     state.resources.check()
     state.spans.check(state.entries)
     state.indexes.check({rollout_id: state.index_keys(entry) for rollout_id, entry in state.entries.items()})
-    evictable = [{rollout_id for _, _, rollout_id in heap} for heap in state.eviction_heaps]
+    evictable = [rollout_id for heap in state.eviction_heaps for rollout_id in heap]
+    assert len(evictable) == len(set(evictable)), "a rollout has two classes"
+    assert set(evictable) <= state.entries.keys(), "a rollout is to be evicted and does not exist"
     for rollout_id, entry in state.entries.items():
-        _check_entry(state, rollout_id, evictable)
+        _check_entry(state, rollout_id)
         in_queue = rollout_id in state.queues
         assert in_queue == (entry.rollout.status in QUEUED), (
             f"{rollout_id} is {entry.rollout.status}, queued {in_queue}"
@@ -55,15 +68,15 @@ def check(state: State) -> None:
     _check_sessions(state)
     ended = {session.session_id for session in state.sessions.values() if session.ended_at is not None}
     assert state.ended_sessions.keys() == ended, "ended sessions"
-    idle = {worker.worker_id for worker in state.workers.values() if worker.status != "busy"}
+    idle = {worker.worker_id for worker in state.workers.values() if not is_busy(worker)}
     assert state.idle_workers.keys() == idle, "workers that are not busy"
     _check_consumers(state)
     for worker in state.workers.values():
         assert worker.status in WORKER_STATUSES, f"worker status {worker.status}"
-        assert (worker.current_attempt_id is None) == (worker.status != "busy"), f"worker {worker.worker_id}"
+        assert (worker.current_attempt_id is None) == (not is_busy(worker)), f"worker {worker.worker_id}"
 
 
-def _check_entry(state: State, rollout_id: str, evictable: list[set[str]]) -> None:
+def _check_entry(state: State, rollout_id: str) -> None:
     entry = state.entries[rollout_id]
     rollout = entry.rollout
     size = of_rollout(rollout.input, rollout.metadata, rollout.tags)
@@ -76,14 +89,15 @@ def _check_entry(state: State, rollout_id: str, evictable: list[set[str]]) -> No
     for attempt in entry.attempts:
         assert attempt.status in ATTEMPT_STATUSES, f"attempt status {attempt.status}"
         assert attempt.outcome is None or attempt.outcome in OUTCOMES, f"outcome {attempt.outcome}"
-        assert attempt.outcome != "runner_lost" or attempt.status == "unresponsive", "a lost attempt is unresponsive"
+        is_lost = attempt.outcome == OUTCOME_OF_EVENT[LOSS]
+        assert not is_lost or attempt.status == ATTEMPT[AT_WORK, LOSS], "a lost attempt is unresponsive"
     for attempt in entry.attempts[:-1]:
-        assert not is_live_attempt(attempt), f"attempt {attempt.attempt_id} is live and superseded"
+        assert not is_live(attempt), f"attempt {attempt.attempt_id} is live and superseded"
     if entry.rollout.status in ACTIVE:
         state.deadlines.check(rollout_id)
     if state.spans.has(rollout_id):
         number = eviction_class(state, entry)  # or a class that goes sooner: who wants it is found when it is met
-        assert any(rollout_id in ids for ids in evictable[: number + 1]), f"{rollout_id} cannot be evicted"
+        assert any(rollout_id in heap for heap in state.eviction_heaps[: number + 1]), f"{rollout_id} cannot be evicted"
 
 
 def _check_sessions(state: State) -> None:
@@ -93,7 +107,7 @@ def _check_sessions(state: State) -> None:
             entry = state.entries[rollout_id]
             assert entry.holders.get(attempt_id) == session.session_id, f"{attempt_id} is held by another session"
             attempt = next(a for a in entry.attempts if a.attempt_id == attempt_id)
-            assert is_live_attempt(attempt), f"{attempt_id} is held and not live"
+            assert is_live(attempt), f"{attempt_id} is held and not live"
         assert session.ended_at is None or session.is_idle, "an ended session holds something"
         for key in session.claims:
             state.claim_deadlines.check((session.session_id, key))
@@ -111,10 +125,14 @@ def _check_consumers(state: State) -> None:
     for name, known in state.consumers.items():
         expected = set()
         for rollout_id, entry in state.entries.items():
-            statuses = known.filter["status_in"] if known.filter is not None else ("failed", "succeeded")
-            is_dropped = entry.latest is not None and entry.latest.outcome == "dropped"
+            statuses = known.filter["status_in"] if known.filter is not None else TRAINABLE
             is_asked = fits(known.filter, entry.rollout)
-            if entry.rollout.status in statuses and is_asked and not is_dropped and name not in entry.taken:
+            if (
+                entry.rollout.status in statuses
+                and is_asked
+                and not is_dropped(entry.latest)
+                and name not in entry.taken
+            ):
                 expected.add(rollout_id)
             if known.coming is not None:
                 is_coming = is_asked and entry.rollout.status not in FINISHED
@@ -170,3 +188,37 @@ def story(state: State, rollout_id: str) -> list[str]:
             + (f", error {tried.error.strip().splitlines()[-1]}" if tried.error and tried.error.strip() else "")
         )
     return lines
+
+
+def counts(state: State) -> dict[str, Any]:
+    """How much a store holds and has done; the service adds the numbers of its process."""
+    by_status = {status: state.indexes.count(("status", status)) for status in ROLLOUT_STATUSES}
+    return {
+        "total_rollouts": len(state.entries),
+        "total_attempts": state.attempt_count,
+        "total_spans": state.spans.count,
+        "total_resources": len(state.resources),
+        "total_workers": len(state.workers),
+        "total_span_bytes": state.spans.bytes,
+        "eviction_threshold_bytes": state.settings.eviction_bytes,
+        "safe_threshold_bytes": state.settings.safe_bytes,
+        "payload_bytes": state.payload_bytes + state.resources.bytes,
+        "accounted_bytes": state.total_bytes,
+        "evicted_spans": state.spans.evicted_spans,
+        "evicted_rollouts": state.evicted_rollouts,
+        "eviction_passes": state.eviction_passes,
+        "deadline_fires": state.deadlines.fires,
+        "sessions": claims.live_sessions(state),
+        "queue_length": len(state.queues),
+        "queue_lengths": state.queues.lengths(),
+        "held_back": sum(state.queues.held_counts().values()),
+        "held_back_by_resources": state.queues.held_counts(),
+        "rollouts_by_status": {status: count for status, count in by_status.items() if count},
+        "suspects": len(state.suspects),
+        "withdrawals": state.withdrawals,
+        "changes": state.changes.last,
+        "change_feed_length": FEED_LENGTH,
+        "memory_full": state.memory_full,
+        "waits_for_consumer": state.waits_for,
+        "consumers": training.describe(state),
+    }

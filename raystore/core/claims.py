@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 from raystore.core import attempts, bounds, held_back, training, workers
+from raystore.core.lifecycle import is_untouched
 from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
 from raystore.core.rollouts import move, stop_waiting, unqueue
@@ -109,7 +110,7 @@ def serve(state: State, rollout_id: str) -> None:
     """A suspect has waited for a session of its own long enough: now any gets it, at its old place."""
     if rollout_id in state.suspects:
         stop_waiting(state, rollout_id)
-        state.queues_touched.add(state.queues.move(rollout_id, OVERDUE))
+        state.queues_touched.add(state.queues.make_overdue(rollout_id))
 
 
 def acknowledge(state: State, step: Step, session: Session, keys: Sequence[HandedKey]) -> list[HandedKey]:
@@ -139,7 +140,7 @@ def _reinstate(state: State, step: Step, session: Session, key: AttemptKey) -> b
     entry.holders[attempt.attempt_id] = session.session_id
     state.put_attempt(entry, len(entry.attempts), attempt)
     entry.clocks[-1].start = step.now - state.paused  # its caller had it all the while, the store did not
-    move(state, step, entry, "preparing", kind="reinstated")
+    move(state, step, entry, attempt.status, kind="reinstated")
     state.deadlines.guard(key[0])
     if attempt.worker_id is not None:
         workers.busy(state, step, attempt.worker_id, attempt, claimed=True)
@@ -177,8 +178,7 @@ def _undo(state: State, step: Step, session: Session, key: AttemptKey, why: str,
         entry is None
         or attempt is None
         or attempt.attempt_id != key[1]
-        or attempt.status != "preparing"
-        or attempt.last_heartbeat_time is not None
+        or not is_untouched(attempt)
         or entry.holders.get(key[1]) != session.session_id
     ):
         session.claims.pop(key, None)
@@ -194,7 +194,7 @@ def _undo(state: State, step: Step, session: Session, key: AttemptKey, why: str,
             entry.withdrawals += 1
             entry.suspect = entry.suspect or entry.withdrawals >= SUSPICIOUS_WITHDRAWALS
         state.withdrawals += 1
-    if entry.rollout.status == "preparing":  # else somebody has decided otherwise meanwhile, by hand
+    if entry.rollout.status == attempt.status:  # else somebody has decided otherwise meanwhile, by hand
         move(state, step, entry, entry.former, keep_place=True, kind=why)
     if attempt.worker_id is not None:
         worker = state.workers.get(attempt.worker_id)
@@ -218,7 +218,7 @@ def taken_over(state: State, session: Session, ticket: int) -> list[Claimed]:
 
     Empty if it was handed nothing, or holds nothing of that any more: then this is a dequeue like any other.
     """
-    keys = session.line.handed.pop(ticket, None)
+    keys = session.replies.handed.pop(ticket, None)
     return claimed_again(state, session, [key for key in keys if is_claim(key)]) if keys else []
 
 

@@ -3,7 +3,7 @@
 A class of the state is a slotted dataclass whose fields say with `declare` what becomes of them: whether a snapshot
 holds them, whether a replay must reproduce them, and how a value looks as plain data where it is none. A field that a
 snapshot does not have (of an earlier format) takes its default. What is not given to `__init__` is no such field.
-Not here: the file of a snapshot (`journal.snapshot`), what is compared (`digest`).
+Not here: the file of a snapshot (`journal.snapshot_file`), what is compared (`digest`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def declare(
     pack: Change | None = None,
     unpack: Change | None = None,
     shows: Change | None = None,
+    name: str | None = None,
     in_snapshot: bool = True,
     in_digest: bool = True,
 ) -> Any:
     """A field of a record of the state.
 
-    `make` makes a default that is not to be shared. `pack` and `unpack` turn a value into plain data and back; `shows`
-    says how it stands in a digest, where that is not what it is.
+    `make` makes a default that is not to be shared. `name` is its name in snapshots, if that is another. `pack` and
+    `unpack` turn a value into plain data and back; `shows` says how it stands in a digest, if that is not what it is.
     """
-    declared = {
-        "raystore": {"pack": pack, "unpack": unpack, "shows": shows, "snapshot": in_snapshot, "digest": in_digest}
-    }
+    said = {"name": name, "pack": pack, "unpack": unpack, "shows": shows, "snapshot": in_snapshot, "digest": in_digest}
+    declared = {"raystore": said}
     if make is not None:
         return dataclasses.field(default_factory=make, metadata=declared)
     return dataclasses.field(default=default, metadata=declared)
@@ -45,6 +45,7 @@ class Field:
     """One declared field."""
 
     name: str
+    stored: str  # its name in a snapshot
     default: Callable[[], Any] | None  # None: whoever makes the record gives it
     pack: Change
     unpack: Change
@@ -73,6 +74,7 @@ def declared(cls: Any) -> tuple[Field, ...]:
         found.append(
             Field(
                 field.name,
+                said.get("name") or field.name,
                 default,
                 said.get("pack") or _same,
                 said.get("unpack") or _same,
@@ -103,15 +105,15 @@ def digest_fields(cls: Any) -> tuple[Field, ...]:
 def packed(record: Any) -> dict[str, Any]:
     """A record as plain data, by field."""
     kind: Any = type(record)
-    return {field.name: field.pack(getattr(record, field.name)) for field in snapshot_fields(kind)}
+    return {field.stored: field.pack(getattr(record, field.name)) for field in snapshot_fields(kind)}
 
 
 def unpacked(cls: Any, values: dict[str, Any]) -> Any:
     """A record of plain data; what is not there takes its default, what is not known any more is left out."""
     made: Any = object.__new__(cls)
     for field in declared(cls):
-        if field.name in values and field.in_snapshot:
-            setattr(made, field.name, field.unpack(values[field.name]))
+        if field.stored in values and field.in_snapshot:
+            setattr(made, field.name, field.unpack(values[field.stored]))
         elif field.default is not None:
             setattr(made, field.name, field.default())
     return made

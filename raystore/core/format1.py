@@ -4,7 +4,7 @@ A replay must decide as its writer did. Where a rule has changed since, its old 
 in `VERBS`, steps in `STEPS`, the start of a process in `resume`, batches in `Run`, and what a snapshot of that format
 held in `section`. What is not here is as it was. Only a replay comes here, and what goes on after it follows the rules
 of today.
-Not here: which records are of that format (`journal.reading`); digests, which are not compared across formats.
+Not here: which records are of that format (`journal.reader`); digests, which are not compared across formats.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from raystore.core import attempts, retention, steps, verbs, watchdog, workers
-from raystore.core.accounts import of_attempt, of_rollout
+from raystore.core import attempts, expiry, retention, verbs, workers
 from raystore.core.batches import Item, to_keep
 from raystore.core.claims import LOST_CLAIMS_KEPT, Claimed, taken_over
-from raystore.core.cold import column
-from raystore.core.lifecycle import ACTIVE, FINISHED, OVER
-from raystore.core.line import ERROR, PARTLY, VALUE, Kept, Reply
-from raystore.core.payload import same_content, size_of
+from raystore.core.lifecycle import ACTIVE, FINISHED, OVER, TRAINABLE, is_dropped, is_live, is_untouched
+from raystore.core.payload import of_attempt, of_rollout, same_content, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
+from raystore.core.replies import ERROR, PARTLY, VALUE, BatchReplies, Reply
 from raystore.core.rollouts import (
     CONTENT,
     RETRY_AFTER_SECONDS,
@@ -33,8 +31,9 @@ from raystore.core.rollouts import (
     move,
     release,
 )
-from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Session, State, Step, Taken, is_live_attempt
-from raystore.core.verb import Verb
+from raystore.core.snapshot import column
+from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Session, State, Step, Taken
+from raystore.core.verbs import Verb
 from raystore.core.wanted import enter_retention, others, settle
 from raystore.errors import BatchConflictError, ConflictError, InvalidValueError, OverloadedError, StoreError, again
 
@@ -75,7 +74,7 @@ def _next(state: State, session: Session | None, queues: list[str], claimed: lis
         heads = (state.queues.first(queue, (PLAIN_LINE, ASIDE)) for queue in queues)
         return next((state.entries[head] for head in heads if head is not None), None)
     if state.suspects:
-        waiting = [head for queue in queues if (head := state.queues.head(queue, ASIDE)) is not None]
+        waiting = [head for queue in queues if (head := state.queues.first(queue, (ASIDE,))) is not None]
         if waiting:
             if session.is_idle:
                 return state.entries[waiting[0]]
@@ -86,7 +85,7 @@ def _next(state: State, session: Session | None, queues: list[str], claimed: lis
                 return None
     if _runs_suspect(state, session):
         return None
-    heads = (state.queues.head(queue) for queue in queues)  # suspects wait aside, for a session of their own
+    heads = (state.queues.first(queue) for queue in queues)  # suspects wait aside, for a session of their own
     return next((state.entries[head] for head in heads if head is not None), None)
 
 
@@ -110,8 +109,7 @@ def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, wh
         entry is None
         or attempt is None
         or attempt.attempt_id != key[1]
-        or attempt.status != "preparing"
-        or attempt.last_heartbeat_time is not None
+        or not is_untouched(attempt)
         or entry.holders.get(key[1]) != session.session_id
     ):
         session.claims.pop(key, None)
@@ -125,7 +123,7 @@ def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, wh
             del session.lost[next(iter(session.lost))]
         entry.suspect = True
         state.withdrawals += 1
-    if entry.rollout.status == "preparing":  # else somebody has decided otherwise meanwhile, by hand
+    if entry.rollout.status == attempt.status:  # else somebody has decided otherwise meanwhile, by hand
         move(state, step, entry, entry.former, keep_place=True, kind=why)
     if attempt.worker_id is not None:
         worker = state.workers.get(attempt.worker_id)
@@ -186,7 +184,7 @@ def _hand_over(
     claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
     if claimed:
         keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
-        session.line.hand(ticket, keys, session.claims)
+        session.replies.hand(ticket, keys, session.claims)
     return claimed
 
 
@@ -212,7 +210,7 @@ def _report_session(state: State, step: Step, *, session_id: str | None, worker_
     ended = dict.fromkeys([session_id])
     for rollout_id in state.indexes.find(("worker", worker_id)):
         entry = state.entries[rollout_id]
-        ended[entry.holders.get(entry.attempts[-1].attempt_id) if is_live_attempt(entry.attempts[-1]) else None] = None
+        ended[entry.holders.get(entry.attempts[-1].attempt_id) if is_live(entry.attempts[-1]) else None] = None
     sessions = [state.sessions[found] for found in ended if found is not None and found in state.sessions]
     live = [session for session in sessions if session.ended_at is None and not session.eternal]
     for session in live:
@@ -221,16 +219,16 @@ def _report_session(state: State, step: Step, *, session_id: str | None, worker_
 
 
 def _advance(state: State, step: Step, *due: list[Any]) -> None:
-    found = watchdog.Due(*due)
+    found = expiry.Due(*due)
     active_now = step.now - state.paused
     for rollout_id in found.expired:
-        watchdog.expire(state, step, state.entries[rollout_id], active_now)
+        expiry.expire(state, step, state.entries[rollout_id], active_now)
     for session_id, key in found.withdrawn:
         take_back(state, step, state.sessions[session_id], (key[0], str(key[1])), why="withdrawn")
     for session_id in found.silent:
         end_session(state, step, state.sessions[session_id], why="silence")
     for session_id in found.forgotten:
-        watchdog.forget_session(state, session_id)
+        expiry.forget_session(state, session_id)
     retention.delete(state, step, found.deleted)
 
 
@@ -242,7 +240,7 @@ def resume(state: State, step: Step, away: float) -> None:
         session.claims = dict.fromkeys(session.claims, step.age)
         if session.eternal:
             end_session(state, step, session, why="ended with its store")
-            watchdog.forget_session(state, session_id)
+            expiry.forget_session(state, session_id)
     for status in ACTIVE:
         for rollout_id in state.indexes.find(("status", status)):
             entry = state.entries[rollout_id]
@@ -412,9 +410,7 @@ def _available(state: State, known: Consumer | None, count: int) -> list[str]:
 
 
 def _is_for_training(entry: Entry) -> bool:
-    if entry.rollout.status not in FINISHED or entry.rollout.status == "cancelled":
-        return False
-    return entry.latest is None or entry.latest.outcome != "dropped"
+    return entry.rollout.status in TRAINABLE and not is_dropped(entry.latest)
 
 
 def _ack(state: State, step: Step, *, consumer: str, batch: int, at_step: int, note: str | None) -> None:
@@ -549,7 +545,7 @@ VERBS: dict[str, Verb] = verbs.VERBS | {
     "finish": Verb(_finish),
 }
 
-STEPS: dict[str, Callable[..., Any]] = steps.STEPS | {
+STEPS: dict[str, Callable[..., Any]] = verbs.STEPS | {
     "advance": _advance,
     "hand_over": _hand_over,
     "take": _take_now,
@@ -558,12 +554,17 @@ STEPS: dict[str, Callable[..., Any]] = steps.STEPS | {
 }
 
 
+def _require_names(spec: Verb, verb: str, arguments: dict[str, Any]) -> None:
+    if not spec.schema.required <= arguments.keys() or not arguments.keys() <= spec.schema.names:
+        raise InvalidValueError("operation", (verb, sorted(arguments)), "a verb of this store with its arguments")
+
+
 def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
     """Run one verb: only the names of its arguments were looked at."""
     spec = VERBS.get(verb)
     if spec is None:
         raise InvalidValueError("operation", verb, "a verb of this store")
-    spec.require_names(verb, arguments)
+    _require_names(spec, verb, arguments)
     if arguments.get("chain") is None:
         return spec.run(state, step, **arguments)
     assert step.session is not None
@@ -596,7 +597,7 @@ class Run:
 
     __slots__ = ("_is_more", "_kept", "_operations", "_state", "cut", "next")
 
-    def __init__(self, state: State, session: Session, kept: Kept, operations: list[Any]) -> None:
+    def __init__(self, state: State, session: Session, kept: BatchReplies, operations: list[Any]) -> None:
         self._state, self._kept, self._operations = state, kept, operations
         self.next = len(kept.replies)
         self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]
@@ -645,7 +646,7 @@ class Run:
 
 def _pieces(state: State, verb: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     try:
-        VERBS[verb].require_names(verb, arguments)
+        _require_names(VERBS[verb], verb, arguments)
         if verb == "cancel_rollouts":
             ids, rest = verbs.chosen_among(state, **arguments), {"group_id": None, "tags": None}
         else:

@@ -1,29 +1,41 @@
-"""The rules of status: the only file that knows what may follow what.
+"""The rules of status: the only file that knows what may follow what, and what a status or an outcome decides.
 
 Two small machines. An attempt moves by *events* (`ATTEMPT`); its rollout then follows from the latest attempt
-(`rollout_after`). `update_rollout` may set any status by hand, as in the contract, and so may `update_attempt`;
-these tables say what everything else does. The diagrams in the docs are drawn from them.
-Not here: when a deadline has passed (`deadlines`), where a rollout stands in line (`queues`).
+(`rollout_after`), and its worker too (`worker_after`). `update_rollout` may set any status by hand, as in the contract,
+and so may `update_attempt`; these tables say what everything else does. The diagrams in the docs are drawn from them.
+Not here: when a deadline has passed (`expiry`), where a rollout stands in line (`queues`).
 """
 
 from __future__ import annotations
 
-from raystore.core.records import Config
+from typing import Literal, get_args
 
-ROLLOUT_STATUSES = ("queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing")
-ATTEMPT_STATUSES = ("preparing", "running", "failed", "succeeded", "unresponsive", "timeout")
-WORKER_STATUSES = ("idle", "busy", "unknown")
-MODES = ("train", "val", "test")
-OUTCOMES = (
+from raystore.core.records import Attempt, Config, Worker
+
+RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
+AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
+WorkerStatus = Literal["idle", "busy", "unknown"]
+Outcome = Literal[
     "ok", "agent_error", "infra", "runner_lost", "withdrawn", "timeout", "unresponsive", "cancelled", "superseded",
     "dropped",
-)  # fmt: skip
+]  # fmt: skip
+Trainable = Literal["succeeded", "failed"]
+
+ROLLOUT_STATUSES: tuple[str, ...] = get_args(RolloutStatus)
+ATTEMPT_STATUSES: tuple[str, ...] = get_args(AttemptStatus)
+WORKER_STATUSES: tuple[str, ...] = get_args(WorkerStatus)
+OUTCOMES: tuple[str, ...] = get_args(Outcome)
 
 QUEUED = frozenset({"queuing", "requeuing"})
 ACTIVE = frozenset({"preparing", "running"})
 FINISHED = frozenset({"failed", "succeeded", "cancelled"})
-SETTLED = frozenset({"failed", "succeeded", "unresponsive", "timeout"})  #: attempt statuses that ended a try
-OVER = SETTLED - {"unresponsive"}  #: ... and that a span of a runner that only looked dead does not undo
+TRAINABLE: tuple[str, ...] = ("failed", "succeeded")  #: rollouts that a consumer may be given
+
+# Statuses of an attempt:
+SETTLED = frozenset({"failed", "succeeded", "unresponsive", "timeout"})  #: it has ended
+OVER = SETTLED - {"unresponsive"}  #: ... and a span of a runner that only looked dead does not undo that
+COMPLETED = frozenset({"failed", "succeeded"})  #: it has an end time, and its worker is free again
+AT_WORK = "running"  #: another span changes neither the attempt nor its rollout, if both are so
 
 # Events that move an attempt.
 SPAN = "span"  # a span arrived
@@ -41,10 +53,10 @@ ATTEMPT: dict[tuple[str, str], str] = {
     ("preparing", SPAN): "running",  # the runner's first span
     ("preparing", HEARTBEAT): "running",  # the runner, whose agent may end its first span much later
     ("unresponsive", SPAN): "running",  # a runner that only looked dead
-    ("preparing", TIMEOUT): "timeout",  # watchdog
-    ("running", TIMEOUT): "timeout",  # watchdog
-    ("preparing", SILENCE): "unresponsive",  # watchdog
-    ("running", SILENCE): "unresponsive",  # watchdog
+    ("preparing", TIMEOUT): "timeout",  # its deadline passed
+    ("running", TIMEOUT): "timeout",  # its deadline passed
+    ("preparing", SILENCE): "unresponsive",  # its deadline passed
+    ("running", SILENCE): "unresponsive",  # its deadline passed
     ("preparing", LOSS): "unresponsive",  # the session ended: kill, exit, dead node
     ("running", LOSS): "unresponsive",  # the same, in mid-rollout
     ("preparing", WITHDRAWAL): "unresponsive",  # the job of its process ended
@@ -67,6 +79,9 @@ OUTCOME_OF_EVENT = {
     DROP: "dropped",
     CANCEL: "cancelled",
 }
+
+#: Events that a runner reports by an outcome of its attempt. Any other outcome is only noted.
+EVENT_OF_OUTCOME = {OUTCOME_OF_EVENT[event]: event for event in (ABORT, DROP, LOSS, WITHDRAWAL)}
 
 #: Why an attempt ended, where `update_attempt` set the status without saying.
 OUTCOME_OF_STATUS = {
@@ -123,3 +138,58 @@ def rollout_after(
     if attempt_status in config.retry_condition and charged < config.max_attempts:
         return "requeuing"
     return "failed"
+
+
+def follows_attempts(rollout_status: str) -> bool:
+    """Whether a rollout still follows its latest attempt: what the driver has cancelled stays cancelled."""
+    return rollout_status != "cancelled"
+
+
+def worker_after(attempt_status: str) -> WorkerStatus:
+    """The status of a worker whose attempt just took a status: unknown if nobody reported its end."""
+    if attempt_status in ACTIVE:
+        return "busy"
+    return "idle" if attempt_status in COMPLETED else "unknown"
+
+
+# -- what a record decides ---------------------------------------------------------------------------------------------
+
+
+def is_live(attempt: Attempt) -> bool:
+    """Whether somebody should be running an attempt; a superseded one only keeps its status."""
+    return attempt.status in ACTIVE and attempt.outcome is None
+
+
+def is_untouched(attempt: Attempt) -> bool:
+    """Whether an attempt was started and nobody has worked on it, so that it can be taken back."""
+    return attempt.status == "preparing" and attempt.last_heartbeat_time is None
+
+
+def is_over(attempt: Attempt) -> bool:
+    """Whether an attempt has ended for good: no sign of life brings it back."""
+    return attempt.status in OVER or attempt.outcome == "withdrawn"
+
+
+def is_dropped(attempt: Attempt | None) -> bool:
+    """Whether the agent gave its task up, so that nobody trains on the rollout."""
+    return attempt is not None and attempt.outcome == "dropped"
+
+
+def uses_delivery(event: str, *, is_charged: bool) -> bool:
+    """Whether an event uses up one of the deliveries of a rollout: an abort, or a loss for which it is to blame."""
+    return event == ABORT or (event == LOSS and is_charged)
+
+
+def notice_of(rollout_status: str) -> str:
+    """What the holder of a running attempt is told when its rollout is finished by hand."""
+    return "cancelled" if rollout_status == "cancelled" else "superseded"
+
+
+def is_busy(worker: Worker) -> bool:
+    """Whether a worker has an attempt."""
+    return worker.status == "busy"
+
+
+def is_idle(worker: Worker) -> bool:
+    """Whether a worker is known to have none."""
+    return worker.status == "idle"

@@ -8,26 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Required, TypedDict
 
+from raystore.core.lifecycle import AttemptStatus as AttemptStatus
+from raystore.core.lifecycle import Outcome as Outcome
+from raystore.core.lifecycle import RolloutStatus as RolloutStatus
+from raystore.core.lifecycle import Trainable as Trainable
+from raystore.core.lifecycle import WorkerStatus as WorkerStatus
 from raystore.core.payload import Payload
 from raystore.core.schema import Id, Positive, Row, Rule, Seconds, Tags, Text, Value
 
-RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
-AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
-WorkerStatus = Literal["idle", "busy", "unknown"]
 Mode = Literal["train", "val", "test"]
-Trainable = Literal["succeeded", "failed"]
-Outcome = Literal[
-    "ok",
-    "agent_error",
-    "infra",
-    "runner_lost",
-    "withdrawn",
-    "timeout",
-    "unresponsive",
-    "cancelled",
-    "superseded",
-    "dropped",
-]
 
 #: A configuration in field order: timeout, silence, number of attempts, what is tried again.
 ConfigRow = tuple[Seconds | None, Seconds | None, Positive, list[AttemptStatus]]

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any
 
-from raystore.core import query
-from raystore.core.accounts import of_rollout
-from raystore.core.indexes import keys_of
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
-from raystore.core.payload import digest_of_bytes, is_digest, same_content
+from raystore.core import queries
+from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, is_live, notice_of
+from raystore.core.payload import digest_of_bytes, is_digest, of_rollout, same_content
+from raystore.core.queries import keys_of
 from raystore.core.queues import ASIDE, PLAIN
 from raystore.core.records import Config, Rollout
-from raystore.core.state import Entry, State, Step, is_live_attempt
+from raystore.core.state import Entry, State, Step
 from raystore.core.wanted import enter_eviction, enter_retention, follow, reconsider, settle
 from raystore.errors import ConflictError, InvalidValueError, OverloadedError, SealedError
 
@@ -214,7 +213,7 @@ def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]
     if status is not None:
         latest = entry.latest
         if status in FINISHED and latest is not None and latest.status in ACTIVE:
-            state.notify(entry, latest.attempt_id, "cancelled" if status == "cancelled" else "superseded")
+            state.notify(entry, latest.attempt_id, notice_of(status))
         move(state, step, entry, status)
     return entry.rollout
 
@@ -222,7 +221,7 @@ def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]
 def _move_references(state: State, entry: Entry, before: str | None) -> None:
     """Attempts that run were given the old resources; the rollout names others from now on."""
     for index, attempt in enumerate(entry.attempts):
-        if is_live_attempt(attempt):
+        if is_live(attempt):
             state.resources.refer(before, attempt.resources_version, -1)
             newest = state.resources.newest(entry.rollout.resources_id)
             version = newest.version if newest else None
@@ -279,16 +278,16 @@ def find(
 
     `must` holds what applies under either logic: group_id, tags, queue, worker_id, mode.
     """
-    conditions: list[query.Condition] = []
+    conditions: list[queries.Condition] = []
     candidates: list[Iterable[str]] = []  # each a superset of the matches under "and"
     if status_in is not None:
-        conditions.append(query.is_in("status", status_in))
+        conditions.append(queries.is_in("status", status_in))
         candidates.append([i for status in dict.fromkeys(status_in) for i in state.indexes.find(("status", status))])
     if rollout_id_in is not None:
-        conditions.append(query.is_in("rollout_id", rollout_id_in))
+        conditions.append(queries.is_in("rollout_id", rollout_id_in))
         candidates.append([i for i in dict.fromkeys(rollout_id_in) if i in state.entries])
     if rollout_id_contains is not None:
-        conditions.append(query.contains("rollout_id", rollout_id_contains))
+        conditions.append(queries.contains("rollout_id", rollout_id_contains))
     indexed: list[Iterable[str]] = candidates if filter_logic == "and" else []
     mode = must.get("mode")
     for name, key in (("group_id", "group"), ("queue", "queue"), ("worker_id", "worker")):
@@ -296,7 +295,7 @@ def find(
             indexed.append(state.indexes.find((key, must[name])))
     for tag in (must.get("tags") or {}).items():
         indexed.append(state.indexes.find(("tag", tag)))
-    query.check(filter_logic, sort_order)
+    queries.check(filter_logic, sort_order)
     if not (indexed or conditions or mode) and sort_by in (None, "start_time"):
         return _by_age(state, sort_by is not None and sort_order == "desc", limit, offset), len(state.entries)
     if indexed:
@@ -308,14 +307,14 @@ def find(
         entries = list(state.entries.values())
     if mode is not None:
         entries = [entry for entry in entries if entry.rollout.mode == mode]
-    matches = query.select((entry.rollout for entry in entries), conditions, filter_logic)
-    matches = query.arrange(matches, sort_by, sort_order, query.ROLLOUT_SORT)
-    return [state.entries[rollout.rollout_id] for rollout in query.page(matches, limit, offset)], len(matches)
+    matches = queries.select((entry.rollout for entry in entries), conditions, filter_logic)
+    matches = queries.arrange(matches, sort_by, sort_order, queries.ROLLOUT_SORT)
+    return [state.entries[rollout.rollout_id] for rollout in queries.page(matches, limit, offset)], len(matches)
 
 
 def _by_age(state: State, is_newest_first: bool, limit: int, offset: int) -> list[Entry]:
     """A page of all rollouts, which stand in the order of their start; those of one instant keep their order."""
-    query.page([], limit, offset)  # refuses what is no page
+    queries.page([], limit, offset)  # refuses what is no page
     entries: Iterable[Entry] = state.entries.values()
     if is_newest_first:
         newest = groupby(reversed(state.entries.values()), key=lambda entry: entry.rollout.start_time)

@@ -15,16 +15,15 @@ from hashlib import sha1
 from types import MappingProxyType
 from typing import Any
 
-from raystore.core.accounts import of_attempt
-from raystore.core.ages import Ages
-from raystore.core.changes import ChangeFeed, CompletionLog
-from raystore.core.deadlines import Deadlines
+from raystore.core.changes import ChangeFeed, CompletionLog, WatchSets
 from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
-from raystore.core.indexes import Indexes, Key, keys_of
-from raystore.core.lifecycle import ACTIVE, UNCHARGED
-from raystore.core.line import Line
+from raystore.core.lazyheap import Deadlines, LazyHeap
+from raystore.core.lifecycle import ACTIVE, UNCHARGED, is_busy, is_live
+from raystore.core.payload import of_attempt
+from raystore.core.queries import Indexes, Key, keys_of
 from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker
+from raystore.core.replies import ReplyCache
 from raystore.core.resources import ResourceTable
 from raystore.core.spans import SpanTable
 from raystore.errors import (
@@ -154,7 +153,9 @@ class Session:
     chains: dict[int, Chain] = declare(make=dict, pack=_chains_packed, unpack=_chains_unpacked, shows=_chains_packed)
     #: Rollouts that a long deletion of it will reach, of which some pieces are still to run.
     deleting: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
-    line: Line = declare(make=Line, pack=packed, unpack=lambda values: unpacked(Line, values), in_digest=False)
+    replies: ReplyCache = declare(
+        name="line", make=ReplyCache, pack=packed, unpack=lambda values: unpacked(ReplyCache, values), in_digest=False
+    )
     #: Which process it is: see `raystore.remote.lifelines`. None if it did not say.
     process: list[Any] | None = declare(None)
     #: Since when it takes nothing else, for it runs a suspect or is drained for one. Once until it is idle again.
@@ -261,14 +262,14 @@ class Entry:
         make=lambda: NOBODY, pack=_taken_packed, unpack=_taken_unpacked,
         shows=lambda taken: sorted((name, shown(of_one)) for name, of_one in taken.items()),
     )  # fmt: skip
-    #: The chunk of a snapshot that it is in; only as long as nobody needed it.
-    cold: Any = field(init=False, repr=False)
+    #: The chunk of a snapshot that it is in (`snapshot.LazyChunk`); only as long as nobody needed it.
+    chunk: Any = field(init=False, repr=False)
 
     def __getattr__(self, name: str) -> Any:
         """A field that is not there yet: the entry is as it was found in a snapshot."""
-        if name == "cold" or name not in _ENTRY_FIELDS:
+        if name == "chunk" or name not in _ENTRY_FIELDS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self.cold.thaw()
+        self.chunk.load()
         return getattr(self, name)
 
     @property
@@ -301,7 +302,7 @@ _ENTRY_FIELDS = frozenset(field.name for field in declared(Entry))
 
 
 @dataclass(slots=True)
-class Pass:
+class EvictionPass:
     """What one eviction pass did, or has done so far."""
 
     rollout_ids: list[str] = field(default_factory=list)
@@ -315,11 +316,6 @@ def last_heard_of(worker: Worker) -> float:
     """When a worker was heard of last."""
     stamps = (worker.last_heartbeat_time, worker.last_dequeue_time, worker.last_busy_time, worker.last_idle_time)
     return max((stamp for stamp in stamps if stamp is not None), default=0.0)
-
-
-def is_live_attempt(attempt: Attempt) -> bool:
-    """Whether somebody should be running this attempt; a superseded one only keeps its status."""
-    return attempt.status in ACTIVE and attempt.outcome is None
 
 
 class State:
@@ -341,6 +337,7 @@ class State:
         self.deleting: dict[str, Session] = {}  # those of which a long deletion is under way
         self.changes = ChangeFeed()
         self.completions = CompletionLog()
+        self.watched = WatchSets()  # of callers of this process; no journal keeps them
         self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
         self.claim_deadlines: Deadlines[tuple[str, HandedKey]] = Deadlines(self._claim_deadline)
         self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)
@@ -350,10 +347,12 @@ class State:
         self.attempts_made = 0
         self.attempt_count = 0
         self.payload_bytes = 0  # of rollouts with their attempts, and of workers: what a user gave
-        self.eviction_heaps: list[list[tuple[float, int, str]]] = [[] for _ in range(7)]
-        self.disposable_released = Ages()  # finished, and released or consumed, for retention
-        self.disposable_read = Ages()  # finished, read, and neither
-        self.eviction_pass: Pass | None = None  # one that has more to do
+        # Rollouts with spans in memory: a heap for each `wanted.eviction_class`, by when they started.
+        self.eviction_heaps: list[LazyHeap[str, tuple[float, int]]] = [LazyHeap() for _ in range(7)]
+        # Rollouts that the retention rule may delete, by when they ended: released or consumed; read, and neither.
+        self.disposable_released: LazyHeap[str, float] = LazyHeap()
+        self.disposable_read: LazyHeap[str, float] = LazyHeap()
+        self.eviction_pass: EvictionPass | None = None  # one that has more to do
         self.evicted_rollouts = 0
         self.eviction_passes = 0
         self.memory_full = False  # the store hands out no work
@@ -398,7 +397,7 @@ class State:
         ended = [session for session in self.sessions.values() if session.ended_at is not None]
         ended.sort(key=lambda session: session.ended_at or 0.0)
         self.ended_sessions = dict.fromkeys(session.session_id for session in ended)
-        idle = sorted((worker for worker in self.workers.values() if worker.status != "busy"), key=last_heard_of)
+        idle = sorted((worker for worker in self.workers.values() if not is_busy(worker)), key=last_heard_of)
         self.idle_workers = dict.fromkeys(worker.worker_id for worker in idle)
 
     # -- look-ups ------------------------------------------------------------------------------------------------
@@ -478,11 +477,10 @@ class State:
             self.attempt_count += 1
         else:
             entry.attempts[index] = attempt
-        was_live = old is not None and is_live_attempt(old)
-        is_live = is_live_attempt(attempt)
-        if was_live != is_live:
-            self._refer(entry, attempt, 1 if is_live else -1)
-            if is_live:
+        was_live, lives = old is not None and is_live(old), is_live(attempt)
+        if was_live != lives:
+            self._refer(entry, attempt, 1 if lives else -1)
+            if lives:
                 self.hold(entry, attempt.attempt_id)
             else:
                 self.let_go(entry, attempt.attempt_id)
@@ -494,7 +492,7 @@ class State:
         self._account(entry, attempt, None)
         self.let_go(entry, attempt.attempt_id)
         entry.holders.pop(attempt.attempt_id, None)
-        if is_live_attempt(attempt):
+        if is_live(attempt):
             self._refer(entry, attempt, -1)
         self._index_worker(entry, entry.attempts[-2] if len(entry.attempts) > 1 else None)
         entry.attempts.pop()
@@ -549,7 +547,7 @@ class State:
         self.let_go(entry, attempt_id)
         entry.holders[attempt_id] = session.session_id
         attempt = entry.attempts[self.find_attempt(entry, attempt_id)]
-        if is_live_attempt(attempt):
+        if is_live(attempt):
             self.hold(entry, attempt_id)
 
     def notify(self, entry: Entry, attempt_id: str, kind: str) -> None:

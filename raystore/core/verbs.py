@@ -1,24 +1,35 @@
-"""What can be asked of the core: one table from verb to function.
+"""What can be asked of the state: one table from verb to function.
 
 A verb takes the state, a step, and plain keyword arguments; it answers with records or plain values. `VERBS` says of
-each whether it changes the state and which rollouts it names. Waiting is no business of a verb: `dequeue` answers with
-what there is, and who waits for more is the shell's to remember.
-Not here: encoding, sessions' batches, parked calls (`service`).
+each whether it changes the state, which rollouts it names, what its caller may have to wait for, and whether its answer
+hands something over that the caller must acknowledge. A verb whose caller must wait answers None, and is not blocked.
+Not here: calls that wait (`service.parking`), the batches in which operations come (`replies`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from raystore.core import attempts, claims, held_back, query, retention, rollouts, training, wanted, workers
-from raystore.core.accounts import bounded_error
+from raystore.core import (
+    attempts,
+    claims,
+    expiry,
+    held_back,
+    queries,
+    retention,
+    rollouts,
+    training,
+    wanted,
+    workers,
+)
 from raystore.core.lifecycle import FINISHED
-from raystore.core.payload import Payload, size_of
+from raystore.core.payload import Payload, bounded_error, size_of
 from raystore.core.records import Attempt, Change, Resources, Rollout, Span, Worker
 from raystore.core.requests import (
     AttemptChanges,
+    Filters,
     FinalChanges,
     Mode,
     Must,
@@ -39,6 +50,7 @@ from raystore.core.schema import (
     Part,
     Positive,
     Rule,
+    Schema,
     Seconds,
     SortOrder,
     Tags,
@@ -47,8 +59,45 @@ from raystore.core.schema import (
     checker,
 )
 from raystore.core.state import AttemptKey, BatchKey, Chain, Entry, HandedKey, Session, State, Step
-from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError, SessionEndedError, SpansEvictedError, StoreError, again
+
+WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes"]
+
+
+@dataclass(slots=True, frozen=True)
+class Verb:
+    """One entry of a table of verbs."""
+
+    run: Callable[..., Any]
+    changes: bool = True
+    names: tuple[str, ...] = ()  #: the arguments that name rollouts
+    #: The keys of what an answer hands over, by arguments and answer: its caller must acknowledge them.
+    hands: Callable[[dict[str, Any], Any], list[HandedKey]] | None = None
+    waits_for: WaitsFor | None = None  #: if the answer is None, the call is parked until there is some of this
+    serves: str = ""  #: the argument that names the queues whose work the caller asks for
+    fits: Callable[[Any], bool] = field(init=False)  #: whether arguments are what the function's annotations ask for
+    schema: Schema = field(init=False)
+
+    def __post_init__(self) -> None:
+        schema = Schema(self.run)
+        object.__setattr__(self, "schema", schema)
+        object.__setattr__(self, "fits", schema.fits)
+
+    def require(self, verb: str, arguments: dict[str, Any]) -> None:
+        """Refuse what are no arguments of the verb; nobody's nonsense may fail inside the core."""
+        if not self.fits(arguments):
+            raise self.schema.refusal(verb, arguments)
+
+    def rollouts_named(self, arguments: dict[str, Any]) -> list[str]:
+        """The rollouts a call is about, which time must have caught up with before it runs; it may still be refused."""
+        named: list[str] = []
+        for name in self.names:
+            value = arguments.get(name)
+            if isinstance(value, str):
+                named.append(value)
+            elif isinstance(value, (list, tuple)):
+                named.extend(item for item in value if isinstance(item, str))
+        return named
 
 
 @dataclass(slots=True)
@@ -190,12 +239,61 @@ def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Pair]:
     return [_with_attempt(entry) for entry in found if entry is not None and entry.rollout.status in FINISHED]
 
 
+def unfinished_among(state: State, rollout_ids: Iterable[str]) -> list[str]:
+    """The rollouts among these that exist and are not finished."""
+    completions, entries = state.completions, state.entries
+    return [i for i in rollout_ids if i not in completions and i in entries]
+
+
+def finished_by_now(state: State, rollout_ids: Iterable[str]) -> tuple[list[Pair], int]:
+    """The answer of `wait`: those that are finished, and the newest cursor of the completion log."""
+    return finished_among(state, rollout_ids), state.completions.last
+
+
+def _wait(state: State, step: Step, *, rollout_ids: list[Id], timeout: float | None) -> tuple[list[Pair], int] | None:
+    if (timeout is None or timeout > 0) and unfinished_among(state, rollout_ids):
+        return None
+    return finished_by_now(state, rollout_ids)
+
+
+def _sort_out(
+    state: State, step: Step, *, rollout_ids: list[Id], instead_of: Whole | None = None
+) -> tuple[list[Pair], tuple[int, list[str], int | None]]:
+    """The finished rollouts among these in the order of completion; then a cursor, the unfinished ones, and a token.
+
+    All of one moment. By the token `completed` is asked for what finishes of the unfinished ones; it takes the place
+    of an earlier token.
+    """
+    assert step.session is not None
+    if instead_of is not None:
+        state.watched.drop(instead_of)
+    done = finished_among(state, rollout_ids)
+    done.sort(key=lambda pair: state.completions.place(pair[0].rollout_id))
+    rest = unfinished_among(state, rollout_ids)
+    token = state.watched.keep(step.session.session_id, rest, step.seed) if rest else None
+    return done, (state.completions.last, rest, token)
+
+
+def _completed(
+    state: State,
+    step: Step,
+    *,
+    cursor: Whole | None,
+    limit: Positive,
+    timeout: Seconds,
+    filters: Filters,
+    among: Whole | None = None,
+) -> tuple[list[Pair], int | None] | None:
+    found, cursor = completed_after(state, cursor, limit, filters, state.watched.find(among))
+    return (found, cursor) if found or timeout <= 0 else None
+
+
 def completed_after(
     state: State, cursor: int | None, limit: int, filters: Mapping[str, Any], among: Container[str] | None = None
 ) -> tuple[list[Pair], int | None]:
     """Finished rollouts that follow a cursor in completion order (only those `among` some), and the next cursor."""
     found: list[Pair] = []
-    tags, others = query.has_tags(filters.get("tags") or {}), {k: v for k, v in filters.items() if k != "tags"}
+    tags, others = queries.has_tags(filters.get("tags") or {}), {k: v for k, v in filters.items() if k != "tags"}
     for sequence, rollout_id in state.completions.after(cursor):
         if len(found) == limit:
             break
@@ -206,6 +304,13 @@ def completed_after(
         if tags(entry.rollout) and all(getattr(entry.rollout, k) == v for k, v in others.items() if v is not None):
             found.append(_with_attempt(entry))
     return found, cursor
+
+
+def _changes(
+    state: State, step: Step, *, cursor: Whole | None, kinds: list[str] | None, limit: Positive, timeout: Seconds
+) -> tuple[list[Change], int | None] | None:
+    found, cursor = changes_after(state, cursor, kinds, limit)
+    return (found, cursor) if found or timeout <= 0 else None
 
 
 def changes_after(
@@ -235,8 +340,8 @@ def _query_attempts(
     state: State, step: Step, *, rollout_id: Id, sort_by: str | None, sort_order: SortOrder, limit: int, offset: int
 ) -> Many:
     entry = state.entries.get(rollout_id)
-    found = query.arrange(entry.attempts if entry else [], sort_by, sort_order, query.ATTEMPT_SORT)
-    return Many(query.page(found, limit, offset), len(found))
+    found = queries.arrange(entry.attempts if entry else [], sort_by, sort_order, queries.ATTEMPT_SORT)
+    return Many(queries.page(found, limit, offset), len(found))
 
 
 def _get_latest_attempt(state: State, step: Step, *, rollout_id: Id) -> Attempt | None:
@@ -314,11 +419,11 @@ def _query_spans(
     offset: int,
     allow_partial: bool,
 ) -> Many:
-    conditions = [query.equals(name, value) for name, value in equal.items()]
-    conditions += [query.contains(name, str(part)) for name, part in containing.items()]
-    found = query.select(_spans_of(state, rollout_id, attempt_id, allow_partial), conditions, filter_logic)
-    found = query.arrange(found, sort_by, sort_order, query.SPAN_SORT)
-    return Many(query.page(found, limit, offset), len(found))
+    conditions = [queries.equals(name, value) for name, value in equal.items()]
+    conditions += [queries.contains(name, str(part)) for name, part in containing.items()]
+    found = queries.select(_spans_of(state, rollout_id, attempt_id, allow_partial), conditions, filter_logic)
+    found = queries.arrange(found, sort_by, sort_order, queries.SPAN_SORT)
+    return Many(queries.page(found, limit, offset), len(found))
 
 
 def _query_many_spans(
@@ -327,8 +432,8 @@ def _query_many_spans(
     spans = [
         span
         for rollout_id in dict.fromkeys(rollout_ids)
-        for span in query.arrange(
-            _spans_of(state, rollout_id, attempt_id, allow_partial), "sequence_id", "asc", query.SPAN_SORT
+        for span in queries.arrange(
+            _spans_of(state, rollout_id, attempt_id, allow_partial), "sequence_id", "asc", queries.SPAN_SORT
         )
     ]
     return Many(spans, len(spans))
@@ -372,7 +477,7 @@ def _take(
     """A batch; None if waiting may bring a better one. `of` asks for what a parked call was handed."""
     asked = wanted.make_filter(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in)
     if of is not None and step.session is not None:
-        for key in step.session.line.handed.pop(of, []):
+        for key in step.session.replies.handed.pop(of, []):
             if claims.is_batch(key) and (found := batch_again(state, step.session, key)) is not None:
                 return found
     known = training.prepare(state, step, consumer, asked, max_open)
@@ -479,12 +584,12 @@ def _query_resources(
     limit: int,
     offset: int,
 ) -> Many:
-    conditions = [query.equals("resources_id", resources_id)] if resources_id is not None else []
+    conditions = [queries.equals("resources_id", resources_id)] if resources_id is not None else []
     if resources_id_contains is not None:
-        conditions.append(query.contains("resources_id", resources_id_contains))
-    found = query.select(state.resources.all_newest(), conditions, "and")
-    found = query.arrange(found, sort_by, sort_order, query.RESOURCES_SORT)
-    return Many(query.page(found, limit, offset), len(found))
+        conditions.append(queries.contains("resources_id", resources_id_contains))
+    found = queries.select(state.resources.all_newest(), conditions, "and")
+    found = queries.arrange(found, sort_by, sort_order, queries.RESOURCES_SORT)
+    return Many(queries.page(found, limit, offset), len(found))
 
 
 def _delete_resources(state: State, step: Step, *, resources_id: Id) -> None:
@@ -681,10 +786,14 @@ _LIST = ("rollout_ids",)
 VERBS: dict[str, Verb] = {
     "start_rollout": Verb(_start_rollout),
     "enqueue": Verb(_enqueue),
-    "dequeue": Verb(_dequeue, hands=_claims_of),
+    "dequeue": Verb(_dequeue, hands=_claims_of, waits_for="work", serves="queues"),
     "query_rollouts": Verb(_query_rollouts, changes=False, names=("rollout_id_in",)),
     "get_rollout": Verb(_get_rollout, changes=False, names=_ONE),
     "update_rollout": Verb(_update_rollout, names=_ONE),
+    "wait": Verb(_wait, changes=False, waits_for="rollouts"),
+    "sort_out": Verb(_sort_out, changes=False),
+    "completed": Verb(_completed, changes=False, waits_for="completions"),
+    "changes": Verb(_changes, changes=False, waits_for="changes"),
     "cancel_rollouts": Verb(_cancel_rollouts, names=_LIST),
     "release": Verb(_release, names=_LIST),
     "delete_rollouts": Verb(_delete_rollouts, names=_LIST),
@@ -700,7 +809,7 @@ VERBS: dict[str, Verb] = {
     "next_numbers": Verb(_next_numbers),
     "query_spans": Verb(_query_spans, changes=False, names=_ONE),
     "query_many_spans": Verb(_query_many_spans, changes=False, names=_LIST),
-    "take": Verb(_take, hands=_batch_of),
+    "take": Verb(_take, hands=_batch_of, waits_for="batch"),
     "get_batch": Verb(_get_batch, changes=False),
     "ack": Verb(_ack),
     "nack": Verb(_nack),
@@ -722,5 +831,87 @@ VERBS: dict[str, Verb] = {
     "end_chain": Verb(_end_chain),
 }
 
+
+def hands_over(verb: str) -> Callable[[dict[str, Any], Any], list[HandedKey]] | None:
+    """How to find the keys of what the answer of a verb hands over; None if it hands over nothing."""
+    spec = VERBS.get(verb)
+    return spec.hands if spec is not None else None
+
+
 HANDING = {name: verb.hands for name, verb in VERBS.items() if verb.hands}  #: whose answers are to be acknowledged
 CHANGING = frozenset(name for name, verb in VERBS.items() if verb.changes)  #: what must not run twice
+
+
+# -- changes that no caller asks for -----------------------------------------------------------------------------------
+
+
+def _pause(state: State, step: Step, seconds: float) -> None:
+    expiry.pause(state, step, seconds)
+
+
+def _advance(state: State, step: Step, *due: list[Any]) -> None:
+    expiry.advance(state, step, expiry.Due(*due))
+
+
+def _hand_over(
+    state: State, step: Step, session_id: str, ticket: int, queues: list[str], limit: int, worker_id: str | None
+) -> list[Entry]:
+    """Give work to a call that waits for it; it was told that it waits, so that it came away empty is no news."""
+    session = state.sessions[session_id]
+    step.session = session
+    claimed = claims.claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
+    if claimed:
+        keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
+        session.replies.hand(ticket, keys, session.claims, session.batches)
+    return claimed
+
+
+def _hand_batch(state: State, step: Step, session_id: str, ticket: int, consumer: str, count: int) -> Batch:
+    """Give a call that waits for a batch what there is."""
+    session = step.session = state.sessions[session_id]
+    batch = take(state, step, consumer, count)
+    if batch[1]:
+        session.replies.hand(ticket, [(consumer, batch[1])], session.claims, session.batches)
+    return batch
+
+
+def _take_back(state: State, step: Step, session_id: str, keys: list[HandedKey]) -> None:
+    """The caller of a parked call had gone when its answer came."""
+    for key in keys:
+        claims.take_back(state, step, state.sessions[session_id], key, why="declined")
+
+
+def _acknowledge_for(state: State, step: Step, session_id: str, keys: list[HandedKey]) -> list[HandedKey]:
+    return claims.acknowledge(state, step, state.sessions[session_id], keys)
+
+
+def _open_session(state: State, step: Step, session_id: str, eternal: bool, process: list[Any] | None = None) -> None:
+    claims.open_session(state, step, session_id, eternal=eternal, process=process)
+
+
+def _end_session(state: State, step: Step, session_id: str, why: str) -> None:
+    claims.end_session(state, step, state.sessions[session_id], why=why)
+
+
+def _hold_back(state: State, step: Step, resources_id: str, version: int, why: str) -> bool:
+    return held_back.hold_back(state, step, resources_id, version, why)
+
+
+def _forget_workers(state: State, step: Step, worker_ids: list[str]) -> None:
+    workers.forget(state, worker_ids)
+
+
+#: Changes of the state that time, waiting, and the life of sessions bring, under the names by which a journal knows
+#: them. Whoever has a clock decides that one is needed, and with which arguments; doing it is the same at a replay.
+STEPS: dict[str, Callable[..., Any]] = {
+    "pause": _pause,
+    "advance": _advance,
+    "hand_over": _hand_over,
+    "hand_batch": _hand_batch,
+    "take_back": _take_back,
+    "acknowledge": _acknowledge_for,
+    "open_session": _open_session,
+    "end_session": _end_session,
+    "hold_back": _hold_back,
+    "forget_workers": _forget_workers,
+}

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from heapq import heapify, heappush
 from typing import Any
 
 from raystore.core import bounds
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
+from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, is_dropped
+from raystore.core.lifecycle import TRAINABLE as TRAINABLE
 from raystore.core.records import Rollout
 from raystore.core.state import NOBODY, Consumer, Entry, Settings, State, Taken
 from raystore.errors import ConsumerFilterError
 
-#: What a consumer can ask for, and what it is given if it says nothing.
-TRAINABLE = ("failed", "succeeded")
-USUAL = ["succeeded"]
+USUAL = ["succeeded"]  #: what a consumer is given if it says nothing
 
 Filter = dict[str, Any]  #: what is to be equal, by field of a rollout; and "status_in", always
 
@@ -66,10 +64,6 @@ def _statuses(wanted: Filter | None) -> Iterable[str]:
     return TRAINABLE if wanted is None else wanted["status_in"]
 
 
-def _is_dropped(entry: Entry) -> bool:
-    return entry.latest is not None and entry.latest.outcome == "dropped"
-
-
 # -- with every change of a rollout ------------------------------------------------------------------------------------
 
 
@@ -78,7 +72,7 @@ def follow(state: State, entry: Entry, *, has_finished: bool = False) -> None:
     rollout = entry.rollout
     rollout_id = rollout.rollout_id
     is_finished = rollout.status in FINISHED
-    is_trainable = is_finished and rollout.status in TRAINABLE and not _is_dropped(entry)
+    is_trainable = is_finished and rollout.status in TRAINABLE and not is_dropped(entry.latest)
     for name, known in state.consumers.items():
         is_asked = fits(known.filter, rollout)
         if known.coming is not None:
@@ -149,10 +143,10 @@ def enter_eviction(state: State, entry: Entry) -> None:
     """Make a rollout with spans known to the eviction class it now belongs to."""
     rollout = entry.rollout
     heap = state.eviction_heaps[eviction_class(state, entry)]
-    heappush(heap, (rollout.start_time, entry.number, rollout.rollout_id))
-    if len(heap) > 256 and len(heap) > 4 * len(state.entries):  # mostly rollouts that are gone
-        heap[:] = {item for item in heap if state.spans.has(item[2])}
-        heapify(heap)
+    for other in state.eviction_heaps:
+        if other is not heap:
+            other.discard(rollout.rollout_id)
+    heap.put(rollout.rollout_id, (rollout.start_time, entry.number))
 
 
 def enter_retention(state: State, entry: Entry) -> None:
@@ -164,11 +158,11 @@ def enter_retention(state: State, entry: Entry) -> None:
         state.disposable_read.discard(rollout_id)
     elif entry.released or entry.taken:
         state.disposable_read.discard(rollout_id)
-        state.disposable_released.add(rollout_id, ended)
+        state.disposable_released.put(rollout_id, ended)
     else:
         state.disposable_released.discard(rollout_id)
         if entry.read:
-            state.disposable_read.add(rollout_id, ended)
+            state.disposable_read.put(rollout_id, ended)
         else:
             state.disposable_read.discard(rollout_id)
 
@@ -242,7 +236,7 @@ def _accepts(state: State, consumer: str, wanted: Filter | None, *, is_new: bool
         if is_new and mode is None and rollout_id in succeeded:
             return True
         entry = state.entries[rollout_id]
-        return consumer not in entry.taken and not _is_dropped(entry) and mode in (None, entry.rollout.mode)
+        return consumer not in entry.taken and not is_dropped(entry.latest) and mode in (None, entry.rollout.mode)
 
     return accepts
 
@@ -277,11 +271,8 @@ def others(entry: Entry, consumer: str) -> Mapping[str, Taken]:
 
 def _sort_coming(state: State) -> None:
     """What runs may be awaited by nobody now."""
-    coming, state.eviction_heaps[COMING] = state.eviction_heaps[COMING], []
-    for _, _, rollout_id in coming:
-        entry = state.entries.get(rollout_id)
-        if entry is not None and state.spans.has(rollout_id):
-            enter_eviction(state, entry)
+    for rollout_id in list(state.eviction_heaps[COMING]):
+        enter_eviction(state, state.entries[rollout_id])
 
 
 def introduce(state: State, before: Settings) -> None:

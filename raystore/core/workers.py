@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from raystore.core import bounds, query
+from raystore.core import bounds, queries
+from raystore.core.lifecycle import ACTIVE, is_busy, is_idle, worker_after
 from raystore.core.payload import size_of
 from raystore.core.records import Attempt, Worker
 from raystore.core.state import State, Step
@@ -33,13 +34,13 @@ def update(state: State, step: Step, worker_id: str, changes: Mapping[str, Any])
 def busy(state: State, step: Step, worker_id: str, attempt: Attempt, *, claimed: bool) -> None:
     """A worker started an attempt."""
     changes: dict[str, Any] = {"last_dequeue_time": step.now} if claimed else {}
-    _follow(state, worker_id, "busy", attempt, last_busy_time=step.now, **changes)
+    _follow(state, worker_id, worker_after(attempt.status), attempt, last_busy_time=step.now, **changes)
 
 
 def came_away_empty(state: State, step: Step, worker_id: str) -> None:
     """A worker asked for work and there was none."""
     worker = state.workers.get(worker_id)
-    if worker is not None and worker.status == "idle":
+    if worker is not None and is_idle(worker):
         _put(state, worker, last_dequeue_time=step.now)
     else:
         _follow(state, worker_id, "idle", None, last_dequeue_time=step.now, last_idle_time=step.now)
@@ -51,11 +52,10 @@ def follow(state: State, step: Step, attempt: Attempt) -> None:
     assert worker_id is not None
     worker = state.workers.get(worker_id)
     current = (worker.current_rollout_id, worker.current_attempt_id) if worker else (None, None)
-    if attempt.status in ("preparing", "running"):
-        _follow(state, worker_id, "busy", attempt, last_busy_time=step.now)
+    if attempt.status in ACTIVE:
+        _follow(state, worker_id, worker_after(attempt.status), attempt, last_busy_time=step.now)
     elif current in ((attempt.rollout_id, attempt.attempt_id), (None, None)):
-        status = "idle" if attempt.status in ("succeeded", "failed") else "unknown"
-        _follow(state, worker_id, status, None, last_idle_time=step.now)
+        _follow(state, worker_id, worker_after(attempt.status), None, last_idle_time=step.now)
 
 
 def _follow(state: State, worker_id: str, status: str, attempt: Attempt | None, **stamps: Any) -> None:
@@ -76,7 +76,7 @@ def _put(state: State, before: Worker, **changes: Any) -> Worker:
         state.payload_bytes += size_of(worker.heartbeat_stats) - size_of(before.heartbeat_stats)
     idle = state.idle_workers
     idle.pop(worker.worker_id, None)
-    if worker.status != "busy":
+    if not is_busy(worker):
         idle[worker.worker_id] = None  # behind all others
         if len(idle) >= bounds.IDLE_WORKERS + bounds.SURPLUS:
             state.has_surplus = True
@@ -92,7 +92,7 @@ def forget(state: State, worker_ids: Iterable[str]) -> None:
     """Drop the records of workers."""
     for worker_id in worker_ids:
         worker = state.workers.get(worker_id)
-        if worker is not None and worker.status != "busy":
+        if worker is not None and not is_busy(worker):
             del state.workers[worker_id]
             state.idle_workers.pop(worker_id, None)
             state.payload_bytes -= size_of(worker.heartbeat_stats)
@@ -112,9 +112,9 @@ def find(
     """One page of workers, and how many match in all."""
     conditions = []
     if status_in is not None:
-        conditions.append(query.is_in("status", status_in))
+        conditions.append(queries.is_in("status", status_in))
     if worker_id_contains is not None:
-        conditions.append(query.contains("worker_id", worker_id_contains))
-    matches = query.select(state.workers.values(), conditions, filter_logic)
-    matches = query.arrange(matches, sort_by, sort_order, query.WORKER_SORT)
-    return query.page(matches, limit, offset), len(matches)
+        conditions.append(queries.contains("worker_id", worker_id_contains))
+    matches = queries.select(state.workers.values(), conditions, filter_logic)
+    matches = queries.arrange(matches, sort_by, sort_order, queries.WORKER_SORT)
+    return queries.page(matches, limit, offset), len(matches)

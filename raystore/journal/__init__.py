@@ -1,5 +1,6 @@
-"""What a store did, on disk: so that the process that follows it goes on exactly where it was.
+"""The journal: what a store did, on disk, so that the next process goes on exactly where it was.
 
-`records` says what is written, `frames` how, `segments` where; a `log` commits groups on a thread of its own, `replay`
-makes the state anew from what it finds, through the same core. Nothing here decides anything about rollouts.
+A `recorder` makes records, in the form that `format` says; a `writer` commits them to the segments of a directory
+(`files`). A `reader` finds them again, and `replay` makes the state anew, through the same core. Now and then a
+`snapshotter` lets a helper replace old segments by a snapshot (`compaction`, `snapshot_file`).
 """

@@ -1,11 +1,11 @@
 """Replacing segments by a snapshot, in a process of its own: `python -m raystore.journal.compaction PATH EPOCH NUMBER`.
 
-It reads the snapshot before, and behind it the segments up to the one that is named, which its writer has closed,
-through the same core, and must find what the writer found. Only then the new snapshot counts; then the segments go, but
-for records that hold bodies of spans that are still there. A writer closes a segment only while it has no successor, so
-each that comes has read all of it: what is made of closed segments is right whoever writes by then, and a helper goes
-on when its store has died. There is one at a time.
-Not here: when this is done (`keeper`), the file (`snapshot`).
+The helper replays the snapshot before, and behind it the segments up to the named one, which its writer has closed, and
+must find what the writer found. Only then the new snapshot counts, and the segments are deleted, but for records that
+hold bodies of spans that are still there. A writer closes a segment only while it has no successor, so every later
+writer has read all of it: a snapshot of closed segments is right whoever writes by then, and a helper goes on when its
+store has died. Only one helper works at a time.
+Not here: when this is done (`snapshotter`).
 """
 
 from __future__ import annotations
@@ -21,37 +21,63 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from raystore.errors import JournalInUseError, JournalMissingError, StoreError
 from raystore.journal import format
 from raystore.journal.failpoints import failpoint
-from raystore.journal.files import BODIES, RECORDS, SNAPSHOT, Directory, Place, unfinished
-from raystore.journal.format import Head
-from raystore.journal.reader import Reading
+from raystore.journal.files import BODIES, RECORDS, SNAPSHOT, Directory, JournalPosition, unfinished
+from raystore.journal.format import Chunks
+from raystore.journal.reader import JournalReader
 from raystore.journal.replay import Replay, replay
 
-DIFFERS = 3  #: exit code: the state is not what its writer found
+DIFFERS = 3  #: exit code: the state is not the one that its writer found
 COPY_BYTES = 8 * 1024 * 1024
 LOCK = "compaction.lock"
-HELPER_PATIENCE_SECONDS = 60.0  #: for which a helper of another store is waited for
+HELPER_PATIENCE_SECONDS = 60.0  #: for which the helper of another store is waited for
 
 
-def compact(directory: Directory, epoch: int, number: int) -> dict[str, Any]:
-    """Replace everything up to a closed segment by a snapshot, unless one goes that far already; what came of it.
+class Outcome(TypedDict, total=False):
+    """What a helper did: `bytes` if there is a snapshot, else `differs` or `error`."""
+
+    bytes: int  # size of the snapshot
+    seconds: float
+    freed: int  # bytes of segments that were deleted
+    operations: int  # that were replayed
+    rss: int  # the most memory of the helper, in bytes
+    differs: list[int]  # records at which the writer had found another digest
+    error: str
+
+
+def compact(directory: Directory, epoch: int, number: int) -> Outcome:
+    """Replace everything up to a closed segment by a snapshot, unless a snapshot goes that far already.
 
     Raises `BlockingIOError` if another helper is at work.
     """
-    with _alone(directory):
+    with _only_helper(directory):
         snapshots = directory.segments(SNAPSHOT)
         if snapshots and snapshots[-1][:2] >= (epoch, number):
-            return {"seconds": 0.0, "bytes": snapshots[-1][2].stat().st_size}
-        return _compact(directory, epoch, number)
+            return {"seconds": 0.0, "bytes": snapshots[-1].path.stat().st_size}
+        started = time.monotonic()
+        reader = JournalReader(directory, until=(epoch, number))
+        replayed = replay(reader)
+        if not replayed.writer:
+            raise JournalMissingError(str(directory.path), "a snapshot was to be made of it")
+        if replayed.differences:
+            return {"differs": replayed.differences[:10]}
+        path, freed = _replace_segments(directory, replayed, reader.position)
+        return {
+            "seconds": round(time.monotonic() - started, 3),
+            "bytes": path.stat().st_size,
+            "freed": freed,
+            "operations": replayed.operations,
+            "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
 
 
 @contextlib.contextmanager
-def _alone(directory: Directory) -> Iterator[None]:
-    """Be the only helper; what one that died has not finished goes."""
+def _only_helper(directory: Directory) -> Iterator[None]:
+    """Keep other helpers out; remove files that a helper has not finished before it died."""
     with open(os.open(directory.path / LOCK, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,51 +89,32 @@ def _alone(directory: Directory) -> Iterator[None]:
         yield
 
 
-def _compact(directory: Directory, epoch: int, number: int) -> dict[str, Any]:
-    started = time.monotonic()
-    reading = Reading(directory, until=(epoch, number))
-    follower = replay(reading)
-    if not follower.started:
-        raise JournalMissingError(str(directory.path), "a snapshot was to be made of it")
-    if follower.differences:
-        return {"differs": follower.differences[:10]}
-    path, freed = _replace(directory, follower, reading.place)
-    return {
-        "seconds": round(time.monotonic() - started, 3),
-        "bytes": path.stat().st_size,
-        "freed": freed,
-        "operations": follower.operations,
-        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-
-
-def rewrite(directory: Directory, follower: Replay, place: Place) -> None:
-    """Replace what was read, which is of an earlier format, by a snapshot of today's; its reader writes the journal.
+def upgrade(directory: Directory, replayed: Replay, position: JournalPosition) -> None:
+    """Replace a journal of an earlier format, which was read up to a position, by a snapshot of today's format.
 
     A helper of the store before may still be at work, and is waited for.
     """
     until = time.monotonic() + HELPER_PATIENCE_SECONDS
     while True:
         try:
-            with _alone(directory):
-                _replace(directory, follower, place)
+            with _only_helper(directory):
+                _replace_segments(directory, replayed, position)
             return
         except BlockingIOError:
             if time.monotonic() > until:
-                raise JournalInUseError(
-                    str(directory.path), "a helper of the store before still replaces files"
-                ) from None
+                why = "a helper of the store before still replaces files"
+                raise JournalInUseError(str(directory.path), why) from None
             time.sleep(0.1)
 
 
-def _replace(directory: Directory, follower: Replay, place: Place) -> tuple[Path, int]:
-    """Write a snapshot that goes up to a place, and drop what it replaces: the file, and how many bytes were freed."""
-    path = directory.segment(place.epoch, place.number, SNAPSHOT)
-    needed = follower.write(path, place)
+def _replace_segments(directory: Directory, replayed: Replay, position: JournalPosition) -> tuple[Path, int]:
+    """Write a snapshot that goes up to a position, and delete what it replaces: its path, and how many bytes."""
+    path = directory.segment(position.epoch, position.segment, SNAPSHOT)
+    needed = replayed.write_snapshot(path, position)
     failpoint("snapshot.named")
     directory.sync()
     failpoint("snapshot.there")
-    freed = _drop_segments(directory, place, sorted(needed))
+    freed = _drop_segments(directory, position, sorted(needed))
     failpoint("segments.dropped")
     for *_, old in directory.segments(SNAPSHOT)[:-1]:
         old.unlink()
@@ -115,11 +122,11 @@ def _replace(directory: Directory, follower: Replay, place: Place) -> tuple[Path
     return path, freed
 
 
-def _drop_segments(directory: Directory, place: Place, needed: list[int]) -> int:
-    """Drop what a snapshot replaces, but for records that are needed; how many bytes."""
+def _drop_segments(directory: Directory, position: JournalPosition, needed: list[int]) -> int:
+    """Delete segments up to a position, but for records that are needed; returns the bytes that were freed."""
     freed = 0
     for epoch, number, path in directory.segments(RECORDS, BODIES):
-        if (epoch, number) > (place.epoch, place.number):
+        if (epoch, number) > (position.epoch, position.segment):
             break
         failpoint("segments.dropping")
         size = path.stat().st_size
@@ -151,13 +158,14 @@ def _records_in(path: Path) -> tuple[int, int, int]:
 
 
 def _copy(path: Path, target: Path, live: set[int]) -> int:
-    """Copy the records of a file that are needed; how many bytes they are."""
-    head, found = read_sparse(path)
+    """Copy the records of a file that are needed; returns the size of the copy."""
+    data = memoryview(path.read_bytes())
+    head, at = format.unpack_head(data, str(path))
     with unfinished(target) as new:
         with open(new, "wb", buffering=COPY_BYTES) as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(format.pack_head(head))
-            for number, record in found:
+            for number, record in _records(data, at):
                 if number in live:
                     for chunk in format.pack_frame([record], number, 0):
                         file.write(chunk)
@@ -170,34 +178,27 @@ def _copy(path: Path, target: Path, live: set[int]) -> int:
     return size
 
 
-def read_sparse(path: Path) -> tuple[Head, Any]:
-    """The head of a file of records, and its records with their numbers, of which some may be missing."""
-    with open(path, "rb") as file:
-        data = memoryview(file.read())
-    head, at = format.unpack_head(data, str(path))
-
-    def found() -> Any:
-        position = at
-        while (frame := format.read_frame(data, position)) is not None:
-            yield from enumerate(frame.records(), frame.first)
-            position = frame.end
-
-    return head, found()
+def _records(data: memoryview, at: int) -> Iterator[tuple[int, Chunks]]:
+    """The records of a file, of which some may be missing, with their numbers."""
+    while (frame := format.read_frame(data, at)) is not None:
+        yield from enumerate(frame.records(), frame.first)
+        at = frame.end
 
 
 def main() -> int:
-    """Compact as the command line says; the outcome as JSON, the last line of stdout whatever else is printed here."""
+    """Compact as the command line says; the outcome is JSON, the last line of stdout whatever else is printed here."""
     path, epoch, number = sys.argv[1:]
-    told = os.fdopen(os.dup(1), "w")
+    stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.nice(19)
     gc.disable()  # what is read stays until the end, and holds no cycles
+    outcome: Outcome
     try:
         outcome = compact(Directory(path), int(epoch), int(number))
     except (StoreError, OSError) as error:
         outcome = {"error": f"{type(error).__name__}: {error}"}
-    with told:
-        told.write("\n" + json.dumps(outcome))
+    with stdout:
+        stdout.write("\n" + json.dumps(outcome))
     return DIFFERS if "differs" in outcome else 1 if "error" in outcome else 0
 
 

@@ -1,8 +1,7 @@
 """Named points at which a test lets this process die, fail or wait; without effect unless RAYSTORE_FAILPOINTS is set.
 
-RAYSTORE_FAILPOINTS="log.written=kill@3,log.synced=sleep:0.2" kills the process the third time it comes to one point,
-and lets it wait each time at another. "raise" is an error of the disk (EIO), "full" is no space on it.
-Not here: what happens then, which is what a test is about.
+RAYSTORE_FAILPOINTS="writer.written=kill@3,writer.synced=sleep:0.2" kills the process when it comes to the first point
+for the third time, and lets it wait each time at the second. "raise" is an error of the disk (EIO), "full" is no space.
 """
 
 from __future__ import annotations
@@ -14,25 +13,25 @@ import time
 from collections import Counter
 
 _actions: dict[str, tuple[str, int]] = {}  # by point: what to do, and at which time (0: each)
-_came: Counter[str] = Counter()
+_passed: Counter[str] = Counter()
 _ERRORS = {"raise": errno.EIO, "full": errno.ENOSPC}
 
 for _given in filter(None, os.environ.get("RAYSTORE_FAILPOINTS", "").split(",")):
     _name, _, _action = _given.strip().partition("=")
-    _what, _, _at = _action.partition("@")
-    _actions[_name] = (_what, int(_at or 0))
+    _do, _, _at = _action.partition("@")
+    _actions[_name] = (_do, int(_at or 0))
 
 
 def failpoint(name: str) -> None:
-    """A point that a test may have chosen."""
+    """Die, fail or wait here if a test has asked for it."""
     if _actions and name in _actions:
         _act(name)
 
 
 def _act(name: str) -> None:
     what, at = _actions[name]
-    _came[name] += 1
-    if at and _came[name] != at:
+    _passed[name] += 1
+    if at and _passed[name] != at:
         return
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,9 +1,9 @@
-"""Where a journal is: a directory with one file for each segment, and one for each process that ever wrote there.
+"""The directory of a journal: one file for each segment and snapshot, and one for each process that ever wrote there.
 
-Whoever wants to write creates `epoch.N` for the next N, exclusively, and only then reads what is there; whoever wrote
-before finds it and stops. So what an earlier writer has acknowledged, its successor has read. A writer of an earlier
-epoch may still add to its last segment unknowingly; the first record of each epoch says up to where it read.
-Not here: frames (`frames`), writing (`log`).
+A process that wants to write creates `epoch.N` for the next N, exclusively, and only then reads the journal; the writer
+before it finds that file and stops. So a new writer has read everything that the earlier one acknowledged. An earlier
+writer that has not noticed yet may still append to its last segment; the first record of each epoch says up to where
+its writer read.
 """
 
 from __future__ import annotations
@@ -18,29 +18,38 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from raystore.errors import JournalDamagedError
 from raystore.journal import format
-from raystore.journal.format import Frame, Head
+from raystore.journal.format import FileHead, Frame
 
 EPOCH = "epoch.{:08d}"
 SEGMENT = "{:08d}-{:08d}"  # epoch and number
 RECORDS, BODIES, SNAPSHOT = ".journal", ".bodies", ".snapshot"  # kinds of files
 
 
-@dataclass(slots=True, frozen=True, order=True)
-class Place:
-    """A place in a journal: behind the last byte that was read, and the number of the last record."""
+class JournalFile(NamedTuple):
+    """A segment or snapshot; they sort in the order of the journal."""
 
     epoch: int
-    number: int
+    number: int  # within its epoch
+    path: Path
+
+
+@dataclass(slots=True, frozen=True, order=True)
+class JournalPosition:
+    """A position in a journal: behind the last byte that was read, and the number of the last record."""
+
+    epoch: int
+    segment: int
     offset: int
-    last: int
+    record: int
 
 
 @dataclass(slots=True, frozen=True)
-class Cut:
-    """A tail that was never finished, and is not read."""
+class TornTail:
+    """Bytes at the end of a segment that are no whole frame: an unfinished write, which is not read."""
 
     segment: str
     offset: int
@@ -53,8 +62,8 @@ class Directory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser().absolute()
 
-    def unusable(self, *, to_write: bool) -> str | None:
-        """What is expected and is not so, for people to read; None if a journal can be here, or may be made here."""
+    def why_unusable(self, *, to_write: bool) -> str | None:
+        """What was expected of the path and is not so, for an error message; None if a journal is or can be here."""
         for place in (self.path, *self.path.parents):
             try:
                 is_directory = stat.S_ISDIR(os.stat(place).st_mode)
@@ -77,37 +86,37 @@ class Directory:
         """All epochs there ever were, oldest first."""
         return sorted(int(p.name[6:]) for p in self.path.glob("epoch.*") if p.name[6:].isdigit())
 
-    def segments(self, *kinds: str) -> list[tuple[int, int, Path]]:
-        """All files of these kinds (default: records) in order: epoch, number within it, file."""
+    def segments(self, *kinds: str) -> list[JournalFile]:
+        """All files of these kinds (default: `RECORDS`), oldest first."""
         found = []
         for name in os.listdir(self.path) if self.path.is_dir() else ():
             stem, kind = os.path.splitext(name)
             epoch, _, number = stem.partition("-")
             if kind in (kinds or (RECORDS,)) and epoch.isdigit() and number.isdigit():
-                found.append((int(epoch), int(number), self.path / name))
+                found.append(JournalFile(int(epoch), int(number), self.path / name))
         return sorted(found)
 
     def segment(self, epoch: int, number: int, kind: str = RECORDS) -> Path:
-        """The file of a segment."""
+        """The path of a segment or snapshot."""
         return self.path / (SEGMENT.format(epoch, number) + kind)
 
     def begin_epoch(self) -> int:
-        """Become the writer: from here on the one before is not."""
+        """Become the writer: from now on the earlier one is fenced. Returns the epoch."""
         self.path.mkdir(parents=True, exist_ok=True)
-        told = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}).encode()
+        writer = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}).encode()
         epoch = max(self.epochs(), default=0) + 1
         while True:
             try:
                 fd = os.open(self.path / EPOCH.format(epoch), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 break
-            except FileExistsError:  # somebody else, in the same moment
+            except FileExistsError:  # another process became the writer at the same moment
                 epoch += 1
         try:
-            os.write(fd, told)
+            os.write(fd, writer)
             os.fsync(fd)
         finally:
             os.close(fd)
-        for left in self.path.glob(f"*{RECORDS}.new"):  # of writers that died, or are to stop
+        for left in self.path.glob(f"*{RECORDS}.new"):  # of writers that died or are fenced now
             left.unlink(missing_ok=True)
         self.sync()
         return epoch
@@ -124,23 +133,23 @@ class Directory:
         finally:
             os.close(fd)
 
-    def writer(self) -> str | None:
-        """Who has the newest segment open on this machine, for people to read; None if nobody has."""
+    def running_writer(self) -> str | None:
+        """The process on this machine that has the newest segment open, for an error message; None if none has."""
         segments = self.segments()
         if not segments:
             return None
-        with open(segments[-1][2], "rb") as file:
+        with open(segments[-1].path, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                epoch = self.path / EPOCH.format(segments[-1][0])
+                epoch = self.path / EPOCH.format(segments[-1].epoch)
                 return epoch.read_text() if epoch.exists() else "another process"
         return None
 
 
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """Another name for a file that is being made, to be renamed once it is whole; nothing is left if it fails."""
+    """A temporary name for a file that is being made; the caller renames it once it is whole. Removed on an error."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         yield new
@@ -149,20 +158,19 @@ def unfinished(path: Path) -> Iterator[Path]:
         raise
 
 
-def read_segment_head(path: Path) -> Head:
-    """The head of a segment."""
-    with open(path, "rb") as file:
+def read_head(path: Path) -> FileHead:
+    """The head of a segment or snapshot."""
+    with open(path, "rb", buffering=0) as file:
         return format.unpack_head(file.read(format.HEAD_BYTES), str(path))[0]
 
 
-def read_segment(path: Path, until: int | None = None) -> tuple[Head, Iterator[Frame]]:
-    """The head of a segment and its frames, up to an offset; the iterator ends where nothing whole follows.
+def read_segment(path: Path, until: int | None = None) -> tuple[FileHead, Iterator[Frame]]:
+    """The head of a segment, and its frames up to an offset; the iterator ends where no whole frame follows.
 
-    Raises `JournalDamagedError` where something that was finished once cannot be read.
+    Raises `JournalDamagedError` where a record that was safely on disk cannot be read.
     """
-    with open(path, "rb") as file:
-        held = file.read()  # not mapped: its writer may cut off the space that it did not need
-    data = memoryview(held)[: len(held) if until is None else min(until, len(held))]
+    whole = path.read_bytes()  # not mapped: its writer may truncate the space that it did not need
+    data = memoryview(whole)[: len(whole) if until is None else min(until, len(whole))]
     head, at = format.unpack_head(data, str(path))
     return head, _frames(path, data, at, head.first)
 
@@ -181,10 +189,10 @@ def _frames(path: Path, data: memoryview, at: int, expected: int) -> Iterator[Fr
         )
 
 
-def tail(path: Path, at: int) -> Cut | None:
-    """What stands behind the last whole frame of a segment; None if that is nothing but space for more."""
+def torn_tail(path: Path, at: int) -> TornTail | None:
+    """The bytes behind the last whole frame of a segment; None if only allocated space follows."""
     with open(path, "rb") as file:
         file.seek(at)
         rest = file.read()
     used = len(rest.rstrip(b"\0"))
-    return Cut(path.name, at, used) if used else None
+    return TornTail(path.name, at, used) if used else None

@@ -1,9 +1,12 @@
-"""How records stand in a file: a head, then frames, each with its length and a checksum.
+"""The format of a journal: a file is a head and frames, a frame is the records of one commit, a record is byte chunks.
 
-A record is a list of byte chunks; a frame holds the records that were committed together, and is written whole or not
-at all. Its head also says up to which record everything was safely on disk when it was written, so that a reader can
-tell a tail that was never finished from damage to what was finished once.
-Pure: bytes in, bytes out. Not here: files (`segments`), what a record means (`records`).
+A frame has its length and a checksum, and is written whole or not at all. Its head also says up to which record
+everything was safely on disk when it was written, so that a reader can tell a torn tail from damage.
+
+The first chunk of a record is its head, `[kind, now, age, seed, minted, session, arguments]`. A batch adds the bytes in
+which it arrived as further chunks, so that it is not encoded again. A batch that was interrupted is one record with its
+bytes, and one more record for each part that ran later.
+Pure: bytes in, bytes out. Not here: which records are made (`recorder`), what they do (`replay`).
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
+from raystore.core.state import Step
 from raystore.errors import JournalDamagedError, JournalFormatError
+from raystore.wire import frames
 
 FORMAT = 2  #: of segments and snapshots; older ones are read by their own rules, newer ones refused
 MAGIC = b"raystore journal "
@@ -23,35 +28,49 @@ MAGIC = b"raystore journal "
 #: magic, records in the frame, length of the body, checksum, number of its first record, safe up to this record
 _FRAME = struct.Struct("<4sIQIQQ")
 _FRAME_MAGIC = b"\xf5JF\n"
-FRAME_BYTES = _FRAME.size  #: of the head of a frame
+FRAME_BYTES = _FRAME.size  #: length of the head of a frame
 HEAD_BYTES = 4096  #: the head of a file is not longer
-_LENGTH = struct.Struct("<I")
 _CHUNKS = struct.Struct("<H")
 
-Record = Sequence[bytes]
+Record = Sequence[bytes | memoryview]
+Chunks = list[memoryview]  #: a record that was read
+
+
+class WriterInfo(TypedDict, total=False):
+    """Who writes a journal."""
+
+    store_id: str
+    name: str | None  # of the store
+    writer: str | None  # id of the actor; a restarted actor keeps it
+
+
+# -- heads of files ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, frozen=True)
-class Head:
-    """What a segment says of itself."""
+class FileHead:
+    """The head of a segment or snapshot."""
 
     store_id: str
     epoch: int
     number: int  # within its epoch
-    first: int  # number of its first record; of a snapshot, of the first behind it
+    first: int  # number of its first record; of a snapshot, of the first record after it
     format: int = FORMAT
     more: dict[str, Any] | None = None  # of a snapshot
 
 
-def pack_head(head: Head) -> bytes:
-    """The first bytes of a segment."""
-    told = {"store_id": head.store_id, "epoch": head.epoch, "number": head.number, "first": head.first}
-    body = json.dumps(told | ({"more": head.more} if head.more is not None else {})).encode()
+def pack_head(head: FileHead) -> bytes:
+    """The first bytes of a file."""
+    fields = {"store_id": head.store_id, "epoch": head.epoch, "number": head.number, "first": head.first}
+    body = json.dumps(fields | ({"more": head.more} if head.more is not None else {})).encode()
     return b"%s%d %d %08x\n%s\n" % (MAGIC, head.format, len(body), zlib.crc32(body), body)
 
 
-def unpack_head(data: bytes | memoryview, where: str) -> tuple[Head, int]:
-    """The head of a segment, and how long it is; raises if it is none, is damaged, or of a newer format."""
+def unpack_head(data: bytes | memoryview, where: str) -> tuple[FileHead, int]:
+    """The head of a file, and its length in bytes.
+
+    Raises `JournalDamagedError` if it cannot be read, and `JournalFormatError` if its format is newer than this code.
+    """
     line, _, rest = bytes(data[:HEAD_BYTES]).partition(b"\n")
     if not line.startswith(MAGIC):
         raise JournalDamagedError(where, 0, "it does not begin like a segment of a journal")
@@ -61,7 +80,7 @@ def unpack_head(data: bytes | memoryview, where: str) -> tuple[Head, int]:
         body = rest[: int(length)]
         if zlib.crc32(body) != int(checksum, 16):
             raise ValueError("checksum")
-        head = Head(format=theirs, **json.loads(body))
+        head = FileHead(format=theirs, **json.loads(body))
     except (ValueError, TypeError):
         raise JournalDamagedError(where, 0, "its head is damaged") from None
     if theirs > FORMAT:
@@ -69,9 +88,12 @@ def unpack_head(data: bytes | memoryview, where: str) -> tuple[Head, int]:
     return head, len(line) + 1 + int(length) + 1
 
 
-def pack_frame(records: Sequence[Record], first: int, safe: int) -> list[bytes]:
-    """A frame as chunks to be written one after the other; the chunks of records are not copied."""
-    chunks: list[bytes] = [b""]
+# -- frames ------------------------------------------------------------------------------------------------------------
+
+
+def pack_frame(records: Sequence[Record], first: int, safe: int) -> list[bytes | memoryview]:
+    """A frame as chunks, to be written one after the other; the chunks of records are not copied."""
+    chunks: list[bytes | memoryview] = [b""]
     length = 0
     for record in records:
         sizes = [len(chunk) for chunk in record]
@@ -88,17 +110,17 @@ def pack_frame(records: Sequence[Record], first: int, safe: int) -> list[bytes]:
 
 @dataclass(slots=True, frozen=True)
 class Frame:
-    """A frame that was found whole."""
+    """A whole frame that was read."""
 
-    at: int  # offset
-    end: int
+    at: int  # offset of its first byte
+    end: int  # offset behind its last byte
     first: int
     count: int
     safe: int
     body: memoryview
 
-    def records(self) -> Iterator[list[memoryview]]:
-        """Its records, as chunks."""
+    def records(self) -> Iterator[Chunks]:
+        """Its records."""
         body, at = self.body, 0
         for _ in range(self.count):
             (count,) = _CHUNKS.unpack_from(body, at)
@@ -112,7 +134,7 @@ class Frame:
 
 
 def read_frame(data: memoryview, at: int) -> Frame | None:
-    """The frame that stands at an offset; None if there is none, or not a whole one."""
+    """The frame at an offset; None if no whole frame begins there."""
     if at + _FRAME.size > len(data):
         return None
     magic, count, length, checksum, first, safe = _FRAME.unpack_from(data, at)
@@ -126,9 +148,9 @@ def read_frame(data: memoryview, at: int) -> Frame | None:
 
 
 def skip_frame(head: bytes, at: int) -> tuple[range, int] | None:
-    """Numbers of the records of a frame with this head, and where it ends if it stands at an offset.
+    """Numbers of the records of a frame at an offset, and the offset of its end, from its head alone.
 
-    Believed without a look at its body; None if this is no head.
+    The body is not checked. None if these bytes are not the head of a frame.
     """
     if len(head) < FRAME_BYTES:
         return None
@@ -137,11 +159,51 @@ def skip_frame(head: bytes, at: int) -> tuple[range, int] | None:
 
 
 def find_frame(data: memoryview, at: int) -> Frame | None:
-    """The next whole frame that begins at an offset or behind it, past whatever cannot be read."""
-    held: Any = data.obj
-    while (at := held.find(_FRAME_MAGIC, at)) >= 0:
-        frame = read_frame(data, at)
-        if frame is not None:
+    """The next whole frame that begins at or behind an offset, past bytes that cannot be read."""
+    whole: Any = data.obj
+    while (at := whole.find(_FRAME_MAGIC, at)) >= 0:
+        if (frame := read_frame(data, at)) is not None:
             return frame
         at += 1
     return None
+
+
+# -- heads of records --------------------------------------------------------------------------------------------------
+
+#: Kinds of records. Any other kind is the name of a step (`core.steps`), with its arguments.
+START = (
+    "start"  # a process begins to write: [writer info, settings, position up to which it read, seconds away or None]
+)
+BATCH = "batch"  # [items that ran, operations that had run before], and the bytes of the batch
+MORE = "more"  # [sequence, items that ran] of a batch that has a record already
+CALL = "call"  # [ticket], and the bytes of an operation: called in the store's own process, or of a repeated batch
+VERIFIED = "verified"  # [rollouts, digest]: the writer's digest of the rollouts that were touched longest ago
+LEFT_OUT = "left_out"  # [sequence, class of the error, its arguments]: an item that must not run, and its answer
+
+
+class RecordHead(NamedTuple):
+    """The head of a record."""
+
+    kind: str
+    now: float
+    age: float
+    seed: int
+    minted: int
+    session_id: str | None
+    arguments: list[Any]
+
+    def step(self) -> Step:
+        """The step in which it was recorded; its session is not set."""
+        step = Step(self.now, seed=self.seed, age=self.age)
+        step.minted = self.minted
+        return step
+
+
+def pack_record_head(kind: str, step: Step, minted: int, session_id: str | None, arguments: Sequence[Any]) -> bytes:
+    """The first chunk of a record."""
+    return frames.pack((kind, step.now, step.age, step.seed, minted, session_id, arguments)).frame
+
+
+def unpack_record_head(chunk: bytes | memoryview) -> RecordHead:
+    """The head of a record from its first chunk."""
+    return RecordHead(*frames.unpack(chunk, []))

@@ -1,8 +1,8 @@
-"""The large objects of a journal: which of its files are needed, and how a process proves that it sees them.
+"""The files of large objects in a journal: which of them are needed, and how a client finds out that it can read them.
 
-Whoever publishes an object writes its file, once the store has the version that refers to it; the file goes when no
-version refers to it any more. What a crash left is cleared away when the next process begins.
-Not here: the form of a file, reading and writing one (`raystore.values.objects`).
+A client that publishes an object writes its file once the store has the version that refers to it; the file is deleted
+when no version refers to it any more. Files that a crash left are deleted when the next process begins.
+Not here: the format of a file, reading and writing one (`raystore.values.objects`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,20 @@ class JournalObjects:
     """The files of the objects of one journal, for the process that writes it."""
 
     def __init__(self, directory: Directory, *, needed: Collection[str], bound: int) -> None:
-        """`needed` are the addresses of objects that some version refers to; `bound` is the size of the largest."""
+        """`needed` are the addresses of objects that some version refers to; `bound` is the most bytes of one."""
         self.files = ObjectFiles(directory.path / OBJECTS)
         self.bound = bound
-        self._clear_away(needed)
-
-    def _clear_away(self, needed: Collection[str]) -> None:
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.files.path):
                 if name != TOKEN and name not in needed:
                     (self.files.path / name).unlink(missing_ok=True)
 
-    def told(self) -> dict[str, Any]:
-        """What a client is told: where the files are, and what stands in the token there."""
+    def description(self) -> dict[str, Any]:
+        """For clients: the path of the directory, and the token in it by which a client knows that it sees it."""
         try:
             token = self._token()
         except OSError:  # the directory is gone, which the writer of the journal finds out as well
-            token = secrets.token_hex(16)  # that nobody finds
+            token = secrets.token_hex(16)  # which no client finds
         return {"path": str(self.files.path), "token": token, "bound": self.bound}
 
     def _token(self) -> str:
@@ -53,6 +50,6 @@ class JournalObjects:
         return token.read_text()
 
     def remove(self, addresses: Iterable[str]) -> None:
-        """Forget objects that nobody needs."""
+        """Delete the files of objects that no version refers to."""
         for address in addresses:
             self.files.file(address).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Beginning to write a journal: as a new run, or going on with the one that is there.
+"""Opening a journal: to write it, as a new run or going on with the run that is there; or to read it.
 
-Not here: the options (`config`), replay itself (`replay`).
+Not here: the options (`config`), reading itself (`reader`, `replay`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raystore.config import StoreConfig
-from raystore.core import format1, wanted, watchdog
+from raystore.core import expiry, format1, wanted
 from raystore.core.state import Settings, State, Step
 from raystore.errors import (
     FencedError,
@@ -23,35 +23,37 @@ from raystore.errors import (
     JournalMissingError,
     StoreError,
 )
-from raystore.journal import records
-from raystore.journal.compaction import rewrite
+from raystore.journal import format
+from raystore.journal.compaction import upgrade
 from raystore.journal.failpoints import failpoint
-from raystore.journal.files import RECORDS, SNAPSHOT, Directory, Place
-from raystore.journal.progress import Progress, Watch
-from raystore.journal.reader import Reading, settled
+from raystore.journal.files import RECORDS, SNAPSHOT, Directory, JournalPosition
+from raystore.journal.format import WriterInfo
+from raystore.journal.reader import CrashMarker, JournalReader, ReadingProgress, retry_on_replacement
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
-from raystore.journal.snapshotter import Keeper
-from raystore.journal.writer import FULL_SECONDS, Log, is_full
+from raystore.journal.snapshotter import Snapshotter
+from raystore.journal.span_bodies import SpanBodies
+from raystore.journal.writer import FULL_SECONDS, JournalWriter, is_full
 
 logger = logging.getLogger("raystore.store")
 
-HOLD_AFTER = 2  #: processes that end at the same record: the next one serves what was before it, and goes no further
+HOLD_AFTER = 2  #: processes that die at the same record; the next one serves the state before it, and takes no changes
 
 
 @dataclass(slots=True)
 class Opened:
-    """A journal that is being written, and the state to go on from."""
+    """A journal that was opened, and the state to go on from."""
 
     state: State
     directory: Directory
     recorder: Recorder | None  # None: for reading only
     store_id: str
     epoch: int
-    not_before: float  # the clock of the run stands there
+    not_before: float  # time of the newest record; the clock goes on from there
     remarks: list[str]
-    keeper: Keeper | None = None
-    held: StoreError | None = None  # why nothing may be written
+    bodies: SpanBodies
+    snapshotter: Snapshotter | None = None
+    held: StoreError | None = None  # why no changes are taken
 
 
 def open_journal(
@@ -62,34 +64,73 @@ def open_journal(
     resume: str,
     now: float,
     writer: str | None = None,
-    watch: Watch | None = None,
+    progress: ReadingProgress | None = None,
 ) -> Opened:
     """Become the writer of a store's journal.
 
     `resume`: "auto" goes on with the run that is there, if it is of this store, and begins one if there is none; "must"
     goes on, with whatever run, also if its writer seems alive; "never" begins one where there is none; "again" is for
-    a process that takes the place of another of the same `writer`, which must find its run, and nobody else's since.
-    `now` is the wall clock. Who opens a long one on a thread may `watch` it.
+    a process that takes the place of another of the same `writer`, which must find its run, and no other writer since.
+    `now` is the wall clock, in seconds. `progress` shows other threads how far a long reading has come.
     """
     assert config.journal is not None
-    directory = usable(config.journal)
-    _check(directory, name, resume, writer)
+    directory = checked_directory(config.journal)
+    _check_resume(directory, name, resume, writer)
     try:
         _make(directory)
-        is_forced = resume == "must"
-        return _begin(
-            directory, config, settings, watch or Watch(), name=name, now=now, writer=writer, is_forced=is_forced
+        epoch = directory.begin_epoch()
+        failpoint("opening.epoch")
+        marker = CrashMarker(directory.path)
+        if marker.deaths >= HOLD_AFTER and resume != "must":
+            return _hold(directory, epoch, settings, marker, progress)
+        reader, replayed = _read(directory, epoch, marker, progress)
+        marker.clear()
+        failpoint("opening.read")
+        reader.sync()  # of a process that died, the last records may be in the system's memory only
+        if reader.is_old and replayed.writer:
+            upgrade(directory, replayed, reader.position)
+        info = WriterInfo(
+            store_id=replayed.writer.get("store_id") or secrets.token_hex(8),
+            name=name if name is not None else replayed.writer.get("name"),
+            writer=writer,
         )
+        remarks = [
+            f"{torn.bytes} bytes behind byte {torn.offset} of {torn.segment} were never finished, and are left out"
+            for torn in reader.torn_tails
+        ]
+        differences = [
+            f"a replay differs from what the store was at record {number}" for number in replayed.differences
+        ]
+        for remark in remarks + differences:
+            logger.warning("Journal %s: %s", directory.path, remark)
+        bodies = SpanBodies(directory)
+        snapshotter = Snapshotter(
+            directory, epoch, replayed.operations, bodies.forget_files,
+            failed=differences[-1] if differences else "",  # the evidence is kept
+        )  # fmt: skip
+        journal_writer = JournalWriter(
+            directory,
+            store_id=info["store_id"],
+            epoch=epoch,
+            first=reader.position.record + 1,
+            durability=config.durability,
+            on_segment_closed=snapshotter.segment_closed,
+        )
+        resume_writing(replayed, journal_writer, settings, info=info, after=reader.position, now=now)
     except OSError as error:
         if is_full(error):
             raise JournalFullError(str(directory.path), FULL_SECONDS) from None
         raise
+    return Opened(
+        replayed.state, directory, Recorder(journal_writer), info["store_id"], epoch, replayed.now,
+        remarks + differences, bodies, snapshotter,
+    )  # fmt: skip
 
 
-def usable(path: str | Path, *, to_write: bool = True) -> Directory:
-    """Where a journal is, or is to be; raises for a path at which no process of this user on this machine can do so."""
+def checked_directory(path: str | Path, *, to_write: bool = True) -> Directory:
+    """The directory of a journal; raises `InvalidValueError` if this process cannot use the path, and says why."""
     directory = Directory(path)
-    if (expected := directory.unusable(to_write=to_write)) is not None:
+    if (expected := directory.why_unusable(to_write=to_write)) is not None:
         raise InvalidValueError("journal", str(directory.path), expected)
     return directory
 
@@ -104,86 +145,69 @@ def _make(directory: Directory) -> None:
         raise InvalidValueError("journal", str(directory.path), expected) from None
 
 
-def _begin(
+def _read(
     directory: Directory,
-    config: StoreConfig,
-    settings: Settings,
-    watch: Watch,
-    *,
-    name: str | None,
-    now: float,
-    writer: str | None,
-    is_forced: bool,
-) -> Opened:
-    epoch = directory.begin_epoch()
-    failpoint("opening.epoch")
-    progress = Progress(directory.path)
-    stop_at = progress.died_at if progress.deaths >= HOLD_AFTER and not is_forced else None
+    epoch: int,
+    marker: CrashMarker,
+    progress: ReadingProgress | None,
+    stop_at: int | None = None,
+) -> tuple[JournalReader, Replay]:
+    """Replay what the writers of earlier epochs wrote, or only up to the record before `stop_at`."""
 
-    def read() -> tuple[Reading, Replay]:
-        reading = Reading(directory, epoch)
-        if stop_at is not None and reading.place.last == stop_at:
-            raise JournalHeldError(str(directory.path), stop_at, progress.deaths)
-        return reading, replay(reading, before=progress.at, stop_at=stop_at, watch=watch)
+    def read() -> tuple[JournalReader, Replay]:
+        reader = JournalReader(directory, epoch)
+        if stop_at is not None and reader.position.record == stop_at:
+            raise JournalHeldError(str(directory.path), stop_at, marker.deaths)
+        return reader, replay(reader, before=marker.mark, stop_at=stop_at, progress=progress)
 
     try:
-        reading, found = settled(read)
+        return retry_on_replacement(read)
     except StoreError:
-        progress.done()  # which is told, and is no death
+        marker.clear()
         raise
-    if stop_at is not None:
-        held = JournalHeldError(str(directory.path), stop_at, progress.deaths)
-        logger.critical("%s", held)
-        progress.at(stop_at)
-        found.state.guard_all()
-        format1.go_on(found.state)
-        wanted.configure(found.state, settings)
-        return Opened(
-            found.state, directory, None, found.started["store_id"], epoch, found.now, [str(held)], held=held
-        )  # fmt: skip
-    progress.done()
-    failpoint("opening.read")
-    reading.sync()  # of a process that died, the last records may be in the system's memory only
-    if reading.is_old and found.started:
-        rewrite(directory, found, reading.place)
-    store_id = found.started.get("store_id") or secrets.token_hex(8)
-    first = reading.place.last + 1
-    log = Log(directory, store_id=store_id, epoch=epoch, first=first, durability=config.durability)
-    who = {"store_id": store_id, "name": name if name is not None else found.started.get("name"), "writer": writer}
-    remarks = [
-        f"{cut.bytes} bytes behind byte {cut.offset} of {cut.segment} were never finished, and are left out"
-        for cut in reading.cuts
-    ]
-    remarks += [f"a replay differs from what the store was at record {number}" for number in found.differences]
-    for remark in remarks:
-        logger.warning("Journal %s: %s", directory.path, remark)
-    return go_on(found, log, settings, who=who, after=reading.place, now=now, remarks=remarks)
 
 
-def go_on(
-    found: Replay, log: Log, settings: Settings, *, who: dict[str, Any], after: Place, now: float, remarks: list[str]
+def _hold(
+    directory: Directory, epoch: int, settings: Settings, marker: CrashMarker, progress: ReadingProgress | None
 ) -> Opened:
-    """Write down that a process begins, and let what it found be what it goes on from."""
-    state = found.state
-    step = Step(max(now, found.now))
-    away = step.now - found.now if found.started else None
-    told = asdict(settings) | {"default_config": settings.default_config.row()}
-    begun: list[Any] = [who, told, astuple(after), away]
-    log.append([records.pack(records.START, step, 0, None, begun)])
+    """Open a journal of which one record ended several processes: with the state before that record, for reading."""
+    _, replayed = _read(directory, epoch, marker, progress, stop_at=marker.died_at)
+    held = JournalHeldError(str(directory.path), marker.died_at, marker.deaths)
+    logger.critical("%s", held)
+    marker.mark(marker.died_at)
+    opened = _read_only(directory, epoch, replayed, held)
+    wanted.configure(opened.state, settings)
+    return opened
+
+
+def _read_only(directory: Directory, epoch: int, replayed: Replay, held: StoreError | None = None) -> Opened:
+    replayed.state.guard_all()
+    format1.go_on(replayed.state)
+    return Opened(
+        replayed.state, directory, None, replayed.writer["store_id"], epoch, replayed.now,
+        [] if held is None else [str(held)], SpanBodies(directory), held=held,
+    )  # fmt: skip
+
+
+def resume_writing(
+    replayed: Replay, writer: JournalWriter, settings: Settings, *, info: WriterInfo, after: JournalPosition, now: float
+) -> None:
+    """Append a START record, and make the replayed state ready to go on, with these settings."""
+    state = replayed.state
+    step = Step(max(now, replayed.now))
+    away = step.now - replayed.now if replayed.writer else None
+    recorded = asdict(settings) | {"default_config": settings.default_config.row()}
+    start: list[Any] = [info, recorded, astuple(after), away]
+    writer.append([format.pack_record_head(format.START, step, 0, None, start)])
     format1.go_on(state)
     wanted.configure(state, settings)
     if away is not None:
-        watchdog.resume(state, step, away)
+        expiry.resume(state, step, away)
     state.spans.keeps_bodies = True
-    keeper = Keeper(log.directory, log.epoch, found.operations)
-    if found.differences:
-        keeper.failed = remarks[-1]  # the evidence is kept
-    log.on_closed = keeper.closed
-    return Opened(state, log.directory, Recorder(log), who["store_id"], log.epoch, found.now, remarks, keeper)
 
 
-def _check(directory: Directory, name: str | None, resume: str, writer: str | None) -> None:
-    """Refuse to write where that is not what was asked for, before anybody who writes there is disturbed."""
+def _check_resume(directory: Directory, name: str | None, resume: str, writer: str | None) -> None:
+    """Refuse a journal that `resume` does not allow, before its writer is fenced."""
     path = str(directory.path)
     is_there = bool(directory.segments(RECORDS, SNAPSHOT))
     if resume == "never" and is_there:
@@ -192,12 +216,12 @@ def _check(directory: Directory, name: str | None, resume: str, writer: str | No
         raise JournalMissingError(path, "resume='must' asks for a run")
     if resume == "again" and not is_there:
         raise JournalMissingError(path, "this store wrote one before it was restarted, perhaps on another node")
-    if resume == "auto" and (running := directory.writer()) is not None:
+    if resume == "auto" and (running := directory.running_writer()) is not None:
         raise JournalInUseError(path, f"a running store writes it ({running}). Connect to that store, or end it first")
-    who = settled(lambda: Reading(directory).who)
-    if resume == "again" and who and who.get("writer") != writer:
+    earlier = retry_on_replacement(lambda: JournalReader(directory).writer)
+    if resume == "again" and earlier and earlier.get("writer") != writer:
         raise FencedError(path, max(directory.epochs()))
-    theirs = who.get("name")
+    theirs = earlier.get("name")
     if resume == "auto" and name is not None and theirs is not None and theirs != name:
         raise JournalInUseError(
             path,
@@ -208,16 +232,13 @@ def _check(directory: Directory, name: str | None, resume: str, writer: str | No
 
 def read_run(path: str | Path) -> Replay:
     """The state that a journal holds, without becoming its writer."""
-    directory = usable(path, to_write=False)
+    directory = checked_directory(path, to_write=False)
     if not directory.segments(RECORDS, SNAPSHOT):
         raise JournalMissingError(str(directory.path), "there are no segments")
-    return settled(lambda: replay(Reading(directory)))
+    return retry_on_replacement(lambda: replay(JournalReader(directory)))
 
 
 def open_for_reading(path: str | Path) -> Opened:
-    """A run to look at; whoever writes it is not disturbed."""
-    found = read_run(path)
-    found.state.guard_all()
-    format1.go_on(found.state)
-    epoch = max(Directory(path).epochs(), default=0)
-    return Opened(found.state, Directory(path), None, found.started["store_id"], epoch, found.now, [])
+    """Open a journal for reading; its writer is not disturbed."""
+    replayed, directory = read_run(path), Directory(path)
+    return _read_only(directory, max(directory.epochs(), default=0), replayed)

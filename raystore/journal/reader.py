@@ -1,74 +1,92 @@
-"""Everything that a journal holds, in order: its newest snapshot, and the segments behind it of all its writers, each
-as far as its successor read it.
+"""Reading a journal in order: its newest snapshot, and the segments behind it of all its writers.
 
-What no successor read was never acknowledged. A tail that was never finished is left out and told; anything else that
-cannot be read is damage.
-Not here: frames (`frames`), files (`segments`), what records mean (`replay`).
+The segments of each writer count as far as its successor read them: whatever lies behind was never acknowledged. A torn
+tail is left out and reported; anything else that cannot be read is damage.
+
+A crash marker names the record that is being read, in a file that survives the process. So a record that ends every
+process that reads it is found, instead of being read for ever.
 """
 
 from __future__ import annotations
 
+import logging
+import mmap
 import os
+import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from raystore.errors import JournalDamagedError
-from raystore.journal import records, snapshot_file
-from raystore.journal.files import SNAPSHOT, Cut, Directory, Place, read_segment, read_segment_head, tail
-from raystore.journal.format import FORMAT
+from raystore.journal import format, snapshot_file
+from raystore.journal.files import (
+    SNAPSHOT,
+    Directory,
+    JournalFile,
+    JournalPosition,
+    TornTail,
+    read_head,
+    read_segment,
+    torn_tail,
+)
+from raystore.journal.format import FORMAT, START, Chunks, WriterInfo
 
-Segment = tuple[int, int, Path]
+logger = logging.getLogger("raystore.store")
+
 T = TypeVar("T")
 
-READINGS = 20  #: while a helper replaces segments by a snapshot
+ATTEMPTS = 20  #: to read while a helper replaces segments by a snapshot
+LOG_SECONDS = 10.0  #: between two lines of the log about a reading that takes long
 
 
-class Reading:
-    """One pass over a journal, up to the writers that began before `epoch`, or `until` a segment."""
+class JournalReader:
+    """One pass over a journal, up to the writers that began before `epoch`, or `until` a segment (epoch, number)."""
 
     def __init__(self, directory: Directory, epoch: int | None = None, until: tuple[int, int] | None = None) -> None:
-        self.cuts: list[Cut] = []
-        self.place = Place(0, 0, 0, 0)  # where it has come to
-        self.who: dict[str, Any] = {}  # what the newest writer said of itself; empty if there is none
+        self.torn_tails: list[TornTail] = []
+        self.position = JournalPosition(0, 0, 0, 0)  # behind the last record that was read
+        self.writer: WriterInfo = {}  # the newest writer; empty if there is none
         self.snapshot: Path | None = None  # to begin with
         self.format = FORMAT  # of the record that was read last
-        self.is_old = False  # something that was read is of an earlier format
+        self.is_old = False  # something that was read has an earlier format
 
-        def is_wanted(found: Segment) -> bool:
-            return (epoch is None or found[0] < epoch) and (until is None or found[:2] <= until)
+        def is_wanted(found: JournalFile) -> bool:
+            return (epoch is None or found.epoch < epoch) and (until is None or found[:2] <= until)
 
         snapshots, segments = directory.segments(SNAPSHOT), directory.segments()
         if directory.segments(SNAPSHOT) != snapshots:  # and segments may have gone before they were listed
             raise FileNotFoundError(f"{directory.path}: a helper has replaced segments by a snapshot meanwhile")
         if snapshots := [found for found in snapshots if is_wanted(found)]:
-            self.snapshot = snapshots[-1][2]
-            self.place, self.who, format_ = snapshot_file.read_head(self.snapshot)
+            self.snapshot = snapshots[-1].path
+            self.position, self.writer, format_ = snapshot_file.read_head(self.snapshot)
             self.is_old = format_ < FORMAT
-        self._limits: dict[int, Place] = {}  # by epoch, if a later one read it
-        begin = (self.place.epoch, self.place.number)
+        self._limits: dict[int, JournalPosition] = {}  # by epoch: up to where a later writer read it
+        begin = (self.position.epoch, self.position.segment)
         self._segments = self._that_count([found for found in segments if found[:2] > begin and is_wanted(found)])
 
-    def _that_count(self, segments: list[Segment]) -> list[Segment]:
+    def _that_count(self, segments: list[JournalFile]) -> list[JournalFile]:
         """The segments of the newest writer that has begun, of the one that it followed, and so on."""
-        by_epoch: dict[int, list[Segment]] = {}
+        by_epoch: dict[int, list[JournalFile]] = {}
         for segment in segments:
-            by_epoch.setdefault(segment[0], []).append(segment)
-        chosen: list[Segment] = []
-        base = self.place.epoch
+            by_epoch.setdefault(segment.epoch, []).append(segment)
+        chosen: list[JournalFile] = []
+        base = self.position.epoch
         epoch = max(by_epoch, default=base)
         is_newest = True
         while epoch > base:
             if epoch not in by_epoch:
-                raise JournalDamagedError(str(segments[0][2].parent), 0, f"the segments of epoch {epoch} are missing")
+                raise JournalDamagedError(str(segments[0].path.parent), 0, f"the segments of epoch {epoch} are missing")
             began = _beginning(by_epoch[epoch])
             if began is None:  # it never acknowledged anything
                 if chosen:
-                    raise JournalDamagedError(str(by_epoch[epoch][0][2]), 0, "it is empty, and a later writer read it")
+                    raise JournalDamagedError(
+                        str(by_epoch[epoch][0].path), 0, "it is empty, and a later writer read it"
+                    )
                 epoch = max((earlier for earlier in by_epoch if earlier < epoch), default=base)
                 continue
-            who, after = began
-            self.who, is_newest = (who if is_newest else self.who), False
+            writer, after = began
+            self.writer, is_newest = (writer if is_newest else self.writer), False
             chosen = by_epoch[epoch] + chosen
             self._limits[after.epoch] = after
             epoch = after.epoch
@@ -77,19 +95,19 @@ class Reading:
         return by_epoch.get(base, []) + chosen
 
     @property
-    def least(self) -> int:
-        """Number of a record up to which the journal goes at least, known before it is read."""
-        return read_segment_head(self._segments[-1][2]).first if self._segments else self.place.last
+    def known_last(self) -> int:
+        """A record up to which the journal goes at least, known before its records are read."""
+        return read_head(self._segments[-1].path).first if self._segments else self.position.record
 
-    def __iter__(self) -> Iterator[tuple[int, list[memoryview]]]:
+    def __iter__(self) -> Iterator[tuple[int, Chunks]]:
         """Number and chunks of each record behind the snapshot."""
-        expected = self.place.last + 1
+        expected = self.position.record + 1
         for epoch, number, path in self._segments:
             limit = self._limits.get(epoch)
-            if limit is not None and number > limit.number:
+            if limit is not None and number > limit.segment:
                 continue  # its writer did not know yet that it had a successor
-            is_cut = limit is not None and number == limit.number
-            head, found = read_segment(path, limit.offset if limit is not None and is_cut else None)
+            is_limited = limit is not None and number == limit.segment
+            head, found = read_segment(path, limit.offset if limit is not None and is_limited else None)
             if head.first != expected or (head.epoch, head.number) != (epoch, number):
                 raise JournalDamagedError(str(path), 0, f"it begins with record {head.first}, and {expected} is next")
             self.format = head.format
@@ -100,39 +118,90 @@ class Reading:
                     yield expected, record
                     expected += 1
                 end = frame.end
-                self.place = Place(epoch, number, end, expected - 1)
-            if limit is not None and is_cut and expected - 1 != limit.last:
-                raise JournalDamagedError(str(path), end, f"its records end at {expected - 1}, and not at {limit.last}")
-            if path is self._segments[-1][2] and (cut := tail(path, end)) is not None:
-                self.cuts.append(cut)
+                self.position = JournalPosition(epoch, number, end, expected - 1)
+            if limit is not None and is_limited and expected - 1 != limit.record:
+                why = f"its records end at {expected - 1}, and not at {limit.record}"
+                raise JournalDamagedError(str(path), end, why)
+            if path is self._segments[-1].path and (torn := torn_tail(path, end)) is not None:
+                self.torn_tails.append(torn)
 
     def sync(self) -> None:
         """Make durable what was read; only the last segment may not be."""
         if self._segments:
-            fd = os.open(self._segments[-1][2], os.O_RDWR)
+            fd = os.open(self._segments[-1].path, os.O_RDWR)
             try:
                 os.fsync(fd)
             finally:
                 os.close(fd)
 
 
-def _beginning(segments: list[Segment]) -> tuple[dict[str, Any], Place] | None:
-    """Who a writer was, and up to where it had read when it began; None if it never did."""
-    _, found = read_segment(segments[0][2])
-    frame = next(found, None)
+def _beginning(segments: list[JournalFile]) -> tuple[WriterInfo, JournalPosition] | None:
+    """The writer of an epoch, and up to where it had read when it began; None if it wrote no record."""
+    path = segments[0].path
+    frame = next(read_segment(path)[1], None)
     if frame is None:
         return None
-    told = records.unpack(next(frame.records())[0])
-    if told.kind != records.START:
-        raise JournalDamagedError(str(segments[0][2]), frame.at, "the first record of an epoch is missing")
-    return told.arguments[0], Place(*told.arguments[2])
+    head = format.unpack_record_head(next(frame.records())[0])
+    if head.kind != START:
+        raise JournalDamagedError(str(path), frame.at, "the first record of an epoch is missing")
+    return head.arguments[0], JournalPosition(*head.arguments[2])
 
 
-def settled(read: Callable[[], T]) -> T:
-    """What `read` finds, which begins anew if a helper has replaced a file by another meanwhile."""
-    for _ in range(READINGS):
+def retry_on_replacement(read: Callable[[], T]) -> T:
+    """The result of `read`, which is called again if a helper has replaced a file by another meanwhile."""
+    for _ in range(ATTEMPTS):
         try:
             return read()
         except FileNotFoundError:
             continue
     return read()
+
+
+class CrashMarker:
+    """Marks each record while it is read, so that the next process knows if this one dies there."""
+
+    _FILE = "progress"
+    _FORM = struct.Struct("<QQ")  # the record that is being read (0: none), how often that has ended a process before
+
+    def __init__(self, path: Path) -> None:
+        fd = os.open(path / self._FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if os.fstat(fd).st_size < self._FORM.size:
+                os.ftruncate(fd, self._FORM.size)
+            self._map = mmap.mmap(fd, self._FORM.size)
+        finally:
+            os.close(fd)
+        #: The record at which the process before died, 0 if it did not; and how many have died there in a row.
+        self.died_at, before = self._FORM.unpack_from(self._map)
+        self.deaths = before + 1 if self.died_at else 0
+
+    def mark(self, record: int) -> None:
+        """A record is about to be read."""
+        self._FORM.pack_into(self._map, 0, record, self.deaths if record == self.died_at else 0)
+
+    def clear(self) -> None:
+        """Everything was read, or reading ended with an error, which is no death."""
+        self._FORM.pack_into(self._map, 0, 0, 0)
+        self._map.close()
+
+
+class ReadingProgress:
+    """How far a reading has come, for other threads and, now and then, for the log."""
+
+    def __init__(self) -> None:
+        self.steps = 0  #: grows as long as the reading makes progress
+        self.record = 0  #: that is being read; 0 before the first
+        self.known_last = 0  #: the journal goes at least up to this record
+        self._logged_at = time.monotonic()
+
+    def advance(self, record: int | None = None) -> None:
+        """A section of a snapshot was read, or a record is about to be."""
+        self.steps += 1
+        if record is not None:
+            self.record = record
+        if (now := time.monotonic()) > self._logged_at + LOG_SECONDS:
+            self._logged_at = now
+            logger.info("Reading the journal: %s", self)
+
+    def __str__(self) -> str:
+        return f"at record {self.record} of {max(self.record, self.known_last)} or more"

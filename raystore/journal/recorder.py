@@ -1,8 +1,7 @@
-"""What a service does, written down while it does it.
+"""Writes the journal records of one service. Not thread-safe: the service holds its lock.
 
-A batch is recorded when it has run as far as it runs without a break: at its end, or before anything else is. Batches
-of reads leave no record.
-Not here: the form of records (`records`), committing them (`log`).
+A batch is recorded when it has run as far as it runs without interruption: at its end, or before anything else is
+recorded. Batches of reads leave no record.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from typing import Any
 from raystore.core.state import Step
 from raystore.core.verbs import CHANGING, is_part
 from raystore.errors import JournalFullError, OverloadedError, StoreError, again, to_record
-from raystore.journal import records
-from raystore.journal.writer import Log
+from raystore.journal import format
+from raystore.journal.writer import JournalWriter
 from raystore.wire import frames
 
-REFUSED_KEPT = 1_000  #: bulk calls of which a part found no room
-LOCAL = 0  #: sequence of what is no batch: a call within the store's process
+REFUSED_KEPT = 1_000  #: bulk calls of which a part found no space
+LOCAL = 0  #: sequence number of a call within the store's process, which is no batch
 
 
 class Source:
-    """Where the items of a slice come from: a batch, as it came."""
+    """The batch, or part of a batch, that runs, with the bytes in which it arrived."""
 
     __slots__ = ("begun", "first_ticket", "parts", "record", "refused", "sequence", "session_id", "unwritten")
 
@@ -33,35 +32,35 @@ class Source:
         self.sequence = sequence
         self.first_ticket = first_ticket
         self.begun = begun  # operations that ran before, when it was interrupted
-        self.refused: StoreError | None = None  # why none of it may change anything
+        self.refused: StoreError | None = None  # why no operation of it may change anything
         self.parts = parts
         self.record = 0  # number of the record that holds the bytes, once there is one
-        self.unwritten = 0  # items that ran since
+        self.unwritten = 0  # items that ran since the last record
 
 
 class Recorder:
-    """The pen of one service, which holds a lock around every call."""
+    """Records what one service does."""
 
-    def __init__(self, log: Log) -> None:
-        self.log = log
-        self.operations = 0  # written down
+    def __init__(self, writer: JournalWriter) -> None:
+        self.writer = writer
+        self.operations = 0  # recorded
         self._source: Source | None = None
         self._step: Step | None = None
         self._minted = 0
-        self._is_worth = False  # something may have changed since the last record
-        self._refused: dict[tuple[str, int], StoreError] = {}  # bulk calls of which a part found no room
+        self._is_due = False  # something may have changed since the last record
+        self._refused: dict[tuple[str, int], StoreError] = {}  # bulk calls of which a part found no space
 
     def begin(self, source: Source | None) -> None:
-        """A slice begins; without a source, of what changes nothing."""
+        """A slice begins; without a source, one of operations that change nothing."""
         self._source, self._step = source, None
         if source is not None and not source.record and source.refused is None:
             try:
-                self.log.admit(sum(map(len, source.parts)))
+                self.writer.reserve(sum(map(len, source.parts)))
             except (JournalFullError, OverloadedError) as error:
                 source.refused = error
 
     def item(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], *, is_refused: bool = False) -> None:
-        """An item is about to run: it is told where its bytes will be. Raises if there is no room for what it does.
+        """An item is about to run; `step` is given the position of its bytes. Raises if there is no space for it.
 
         One that `is_refused` for its arguments changes nothing, unless it is a part of a bulk call.
         """
@@ -75,11 +74,11 @@ class Recorder:
                 raise again(source.refused)
             return
         if step is not self._step:
-            self._close()
+            self._flush()
             self._step, self._minted = step, step.minted
         source.unwritten += 1
-        self._is_worth = self._is_worth or (verb in CHANGING and not (is_refused and "chain" not in arguments))
-        step.record = source.record or self.log.last + 1
+        self._is_due = self._is_due or (verb in CHANGING and not (is_refused and "chain" not in arguments))
+        step.record = source.record or self.writer.last + 1
         step.operation = ticket - source.first_ticket
         if self._refused and (refusal := self._refuse_chain(source, arguments)) is not None:
             self.left_out(refusal)
@@ -88,7 +87,7 @@ class Recorder:
     def _refuse_chain(
         self, source: Source, arguments: dict[str, Any], why: StoreError | None = None
     ) -> Exception | None:
-        """Why a part of a bulk call is refused: an earlier part was, for want of room."""
+        """The error for a part of a bulk call of which this or an earlier part found no space; else None."""
         if not is_part(arguments.get("chain")):
             return None
         number, is_last = arguments["chain"]
@@ -102,54 +101,57 @@ class Recorder:
 
     @property
     def position(self) -> int:
-        """Number of the record that holds the newest of what was done."""
-        return self.log.last + self._is_worth
+        """Number of the record that holds, or will hold, the newest change."""
+        return self.writer.last + self._is_due
 
     def end(self) -> None:
         """A slice ends."""
-        self._close()
+        self._flush()
 
     def change(self, kind: str, step: Step, minted: int, arguments: Sequence[Any]) -> None:
-        """A step that is no operation was done."""
-        self._close()
+        """A step was done that is no operation."""
+        self._flush()
         self.operations += 1
         session_id = step.session.session_id if step.session else None
-        self.log.append([records.pack(kind, step, minted, session_id, arguments)])
+        self.writer.append([format.pack_record_head(kind, step, minted, session_id, arguments)])
 
     def verified(self, now: float, count: int, digest: str) -> None:
-        """What the state is now, of the rollouts that were touched longest ago, for whoever does all this again."""
-        self.log.append([records.pack(records.VERIFIED, Step(now), 0, None, [count, digest])])
+        """Record the digest of the `count` rollouts that were touched longest ago; a replay must find the same."""
+        self.writer.append([format.pack_record_head(format.VERIFIED, Step(now), 0, None, [count, digest])])
 
     def left_out(self, error: Exception) -> None:
-        """The item that runs has broken the state, or did not run at all: this is its answer, also another time."""
+        """The current item broke the state, or did not run: a replay skips it, and this error is its answer."""
         source, step = self._source, self._step
         assert source is not None and step is not None
         source.unwritten -= 1
         if source.sequence == LOCAL:
-            self._is_worth = False
+            self._is_due = False
             return
-        self._is_worth = self._is_worth and (source.unwritten > 0 or not source.record)
-        self._close()
+        self._is_due = self._is_due and (source.unwritten > 0 or not source.record)
+        self._flush()
         arguments = [source.sequence, *to_record(error)]
-        self.log.append([records.pack(records.LEFT_OUT, step, step.minted, source.session_id, arguments)])
+        head = format.pack_record_head(format.LEFT_OUT, step, step.minted, source.session_id, arguments)
+        self.writer.append([head])
 
-    def _close(self) -> None:
-        """Write down what ran since the last record."""
-        if not self._is_worth:
+    def _flush(self) -> None:
+        """Record the items that ran since the last record."""
+        if not self._is_due:
             return
         source, step = self._source, self._step
         assert source is not None and step is not None
         if source.sequence == LOCAL:
-            head = records.pack(records.CALL, step, self._minted, source.session_id, [source.first_ticket])
-            source.record = self.log.append([head, *source.parts])
+            kind, arguments = format.CALL, [source.first_ticket]
         elif not source.record:
-            head = records.pack(records.BATCH, step, self._minted, source.session_id, [source.unwritten, source.begun])
-            source.record = self.log.append([head, *source.parts])
+            kind, arguments = format.BATCH, [source.unwritten, source.begun]
         else:
-            arguments = [source.sequence, source.unwritten]
-            self.log.append([records.pack(records.MORE, step, self._minted, source.session_id, arguments)])
+            kind, arguments = format.MORE, [source.sequence, source.unwritten]
+        head = format.pack_record_head(kind, step, self._minted, source.session_id, arguments)
+        if kind == format.MORE:
+            self.writer.append([head])
+        else:
+            source.record = self.writer.append([head, *source.parts])
         self.operations += source.unwritten
-        source.unwritten, self._is_worth = 0, False
+        source.unwritten, self._is_due = 0, False
         self._minted = step.minted
 
 

@@ -1,9 +1,9 @@
-"""A state in one file, from which a journal goes on: made by a helper, read when a store starts.
+"""The file of a snapshot: a state from which a journal goes on, made by a helper and read when a store starts.
 
-The file begins like a segment. Then comes the index of the spans of each rollout, which is read when somebody asks for
-it, then the sections of the image in frames, and last where these begin. It has its name only once it is whole and on
-disk; what it says of bodies is where they are in the segments.
-Not here: what is in an image (`core.image`), when one is made (`keeper`), which segments it replaces (`compaction`).
+The file begins with a head like a segment. Then come the indexes of the spans, one for each rollout, each read when
+somebody asks for it; then the sections of the image in frames; and last the offset of the first section. The file gets
+its name only once it is whole and on disk. Bodies of spans stay in the segments: an index says where.
+Not here: which segments it replaces (`compaction`).
 """
 
 from __future__ import annotations
@@ -12,38 +12,37 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgpack
 
 from raystore.core import format1
-from raystore.core.cold import Chunk
-from raystore.core.image import image, restore
 from raystore.core.payload import OnDisk, Payload
 from raystore.core.records import Attempt, Change, Config, Record, Resources, Rollout, Span, Worker
+from raystore.core.snapshot import LazyChunk, restore, sections
 from raystore.core.spans import Index
 from raystore.core.state import State
 from raystore.errors import JournalDamagedError
 from raystore.journal import format
 from raystore.journal.failpoints import failpoint
-from raystore.journal.files import Place, unfinished
-from raystore.journal.format import Head
-from raystore.journal.progress import Watch
+from raystore.journal.files import JournalPosition, unfinished
+from raystore.journal.files import read_head as read_file_head
+from raystore.journal.format import FileHead, WriterInfo
 
 _END = struct.Struct("<8sQI")  # magic, where the sections begin, how many there are
 _END_MAGIC = b"rs-image"
 _INDEX = struct.Struct("<III")  # checksum, bytes of the rows, spans
-_EXACT = frozenset({"session", "consumers", "more"})  # sections whose values are packed as what they are
+_EXACT = frozenset({"session", "consumers", "more"})  # sections in which tuples and records stay what they are
 _READ_BYTES = 16 * 1024 * 1024
 
-# Extension types.
+# Codes of msgpack's extension types; records have one each, from _RECORD on.
 _PAYLOAD, _TUPLE, _RECORD = 1, 2, 16
 _KINDS: list[type[Record]] = [Config, Rollout, Attempt, Worker, Resources, Span, Change]
 
 
-def _extended(value: Any) -> Any:
+def _pack_extension(value: Any) -> Any:
     if isinstance(value, tuple):
         return msgpack.ExtType(_TUPLE, _pack(list(value), exactly=True))
     if isinstance(value, Record):
@@ -53,7 +52,7 @@ def _extended(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no place in a snapshot: {value!r}")
 
 
-def _opened(code: int, data: bytes) -> Any:
+def _unpack_extension(code: int, data: bytes) -> Any:
     if code == _PAYLOAD:
         return Payload(data, ())
     value = _unpack(data)
@@ -61,53 +60,48 @@ def _opened(code: int, data: bytes) -> Any:
 
 
 def _pack(value: Any, *, exactly: bool) -> bytes:
-    """As bytes; `exactly` tells tuples from lists, and records from rows."""
-    return bytes(msgpack.packb(value, default=_extended, strict_types=exactly, unicode_errors="surrogatepass"))
+    """A value as bytes; `exactly` keeps the difference between tuples and lists, and between records and rows."""
+    return bytes(msgpack.packb(value, default=_pack_extension, strict_types=exactly, unicode_errors="surrogatepass"))
 
 
 def _unpack(data: bytes | memoryview) -> Any:
-    return msgpack.unpackb(data, ext_hook=_opened, strict_map_key=False, unicode_errors="surrogatepass")
+    return msgpack.unpackb(data, ext_hook=_unpack_extension, strict_map_key=False, unicode_errors="surrogatepass")
 
 
-class IndexFile:
-    """The span indexes in a snapshot."""
+class SpanIndexFile:
+    """The span indexes of a snapshot, each read when it is needed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as somebody may ask
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as the state lives
 
-    def raw(self, place: int) -> bytes:
-        """An index as it stands in the file."""
-        data = os.pread(self._file.fileno(), 4096, place)
+    def raw(self, at: int) -> bytes:
+        """The bytes of the index at an offset."""
+        data = os.pread(self._file.fileno(), 4096, at)
         checksum, length, count = _INDEX.unpack_from(data)
         size = _INDEX.size + 8 * count + length
         if len(data) < size:
-            data = os.pread(self._file.fileno(), size, place)
+            data = os.pread(self._file.fileno(), size, at)
         if len(data) < size or zlib.crc32(data[4:size]) != checksum:
-            raise JournalDamagedError(str(self._path), place, "the index of the spans of a rollout cannot be read")
+            raise JournalDamagedError(str(self._path), at, "the index of the spans of a rollout cannot be read")
         return data[:size]
 
-    def read(self, place: int) -> Index:
-        """An index: where each body is, and a row for each span."""
-        return unpack_index(self.raw(place))
+    def read(self, at: int) -> Index:
+        """The index at an offset: the place of each body, and a row for each span."""
+        raw = self.raw(at)
+        places = _places_in(raw)
+        return places, _unpack(raw[_INDEX.size + 8 * len(places) :])
 
 
-def places_in(raw: bytes) -> array[int]:
-    """Where the bodies are of which this is the index."""
+def _places_in(raw: bytes) -> array[int]:
+    """The places of the bodies of an index."""
     _, _, count = _INDEX.unpack_from(raw)
     places = array("Q")
     places.frombytes(raw[_INDEX.size : _INDEX.size + 8 * count])
     return places
 
 
-def unpack_index(raw: bytes) -> Index:
-    """An index from its bytes."""
-    places = places_in(raw)
-    return places, _unpack(raw[_INDEX.size + 8 * len(places) :])
-
-
-def pack_index(index: Index) -> bytes:
-    """An index as bytes."""
+def _pack_index(index: Index) -> bytes:
     places, rows = index
     body = _pack(rows, exactly=False)
     rest = struct.pack("<II", len(body), len(places)) + places.tobytes() + body
@@ -117,16 +111,11 @@ def pack_index(index: Index) -> bytes:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write(
-    path: Path,
-    head: Head,
-    state: State,
-    old: IndexFile | None,
-    more: dict[str, Any],
-) -> set[int]:
-    """Write a state; the numbers of the records that hold bodies of its spans.
+def write(path: Path, head: FileHead, state: State, old: SpanIndexFile | None, more: dict[str, Any]) -> set[int]:
+    """Write a snapshot; returns the numbers of the records that hold bodies of its spans.
 
-    `old` is where indexes are that have not been read. `more` is what the journal knows beside the state.
+    `old` has the indexes of the snapshot before, of which some may not have been read. `more` is what the journal needs
+    beside the state.
     """
     needed: set[int] = set()
     with unfinished(path) as new:
@@ -135,7 +124,7 @@ def write(
             file.write(format.pack_head(head))
             places = _write_indexes(file, state, old, needed)
             begin, count = file.tell(), 0
-            for name, value in image(state, places):
+            for name, value in sections(state, places):
                 _write_section(file, name, value, count)
                 count += 1
             _write_section(file, "more", more, count)
@@ -148,7 +137,7 @@ def write(
     return needed
 
 
-def _write_indexes(file: BinaryIO, state: State, old: IndexFile | None, needed: set[int]) -> dict[str, int]:
+def _write_indexes(file: BinaryIO, state: State, old: SpanIndexFile | None, needed: set[int]) -> dict[str, int]:
     at = file.tell()
     written: dict[str, int] = {}
     for rollout_id in state.entries:
@@ -156,18 +145,18 @@ def _write_indexes(file: BinaryIO, state: State, old: IndexFile | None, needed: 
             assert old is not None
             raw = old.raw(place)
         elif (index := state.spans.index(rollout_id)) is not None:
-            raw = pack_index(index)
+            raw = _pack_index(index)
         else:
             continue
         written[rollout_id] = at
-        needed.update(place // OnDisk.RECORD for place in places_in(raw))
+        needed.update(place // OnDisk.RECORD for place in _places_in(raw))
         file.write(raw)
         at += len(raw)
     return written
 
 
 def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
-    packed = bytes(value.packed) if isinstance(value, Chunk) else _pack(value, exactly=name in _EXACT)
+    packed = bytes(value.packed) if isinstance(value, LazyChunk) else _pack(value, exactly=name in _EXACT)
     for chunk in format.pack_frame([[name.encode(), packed]], number, 0):
         file.write(chunk)
 
@@ -175,33 +164,32 @@ def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_head(path: Path) -> tuple[Place, dict[str, Any], int]:
-    """Up to where a snapshot goes, who wrote the journal then, and its format."""
-    with open(path, "rb") as file:
-        head = format.unpack_head(file.read(format.HEAD_BYTES), str(path))[0]
+def read_head(path: Path) -> tuple[JournalPosition, WriterInfo, int]:
+    """The position up to which a snapshot goes, the writer of the journal then, and the format of the snapshot."""
+    head = read_file_head(path)
     assert head.more is not None
-    return Place(head.epoch, head.number, head.more["offset"], head.first - 1), head.more["who"], head.format
+    position = JournalPosition(head.epoch, head.number, head.more["offset"], head.first - 1)
+    return position, head.more["who"], head.format
 
 
-def read(path: Path, state: State, watch: Watch | None = None) -> tuple[IndexFile, dict[str, Any]]:
-    """Fill an empty state; where its span indexes are, and what the journal knew beside it."""
-    indexes = IndexFile(path)
+def read(
+    path: Path, state: State, on_section: Callable[[], None] = lambda: None
+) -> tuple[SpanIndexFile, dict[str, Any]]:
+    """Fill an empty state; returns its span indexes, and what the journal needs beside it.
+
+    `on_section` is called for each section.
+    """
+    indexes = SpanIndexFile(path)
     more: dict[str, Any] = {}
     with open(path, "rb", buffering=0) as file:
-        head = format.unpack_head(file.read(format.HEAD_BYTES), str(path))[0]
-        sections = _watched(_sections(file, path, more), watch or Watch())
-        restore(state, _of_format_1(sections) if head.format == 1 else sections, _unpack)
+        sections = _sections(file, path, more, on_section)
+        restore(state, _upgraded(sections) if read_file_head(path).format == 1 else sections, _unpack)
     state.spans.read_index = indexes.read
     return indexes, more
 
 
-def _watched(sections: Iterator[tuple[str, Any]], watch: Watch) -> Iterator[tuple[str, Any]]:
-    for section in sections:
-        watch.step()
-        yield section
-
-
-def _of_format_1(sections: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _upgraded(sections: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Sections of format 1 as sections of today."""
     plain: list[Any] = []
     payload_bytes = 0
     for name, value in sections:
@@ -217,7 +205,10 @@ def _of_format_1(sections: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any
     yield "plain", format1.section("plain", plain)
 
 
-def _sections(file: Any, path: Path, more: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _sections(
+    file: BinaryIO, path: Path, more: dict[str, Any], on_section: Callable[[], None]
+) -> Iterator[tuple[str, Any]]:
+    """Names and values of the sections; the one named "more" fills that dict."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - _END.size, 0))
     try:
@@ -239,4 +230,5 @@ def _sections(file: Any, path: Path, more: dict[str, Any]) -> Iterator[tuple[str
         if section == "more":
             more.update(_unpack(packed))
         else:
+            on_section()
             yield section, bytes(packed) if section == "chunk" else _unpack(packed)

@@ -1,7 +1,7 @@
-"""Bodies of spans that are on disk only, read when somebody asks.
+"""Bodies of spans that are on disk only, read when somebody asks for them.
 
-A place is a record's number, an operation in it, and a span of that. The record is found by the segment's name and a
-sparse index of its frames, which is made by looking at their heads when first needed.
+The place of a body is the number of its record, an operation in that, and a span of that. The record is found by the
+heads of files, and by a sparse index of the frames of a file, which is made from their heads when it is first needed.
 Not here: which bodies are in memory (`core.spans`).
 """
 
@@ -19,17 +19,19 @@ from typing import Any, BinaryIO
 from raystore.core.payload import OnDisk
 from raystore.core.records import Span
 from raystore.errors import JournalDamagedError
-from raystore.journal import format, records
-from raystore.journal.files import BODIES, RECORDS, Directory
-from raystore.journal.reader import settled
+from raystore.journal import format
+from raystore.journal.files import BODIES, RECORDS, Directory, read_head
+from raystore.journal.format import Chunks
+from raystore.journal.reader import retry_on_replacement
 from raystore.wire import frames
 
+BODY = 8  #: where the body is in the row of a span as it travels
 FILES_OPEN = 8  #: at once
 SPARSE_BYTES = 256 * 1024  #: one entry of an index for so much of a segment
 
 
 class _Segment:
-    """One file, and where in it records are. Its writer may go on, and cut off what space it did not need."""
+    """One file, and an index of it. Its writer may go on, and truncate the space that it did not need."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -46,9 +48,9 @@ class _Segment:
         self.last = head.first - 1  #: number of the newest record that the index covers
 
     def open(self) -> bool:
-        """Have the file open; False if another one has its name by now."""
+        """Open the file unless it is open; False if another file has its name by now."""
         if self._file is None:
-            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115  # until others are asked for
+            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115  # until others are needed
             status = os.fstat(self._file.fileno())
             found = (status.st_dev, status.st_ino)
             if self._identity is not None and found != self._identity:
@@ -58,7 +60,7 @@ class _Segment:
         return True
 
     def close(self) -> None:
-        """Let go of the file; where records are is still known."""
+        """Close the file; the index stays."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -72,7 +74,7 @@ class _Segment:
         return format.skip_frame(self._read(at, format.FRAME_BYTES), at)
 
     def _index(self) -> None:
-        """Look at the heads of frames that were not there the last time."""
+        """Index the frames that were appended since the last time."""
         assert self._file is not None
         size = os.fstat(self._file.fileno()).st_size
         while (found := self._skip(self._indexed)) is not None and found[1] <= size:
@@ -82,7 +84,7 @@ class _Segment:
                 self._offsets.append(self._indexed)
             self.last, self._indexed = numbers.stop - 1, end
 
-    def record(self, number: int) -> list[memoryview] | None:
+    def record(self, number: int) -> Chunks | None:
         """A record by its number; None if it is not here, or cannot be read."""
         if number > self.last:
             self._index()
@@ -97,22 +99,18 @@ class _Segment:
         return None
 
 
-class Bodies:
-    """The bodies of one journal.
-
-    Few files are open, however many there are: which one a record is in is found by the heads, of which a bisection
-    needs a handful.
-    """
+class SpanBodies:
+    """The bodies of one journal. Few files are open, however many there are: a bisection over their heads finds one."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
-        self._lock = threading.Lock()  # callers of a store in process may ask from several threads
+        self._lock = threading.Lock()  # a store in process may be asked from several threads
         self._files: list[list[Path]] = []  # by epoch, the newest first; in each by number
-        self._segments: OrderedDict[Path, _Segment] = OrderedDict()  # the last that was asked stands last
-        self._firsts: dict[Path, int] = {}  # of files that were asked for it
+        self._segments: OrderedDict[Path, _Segment] = OrderedDict()  # the one that was used last stands last
+        self._firsts: dict[Path, int] = {}  # number of the first record, of files whose head was read
 
     def load(self, items: list[Any]) -> list[Any]:
-        """Records, and spans among them with their bodies; bodies that were written together are read together."""
+        """The same records, but spans with their bodies; bodies that were written together are read together."""
         last: tuple[int, list[Any]] | None = None
         loaded = []
         for item in items:
@@ -121,21 +119,20 @@ class Bodies:
                 if last is None or last[0] != number:
                     last = (number, self._operations(number))
                 row = last[1][operation][1]["spans"][place]
-                item = item.evolve(body=row[records.BODY])
+                item = item.evolve(body=row[BODY])
             loaded.append(item)
         return loaded
 
     def _operations(self, number: int) -> list[Any]:
         with self._lock:
             record = self._record(number)
-        told = records.unpack(record[0])
         parts = [bytes(part) for part in record[1:]]
-        if told.kind == records.CALL:
+        if format.unpack_record_head(record[0]).kind == format.CALL:
             return [frames.unpack(parts[0], [], parts[1:])]
         return frames.split(parts, None)[1:]
 
     def forget_files(self) -> None:
-        """Let go of all files: a helper has replaced some of them."""
+        """Close all files; a helper may have replaced some of them."""
         with self._lock:
             self._forget()
 
@@ -145,19 +142,19 @@ class Bodies:
         self._segments.clear()
         self._files, self._firsts = [], {}
 
-    def _record(self, number: int) -> list[memoryview]:
-        record = settled(lambda: self._find(number))
+    def _record(self, number: int) -> Chunks:
+        record = retry_on_replacement(lambda: self._find(number))
         if record is None:
             where = str(self._directory.path)
             raise JournalDamagedError(where, 0, f"record {number}, with spans, cannot be read any more")
         return record
 
-    def _find(self, number: int) -> list[memoryview] | None:
-        """A record; where the files are is looked up anew if it is not where it should be."""
+    def _find(self, number: int) -> Chunks | None:
+        """A record; the directory is listed again if it is not found."""
         try:
             if self._files and (record := self._look(number)) is not None:
                 return record
-            self._list()  # the writer may have gone on in another file
+            self._list()  # the writer may have begun another file
             return self._look(number)
         except FileNotFoundError:
             self._forget()
@@ -169,8 +166,8 @@ class Bodies:
             by_epoch.setdefault(epoch, []).append(path)
         self._files = [by_epoch[epoch] for epoch in sorted(by_epoch, reverse=True)]
 
-    def _look(self, number: int) -> list[memoryview] | None:
-        """Of what an earlier writer added unknowingly, later ones use the same numbers: the newest counts."""
+    def _look(self, number: int) -> Chunks | None:
+        """A successor uses numbers again that a fenced writer appended after it was read: the newest epoch counts."""
         for files in self._files:
             if self._first(files[0]) <= number:
                 return self._segment(files[bisect_right(files, number, key=self._first) - 1]).record(number)
@@ -179,12 +176,11 @@ class Bodies:
     def _first(self, path: Path) -> int:
         """Number of the first record of a file."""
         if path not in self._firsts:
-            with open(path, "rb", buffering=0) as file:
-                self._firsts[path] = format.unpack_head(file.read(format.HEAD_BYTES), str(path))[0].first
+            self._firsts[path] = read_head(path).first
         return self._firsts[path]
 
     def _segment(self, path: Path) -> _Segment:
-        """A file, open; the one that was not asked for the longest is closed for it."""
+        """An open file; the one that was not used for the longest is closed for it."""
         segment = self._segments.pop(path, None)
         if segment is None or not segment.open():
             segment = _Segment(path)

@@ -30,7 +30,7 @@ from raystore.config import StoreConfig, memory_capacity, resolve
 from raystore.core.state import Settings
 from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
-from raystore.journal.progress import Watch
+from raystore.journal.reader import ReadingProgress
 from raystore.remote.endpoint import Front
 from raystore.remote.lifelines import Lifelines
 from raystore.remote.processes import here
@@ -72,7 +72,7 @@ class StoreActor:
         )
         self._remarks = _stand_upright()
         _end_when_told()
-        self._watch = Watch()
+        self._progress = ReadingProgress()
         self._read: Future[None] = Future()  # once the journal is
         self._is_read = False
         if config.journal is None:
@@ -89,7 +89,7 @@ class StoreActor:
         """Become the writer of the journal, with all that it holds; on a thread of its own."""
         config = self._config
         try:
-            self._opened = _open(config, resolve(config, self._capacity), self._name, resume, writer, self._watch)
+            self._opened = _open(config, resolve(config, self._capacity), self._name, resume, writer, self._progress)
             sys.setswitchinterval(SWITCH_SECONDS)
         except StoreError as error:
             logger.critical("%s", error)
@@ -145,7 +145,7 @@ class StoreActor:
             async with asyncio.timeout(READ_SECONDS):
                 await self._until_read()
         except TimeoutError:
-            return brief | {"reading": [self._watch.steps, str(self._watch)]}
+            return brief | {"reading": [self._progress.steps, str(self._progress)]}
         if self._refusal is not None:
             return brief | {"refusal": to_record(self._refusal)}
         service = self._open().service
@@ -163,7 +163,7 @@ class StoreActor:
             "safe_bytes": settings.safe_bytes,
             "remarks": self._remarks + ([] if self._opened is None else self._opened.remarks),
             "endpoints": {"spans": self._name, "rollouts": self._name},
-            "objects": None if service.objects is None else service.objects.told(),
+            "objects": None if service.objects is None else service.objects.description(),
         }
 
     async def exchange(self, *parts: bytes, refs: dict[int, list[Any]] | None = None) -> frames.Answer:
@@ -220,16 +220,20 @@ def _end(error: StoreError) -> None:
     os._exit(FENCED if isinstance(error, FencedError) else FAILED)
 
 
-def _open(config: StoreConfig, settings: Settings, name: str, resume: str, writer: str, watch: Watch) -> Opened:
+def _open(
+    config: StoreConfig, settings: Settings, name: str, resume: str, writer: str, progress: ReadingProgress
+) -> Opened:
     """Become the writer of the journal; one that goes on waits for a while if there is no room on the disk."""
     until = time.monotonic() + FULL_PATIENCE_SECONDS
     while True:
         try:
-            return open_journal(config, settings, name=name, resume=resume, now=time.time(), writer=writer, watch=watch)
+            return open_journal(
+                config, settings, name=name, resume=resume, now=time.time(), writer=writer, progress=progress
+            )
         except JournalFullError:
             if resume != "again" or time.monotonic() > until:
                 raise
-            watch.step()
+            progress.advance()
             time.sleep(0.5)
 
 

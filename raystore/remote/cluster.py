@@ -23,7 +23,7 @@ from raystore.errors import (
     StoreNotFoundError,
 )
 from raystore.errors.calls import explained
-from raystore.journal.opening import usable
+from raystore.journal.opening import checked_directory
 from raystore.options import make_config
 from raystore.remote.actor import StoreActor
 from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, store_info
@@ -137,7 +137,7 @@ def start(
     if name is not None:
         identifier("name", name)
     if config.journal is not None and not actor_options:  # else the store may be on a node that has other directories
-        usable(config.journal)
+        checked_directory(config.journal)
     join_cluster(address)
     if name is None:
         name = f"store-{secrets.token_hex(4)}"

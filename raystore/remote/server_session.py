@@ -14,19 +14,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from raystore.core.batches import Item, Run, again
+from raystore.core.batches import BatchRun, Item, repeat
 from raystore.core.claims import CLOSED
-from raystore.core.line import VALUE, Kept, Reply
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Record
+from raystore.core.replies import VALUE, BatchReplies, Reply
 from raystore.core.state import HandedKey, Session
-from raystore.core.verb import Verb
-from raystore.core.verbs import HANDING, Many, handed_again
+from raystore.core.verbs import HANDING, Many, Verb, handed_again
 from raystore.errors import AnswerGoneError, StoreError, to_record
 from raystore.journal.recorder import Source
+from raystore.service.parking import PARKED, Deliver
 from raystore.service.service import Service
-from raystore.service.shell import PARKED
-from raystore.service.waiters import Deliver
 from raystore.wire import frames
 
 SLICE_SECONDS = 0.005  #: a batch that takes longer lets the others in between
@@ -49,7 +47,7 @@ class Inbox:
         self.session = session
         self._turns: dict[int, asyncio.Future[None]] = {}
         self._running: dict[int, asyncio.Future[frames.Answer]] = {}
-        handed = session.line.handed  # by a process that ran this store before
+        handed = session.replies.handed  # by a process that ran this store before
         found = ((ticket, handed_again(service.state, session, keys)) for ticket, keys in handed.items())
         self._outbox: dict[int, Reply] = {ticket: [VALUE, value] for ticket, value in found if value is not None}
         # Of another process, the same numbers would stand for something else.
@@ -82,9 +80,9 @@ class Inbox:
             return await asyncio.shield(running)
         done = self._running[sequence] = asyncio.get_running_loop().create_future()
         try:
-            self.session.line.heard(*answered)
+            self.session.replies.acknowledged(*answered)
             self._take_turns()
-            if sequence > self.session.line.expected:
+            if sequence > self.session.replies.expected:
                 turn = self._turns[sequence] = asyncio.get_running_loop().create_future()
                 await turn
             if self.session.ended_at is not None:
@@ -109,13 +107,13 @@ class Inbox:
         lost: list[HandedKey] = []
         if acknowledged_claims:
             lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged_claims])
-        line = self.session.line
-        if sequence < line.expected:
-            before = line.find(sequence, first_ticket)
+        cache = self.session.replies
+        if sequence < cache.expected:
+            before = cache.find(sequence, first_ticket)
             return self._again(before, operations) if before else [], lost
-        kept = line.begin(sequence, first_ticket)
-        before = Kept(first_ticket, list(kept.replies))  # of a process that ran this store before
-        run = Run(self.service.state, self.session, kept, operations, self.service.catch_up)
+        kept = cache.begin(sequence, first_ticket)
+        before = BatchReplies(first_ticket, list(kept.replies))  # of a process that ran this store before
+        run = BatchRun(self.service.state, self.session, kept, operations, self.service.catch_up)
         source = Source(self.session.session_id, sequence, first_ticket, parts, len(kept.replies))
         is_done = False
         while not is_done:
@@ -129,7 +127,7 @@ class Inbox:
                     is_done = True
             if not is_done:
                 await asyncio.sleep(0)
-        line.end(sequence)
+        cache.end(sequence)
         self._take_turns()
         if self._closing:
             self.service.end_session(self.session, why=CLOSED)
@@ -139,13 +137,13 @@ class Inbox:
 
     def _take_turns(self) -> None:
         """Let the batch that is expected run if it is here, and let go of what came too late."""
-        for sequence in [number for number in self._turns if number <= self.session.line.expected]:
+        for sequence in [number for number in self._turns if number <= self.session.replies.expected]:
             turn = self._turns.pop(sequence)
             if not turn.done():
                 turn.set_result(None)
 
-    def _again(self, kept: Kept, operations: list[Any]) -> list[Reply]:
-        return again(self.service.state, self.session, kept, operations, self._once_more)
+    def _again(self, kept: BatchReplies, operations: list[Any]) -> list[Reply]:
+        return repeat(self.service.state, self.session, kept, operations, self._once_more)
 
     def _deliver(self, ticket: int, value: Any) -> bool:
         """Keep the answer of a parked call for the client."""

@@ -1,8 +1,7 @@
-"""Which processes must say that they live before they are handed work.
+"""Sessions that must show that they live before they are handed work.
 
 A claim that nobody acknowledged was perhaps handed to a dead process, and others may have died with it. So every
-session that waits for work is suspended until it speaks; some are asked at once, the next ones a second later.
-Not here: asking (`service` answers their parked listen calls), handing out.
+session that waits for work is suspended until it speaks. Some are asked at once, the next ones a second later.
 """
 
 from __future__ import annotations
@@ -10,35 +9,35 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 ASKED_AT_ONCE = 16
-PAUSE_SECONDS = 1.0  #: between one lot and the next
+PAUSE_SECONDS = 1.0  #: until the next ones are asked
 
 
-class Probes:
+class LivenessChecks:
     """The suspended sessions, in the order in which they will be asked."""
 
     def __init__(self) -> None:
         self._suspended: dict[str, None] = {}
-        self.at: float | None = None  #: when the next lot is to be asked, on the clock by which sessions age
+        self.at: float | None = None  #: when the next sessions are to be asked, on the clock by which sessions age
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._suspended
 
     def suspend(self, session_ids: Iterable[str], age: float) -> None:
-        """Hand these nothing until they have spoken."""
+        """Hand nothing to these sessions until they have spoken."""
         self._suspended.update(dict.fromkeys(session_ids))
         self.at = age
 
-    def hurry(self, age: float) -> None:
-        """There is work for a suspended session: ask, unless that is planned already."""
+    def ask_soon(self, age: float) -> None:
+        """There is work for a suspended session: ask it, unless that is planned already."""
         if self.at is None:
             self.at = age
 
-    def heard(self, session_id: str) -> bool:
+    def spoke(self, session_id: str) -> bool:
         """A session has spoken; whether it was suspended."""
         return self._suspended.pop(session_id, 0) is None
 
     def due(self, age: float, *, is_work_waiting: bool) -> list[str]:
-        """Sessions to ask now, and plan the next lot."""
+        """Sessions to ask now; plans when to ask the next ones."""
         if self.at is None or age < self.at:
             return []
         asked = list(self._suspended)[:ASKED_AT_ONCE]

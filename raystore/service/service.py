@@ -1,9 +1,9 @@
 """The store at work: the core behind one entry point, with a clock, ids, waiting calls and one timer.
 
 Every operation runs as one short, synchronous step under one lock, so the service may be called from any thread and
-event loop; in an actor the lock is never contended. What a step leaves to do (wake waiters, hand out work, evict, set
-the timer) is done before the lock is released. All changes of state pass through here as steps.
-Not here: decisions (`core`), batches and their order (`inbox`), encoding (`wire`).
+event loop; in an actor the lock is never contended. What a step leaves to do (answer parked calls, hand out work,
+evict, set the timer) is done before the lock is released. All changes of state pass through here as steps.
+Not here: decisions (`core`), batches and their order (`remote.server_session`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import traceback
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
-from raystore.config import StoreConfig, resolve
-from raystore.core import bounds, check, claims, eviction, verbs, wanted, watchdog, workers
+from raystore.config import StoreConfig, resident_bytes, resolve
+from raystore.core import bounds, check, claims, eviction, expiry, verbs, wanted, workers
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED
-from raystore.core.state import HandedKey, Session, State, Step
-from raystore.core.steps import STEPS
-from raystore.core.verbs import CHANGING, VERBS
+from raystore.core.schema import Id, Positive, Rule, Text, Whole
+from raystore.core.state import EvictionPass, HandedKey, Session, State, Step
+from raystore.core.verbs import CHANGING, STEPS, VERBS, Verb
 from raystore.errors import (
+    InvalidValueError,
     OverloadedError,
     ReadOnlyError,
     SessionEndedError,
@@ -37,24 +38,24 @@ from raystore.errors import (
     StoreError,
     again,
 )
+from raystore.errors.words import meant
 from raystore.journal.objects import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
-from raystore.journal.span_bodies import Bodies
-from raystore.journal.writer import FULL_SECONDS, Log
-from raystore.service import reports, shell
+from raystore.journal.span_bodies import SpanBodies
+from raystore.journal.writer import FULL_SECONDS, JournalWriter
 from raystore.service.clock import Alarm, Clock, ManualClock
-from raystore.service.liveness import Probes
-from raystore.service.offers import Offers
+from raystore.service.liveness import LivenessChecks
+from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.pools import UNSERVED_SECONDS, Pools
-from raystore.service.shell import SHELL
-from raystore.service.waiters import Deliver, Waiter, Waiters
-from raystore.service.watches import Watches
+from raystore.tracing.losses import Reason
 
 logger = logging.getLogger("raystore.store")
 
 PROTOCOL = 4  #: version of the session protocol; client and store refuse each other when it differs
 TICK_SECONDS = 1.0  #: between looks at the clock while there are deadlines, so that a standstill is measured
+Moment = Annotated[float, Rule("0 <= {v} < 1e12", "a number of seconds, 0 or more")]
+
 LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of the process
 
 
@@ -77,7 +78,7 @@ class Service:
         self.capacity_bytes = capacity_bytes
         self.journal = opened
         self._recorder: Recorder | None = None
-        self._bodies: Bodies | None = None
+        self._bodies: SpanBodies | None = None
         if opened is None:
             self.state = State(resolve(config, capacity_bytes))
             wanted.introduce(self.state, self.state.settings)
@@ -86,18 +87,18 @@ class Service:
             self.state, self.store_id, self.epoch = opened.state, opened.store_id, opened.epoch
             not_before = opened.not_before
             self._recorder = opened.recorder
-            self._bodies = Bodies(opened.directory)
+            self._bodies = opened.bodies
         self.objects: JournalObjects | None = None
         self.state.gather()
-        self.keeper = None if opened is None else opened.keeper
-        if self.keeper is not None and self._bodies is not None:
-            self.keeper.on_done = self._bodies.forget_files
+        self.snapshotter = None if opened is None else opened.snapshotter
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
-        self.waiters = Waiters()
-        self.watches = Watches()
+        self.liveness = LivenessChecks()
         self.pools = Pools()
-        self._offers = Offers(self)
+        self.parking = Parking(
+            self.state, step=self.step, do=self.do, clock=self.clock, is_disk_full=lambda: self.is_disk_full,
+            liveness=self.liveness, pools=self.pools,
+        )  # fmt: skip
         self.operations = 0
         self.actor_calls = 0
         self.spans_lost: Counter[str] = Counter()  # by reason, as runners tell this process
@@ -113,13 +114,12 @@ class Service:
         self._armed_for: tuple[Any, ...] = ()
         self._failed: StoreError | None = None
         if self._recorder is not None:
-            self._watch(self._recorder.log)
+            self._watch(self._recorder.writer)
         elif opened is not None:
             self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
         self._withdrawals_seen = 0
-        self.probes = Probes()
-        self._object_ids = reports.ObjectIds()
+        self._has_warned_of_object_ids = False
         self._deferred: deque[Callable[[], None]] = deque()
         self._unneeded: deque[list[str]] = deque()  # objects of the journal whose files may go now
         self._afterwards: deque[Callable[[], None]] = deque()
@@ -191,10 +191,10 @@ class Service:
             self._remove_objects()
         if self._recorder is not None:
             self._recorder.end()
-            if self.keeper is not None:
-                self.keeper.look(self._recorder, self.state, self.clock.now())
+            if self.snapshotter is not None:
+                self.snapshotter.after_step(self._recorder, self.state, self.clock.now())
         if len(self.state.resources.object_ids) > OBJECT_IDS_WARNED:
-            self._object_ids.warn(len(self.state.resources.object_ids))
+            self._warn_of_object_ids()
         self._arm()
 
     def _begin(self, session: Session, source: Source | None) -> Step:
@@ -203,7 +203,7 @@ class Service:
         if self._recorder is not None:
             self._recorder.begin(source)
         step = self.step(session)
-        if self.waiters.deadlines and self.waiters.are_overdue(step.now):
+        if self.parking.are_overdue(step.now):
             self._settle()
         return step
 
@@ -215,10 +215,9 @@ class Service:
         recorder, is_item = self._recorder, False
         if self.clock.is_manual:  # it may have been moved by the operation before
             step = self.step(step.session)
-        own = SHELL.get(verb)
-        spec = VERBS.get(verb, own)
+        spec = VERBS.get(verb) or PROCESS_VERBS.get(verb)
         try:
-            if self._failed is None and watchdog.may_be_due(state, step):
+            if self._failed is None and expiry.may_be_due(state, step):
                 self._advance(step, verb, arguments)
             is_refused = spec is None or not spec.fits(arguments)
             if recorder is not None:
@@ -226,11 +225,17 @@ class Service:
                 is_item = True
             if spec is None or is_refused:
                 raise verbs.refusal(step, spec, verb, arguments)
-            if own is None:
-                return verbs.perform(state, step, spec, arguments)
-            if step.session is not None and step.session.ended_at is not None:
-                raise SessionEndedError(step.session.session_id)
-            return own.run(self, shell.Asked(step, ticket, deliver), **arguments)
+            if verb in PROCESS_VERBS:
+                if step.session is not None and step.session.ended_at is not None:
+                    raise SessionEndedError(step.session.session_id)
+                return spec.run(self, Caller(step, ticket, deliver), **arguments)
+            if spec.serves and step.session is not None:
+                self.pools.asked(step.session.session_id, arguments[spec.serves])
+            answer = verbs.perform(state, step, spec, arguments)
+            if answer is not None or spec.waits_for is None:
+                return answer
+            park = self.parking.answer_of if self.stands_still else self.parking.park
+            return park(Caller(step, ticket, deliver), spec.waits_for, arguments)
         except StoreError as refusal:  # before anything changed
             self.overloads += isinstance(refusal, OverloadedError)
             raise
@@ -240,7 +245,7 @@ class Service:
             self._fail(verb, arguments, is_item=is_item)
         finally:
             is_news = state.has_news or state.withdrawals != self._withdrawals_seen
-            if is_news or state.is_full or self.waiters.by_changes:
+            if is_news or state.is_full or self.parking.changes:
                 rollout_id = arguments.get("rollout_id")
                 self._settle(rollout_id if isinstance(rollout_id, str) else None)
 
@@ -285,7 +290,7 @@ class Service:
             return False  # what is due stays due
         spec = VERBS.get(verb)
         named = spec.rollouts_named(arguments) if spec and arguments else ()
-        due = watchdog.due(self.state, step, named)
+        due = expiry.due(self.state, step, named)
         if due:
             self.do("advance", step, *due.lists())
         return bool(due)
@@ -305,7 +310,7 @@ class Service:
     def catch_up(self) -> None:
         """Work off all that is due by now."""
         with self._held():
-            while self._failed is None and watchdog.may_be_due(self.state, step := self.step()):
+            while self._failed is None and expiry.may_be_due(self.state, step := self.step()):
                 if not self._advance(step):
                     break
 
@@ -324,16 +329,12 @@ class Service:
         if self._recorder is not None and is_item:
             self._recorder.left_out(failed)
         if self._recorder is None or self.on_failure is None:
-            self._refuse_waiters(failed)
+            self.parking.refuse(failed)
         else:
             end = self.on_failure  # once it is known what is not to be run again
-            if not self._recorder.log.then(self._recorder.log.last, lambda error: end(error or failed)):
+            if not self._recorder.writer.when_durable(self._recorder.writer.last, lambda error: end(error or failed)):
                 end(failed)
         raise failed
-
-    def _refuse_waiters(self, error: StoreError) -> None:
-        for waiter in self.waiters.all():
-            self._offers.answer(waiter, again(error))
 
     def with_bodies(self, items: list[Any]) -> list[Any]:
         """Spans with those bodies that are on disk only; other records as they are."""
@@ -347,7 +348,7 @@ class Service:
     @property
     def is_disk_full(self) -> bool:
         """Whether nothing can be written down at the moment."""
-        return self._recorder is not None and self._recorder.log.is_full
+        return self._recorder is not None and not self._recorder.writer.regain_space()
 
     # -- durability --------------------------------------------------------------------------------------------------
 
@@ -357,9 +358,9 @@ class Service:
         What an answer says must not leave before. `told` gets the error if that will never be; on any thread.
         """
         recorder = self._recorder
-        return recorder is not None and recorder.log.then(recorder.position, told)
+        return recorder is not None and recorder.writer.when_durable(recorder.position, told)
 
-    def _watch(self, log: Log) -> None:
+    def _watch(self, writer: JournalWriter) -> None:
         """Hear of the end of the journal; one of a store that nobody refers to any more is let go of."""
         failed = weakref.WeakMethod(self._journal_failed)
 
@@ -367,8 +368,8 @@ class Service:
             if (method := failed()) is not None:
                 method(error)
 
-        log.watch(tell)
-        weakref.finalize(self, log.let_go).atexit = False
+        writer.when_failed(tell)
+        weakref.finalize(self, writer.close_soon).atexit = False
 
     def _journal_failed(self, error: StoreError) -> None:
         """On the writer's thread."""
@@ -376,7 +377,7 @@ class Service:
             self.on_failure(error)
         with self._lock:
             self._failed = error
-            self._refuse_waiters(error)
+            self.parking.refuse(error)
 
     # -- after a step ------------------------------------------------------------------------------------------------
 
@@ -389,7 +390,7 @@ class Service:
             self._let_go_of_objects()
         if state.is_full:
             if self._recorder is not None:
-                state.spans.written = self._recorder.log.durable
+                state.spans.written = self._recorder.writer.durable
             self._evict(writing)
         while True:
             if state.withdrawals != self._withdrawals_seen:
@@ -399,25 +400,22 @@ class Service:
                 self._forget()
             ended, state.ended = state.ended, []
             for session_id in ended:
-                self._drop_waiters(session_id)
+                self._forget_session(session_id)
                 self.on_notice(session_id)
-            for waiter in self.waiters.expired(self.clock.now()):
-                self._offers.answer_expired(waiter)
+            self.parking.expire(self.clock.now())
             if state.finished or state.came_back:
-                self._offers.give_finished()
+                finished, state.finished, state.came_back = state.finished, [], False
+                self.parking.finished(finished)
             elif state.queues_touched:
                 touched, state.queues_touched = state.queues_touched, set()
                 if not self.pools.are_served(touched):
                     self._wait_in(touched)
-                for waiter in self.waiters.wanting(touched):
-                    if not any(map(state.queues.offers, touched)):
-                        break
-                    self._offers.offer(waiter)
+                self.parking.work_came(touched)
             else:
                 break
         if self.pools.at is not None and self.pools.at <= self.clock.age():
             self._name_unserved()
-        self._offers.give_changes()
+        self.parking.changed()
         noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
             self.on_notice(session_id)
@@ -447,7 +445,7 @@ class Service:
         """Let go of records that nobody needs any more, once there are too many of them."""
         state = self.state
         state.has_surplus = False
-        if surplus := watchdog.surplus(state):
+        if surplus := expiry.surplus(state):
             self.do("advance", self.step(), *surplus.lists())
         if gone := workers.surplus(state):
             self.do("forget_workers", self.step(), gone)
@@ -458,10 +456,10 @@ class Service:
         done = eviction.run(self.state, self.step(), writing)
         self._eviction_seconds += time.perf_counter() - started
         if self.state.memory_full != was_full:
-            reports.memory_full(self.state)
+            self._log_memory()
         if done is not None:
             self.last_eviction_seconds = self._eviction_seconds
-            reports.eviction(done, self.last_eviction_seconds)
+            self._log_eviction(done)
         if self.state.eviction_pass is None:
             self._eviction_seconds = 0.0
 
@@ -474,14 +472,14 @@ class Service:
         """
         if self._soonest() == self._armed_for:
             return
-        age_deadline = watchdog.next_age_deadline(self.state)
-        ages = [deadline for deadline in (age_deadline, self.probes.at, self.pools.at) if deadline is not None]
+        age_deadline = expiry.next_age_deadline(self.state)
+        ages = [deadline for deadline in (age_deadline, self.liveness.at, self.pools.at) if deadline is not None]
         in_seconds = [max(deadline - self.clock.age(), 0.0) for deadline in ages]
-        deadline = watchdog.next_deadline(self.state)
+        deadline = expiry.next_deadline(self.state)
         self._armed = None
         if not self.clock.is_manual:
             now = self.clock.now()
-            times = [time for time in (deadline, self.waiters.next_deadline()) if time is not None]
+            times = [time for time in (deadline, self.parking.next_deadline()) if time is not None]
             in_seconds += [max(time - now, 0.0) for time in times]
             core = [time for time in (deadline, age_deadline) if time is not None]
             self._armed = min(max(min(core), now), now + TICK_SECONDS) if core else None
@@ -496,11 +494,11 @@ class Service:
 
     def _soonest(self) -> tuple[Any, ...]:
         """What the alarm depends on: while it stays the same, the alarm may stay."""
-        state, waiters = self.state, self.waiters
+        state = self.state
         return (
             state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest,
             state.patience_deadlines.soonest, state.paused,
-            waiters.next_deadline() if waiters.deadlines else None, self.probes.at, self.pools.at,
+            self.parking.next_deadline(), self.liveness.at, self.pools.at,
             state.eviction_pass and state.eviction_pass.spans,
         )  # fmt: skip
 
@@ -529,10 +527,8 @@ class Service:
         """A session spoke: it is alive, and may be handed work."""
         with self._lock:
             session.last_heard = self.clock.age()
-            if self.probes.heard(session.session_id):
-                for waiter in self.waiters.of_session(session.session_id):
-                    if waiter.verb == "dequeue":
-                        self._offers.offer(waiter)
+            if self.liveness.spoke(session.session_id):
+                self.parking.session_spoke(session.session_id)
                 self._settle()
                 self._arm()
 
@@ -543,7 +539,7 @@ class Service:
                 if self._closed:
                     raise StoreClosedError(self.name or self.store_id)
                 lost: list[HandedKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
-                if lost or self.state.has_news or self.waiters.by_changes:
+                if lost or self.state.has_news or self.parking.changes:
                     self._settle()
                 self._arm()
                 return lost
@@ -586,15 +582,14 @@ class Service:
 
     def is_waiting(self, session_id: str) -> bool:
         """Whether a call of this session is parked."""
-        return self.waiters.has_session(session_id)
+        return self.parking.has_session(session_id)
 
-    def _drop_waiters(self, session_id: str) -> None:
-        for waiter in self.waiters.of_session(session_id):
-            self.waiters.remove(waiter)
-        self.watches.drop_session(session_id)
-        self.probes.heard(session_id)
+    def _forget_session(self, session_id: str) -> None:
+        self.parking.drop_session(session_id)
+        self.state.watched.drop_session(session_id)
+        self.liveness.spoke(session_id)
         self._wait_in(self.pools.drop_session(session_id))
-        self.refuse_what_never_comes()
+        self.parking.pools_changed()
 
     def _wait_in(self, queues: Iterable[str]) -> None:
         """Rollouts may wait in these queues: note those that nobody serves."""
@@ -603,22 +598,108 @@ class Service:
     def _name_unserved(self) -> None:
         lengths = self.state.queues.lengths()
         for queue in self.pools.to_name(lengths, self.clock.age()):
-            reports.unserved(queue, lengths[queue], UNSERVED_SECONDS, self.pools.served)
-
-    def refuse_what_never_comes(self, *parked: Waiter) -> None:
-        """Tell those who wait for what only pools would do that cannot work: these calls, or all."""
-        if self.pools.have_failed:
-            self._offers.refuse_what_never_comes(parked or self.waiters.all(), self.pools)
+            _log_unserved(queue, lengths[queue], self.pools.served)
 
     def _suspend(self) -> None:
         """A claim was withdrawn: ask those who wait for work whether they live, before handing out more."""
-        waiting = (self.state.sessions.get(session_id) for session_id in self.waiters.sessions_wanting_work())
-        self.probes.suspend((s.session_id for s in waiting if s is not None and not s.eternal), self.clock.age())
+        waiting = (self.state.sessions.get(session_id) for session_id in self.parking.sessions_wanting_work())
+        self.liveness.suspend((s.session_id for s in waiting if s is not None and not s.eternal), self.clock.age())
         self._probe()
 
     def _probe(self) -> None:
-        for session_id in self.probes.due(self.clock.age(), is_work_waiting=self.state.queues.are_offering):
+        for session_id in self.liveness.due(self.clock.age(), is_work_waiting=self.state.queues.are_offering):
             self.on_notice(session_id)
+
+    # -- verbs of the process ----------------------------------------------------------------------------------------
+
+    def _cancel_wait(self, caller: Caller, *, of: int) -> bool:
+        return self.parking.cancel(caller.session_id, of)
+
+    def _report_pool(
+        self, caller: Caller, *, pool_id: Id, queues: list[Id], failures: Whole, error: Text | None
+    ) -> None:
+        """The runners of a pool fail before they are ready, or (without an error) one is ready."""
+        self.pools.report(pool_id, caller.session_id, queues, failures, error)
+        self.parking.pools_changed()
+
+    def _report_spans_lost(self, caller: Caller, *, counts: dict[Reason, Positive]) -> None:
+        """What a runner has counted of lost spans since its last report."""
+        self.spans_lost.update(counts)
+
+    def _statistics(self, caller: Caller) -> dict[str, Any]:
+        return check.counts(self.state) | {
+            "uptime": time.monotonic() - self.started,
+            "memory_capacity_bytes": self.capacity_bytes,
+            "waiters": len(self.parking),
+            "operations": self.operations,
+            "actor_calls": self.actor_calls,
+            "overloads": self.overloads,
+            "unserved_queues": self.pools.unserved(self.state.queues.lengths(), self.clock.age()),
+            "spans_lost": dict(self.spans_lost),
+            "last_eviction_seconds": self.last_eviction_seconds,
+            "cpu_seconds": time.process_time(),
+            "rss_bytes": resident_bytes(),
+            "journal": self.snapshotter.statistics() if self.snapshotter is not None else None,
+        }
+
+    def _story(self, caller: Caller, *, rollout_id: Id) -> list[str]:
+        story = check.story(self.state, rollout_id)
+        if rollout_id in self.state.queues:
+            queue = self.state.entries[rollout_id].rollout.queue
+            if (seconds := self.pools.unserved({queue: 1}, self.clock.age()).get(queue)) is not None:
+                story.append(f"waits in queue {queue!r}, of which no process has asked for work for {seconds:.0f} s")
+        return story
+
+    def _check(self, caller: Caller) -> None:
+        check.check(self.state)
+
+    def _tick(self, caller: Caller, *, seconds: Moment, sessions: bool) -> None:
+        if not isinstance(self.clock, ManualClock):
+            raise InvalidValueError("clock", self.config.clock, "a store started with clock='manual'")
+        self.clock.tick(seconds, sessions=sessions)
+        self.advance()
+
+    # -- what the log is told ----------------------------------------------------------------------------------------
+
+    def _log_eviction(self, done: EvictionPass) -> None:
+        """One line for each pass; a warning if finished rollouts lost spans that nobody had read."""
+        level = logging.WARNING if done.unread else logging.INFO
+        unread = f"; {len(done.unread)} finished rollouts had not been read: {done.unread[:3]}" if done.unread else ""
+        logger.log(
+            level, "Evicted %d spans (%d bytes) of %d rollouts in %.4f s%s",
+            done.spans, done.bytes, len(done.rollout_ids), self.last_eviction_seconds, unread,
+        )  # fmt: skip
+
+    def _log_memory(self) -> None:
+        """Once for each pause: who is in the way, and what helps."""
+        state = self.state
+        if not state.memory_full:
+            logger.info("Hands out work again: %d bytes are in use", state.total_bytes)
+            return
+        whose = [
+            f"consumer {name!r} awaits {awaited} rollouts and holds {held}"
+            for name, awaited, held in wanted.in_the_way(state)
+        ]
+        if state.waits_for is None:
+            whose = []
+        logger.warning(
+            "Memory is full (%d bytes, threshold %d) and nothing more may be evicted: no work is handed out until %d "
+            "bytes are in use. %s",
+            state.total_bytes, state.settings.eviction_bytes, state.settings.safe_bytes,
+            "Call release() for what nobody needs any more (on_memory_full='pause')." if not whose else
+            f"In the way: {'; '.join(whose[:5])}. What is taken, acknowledged and covered by a checkpoint is freed; "
+            f"say forget_consumer({state.waits_for!r}) if it will not come again. A journal keeps spans on disk.",
+        )  # fmt: skip
+
+    def _warn_of_object_ids(self) -> None:
+        """Many ids hold objects: likely a leak of weights. Said once."""
+        if not self._has_warned_of_object_ids:
+            self._has_warned_of_object_ids = True
+            logger.warning(
+                "%d resources ids hold objects, and none of them is freed while its id stays. Publish new weights with "
+                "update_resources() under one id, or start the store with keep_resources=N",
+                len(self.state.resources.object_ids),
+            )
 
     def close(self) -> None:
         """Answer everybody who waits with what there is, and take no more calls."""
@@ -626,13 +707,12 @@ class Service:
             if self._closed:
                 return
             self._closed = True
-            for waiter in self.waiters.all():
-                self._offers.answer_expired(waiter)
+            self.parking.close()
             self._alarm.close()
-        if self.keeper is not None:
-            self.keeper.close()
+        if self.snapshotter is not None:
+            self.snapshotter.close()
         if self._recorder is not None:
-            self._recorder.log.close()
+            self._recorder.writer.close()
         if self._bodies is not None:
             self._bodies.forget_files()
 
@@ -646,3 +726,29 @@ class Service:
             "limits": self.config.all_limits(),
             "pid": os.getpid(),
         }
+
+
+#: Verbs about the process of the store, which change nothing that a journal keeps.
+PROCESS_VERBS: dict[str, Verb] = {
+    "cancel_wait": Verb(Service._cancel_wait, changes=False),
+    "report_pool": Verb(Service._report_pool, changes=False),
+    "report_spans_lost": Verb(Service._report_spans_lost, changes=False),
+    "statistics": Verb(Service._statistics, changes=False),
+    "story": Verb(Service._story, changes=False),
+    "check": Verb(Service._check, changes=False),
+    "tick": Verb(Service._tick, changes=False),
+}
+
+
+def _log_unserved(queue: str, waiting: int, served: list[str]) -> None:
+    """Rollouts wait in a queue of which nobody has asked for work for a while: a misspelt name, perhaps."""
+    if served:
+        others = ", ".join(repr(name) for name in sorted(served)[:5])
+        hint = f"Served are {others}{', ...' if len(served) > 5 else ''}{meant(queue, served) or '.'}"
+    else:
+        hint = "No queue is served: the runners are not ready yet, have ended, or were never started."
+    logger.warning(
+        "Rollouts wait in queue %r (%d), and no process has asked for work of it for %.0f s. %s "
+        "Serve it with RunnerPool(store, agent, queues=[%r]), or cancel_rollouts() what was put there by mistake.",
+        queue, waiting, UNSERVED_SECONDS, hint, queue,
+    )  # fmt: skip

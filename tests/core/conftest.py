@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raystore.core import check, eviction, verbs, watchdog
+from raystore.core import check, eviction, expiry, verbs
 from raystore.core.claims import acknowledge, end_session, open_session, take_back
 from raystore.core.state import Session, Settings, State, Step
 
@@ -30,7 +30,7 @@ class Core:
         self.advance(self.step())
 
     def advance(self, step: Step) -> None:
-        watchdog.advance(self.state, step, watchdog.due(self.state, step))
+        expiry.advance(self.state, step, expiry.due(self.state, step))
 
     def run(self, verb: str, *, session: Session | None = None, **arguments: Any) -> Any:
         step = self.step(session)

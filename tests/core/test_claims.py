@@ -7,7 +7,7 @@ import pytest
 from raystore.core.state import CLAIM_SECONDS, SESSION_SILENCE_SECONDS
 from raystore.core.verbs import VERBS
 from raystore.errors import ClaimLostError, InvalidValueError
-from raystore.service.shell import SHELL
+from raystore.service.service import PROCESS_VERBS
 
 
 def test_unacknowledged_claim_is_withdrawn_without_a_trace(core):
@@ -253,7 +253,7 @@ def test_superseded_holder_is_told(core):
 
 def test_every_verb_checks_its_arguments():
     """A peer's nonsense is refused before it can fail inside the core."""
-    for name, verb in (VERBS | SHELL).items():
+    for name, verb in (VERBS | PROCESS_VERBS).items():
         if not name.startswith(("query_rollouts", "query_workers")):  # which hand on what they get, and change nothing
             with pytest.raises(InvalidValueError):
                 verb.require(name, {"nonsense": 1})

@@ -9,13 +9,13 @@ import pytest
 
 from raystore.core.digest import digest
 from raystore.core.fields import declared, packed, unpacked
-from raystore.core.line import Kept, Line
 from raystore.core.payload import OnDisk
 from raystore.core.records import Attempt, Config, Rollout, Span
+from raystore.core.replies import BatchReplies, ReplyCache
 from raystore.core.state import AttemptClock, Chain, Consumer, Entry, Session, Settings, State, Taken
 from raystore.errors import OverloadedError
 from raystore.journal import snapshot_file
-from raystore.journal.format import Head
+from raystore.journal.format import FileHead
 
 CHAIN = Chain()
 CHAIN.notes, CHAIN.refusal = {"latest": "rs-1"}, OverloadedError(1, 2, 3.0)
@@ -55,10 +55,10 @@ SAMPLES = {
         "session_id": "other", "last_heard": 9.0, "eternal": True, "ended_at": 9.0, "claims": {("mine", "at"): 1.0},
         "held": {("mine", "at"): None}, "batches": {("c", 1): 2.0}, "lost": {("mine", "at-9"): ATTEMPT},
         "notices": [("cancelled", "mine", "at")], "chains": {3: CHAIN}, "deleting": {"mine": None},
-        "line": Line(expected=4), "process": ["node", "machine", 4, 5, "job", False], "reserved_since": 9.0,
+        "replies": ReplyCache(expected=4), "process": ["node", "machine", 4, 5, "job", False], "reserved_since": 9.0,
     },
-    Line: {
-        "expected": 3, "answered": 2, "ahead": {5}, "kept": {2: Kept(1, [[0, None]])},
+    ReplyCache: {
+        "expected": 3, "answered": 2, "ahead": {5}, "kept": {2: BatchReplies(1, [[0, None]])},
         "handed": {4: [("mine", "at")]},
     },
 }  # fmt: skip
@@ -70,8 +70,8 @@ NOT_IN_SNAPSHOTS = {(Entry, "read"), (Consumer, "coming")}
 #: What a replay need not reproduce: what only a process knows, and what is still to be sent.
 NOT_IN_DIGESTS = {
     (Entry, "read"), (Consumer, "coming"),
-    (Session, "last_heard"), (Session, "notices"), (Session, "line"), (Span, "body"), (Span, "size"),
-    *((Line, field.name) for field in declared(Line)),
+    (Session, "last_heard"), (Session, "notices"), (Session, "replies"), (Span, "body"), (Span, "size"),
+    *((ReplyCache, field.name) for field in declared(ReplyCache)),
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def made_state(kind=None, name=None, value=None):
         Entry: entry, AttemptClock: entry.clocks[0], Taken: entry.taken["t"],
         Consumer: Consumer(), Session: Session("s", 1.0),
     }  # fmt: skip
-    records[Line] = records[Session].line
+    records[ReplyCache] = records[Session].replies
     if kind is Rollout:
         entry.rollout = entry.rollout.evolve(**{name: value})
     elif kind is Attempt:
@@ -110,7 +110,7 @@ def made_state(kind=None, name=None, value=None):
 
 def restored(state, path):
     """The state that a snapshot of a state makes."""
-    snapshot_file.write(path, Head("s", 1, 1, 1, more={}), state, None, {})
+    snapshot_file.write(path, FileHead("s", 1, 1, 1, more={}), state, None, {})
     found = State(state.settings)
     snapshot_file.read(path, found)
     return found
@@ -124,7 +124,7 @@ def value_in(state, kind, name):
     (session,) = state.sessions.values()
     record = {
         Rollout: entry.rollout, Attempt: entry.attempts[0], Entry: entry, AttemptClock: entry.clocks[0],
-        Taken: entry.taken["t"], Consumer: state.consumers["c"], Session: session, Line: session.line,
+        Taken: entry.taken["t"], Consumer: state.consumers["c"], Session: session, ReplyCache: session.replies,
     }[kind]  # fmt: skip
     value = getattr(record, name)
     return next(field.pack(value) for field in declared(kind) if field.name == name)

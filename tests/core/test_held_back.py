@@ -8,7 +8,7 @@ from raystore.core import check
 from raystore.core.digest import parts
 from raystore.core.payload import Payload
 from raystore.core.state import State
-from raystore.core.steps import STEPS
+from raystore.core.verbs import STEPS
 
 PUBLISHED = Payload(b"\x02x", ("reference",))
 

@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from raystore.core import bounds, check, verbs, watchdog, workers
-from raystore.core.accounts import ERROR_BYTES, bounded_error, text_bytes
+from raystore.core import bounds, check, expiry, verbs, workers
 from raystore.core.digest import digest
+from raystore.core.payload import ERROR_BYTES, bounded_error, text_bytes
 from raystore.core.state import Step
-from raystore.core.steps import STEPS
+from raystore.core.verbs import STEPS
 from raystore.journal import snapshot_file
-from raystore.journal.format import Head
+from raystore.journal.format import FileHead
 from tests.core.conftest import Core
 
 
@@ -82,7 +82,7 @@ def test_a_counter_of_zero_is_none(make_core, tmp_path, numbers):
     step.record = 1  # of a journal, which has the bodies
     verbs.run(core.state, step, "add_spans", {"rollout_id": "mine", "attempt_id": attempt_id, "spans": rows})
     path = tmp_path / "s"
-    snapshot_file.write(path, Head("s", 1, 1, 1, more={}), core.state, None, {})
+    snapshot_file.write(path, FileHead("s", 1, 1, 1, more={}), core.state, None, {})
     found = Core(on_disk=True)
     snapshot_file.read(path, found.state)
     assert digest(found.state) == digest(core.state)
@@ -159,7 +159,7 @@ def work_off(core):
     """What a service does when there is a surplus."""
     if core.state.has_surplus:
         core.state.has_surplus = False
-        watchdog.advance(core.state, core.step(), watchdog.surplus(core.state))
+        expiry.advance(core.state, core.step(), expiry.surplus(core.state))
         STEPS["forget_workers"](core.state, core.step(), workers.surplus(core.state))
 
 
@@ -198,6 +198,6 @@ def test_records_of_ended_sessions_are_bounded_in_number(core, few_records):
         work_off(core)
         check.check(core.state)
         assert len(core.state.sessions) < 5 + 25
-        assert len(core.state.session_deadlines._earliest) < 5 + 25 + 1
+        assert len(core.state.session_deadlines) < 5 + 25 + 1
     assert {session.session_id for session in living} <= core.state.sessions.keys()
     assert "s-299" in core.state.sessions and "s-0" not in core.state.sessions

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import get_args
 
 import pytest
 
 from raystore import types
-from raystore.core import lifecycle
+from raystore.core import lifecycle, requests
 from raystore.core.records import Config
 
 
 def test_statuses_are_those_of_the_public_types():
-    """The tables and the types name the same words."""
-    assert types.RolloutStatus.__args__ == lifecycle.ROLLOUT_STATUSES
-    assert types.AttemptStatus.__args__ == lifecycle.ATTEMPT_STATUSES
-    assert lifecycle.WORKER_STATUSES[:2] == types.WorkerStatus.__args__[:2]
-    assert set(lifecycle.OUTCOMES) == set(types.Outcome.__args__)
-    assert types.RolloutMode.__args__ == lifecycle.MODES
+    """Users, requests and tables say the same words."""
+    for name in ("RolloutStatus", "AttemptStatus", "WorkerStatus", "Outcome"):
+        assert getattr(types, name) is getattr(requests, name) is getattr(lifecycle, name)
+    assert get_args(types.RolloutMode) == get_args(requests.Mode)
 
 
 def test_events_lead_to_known_statuses_and_never_leave_a_settled_one():

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Required, TypedDict, get_args
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raystore import types
-from raystore.core import lifecycle, requests
+from raystore.core import requests
 from raystore.core.payload import Payload
 from raystore.core.records import Span
 from raystore.core.schema import Id, Part, Row, Rule, Schema, Seconds, Tags, Value, Whole
 from raystore.core.verbs import VERBS
 from raystore.errors import InvalidValueError
-from raystore.service.shell import SHELL
+from raystore.service.service import PROCESS_VERBS
 
 
 class Changes(TypedDict, total=False):
@@ -115,39 +114,22 @@ def test_a_value_is_shown_briefly_and_once():
         assert InvalidValueError(*error.args).args == error.args
 
 
-def test_words_are_those_of_the_lifecycle_and_of_the_public_types():
-    """Statuses, modes and outcomes are said in three places for three readers, and are the same."""
-    for annotation, words, public in (
-        (requests.RolloutStatus, lifecycle.ROLLOUT_STATUSES, types.RolloutStatus),
-        (requests.AttemptStatus, lifecycle.ATTEMPT_STATUSES, types.AttemptStatus),
-        (requests.WorkerStatus, lifecycle.WORKER_STATUSES, types.WorkerStatus),
-        (requests.Mode, lifecycle.MODES, types.RolloutMode),
-        (requests.Outcome, lifecycle.OUTCOMES, types.Outcome),
-    ):
-        assert set(get_args(annotation)) == set(words) == set(get_args(public))
-
-
 def test_a_row_of_a_span_is_its_record():
     """In the order of the record, behind rollout and attempt."""
     (row,) = requests.SpanRow.__metadata__
     assert [name for name, _ in row.columns] == [*Span.__dataclass_fields__][2:]
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS.keys() & SHELL.keys()))
-def test_what_may_wait_asks_for_the_same_as_the_verb_itself(verb):
-    """A replay knows only the latter."""
-    assert SHELL[verb].run.__kwdefaults__ == VERBS[verb].run.__kwdefaults__
-    asked = [
-        {n: a for n, a in v.run.__annotations__.items() if n in v.schema.names} for v in (SHELL[verb], VERBS[verb])
-    ]
-    assert asked[0] == asked[1]
+def test_a_verb_is_in_one_table():
+    """Those of the process are none of the state."""
+    assert not VERBS.keys() & PROCESS_VERBS.keys()
 
 
 def test_every_argument_of_every_verb_says_what_it_must_be():
     """None is left open: what the annotation does not say nobody checks."""
     open_ones = [
         (verb, name)
-        for verb, spec in (VERBS | SHELL).items()
+        for verb, spec in (VERBS | PROCESS_VERBS).items()
         for name, annotation in spec.run.__annotations__.items()
         if name in spec.schema.names and annotation in ("Any", "dict[str, Any]", "list[Any]")
     ]

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from raystore.core import check, watchdog
+from raystore.core import check, expiry
 from raystore.core.claims import JOB_ENDED, end_session
 from raystore.core.queues import OVERDUE
 from raystore.core.state import CLAIM_SECONDS
@@ -173,7 +173,7 @@ def test_a_pause_is_nobodys_patience(core):
     suspect = a_suspect(core)
     assert core.claim(busy) == []
     core.now += 60
-    watchdog.pause(core.state, core.step(), 60)
+    expiry.pause(core.state, core.step(), 60)
     core.tick(PATIENCE - 1)
     assert core.claim(busy) == []
     core.tick(1.5)
@@ -218,8 +218,8 @@ class Crowd:
     def came_away_empty(self, session):
         """A call is parked only while nothing it may claim is queued: no exception but the patience."""
         queues = self.core.state.queues
-        assert queues.head("default", OVERDUE) is None, "what has waited for long enough is for anybody"
-        if queues.head("default") is None:
+        assert queues.first("default", (OVERDUE,)) is None, "what has waited for long enough is for anybody"
+        if queues.first("default") is None:
             self.empty_since.pop(session.session_id, None)
             return
         since = self.empty_since.setdefault(session.session_id, self.core.now)

@@ -23,10 +23,14 @@ from raystore.core.claims import JOB_ENDED
 from raystore.core.digest import digest
 from raystore.core.state import Settings
 from raystore.errors import FencedError
-from raystore.journal import snapshotter
-from raystore.journal.files import Directory, Place
-from raystore.journal.opening import go_on
+from raystore.journal import snapshotter as snapshotting
+from raystore.journal.files import Directory, JournalPosition
+from raystore.journal.format import WriterInfo
+from raystore.journal.opening import Opened, resume_writing
+from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay
+from raystore.journal.snapshotter import Snapshotter
+from raystore.journal.span_bodies import SpanBodies
 from raystore.remote import server_session
 from raystore.remote.endpoint import Front
 from raystore.service.clock import ManualClock, NoAlarm
@@ -66,10 +70,10 @@ class Disk:
     def follow(self, upto: int | None = None, *, from_snapshot: bool = True) -> Replay:
         """What whoever looks now finds."""
         is_there = from_snapshot and self.snapshot is not None
-        follower = Replay.of_snapshot(self.snapshot) if is_there else Replay()
+        follower = Replay.from_snapshot(self.snapshot) if is_there else Replay()
         for number, record in enumerate(self.records[:upto], 1):
             if number > follower.last:
-                follower.feed(number, [memoryview(chunk) for chunk in record])
+                follower.apply(number, [memoryview(chunk) for chunk in record])
         assert not follower.differences, f"verified otherwise at {follower.differences}"
         return follower
 
@@ -78,29 +82,30 @@ class Disk:
         if upto <= 0 or (self.snapshot is not None and int(self.snapshot.name) >= upto):
             return
         path = self.path / str(upto)
-        self.follow(upto).write(path, Place(1, 1, 0, upto))
+        self.follow(upto).write_snapshot(path, JournalPosition(1, 1, 0, upto))
         self.snapshot = path
 
 
-class SimulatedLog:
+class SimulatedWriter:
     """The writing end of a journal, which commits when it is told to."""
 
     def __init__(self, disk: Disk) -> None:
         disk.epoch += 1
         self.disk, self.epoch = disk, disk.epoch
         self.last = self.durable = len(disk.records)
-        self.directory = Directory("simulated")  # of which nothing is read: spans are in memory here
-        self.is_full = False
         self._waiting: list[tuple[int, Any]] = []
 
-    def watch(self, on_failure: Any) -> None:
+    def when_failed(self, on_failure: Any) -> None:
         """Who finds out that it was replaced, finds out by its answers here."""
 
-    def let_go(self) -> None:
+    def close_soon(self) -> None:
         """Nobody refers to its store any more."""
 
-    def admit(self, size: int) -> None:
-        """There is always room."""
+    def reserve(self, size: int) -> None:
+        """There is always space."""
+
+    def regain_space(self) -> bool:
+        return True
 
     def append(self, record: Any) -> int:
         if self.is_newest:
@@ -112,7 +117,7 @@ class SimulatedLog:
     def is_newest(self) -> bool:
         return self.disk.epoch == self.epoch
 
-    def then(self, number: int, told: Any) -> bool:
+    def when_durable(self, number: int, told: Any) -> bool:
         if number <= self.durable:
             return False
         self._waiting.append((number, told))
@@ -150,7 +155,7 @@ class World:
         self.loss, self.twice, self.crashes, self.snapshots = loss, twice, crashes, snapshots
         self.disk = Disk()
         self.kills = 0
-        self.lingering: list[SimulatedLog] = []  # of processes that were replaced and still run
+        self.lingering: list[SimulatedWriter] = []  # of processes that were replaced and still run
         self.time_left = TIME
         self.mortals: list[str] = []  # sessions of processes that claim and die
         self.mortals_made = 0
@@ -159,10 +164,17 @@ class World:
 
     def start(self) -> None:
         """A process begins, with what is on disk."""
-        self.log = SimulatedLog(self.disk)
+        self.log = SimulatedWriter(self.disk)
         found = self.disk.open()
-        who = {"store_id": "s", "name": "n", "writer": None}
-        opened = go_on(found, self.log, SETTINGS, who=who, after=Place(0, 0, 0, 0), now=time.time(), remarks=[])  # type: ignore[arg-type]
+        info = WriterInfo(store_id="s", name="n", writer=None)
+        writer: Any = self.log  # in the place of a JournalWriter
+        resume_writing(found, writer, SETTINGS, info=info, after=JournalPosition(0, 0, 0, 0), now=time.time())
+        directory = Directory("simulated")  # of which nothing is read: spans are in memory here
+        bodies = SpanBodies(directory)
+        snapshotter = Snapshotter(directory, self.log.epoch, found.operations, bodies.forget_files)
+        opened = Opened(
+            found.state, directory, Recorder(writer), "s", self.log.epoch, found.now, [], bodies, snapshotter
+        )  # fmt: skip
         config = StoreConfig(clock="manual", journal="simulated", duplicate_spans="keep")
         self.service = Service(config, capacity_bytes=2**33, alarm=NoAlarm, name="n", opened=opened)
         self.service._seeds = random.Random(self.lots.random())
@@ -212,7 +224,7 @@ class World:
         """Let every peer do so much; what came of it."""
         self.tasks: list[asyncio.Future[Any]] = []
         server_session.SLICE_SECONDS = self.lots.choice([-1.0, 1.0])  # a batch is cut behind each operation, or never
-        snapshotter.VERIFY_LAG = self.lots.choice([0, 5])
+        snapshotting.VERIFY_LAG = self.lots.choice([0, 5])
         working = [_start(peer.work(operations)) for peer in self.peers]
         while not all(task.done() for task in working):
             for task in working:
@@ -487,13 +499,13 @@ class Peer:
 
 def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int], int]:
     """The counts of one run, and how often the store was killed in it."""
-    slice_seconds, verify_lag = server_session.SLICE_SECONDS, snapshotter.VERIFY_LAG
+    slice_seconds, verify_lag = server_session.SLICE_SECONDS, snapshotting.VERIFY_LAG
     loop = asyncio.new_event_loop()
     world = World(seed, **how)
     try:
         return loop.run_until_complete(asyncio.wait_for(world.run(operations), 20)), world.kills
     finally:
-        server_session.SLICE_SECONDS, snapshotter.VERIFY_LAG = slice_seconds, verify_lag
+        server_session.SLICE_SECONDS, snapshotting.VERIFY_LAG = slice_seconds, verify_lag
         shutil.rmtree(world.disk.path)
         loop.run_until_complete(_end())
         loop.close()

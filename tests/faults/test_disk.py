@@ -20,8 +20,8 @@ from raystore.core.digest import digest
 from raystore.journal import format
 from raystore.journal.files import Directory
 from raystore.journal.opening import read_run
-from raystore.journal.reader import Reading
-from raystore.journal.writer import Log
+from raystore.journal.reader import JournalReader
+from raystore.journal.writer import JournalWriter
 from tests.conftest import SLACK
 from tests.faults.busy import __name__ as BUSY
 from tests.journal.test_files import bodies, start_record, wait, write
@@ -69,10 +69,10 @@ def doubled(state):
 
 #: Points at which a writer, a reader or a helper may die, and how often they come by in the work of `busy`.
 POINTS = {
-    "log.gathered": 60, "log.write": 60, "log.written": 60, "log.synced": 60, "log.not_fenced": 60, "log.durable": 60,
-    "log.told": 60, "log.full": 3, "log.rotated": 3, "log.cut": 3, "log.closing": 1, "log.space": 3,
-    "segment.created": 4, "segment.allocated": 4, "segment.synced": 4, "segment.named": 4, "segment.there": 4,
-    "opening.epoch": 1, "opening.read": 1, "replay.record": 30,
+    "writer.gathered": 60, "writer.writing": 60, "writer.written": 60, "writer.synced": 60, "writer.not_fenced": 60,
+    "writer.durable": 60, "writer.answered": 60, "writer.rotating": 3, "writer.rotated": 3, "writer.truncated": 3,
+    "writer.closing": 1, "writer.allocating": 3, "segment.created": 4, "segment.allocated": 4, "segment.synced": 4,
+    "segment.named": 4, "segment.there": 4, "opening.epoch": 1, "opening.read": 1, "replay.record": 30,
 }  # fmt: skip
 OF_HELPERS = {
     "replay.record": 40, "snapshot.written": 1, "snapshot.synced": 1, "snapshot.named": 1, "snapshot.there": 1,
@@ -197,7 +197,7 @@ def test_an_error_of_fsync(tmp_path, report, amount):
     lots, false, rounds = random.Random(27), 0, amount(2, 60)
     for number in range(rounds):
         path = tmp_path / str(number)
-        said, done = busy(path, number, count=15, failpoints=f"log.written=raise@{lots.randint(2, 40)}")
+        said, done = busy(path, number, count=15, failpoints=f"writer.written=raise@{lots.randint(2, 40)}")
         assert "closed" not in said[-1] and "could not be written" in done.stderr
         false += len(missing(read_run(path).state, said))
         more, _ = busy(path, 100 + number, count=3)
@@ -250,9 +250,13 @@ def test_a_log_cut_anywhere(tmp_path, report, amount):
     silent = 0
     for length in range(max(first, len(data) - 65_536), len(data) + 1):
         path.write_bytes(data[:length])
-        reading = Reading(directory)
+        reading = JournalReader(directory)
         found = [bytes(record[1]) for _, record in reading if len(record) > 1]
-        is_told = reading.place.offset == length or reading.cuts or not data[reading.place.offset : length].strip(b"\0")
+        is_told = (
+            reading.position.offset == length
+            or reading.torn_tails
+            or not data[reading.position.offset : length].strip(b"\0")
+        )
         silent += found != whole[: len(found)] or not is_told
     report(29, "truncated log", figure={"silent differences": silent}, bar="0", met=not silent,
            did=f"cut at {len(data) + 1 - first} places")  # fmt: skip
@@ -272,9 +276,9 @@ def test_flipped_bits(tmp_path, report, amount):
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         try:
-            reading = Reading(directory)
+            reading = JournalReader(directory)
             found = [bytes(record[1]) for _, record in reading if len(record) > 1]
-            undetected += found != whole and not reading.cuts
+            undetected += found != whole and not reading.torn_tails
         except (rs.JournalDamagedError, rs.JournalFormatError):
             pass
     report(
@@ -286,7 +290,7 @@ def test_flipped_bits(tmp_path, report, amount):
 def test_a_disk_that_forgets(tmp_path, report, amount, durability):
     """Power is lost: of what was not synced any pages may be there. All that was, is; else a part from the start."""
     directory = Directory(tmp_path / "j")
-    made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability=durability)
+    made = JournalWriter(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability=durability)
     made.append(start_record())
     wait(made)
     synced = [(made._offset, 0)]
@@ -309,7 +313,7 @@ def test_a_disk_that_forgets(tmp_path, report, amount, durability):
             if lots.random() < 0.5:
                 pages[page * 4096 : (page + 1) * 4096] = bytes(len(pages[page * 4096 : (page + 1) * 4096]))
         path.write_bytes(pages)
-        found = [int(bytes(record[1])) for _, record in Reading(directory) if len(record) > 1]
+        found = [int(bytes(record[1])) for _, record in JournalReader(directory) if len(record) > 1]
         lost += found[:number] != list(range(1, number + 1)) or found != list(range(1, len(found) + 1))
     report(31, f"power loss, durability={durability!r}", figure={"synced and lost, or corrupt": lost}, bar="0",
            met=not lost, seed=31, did=f"{points} points")  # fmt: skip

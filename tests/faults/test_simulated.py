@@ -13,7 +13,7 @@ from raystore.core import batches
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay
 from tests.faults import simulation
-from tests.faults.simulation import SimulatedLog, simulate
+from tests.faults.simulation import SimulatedWriter, simulate
 
 NOTHING = dict.fromkeys(
     ["lost", "doubled", "unexpected", "disordered", "orphaned", "replay differs", "snapshot differs"], 0
@@ -49,7 +49,7 @@ def test_nothing_is_lost_or_done_twice(report, amount, row, what, how):
 
 def acknowledge_early(monkeypatch):
     """Answers leave before what they say is on disk."""
-    monkeypatch.setattr(SimulatedLog, "then", lambda log, number, told: False)
+    monkeypatch.setattr(SimulatedWriter, "when_durable", lambda log, number, told: False)
 
 
 def forget_answers(monkeypatch):
@@ -58,12 +58,12 @@ def forget_answers(monkeypatch):
     def again(state, session, kept, operations, run):
         return [run(batches.Item(n, kept.first_ticket + n, *o)) for n, o in enumerate(operations)]
 
-    monkeypatch.setattr("raystore.remote.server_session.again", again)
+    monkeypatch.setattr("raystore.remote.server_session.repeat", again)
 
 
 def look_for_no_successor(monkeypatch):
     """A writer that has been replaced goes on acknowledging."""
-    before = SimulatedLog.commit
+    before = SimulatedWriter.commit
 
     def commit(log, upto):
         if log.is_newest:
@@ -72,7 +72,7 @@ def look_for_no_successor(monkeypatch):
         for _, told in waiting:
             told(None)
 
-    monkeypatch.setattr(SimulatedLog, "commit", commit)
+    monkeypatch.setattr(SimulatedWriter, "commit", commit)
 
 
 def lose_what_was_committed(monkeypatch):
@@ -116,8 +116,8 @@ def mint_other_ids(monkeypatch):
     """A replay that does not use the seeds that were recorded."""
     before = Replay._step
 
-    def step(replay, told):
-        made = before(replay, told)
+    def step(replay, head):
+        made = before(replay, head)
         made.seed += 1
         return made
 
@@ -126,20 +126,20 @@ def mint_other_ids(monkeypatch):
 
 def count_one_less(monkeypatch):
     """The record of a batch says that less of it ran."""
-    before = Recorder._close
+    before = Recorder._flush
 
     def close(pen):
         if pen._source is not None and pen._source.unwritten > 1:
             pen._source.unwritten -= 1
         before(pen)
 
-    monkeypatch.setattr(Recorder, "_close", close)
+    monkeypatch.setattr(Recorder, "_flush", close)
 
 
 def take_other_time(monkeypatch):
     """A replay with a clock of its own."""
     before = Replay._step
-    monkeypatch.setattr(Replay, "_step", lambda replay, told: before(replay, told._replace(now=told.now + 1)))
+    monkeypatch.setattr(Replay, "_step", lambda replay, head: before(replay, head._replace(now=head.now + 1)))
 
 
 def forget_what_was_handed(monkeypatch):

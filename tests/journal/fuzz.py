@@ -395,7 +395,7 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
             client = rng.choice(clients)
             operations = [_operation(history, rng) for _ in range(rng.choice([1, 1, 2, 4]))]
             is_alone = len(operations) == 1 and not client.claims and "chain" not in operations[0][1]
-            is_alone = is_alone and client.name not in store.service.probes  # else it is handed work for speaking
+            is_alone = is_alone and client.name not in store.service.liveness  # else it is handed work for speaking
             store.service.catch_up()
             before = digest(store.state) if is_alone else ""
             ended = len(store.state.sessions)
@@ -410,7 +410,7 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
                 store = _seeded(store.follow(), rng)
         check.check(store.state)
         assert store.service.journal is not None and store.service.journal.recorder is not None
-        store.service.journal.recorder.log.close()  # so that all of it is on disk
+        store.service.journal.recorder.writer.close()  # so that all of it is on disk
         again = read_run(path)
         if again.differences:
             raise Broken(f"a replay differs at records {again.differences}")
@@ -427,7 +427,7 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
         return refused
     finally:
         if store.service.journal is not None and store.service.journal.recorder is not None:
-            store.service.journal.recorder.log.close()
+            store.service.journal.recorder.writer.close()
         shutil.rmtree(path, ignore_errors=True)
 
 

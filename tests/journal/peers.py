@@ -36,7 +36,7 @@ class Store:
     def follow(self) -> Store:
         """The process that goes on; this one has died."""
         assert self.service.journal is not None and self.service.journal.recorder is not None
-        self.service.journal.recorder.log.close()
+        self.service.journal.recorder.writer.close()
         return Store(self.path, resume="must", **self.options)
 
     def difference(self) -> list[Any]:

@@ -193,7 +193,7 @@ async def test_a_bulk_call_of_which_a_part_found_no_room_is_refused(path, monkey
 
     assert (await peer.send(store, peer.batch(part("1", False))))[0][0] == frames.VALUE
     with monkeypatch.context() as full:
-        full.setattr(store.service.journal.recorder.log, "admit", refuse)
+        full.setattr(store.service.journal.recorder.writer, "reserve", refuse)
         refused = await peer.send(store, peer.batch(part("2", False)))
     assert refused[0][1] == "JournalFullError"
     replies = await peer.send(store, peer.batch(enqueue("beside"), part("3", True), enqueue("behind")))

@@ -64,7 +64,7 @@ def open_files(path):
 def evict(store):
     """Let every body be on disk only."""
     state = store._service.state
-    state.spans.written = store._service._recorder.log.durable
+    state.spans.written = store._service._recorder.writer.durable
     for rollout_id in list(state.entries):
         if state.spans.has(rollout_id):
             state.spans.evict(rollout_id)

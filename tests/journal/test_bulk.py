@@ -88,13 +88,13 @@ def test_pieces_answer_as_the_whole(tmp_path_factory, states, operations, piece)
 
     async def run(size: int, slice_seconds: float) -> tuple[Any, Any]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("raystore.core.pieces.PIECE", size)
+            patch.setattr("raystore.core.batches.PIECE", size)
             patch.setattr("raystore.remote.server_session.SLICE_SECONDS", slice_seconds)
             store, peer = await filled(tmp_path_factory.mktemp("j") / "journal", states)
             replies = [plain(reply) for reply in await peer.send(store, peer.batch(*operations))]
             check(store.state)
             assert store.difference() == []
-            store.service.journal.recorder.log.close()
+            store.service.journal.recorder.writer.close()
             return replies, comparable(store)
 
     assert asyncio.run(run(piece, -1.0)) == asyncio.run(run(1_000, 1.0))
@@ -112,7 +112,7 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
 
     async def run() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("raystore.core.pieces.PIECE", piece)
+            patch.setattr("raystore.core.batches.PIECE", piece)
             patch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
             store, other = await filled(tmp_path_factory.mktemp("j") / "journal", states)
             deleting = Peer("deleting")
@@ -173,14 +173,14 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
             assert sorted(pair[0][0] for pair in reply[1][0]) == sorted(
                 i for i in wanted if store.state.entries[i].rollout.status == "succeeded"
             )
-            store.service.journal.recorder.log.close()
+            store.service.journal.recorder.writer.close()
 
     asyncio.run(run())
 
 
 async def test_who_was_past_a_reserved_rollout_gets_it_after_all(tmp_path, monkeypatch):
     """The deletion ended with its session: what a consumer passed over is not lost to it."""
-    monkeypatch.setattr("raystore.core.pieces.PIECE", 2)
+    monkeypatch.setattr("raystore.core.batches.PIECE", 2)
     monkeypatch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
     store, other = await filled(tmp_path / "journal", ["succeeded"] * 8)
     deleting = Peer("deleting")
@@ -295,7 +295,7 @@ async def test_a_session_that_ends_in_its_own_batch_claims_nothing_more(tmp_path
     assert sorted(store.state.queues) == ["r0", "r1", "r2", "r3"]
     session = store.state.sessions["p"]
     assert not session.claims and not session.held and not session.chains
-    assert len(store.service.waiters) == 0
+    assert len(store.service.parking) == 0
     check(store.state)
     assert store.difference() == []
     assert list(parts(store.follow().state))

@@ -53,7 +53,7 @@ async def until(happened, what, seconds=30):
 
 
 def of(store):
-    return store._service.journal.keeper
+    return store._service.journal.snapshotter
 
 
 def newest(path):
@@ -81,7 +81,7 @@ async def test_a_snapshot_takes_the_place_of_segments(tmp_path):
     directory = Directory(path)
     await until(lambda: not of(store)._thread, "a helper that was at work did not end")
     assert len(directory.segments(SNAPSHOT)) == 1
-    assert of(store).made >= 2
+    assert of(store).snapshots_made >= 2
     assert len(directory.segments()) <= 2
     assert of(store).operations < 1_000
     store.close()
@@ -204,7 +204,7 @@ async def test_what_a_helper_says_is_believed_only_with_a_snapshot(tmp_path, mon
         if why in caplog.text:
             break
     assert f"no snapshot was made ({'' if why == 'no room' else 'the helper'}" in caplog.text and why in caplog.text
-    assert of(store).made == 0 and of(store).last == {} and newest(path) == (0, 0)
+    assert of(store).snapshots_made == 0 and of(store).last == {} and newest(path) == (0, 0)
     store.close()
 
 
@@ -221,8 +221,8 @@ async def until_made(store, path, before):
 async def test_a_state_that_differs_deletes_nothing(tmp_path, monkeypatch, caplog):
     """A replay that does not find what the writer found is an alarm, and the evidence stays."""
     path = tmp_path / "j"
-    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (keeper_verify(state, count), "another")[1])
-    keeper_verify = compaction.replay.__globals__["verify"]
+    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (the_verify(state, count), "another")[1])
+    the_verify = compaction.replay.__globals__["verify"]
     store = store_of(path)
     await work(store, 200)
     await until(lambda: "differs" in caplog.text, "nobody noticed")
@@ -260,8 +260,8 @@ async def test_a_helper_of_an_earlier_writer_finishes_what_it_began(tmp_path):
 WITH_A_HELPER = """
 import asyncio, sys
 from tests.journal import test_compaction as tests
-from raystore.journal import keeper
-keeper.OPERATIONS = keeper.VERIFY_LAG = 100
+from raystore.journal import snapshotter
+snapshotter.OPERATIONS = snapshotter.VERIFY_LAG = 100
 async def main():
     store = tests.store_of(sys.argv[1])
     while tests.of(store)._helper is None:
@@ -293,7 +293,7 @@ async def test_a_helper_outlives_the_store_that_began_it(tmp_path, monkeypatch):
     assert not directory.segments(SNAPSHOT), "it was too fast to show anything"
     await until(lambda: directory.segments(SNAPSHOT), "the helper died with its store")
     assert digest(read_run(path).state) == before
-    assert of(store).made == 0
+    assert of(store).snapshots_made == 0
     store.close()
 
 
@@ -306,7 +306,7 @@ async def test_helpers_work_one_after_another(tmp_path):
         store.close()
     directory = Directory(path)
     places = [found[:2] for found in directory.segments()]
-    with compaction._alone(directory), pytest.raises(BlockingIOError, match="another helper"):
+    with compaction._only_helper(directory), pytest.raises(BlockingIOError, match="another helper"):
         compaction.compact(directory, *places[0])
     compaction.compact(directory, *places[1])
     files = sorted(path.iterdir())
@@ -390,7 +390,7 @@ async def test_what_else_a_helper_prints_is_not_taken_for_its_outcome(tmp_path, 
     (tmp_path / "sitecustomize.py").write_text("import atexit; print('hello'); atexit.register(print, 'good-bye')")
     monkeypatch.syspath_prepend(tmp_path)
     store = store_of(tmp_path / "j")
-    while not of(store).made:
+    while not of(store).snapshots_made:
         await work(store, 50)
         await asyncio.sleep(0.05)
         assert not of(store)._failures

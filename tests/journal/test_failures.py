@@ -10,7 +10,7 @@ import time
 import pytest
 
 import raystore as rs
-from raystore.core.steps import STEPS
+from raystore.core.verbs import STEPS
 from raystore.journal import writer
 from tests.helpers import until
 from tests.journal.peers import Peer, Store, enqueue
@@ -99,11 +99,11 @@ async def test_a_writer_that_failed_before_its_store_was_used_says_so(path, monk
     newer = rs.InMemoryLightningStore(journal=path, resume="must")
 
     async def has_failed():
-        return service._recorder.log.failure
+        return service._recorder.writer.failure
 
     await until(has_failed)
     told = []
-    service._recorder.log.watch(told.append)
+    service._recorder.writer.when_failed(told.append)
     assert isinstance(told[0], rs.FencedError)
     with pytest.raises(rs.FencedError):
         await asyncio.wait_for(store.enqueue_rollout("x"), 5)

@@ -7,27 +7,28 @@ import shutil
 import subprocess
 import threading
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
 from raystore.core.state import Step
 from raystore.errors import FencedError, JournalDamagedError, JournalFormatError, JournalFullError
-from raystore.journal import format, records, writer
+from raystore.journal import format, writer
 from raystore.journal.files import Directory
-from raystore.journal.reader import Reading
-from raystore.journal.writer import Log
+from raystore.journal.reader import JournalReader
+from raystore.journal.writer import JournalWriter
 
 
 def start_record(after=(0, 0, 0, 0)):
     """What begins an epoch."""
-    return [records.pack(records.START, Step(1.0), 0, None, [{"store_id": "s"}, {}, list(after)])]
+    return [format.pack_record_head(format.START, Step(1.0), 0, None, [{"store_id": "s"}, {}, list(after)])]
 
 
 def write(directory, count, *, epoch=None, first=1, after=(0, 0, 0, 0), each=1, durability="power", size=40):
     """A writer's records, `each` in a group; the writer is closed."""
     epoch = directory.begin_epoch() if epoch is None else epoch
-    made = Log(directory, store_id="s", epoch=epoch, first=first, durability=durability)
+    made = JournalWriter(directory, store_id="s", epoch=epoch, first=first, durability=durability)
     made.append(start_record(after))
     for number in range(1, count):
         made.append([b"head", b"%06d" % number, bytes(size)])
@@ -47,7 +48,7 @@ def wait(made, number=None):
         failed.append(error)
         done.set()
 
-    if made.then(made.last if number is None else number, told):
+    if made.when_durable(made.last if number is None else number, told):
         assert done.wait(10)
         if failed[0] is not None:
             raise failed[0]
@@ -55,7 +56,7 @@ def wait(made, number=None):
 
 def bodies(directory, epoch=None):
     """The second chunk of each record but those that begin an epoch."""
-    return [bytes(record[1]) for _, record in Reading(directory, epoch) if len(record) > 1]
+    return [bytes(record[1]) for _, record in JournalReader(directory, epoch) if len(record) > 1]
 
 
 @pytest.fixture
@@ -77,9 +78,9 @@ def test_segments_follow_each_other(directory, monkeypatch):
     monkeypatch.setattr(writer, "SEGMENT_BYTES", 4_000)
     write(directory, 300)
     assert len(directory.segments()) > 5
-    reading = Reading(directory)
+    reading = JournalReader(directory)
     assert len(list(reading)) == 300
-    assert reading.cuts == []
+    assert reading.torn_tails == []
 
 
 def test_a_newer_format_is_refused_by_name(directory):
@@ -106,30 +107,29 @@ def test_a_missing_segment_is_found(directory, monkeypatch):
 def test_a_writer_stops_before_its_answers_leave_once_there_is_a_newer_one(directory):
     """What it commits after that was acknowledged by nobody, and is read by nobody."""
     first = directory.begin_epoch()
-    old = Log(directory, store_id="s", epoch=first, first=1, durability="power")
+    old = JournalWriter(directory, store_id="s", epoch=first, first=1, durability="power")
     failures = []
-    old.watch(failures.append)
+    old.when_failed(failures.append)
     old.append(start_record())
     old.append([b"head", b"acknowledged"])
     wait(old)
     second = directory.begin_epoch()
-    reading = Reading(directory, second)
+    reading = JournalReader(directory, second)
     assert [bytes(record[1]) for _, record in reading if len(record) > 1] == [b"acknowledged"]
     old.append([b"head", b"too late"])
     with pytest.raises(FencedError):
         wait(old)
     assert [type(error) for error in failures] == [FencedError]
-    place = reading.place
-    after = (place.epoch, place.number, place.offset, place.last)
-    write(directory, 3, epoch=second, first=place.last + 1, after=after)
+    after = astuple(reading.position)
+    write(directory, 3, epoch=second, first=reading.position.record + 1, after=after)
     assert bodies(directory) == [b"acknowledged", b"000001", b"000002"]
 
 
 def test_an_idle_writer_ends_within_three_seconds(directory):
     """It looks every second whether there is a newer one."""
-    old = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
+    old = JournalWriter(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
     ended = threading.Event()
-    old.watch(lambda error: ended.set())
+    old.when_failed(lambda error: ended.set())
     old.append(start_record())
     wait(old)
     started = time.monotonic()
@@ -142,7 +142,7 @@ def test_an_epoch_that_never_began_is_passed_over(directory):
     """A process that died before its first record was on disk has acknowledged nothing."""
     write(directory, 5)
     torn = directory.begin_epoch()
-    head = format.pack_head(format.Head("s", torn, 1, 6))
+    head = format.pack_head(format.FileHead("s", torn, 1, 6))
     directory.segment(torn, 1).write_bytes(head + b"\xf5JF\n and no more")
     third = directory.begin_epoch()
     assert len(bodies(directory, third)) == 4
@@ -163,7 +163,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_refuses_changes_and_takes_them_again(small_disk):
     """Before anything was changed; what was accepted before is committed; with space again it goes on by itself."""
     directory = Directory(small_disk / "journal")
-    made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
+    made = JournalWriter(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
     made.append(start_record())
     filler = small_disk / "filler"
     with open(filler, "wb") as file:
@@ -172,14 +172,14 @@ def test_a_full_disk_refuses_changes_and_takes_them_again(small_disk):
     taken = 0
     with pytest.raises(JournalFullError, match="full"):
         while True:
-            made.admit(100_000)
+            made.reserve(100_000)
             made.append([b"head", bytes(100_000)])
             taken += 1
     wait(made)
     assert 20 < taken < 45
     filler.unlink()
     time.sleep(writer.FULL_SECONDS)
-    made.admit(100_000)
+    made.reserve(100_000)
     made.append([b"head", b"with space again"])
     wait(made)
     made.close()
@@ -206,7 +206,7 @@ def test_a_writer_that_dies_while_it_makes_a_segment_leaves_a_journal(directory,
         with monkeypatch.context() as patch:
             patch.setattr(Path if call == "rename" else os, call, die)
             with pytest.raises(KeyboardInterrupt, match=call):
-                Log(directory, store_id="s", epoch=epoch, first=6, durability="power")
+                JournalWriter(directory, store_id="s", epoch=epoch, first=6, durability="power")
         assert len(bodies(directory)) == 4
     assert list(directory.path.glob("*.new"))
     directory.begin_epoch()
@@ -216,13 +216,13 @@ def test_a_writer_that_dies_while_it_makes_a_segment_leaves_a_journal(directory,
 def test_a_reader_is_not_hurt_by_a_writer_that_goes_on(directory, monkeypatch):
     """Segments lose the space they did not need while somebody reads them."""
     monkeypatch.setattr(writer, "SEGMENT_BYTES", 20_000)
-    made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
+    made = JournalWriter(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
     made.append(start_record())
     for number in range(1, 400):
         made.append([b"head", b"%06d" % number, bytes(200)])
         if number % 20 == 0:
             wait(made)
-            reading = Reading(directory)
+            reading = JournalReader(directory)
             found = iter(reading)
             next(found)
             made.append([b"head", b"%06d" % 0, bytes(30_000)])
@@ -235,12 +235,12 @@ def test_what_was_let_in_before_a_rotation_has_its_place(small_disk, monkeypatch
     """A rotation on a disk that is nearly full does not break off what waits."""
     monkeypatch.setattr(writer, "SEGMENT_BYTES", 1_000_000)
     directory = Directory(small_disk / "journal")
-    made = Log(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
+    made = JournalWriter(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
     made.append(start_record())
     taken = 0
     with pytest.raises(JournalFullError):
         while True:
-            made.admit(150_000)
+            made.reserve(150_000)
             made.append([b"head", b"%06d" % taken, bytes(150_000)])
             taken += 1
     wait(made)

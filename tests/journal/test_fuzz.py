@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from raystore.core.verbs import VERBS
-from raystore.service.shell import SHELL
+from raystore.service.service import PROCESS_VERBS
 from tests.journal.fuzz import ARGUMENTS, run
 
 
 def test_the_fuzzer_knows_every_verb():
     """Whoever adds a verb says which arguments it takes."""
-    assert ARGUMENTS.keys() == VERBS.keys() | SHELL.keys()
+    assert ARGUMENTS.keys() == VERBS.keys() | PROCESS_VERBS.keys()
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -46,7 +46,7 @@ def sizes(store):
         "workers": len(state.workers),
         "session deadlines": len(state.session_deadlines._earliest),
         "their heap": len(state.session_deadlines._heap) // 4,
-        "waiting sessions": len(store.service.waiters._by_session),
+        "waiting sessions": len(store.service.parking._by_session),
     }
 
 

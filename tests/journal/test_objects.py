@@ -81,8 +81,8 @@ def test_a_damaged_file_is_not_taken_for_an_object(files):
 def test_a_reader_sees_the_directory_if_it_finds_the_token(tmp_path):
     """The same path on another machine has no token, or another one."""
     objects = JournalObjects(Directory(tmp_path), needed=[], bound=100)
-    told = objects.told()
-    assert told == objects.told() and told["bound"] == 100
+    told = objects.description()
+    assert told == objects.description() and told["bound"] == 100
     assert Origin(told["path"], told["token"]).files() is not None
     assert Origin(told["path"], "another").files() is None
     assert Origin(str(tmp_path / "elsewhere"), told["token"]).files() is None
@@ -91,14 +91,14 @@ def test_a_reader_sees_the_directory_if_it_finds_the_token(tmp_path):
 def test_what_a_crash_left_is_cleared_away(tmp_path):
     """Objects that no version refers to, and those that were never finished; nothing else."""
     first = JournalObjects(Directory(tmp_path), needed=[], bound=100)
-    token = first.told()["token"]
+    token = first.description()["token"]
     needed, orphan = (address_of([data]) for data in (b"needed", b"orphan"))
     for address in (needed, orphan):
         (tmp_path / OBJECTS / address).write_bytes(b"x")
     (tmp_path / OBJECTS / f"{needed}.12.new").write_bytes(b"x")
     second = JournalObjects(Directory(tmp_path), needed=[needed], bound=100)
     assert sorted(path.name for path in (tmp_path / OBJECTS).iterdir()) == sorted([needed, "token"])
-    assert second.told()["token"] == token
+    assert second.description()["token"] == token
 
 
 async def publish(store, address):
@@ -111,7 +111,7 @@ async def test_files_go_once_no_version_refers_to_them(tmp_path):
     """Two versions of the same object keep it; the file of a superseded one goes when that is durable."""
     store = rs.InMemoryLightningStore(journal=tmp_path)
     files = store._service.objects
-    files.told()
+    files.description()
     one, two = (address_of([data]) for data in (b"one", b"two"))
     for address in (one, two):
         (tmp_path / OBJECTS / address).write_bytes(b"x")
@@ -130,7 +130,7 @@ async def test_a_restart_holds_back_what_no_file_keeps(tmp_path):
     """References lead nowhere then; with its file a version is there, without it what waits is held back."""
     address = address_of([b"one"])
     store = rs.InMemoryLightningStore(journal=tmp_path)
-    store._service.objects.told()
+    store._service.objects.description()
     (tmp_path / OBJECTS / address).write_bytes(b"x")
     await publish(store, address)
     rollout = await store.enqueue_rollout("x")

@@ -18,8 +18,7 @@ from raystore.core.check import check
 from raystore.core.digest import parts
 from raystore.core.verbs import VERBS
 from raystore.remote.server_session import OWN
-from raystore.service.service import PROTOCOL
-from raystore.service.shell import SHELL
+from raystore.service.service import PROCESS_VERBS, PROTOCOL
 from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue, request
 
@@ -168,7 +167,7 @@ def variants(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield made
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS | SHELL | OWN))
+@pytest.mark.parametrize("verb", sorted(VERBS | PROCESS_VERBS | OWN))
 async def test_whatever_the_arguments_are(tmp_path, verb):
     """One wrong argument hurts nobody, its sender included."""
     store, peer, other = Store(tmp_path / "journal"), Peer("peer"), Peer("other")
@@ -179,7 +178,7 @@ async def test_whatever_the_arguments_are(tmp_path, verb):
     right = with_attempt(RIGHT[verb], started[1][1][1])
     await other.call(store, "update_rollout", rollout_id="r1", changes={"status": "succeeded"})
     await other.call(store, "take", consumer="c", count=1)
-    log = store.service.journal.recorder.log
+    log = store.service.journal.recorder.writer
     await peer.send(store, peer.batch())
     answered = refused = 0
     before: Any = None

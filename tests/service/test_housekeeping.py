@@ -17,7 +17,7 @@ from raystore.config import StoreConfig
 from raystore.core import state as core_state
 from raystore.core.digest import digest
 from raystore.journal.opening import read_run
-from raystore.service import clock, watches
+from raystore.service import clock
 from raystore.service.clock import LoopAlarm, NoAlarm, ThreadAlarm
 from raystore.service.service import Service
 from tests.helpers import claim, until
@@ -168,7 +168,7 @@ async def test_an_alarm_goes_on_after_an_error_that_nobody_foresaw(monkeypatch, 
 
 async def test_what_somebody_waits_for_is_named_again_when_the_store_has_let_go_of_it(make_memory_store, monkeypatch):
     """More sets than are kept: each caller gets its own, and what is kept stays within its bound."""
-    monkeypatch.setattr(watches, "WATCHED", 25)
+    monkeypatch.setattr("raystore.core.changes.WATCHED", 25)
     store = make_memory_store()
     groups = [[await claim(store) for _ in range(10)] for _ in range(6)]
 
@@ -180,7 +180,7 @@ async def test_what_somebody_waits_for_is_named_again_when_the_store_has_let_go_
         for group in groups:
             await asyncio.sleep(0)
             await store.update_attempt(group[number].rollout_id, "latest", status="succeeded")
-            assert len(store._service.watches) <= 25
+            assert len(store._service.state.watched) <= 25
     for group, task in zip(groups, tasks, strict=True):
         assert sorted(await task) == sorted(rollout.rollout_id for rollout in group)
 
@@ -198,11 +198,11 @@ async def test_sets_of_a_process_that_ended_are_let_go_of():
     token = None
     for _ in range(50):
         _, (_, unfinished, token) = call("sort_out", rollout_ids=ids, instead_of=token)
-        assert unfinished == ids and len(service.watches) == 20
+        assert unfinished == ids and len(service.state.watched) == 20
     with pytest.raises(rs.AnswerGoneError):
         call("completed", cursor=0, limit=1, timeout=1.0, filters={}, among=token + 1)
     service.end_session(session, why="closed")
-    assert len(service.watches) == 0
+    assert len(service.state.watched) == 0
 
 
 def seconds_of(service, verb, **arguments):

@@ -11,11 +11,10 @@ import pytest
 
 import raystore as rs
 from raystore.config import StoreConfig
-from raystore.core import watchdog
-from raystore.core.verb import Verb
-from raystore.core.verbs import VERBS
+from raystore.core import expiry
+from raystore.core.verbs import VERBS, Verb
 from raystore.service.clock import Clock, ThreadAlarm
-from raystore.service.offers import Offers
+from raystore.service.parking import Parking
 from raystore.service.service import Service
 from raystore.types import RolloutConfig
 from tests.helpers import claim, make_span, until
@@ -67,11 +66,11 @@ def test_no_lock_is_held_across_an_await(make_memory_store):
 
 async def test_work_goes_to_those_who_wait_longest_and_nobody_else_is_tried(make_memory_store, monkeypatch):
     """Calls that wait for several queues among them."""
-    store, tried, before = make_memory_store(), [], Offers.offer
+    store, tried, before = make_memory_store(), [], Parking.offer
     wanted = [["a"], ["b"], ["b", "a"], ["c"], ["a", "b"], *[["a"]] * 500]
     calls = [asyncio.ensure_future(store.dequeue_rollout(f"w{n}", queues=q, timeout=20)) for n, q in enumerate(wanted)]
     await asyncio.sleep(0)
-    monkeypatch.setattr(Offers, "offer", lambda offers, waiter: (tried.append(waiter), before(offers, waiter)))
+    monkeypatch.setattr(Parking, "offer", lambda parking, call: (tried.append(call), before(parking, call)))
     for number, queue in zip([0, 2, 1, 4, 5], "aabaa", strict=True):
         await store.enqueue_rollout("x", queue=queue)
         assert (await calls[number]).attempt.worker_id == f"w{number}"
@@ -299,7 +298,7 @@ async def test_a_due_timer_costs_nothing_when_nothing_is_due(make_memory_store):
 
 async def test_advance_is_sliced(make_memory_store, monkeypatch):
     """Many deadlines at once are worked off in slices, by the timer, although nobody calls."""
-    monkeypatch.setattr(watchdog, "SLICE", 10)
+    monkeypatch.setattr(expiry, "SLICE", 10)
     store = make_memory_store()
     made = await store.enqueue_group("x", 95, config=RolloutConfig(timeout_seconds=0.3))
     await store.dequeue_many_rollouts(limit=95)

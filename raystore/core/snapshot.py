@@ -1,22 +1,136 @@
-"""Rollouts as they stand in a snapshot: some at a time, laid out in columns, and made into entries when one is needed.
+"""A whole state as plain values, section by section, and back.
 
-A store of a million rollouts starts in seconds, since most of them are finished and nobody asks for them: their
-entries are empty, and the first look at a field of one fills it and its neighbours. A chunk of which nobody needed
-anything goes into the next snapshot as it is.
-Not here: tables and indexes, which are there from the start (`image`).
+What `restore` makes of the sections is the state they were taken of, in everything that a replay must reproduce.
+Rollouts are known by their numbers here, in the order in which they came. What an index or a table needs is made at
+once. The rest of a rollout stands in a chunk of columns, and its entry is empty until somebody looks at a field of it:
+that fills the whole chunk. So a store of a million rollouts starts in seconds, since most of them have finished and
+nobody asks for them; and a chunk that nobody needed goes into the next snapshot as it is.
+Not here: the file (`journal.snapshot_file`), batches under way (`journal.replay`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from raystore.core.fields import Field, snapshot_fields
-from raystore.core.records import Attempt, Config, Rollout
-from raystore.core.state import AttemptClock, Entry
+from raystore.core.fields import Field, packed, snapshot_fields, unpacked
+from raystore.core.lifecycle import ACTIVE, FINISHED
+from raystore.core.records import Attempt, Change, Config, Rollout, Worker
+from raystore.core.state import AttemptClock, Consumer, Entry, Session, State
 
-AT_ONCE = 128  #: rollouts of a chunk
+_PLAIN = ("paused", "rollouts_made", "attempts_made", "attempt_count", "payload_bytes", "drained", "evicted_rollouts")
+
+
+def sections(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
+    """The sections of a state; `places` says where the index of the spans of a rollout was written to.
+
+    The value of a section is plain, or a `LazyChunk` that nobody needed since it was read.
+    """
+    yield "plain", [getattr(state, name) for name in _PLAIN]
+    numbers = {rollout_id: number for number, rollout_id in enumerate(state.entries)}
+    yield "ids", list(numbers)
+    for chunk, members in _chunks(state):
+        yield "members", array("I", members).tobytes()
+        yield "chunk", chunk
+    yield "indexes", state.indexes.image(numbers)
+    yield "spans", state.spans.image(numbers, places)
+    yield "completions", state.completions.image(numbers)
+    yield "waiting", (state.queues.orders(), state.queues.arrivals, list(state.suspects.items()))
+    yield "workers", [worker.row() for worker in state.workers.values()]
+    yield "consumers", {name: packed(known) for name, known in state.consumers.items()}
+    yield "forgotten", {name: packed(known) for name, known in state.forgotten.items()}
+    yield "resources", state.resources.image()
+    for session in state.sessions.values():
+        yield "session", packed(session)
+    yield "changes", (state.changes.last, [change.row() for change in state.changes])
+    yield "disposable", (state.disposable_released.priorities(), state.disposable_read.priorities())
+    yield "touched", list(state.touched)
+
+
+def _chunks(state: State) -> Iterator[tuple[dict[str, Any] | LazyChunk, list[int]]]:
+    """Chunks with the numbers of their rollouts; what moves is apart from what waits, and that from what has ended."""
+    unread: dict[int, tuple[LazyChunk, list[int]]] = {}
+    gathering: dict[bool | None, tuple[list[Entry], list[int]]] = {}
+    for number, entry in enumerate(state.entries.values()):
+        chunk = getattr(entry, "chunk", None)
+        if chunk is not None:
+            unread.setdefault(id(chunk), (chunk, []))[1].append(number)
+            continue
+        status = entry.rollout.status
+        kind = None if status in ACTIVE else status in FINISHED
+        entries, members = gathering.setdefault(kind, ([], []))
+        entries.append(entry)
+        members.append(number)
+        if len(members) == CHUNK_ROLLOUTS:
+            del gathering[kind]
+            yield columns(entries), members
+    for entries, members in gathering.values():
+        yield columns(entries), members
+    yield from unread.values()
+
+
+def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[[Any], dict[str, Any]]) -> None:
+    """Fill an empty state from its sections; `unpack` makes the columns of a chunk of the bytes that it came in."""
+    ids: list[str] = []
+    chunk_of: list[LazyChunk | None] = []  # by number of the rollout
+    members: array[int] = array("I")
+    for name, value in sections:
+        match name:
+            case "plain":
+                for field, plain in zip(_PLAIN, value, strict=True):
+                    setattr(state, field, plain)
+            case "ids":
+                ids.extend(value)
+                chunk_of.extend([None] * len(value))
+            case "members":
+                members = array("I", value)
+            case "chunk":
+                chunk = LazyChunk(value, unpack, members, ids, state.entries)
+                for member in members:
+                    chunk_of[member] = chunk
+            case "indexes":
+                state.indexes.restore(value, ids)
+            case "spans":
+                state.spans.restore(value, ids)
+            case "completions":
+                state.completions.restore(value, ids)
+            case "waiting":
+                orders, arrivals, suspects = value
+                state.queues.restore(orders, arrivals)
+                state.suspects.update(suspects)
+            case "workers":
+                state.workers.update((row[0], Worker(*row)) for row in value)
+            case "consumers":
+                state.consumers.update((consumer, unpacked(Consumer, known)) for consumer, known in value.items())
+            case "forgotten":
+                state.forgotten.update((consumer, unpacked(Consumer, known)) for consumer, known in value.items())
+            case "resources":
+                state.resources.restore(value)
+            case "session":
+                session = unpacked(Session, value)
+                state.sessions[session.session_id] = session
+                if session.deleting:
+                    state.deleting[session.session_id] = session
+            case "changes":
+                state.changes.restore(value[0], (Change(*row) for row in value[1]))
+            case "disposable":
+                state.disposable_released.fill(value[0])
+                state.disposable_read.fill(value[1])
+            case "touched":
+                state.touched.update(dict.fromkeys(value))
+            case _:
+                raise KeyError(name)
+    for rollout_id, made in zip(ids, chunk_of, strict=True):
+        entry = state.entries[rollout_id] = Entry.__new__(Entry)
+        entry.chunk = made
+
+
+# -- chunks ------------------------------------------------------------------------------------------------------------
+
+
+CHUNK_ROLLOUTS = 128
 
 Column = list[Any]
 
@@ -27,8 +141,8 @@ _REPEATED = frozenset(
 )
 
 
-class Chunk:
-    """Some rollouts of a snapshot, until one of them is needed."""
+class LazyChunk:
+    """Some rollouts of a snapshot, in columns until one of them is needed."""
 
     __slots__ = ("_entries", "_ids", "_members", "_read", "packed")
 
@@ -44,12 +158,12 @@ class Chunk:
         self.packed = packed
         self._read, self._members, self._ids, self._entries = read, members, ids, entries
 
-    def thaw(self) -> None:
+    def load(self) -> None:
         """Fill the entries of all its rollouts."""
         ids = [self._ids[member] for member in self._members]
         entries = [self._entries[rollout_id] for rollout_id in ids]  # whoever deletes one looks at it first
         for entry in entries:
-            del entry.cold
+            del entry.chunk
         fill(entries, ids, self._read(self.packed))
 
 

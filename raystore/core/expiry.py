@@ -16,7 +16,7 @@ from typing import Any
 from raystore.core import bounds, retention
 from raystore.core.attempts import settle
 from raystore.core.claims import end_session, serve, take_back
-from raystore.core.lifecycle import ACTIVE, SILENCE, TIMEOUT
+from raystore.core.lifecycle import ACTIVE, OUTCOME_OF_EVENT, SILENCE, TIMEOUT
 from raystore.core.state import Entry, HandedKey, State, Step
 
 SLICE = 1_000  #: deadlines worked off in one step
@@ -104,15 +104,16 @@ def expire(state: State, step: Step, entry: Entry, active_now: float) -> None:
     timeout = entry.rollout.config.timeout_seconds
     timed_out = timeout is not None and active_now - entry.clocks[-1].start > timeout
     latest = entry.attempts[-1]
-    state.notify(entry, latest.attempt_id, "timeout" if timed_out else "unresponsive")
-    settle(state, step, entry, TIMEOUT if timed_out else SILENCE)
+    event = TIMEOUT if timed_out else SILENCE
+    state.notify(entry, latest.attempt_id, OUTCOME_OF_EVENT[event])
+    settle(state, step, entry, event)
 
 
 def forget_session(state: State, session_id: str) -> None:
     """Drop the record of a session that has ended."""
     if state.sessions.pop(session_id, None) is not None:
         state.ended_sessions.pop(session_id, None)
-        state.session_deadlines.drop(session_id)
+        state.session_deadlines.discard(session_id)
 
 
 def surplus(state: State) -> Due:
