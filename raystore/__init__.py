@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from raystore.runner import run_one as run_one
     from raystore.spans import *  # noqa: F403
     from raystore.tracing import semconv as semconv
-    from raystore.tracing.dialects import ModelCall as ModelCall
-    from raystore.tracing.dialects import model_calls as model_calls
+    from raystore.tracing.calls import ModelCall as ModelCall
+    from raystore.tracing.calls import model_calls as model_calls
     from raystore.tracing.trajectories import Split as Split
     from raystore.tracing.trajectories import Trajectory as Trajectory
+    from raystore.tracing.trajectories import Triplet as Triplet
     from raystore.tracing.trajectories import collate as collate
     from raystore.tracing.trajectories import trajectories as trajectories
-    from raystore.tracing.triplets import Triplet as Triplet
-    from raystore.tracing.triplets import triplets as triplets
+    from raystore.tracing.trajectories import triplets as triplets
     from raystore.types import *  # noqa: F403
 
 #: Where each public name lives.
@@ -46,9 +46,8 @@ _NAMES = {
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current run_one",
-    "raystore.tracing.dialects": "ModelCall model_calls",
-    "raystore.tracing.trajectories": "Trajectory Split trajectories collate",
-    "raystore.tracing.triplets": "Triplet triplets",
+    "raystore.tracing.calls": "ModelCall model_calls",
+    "raystore.tracing.trajectories": "Triplet triplets Trajectory Split trajectories collate",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         Batch LedgerEntry

@@ -216,7 +216,7 @@ def test_a_payload_of_another_version_says_so():
 def test_rows_and_records_decode_alike():
     """A record, and its row from the wire, give the same public object."""
     record = records.Attempt("r", "a", 1, 0.0, None, "running", None, None, None, None, None, None, None, None)
-    assert convert.attempt(record) == convert.attempt(list(record.row()))
+    assert convert.to_attempt(record) == convert.to_attempt(list(record.row()))
 
 
 def test_every_method_of_a_store_says_what_it_does():

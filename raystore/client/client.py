@@ -63,10 +63,10 @@ from raystore.types import (
     Worker,
     WorkerStatus,
 )
-from raystore.values.mistakes import refusal
+from raystore.values.models import refusal
 from raystore.values.objects import Kept, Origin, Parts
-from raystore.wire import convert
-from raystore.wire.convert import made, validated
+from raystore.wire import checks, convert
+from raystore.wire.checks import model_of, validated
 
 T = TypeVar("T")
 
@@ -126,7 +126,7 @@ class StoreClient(RunnerStore):
         return {"name": type(self).__name__, **answer}  # type: ignore[typeddict-item]
 
     async def story(self, rollout_id: str) -> list[str]:
-        return list(await self._transport.call("story", {"rollout_id": convert.identifier("rollout_id", rollout_id)}))
+        return list(await self._transport.call("story", {"rollout_id": checks.identifier("rollout_id", rollout_id)}))
 
     async def check(self) -> None:
         await self._transport.call("check", {})
@@ -143,8 +143,8 @@ class StoreClient(RunnerStore):
         worker_id: str | None = None,
     ) -> AttemptedRollout:
         request = self._request(input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata)
-        worker_id = convert.optional_identifier("worker_id", worker_id)
-        return convert.attempted(
+        worker_id = checks.optional_identifier("worker_id", worker_id)
+        return convert.to_attempted_rollout(
             await self._transport.call("start_rollout", {"request": request, "worker_id": worker_id})
         )
 
@@ -168,20 +168,20 @@ class StoreClient(RunnerStore):
             raise unfit(StoreClient.enqueue_rollout, unnamed, unknown, input=input)
         request = self._request(
             input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata, rollout_id=rollout_id,
-            group_id=group_id, queue=queue, priority=priority, tags=convert.tag_dict("tags", tags),
+            group_id=group_id, queue=queue, priority=priority, tags=checks.tag_dict("tags", tags),
         )  # fmt: skip
         answer = await self._transport.call("enqueue", {"requests": [request]})
-        return convert.pair(answer[0])
+        return convert.to_any_rollout(answer[0])
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         requests = []
-        for index, request in enumerate(convert.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")):
+        for index, request in enumerate(checks.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")):
             if type(request) is not EnqueueRolloutRequest:
                 request = validated(f"rollouts[{index}]", EnqueueRolloutRequest, request, TO_ENQUEUE)
             try:
                 requests.append(self._encoder.request(request))
             except StoreError as error:
-                error.args = convert.within(f"rollouts[{index}]", *error.args)
+                error.args = checks.within(f"rollouts[{index}]", *error.args)
                 raise
         return await self._enqueue_all(requests)
 
@@ -199,19 +199,19 @@ class StoreClient(RunnerStore):
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[Rollout]:
-        n = convert.whole("n", n, at_least=1)
+        n = checks.whole("n", n, at_least=1)
         if n > GROUP_ITEMS:
             raise InvalidValueError("n", n, f"at most {GROUP_ITEMS:,} rollouts in one call")
         group_id = f"group-{uuid4().hex[:12]}" if group_id is None else group_id
         request = self._request(
             input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata,
-            group_id=group_id, queue=queue, priority=priority, tags=convert.tag_dict("tags", tags),
+            group_id=group_id, queue=queue, priority=priority, tags=checks.tag_dict("tags", tags),
         )  # fmt: skip
         return await self._enqueue_all([request] * n)
 
     def _request(self, **fields: Any) -> dict[str, Any]:
         """What makes a rollout, of the arguments of a call."""
-        return self._encoder.request(made(EnqueueRolloutRequest, "", fields))
+        return self._encoder.request(model_of(EnqueueRolloutRequest, "", fields))
 
     async def _enqueue_all(self, requests: list[dict[str, Any]]) -> list[Rollout]:
         named = [request["rollout_id"] for request in requests if "rollout_id" in request]
@@ -226,7 +226,7 @@ class StoreClient(RunnerStore):
         items = answers[-1] if answers else []
         if len(items) > 1 and isinstance(items[1], int):  # a long answer, with how many there are
             items, _ = await self._all_rows(items)
-        return [convert.pair(item) for item in items]
+        return [convert.to_any_rollout(item) for item in items]
 
     @typed_as(LightningStore.dequeue_rollout)
     async def dequeue_rollout(
@@ -256,12 +256,12 @@ class StoreClient(RunnerStore):
         self, limit: int, worker_id: str | None, timeout: float, queues: Sequence[str]
     ) -> list[AttemptedRollout]:
         arguments = {
-            "queues": convert.queue_names(queues),
-            "limit": convert.whole("limit", limit, at_least=-(2**31)),
-            "worker_id": convert.optional_identifier("worker_id", worker_id),
-            "timeout": convert.duration("timeout", timeout),
+            "queues": checks.queue_names(queues),
+            "limit": checks.whole("limit", limit, at_least=-(2**31)),
+            "worker_id": checks.optional_identifier("worker_id", worker_id),
+            "timeout": checks.duration("timeout", timeout),
         }
-        return [convert.attempted(claim) for claim in await self._transport.call("dequeue", arguments)]
+        return [convert.to_attempted_rollout(claim) for claim in await self._transport.call("dequeue", arguments)]
 
     async def query_rollouts(
         self,
@@ -285,25 +285,25 @@ class StoreClient(RunnerStore):
         statuses = ("status", status) if status_in is None else ("status_in", status_in)
         ids = ("rollout_ids", rollout_ids) if rollout_id_in is None else ("rollout_id_in", rollout_id_in)
         arguments = {
-            "status_in": convert.statuses(statuses[0], list[RolloutStatus], statuses[1]),
-            "rollout_id_in": None if ids[1] is None else convert.identifiers(*ids),
-            "rollout_id_contains": convert.optional_text("rollout_id_contains", rollout_id_contains),
+            "status_in": checks.statuses(statuses[0], list[RolloutStatus], statuses[1]),
+            "rollout_id_in": None if ids[1] is None else checks.identifiers(*ids),
+            "rollout_id_contains": checks.optional_text("rollout_id_contains", rollout_id_contains),
             "filter_logic": filter_logic,
             "must": {
-                "group_id": convert.optional_identifier("group_id", group_id),
-                "tags": convert.tag_dict("tags", tags),
-                "queue": convert.optional_identifier("queue", queue),
-                "worker_id": convert.optional_identifier("worker_id", worker_id),
+                "group_id": checks.optional_identifier("group_id", group_id),
+                "tags": checks.tag_dict("tags", tags),
+                "queue": checks.optional_identifier("queue", queue),
+                "worker_id": checks.optional_identifier("worker_id", worker_id),
                 "mode": validated("mode", RolloutMode | None, mode),
             },
-            "sort_by": convert.optional_text("sort_by", sort_by),
+            "sort_by": checks.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
         }
-        return await self._page("query_rollouts", arguments, limit, offset, convert.pair)
+        return await self._page("query_rollouts", arguments, limit, offset, convert.to_any_rollout)
 
     async def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
-        answer = await self._transport.call("get_rollout", {"rollout_id": convert.identifier("rollout_id", rollout_id)})
-        return convert.pair(answer) if answer else None
+        answer = await self._transport.call("get_rollout", {"rollout_id": checks.identifier("rollout_id", rollout_id)})
+        return convert.to_any_rollout(answer) if answer else None
 
     async def update_rollout(
         self,
@@ -321,15 +321,15 @@ class StoreClient(RunnerStore):
         if not isinstance(mode, Unset):
             changes["mode"] = validated("mode", RolloutMode | None, mode)
         if not isinstance(resources_id, Unset):
-            changes["resources_id"] = convert.optional_identifier("resources_id", resources_id)
+            changes["resources_id"] = checks.optional_identifier("resources_id", resources_id)
         if not isinstance(status, Unset):
             changes["status"] = validated("status", RolloutStatus, status)
         if not isinstance(config, Unset):
             changes["config"] = self._encoder.config(validated("config", RolloutConfig, config))
         if not isinstance(metadata, Unset):
             changes["metadata"] = self._encoder.mapping("metadata", metadata)
-        arguments = {"rollout_id": convert.identifier("rollout_id", rollout_id), "changes": changes}
-        return convert.pair(await self._transport.call("update_rollout", arguments))
+        arguments = {"rollout_id": checks.identifier("rollout_id", rollout_id), "changes": changes}
+        return convert.to_any_rollout(await self._transport.call("update_rollout", arguments))
 
     async def cancel_rollouts(
         self,
@@ -341,40 +341,40 @@ class StoreClient(RunnerStore):
         if rollout_ids is None and group_id is None and not tags:
             raise InvalidValueError("rollout_ids", None, "rollout_ids, group_id or tags, to say what to cancel")
         arguments = {
-            "rollout_ids": None if rollout_ids is None else convert.identifiers("rollout_ids", rollout_ids),
-            "group_id": convert.optional_identifier("group_id", group_id),
-            "tags": convert.tag_dict("tags", tags),
+            "rollout_ids": None if rollout_ids is None else checks.identifiers("rollout_ids", rollout_ids),
+            "group_id": checks.optional_identifier("group_id", group_id),
+            "tags": checks.tag_dict("tags", tags),
         }
-        return [convert.pair(item) for item in await self._transport.call("cancel_rollouts", arguments)]
+        return [convert.to_any_rollout(item) for item in await self._transport.call("cancel_rollouts", arguments)]
 
     async def release(self, rollout_ids: Sequence[str]) -> int:
-        ids = convert.identifiers("rollout_ids", rollout_ids)
+        ids = checks.identifiers("rollout_ids", rollout_ids)
         return int(await self._transport.call("release", {"rollout_ids": ids}))
 
     async def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
-        ids = convert.identifiers("rollout_ids", rollout_ids)
+        ids = checks.identifiers("rollout_ids", rollout_ids)
         return int(await self._transport.call("delete_rollouts", {"rollout_ids": ids}))
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
     async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
-        return await self._wait(convert.identifiers("rollout_ids", rollout_ids), timeout)
+        return await self._wait(checks.identifiers("rollout_ids", rollout_ids), timeout)
 
     async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
-        finished = await self._wait([convert.identifier("rollout_id", rollout_id)], timeout)
+        finished = await self._wait([checks.identifier("rollout_id", rollout_id)], timeout)
         return finished[0] if finished else None
 
     async def _wait(self, rollout_ids: list[str], timeout: float | None) -> list[AnyRollout]:
         if timeout is not None:
-            timeout = max(convert.finite("timeout", timeout), 0.0)
+            timeout = max(checks.number("timeout", timeout), 0.0)
         finished, _ = await self._rows("wait", {"rollout_ids": rollout_ids, "timeout": timeout})
-        return [convert.pair(item) for item in finished]
+        return [convert.to_any_rollout(item) for item in finished]
 
     async def as_completed(
         self, rollout_ids: Sequence[str], *, timeout: float | None = None
     ) -> AsyncIterator[AnyRollout]:
-        missing = set(convert.identifiers("rollout_ids", rollout_ids))
-        deadline = None if timeout is None else monotonic() + convert.duration("timeout", timeout)
+        missing = set(checks.identifiers("rollout_ids", rollout_ids))
+        deadline = None if timeout is None else monotonic() + checks.duration("timeout", timeout)
         asked = set(missing)
         finished, cursor, token = await self._split_finished(missing)
         if unknown := sorted(asked - missing):
@@ -392,7 +392,7 @@ class StoreClient(RunnerStore):
             wanted = {"cursor": cursor, "limit": 256, "timeout": left, "filters": {}, "among": token}
             try:
                 items, after = await self._rows("completed", wanted)
-                finished, cursor = [convert.pair(item) for item in items], after or cursor
+                finished, cursor = [convert.to_any_rollout(item) for item in items], after or cursor
             except AnswerGoneError:  # the store has forgotten the token
                 finished = []
             if not finished:  # some may have been deleted, and will never finish
@@ -408,7 +408,7 @@ class StoreClient(RunnerStore):
         items, (cursor, unfinished, token) = await self._rows(
             "sort_out", {"rollout_ids": list(missing), "instead_of": instead_of}
         )
-        finished = [convert.pair(item) for item in items]
+        finished = [convert.to_any_rollout(item) for item in items]
         missing &= {*unfinished, *(rollout.rollout_id for rollout in finished)}
         return finished, cursor, token
 
@@ -424,19 +424,19 @@ class StoreClient(RunnerStore):
         mode: RolloutMode | None = None,
     ) -> Page[AnyRollout]:
         filters = {
-            "group_id": convert.optional_identifier("group_id", group_id),
-            "tags": convert.tag_dict("tags", tags),
-            "queue": convert.optional_identifier("queue", queue),
+            "group_id": checks.optional_identifier("group_id", group_id),
+            "tags": checks.tag_dict("tags", tags),
+            "queue": checks.optional_identifier("queue", queue),
             "mode": validated("mode", RolloutMode | None, mode),
         }
         arguments = {
-            "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),
-            "limit": convert.whole("limit", limit, at_least=1),
-            "timeout": convert.duration("timeout", timeout),
+            "cursor": None if cursor is None else checks.whole("cursor", cursor, at_least=0),
+            "limit": checks.whole("limit", limit, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
             "filters": {name: value for name, value in filters.items() if value is not None},
         }
         items, after = await self._rows("completed", arguments)
-        return convert.build(Page, {"items": [convert.pair(item) for item in items], "cursor": after})
+        return convert.build(Page, {"items": [convert.to_any_rollout(item) for item in items], "cursor": after})
 
     async def changes(
         self,
@@ -447,22 +447,22 @@ class StoreClient(RunnerStore):
         timeout: float = 0.0,
     ) -> Page[Change]:
         arguments = {
-            "cursor": None if cursor is None else convert.whole("cursor", cursor, at_least=0),
-            "kinds": None if kinds is None else convert.identifiers("kinds", kinds),
-            "limit": convert.whole("limit", limit, at_least=1),
-            "timeout": convert.duration("timeout", timeout),
+            "cursor": None if cursor is None else checks.whole("cursor", cursor, at_least=0),
+            "kinds": None if kinds is None else checks.identifiers("kinds", kinds),
+            "limit": checks.whole("limit", limit, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
         }
         items, after = await self._rows("changes", arguments)
-        return convert.build(Page, {"items": [convert.change(item) for item in items], "cursor": after})
+        return convert.build(Page, {"items": [convert.to_change(item) for item in items], "cursor": after})
 
     # -- attempts ------------------------------------------------------------------------------------------------------
 
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
         arguments = {
-            "rollout_id": convert.identifier("rollout_id", rollout_id),
-            "worker_id": convert.optional_identifier("worker_id", worker_id),
+            "rollout_id": checks.identifier("rollout_id", rollout_id),
+            "worker_id": checks.optional_identifier("worker_id", worker_id),
         }
-        return convert.attempted(await self._transport.call("start_attempt", arguments))
+        return convert.to_attempted_rollout(await self._transport.call("start_attempt", arguments))
 
     async def query_attempts(
         self,
@@ -474,17 +474,17 @@ class StoreClient(RunnerStore):
         offset: int = 0,
     ) -> PaginatedResult[Attempt]:
         arguments = {
-            "rollout_id": convert.identifier("rollout_id", rollout_id),
-            "sort_by": convert.optional_text("sort_by", sort_by),
+            "rollout_id": checks.identifier("rollout_id", rollout_id),
+            "sort_by": checks.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
         }
-        return await self._page("query_attempts", arguments, limit, offset, convert.attempt)
+        return await self._page("query_attempts", arguments, limit, offset, convert.to_attempt)
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
         answer = await self._transport.call(
-            "get_latest_attempt", {"rollout_id": convert.identifier("rollout_id", rollout_id)}
+            "get_latest_attempt", {"rollout_id": checks.identifier("rollout_id", rollout_id)}
         )
-        return convert.attempt(answer) if answer else None
+        return convert.to_attempt(answer) if answer else None
 
     @typed_as(LightningStore.update_attempt)
     async def update_attempt(
@@ -502,24 +502,24 @@ class StoreClient(RunnerStore):
             raise unfit(StoreClient.update_attempt, unnamed, unknown, rollout_id=rollout_id, attempt_id=attempt_id)
         changes: dict[str, Any] = {}
         if not isinstance(status, Unset):
-            changes["status"] = convert.attempt_status(status)
+            changes["status"] = checks.attempt_status(status)
         if not isinstance(worker_id, Unset):
-            changes["worker_id"] = convert.optional_identifier("worker_id", worker_id)
+            changes["worker_id"] = checks.optional_identifier("worker_id", worker_id)
         if not isinstance(last_heartbeat_time, Unset):
-            changes["last_heartbeat_time"] = convert.finite("last_heartbeat_time", last_heartbeat_time)
+            changes["last_heartbeat_time"] = checks.number("last_heartbeat_time", last_heartbeat_time)
         if not isinstance(metadata, Unset):
             changes["metadata"] = self._encoder.mapping("metadata", metadata)
-        arguments = {**convert.names(rollout_id, attempt_id), "changes": changes}
-        return convert.attempt(await self._transport.call("update_attempt", arguments))
+        arguments = {**checks.attempt_ids(rollout_id, attempt_id), "changes": changes}
+        return convert.to_attempt(await self._transport.call("update_attempt", arguments))
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
     async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
-        named = convert.names(rollout_id, attempt_id)
+        named = checks.attempt_ids(rollout_id, attempt_id)
         return int((await self._transport.call("next_numbers", {"rollout_ids": [named["rollout_id"]]}))[0])
 
     async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
-        rollout_ids = [rollout_id for rollout_id, _ in convert.pairs("rollout_attempt_ids", rollout_attempt_ids)]
+        rollout_ids = [rollout_id for rollout_id, _ in checks.id_pairs("rollout_attempt_ids", rollout_attempt_ids)]
         return list(await self._transport.call("next_numbers", {"rollout_ids": rollout_ids}))
 
     @typed_as(LightningStore.add_span)
@@ -537,7 +537,7 @@ class StoreClient(RunnerStore):
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         groups: dict[tuple[str, str], list[tuple[Span, list[Any]]]] = {}
-        for span in convert.spans(spans):
+        for span in checks.spans(spans):
             row = self._encoder.span(span)
             groups.setdefault((span.rollout_id, span.attempt_id), []).append((span, row))
         parts: list[list[Span]] = []
@@ -560,8 +560,8 @@ class StoreClient(RunnerStore):
     async def add_otel_span(
         self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
     ) -> Span | None:
-        arguments = convert.names(rollout_id, attempt_id)
-        number = 0 if sequence_id is None else convert.whole("sequence_id", sequence_id, at_least=0)
+        arguments = checks.attempt_ids(rollout_id, attempt_id)
+        number = 0 if sequence_id is None else checks.whole("sequence_id", sequence_id, at_least=0)
         try:
             span = Span.from_opentelemetry(readable_span, **arguments, sequence_id=number)
         except ValidationError as error:
@@ -608,22 +608,20 @@ class StoreClient(RunnerStore):
             "name": name_contains,
         }
         arguments = {
-            "rollout_id": convert.identifier("rollout_id", rollout_id),
-            "attempt_id": convert.optional_identifier("attempt_id", attempt_id),
-            "equal": {
-                field: convert.optional_text(field, value) for field, value in equal.items() if value is not None
-            },
+            "rollout_id": checks.identifier("rollout_id", rollout_id),
+            "attempt_id": checks.optional_identifier("attempt_id", attempt_id),
+            "equal": {field: checks.optional_text(field, value) for field, value in equal.items() if value is not None},
             "containing": {
-                field: convert.optional_text(f"{field}_contains", value)
+                field: checks.optional_text(f"{field}_contains", value)
                 for field, value in containing.items()
                 if value is not None
             },
             "filter_logic": filter_logic,
-            "sort_by": convert.optional_text("sort_by", sort_by),
+            "sort_by": checks.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
-            "allow_partial": convert.flag("allow_partial", allow_partial),
+            "allow_partial": checks.flag("allow_partial", allow_partial),
         }
-        return await self._page("query_spans", arguments, limit, offset, convert.span)
+        return await self._page("query_spans", arguments, limit, offset, convert.to_span)
 
     async def query_many_spans(
         self,
@@ -632,18 +630,18 @@ class StoreClient(RunnerStore):
         *,
         allow_partial: bool = False,
     ) -> dict[str, list[Span]]:
-        ids = convert.identifiers("rollout_ids", rollout_ids)
-        if attempt_id is not None and convert.optional_text("attempt_id", attempt_id) != "latest":
+        ids = checks.identifiers("rollout_ids", rollout_ids)
+        if attempt_id is not None and checks.optional_text("attempt_id", attempt_id) != "latest":
             raise InvalidValueError("attempt_id", attempt_id, "'latest' or None")
         arguments = {
             "rollout_ids": ids,
             "attempt_id": attempt_id,
-            "allow_partial": convert.flag("allow_partial", allow_partial),
+            "allow_partial": checks.flag("allow_partial", allow_partial),
         }
         found: dict[str, list[Span]] = {rollout_id: [] for rollout_id in ids}
         items, _ = await self._rows("query_many_spans", arguments)
         for item in items:
-            span = convert.span(item)
+            span = convert.to_span(item)
             found[span.rollout_id].append(span)
         return found
 
@@ -663,12 +661,12 @@ class StoreClient(RunnerStore):
         max_open: int = 1,
     ) -> Batch:
         arguments: dict[str, Any] = {
-            "consumer": convert.identifier("consumer", consumer),
-            "count": convert.whole("n", n, at_least=1),
-            "timeout": convert.duration("timeout", timeout),
-            **convert.filter_arguments(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in),
+            "consumer": checks.identifier("consumer", consumer),
+            "count": checks.whole("n", n, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
+            **checks.filter_arguments(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in),
         }
-        if convert.whole("max_open", max_open, at_least=1) != 1:
+        if checks.whole("max_open", max_open, at_least=1) != 1:
             arguments["max_open"] = max_open
         answer = await self._transport.call("take", arguments)
         number = answer[1]
@@ -681,12 +679,12 @@ class StoreClient(RunnerStore):
         except BaseException:  # its caller has gone between the parts
             self._transport.post("nack", {"consumer": consumer, "batch": number})
             raise
-        rollouts = [convert.pair(item) for item in items]
+        rollouts = [convert.to_any_rollout(item) for item in items]
         return convert.build(Batch, {"consumer": consumer, "number": number, "rollouts": rollouts})
 
     async def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
-        named = _batch_key(batch) | {"at_step": convert.whole("step", step, at_least=0)}
-        await self._transport.call("ack", named | {"note": convert.optional_text("note", note)})
+        named = _batch_key(batch) | {"at_step": checks.whole("step", step, at_least=0)}
+        await self._transport.call("ack", named | {"note": checks.optional_text("note", note)})
 
     async def nack(self, batch: Batch) -> None:
         await self._transport.call("nack", _batch_key(batch))
@@ -698,10 +696,10 @@ class StoreClient(RunnerStore):
         return int(await self._transport.call("rewind", _at_step(consumer, step)))
 
     async def forget_consumer(self, name: str) -> int:
-        return int(await self._transport.call("forget_consumer", {"consumer": convert.identifier("name", name)}))
+        return int(await self._transport.call("forget_consumer", {"consumer": checks.identifier("name", name)}))
 
     async def ledger(self, consumer: str) -> list[LedgerEntry]:
-        rows, _ = await self._rows("ledger", {"consumer": convert.identifier("consumer", consumer)})
+        rows, _ = await self._rows("ledger", {"consumer": checks.identifier("consumer", consumer)})
         names = tuple(LedgerEntry.model_fields)
         return [convert.build(LedgerEntry, dict(zip(names, row, strict=True))) for row in rows]
 
@@ -713,7 +711,7 @@ class StoreClient(RunnerStore):
     async def update_resources(
         self, resources_id: str, resources: NamedResources, *, policy_version: int | None = None
     ) -> ResourcesUpdate:
-        return await self._put_resources(convert.identifier("resources_id", resources_id), resources, policy_version)
+        return await self._put_resources(checks.identifier("resources_id", resources_id), resources, policy_version)
 
     async def _put_resources(
         self, resources_id: str | None, resources: NamedResources, policy_version: int | None
@@ -737,8 +735,8 @@ class StoreClient(RunnerStore):
 
     async def get_resources_by_id(self, resources_id: str, version: int | None = None) -> ResourcesUpdate | None:
         arguments = {
-            "resources_id": convert.identifier("resources_id", resources_id),
-            "version": None if version is None else convert.whole("version", version, at_least=-(2**31)),
+            "resources_id": checks.identifier("resources_id", resources_id),
+            "version": None if version is None else checks.whole("version", version, at_least=-(2**31)),
         }
         answer = await self._transport.call("get_resources", arguments)
         return self._opened(answer) if answer else None
@@ -758,8 +756,8 @@ class StoreClient(RunnerStore):
         offset: int = 0,
     ) -> PaginatedResult[ResourcesUpdate]:
         arguments = {
-            "resources_id": convert.optional_identifier("resources_id", resources_id),
-            "resources_id_contains": convert.optional_text("resources_id_contains", resources_id_contains),
+            "resources_id": checks.optional_identifier("resources_id", resources_id),
+            "resources_id_contains": checks.optional_text("resources_id_contains", resources_id_contains),
             "sort_by": sort_by,
             "sort_order": sort_order,
         }
@@ -767,7 +765,7 @@ class StoreClient(RunnerStore):
 
     async def delete_resources(self, resources_id: str) -> None:
         await self._transport.call(
-            "delete_resources", {"resources_id": convert.identifier("resources_id", resources_id)}
+            "delete_resources", {"resources_id": checks.identifier("resources_id", resources_id)}
         )
 
     async def _boxed(self, resources_id: str | None, resources: NamedResources) -> Boxed:
@@ -782,7 +780,7 @@ class StoreClient(RunnerStore):
         return Origin()
 
     def _opened(self, answer: convert.Row, payload: Opaque = None) -> ResourcesUpdate:
-        return convert.resources_update(answer, self._origin_of_objects(), payload)
+        return convert.to_resources(answer, self._origin_of_objects(), payload)
 
     # -- workers -------------------------------------------------------------------------------------------------------
 
@@ -798,17 +796,17 @@ class StoreClient(RunnerStore):
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
         arguments = {
-            "status_in": convert.statuses("status_in", list[WorkerStatus], status_in),
-            "worker_id_contains": convert.optional_text("worker_id_contains", worker_id_contains),
+            "status_in": checks.statuses("status_in", list[WorkerStatus], status_in),
+            "worker_id_contains": checks.optional_text("worker_id_contains", worker_id_contains),
             "filter_logic": filter_logic,
-            "sort_by": convert.optional_text("sort_by", sort_by),
+            "sort_by": checks.optional_text("sort_by", sort_by),
             "sort_order": sort_order,
         }
-        return await self._page("query_workers", arguments, limit, offset, convert.worker)
+        return await self._page("query_workers", arguments, limit, offset, convert.to_worker)
 
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:
-        answer = await self._transport.call("get_worker", {"worker_id": convert.identifier("worker_id", worker_id)})
-        return convert.worker(answer) if answer else None
+        answer = await self._transport.call("get_worker", {"worker_id": checks.identifier("worker_id", worker_id)})
+        return convert.to_worker(answer) if answer else None
 
     async def update_worker(self, worker_id: str, heartbeat_stats: dict[str, Any] | Unset = UNSET) -> Worker:
         changes: dict[str, Any] = {}
@@ -816,8 +814,8 @@ class StoreClient(RunnerStore):
             if heartbeat_stats is None:
                 raise TypeError("heartbeat_stats=None: expected a dict; leave it out to keep the last statistics")
             changes["heartbeat_stats"] = self._encoder.mapping("heartbeat_stats", heartbeat_stats)
-        arguments = {"worker_id": convert.identifier("worker_id", worker_id), "changes": changes}
-        return convert.worker(await self._transport.call("update_worker", arguments))
+        arguments = {"worker_id": checks.identifier("worker_id", worker_id), "changes": changes}
+        return convert.to_worker(await self._transport.call("update_worker", arguments))
 
     # -- for runners, pools and integrations ---------------------------------------------------------------------------
 
@@ -829,11 +827,11 @@ class StoreClient(RunnerStore):
         return self._transport.listen_for_notices(handler)
 
     async def heartbeat(self, attempts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        useless = await self._transport.call("heartbeat", {"attempts_alive": convert.pairs("attempts", attempts)})
+        useless = await self._transport.call("heartbeat", {"attempts_alive": checks.id_pairs("attempts", attempts)})
         return [(rollout_id, attempt_id) for rollout_id, attempt_id in useless]
 
     async def add_unnumbered_spans(self, spans: Sequence[Span]) -> None:
-        spans = convert.spans(spans)
+        spans = checks.spans(spans)
         for first, last in cut([0] * len(spans)):
             rows = [self._encoder.span(span, numbered=False) for span in spans[first:last]]
             arguments = {"rollout_id": spans[0].rollout_id, "attempt_id": spans[0].attempt_id, "spans": rows}
@@ -850,17 +848,17 @@ class StoreClient(RunnerStore):
         error: str | None = None,
         died: bool = False,
     ) -> Attempt:
-        changes: dict[str, Any] = {"status": convert.attempt_status(status)}
+        changes: dict[str, Any] = {"status": checks.attempt_status(status)}
         if outcome is not None:
             changes["outcome"] = validated("outcome", Outcome, outcome)
-        if (said := convert.optional_text("error", error)) is not None:
+        if (said := checks.optional_text("error", error)) is not None:
             changes["error"] = bounded_error(said)  # here already: a longer one would not travel
-        if convert.flag("died", died):
+        if checks.flag("died", died):
             changes["died"] = True
-        rows = [self._encoder.span(span, numbered=False) for span in convert.spans(spans)]
-        arguments = {**convert.names(rollout_id, attempt_id), "spans": rows, "changes": changes}
+        rows = [self._encoder.span(span, numbered=False) for span in checks.spans(spans)]
+        arguments = {**checks.attempt_ids(rollout_id, attempt_id), "spans": rows, "changes": changes}
         attempt, _ = await self._transport.call("finish", arguments)
-        return convert.attempt(attempt)
+        return convert.to_attempt(attempt)
 
     async def report_unread(
         self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str
@@ -869,26 +867,26 @@ class StoreClient(RunnerStore):
         await self._transport.call("unread", arguments | {"version": version, "error": error})
 
     async def report_spans_lost(self, counts: Mapping[Reason, int]) -> None:
-        lost = {reason: convert.whole(f"counts[{reason!r}]", number, at_least=1) for reason, number in counts.items()}
+        lost = {reason: checks.whole(f"counts[{reason!r}]", number, at_least=1) for reason, number in counts.items()}
         await self._transport.call("report_spans_lost", {"counts": lost})
 
     async def report_ended(
         self, session_id: str | None, *, worker_id: str | None = None, stopped: bool = False
     ) -> bool:
         arguments: dict[str, Any] = {
-            "session_id": convert.optional_identifier("session_id", session_id),
-            "worker_id": convert.optional_identifier("worker_id", worker_id),
+            "session_id": checks.optional_identifier("session_id", session_id),
+            "worker_id": checks.optional_identifier("worker_id", worker_id),
         }
-        if convert.flag("stopped", stopped):
+        if checks.flag("stopped", stopped):
             arguments["stopped"] = True
         return bool(await self._transport.call("report_session", arguments))
 
     async def report_pool(self, pool_id: str, queues: Sequence[str], *, failures: int, error: str | None) -> None:
         arguments = {
-            "pool_id": convert.identifier("pool_id", pool_id),
-            "queues": convert.queue_names(queues),
-            "failures": convert.whole("failures", failures, at_least=0),
-            "error": convert.optional_text("error", error),
+            "pool_id": checks.identifier("pool_id", pool_id),
+            "queues": checks.queue_names(queues),
+            "failures": checks.whole("failures", failures, at_least=0),
+            "error": checks.optional_text("error", error),
         }
         await self._transport.call("report_pool", arguments)
 
@@ -897,8 +895,8 @@ class StoreClient(RunnerStore):
     async def _page(
         self, verb: str, arguments: dict[str, Any], limit: int, offset: int, open_row: Callable[[Any], T]
     ) -> PaginatedResult[T]:
-        limit = convert.whole("limit", limit, at_least=-1)
-        offset = convert.whole("offset", offset, at_least=0)
+        limit = checks.whole("limit", limit, at_least=-1)
+        offset = checks.whole("offset", offset, at_least=0)
         items, total = await self._rows(verb, arguments | {"limit": limit, "offset": offset})
         return convert.build(
             PaginatedResult,
@@ -1002,13 +1000,13 @@ def _log_duplicate(span: Span) -> None:
 def _batch_key(batch: Batch) -> dict[str, object]:
     fields = validated("batch", Batch, batch, TO_TRAIN).__dict__  # possibly changed since, or made without validation
     return {
-        "consumer": convert.identifier("batch.consumer", fields.get("consumer")),
-        "batch": convert.whole("batch.number", fields.get("number"), at_least=0),
+        "consumer": checks.identifier("batch.consumer", fields.get("consumer")),
+        "batch": checks.whole("batch.number", fields.get("number"), at_least=0),
     }
 
 
 def _at_step(consumer: str, step: int) -> dict[str, object]:
-    return {"consumer": convert.identifier("consumer", consumer), "at_step": convert.whole("step", step, at_least=0)}
+    return {"consumer": checks.identifier("consumer", consumer), "at_step": checks.whole("step", step, at_least=0)}
 
 
 def _check_types(resources: Any) -> None:

@@ -1,10 +1,11 @@
-"""The Ray actor: a service on one event loop, and the methods of the session protocol.
+"""The Ray actor: a service on one event loop, and the methods that clients call.
 
-`exchange` never parks, `listen` parks and carries what was waited for, `describe` is the handshake; `piece` carries
-large objects of the journal for clients that do not see its directory, and belongs to no session. Arguments and answers
-are bytes and small plain values. Imports neither pydantic nor the public types, so that it starts quickly.
-A journal is read on a thread of its own: `describe` says meanwhile how far that is, and everything else waits for it.
-Not here: what the methods do (`front`), the client's side (`session`), the options it is created with (`cluster`).
+`describe` is the handshake. `exchange` runs a batch and returns at once; `listen` is parked until the store has
+something to say. `linger` and `hold` are a lifeline. `piece` carries large objects of the journal for clients that do
+not see its directory, and belongs to no session. Arguments and answers are bytes and small plain values.
+
+A journal is read on a thread of its own. Meanwhile `describe` says how far that is, and everything else waits for it.
+Imports neither pydantic nor the public types, so that the actor starts quickly.
 """
 
 from __future__ import annotations
@@ -31,20 +32,19 @@ from raystore.core.state import Settings
 from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
 from raystore.journal.reader import ReadingProgress
-from raystore.remote.endpoint import Front
-from raystore.remote.lifelines import Lifelines
-from raystore.remote.processes import here
+from raystore.remote.endpoint import Endpoint
+from raystore.remote.lifelines import Lifelines, here
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
 
 logger = logging.getLogger("raystore.store")
 
-#: Records form no cycles: what survives a look or two is not looked at again, which would only pause the loop.
+#: Records form no cycles. So the collector hardly ever looks at old objects, which would only pause the loop.
 COLLECTOR_THRESHOLDS = (3_000, 2, 250_000)
-SWITCH_SECONDS = 0.0005  #: so that the thread that writes a journal need not wait for a busy loop for long
-FULL_PATIENCE_SECONDS = 60.0  #: clients try for as long
-READ_SECONDS = 2.0  #: so long the handshake waits for a journal to be read, before it says how far that is
+SWITCH_SECONDS = 0.0005  #: the interpreter's switch interval: the journal's thread must not wait long for a busy loop
+FULL_PATIENCE_SECONDS = 60.0  #: to wait for room on the disk after a restart; clients retry for as long
+READ_SECONDS = 2.0  #: that `describe` waits for the journal to be read before it says how far that is
 FAILED, FENCED = 70, 71  #: exit codes
 
 
@@ -61,19 +61,19 @@ class StoreActor:
     ) -> None:
         self._config = config
         self._opened: Opened | None = None
-        self._refusal: StoreError | None = None  # why this store cannot be
+        self._refusal: StoreError | None = None  # why this store could not start
         self._name = name
         self._namespace = namespace
-        self._service: Service | None = None  # for whoever looks at the process from within
-        self._front: Front | None = None
+        self._service: Service | None = None  # for tests that look into the process
+        self._endpoint: Endpoint | None = None
         self._node, object_store = _this_node()
         self._capacity = memory_capacity(
             object_store_bytes=object_store if object_store_bytes is None else object_store_bytes
         )
-        self._remarks = _stand_upright()
+        self._remarks = _restore_priority()
         _end_when_told()
         self._progress = ReadingProgress()
-        self._read: Future[None] = Future()  # once the journal is
+        self._read: Future[None] = Future()  # done once the journal is read
         self._is_read = False
         if config.journal is None:
             self._begin()
@@ -86,7 +86,7 @@ class StoreActor:
         reading.start()
 
     def _read_journal(self, resume: str, writer: str) -> None:
-        """Become the writer of the journal, with all that it holds; on a thread of its own."""
+        """Read the journal and become its writer; on a thread of its own."""
         config = self._config
         try:
             self._opened = _open(config, resolve(config, self._capacity), self._name, resume, writer, self._progress)
@@ -97,13 +97,13 @@ class StoreActor:
         except OSError as error:
             self._refusal = JournalFailedError(str(config.journal), f"{type(error).__name__}: {error}")
             logger.critical("%s", self._refusal)
-        except BaseException as error:  # a bug of ours: everybody who waits is to be told
+        except BaseException as error:  # a bug of ours: all callers that wait are to be told
             logger.critical("The journal cannot be read", exc_info=True)
             self._refusal = JournalFailedError(str(config.journal), f"{type(error).__name__}: {error}")
         self._begin()
 
     def _begin(self) -> None:
-        """Everything is there that the service needs."""
+        """Let calls proceed: the service has all it needs."""
         gc.collect()
         gc.freeze()  # what was imported lives as long as the actor
         gc.set_threshold(*COLLECTOR_THRESHOLDS)
@@ -111,18 +111,18 @@ class StoreActor:
         self._read.set_result(None)
 
     def __repr__(self) -> str:
-        """What Ray's own tools show: in its logs, dashboard and `ray list actors`."""
+        """The name in Ray's logs, its dashboard and `ray list actors`."""
         return f"Store({self._name})"
 
     async def _until_read(self) -> None:
-        """Wait until the journal has been read, however long that takes; whoever asks sees that it goes on."""
+        """Wait until the journal has been read, however long that takes; `describe` tells that it goes on."""
         if not self._is_read:
             await asyncio.shield(asyncio.wrap_future(self._read))
 
-    def _open(self) -> Front:
-        """The sessions and their service, made on the loop that owns it from then on."""
-        if self._front is None:
-            self._read.result()  # there is none before
+    def _open(self) -> Endpoint:
+        """The endpoint and its service, made at first use, on the loop that owns them from then on."""
+        if self._endpoint is None:
+            self._read.result()  # which is there: callers have waited for it
             loop = asyncio.get_running_loop()
             service = Service(
                 self._config,
@@ -132,14 +132,14 @@ class StoreActor:
                 opened=self._opened,
                 on_failure=_end,
             )
-            self._service, self._front = service, Front(service)
+            self._service, self._endpoint = service, Endpoint(service)
             self._lifelines = Lifelines(service)
             self._lifelines.start()
-            self._front.on_open = self._lifelines.opened
-        return self._front
+            self._endpoint.on_open = self._lifelines.opened
+        return self._endpoint
 
     async def describe(self) -> dict[str, Any]:
-        """Who this store is, what it was configured with, and where operations go (today: here)."""
+        """Who this store is, its configuration, and which actors take operations (today: this one)."""
         brief = {"kind": "raystore", "version": __version__, "protocol": PROTOCOL, "name": self._name}
         try:
             async with asyncio.timeout(READ_SECONDS):
@@ -167,7 +167,7 @@ class StoreActor:
         }
 
     async def exchange(self, *parts: bytes, refs: dict[int, list[Any]] | None = None) -> frames.Answer:
-        """Run a batch of operations of a session; what became of it, and their answers."""
+        """Run a batch of operations of a session; see `Endpoint.exchange`."""
         if not self._is_read:
             await self._until_read()
         if self._refusal is not None:
@@ -175,7 +175,7 @@ class StoreActor:
         return await self._open().exchange(parts, refs)
 
     async def listen(self, frame: bytes) -> frames.Answer:
-        """Wait for answers of parked calls and for notices of a session."""
+        """Wait for answers of parked calls of a session, and for notices."""
         if not self._is_read:
             await self._until_read()
         if self._refusal is not None:
@@ -183,14 +183,14 @@ class StoreActor:
         return await self._open().listen(frame)
 
     async def linger(self, session_id: str) -> None:
-        """Come back when a session has ended; the result is a lifeline of its process."""
+        """Return when a session has ended. The caller owns the result, which is the lifeline of its process."""
         await self._until_read()
         if self._refusal is None:
             self._open()
             await self._lifelines.linger(session_id)
 
     async def hold(self, session_id: str, lifelines: list[Any]) -> None:
-        """Take the lifeline of the process of a session: the end of that process breaks it."""
+        """Watch the lifeline of a session's process, which breaks when that process ends."""
         await self._until_read()
         if self._refusal is None:
             self._open()
@@ -199,9 +199,9 @@ class StoreActor:
     async def piece(
         self, address: str, offset: int, total: int = 0, upload: str = "", data: bytes = b""
     ) -> bytes | None:
-        """A piece of an object in the journal, for a client that does not see the directory: read, or written.
+        """Read or write (`upload`) a piece of an object in the journal, for a client that does not see the directory.
 
-        On a thread, since files take their time; nothing of it changes the state.
+        On a thread, since files take their time; it does not touch the state.
         """
         await self._until_read()
         objects = self._open().service.objects if self._refusal is None else None
@@ -215,7 +215,7 @@ class StoreActor:
 
 
 def _end(error: StoreError) -> None:
-    """End this process at once: what it could still say might not be true. Ray starts another one, which replays."""
+    """End this process at once, since its answers may be wrong by now. Ray starts another one, which replays."""
     logging.shutdown()
     os._exit(FENCED if isinstance(error, FencedError) else FAILED)
 
@@ -223,7 +223,7 @@ def _end(error: StoreError) -> None:
 def _open(
     config: StoreConfig, settings: Settings, name: str, resume: str, writer: str, progress: ReadingProgress
 ) -> Opened:
-    """Become the writer of the journal; one that goes on waits for a while if there is no room on the disk."""
+    """Open the journal as its writer. After a restart, wait for a while if there is no room on the disk."""
     until = time.monotonic() + FULL_PATIENCE_SECONDS
     while True:
         try:
@@ -238,8 +238,8 @@ def _open(
 
 
 def _is_another_process() -> bool:
-    """Whether this actor has had a process before."""
-    with warnings.catch_warnings():  # of a name within Ray that it uses itself
+    """Whether Ray has restarted this actor in a new process."""
+    with warnings.catch_warnings():  # Ray warns of its own use of a deprecated name
         warnings.simplefilter("ignore")
         return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
@@ -254,16 +254,16 @@ def _this_node() -> tuple[str, int]:
 
 
 def _end_when_told() -> None:
-    """Let SIGTERM end this process at once, as a SIGKILL would: it loses nothing of what was acknowledged.
+    """Let SIGTERM end this process at once, as SIGKILL would; nothing that was acknowledged is lost.
 
-    Python's handler, which Ray sets, waits for the main thread to run Python; it seldom does in an actor, and a busy
-    store goes on for half a minute. Only the main thread could set another, which this is not.
+    Ray sets a handler in Python, which runs once the main thread runs Python. In an actor it seldom does, and a busy
+    store would go on for half a minute. Python sets handlers from the main thread only, which this is not; C does not.
     """
     ctypes.CDLL(None).signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _stand_upright() -> list[str]:
-    """Undo what Ray does to its workers: lowest priority, and first in line when memory runs out."""
+def _restore_priority() -> list[str]:
+    """Undo what Ray does to its workers: lowest priority, and killed first when memory runs out. What did not work."""
     remarks = []
     try:
         os.setpriority(os.PRIO_PROCESS, 0, 0)

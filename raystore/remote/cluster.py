@@ -1,7 +1,4 @@
-"""Stores on Ray: start one, find one, list them, end one. A store is a named actor.
-
-Not here: what the actor does (`actor`), what a client does (`store`).
-"""
+"""Stores on Ray: start one, connect to one, list them, stop one. A store is a named actor."""
 
 from __future__ import annotations
 
@@ -29,13 +26,13 @@ from raystore.remote.actor import StoreActor
 from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, store_info
 from raystore.remote.store import RayLightningStore, end, own
 from raystore.types import RolloutConfig, Span, StoreInfo
-from raystore.wire.convert import identifier
+from raystore.wire.checks import identifier
 
 logger = logging.getLogger("raystore")
 
 NAMESPACE = "raystore"
 
-MAX_CONCURRENCY = 40_000  #: a session may park a listen call and batches that came early: 10,000 sessions
+MAX_CONCURRENCY = 40_000  #: calls at once: a session may park a listen call and early batches; for 10,000 sessions
 
 
 @explained

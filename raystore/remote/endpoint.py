@@ -1,7 +1,6 @@
-"""A service behind the session protocol: batches and listen calls of many sessions, as bytes in and bytes out.
+"""The session protocol of a store: batches and listen calls of many sessions, bytes in and bytes out.
 
-What an answer says is as durable as was asked for before it leaves.
-Not here: Ray (`actor`), the order and the answers of one session (`inbox`).
+An answer leaves once what it says is as durable as the store's configuration asks for. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -15,40 +14,44 @@ from raystore import __version__
 from raystore.core.schema import Id, Positive, checker
 from raystore.core.state import Session
 from raystore.errors import InvalidValueError, StoreError, StoreOverloadedError, to_record
-from raystore.remote.processes import process_of
-from raystore.remote.server_session import Inbox, SessionEnded
+from raystore.remote.lifelines import process_of
+from raystore.remote.server_session import ServerSession, SessionEnded
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
 
-LISTEN_SECONDS = 30.0  #: at most; jittered, so that a thousand clients do not come back at once
-SLOW_SECONDS = 0.1  #: an answer that waited for the disk for longer starts the time anew in which to acknowledge claims
+LISTEN_SECONDS = 30.0  #: of a listen call, at most; jittered, so that a thousand clients do not come back at once
+SLOW_SECONDS = 0.1  #: an answer that waits longer for the disk starts the time to acknowledge its claims anew
 
 
-#: What stands in a batch's header behind the protocol: the client, its session, number of the batch, up to where it has
-#: all answers, which later ones, ticket of the first operation, claims that arrived, parked answers that arrived.
+#: The header of a batch behind the protocol: version of the client, session id, number of the batch, the last batch up
+#: to which the client has all answers, later ones whose answers it has, ticket of the first operation, keys of claims
+#: that are acknowledged, tickets of parked calls and notices that were received.
 is_header = checker(tuple[str, Id, int, int, list[int], int, list[tuple[Id, Id | Positive]], list[int]])
 
 
-class Front:
+class Endpoint:
     """The sessions of one service."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self._is_durable = service.journal is not None
         service.on_notice = self._wake
-        self.on_open: Callable[[Session], None] = lambda session: None  # is told of each session that begins
-        # Of the process before this one, if there was one:
-        self._inboxes = {name: Inbox(service, session) for name, session in service.state.sessions.items()}
+        self.on_open: Callable[[Session], None] = lambda session: None  # called with each session that begins
+        # Sessions of the process before this one go on:
+        self._sessions = {name: ServerSession(service, session) for name, session in service.state.sessions.items()}
 
     def _wake(self, session_id: str) -> None:
-        inbox = self._inboxes.get(session_id)
-        if inbox is not None and inbox.session.ended_at is not None:
-            inbox.release()
-        elif inbox is not None:
-            inbox.wake()
+        served = self._sessions.get(session_id)
+        if served is not None and served.session.ended_at is not None:
+            served.release()
+        elif served is not None:
+            served.wake()
 
     async def exchange(self, parts: tuple[bytes, ...], refs: dict[int, list[Any]] | None = None) -> frames.Answer:
-        """Run a batch of operations of a session; what became of it, and their answers."""
+        """Run a batch of operations of a session; the outcome of the batch, and the answers.
+
+        `refs`: object references in the arguments of operations, by number of the operation.
+        """
         service = self.service
         service.actor_calls += 1
         (protocol, *header), *operations = frames.split(parts, refs)
@@ -58,10 +61,10 @@ class Front:
             refusal = InvalidValueError("header", header, "who sends which batch, and what it has of earlier ones")
             return frames.pack_answer(service.epoch, frames.BROKEN, to_record(refusal))
         _, session_id, sequence, answered, ahead, *more = header
-        told, more = more[3:], more[:3]  # a session says first which process it is
-        inbox = self._inboxes.get(session_id)
-        if inbox is None:
-            # A client whose first batch was never answered is new; its second may overtake its first.
+        told, more = more[3:], more[:3]  # at first, a client says which process it is
+        served = self._sessions.get(session_id)
+        if served is None:
+            # A client that has no answer yet is new, although its second batch may overtake its first.
             if answered or ahead or session_id in service.state.sessions:
                 return frames.pack_answer(service.epoch, frames.ENDED)
             try:
@@ -70,42 +73,42 @@ class Front:
             except StoreOverloadedError as refusal:
                 service.overloads += 1
                 return frames.pack_answer(service.epoch, frames.BROKEN, to_record(refusal))
-            inbox = self._inboxes[session_id] = Inbox(service, session)
-            if len(self._inboxes) > 2 * len(service.state.sessions) + 100:  # or it would cost as much as all that was
+            served = self._sessions[session_id] = ServerSession(service, session)
+            if len(self._sessions) > 2 * len(service.state.sessions) + 100:  # seldom, since it looks at all of them
                 self._sweep()
             self.on_open(session)
-        if inbox.session.ended_at is not None:
+        if served.session.ended_at is not None:
             return frames.pack_answer(service.epoch, frames.ENDED)
-        service.heard(inbox.session)
+        service.heard(served.session)
         try:
-            answer = await inbox.exchange(sequence, (answered, ahead), more, operations, parts)
+            answer = await served.exchange(sequence, (answered, ahead), more, operations, parts)
         except SessionEnded:
             return frames.pack_answer(service.epoch, frames.ENDED)
         if self._is_durable:
-            await self._safe(inbox.session)
+            await self._safe(served.session)
         return answer
 
     async def listen(self, frame: bytes) -> frames.Answer:
-        """Wait for answers of parked calls and for notices of a session."""
+        """Wait for answers of parked calls of a session, and for notices."""
         service = self.service
         service.actor_calls += 1
         protocol, *header = frames.unpack(frame, [])
         if protocol != PROTOCOL:
             return frames.pack_answer(service.epoch, frames.REFUSED, own_protocol())
-        _, session_id, acknowledged, epoch = header
-        inbox = self._inboxes.get(session_id)
-        if inbox is None or inbox.session.ended_at is not None:
+        _, session_id, received, epoch = header
+        served = self._sessions.get(session_id)
+        if served is None or served.session.ended_at is not None:
             return frames.pack_answer(service.epoch, frames.ENDED)
-        service.heard(inbox.session)
-        # A client that knows of the process before has calls that are parked nowhere: it is told at once.
+        service.heard(served.session)
+        # A client that knows the process before believes in parked calls that are no more: it is told at once.
         seconds = LISTEN_SECONDS * random.uniform(0.7, 1.0) if epoch == service.epoch else 0.0
-        answer = await inbox.listen(acknowledged, seconds)
+        answer = await served.listen(received, seconds)
         if self._is_durable:
-            await self._safe(inbox.session)
+            await self._safe(served.session)
         return answer
 
     async def _safe(self, session: Session) -> None:
-        """Let nothing leave before what it says is as durable as was asked for."""
+        """Wait until the changes so far are as durable as the configuration asks for."""
         service = self.service
         loop = asyncio.get_running_loop()
         safe: asyncio.Future[None] = loop.create_future()
@@ -122,10 +125,10 @@ class Front:
 
     def _sweep(self) -> None:
         """Forget sessions that the state has forgotten."""
-        for session_id, inbox in list(self._inboxes.items()):
+        for session_id, served in list(self._sessions.items()):
             if session_id not in self.service.state.sessions:
-                inbox.release()
-                del self._inboxes[session_id]
+                served.release()
+                del self._sessions[session_id]
 
 
 def _set(future: asyncio.Future[None], lost: StoreError | None) -> None:

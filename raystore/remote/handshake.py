@@ -1,7 +1,4 @@
-"""Finding a store and asking it who it is.
-
-Not here: starting and ending stores (`cluster`).
-"""
+"""Connects this process to Ray, finds the actor of a store, and asks it who it is."""
 
 from __future__ import annotations
 
@@ -25,20 +22,21 @@ from raystore.errors import (
 from raystore.service.service import PROTOCOL
 from raystore.types import StoreInfo
 
-CLIENT = (PROTOCOL, f"raystore {__version__}")  #: what this side of a session is
+CLIENT = (PROTOCOL, f"raystore {__version__}")  #: protocol and version of this side of a session
 
 logger = logging.getLogger("raystore")
 
-HANDSHAKE_SECONDS = 60.0  #: for a store to answer for the first time
-STANDSTILL_SECONDS = 60.0  #: for one that reads its journal to come on in it
+HANDSHAKE_SECONDS = 60.0  #: to wait for the first answer of a store
+STANDSTILL_SECONDS = 60.0  #: to wait for a store that reads its journal and does not get on with it
 HANDSHAKE_RETRY_SECONDS = 0.2
-TOLD_SECONDS = 10.0  #: between two lines of the log on a store that reads its journal
+LOG_SECONDS = 10.0  #: between two log lines about a store that reads its journal
 
 
 def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
-    """Ask an actor who it is; raises if it is no store, does not answer, or speaks another protocol.
+    """Ask an actor who it is. A store that reads its journal is waited for as long as it gets on, if `waits`.
 
-    One that reads its journal is waited for as long as it comes on, unless `waits` is False.
+    Raises `NotAStoreError`, `ProtocolMismatchError`, `StoreUnavailableError` if it does not answer, and the reason for
+    which it could not start.
     """
     check_connection()
     if not isinstance(handle, ray.actor.ActorHandle):
@@ -46,12 +44,12 @@ def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
     if not is_store(handle):
         raise NotAStoreError(f"The actor {handle!r}")
     deadline = time.monotonic() + HANDSHAKE_SECONDS
-    steps, came_on, told_at = -1, 0.0, time.monotonic()
+    steps, progressed_at, logged_at = -1, 0.0, time.monotonic()
     try:
         while True:
             try:
                 known = handle.describe.remote().future().result(timeout=max(deadline - time.monotonic(), 0))
-            except ray.exceptions.ActorUnavailableError:  # it may be there in a moment, and asking again is harmless
+            except ray.exceptions.ActorUnavailableError:  # it may be back in a moment, and asking again is harmless
                 time.sleep(HANDSHAKE_RETRY_SECONDS)
                 continue
             if not isinstance(known, dict) or known.get("reading") is None:
@@ -59,14 +57,14 @@ def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
             now, (count, where) = time.monotonic(), known["reading"]
             deadline = now + HANDSHAKE_SECONDS
             if count != steps:
-                steps, came_on = count, now
-            elif now - came_on > STANDSTILL_SECONDS:
+                steps, progressed_at = count, now
+            elif now - progressed_at > STANDSTILL_SECONDS:
                 why = f"it has not come on in its journal for {STANDSTILL_SECONDS:g} s, {where}. Its log says more"
                 raise StoreUnavailableError(known["name"], why)
             if not waits:
                 raise StoreUnavailableError(known["name"], f"it reads its journal, {where}")
-            if now > told_at + TOLD_SECONDS:
-                told_at = now
+            if now > logged_at + LOG_SECONDS:
+                logged_at = now
                 logger.info("Waiting for store %r, which reads its journal: %s", known["name"], where)
             time.sleep(HANDSHAKE_RETRY_SECONDS)
     except ray.exceptions.ActorDiedError as error:
@@ -94,13 +92,14 @@ def _cause(error: BaseException) -> str:
 
 
 def store_info(known: dict[str, Any]) -> StoreInfo:
+    """The public part of what `describe` returned."""
     names = ("store_id", "name", "namespace", "epoch", "protocol", "node", "limits", "endpoints")
     capabilities = {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
     return StoreInfo(**{name: known[name] for name in names}, capabilities=capabilities)
 
 
 def join_cluster(address: str | None) -> None:
-    """Connect this process to Ray, if it is not; raises where a store could not be used then."""
+    """Connect this process to Ray if it is not. Raises `RayClientError` and `ForkedError`: no store can be used."""
     if not ray.is_initialized():
         asked = address or os.environ.get("RAY_ADDRESS", "")
         if asked.startswith("ray://"):
@@ -110,7 +109,7 @@ def join_cluster(address: str | None) -> None:
 
 
 def check_connection() -> None:
-    """Raise if this process's connection to Ray is one that no store can use: inherited by a fork, or Ray Client."""
+    """Raise if no store can use this process's connection to Ray: it was inherited by a fork, or is Ray Client."""
     if forks.ray_is_inherited():
         raise ForkedError("Ray")
     if ray.util.client.ray.is_connected():
@@ -118,7 +117,7 @@ def check_connection() -> None:
 
 
 def join_cluster_of(store: str, address: str | None) -> None:
-    """Connect to the cluster in which a store was, unless this process is connected, or RAY_ADDRESS names another."""
+    """Connect to the cluster of a store, unless this process is connected or RAY_ADDRESS names a cluster."""
     if ray.is_initialized() or address is None or os.environ.get("RAY_ADDRESS", "local") != "local":
         join_cluster(None)
         return
@@ -129,6 +128,7 @@ def join_cluster_of(store: str, address: str | None) -> None:
 
 
 def find_actor(name: str, namespace: str) -> Any:
+    """The handle of a named actor, None if there is none."""
     try:
         return ray.get_actor(name, namespace=namespace)
     except ValueError:  # Ray's way to say that there is no such actor
@@ -136,7 +136,7 @@ def find_actor(name: str, namespace: str) -> Any:
 
 
 def ray_connection() -> tuple[str, str] | None:
-    """What Ray is in this process: its cluster and our id there; None when it is not initialized."""
+    """The cluster that this process is connected to, and its id there; None if it is not connected."""
     if not ray.is_initialized():
         return None
     context = ray.get_runtime_context()

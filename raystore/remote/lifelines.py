@@ -1,11 +1,16 @@
-"""Noticing that a client's process is gone, long before its silence would tell.
+"""Notices that a client's process has ended, long before its silence would tell.
 
-A session says which process it is. One on the store's own machine is looked for there; of another one Ray tells that
-its node has ended, and breaks its lifeline when it ends: the answer that it never gets to a call whose result it owns,
-and which the store waits for as well (`hold`). What Ray and the machine cannot tell, silence does.
-A process that ended since its job did says nothing about what it ran: its driver was stopped. So before a session ends,
-Ray is asked about its job; it tells of a driver's end a moment before or after it ends the others.
-Not here: what the end of a session means (`raystore.core.claims`).
+A session says which process it is. A process on the store's own machine is looked for there. Of any other, Ray tells
+that its node has ended; and when the process itself ends, Ray breaks its *lifeline*: the result of a call that never
+returns, which the process owns and the store waits for (`hold`). What neither tells, silence does.
+
+A process that ended because its job did is not to blame for what it ran: its driver was stopped. So before a session
+ends, Ray is asked about its job; Ray knows of a driver's end a moment before or after it ends the driver's workers.
+
+A process id alone says nothing: it is used again, and in a container it may be another process. So a process is known
+by its machine (this boot of its kernel, and the namespace in which its id counts), its id, and when it started. One
+that cannot say so much is not looked for. One that is frozen has not ended.
+Not here: what the end of a session means (`raystore.core.claims`), the client's end of a lifeline (`session`).
 """
 
 from __future__ import annotations
@@ -13,35 +18,130 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 
 from raystore.core.claims import JOB_ENDED
 from raystore.core.state import Session
-from raystore.remote.processes import Process, here, is_gone, process_of
 from raystore.service.service import Service
 
 logger = logging.getLogger("raystore.store")
 
 LOOK_SECONDS = 1.0  #: between looks at the processes of sessions
-AGAIN_SECONDS = 0.5  #: to the next look when a process is gone: by then Ray has told of its job
-MISSED_SECONDS = 3.0  #: after a restart, in which whoever lives speaks to the store again
-EARLY_SECONDS = 10.0  #: that a lifeline may be there without its session
+AGAIN_SECONDS = 0.5  #: to the next look when a process is gone: by then Ray knows whether its job has ended
+MISSED_SECONDS = 3.0  #: after a restart; by then a client that lives has spoken to the store again
+EARLY_SECONDS = 10.0  #: that a lifeline may be here before its session
 GONE = "process gone"
 
 
-class Cluster(NamedTuple):
-    """What Ray says of a cluster."""
+# -- processes ---------------------------------------------------------------------------------------------------------
 
-    nodes: dict[str, bool]  #: by id, whether they live; those that ended are known for a while
+
+class Process(NamedTuple):
+    """A process of a Ray cluster, by its own account."""
+
+    node: str | None  #: id of its node
+    machine: str  #: in which its id counts, see `here`; empty if it cannot tell
+    pid: int
+    started: int  #: in clock ticks since its machine started
+    job: str | None  #: id of the job that it works for
+    is_driver: bool  #: of that job
+
+
+def here() -> str:
+    """The machine of this process: boot of the kernel, and namespaces. Empty if that cannot be told."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):  # a /proc of another namespace
+            return ""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        spaces = [os.stat(f"/proc/self/ns/{name}").st_ino for name in ("pid", "time") if _has_namespace(name)]
+    except OSError:  # no Linux, or one that hides it
+        return ""
+    return f"{boot}/{'/'.join(map(str, spaces))}" if spaces else ""
+
+
+def _has_namespace(name: str) -> bool:
+    return os.path.exists(f"/proc/self/ns/{name}")
+
+
+def this_process() -> Process:
+    """Who this process is."""
+    pid = os.getpid()
+    state = _look(pid)
+    machine = here() if state is not None else ""
+    node = job = None
+    is_driver = False
+    if ray.is_initialized():
+        context = ray.get_runtime_context()
+        node, job = context.get_node_id(), context.get_job_id()
+        is_driver = context.worker.mode == ray.SCRIPT_MODE
+    return Process(node, machine, pid, state[1] if state is not None else 0, job, is_driver)
+
+
+def process_of(told: Any) -> Process | None:
+    """The process that a peer says it is; None if it says anything else."""
+    match told:
+        case [str() | None, str(), int(), int(), str() | None, bool()]:
+            return Process(*told)
+    return None
+
+
+def is_gone(process: Process) -> bool:
+    """Whether a process of this machine has certainly ended."""
+    state = _look(process.pid)
+    if state is None:
+        return not _exists(process.pid)  # processes of others may be hidden from us
+    status, started = state
+    if started != process.started:
+        return True  # its id belongs to another process by now
+    return status in "ZX" and not _has_threads(process.pid)
+
+
+def _look(pid: int) -> tuple[str, int] | None:
+    """The status of a process and when it started; None if no such process is visible."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = text[text.rindex(b")") + 1 :].split()  # behind its name, which may contain anything
+    return fields[0].decode(), int(fields[19])
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it exists, and belongs to another user
+        return True
+    return True
+
+
+def _has_threads(pid: int) -> bool:
+    """Whether a process goes on although its first thread has ended."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    except OSError:
+        return False
+
+
+# -- watching ----------------------------------------------------------------------------------------------------------
+
+
+class Cluster(NamedTuple):
+    """What Ray knows of a cluster."""
+
+    nodes: dict[str, bool]  #: by id, whether they live; nodes that ended are known for a while
     jobs: dict[str, bool]  #: by id, whether they have ended
 
 
 def ask_ray() -> Cluster:
-    """What Ray says of this cluster now; blocks."""
+    """Ask Ray about this cluster; blocks."""
     nodes = {str(node["NodeID"]): bool(node["Alive"]) for node in ray.nodes()}
     jobs = {str(job["JobID"]): bool(job["IsDead"]) for job in ray._private.state.state.job_table()}
     return Cluster(nodes, jobs)
@@ -52,11 +152,11 @@ class Watched(NamedTuple):
 
     session_id: str
     process: Process
-    is_missed: bool  #: it was there before the store's process, and has not spoken since
+    is_missed: bool  #: its session is older than the store's process, and it has not spoken to this one
 
 
 class Lifelines:
-    """Watches over the processes of all sessions of a store, on its loop."""
+    """Watches the processes of all sessions of a store, on its loop."""
 
     def __init__(self, service: Service, ask: Callable[[], Cluster] = ask_ray) -> None:
         self._service = service
@@ -67,14 +167,14 @@ class Lifelines:
         self._processes: dict[str, Process] = {}  # of live sessions
         self._of_before: set[str] = set()  # sessions that began with a process of the store before this one
         self._suspected: set[str] = set()  # sessions whose process was gone at the look before
-        self._broken: set[str] = set()  # sessions of which Ray says that their process is gone
-        self._held: dict[str, tuple[asyncio.Event, float]] = {}  # and since when
-        self._hurry = asyncio.Event()
+        self._broken: set[str] = set()  # sessions whose lifeline Ray has broken
+        self._held: dict[str, tuple[asyncio.Event, float]] = {}  # by session: lets `linger` return; since when
+        self._look_now = asyncio.Event()
         self._is_idle = False
         self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin with the sessions that are there, of a process before this one."""
+        """Begin, with the sessions of the process before this one."""
         for session in self._service.state.sessions.values():
             if session.ended_at is None:
                 self.opened(session)
@@ -88,7 +188,7 @@ class Lifelines:
             return
         self._processes[session.session_id] = process
         if self._is_idle:
-            self._hurry.set()
+            self._look_now.set()
 
     def close(self) -> None:
         """Watch no longer."""
@@ -99,18 +199,18 @@ class Lifelines:
     # -- lifelines that Ray breaks -----------------------------------------------------------------------------------
 
     async def linger(self, session_id: str) -> None:
-        """A call that comes back when its session has ended: its caller owns the result, and lends it to `hold`."""
+        """Return when a session has ended. The caller owns the result, and lends it to `hold`."""
         over, _ = self._held.setdefault(session_id, (asyncio.Event(), self._service.clock.age()))
         await over.wait()
 
     async def hold(self, session_id: str, lifeline: Any) -> None:
-        """Wait for the result of `linger`, which is lost when the process that owns it is gone."""
+        """Wait for the result of `linger`, which is lost when the process that owns it ends."""
         try:
             await lifeline
         except ray.exceptions.OwnerDiedError:
             self._broken.add(session_id)
-            self._hurry.set()
-        except ray.exceptions.RayError:  # of our own end, say: it tells nothing of the session's process
+            self._look_now.set()
+        except ray.exceptions.RayError:  # of our own end, say: it says nothing about the session's process
             pass
 
     # -- looking -----------------------------------------------------------------------------------------------------
@@ -118,14 +218,14 @@ class Lifelines:
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self._hurry.clear()
+            self._look_now.clear()
             watched = self._watched()
             try:
                 if watched:
                     ended = await loop.run_in_executor(self._thread, self._look, watched)
                     self._service.end_sessions(ended)
                 self._forget()
-            except Exception:  # the others are still to be watched, and Ray may be asked again
+            except Exception:  # go on: other processes are to be watched, and Ray may answer next time
                 logger.exception("The processes of clients could not be looked for")
             seconds = EARLY_SECONDS if self._held else None
             if watched:
@@ -133,7 +233,7 @@ class Lifelines:
             self._is_idle = not watched
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    await self._hurry.wait()
+                    await self._look_now.wait()
 
     def _watched(self) -> list[Watched]:
         sessions = self._service.state.sessions
@@ -146,7 +246,7 @@ class Lifelines:
         return [Watched(name, process, name in missed) for name, process in self._processes.items()]
 
     def _look(self, watched: list[Watched]) -> list[tuple[str, str]]:
-        """Sessions that have ended, and why; on a thread, since it reads files and may ask Ray."""
+        """Sessions whose process has ended, and why. On a thread, since it reads files and may ask Ray."""
         cluster = None
         if any(one.is_missed or not self._is_here(one.process) for one in watched):
             cluster = self._ask()
@@ -157,7 +257,7 @@ class Lifelines:
             for session_id, one in gone.items():
                 if not one.process.is_driver and _has_job_ended(one.process, cluster):
                     ended.append((session_id, JOB_ENDED))
-                elif session_id in self._suspected or session_id in self._broken:  # Ray took its time for that
+                elif session_id in self._suspected or session_id in self._broken:  # by now Ray knows of its job
                     ended.append((session_id, GONE))
         self._suspected = gone.keys() - {session_id for session_id, _ in ended}
         return ended
@@ -177,7 +277,8 @@ class Lifelines:
         return process.machine == self._here != ""
 
     def _forget(self) -> None:
-        early = self._service.clock.age() - EARLY_SECONDS  # a lifeline may be there before its session
+        """Forget lifelines of sessions that have ended."""
+        early = self._service.clock.age() - EARLY_SECONDS  # a lifeline may be here before its session
         over = [name for name, (_, since) in self._held.items() if since < early and not self._service.is_live(name)]
         for session_id in over:
             self._held.pop(session_id)[0].set()
@@ -192,7 +293,7 @@ def _is_node_gone(process: Process, cluster: Cluster | None) -> bool:
 
 
 def _has_job_ended(process: Process, cluster: Cluster) -> bool:
-    """Whether the job of a process has ended, perhaps with its whole cluster, whose jobs were numbered alike."""
+    """Whether the job of a process has ended, perhaps with its cluster (another one gives its jobs the same ids)."""
     if process.job is None or process.node is None:
         return False
     return process.node not in cluster.nodes or cluster.jobs.get(process.job, True)

@@ -1,8 +1,7 @@
-"""The actor's side of one session: batches in order, each once, and answers that came later.
+"""The actor's side of one session: it runs batches in order, each once, and keeps answers that come later.
 
-A batch that came early is held until its predecessor ran; a batch that comes again is answered from what was kept.
-Answers of waiting calls and notices are kept in the outbox until the client has acknowledged them.
-Not here: the client's side (`session`), what an operation does (`service`).
+A batch that comes early is held until its predecessor has run. A batch that comes again gets the answers that were kept
+of it. Answers of parked calls, and notices, stay in the outbox until the client says that it has received them.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from raystore.service.parking import PARKED, Deliver
 from raystore.service.service import Service
 from raystore.wire import frames
 
-SLICE_SECONDS = 0.005  #: a batch that takes longer lets the others in between
-PAGE_BYTES = 1024 * 1024  #: a longer answer is sent in parts, so that packing it holds nobody up
+SLICE_SECONDS = 0.005  #: of a batch; then other calls of the loop have a turn
+PAGE_BYTES = 1024 * 1024  #: a longer answer is sent in pages, so that packing it does not hold up the loop
 LATER_AT_ONCE = 1_000  #: answers of parked calls that leave together
-PAGES_KEPT = 4_096  #: unfinished long answers of a session
+PAGES_KEPT = 4_096  #: long answers of a session of which pages are left
 
 Perform = Callable[[int, str, dict[str, Any], Deliver], Any]
 
@@ -39,8 +38,8 @@ class SessionEnded(Exception):
     """The session ended while a batch of it was held; the batch was not executed."""
 
 
-class Inbox:
-    """One session, as the actor sees it."""
+class ServerSession:
+    """One session of a client, at the actor."""
 
     def __init__(self, service: Service, session: Session) -> None:
         self.service = service
@@ -50,7 +49,7 @@ class Inbox:
         handed = session.replies.handed  # by a process that ran this store before
         found = ((ticket, handed_again(service.state, session, keys)) for ticket, keys in handed.items())
         self._outbox: dict[int, Reply] = {ticket: [VALUE, value] for ticket, value in found if value is not None}
-        # Of another process, the same numbers would stand for something else.
+        # Numbers of notices and pages differ from those of the process before.
         first = service.epoch << 32 if service.journal is not None else 0
         self._notices = itertools.count(-1 - first, -1)
         self._listener: asyncio.Future[None] | None = None
@@ -71,17 +70,23 @@ class Inbox:
     ) -> frames.Answer:
         """Run one batch at its place in the order, once, and return its answers.
 
-        `answered`: up to where the client has all answers, and which later ones. `header`: ticket of the first
-        operation, claims that are acknowledged, tickets whose answers have come. `parts`: the batch as it came, for a
-        journal.
+        Args:
+            sequence: number of the batch.
+            answered: the client has all answers up to this batch, and those of these later ones.
+            header: ticket of the first operation, keys of claims to acknowledge, tickets whose answers were received.
+            operations: verb and arguments of each.
+            parts: the batch as it came, for a journal.
+
+        Raises `SessionEnded` if the session ended before the batch had its turn.
         """
         running = self._running.get(sequence)
-        if running is not None:  # the same batch again, while the first is under way
+        if running is not None:  # the client repeats it while it runs
             return await asyncio.shield(running)
         done = self._running[sequence] = asyncio.get_running_loop().create_future()
         try:
             self.session.replies.acknowledged(*answered)
-            self._take_turns()
+            if self._turns:
+                self._take_turns()
             if sequence > self.session.replies.expected:
                 turn = self._turns[sequence] = asyncio.get_running_loop().create_future()
                 await turn
@@ -94,7 +99,7 @@ class Inbox:
         except BaseException as error:
             if not done.done():
                 done.set_exception(error)
-                done.exception()  # whoever repeated the batch has it; nobody else waits
+                done.exception()  # marks it as retrieved: perhaps nobody repeated the batch
             raise
         finally:
             del self._running[sequence]
@@ -102,11 +107,12 @@ class Inbox:
     async def _run(
         self, sequence: int, header: list[Any], operations: list[Any], parts: Sequence[bytes]
     ) -> tuple[list[Reply], list[HandedKey]]:
-        first_ticket, acknowledged_claims, acknowledged_tickets = header
-        self._forget(acknowledged_tickets)
+        first_ticket, acknowledged, received = header
+        if received:
+            self._forget(received)
         lost: list[HandedKey] = []
-        if acknowledged_claims:
-            lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged_claims])
+        if acknowledged:
+            lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged])
         cache = self.session.replies
         if sequence < cache.expected:
             before = cache.find(sequence, first_ticket)
@@ -128,7 +134,8 @@ class Inbox:
             if not is_done:
                 await asyncio.sleep(0)
         cache.end(sequence)
-        self._take_turns()
+        if self._turns:
+            self._take_turns()
         if self._closing:
             self.service.end_session(self.session, why=CLOSED)
         first = min(run.ran, default=len(operations))
@@ -136,7 +143,7 @@ class Inbox:
         return self._again(before, operations[:first]) + replies if first else replies, lost
 
     def _take_turns(self) -> None:
-        """Let the batch that is expected run if it is here, and let go of what came too late."""
+        """Let the expected batch run if it is here; held batches before it are repeats, and are answered as such."""
         for sequence in [number for number in self._turns if number <= self.session.replies.expected]:
             turn = self._turns.pop(sequence)
             if not turn.done():
@@ -146,23 +153,23 @@ class Inbox:
         return repeat(self.service.state, self.session, kept, operations, self._once_more)
 
     def _deliver(self, ticket: int, value: Any) -> bool:
-        """Keep the answer of a parked call for the client."""
+        """Put the answer of a parked call into the outbox."""
         is_error = isinstance(value, StoreError)
         self._outbox[ticket] = [frames.ERROR, *to_record(value)] if is_error else [frames.VALUE, value]
         self.wake()
-        return True  # whether its caller has it, the acknowledgement will tell
+        return True  # if it hands something over, its caller is to acknowledge that
 
     def _operation(self, perform: Perform, item: Item, source: Source | None = None) -> Reply:
         verb, arguments = item.verb, item.arguments
         try:
             own = OWN.get(verb)
-            if own is not None:  # not the service's, but of the batch
+            if own is not None:  # it is about this session, and none of the service's
                 if source is not None:
                     source.unwritten += 1
                 own.require(verb, arguments)
                 return [frames.VALUE, own.run(self, **arguments)]
             if verb in HANDING and type(of := arguments.get("of")) is int:
-                self._outbox.pop(of, None)  # it asks again for what may lie there
+                self._outbox.pop(of, None)  # it asks again: the answer there is the one it asks for
             value = perform(item.ticket, verb, arguments, self._deliver)
         except Exception as error:  # the answer of this operation; the others of the batch go on
             return [frames.ERROR, *to_record(error)]
@@ -172,14 +179,15 @@ class Inbox:
         return self._operation(functools.partial(self.service.call, self.session), item)
 
     def _answer(self, replies: list[Reply], lost: list[HandedKey]) -> frames.Answer:
-        """Pack the answers, with what waits in the outbox if no listen call is there to take it."""
-        self._collect_notices()
+        """Pack the answers of a batch, with the outbox if no listen call is parked that could take it."""
+        if self.session.notices:
+            self._collect_notices()
         later = self._later() if self._listener is None else []
         replies = [self._paged(reply) for reply in replies]
         return frames.pack_answer(self.service.epoch, frames.DONE, replies, later, lost, self._hint())
 
     def _hint(self) -> tuple[int, bool]:
-        """Whether the client should keep a listen call parked; numbered, since answers overtake each other."""
+        """Whether the client should keep a listen call parked. Numbered, since answers overtake each other."""
         service, session_id = self.service, self.session.session_id
         holds = not self.session.is_idle or bool(self.session.batches) or bool(self._outbox)
         wanted = holds or service.is_waiting(session_id) or service.state.resources.is_publishing(session_id)
@@ -187,11 +195,11 @@ class Inbox:
 
     # -- answers that come later -------------------------------------------------------------------------------------
 
-    async def listen(self, acknowledged: list[int], seconds: float) -> frames.Answer:
-        """Wait until there is something for the client, or for so long."""
-        self._forget(acknowledged)
+    async def listen(self, received: list[int], seconds: float) -> frames.Answer:
+        """Wait until the outbox has something, at most for `seconds`. `received`: tickets of answers that came."""
+        self._forget(received)
         if self._listener is not None and not self._listener.done():
-            self._listener.set_result(None)  # a newer call takes over
+            self._listener.set_result(None)  # of an older call, which this one replaces
         self._collect_notices()
         if not self._outbox and self.session.ended_at is None:
             self._listener = listener = asyncio.get_running_loop().create_future()
@@ -207,7 +215,7 @@ class Inbox:
         return frames.pack_answer(self.service.epoch, frames.DONE, self._later(), self._hint())
 
     def _later(self) -> list[tuple[int, Reply]]:
-        """What waits in the outbox; a long answer is cut once, however often it is sent."""
+        """The oldest answers of the outbox. A long one is cut once, however often it is sent."""
         later = [
             (ticket, self._paged(reply)) for ticket, reply in itertools.islice(self._outbox.items(), LATER_AT_ONCE)
         ]
@@ -220,16 +228,18 @@ class Inbox:
             self._listener.set_result(None)
 
     def _collect_notices(self) -> None:
+        """Move notices of the session to the outbox."""
         notices, self.session.notices = self.session.notices, []
         for notice in notices:
             self._outbox[next(self._notices)] = [frames.NOTICE, *notice]
 
     def _forget(self, tickets: Iterable[int]) -> None:
+        """Drop answers that the client has received from the outbox."""
         for ticket in tickets:
             self._outbox.pop(ticket, None)
 
     def release(self) -> None:
-        """The session has ended: let everything that is parked return."""
+        """The session has ended: let the listen call and held batches return."""
         self.wake()
         for turn in self._turns.values():
             if not turn.done():
@@ -238,7 +248,7 @@ class Inbox:
     # -- long answers ------------------------------------------------------------------------------------------------
 
     def _paged(self, reply: Reply) -> Reply:
-        """An answer with a long list, cut: its first part, and a token for the rest."""
+        """The answer; of one with a list of rows the first page, and a token for the rest if there is one."""
         value = reply[1] if len(reply) == 2 else None
         if isinstance(value, Many):
             first, token = self._cut(value.items)
@@ -249,6 +259,7 @@ class Inbox:
         return reply
 
     def _cut(self, items: list[Any]) -> tuple[list[Any], int | None]:
+        """The first page of a list, and a token for the rest."""
         size = 0
         for index, item in enumerate(items):
             size += _weight(item)
@@ -261,7 +272,7 @@ class Inbox:
         return self.service.with_bodies(items), None
 
     def more(self, *, token: int) -> Many:
-        """What follows of a long answer."""
+        """The rest of a long answer, cut anew. Raises `AnswerGoneError`."""
         rest = self._pages.pop(token, None)
         if rest is None:
             raise AnswerGoneError(token)
@@ -272,12 +283,12 @@ class Inbox:
         self._closing = True
 
 
-#: Operations that are about the session's own batches and answers.
-OWN = {"more": Verb(Inbox.more, changes=False), "close_session": Verb(Inbox.close, changes=False)}
+#: Operations on a session itself.
+OWN = {"more": Verb(ServerSession.more, changes=False), "close_session": Verb(ServerSession.close, changes=False)}
 
 
 def _weight(item: Any) -> int:
-    """Bytes that a record brings into an answer, nearly."""
+    """About how many bytes a record takes in an answer."""
     if isinstance(item, tuple):
         return sum(_weight(part) for part in item)
     if isinstance(item, Record):

@@ -1,14 +1,18 @@
-"""`RayLightningStore`: the client of a store that runs as a Ray actor.
+"""`RayLightningStore`: the client of a store that runs as a Ray actor; and where large objects go that it publishes.
 
-Not here: starting and finding stores (`cluster`), how operations travel (`session`).
+A large object of resources goes to Ray's object store, and the resource refers to it there. If the store keeps objects
+in a journal, and the object is within the bound, it is written to the journal's directory as well.
+Not here: starting and finding stores (`cluster`), referring to objects so that Ray keeps them (`session_state`).
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import ray
 
@@ -18,25 +22,27 @@ from raystore.client.client import Boxed, StoreClient, Testing
 from raystore.client.pending import in_thread
 from raystore.config import StoreConfig
 from raystore.core.payload import Opaque, Payload
-from raystore.errors import (
-    StoreUnavailableError,
-)
+from raystore.errors import JournalFailedError, StoreUnavailableError
 from raystore.options import make_encoder
-from raystore.remote import boxing
 from raystore.remote.handshake import describe, find_actor, join_cluster_of, ray_connection, store_info
-from raystore.remote.session import Session
-from raystore.remote.transport import ActorTransport
+from raystore.remote.session import ActorTransport, ClientSession
 from raystore.types import NamedResources, ObjectResource, StoreInfo
-from raystore.values.objects import Origin
+from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 
 logger = logging.getLogger("raystore")
+
+BOXED_FROM_BYTES = 64 * 1024  #: larger objects in resources go to Ray's object store
+FETCH_SECONDS = 60.0  #: to fetch an object that is to be written to the journal, or to send a piece of it
+READY_SECONDS = 1.0  #: to wait for an object of which Ray does not know whether it is ready
+PATIENCE_SECONDS = 60.0  #: to go on sending an object to a store that does not take it: it may be restarting
+PAUSE_SECONDS = 1.0  #: between two tries
 
 _attach_lock = threading.Lock()
 _owned: dict[bytes, Any] = {}  # handles of the stores that this process started and that end with it, by actor
 
 
 def own(handle: Any) -> None:
-    """Keep a store that this process has started: it would end with the last object that refers to its actor."""
+    """Keep a store alive that this process has started: it ends with the last reference to its actor."""
     _owned[handle._actor_id.binary()] = handle
 
 
@@ -63,7 +69,7 @@ class RayLightningStore(StoreClient):
     def __init__(self, handle: Any, *, owns: bool = False) -> None:
         self._attach(handle, describe(handle), owns=owns)
 
-    # Name, namespace, id, and the address of its cluster, while unpickled and not used yet.
+    # Name, namespace, store id and address of the cluster, from unpickling until the first use.
     _origin: tuple[str, str, str, str | None] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +95,7 @@ class RayLightningStore(StoreClient):
         self.actor = handle
         self._known = known
         self._owns = owns
-        self._warned: set[tuple[str | None, str]] = set()  # of what does not survive
+        self._warned: set[tuple[str | None, str]] = set()  # of these resources that they do not survive
         config: StoreConfig = known["config"]
         self._transport = ActorTransport(handle, known)
         self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
@@ -104,7 +110,10 @@ class RayLightningStore(StoreClient):
     # -- large objects ---------------------------------------------------------------------------------------------
 
     async def _boxed(self, resources_id: str | None, resources: NamedResources) -> Boxed:
-        """Suspends only to look at references that a journal is to keep, so that calls keep their order."""
+        """Resources with their large objects in the object store.
+
+        Suspends only to fetch objects of references that the journal is to keep, so that calls keep their order.
+        """
         told = self._known["objects"]
         bound = 0 if told is None else told["bound"]
         boxed = Boxed({})
@@ -112,7 +121,7 @@ class RayLightningStore(StoreClient):
             boxed.resources[name] = resource
             if not isinstance(resource, ObjectResource):
                 continue
-            boxed.resources[name], kept, parts = await boxing.box(resource, bound=bound)
+            boxed.resources[name], kept, parts = await box(resource, bound=bound)
             if kept is None:
                 continue
             boxed.objects.append(kept)
@@ -124,15 +133,16 @@ class RayLightningStore(StoreClient):
         return boxed
 
     def _store_process(self) -> tuple[int, str]:
-        """Which process the store is, and by which session it knows this one."""
+        """The store's process that answered last, and the session by which it knows this process."""
         session = self._session()
         return session.epoch, session.session_id
 
-    def _session(self) -> Session:
+    def _session(self) -> ClientSession:
         assert isinstance(self._transport, ActorTransport)
         return self._transport.session
 
     def _warn(self, resources_id: str | None, name: str, size: int, bound: int) -> None:
+        """Log once that an object is lost if this process dies."""
         if (resources_id, name) in self._warned:
             return
         self._warned.add((resources_id, name))
@@ -144,13 +154,13 @@ class RayLightningStore(StoreClient):
         )  # fmt: skip
 
     async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:
+        """Resources were published: refer to their objects, and write them to the journal."""
         if isinstance(payload, Payload) and payload.refs:
-            session = self._session()
-            session.held.hold((answer[0], answer[1]), payload.refs)
-            if boxed.asked != self._store_process():  # another process may have the version, and not its objects
-                session.hold_again()
+            # Another process of the store may know the version, and not that its objects are here.
+            is_unknown = boxed.asked != self._store_process()
+            self._session().hold((answer[0], answer[1]), payload.refs, again=is_unknown)
         for address, parts in boxed.files:
-            await in_thread(boxing.keep, self._origin_of_objects(), address, parts)
+            await in_thread(keep, self._origin_of_objects(), address, parts)
 
     def _origin_of_objects(self) -> Origin:
         told = self._known["objects"] or {"path": None, "token": None}
@@ -176,7 +186,7 @@ class RayLightningStore(StoreClient):
 
 
 def _why_not_found(address: str | None, other: dict[str, Any] | None) -> str:
-    """Why there is no store where it was; that it has ended is said only if this is its cluster."""
+    """Why a store is not found. Says that it has ended only if this process is connected to its cluster."""
     connection = ray_connection()
     here = None if connection is None else connection[0]
     if address is not None and here != address:
@@ -190,10 +200,122 @@ def _why_not_found(address: str | None, other: dict[str, Any] | None) -> str:
 
 
 def _rebuild(name: str, namespace: str, store_id: str, address: str | None = None) -> RayLightningStore:
-    """A client of the same store in another process, which finds the store at its first use.
+    """Unpickle a client, which finds its store at its first use.
 
-    Not at once: Ray unpickles under a lock that the answer of a call needs too.
+    Not at once: Ray unpickles under a lock that it also needs to answer a call.
     """
     store = RayLightningStore.__new__(RayLightningStore)
     store._origin = (name, namespace, store_id, address)
     return store
+
+
+# -- large objects -----------------------------------------------------------------------------------------------------
+
+
+class Box(NamedTuple):
+    """A resource as it travels. If its object is a reference now: where it is kept, and its bytes."""
+
+    resource: ObjectResource
+    kept: Kept | None = None
+    parts: Parts | None = None
+
+
+async def box(resource: ObjectResource, *, bound: int) -> Box:
+    """Put the object of a resource into the object store if it is large.
+
+    Its bytes are returned, too, if there are at most `bound` of them: they are to be kept in the journal.
+    """
+    value = resource.value
+    if isinstance(value, Kept):  # it was read from a journal, and is published again
+        value = await in_thread(resource.get)
+    if isinstance(value, ray.ObjectRef):
+        parts, size = await in_thread(_fetched, value, bound) if bound else (None, 0)
+        return _referring(value, parts, size)
+    size = getattr(value, "nbytes", None)
+    parts = None
+    if not isinstance(size, int):
+        parts = pickled(value)
+        size = size_of(parts) if parts is not None else len(ray.cloudpickle.dumps(value))
+    if size <= BOXED_FROM_BYTES:
+        return Box(resource if value is resource.value else ObjectResource(value=value))
+    if size > bound:
+        parts = None
+    elif parts is None:
+        parts = pickled(value)
+    return _referring(ray.put(value), parts, size)
+
+
+def _referring(reference: Any, parts: Parts | None, size: int) -> Box:
+    kept = Kept(None if parts is None else address_of(parts), size)
+    made = ObjectResource(value=reference)
+    made.source = Source(kept, Origin(), "", 0)  # the reader fills in the rest
+    return Box(made, kept, parts)
+
+
+def _fetched(reference: Any, bound: int) -> tuple[Parts | None, int]:
+    """The object behind a user's reference, if it is ready and within the bound; and its size, 0 if unknown."""
+    where = ray.experimental.get_object_locations([reference]).get(reference, {})
+    size = where.get("object_size") or 0
+    if size > bound:
+        return None, size
+    try:
+        value = reference.future().result(timeout=FETCH_SECONDS if size else READY_SECONDS)
+    except Exception:  # it is not ready, or has failed: whoever gets it will see
+        return None, size
+    parts = pickled(value)
+    del value
+    size = size_of(parts) if parts is not None else size
+    return (parts if size <= bound else None), size
+
+
+def keep(origin: Origin, address: str, parts: Parts) -> None:
+    """Write an object to the journal's directory; the store does it if this process does not see the directory.
+
+    Raises `JournalFailedError` if that fails: the version is published, and its object will not survive.
+    """
+    files = origin.files()
+    try:
+        if files is not None:
+            files.write(address, parts)
+        else:
+            _send(origin, address, parts)
+    except (OSError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        why = f"an object of resources was published and cannot be kept: {type(error).__name__}: {error}"
+        raise JournalFailedError(str(origin.path), why) from error
+
+
+def _send(origin: Origin, address: str, parts: Parts) -> None:
+    """Have the store write an object."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            _send_all(origin, address, parts)
+            return
+        except (ray.exceptions.RayError, ValueError):  # the store restarts, and has lost the pieces so far
+            if time.monotonic() > until:
+                raise
+            time.sleep(PAUSE_SECONDS)
+
+
+def _send_all(origin: Origin, address: str, parts: Parts) -> None:
+    actor = ray.get_actor(origin.name, namespace=origin.namespace)
+    upload, total, at = secrets.token_hex(4), size_of(parts), 0
+    for piece in _pieces(parts):
+        actor.piece.remote(address, at, total, upload, piece).future().result(timeout=FETCH_SECONDS)
+        at += len(piece)
+
+
+def _pieces(parts: Parts) -> Iterator[bytes]:
+    """The bytes of an object in pieces of `PIECE_BYTES`; the last may be shorter."""
+    pending = bytearray()
+    for part in parts:
+        left = memoryview(part).cast("B")
+        while left:
+            room = PIECE_BYTES - len(pending)
+            pending += left[:room]
+            left = left[room:]
+            if len(pending) == PIECE_BYTES:
+                yield bytes(pending)
+                pending.clear()
+    if pending:
+        yield bytes(pending)

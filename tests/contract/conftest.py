@@ -36,7 +36,7 @@ class Shared(StoreActor):
         if self._service is not None:
             self._lifelines.close()
             self._service.close()
-        self._config, self._service, self._front = config, None, None
+        self._config, self._service, self._endpoint = config, None, None
 
 
 class Actors:

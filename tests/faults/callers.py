@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 import raystore as rs
-from raystore.remote import processes
+from raystore.remote import lifelines
 from tests.channel import take_stdout
 
 
@@ -70,7 +70,7 @@ async def main() -> None:
     """Do what the arguments say."""
     kind, address, name, *more = sys.argv[1:]
     if kind == "hold_elsewhere":
-        processes.here = lambda: "elsewhere"
+        lifelines.here = lambda: "elsewhere"
     if address == "local":
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         store = rs.start(name, journal=more[0])

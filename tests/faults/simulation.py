@@ -32,7 +32,7 @@ from raystore.journal.replay import Replay
 from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.remote import server_session
-from raystore.remote.endpoint import Front
+from raystore.remote.endpoint import Endpoint
 from raystore.service.clock import ManualClock, NoAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
@@ -178,7 +178,7 @@ class World:
         config = StoreConfig(clock="manual", journal="simulated", duplicate_spans="keep")
         self.service = Service(config, capacity_bytes=2**33, alarm=NoAlarm, name="n", opened=opened)
         self.service._seeds = random.Random(self.lots.random())
-        self.front = Front(self.service)
+        self.endpoint = Endpoint(self.service)
 
     def replace(self) -> None:
         """The store's process dies, or is believed to be dead and goes on."""
@@ -200,11 +200,11 @@ class World:
         await self.pause()
         if self.lots.random() < self.loss:
             raise Lost
-        front, log = self.front, self.log
+        endpoint, log = self.endpoint, self.log
         if self.lots.random() < self.twice:
-            self.spawn(front.exchange(tuple(parts)))  # it comes twice
+            self.spawn(endpoint.exchange(tuple(parts)))  # it comes twice
         try:
-            answer = await front.exchange(tuple(parts))
+            answer = await endpoint.exchange(tuple(parts))
         except FencedError:
             raise Lost from None  # its process has ended
         await self.pause()

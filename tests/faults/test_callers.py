@@ -205,7 +205,7 @@ async def test_a_driver_is_killed_with_its_store_and_resumed(tmp_path, report, a
 @pytest.mark.timeout(300)
 async def test_row_64_finds_a_store_that_does_not_know_who_was_there(tmp_path, monkeypatch):
     """Then what was held stays with the dead for the grace of a restart."""
-    code = "from raystore.remote import front; front.process_of = lambda told: None"
+    code = "from raystore.remote import endpoint; endpoint.process_of = lambda told: None"
     monkeypatch.setenv("PYTHONPATH", broken(tmp_path, code)["actor_options"]["runtime_env"]["env_vars"]["PYTHONPATH"])
     assert await kill_drivers_with_stores(tmp_path, 1, patience=10) == (None, 0)
 

@@ -20,7 +20,7 @@ from benchmarks.parties import Limit, Prober, killing
 from benchmarks.table import percentile
 from benchmarks.watch import forget_peak, longest_pause, peak_bytes, watch_loop
 from raystore.core import bounds
-from raystore.remote.session import Session
+from raystore.remote.session import ClientSession
 from tests.conftest import IS_LONG, SLACK
 from tests.faults.processes import describe
 from tests.helpers import make_span, until
@@ -206,13 +206,13 @@ async def test_calls_of_a_session_are_cancelled(make_ray_store, report, amount, 
     store, lots, count = make_ray_store(), random.Random(139), amount(600, 5_000)
     cancelling, loop = [], asyncio.get_running_loop()
 
-    def send(session, batch, send=Session.send):
+    def send(session, batch, send=ClientSession.send):
         if not cancelling:
             cancelling.append(Cancelling(session.handle, lots, loop))
             monkeypatch.setattr(session, "handle", cancelling[0])
         send(session, batch)
 
-    monkeypatch.setattr(Session, "send", send)
+    monkeypatch.setattr(ClientSession, "send", send)
 
     async def one(number):
         return [await store.get_next_span_sequence_id(f"r{number}", "a") for _ in range(count // 20)]

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.remote.retries import Retries
+from raystore.remote.session_state import SessionState
 from tests.channel import CODE
 from tests.conftest import SLACK
 from tests.faults.processes import describe, kill, later, program
@@ -349,13 +349,13 @@ class Crowd:
     def __init__(self, handle, count):
         self.store, self.count = rs.RayLightningStore(handle), count
         self.is_over, self.done, self.slowest, self.again = False, 0, 0.0, 0
-        add = Retries.add
+        no_answer = SessionState.no_answer
 
-        def counted(retries, batch):
+        def counted(state, *arguments):
             self.again += 1
-            return add(retries, batch)
+            return no_answer(state, *arguments)
 
-        Retries.add = counted
+        SessionState.no_answer = counted
 
     async def work(self):
         async def one():

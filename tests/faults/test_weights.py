@@ -156,7 +156,7 @@ async def test_a_driver_is_killed_with_large_weights(cluster, report, tmp_path):
            met=met and _done(after) == ROLLOUTS and not after["charged"], did=f"{ROLLOUTS} rollouts")  # fmt: skip
 
 
-NOTHING_IS_KEPT = "from raystore.remote import boxing; boxing.keep = lambda *arguments: None"
+NOTHING_IS_KEPT = "from raystore.remote import store; store.keep = lambda *arguments: None"
 NOTHING_IS_HELD_BACK = """
 import os, tempfile
 folder = tempfile.mkdtemp()
@@ -216,8 +216,8 @@ async def test_the_store_is_killed_with_weights(make_ray_store, report, amount, 
 @pytest.mark.long
 async def test_weights_that_are_not_given_again_would_be_noticed(make_ray_store, tmp_path, monkeypatch):
     """Row 67 finds a process that does not tell the next process of the store what it holds."""
-    monkeypatch.setattr("raystore.remote.session.Session.hold_again", lambda session: None)
-    monkeypatch.setattr("raystore.remote.boxing.keep", lambda *arguments: None)
+    monkeypatch.setattr("raystore.remote.session_state.SessionState.hold_again", lambda *arguments: None)
+    monkeypatch.setattr("raystore.remote.store.keep", lambda *arguments: None)
     store = make_ray_store(journal=tmp_path / "j", journal_object_bytes=0)
     found = await asyncio.wait_for(_partly(store), 60)
     assert found["held_back"] > 0

@@ -301,7 +301,7 @@ async def _send(store: Store, client: Client, operations: list[Any], rng: random
     sent = client.parts(sequence)
     client.claims, client.tickets = [], []
     copies = 2 if rng.random() < 0.2 else 1
-    answers = await asyncio.gather(*(store.front.exchange(sent) for _ in range(copies)))
+    answers = await asyncio.gather(*(store.endpoint.exchange(sent) for _ in range(copies)))
     _, outcome, *rest = frames.unpack_answer(answers[0])
     if outcome == frames.ENDED:
         client.begin()

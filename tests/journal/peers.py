@@ -10,7 +10,7 @@ from typing import Any
 from raystore.config import StoreConfig, resolve
 from raystore.core.digest import parts
 from raystore.journal.opening import open_journal, read_run
-from raystore.remote.endpoint import Front
+from raystore.remote.endpoint import Endpoint
 from raystore.service.clock import NoAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
@@ -27,7 +27,7 @@ class Store:
         config = StoreConfig(**{"clock": "manual", "journal": str(path), "durability": "process", **options})
         opened = open_journal(config, resolve(config, CAPACITY), name="s", resume=resume, now=1e9)
         self.service = Service(config, capacity_bytes=CAPACITY, alarm=NoAlarm, name="s", opened=opened)
-        self.front = Front(self.service)
+        self.endpoint = Endpoint(self.service)
 
     @property
     def state(self) -> Any:
@@ -75,7 +75,7 @@ class Peer:
 
     async def send(self, store: Store, sequence: int, **how: Any) -> list[Any]:
         """Send a batch, for the first time or again; the replies."""
-        answer = await store.front.exchange(self.parts(sequence, **how), self.sent[sequence][3])
+        answer = await store.endpoint.exchange(self.parts(sequence, **how), self.sent[sequence][3])
         _, outcome, replies, *_ = frames.unpack_answer(answer)
         assert outcome == frames.DONE
         return list(replies)

@@ -82,7 +82,7 @@ async def test_a_long_operation_that_was_cut_short_goes_on(path, monkeypatch):
     ids = [f"r{number}" for number in range(250)]
     await peer.call(store, "enqueue", requests=[request(rollout_id=i, group_id="g") for i in ids])
     sequence = peer.batch(["cancel_rollouts", {"rollout_ids": ids, "group_id": None, "tags": None}], enqueue("last"))
-    running = store.front.exchange(peer.parts(sequence), None)
+    running = store.endpoint.exchange(peer.parts(sequence), None)
     running.send(None)  # the first piece
     running.close()
     assert sum(entry.rollout.status == "cancelled" for entry in store.state.entries.values()) == 100
@@ -153,7 +153,7 @@ async def test_notices_of_another_process_are_others(path):
         _, claimed = await peer.call(store, "dequeue", queues=["default"], limit=1, worker_id=None, timeout=0.0)
         rollout_id = claimed[0][0][0]
         sequence = peer.batch(["cancel_rollouts", {"rollout_ids": [rollout_id], "group_id": None, "tags": None}])
-        answer = await store.front.exchange(peer.parts(sequence), None)
+        answer = await store.endpoint.exchange(peer.parts(sequence), None)
         _, _, _, later, *_ = frames.unpack_answer(answer)
         numbers += [number for number, reply in later if reply[0] == frames.NOTICE]
         store = store.follow()
@@ -166,7 +166,7 @@ async def test_a_payload_whose_references_are_gone_says_so(path):
     store, peer = Store(path), Peer("p")
     packed = frames.pack(("enqueue", {"requests": [{"input": lost, "metadata": None}]}))
     header = [PROTOCOL, "test", "p", 1, 0, [], 1, [], []]
-    await store.front.exchange(tuple(frames.join(header, [packed.frame], [])), {0: packed.refs})
+    await store.endpoint.exchange(tuple(frames.join(header, [packed.frame], [])), {0: packed.refs})
     peer.sequence, peer.ticket = 1, 2
     store = store.follow()
     _, claimed = await peer.call(store, "dequeue", queues=["default"], limit=1, worker_id=None, timeout=0.0)

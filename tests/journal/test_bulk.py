@@ -118,7 +118,7 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
             deleting = Peer("deleting")
             there = set(store.state.entries)
             sequence = deleting.batch(["delete_rollouts", {"rollout_ids": IDS}], enqueue("behind", rollout_id="behind"))
-            running = store.front.exchange(deleting.parts(sequence), None)
+            running = store.endpoint.exchange(deleting.parts(sequence), None)
             is_done, taken, ended, answer = False, [], False, None
             for _ in range(stop + 1):
                 try:
@@ -153,7 +153,7 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
             if answer is None and running is not None:
                 answer = await rest_of(running, awaited)
             elif answer is None:
-                answer = await store.front.exchange(deleting.parts(sequence), None)
+                answer = await store.endpoint.exchange(deleting.parts(sequence), None)
             _, outcome, *rest = frames.unpack_answer(answer)
             replies = rest[0] if outcome == frames.DONE else None
             left = there & set(store.state.entries)
@@ -184,7 +184,9 @@ async def test_who_was_past_a_reserved_rollout_gets_it_after_all(tmp_path, monke
     monkeypatch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
     store, other = await filled(tmp_path / "journal", ["succeeded"] * 8)
     deleting = Peer("deleting")
-    running = store.front.exchange(deleting.parts(deleting.batch(["delete_rollouts", {"rollout_ids": IDS[:6]}])), None)
+    running = store.endpoint.exchange(
+        deleting.parts(deleting.batch(["delete_rollouts", {"rollout_ids": IDS[:6]}])), None
+    )
     running.send(None)
     first = await other.call(store, "take", consumer="d", count=9)
     assert [pair[0][0] for pair in first[1][0]] == ["r6", "r7"]

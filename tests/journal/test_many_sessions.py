@@ -12,7 +12,7 @@ from raystore.config import StoreConfig, resident_bytes
 from raystore.core import bounds
 from raystore.core.state import Step
 from raystore.journal.opening import read_run
-from raystore.remote.endpoint import Front
+from raystore.remote.endpoint import Endpoint
 from raystore.service.clock import NoAlarm
 from raystore.service.service import Service
 from raystore.wire import frames
@@ -34,7 +34,7 @@ async def live_and_die(store, number):
         await peer.call(store, "update_attempt", **names, changes={"status": "succeeded"})
         await peer.call(store, "delete_rollouts", rollout_ids=[rollout[0]])
     sequence = peer.batch(["close_session", {}])
-    await store.front.exchange(peer.parts(sequence), None)
+    await store.endpoint.exchange(peer.parts(sequence), None)
 
 
 def sizes(store):
@@ -42,7 +42,7 @@ def sizes(store):
     state = store.state
     return {
         "sessions": len(state.sessions),
-        "inboxes": len(store.front._inboxes),
+        "inboxes": len(store.endpoint._sessions),
         "workers": len(state.workers),
         "session deadlines": len(state.session_deadlines._earliest),
         "their heap": len(state.session_deadlines._heap) // 4,
@@ -76,7 +76,7 @@ async def test_short_sessions_leave_nothing_that_grows(tmp_path, monkeypatch):
 async def test_three_hundred_thousand_short_sessions_are_flat():
     """In memory and in time, with the bounds as they are."""
     service = Service(StoreConfig(), capacity_bytes=2**33, alarm=NoAlarm)
-    store = SimpleNamespace(service=service, front=Front(service), state=service.state)
+    store = SimpleNamespace(service=service, endpoint=Endpoint(service), state=service.state)
     seconds, rss = [], []
     for part in range(30):
         started = time.process_time()

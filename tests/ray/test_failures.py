@@ -14,8 +14,8 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.remote import batching, retries
-from raystore.remote.session import Session
+from raystore.remote import session_state
+from raystore.remote.session import ClientSession
 from raystore.wire import frames
 from tests.helpers import until
 
@@ -65,7 +65,7 @@ ENDED = frames.pack_answer(1, frames.ENDED)
 async def test_a_failed_batch_is_sent_again_with_the_same_identity():
     """An error that leaves the outcome open is no error for the caller."""
     handle = Handle(UNAVAILABLE, UNAVAILABLE, done([7]))
-    session = Session(handle, "s", 1, 10**6)
+    session = ClientSession(handle, "s", 1, 10**6)
     assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [7]
     assert handle.batches == [(session.session_id, 1)] * 3
     session.fail(rs.StoreClosedError("s"))
@@ -74,7 +74,7 @@ async def test_a_failed_batch_is_sent_again_with_the_same_identity():
 async def test_a_write_that_was_repeated_into_an_ended_session_has_an_unknown_outcome():
     """It may have run the first time; reads simply run again in the new session."""
     handle = Handle(UNAVAILABLE, ENDED, done(None))
-    session = Session(handle, "s", 1, 10**6)
+    session = ClientSession(handle, "s", 1, 10**6)
     first = session.session_id
     write = asyncio.ensure_future(session.call("next_numbers", {"rollout_ids": ["r"]}))
     read = asyncio.ensure_future(session.call("get_latest_resources", {}))
@@ -89,16 +89,16 @@ async def test_a_write_that_was_repeated_into_an_ended_session_has_an_unknown_ou
 async def test_a_batch_that_was_sent_once_is_sent_again_in_a_new_session():
     """An ended session executes nothing, so the write cannot have run: unseen."""
     handle = Handle(ENDED, done([1]))
-    session = Session(handle, "s", 1, 10**6)
+    session = ClientSession(handle, "s", 1, 10**6)
     assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [1]
     session.fail(rs.StoreClosedError("s"))
 
 
 async def test_clients_give_up_in_the_end(monkeypatch):
     """After the time for retries, a write has an unknown outcome and a read says that the store is unavailable."""
-    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(session_state, "RETRY_SECONDS", 0.3)
     handle = Handle(*[UNAVAILABLE] * 50)
-    session = Session(handle, "s", 1, 10**6)
+    session = ClientSession(handle, "s", 1, 10**6)
     with pytest.raises(rs.OutcomeUnknownError, match=r"no answer for 0.3 s\. .*no answer"):
         await session.call("next_numbers", {"rollout_ids": ["r"]})
     with pytest.raises(rs.StoreUnavailableError) as caught:
@@ -110,7 +110,7 @@ async def test_clients_give_up_in_the_end(monkeypatch):
 async def test_an_answer_of_an_older_incarnation_is_not_accepted():
     """A process was replaced and does not know it: the operation is repeated, and the newer one's answer counts."""
     handle = Handle(done([99], epoch=0), done([1], epoch=2))
-    session = Session(handle, "s", 1, 10**6)
+    session = ClientSession(handle, "s", 1, 10**6)
     assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [1]
     assert session.epoch == 2
     session.fail(rs.StoreClosedError("s"))
@@ -118,11 +118,11 @@ async def test_an_answer_of_an_older_incarnation_is_not_accepted():
 
 async def test_an_answer_may_overtake_the_word_that_its_call_is_parked(monkeypatch):
     """Replies of two batches come in either order; the answer of a parked call is not lost by that."""
-    monkeypatch.setattr(batching, "WORTH_OPERATIONS", 1)
+    monkeypatch.setattr(session_state, "WORTH_OPERATIONS", 1)
     handle = Handle()
     slow, quick = Future(), Future()
     handle.script = [slow, quick]
-    session = Session(handle, "s", 1, 10**6)
+    session = ClientSession(handle, "s", 1, 10**6)
     waiting = asyncio.ensure_future(session.call("dequeue", {"timeout": 5.0}))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -141,13 +141,13 @@ async def test_an_answer_may_overtake_the_word_that_its_call_is_parked(monkeypat
 async def test_a_dead_actor_fails_at_once():
     """Nothing can come any more: everybody who waits is told, and everybody who comes."""
     handle = Handle(ray.exceptions.ActorDiedError())
-    session = Session(handle, "s", 1, 10**6)
+    session = ClientSession(handle, "s", 1, 10**6)
     for _ in range(2):
         with pytest.raises(rs.StoreUnavailableError, match="its actor has died"):
             await session.call("next_numbers", {"rollout_ids": ["r"]})
 
     async def ended():
-        return not any(t.name == "raystore-session" and t is session.timer._thread for t in _threads())
+        return not any(t.name == "raystore-session" and t is session._thread for t in _threads())
 
     await until(ended)
 

@@ -30,7 +30,7 @@ def path(tmp_path):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(handshake, "STANDSTILL_SECONDS", 3.0)
-    monkeypatch.setattr(handshake, "TOLD_SECONDS", 1.0)
+    monkeypatch.setattr(handshake, "LOG_SECONDS", 1.0)
 
 
 def with_points(points):

@@ -124,7 +124,7 @@ async def test_a_client_that_does_not_see_the_journal_uses_the_store(make_ray_st
     """Pieces go through the actor, both ways; what is too large is told once, and works as long as its owner lives."""
     monkeypatch.setattr("raystore.values.objects.Origin.files", lambda origin: None)
     monkeypatch.setattr("raystore.values.objects.PIECE_BYTES", 300_000)
-    monkeypatch.setattr("raystore.remote.boxing.PIECE_BYTES", 300_000)
+    monkeypatch.setattr("raystore.remote.store.PIECE_BYTES", 300_000)
     store = make_ray_store(journal=tmp_path, journal_object_bytes=MIB)
     await store.update_resources("w", {"w": ObjectResource(value=np.arange(MIB, dtype=np.uint8))})
     resource = (await store.get_latest_resources()).resources["w"]

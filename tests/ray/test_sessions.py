@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 import threading
 import time
 
@@ -237,15 +236,14 @@ async def test_a_greedy_session_does_not_starve_the_others(make_ray_store):
 
 
 async def test_abandoned_waits_leave_nothing_behind(make_ray_store):
-    """Calls that are given up are forgotten by client and store."""
+    """Calls that are given up are forgotten."""
     store = make_ray_store()
     for _ in range(20):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(store.dequeue_rollout(timeout=30), 0.01)
 
     async def forgotten():
-        found = await store.statistics()
-        return found["waiters"] == 0 and not store._transport.session.parked
+        return (await store.statistics())["waiters"] == 0
 
     await until(forgotten)
 
@@ -334,28 +332,6 @@ async def test_a_bulk_call_cancelled_before_it_leaves_leaves_nothing(make_ray_st
     assert left["total_rollouts"] == 0
 
 
-@pytest.mark.parametrize("end", ["closing", "failed"])
-async def test_a_wait_that_is_given_up_while_its_session_ends(make_ray_store, end):
-    """The word that it is parked comes on a thread of Ray's, where an exception would be noise and hold up others."""
-    store = make_ray_store()
-    session = store._transport.session
-    operation = session.post("dequeue", {"queues": ["default"], "limit": 1, "worker_id": None, "timeout": 60.0})
-
-    async def parked():
-        return operation.ticket in session.parked
-
-    await until(parked)
-    session._closing = end == "closing"
-    session.failure = rs.StoreUnavailableError("s", "test") if end == "failed" else None
-    operation.abandoned = True
-    try:
-        session._settle([(operation, [frames.PARKED])])
-    finally:
-        session._closing, session.failure = False, None
-    session.abandon(operation)
-    assert (await store.statistics())["waiters"] == 0
-
-
 async def test_many_long_answers_at_once(make_ray_store):
     """Each is sent in parts; however many there are in a batch, none loses its rest."""
     store = make_ray_store()
@@ -365,33 +341,3 @@ async def test_many_long_answers_at_once(make_ray_store):
         await store.add_many_spans([make_span(rollout, n + 1, attributes={"text": text}) for n in range(3)])
     answers = await asyncio.gather(*(store.query_spans(rollout.rollout_id) for rollout in rollouts))
     assert [len(answer) for answer in answers] == [3] * 80
-
-
-async def test_the_timer_tidies_while_loops_send(make_ray_store):
-    """Loops that begin and end while the timer looks through them neither stop it nor are forgotten by it."""
-    store = make_ray_store()
-    await store.statistics()
-    session = store._transport._session
-    switching = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    stop = threading.Event()
-    tidying = threading.Thread(target=lambda: [session.tidy() for _ in iter(stop.is_set, True)])
-    loops = [asyncio.new_event_loop() for _ in range(50)]
-    with session.lock:
-        session._flushing.update(loops)
-    tidying.start()
-    try:
-        for _ in range(200):
-            for loop in loops:
-                session._flush_on(loop)
-                assert loop not in session._flushing
-                with session.lock:
-                    session._flushing.add(loop)
-        assert tidying.is_alive()
-    finally:
-        sys.setswitchinterval(switching)
-        stop.set()
-        tidying.join()
-        session._flushing.difference_update(loops)
-        for loop in loops:
-            loop.close()

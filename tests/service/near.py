@@ -1,4 +1,4 @@
-"""A store behind the session protocol in this process: real sessions and a real front, and no Ray between them."""
+"""A store behind the session protocol in this process: real sessions and a real endpoint, and no Ray between them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from raystore.config import StoreConfig
-from raystore.remote.endpoint import Front
-from raystore.remote.session import Session
+from raystore.remote.endpoint import Endpoint
+from raystore.remote.session import ClientSession
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import Service
 from raystore.wire import frames
@@ -45,25 +45,25 @@ class NearStore:
         self.service = Service(
             StoreConfig(**options), capacity_bytes=2**33, alarm=lambda ring: LoopAlarm(self.loop, ring), name="near"
         )
-        self.front = Front(self.service)
+        self.endpoint = Endpoint(self.service)
         self.spoil: Callable[[str, frames.Answer], frames.Answer] = lambda name, answer: answer
         self.calls = 0
         self.exchange, self.listen = _Method(self, self._exchange), _Method(self, self._listen)
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self._sessions: list[Session] = []
+        self._sessions: list[ClientSession] = []
 
     async def _exchange(self, *parts: bytes, refs: Any = None) -> frames.Answer:
         self.calls += 1
-        return self.spoil("exchange", await self.front.exchange(parts, refs))
+        return self.spoil("exchange", await self.endpoint.exchange(parts, refs))
 
     async def _listen(self, frame: bytes) -> frames.Answer:
         self.calls += 1
-        return self.spoil("listen", await self.front.listen(frame))
+        return self.spoil("listen", await self.endpoint.listen(frame))
 
-    def connect(self) -> Session:
+    def connect(self) -> ClientSession:
         """A session, as a client process has one."""
-        self._sessions.append(Session(self, "near", self.service.epoch, 10**6))
+        self._sessions.append(ClientSession(self, "near", self.service.epoch, 10**6))
         return self._sessions[-1]
 
     def close(self) -> None:

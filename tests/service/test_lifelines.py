@@ -13,14 +13,13 @@ import pytest
 
 from raystore.config import StoreConfig
 from raystore.remote import lifelines
-from raystore.remote.lifelines import Cluster, Lifelines
-from raystore.remote.processes import Process, here, is_gone, process_of, this_process
+from raystore.remote.lifelines import Cluster, Lifelines, Process, here, is_gone, process_of, this_process
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import Service
 from raystore.wire.codec import encode
 from tests.helpers import until
 
-SAYING = "import sys; from raystore.remote.processes import this_process; print(*this_process()[1:4], flush=True); "
+SAYING = "import sys; from raystore.remote.lifelines import this_process; print(*this_process()[1:4], flush=True); "
 pytestmark = pytest.mark.skipif(not here(), reason="processes are looked for on Linux only")
 
 

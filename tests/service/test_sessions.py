@@ -10,7 +10,7 @@ import pytest
 import raystore as rs
 from raystore.core import bounds
 from raystore.errors import OutcomeUnknownError, StoreOverloadedError
-from raystore.remote import retries, session
+from raystore.remote import session
 from raystore.wire import frames
 from raystore.wire.codec import encode
 from tests.helpers import until
@@ -75,36 +75,6 @@ async def test_an_answer_that_makes_no_sense_is_told(near):
     with pytest.raises(OutcomeUnknownError, match="could not be taken"):
         await peer.call("enqueue", ENQUEUE)
     assert (await peer.call("statistics", {}))["total_rollouts"] == 1
-
-
-async def test_acknowledgements_of_an_old_session_do_not_enter_the_new_one(near, monkeypatch):
-    """A listen call that fails after the session was renewed: tickets and notices count anew there."""
-    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.0)
-    peer = near.connect()
-    await peer.call("enqueue", ENQUEUE)
-    with peer.lock:
-        peer.parked._acknowledgements.append(-1)
-        peer.parked._wanted = True
-    failed = []
-
-    def spoil(name, answer):
-        if name == "listen":
-            failed.append(peer.session_id)
-            raise ConnectionError("lost on the way")
-        return answer
-
-    near.spoil = spoil
-    assert peer.listening.start()
-    old = peer.session_id
-    peer.renew(peer.epoch)
-
-    async def came_back():
-        near.loop.call_soon_threadsafe(near.front._wake, old)
-        return failed
-
-    await until(came_back)
-    await until(lambda: _true(not peer.parked.listening))
-    assert peer.session_id != old and peer.parked.take_acknowledgements() == []
 
 
 async def _true(value):
