@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from raystore.api import LightningStore as LightningStore
     from raystore.client.local import InMemoryLightningStore as InMemoryLightningStore
-    from raystore.client.recovered import RecoveredRun as RecoveredRun
-    from raystore.client.recovered import recover as recover
+    from raystore.client.local import RecoveredRun as RecoveredRun
+    from raystore.client.local import recover as recover
     from raystore.errors import *  # noqa: F403
     from raystore.integrations import otel as otel
     from raystore.remote.cluster import connect as connect
@@ -29,27 +29,25 @@ if TYPE_CHECKING:
     from raystore.runner import run_one as run_one
     from raystore.spans import *  # noqa: F403
     from raystore.tracing import semconv as semconv
-    from raystore.tracing.dialects import ModelCall as ModelCall
-    from raystore.tracing.dialects import model_calls as model_calls
+    from raystore.tracing.calls import ModelCall as ModelCall
+    from raystore.tracing.calls import model_calls as model_calls
     from raystore.tracing.trajectories import Split as Split
     from raystore.tracing.trajectories import Trajectory as Trajectory
+    from raystore.tracing.trajectories import Triplet as Triplet
     from raystore.tracing.trajectories import collate as collate
     from raystore.tracing.trajectories import trajectories as trajectories
-    from raystore.tracing.triplets import Triplet as Triplet
-    from raystore.tracing.triplets import triplets as triplets
+    from raystore.tracing.trajectories import triplets as triplets
     from raystore.types import *  # noqa: F403
 
 #: Where each public name lives.
 _NAMES = {
     "raystore.api": "LightningStore",
-    "raystore.client.local": "InMemoryLightningStore",
-    "raystore.client.recovered": "RecoveredRun recover",
+    "raystore.client.local": "InMemoryLightningStore RecoveredRun recover",
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current run_one",
-    "raystore.tracing.dialects": "ModelCall model_calls",
-    "raystore.tracing.trajectories": "Trajectory Split trajectories collate",
-    "raystore.tracing.triplets": "Triplet triplets",
+    "raystore.tracing.calls": "ModelCall model_calls",
+    "raystore.tracing.trajectories": "Triplet triplets Trajectory Split trajectories collate",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         Batch LedgerEntry

@@ -1,22 +1,26 @@
-"""The LightningStore contract: every method a store has, and what an implementation must do.
+"""The contract of a store: its methods, what each means, and which errors it raises.
 
-Signatures are agent-lightning 0.3.0's with the keyword names of both generations, then raystore's additions, whose
-defaults give the contract's behaviour. `raystore.client` implements them once, over a transport; `raystore._sync` is
-generated from this file.
+Names and arguments are those of agent-lightning 0.3.0, with the keyword names of 0.2 as well; then come raystore's
+additions, whose defaults leave the behaviour of agent-lightning. `raystore.client.client` implements the contract over
+a transport; `raystore._sync` has its blocking twins and is generated from this file.
 
-Rules that hold for every method:
+Rules for every method:
 
-- It is `async def`; arguments are validated and taken by value before the first suspension, so that calls take effect
-  in the order in which they were issued, also when they are not awaited.
-- A malformed value raises `InvalidValueError`, a call that does not fit a TypeError, and both change nothing. Ids are
-  text of 1 to 512 characters without control characters, wherever one is asked for; None clears, or leaves open.
-- Reads and waits are lenient about unknown ids (empty, None, or skipped), but for `as_completed`; writes raise a
-  `ValueError`.
-- Answers are snapshots. A rollout comes with its latest attempt, as an `AttemptedRollout`; one that has none comes as a
-  plain `Rollout`, which has no `attempt`.
-- Times are in seconds since the epoch, by the store's clock; durations are in seconds.
-- Time is caught up with first: what has timed out by now is seen as timed out.
-- `StoreUnavailableError`, `StoreClosedError` and `OutcomeUnknownError` may come from any method.
+- Methods are `async def`. Arguments are checked and copied before the first suspension, and operations take effect in
+  the order in which they were issued, awaited or not.
+- A wrong value raises `InvalidValueError`, a call that does not fit the signature TypeError; both change nothing.
+- An id is text of 1 to 512 characters without control characters. As an argument, None means "not given".
+- Reads and waits skip unknown ids (the answer is empty or None), except `as_completed`. Writes raise a ValueError for
+  an unknown id, except `cancel_rollouts`, `release` and `delete_rollouts`, which skip it.
+- An answer is a snapshot and does not change later. A rollout with attempts is an `AttemptedRollout`, whose `attempt`
+  is the latest one; a rollout without attempts is a plain `Rollout`, which has no `attempt`.
+- Times are in seconds since the epoch, by the store's clock. Durations and timeouts are in seconds; a `timeout` that is
+  negative or NaN raises `InvalidValueError` unless the method says otherwise.
+- A method first applies the timeouts that are due, so that no answer shows an attempt running past its time.
+- Queries return a page: `limit` -1 means all, and 0 none; `total` counts all matches. `sort_by` is the name of a field
+  and `sort_order` "asc" or "desc"; a missing time comes last in ascending order, any other missing value first.
+- Any method may raise `StoreUnavailableError`, `OutcomeUnknownError` (of a write), `StoreClosedError`,
+  `StoreOverloadedError` or `PayloadTooLargeError`.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from inspect import isfunction
 from typing import Any, Literal
 
+from raystore.tracing.losses import Reason
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -41,6 +46,7 @@ from raystore.types import (
     LightningStoreCapabilities,
     LightningStoreStatistics,
     NamedResources,
+    Outcome,
     Page,
     PaginatedResult,
     ResourcesUpdate,
@@ -66,23 +72,23 @@ class LightningStore(ABC):
     @property
     @abstractmethod
     def capabilities(self) -> LightningStoreCapabilities:
-        """What this store allows: use from several threads and event loops, zero-copy passing, an OTLP endpoint."""
+        """What this store allows: several threads, several event loops, zero-copy passing, an OTLP endpoint."""
 
     @abstractmethod
     def otlp_traces_endpoint(self) -> str:
-        """URL that takes OTLP traces; raises NotImplementedError unless the capability is offered."""
+        """The URL that takes OTLP traces. Raises NotImplementedError if `capabilities["otlp_traces"]` is False."""
 
     @abstractmethod
     async def statistics(self) -> LightningStoreStatistics:
-        """Counts and sizes of the store."""
+        """Counts and sizes of the store; sizes are in bytes, durations in seconds."""
 
     @abstractmethod
     async def story(self, rollout_id: str) -> list[str]:
-        """What is still known of a rollout's history, a line for each thing, for people to read."""
+        """What is known of the history of a rollout, as lines for people to read; `[]` if it is unknown."""
 
     @abstractmethod
     async def check(self) -> None:
-        """Verify every invariant of the store; raises AssertionError. For tests: it walks everything."""
+        """Verify the invariants of the store; raises AssertionError if one is broken. For tests: reads everything."""
 
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
@@ -96,9 +102,9 @@ class LightningStore(ABC):
         metadata: dict[str, Any] | None = None,
         worker_id: str | None = None,
     ) -> AttemptedRollout:
-        """Make a rollout that its caller runs now: status preparing with a first attempt, never queued.
+        """Create a rollout that the caller runs itself: "preparing", with a first attempt, never queued.
 
-        `resources_id` None means the latest resources; no other id is checked. `config` None means the store's
+        `resources_id` None means the latest resources; other ids are not checked. `config` None means the store's
         `default_config`. With `worker_id` the worker is recorded as busy.
         """
 
@@ -117,20 +123,22 @@ class LightningStore(ABC):
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Rollout:
-        """Put a rollout at the tail of its queue, status queuing.
+        """Create a rollout with status "queuing" at the tail of its queue.
 
-        `rollout_id` makes the call repeatable: the same content again (in any order of keys; see `values.content`)
-        returns the rollout that exists, other content raises `ConflictError`. A higher `priority` is
-        claimed first. `group_id` and `tags` (at most 16) are indexed; when absent, a well-formed one is lifted from
-        `metadata`. Raises `OverloadedError` when `max_queued` is reached.
+        `rollout_id` makes the call repeatable: with equal content (in any order of keys) it returns the rollout that
+        exists; with other content it raises `ConflictError`. A rollout of higher `priority` is claimed first.
+        `group_id` and `tags` (at most 16, values str, int, float or bool) are indexed; if they are not given they are
+        taken from well-formed entries of `metadata`. `resources_id` and `config` are as in `start_rollout`. Raises
+        `OverloadedError` if `max_queued` rollouts wait already.
         """
 
     @abstractmethod
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
-        """Enqueue many, in order; the answers are in the order of the requests.
+        """Enqueue many rollouts; the answers are in the order of the requests.
 
-        Validated, admitted against `max_queued` and enqueued as a whole; "latest resources" is resolved once. What
-        exists already does not count against `max_queued`, so that the call can be repeated.
+        All or none are enqueued. The latest resources are looked up once for all. Requests for rollouts that exist
+        already do not count against `max_queued`, so that the call can be repeated. Raises what `enqueue_rollout`
+        raises.
         """
 
     @abstractmethod
@@ -148,17 +156,21 @@ class LightningStore(ABC):
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[Rollout]:
-        """Enqueue `n` rollouts of one prompt under one group id (made up when None), as GRPO needs them."""
+        """Enqueue `n` rollouts with the same input and group id, as GRPO needs them.
+
+        `group_id` None makes a new id. The other arguments are those of `enqueue_rollout`.
+        """
 
     @abstractmethod
     async def dequeue_rollout(
         self, worker_id: str | None = None, *, timeout: float = 0.0, queues: Sequence[str] = ("default",)
     ) -> AttemptedRollout | None:
-        """Claim the next rollout: it gets a new attempt and becomes preparing. None if none comes within `timeout`.
+        """Claim the next rollout, or return None if there is none within `timeout`.
 
-        Queues are tried in the order given. The claim is acknowledged behind the scenes once its caller has it;
-        a caller that is cancelled or dies before that loses nothing: the rollout goes back to its old place.
-        A negative or NaN `timeout` raises `ValueError`.
+        The rollout becomes "preparing" and gets a new attempt. Queues are tried in the given order. With `worker_id`
+        the worker is recorded as busy, or as idle if there is no rollout. The claim is acknowledged automatically once
+        the caller has it; if the caller is cancelled or dies before that, the rollout returns to its old place in the
+        queue.
         """
 
     @abstractmethod
@@ -170,7 +182,10 @@ class LightningStore(ABC):
         timeout: float = 0.0,
         queues: Sequence[str] = ("default",),
     ) -> Sequence[AttemptedRollout]:
-        """Claim up to `limit` rollouts that wait now; waits up to `timeout` for the first. `[]` when there is none."""
+        """Claim up to `limit` rollouts that wait now; waits up to `timeout` for the first one.
+
+        Returns `[]` if there is none, or if `limit` is 0 or less. Else as `dequeue_rollout`.
+        """
 
     @abstractmethod
     async def query_rollouts(
@@ -192,15 +207,16 @@ class LightningStore(ABC):
         worker_id: str | None = None,
         mode: RolloutMode | None = None,
     ) -> PaginatedResult[AnyRollout]:
-        """Rollouts that match, in insertion order unless sorted; with attempts as `AttemptedRollout`.
+        """A page of the rollouts that match, in the order of their creation unless `sort_by` is given.
 
-        `filter_logic` joins the first three filters; group, tags, queue, worker and mode always apply. An empty list
-        matches nothing. `limit` -1 means all. `status` and `rollout_ids` are the 0.2 names of the first two.
+        `filter_logic` ("and" or "or") joins the first three filters; `group_id`, `tags`, `queue`, `worker_id` and
+        `mode` must match in any case. An empty list matches nothing. `status` and `rollout_ids` are the names that 0.2
+        has for `status_in` and `rollout_id_in`. Raises `InvalidValueError` for a field that cannot be sorted by.
         """
 
     @abstractmethod
     async def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
-        """The rollout, with its latest attempt if it has one; None when unknown."""
+        """The rollout with its latest attempt; None if it is unknown."""
 
     @abstractmethod
     async def update_rollout(
@@ -213,11 +229,13 @@ class LightningStore(ABC):
         config: RolloutConfig | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
     ) -> AnyRollout:
-        """Set fields by hand; UNSET leaves a field as it is, None is a value (not for status and config).
+        """Set fields of a rollout by hand, and return it. UNSET leaves a field as it is; None sets it to None.
 
-        Any status may follow any other. A finished status sets `end_time` and wakes waiters; queuing and requeuing put
-        the rollout at the tail of its queue unless it waits already, and clear `end_time`. Attempts and workers stay
-        as they are; the holder of a running attempt is told. Raises `RolloutNotFoundError`.
+        Neither `status` nor `config` can be None. Any status may follow any other. A finished status sets `end_time`
+        and answers those who wait for the rollout; "queuing" and "requeuing" clear `end_time` and put the rollout at
+        the tail of its queue unless it is queued already. Attempts and workers stay as they are, but the holder of a
+        running attempt is notified. Raises `RolloutNotFoundError`, and `SealedError` for a new status of a rollout that
+        a consumer has taken.
         """
 
     @abstractmethod
@@ -228,43 +246,52 @@ class LightningStore(ABC):
         group_id: str | None = None,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[AnyRollout]:
-        """Cancel those that have not finished and return them; what is given of ids, group and tags must all match.
+        """Cancel rollouts that have not finished, and return them. A rollout must match all filters that are given.
 
-        A running attempt fails with outcome "cancelled" and its holder is told. A cancelled rollout is never
-        resurrected by late reports; only `update_rollout` and `start_attempt` leave cancelled.
+        A running attempt fails with outcome "cancelled", and its holder is notified. Later reports of a cancelled
+        attempt do not change the rollout's status; only `update_rollout` and `start_attempt` do. Raises
+        `InvalidValueError` if no filter is given.
         """
 
     @abstractmethod
     async def release(self, rollout_ids: Sequence[str]) -> int:
-        """Say that nobody needs these rollouts any longer: first to be evicted or deleted. How many were newly so.
+        """Mark rollouts as no longer needed, to be evicted or deleted first; returns how many were not marked yet.
 
-        What a known consumer awaits or holds (`take`) is kept for it all the same, until it is done with it.
+        Rollouts that a known consumer awaits or holds (see `take`) are kept until it is done with them.
         """
 
     @abstractmethod
     async def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
-        """Delete rollouts with their attempts and spans; how many there were."""
+        """Delete rollouts with their attempts and spans, and return how many existed.
+
+        The holder of a running attempt is notified. Raises `SealedError`, and deletes none, if a consumer has taken
+        one.
+        """
 
     # -- waiting -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
-        """Those of the rollouts that are finished when all are, or after `timeout`; in the order given.
+        """Wait until all rollouts have finished, or for `timeout`; returns the finished ones in the given order.
 
-        None waits without limit, `timeout` <= 0 is a snapshot, NaN raises `ValueError`. Unknown ids are skipped.
-        Costs one parked call whatever the number of ids.
+        `timeout` None waits without limit; 0 or less does not wait. Unknown ids are skipped. Costs one waiting call,
+        however many ids there are. Raises `PoolFailedError` if all of the unfinished ones wait for pools that cannot
+        start a runner.
         """
 
     @abstractmethod
     async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
-        """The rollout once it has finished, None if it has not within `timeout` or does not exist."""
+        """Wait until the rollout has finished, and return it; None if it does not within `timeout` or is unknown.
+
+        `timeout` and errors are those of `wait_for_rollouts`.
+        """
 
     @abstractmethod
     def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[AnyRollout]:
-        """Iterate over the rollouts as they finish. Raises TimeoutError when `timeout` passes before all have.
+        """Iterate over the rollouts in the order in which they finish.
 
-        Raises `RolloutNotFoundError` at once, and gives none, if some do not exist. What is deleted while it is waited
-        for is not waited for any longer.
+        Raises TimeoutError if some have not finished after `timeout` (None: no limit). Raises `RolloutNotFoundError`
+        before the first rollout if some do not exist. Rollouts that are deleted later are left out.
         """
 
     @abstractmethod
@@ -279,10 +306,10 @@ class LightningStore(ABC):
         queue: str | None = None,
         mode: RolloutMode | None = None,
     ) -> Page[AnyRollout]:
-        """Finished rollouts that follow `cursor`, in completion order; None starts at the beginning.
+        """A page of the rollouts that finished after `cursor`, in that order; None starts at the beginning.
 
-        Waits up to `timeout` when there is none. A rollout that finishes again comes again. The cursor of the answer
-        resumes exactly, also in another process.
+        Waits up to `timeout` if there is none. A rollout that finishes again comes again. Pass the cursor of the answer
+        to go on exactly there, also from another process. Raises `PoolFailedError` as `wait_for_rollouts` does.
         """
 
     @abstractmethod
@@ -294,18 +321,20 @@ class LightningStore(ABC):
         limit: int = 1024,
         timeout: float = 0.0,
     ) -> Page[Change]:
-        """What the store did after `cursor`, in order; None starts at the oldest change that is kept (100,000).
+        """A page of what the store did after `cursor`, in order; None starts at the oldest change that is kept.
 
-        Waits up to `timeout` when there is nothing. Raises `CursorTooOldError`, which names the oldest.
+        The last 100,000 are kept. `kinds` limits them to these kinds. Waits up to `timeout` if there is none. Raises
+        `CursorTooOldError`, which names the oldest cursor, if changes after `cursor` are not kept any longer.
         """
 
     # -- attempts ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
-        """Start another attempt by hand, from any status and whatever `max_attempts` says; the rollout is preparing.
+        """Start another attempt by hand: the rollout becomes "preparing", whatever its status and `max_attempts`.
 
-        An attempt that still ran is superseded. Raises `RolloutNotFoundError`.
+        An attempt that still runs is superseded, and its holder is notified. Raises `RolloutNotFoundError` and
+        `SealedError`.
         """
 
     @abstractmethod
@@ -318,11 +347,11 @@ class LightningStore(ABC):
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Attempt]:
-        """The attempts of a rollout; empty when unknown."""
+        """A page of the attempts of a rollout; empty if the rollout is unknown."""
 
     @abstractmethod
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
-        """The attempt with the highest sequence id; None when there is none."""
+        """The attempt of a rollout with the highest sequence id; None if there is none."""
 
     @abstractmethod
     async def update_attempt(
@@ -334,43 +363,53 @@ class LightningStore(ABC):
         last_heartbeat_time: float | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
     ) -> Attempt:
-        """Set fields of an attempt; rollout and worker follow its status.
+        """Set fields of an attempt, and return it. UNSET leaves a field as it is.
 
-        If it is the latest attempt: preparing, running and succeeded set the rollout's status too; failed, timeout and
-        unresponsive queue it again if its `retry_condition` names the status and `max_attempts` allows, else fail it.
-        Raises `RolloutNotFoundError`, `AttemptNotFoundError`, `ClaimLostError`.
+        Rollout and worker follow the status of the attempt. `attempt_id` may be "latest". For the latest attempt,
+        "preparing", "running" and "succeeded" become the status of the rollout, too. "failed", "timeout" and
+        "unresponsive" queue the rollout again if its `retry_condition` names the status and `max_attempts` allows
+        another attempt, and else fail it. Raises `RolloutNotFoundError`, `AttemptNotFoundError`, and `ClaimLostError`
+        if the claim was lost because it was acknowledged too late.
         """
 
     # -- spans -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
-        """The next span number of a rollout: one counter for each rollout, from 1, never given twice."""
+        """The next span number of a rollout. Numbers start at 1, and none is given twice.
+
+        All attempts of a rollout share its numbers. Unknown ids are not refused.
+        """
 
     @abstractmethod
     async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
-        """The next span numbers of many (rollout, attempt) pairs, in order."""
+        """The next span numbers of many (rollout id, attempt id) pairs, in their order."""
 
     @abstractmethod
     async def add_span(self, span: Span) -> Span | None:
-        """Store a span and return the caller's own object; None, with an ERROR log, for a duplicate.
+        """Store a span, and return the same object; None if it is stored already.
 
-        The span is a heartbeat: a preparing or unresponsive attempt becomes running, with its rollout if it is the
-        latest. Raises `RolloutNotFoundError`, `AttemptNotFoundError`, `ClaimLostError`, `PayloadTooLargeError`.
+        A duplicate is logged as an ERROR. A span counts as a heartbeat: an attempt that is preparing or unresponsive
+        becomes running, and so does its rollout if the attempt is the latest. Raises `RolloutNotFoundError`,
+        `AttemptNotFoundError`, `ClaimLostError`.
         """
 
     @abstractmethod
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
-        """Store spans, grouped by attempt in order of first appearance; returns the stored ones in that order.
+        """Store spans, and return those that were not stored already; both attempt by attempt, by first appearance.
 
-        A group that fails raises, and later groups are not tried.
+        If an attempt is refused, the error is raised, and spans of later attempts are not stored. Raises what
+        `add_span` raises.
         """
 
     @abstractmethod
     async def add_otel_span(
         self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
     ) -> Span | None:
-        """Store an OpenTelemetry `ReadableSpan`; with no `sequence_id` it takes the next number in the same call."""
+        """Store a `ReadableSpan` of OpenTelemetry; returns it as a `Span`, or None if it is stored already.
+
+        `sequence_id` None takes the next number of the rollout, in the same step.
+        """
 
     @abstractmethod
     async def query_spans(
@@ -393,10 +432,11 @@ class LightningStore(ABC):
         sort_order: SortOrder = "asc",
         allow_partial: bool = False,
     ) -> PaginatedResult[Span]:
-        """Spans of a rollout, or of one attempt ("latest": the newest attempt, with or without spans).
+        """A page of the spans of a rollout, or of one of its attempts.
 
-        `sort_by` None gives the order of arrival. Raises `SpansEvictedError` if spans were evicted, for ever;
-        `allow_partial` returns what is left.
+        "latest" is the newest attempt, even if it has no spans. `filter_logic` ("and" or "or") joins the filters after
+        `attempt_id`. `sort_by` None gives the order of arrival. Raises `SpansEvictedError` if spans of the rollout were
+        evicted; `allow_partial` returns those that are left.
         """
 
     @abstractmethod
@@ -407,7 +447,11 @@ class LightningStore(ABC):
         *,
         allow_partial: bool = False,
     ) -> dict[str, list[Span]]:
-        """Spans of many rollouts in one call, by sequence number; unknown ids give an empty list."""
+        """The spans of many rollouts by rollout id, each list in the order of span numbers.
+
+        `attempt_id` "latest" gives those of the newest attempts, None those of all. An unknown id has an empty list.
+        Evicted spans are treated as in `query_spans`.
+        """
 
     # -- training on each rollout exactly once -----------------------------------------------------------------------
 
@@ -425,65 +469,72 @@ class LightningStore(ABC):
         status_in: Sequence[RolloutStatus] | None = None,
         max_open: int = 1,
     ) -> Batch:
-        """Up to `n` finished rollouts for `consumer`, in completion order; it sees each of them once.
+        """Take up to `n` finished rollouts for `consumer`, in the order in which they finished, each once.
 
-        Waits up to `timeout` until there are `n`, or until nothing that waits or runs could be one more (or the store
-        is full and starts nothing), and then gives what there is; with nothing at all it waits its time, and the batch
-        has number 0.
+        Waits up to `timeout` for `n` rollouts. Returns fewer if the time is over, if no rollout that waits or runs
+        could be one more, or if memory is full and nothing is started. With none at all, waits for the whole `timeout`
+        and returns an empty batch with number 0.
 
-        `mode`, `tags`, `queue`, `group_id` and `status_in` say what the consumer is for: rollouts that are equal in all
-        of them, and have succeeded; failed ones only with `status_in=["succeeded", "failed"]`, cancelled and dropped
-        ones never. That filter is the consumer's own from its first take on, or from `consumers=` at the start of the
-        store: a take that names none means it, one that names another raises `ConsumerFilterError`.
+        `mode`, `tags`, `queue`, `group_id` and `status_in` are the filter of the consumer. A rollout must equal all of
+        them and have succeeded; `status_in=["succeeded", "failed"]` includes failed ones; cancelled and dropped ones
+        never come. The first take fixes the filter, or `consumers=` at the start of the store: a later take may leave
+        it out, and raises `ConsumerFilterError` if it names another.
 
-        From its first word on a consumer is *known*: what it awaits or holds is not deleted by the retention rule, and
-        without a journal not evicted. If memory is full of it, the store hands out no work until the consumer has gone
-        on, and says so (log, `statistics`, the change "memory_full"). `forget_consumer` ends that.
+        The first take makes a consumer *known*: rollouts that it awaits or holds are not deleted by retention, and
+        without a journal they are not evicted. If they fill the memory, the store hands out no work until the consumer
+        has gone on, and says so (log, `statistics`, change "memory_full"). `forget_consumer` ends this.
 
-        A batch belongs to the process that took it, until `ack` or `nack`. While it holds `max_open` of them another
-        take raises `BatchHeldError`. A batch that its caller never received is given back; one whose process has ended
-        comes again to the next take, before anything else. What is in a batch is sealed: late reports are kept on their
-        attempts only, and running it again or deleting it raises `SealedError`.
+        A batch is held by the process that took it until `ack` or `nack`. If it holds `max_open` batches, another take
+        raises `BatchHeldError`. A batch that did not reach its caller is given back; a batch of a process that has
+        ended comes again to the next take, before anything else. The rollouts of a batch are sealed: later reports
+        change their attempts only, and to run or delete such a rollout raises `SealedError`.
+
+        Raises `PoolFailedError` as `wait_for_rollouts` does.
         """
 
     @abstractmethod
     async def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
-        """Step `step` of the consumer's model has consumed a batch. It is kept until a checkpoint covers that step.
+        """Tell that step `step` of the consumer's model has consumed a batch.
 
-        To be said again without harm. Raises `BatchConflictError` if the consumer does not hold the batch.
+        The batch is kept until a checkpoint covers the step. `note` is kept in the ledger. May be repeated. Raises
+        `BatchConflictError` if the consumer does not hold the batch.
         """
 
     @abstractmethod
     async def nack(self, batch: Batch) -> None:
-        """Give a batch back unconsumed; its rollouts come again before all others. Raises `BatchConflictError`."""
+        """Give a batch back unconsumed: its rollouts come again before all others.
+
+        Raises `BatchConflictError` if the consumer does not hold the batch.
+        """
 
     @abstractmethod
     async def checkpoint(self, consumer: str, step: int) -> int:
-        """The consumer's model is durable at `step`: what was acknowledged up to it is not kept for it any longer.
+        """Tell that the consumer's model of step `step` is durable; returns how many rollouts that releases.
 
-        Answers with how many rollouts that are. One that other consumers await or hold is kept for them. Raises
-        `BatchConflictError` for a step before its last checkpoint.
+        Rollouts that it consumed up to this step are not kept for it any longer. They are kept for other consumers that
+        await or hold them. Raises `BatchConflictError` if an earlier checkpoint has a higher step.
         """
 
     @abstractmethod
     async def rewind(self, consumer: str, step: int) -> int:
-        """The consumer's model is at `step` again: what later steps consumed, or none did, comes again; how many.
+        """Tell that the consumer's model is at step `step` again; returns how many rollouts come again.
 
-        To be said after each start of a trainer, with the step of the model that it loaded. They come in the order in
-        which they were taken. Raises `BatchConflictError` for a step before its last checkpoint.
+        Those are the ones that later steps consumed, and those that it took and no step consumed. They come in the
+        order in which they were taken. A trainer calls this after each start, with the step of the model it has loaded.
+        Raises `BatchConflictError` for a step before the last checkpoint.
         """
 
     @abstractmethod
     async def forget_consumer(self, name: str) -> int:
-        """Keep nothing for a consumer any longer: it will not come again. How many rollouts it awaited or held.
+        """Keep nothing for a consumer any longer; returns how many rollouts it awaited or held.
 
-        What it held can be run again or deleted; its ledger stays for what its checkpoints covered. If it does take
-        again it begins anew, with whatever filter it names then, and without what those checkpoints covered.
+        Rollouts that it held may be run again or deleted. Its ledger keeps what its checkpoints cover. If it takes
+        again, it begins anew, with any filter, and without those rollouts.
         """
 
     @abstractmethod
     async def ledger(self, consumer: str) -> list[LedgerEntry]:
-        """What a consumer took of the rollouts that are still kept, in the order in which it took them."""
+        """The rollouts that a consumer took, in that order, as far as they are still kept."""
 
     # -- resources ---------------------------------------------------------------------------------------------------
 
@@ -491,22 +542,28 @@ class LightningStore(ABC):
     async def add_resources(self, resources: NamedResources, *, policy_version: int | None = None) -> ResourcesUpdate:
         """Publish resources under a new id, which becomes the latest.
 
-        `policy_version` says which weights they stand for; attempts carry it from their claim on.
+        `policy_version` says which weights they stand for; an attempt has that of its resources when it is claimed.
         """
 
     @abstractmethod
     async def update_resources(
         self, resources_id: str, resources: NamedResources, *, policy_version: int | None = None
     ) -> ResourcesUpdate:
-        """Publish a new version under an id, which becomes the latest; an unknown id starts at version 1."""
+        """Publish a new version under an id, which becomes the latest. An unknown id gets version 1.
+
+        `policy_version` is as in `add_resources`.
+        """
 
     @abstractmethod
     async def get_resources_by_id(self, resources_id: str, version: int | None = None) -> ResourcesUpdate | None:
-        """One version of resources (None: the newest); None when unknown. Raises `PayloadLostError` if it was freed."""
+        """One version of resources (None: the newest); None if it is unknown.
+
+        Raises `PayloadLostError` if that version was freed.
+        """
 
     @abstractmethod
     async def get_latest_resources(self) -> ResourcesUpdate | None:
-        """What was published last; None when nothing was."""
+        """The resources that were published last; None if there are none."""
 
     @abstractmethod
     async def query_resources(
@@ -519,11 +576,11 @@ class LightningStore(ABC):
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[ResourcesUpdate]:
-        """The newest version of each id that matches, in the order in which the ids came."""
+        """A page of resources: the newest version of each id that matches, in the order in which the ids came."""
 
     @abstractmethod
     async def delete_resources(self, resources_id: str) -> None:
-        """Forget an id with all versions. Raises `ResourcesNotFoundError`."""
+        """Delete all versions of an id. Raises `ResourcesNotFoundError`."""
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -539,22 +596,104 @@ class LightningStore(ABC):
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
-        """Workers that match, in the order of their first appearance.
+        """A page of the workers that match, in the order of their first appearance.
 
-        All that are busy are there, and of the others the 10,000 that were heard of last.
+        The store knows all busy workers, and of the others the 10,000 that it heard of last.
         """
 
     @abstractmethod
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:
-        """The worker; None when unknown."""
+        """The worker; None if it is unknown."""
 
     @abstractmethod
     async def update_worker(self, worker_id: str, heartbeat_stats: dict[str, Any] | Unset = UNSET) -> Worker:
-        """Record a heartbeat of a worker, with statistics if given; `heartbeat_stats=None` raises TypeError."""
+        """Record a heartbeat of a worker and return it; an unknown worker is added.
+
+        `heartbeat_stats` replaces its statistics, if given; None raises TypeError.
+        """
 
 
-SpanSizeEstimator = Callable[[Span], int]
+NoticeHandler = Callable[[str, str, str], None]  #: takes the kind of a notice, a rollout id and an attempt id
 
 
-#: The names of its methods.
+class RunnerStore(LightningStore):
+    """A store for runners, pools and integrations: what they need besides, and agents and trainers do not."""
+
+    @property
+    @abstractmethod
+    def session_id(self) -> str:
+        """The session of this process: what its operations belong to, and what holds the attempts that it runs."""
+
+    @abstractmethod
+    def listen_for_notices(self, handler: NoticeHandler) -> Callable[[], None]:
+        """Call `handler` when an attempt that this process runs is of no use any longer; returns a function that stops.
+
+        The handler takes (kind, rollout id, attempt id). Kinds are "cancelled", "superseded", "timeout" and
+        "unresponsive". It runs on any thread, must be quick, and may use the store.
+        """
+
+    @abstractmethod
+    async def heartbeat(self, attempts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Record a heartbeat of many attempts, (rollout id, attempt id) each, at the time of the store.
+
+        Returns those that are of no use any longer: superseded, finished or deleted.
+        """
+
+    @abstractmethod
+    async def add_unnumbered_spans(self, spans: Sequence[Span]) -> None:
+        """Store spans of one attempt; the store numbers them in the order given. Raises what `add_span` raises."""
+
+    @abstractmethod
+    async def finish_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        spans: Sequence[Span],
+        status: AttemptStatus,
+        *,
+        outcome: Outcome | None = None,
+        error: str | None = None,
+        died: bool = False,
+    ) -> Attempt:
+        """Store the last spans of an attempt and its final status in one step; the store numbers the spans.
+
+        `outcome` says why the attempt ended (None: as the status implies); `error` is kept on the attempt. With outcome
+        "runner_lost" the rollout is offered again; `died` says that a process died which ran nothing else, and counts
+        against `max_deliveries`. If one span is refused, nothing is stored. Raises what `update_attempt` raises.
+        """
+
+    @abstractmethod
+    async def report_unread(
+        self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str
+    ) -> None:
+        """Tell that an attempt could not read its resources: it ends, is not charged, and its rollout is offered again.
+
+        Rollouts that wait for this version are held back until it is published again, once two processes have told so
+        or its publisher has ended.
+        """
+
+    @abstractmethod
+    async def report_spans_lost(self, counts: Mapping[Reason, int]) -> None:
+        """Add numbers of lost spans, by reason, to `statistics()["spans_lost"]`."""
+
+    @abstractmethod
+    async def report_ended(
+        self, session_id: str | None, *, worker_id: str | None = None, stopped: bool = False
+    ) -> bool:
+        """Tell that a process has ended: the rollouts that it held are offered again at once.
+
+        The process is named by its session, or by the worker it worked as if the session is unknown (None). If it was
+        `stopped`, its attempts are withdrawn and not charged. Returns whether it had a live session.
+        """
+
+    @abstractmethod
+    async def report_pool(self, pool_id: str, queues: Sequence[str], *, failures: int, error: str | None) -> None:
+        """Tell that the runners of a pool fail before they are ready (`error`), or that one is ready (None).
+
+        `failures` is the number of those that failed in a row. Callers that wait only for work in queues which failing
+        pools serve get `PoolFailedError`.
+        """
+
+
+#: The names of the methods of the contract.
 METHODS = tuple(name for name, method in vars(LightningStore).items() if name[0] != "_" and isfunction(method))

@@ -17,7 +17,8 @@ from raystore.errors.words import either, meant
 from raystore.types import RolloutConfig, Span
 from raystore.values import pickler
 from raystore.values.plain import plain, scalar
-from raystore.wire.convert import Encoder, filter_arguments, identifier, rollout_config
+from raystore.wire.checks import filter_arguments, identifier, rollout_config
+from raystore.wire.convert import Encoder
 
 FILTERS = ("mode", "tags", "queue", "group_id", "status_in")
 RESUME = ("auto", "must", "never")

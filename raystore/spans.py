@@ -1,8 +1,7 @@
-"""Spans as users see them: OpenTelemetry's model with a rollout, an attempt and a sequence number.
+"""Spans as users see them: OpenTelemetry's model with a rollout, an attempt and a sequence number; and their rewards.
 
-Names and shapes are the contract's; `Span.from_opentelemetry` follows its facts (hexadecimal ids of 16 and 32 digits,
-times in seconds).
-Not here: how spans are stored (`raystore.core.spans`).
+Fields are those of agent-lightning 0.3.0. Trace ids have 32 hexadecimal digits and span ids 16; times are seconds since
+the epoch.
 """
 
 from __future__ import annotations
@@ -13,24 +12,28 @@ import sys
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, PlainValidator
 
 from raystore.errors import InvalidValueError, PayloadNotReadableError
 from raystore.tracing import semconv
-from raystore.values.mistakes import Record
+from raystore.values.models import Model, StoredModel
 from raystore.values.plain import LEAVES, plain, scalar
-from raystore.values.unread import Delivered
 
-PackedArray = Annotated[InstanceOf[array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]  # type: ignore[type-arg]  # subscriptable from 3.12 on
-#: OpenTelemetry's: sequences and mappings may be of each other. Packed arrays (`values.arrays`) are sequences too.
-AttributeValue = PackedArray | str | bool | int | float | bytes | None | Sequence[Any] | Mapping[str, Any]
+__all__ = [
+    "AttributeValue", "Event", "Link", "OtelResource", "Span", "SpanContext", "SpanCoreFields", "StatusCode",
+    "TraceStatus", "estimate_model_size", "find_final_reward",
+]  # fmt: skip
+
+PackedArray: TypeAlias = Annotated[InstanceOf[array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]  # type: ignore[type-arg]  # subscriptable from 3.12 on
+#: A value of an attribute; sequences and mappings may hold each other, packed arrays (`array.array`) are sequences.
+AttributeValue: TypeAlias = PackedArray | str | bool | int | float | bytes | Sequence[Any] | Mapping[str, Any] | None
 
 
 def attributes_of(values: Any) -> dict[str, AttributeValue]:
-    """Attributes of a span by value: scalars and arrays of numpy or torch as plain numbers and lists (`plain`).
+    """A copy of a span's attributes in plain form (`values.plain`).
 
     Raises `InvalidValueError`, which names the attribute, for what has no plain form.
     """
@@ -45,17 +48,19 @@ def attributes_of(values: Any) -> dict[str, AttributeValue]:
 
 
 #: Checked in Python: pydantic would try each member of the union, and make `1` of numpy's `True`.
-Attributes = Annotated[dict[str, AttributeValue], PlainValidator(attributes_of, json_schema_input_type=dict[str, Any])]
+Attributes: TypeAlias = Annotated[
+    dict[str, AttributeValue], PlainValidator(attributes_of, json_schema_input_type=dict[str, Any])
+]
 
-StatusCode = Literal["UNSET", "OK", "ERROR"]
+StatusCode: TypeAlias = Literal["UNSET", "OK", "ERROR"]
 
-VIRTUAL_SPAN = "agentlightning.virtual"  #: name of a span that was made from attributes alone
+VIRTUAL_SPAN: str = "agentlightning.virtual"  #: name of a span that was made from attributes alone
 _PRIMARY, (_OUTPUT, _OLDER_OUTPUT), _REWARD_SPANS = semconv.PRIMARY_REWARD, semconv.REWARD_OUTPUTS, semconv.REWARD_SPANS
 _NANOSECONDS_ABOVE = 1e12  # a time larger than this can only be in nanoseconds
 
 
-class TraceStatus(Record):
-    """How the spanned operation ended."""
+class TraceStatus(Model):
+    """How the operation of a span ended: OpenTelemetry's code, and the text of an error. Unknown fields are kept."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -63,8 +68,8 @@ class TraceStatus(Record):
     description: str | None = None
 
 
-class Event(Record):
-    """Something that happened within a span."""
+class Event(Model):
+    """Something that happened within a span, at `timestamp` (seconds). Unknown fields are kept."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -73,8 +78,15 @@ class Event(Record):
     timestamp: float | None = None
 
 
-class SpanContext(Record):
-    """The identity of a span across processes."""
+class SpanContext(Model):
+    """The identity of a span across processes. Unknown fields are kept.
+
+    Attributes:
+        trace_id: 32 hexadecimal digits.
+        span_id: 16 hexadecimal digits.
+        is_remote: whether the span belongs to another process.
+        trace_state: W3C's `tracestate`, by vendor.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -84,8 +96,8 @@ class SpanContext(Record):
     trace_state: dict[str, str]
 
 
-class Link(Record):
-    """A reference to another span."""
+class Link(Model):
+    """A reference to another span. Unknown fields are kept."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -93,15 +105,15 @@ class Link(Record):
     attributes: dict[str, Any] | None = None
 
 
-class OtelResource(Record):
-    """The OpenTelemetry resource that produced a span."""
+class OtelResource(Model):
+    """OpenTelemetry's resource of a span: attributes of the process that made it (not a raystore resource)."""
 
     attributes: dict[str, Any]
     schema_url: str
 
 
-class SpanCoreFields(Record):
-    """What an agent needs to say of a span; the store's side fills in the rest."""
+class SpanCoreFields(Model):
+    """The fields of a span that an agent must give; `Span.from_core_fields` fills in the others."""
 
     name: str
     status: TraceStatus
@@ -110,8 +122,30 @@ class SpanCoreFields(Record):
     end_time: float | None
 
 
-class Span(Delivered):
-    """One span of one attempt. Unknown fields are kept."""
+class Span(StoredModel):
+    """One span of one attempt. Unknown fields are kept.
+
+    Raises pydantic's `ValidationError` if a field is missing or wrong. Reading a field raises
+    `PayloadNotReadableError` if the span holds an object whose class cannot be imported here.
+
+    Attributes:
+        rollout_id: the rollout.
+        attempt_id: the attempt.
+        sequence_id: its number in the rollout; spans are sorted by it.
+        trace_id: 32 hexadecimal digits.
+        span_id: 16 hexadecimal digits.
+        parent_id: id of the enclosing span; None for the outermost.
+        name: of the operation.
+        status: how it ended.
+        attributes: by name, in plain form.
+        events: what happened within it.
+        links: references to other spans.
+        start_time: seconds; None if not known.
+        end_time: seconds; None if not known.
+        context: its identity, if known.
+        parent: the identity of the enclosing span, if there is one and it is known.
+        resource: OpenTelemetry's resource.
+    """
 
     model_config = ConfigDict(extra="allow", ser_json_bytes="base64")  # not every attribute of bytes is text
 
@@ -134,10 +168,10 @@ class Span(Delivered):
 
     @classmethod
     def from_opentelemetry(cls, src: Any, rollout_id: str, attempt_id: str, sequence_id: int) -> Span:
-        """Take over a span of the OpenTelemetry SDK.
+        """A span from one of the OpenTelemetry SDK, whose times are in nanoseconds.
 
-        What it carries beyond the model becomes an extra field, as text where JSON has nothing for it: `kind`,
-        `instrumentation_scope`, ...
+        What it holds beyond the model becomes an extra field (`kind`, `instrumentation_scope`, ...), as text if JSON
+        cannot hold it. Raises `InvalidValueError` for an attribute that has no plain form.
         """
         context = _context(src.get_span_context() if hasattr(src, "get_span_context") else src.context)
         parent = _context(src.parent)
@@ -187,7 +221,7 @@ class Span(Delivered):
         resource: OtelResource | None = None,
         status: TraceStatus | None = None,
     ) -> Span:
-        """A span from its attributes; ids that are not given are random, the status is OK."""
+        """A span from its attributes. Trace and span ids that are not given are random; the status is OK."""
         trace_id = trace_id or uuid4().hex
         span_id = span_id or uuid4().hex[:16]
         return cls(
@@ -220,7 +254,7 @@ class Span(Delivered):
         attempt_id: str | None = None,
         sequence_id: int | None = None,
     ) -> Span:
-        """A span from what an agent said of it; one that says no start started now."""
+        """A span from the fields that an agent gave; without a start time it starts now."""
         return cls.from_attributes(
             attributes=core.attributes,
             rollout_id=rollout_id,
@@ -233,7 +267,7 @@ class Span(Delivered):
         )
 
 
-#: Of an SDK span: what the model says already, and what belongs to the tracer and would only be noise in a trace.
+#: Fields of an SDK span that belong to its tracer, and would only be noise in a trace.
 _NOT_EXTRA = frozenset(
     {
         "span_processor", "sampler", "trace_config", "record_exception", "set_status_on_exception", "limits", "lock",
@@ -243,12 +277,12 @@ _NOT_EXTRA = frozenset(
 
 
 def is_traced(span: Span) -> bool:
-    """Whether a tracer made this span, and not the agent by its own hand: a library's name is on it."""
+    """Whether a tracer made this span, not `ctx` or the agent itself: the name of a library is on it."""
     return "instrumentation_scope" in (span.model_extra or ())
 
 
 def _extras(source: Any, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What an object of the SDK carries beyond the model, by its public names."""
+    """What an SDK span holds beyond the model, by its public names."""
     extras = {}
     for private, value in vars(source).items():
         name = private.lstrip("_")
@@ -270,20 +304,20 @@ def _context(source: Any) -> SpanContext | None:
 
 
 def seconds(value: float | None) -> float | None:
-    """A time in seconds from one in seconds or nanoseconds; 0 and None mean "not known"."""
+    """A time in seconds, from seconds or nanoseconds; None for None and 0, which mean "not known"."""
     if not value:
         return None
     return value / 1_000_000_000 if value > _NANOSECONDS_ABOVE else float(value)  # of an int: exact to the last digit
 
 
 def reward_of(name: str, attributes: Mapping[str, Any]) -> float | None:
-    """The primary reward that a span carries, if it carries one; in which forms, `find_final_reward` says."""
+    """The primary reward that a span carries, None if it carries none; `find_final_reward` has the rule."""
     if (
         _PRIMARY not in attributes
         and _OUTPUT not in attributes
         and _OLDER_OUTPUT not in attributes
         and name not in _REWARD_SPANS
-    ):  # nearly all spans, each of which is asked on its way to the store
+    ):  # as nearly always; every span comes by here on its way to the store
         return None
     value = attributes.get(_PRIMARY)
     for output in (_OUTPUT, _OLDER_OUTPUT):
@@ -298,7 +332,7 @@ def reward_of(name: str, attributes: Mapping[str, Any]) -> float | None:
 
 
 def _rewarded(output: Any) -> Any:
-    """The value in what AgentOps keeps of a function that gave a reward; None if it gave anything else."""
+    """The reward in AgentOps' record of a function's output; None if the output is anything else."""
     if isinstance(output, str):
         if '"reward"' not in output:
             return None
@@ -314,8 +348,9 @@ def find_final_reward(spans: Sequence[Span]) -> float | None:
 
     A span carries a reward if a number stands in its attribute `agentlightning.reward.0.value`; or in its attribute
     `reward`, if its name is `agentlightning.annotation` or `agentlightning.reward` (agent-lightning 0.2); or in the
-    output that AgentOps keeps of a function under agent-lightning's decorator `reward`. The same rule lifts a reward to
-    `Rollout.reward`. Raises `PayloadNotReadableError` if a span of those names cannot be decoded here.
+    output that AgentOps keeps of a function under agent-lightning's decorator `reward`. True and False are 1 and 0. The
+    same rule sets `Rollout.reward`. None if no span carries one. Raises `PayloadNotReadableError` if a span of those
+    names cannot be decoded here.
     """
     for span in reversed(spans):
         try:
@@ -323,14 +358,14 @@ def find_final_reward(spans: Sequence[Span]) -> float | None:
         except PayloadNotReadableError:
             if span.name in semconv.REWARD_SPANS:
                 raise
-            continue  # not a reward by its name, and there is nothing else to see
+            continue  # its name does not say that it carries a reward
         if (reward := reward_of(span.name, attributes)) is not None:
             return reward
     return None
 
 
 def estimate_model_size(obj: Any) -> int:
-    """Bytes of a model by a recursive `sys.getsizeof`, as the reference estimates it.
+    """Bytes of a model by a recursive `sys.getsizeof`, as agent-lightning estimates it.
 
     Counts a model's own size and its field values, a mapping's own size and its values, a list's, tuple's or set's own
     size and its items, and `getsizeof` of anything else. Keys and extra fields are not counted, shared objects are

@@ -1,7 +1,7 @@
 """The public records: what users construct and what the store answers with.
 
-Field names and defaults are the LightningStore contract's (agent-lightning 0.3.0); what raystore adds stands under
-"added" in each class. Answers are snapshots: changing one never changes the store.
+Field names and defaults are those of agent-lightning 0.3.0's LightningStore; fields that raystore adds stand under
+"added" in each class. Times are seconds since the epoch. Answers are snapshots: changing one never changes the store.
 Not here: the store's own light records (`raystore.core.records`), how these travel (`raystore.wire.convert`).
 """
 
@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeAlias, TypedDict, TypeVar, overload
 
 from pydantic import (
     BaseModel,
@@ -40,16 +40,23 @@ from raystore.spans import SpanContext as SpanContext
 from raystore.spans import SpanCoreFields as SpanCoreFields
 from raystore.spans import StatusCode as StatusCode
 from raystore.spans import TraceStatus as TraceStatus
-from raystore.values.mistakes import Record
+from raystore.values.models import Model, StoredModel
 from raystore.values.objects import Kept, Source
 from raystore.values.plain import scalar
-from raystore.values.unread import Delivered
+
+__all__ = [
+    "LLM", "UNSET", "Attempt", "AttemptStatus", "AttemptedRollout", "Batch", "Change", "EnqueueRolloutRequest",
+    "LedgerEntry", "LightningStoreCapabilities", "LightningStoreStatistics", "NamedResources", "ObjectResource",
+    "Outcome", "Page", "PaginatedResult", "PromptTemplate", "ProxyLLM", "Resource", "ResourceUnion",
+    "ResourcesUpdate", "Rollout", "RolloutConfig", "RolloutMode", "RolloutStatus", "StoreInfo", "TagValue",
+    "TaskInput", "Unset", "Worker", "WorkerStatus", "is_finished", "is_queuing", "is_running",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-RolloutMode = Literal["train", "val", "test"]
-TaskInput = Any
-TagValue = str | bool | int | float
+RolloutMode: TypeAlias = Literal["train", "val", "test"]
+TaskInput: TypeAlias = Any  #: a rollout's input: anything that can be pickled
+TagValue: TypeAlias = str | bool | int | float
 
 
 def _tag(value: Any) -> Any:
@@ -63,8 +70,8 @@ def _tag(value: Any) -> Any:
 _Tag = Annotated[TagValue, BeforeValidator(_tag)]
 _Seconds = Annotated[float, Field(ge=0), BeforeValidator(scalar)]  # which NaN is not
 _Whole = Annotated[int, BeforeValidator(scalar)]
-SortOrder = Literal["asc", "desc"]
-FilterLogic = Literal["and", "or"]
+SortOrder: TypeAlias = Literal["asc", "desc"]
+FilterLogic: TypeAlias = Literal["and", "or"]
 
 T = TypeVar("T")
 
@@ -81,8 +88,8 @@ class _UnsetType:
         return _get_unset, ()
 
 
-UNSET = _UnsetType()
-Unset = _UnsetType
+UNSET: _UnsetType = _UnsetType()  #: an argument that leaves a field as it is, where None would clear it
+Unset: TypeAlias = _UnsetType
 
 
 def _get_unset() -> _UnsetType:
@@ -92,17 +99,18 @@ def _get_unset() -> _UnsetType:
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-class RolloutConfig(Record):
+class RolloutConfig(Model):
     """When an attempt of a rollout is given up, and what is tried again.
 
-    An attempt is tried again only if its status is in `retry_condition` *and* `max_attempts` allows another: each of
-    the two alone does nothing, which is warned of unless the other is given, too (`retry_condition=[]`). A field that
-    does not exist is refused, since `RolloutConfig(timeout=60)` would otherwise mean "no timeout".
+    A rollout is tried again only if the status of its attempt is in `retry_condition` *and* `max_attempts` allows
+    another attempt. Each of the two alone does nothing, and warns unless the other is given too (`retry_condition=[]`).
+    Raises pydantic's `ValidationError`, also for an unknown field: `RolloutConfig(timeout=60)` would otherwise mean "no
+    timeout".
 
     Attributes:
-        timeout_seconds: since the start of an attempt, after which it has timed out; None: never.
-        unresponsive_seconds: without a span or heartbeat, after which it is unresponsive; None: never.
-        max_attempts: attempts in all; those lost with their process, or aborted, do not count.
+        timeout_seconds: seconds from the start of an attempt until it has timed out; None: never.
+        unresponsive_seconds: seconds without a span or heartbeat until an attempt is unresponsive; None: never.
+        max_attempts: attempts in all, 1 or more; those lost with their process, or aborted, do not count.
         retry_condition: attempt statuses ("failed", "timeout", "unresponsive") after which it is tried again.
     """
 
@@ -116,9 +124,9 @@ class RolloutConfig(Record):
     @model_validator(mode="wrap")
     @classmethod
     def _has_both_or_neither(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Warn of one that does nothing without the other; not again where a config that was made is passed on.
+        """Warn of one that does nothing without the other; not again where a config is passed on.
 
-        What was made decides, since a subclass may have defaults of its own, or take other arguments.
+        The values of the new config decide, not the arguments: a subclass may have other defaults or arguments.
         """
         made = handler(given)
         if type(given) is not dict:
@@ -139,15 +147,33 @@ class RolloutConfig(Record):
 
 
 def _warn(text: str) -> None:
-    """Warn whoever made a record: the nearest caller that is neither raystore nor pydantic."""
+    """Warn the nearest caller that is neither raystore nor pydantic."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("raystore.", "pydantic.")):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, UserWarning, stacklevel=level)
 
 
-class Rollout(Delivered):
-    """One task for an agent, and where it stands."""
+class Rollout(StoredModel):
+    """One task for an agent, and its status.
+
+    Attributes:
+        rollout_id: unique in a store.
+        input: the task as it was enqueued. Raises `PayloadNotReadableError` when read, like `metadata`, if its class
+            cannot be imported here.
+        start_time: when it was enqueued.
+        end_time: when it ended; None before.
+        mode: "train", "val" or "test"; None if the driver does not say.
+        resources_id: the resources for its attempts; None: the latest.
+        status: follows the status of its latest attempt.
+        config: timeouts and retries.
+        metadata: any values of the driver.
+        group_id: of rollouts that belong together, such as samples of one prompt.
+        queue: name of the queue from which it is claimed.
+        priority: of two rollouts in a queue, that with the larger number is claimed first.
+        tags: up to 16 values that queries can filter by.
+        reward: the last primary reward that its attempts reported; None if there is none.
+    """
 
     rollout_id: str
     input: TaskInput
@@ -166,8 +192,25 @@ class Rollout(Delivered):
     reward: float | None = None
 
 
-class Attempt(Delivered):
-    """One execution of a rollout."""
+class Attempt(StoredModel):
+    """One execution of a rollout.
+
+    Attributes:
+        rollout_id: the rollout.
+        attempt_id: unique in a store.
+        sequence_id: number of the attempt among those of its rollout, from 1.
+        start_time: when the rollout was claimed.
+        end_time: when the attempt ended; None before.
+        status: "preparing" until the first sign of life, then "running", then how it ended.
+        worker_id: name of the runner that claimed it.
+        last_heartbeat_time: time of the last sign of life, spans included.
+        metadata: any values of the runner or the driver.
+        outcome: why it ended; None before.
+        error: what went wrong, as text; None if nothing did.
+        resources_version: version of the resources when it was claimed.
+        policy_version: version of the policy when it was claimed.
+        reward: the last primary reward that it reported; None if there is none.
+    """
 
     rollout_id: str
     attempt_id: str
@@ -187,7 +230,7 @@ class Attempt(Delivered):
 
 
 class AttemptedRollout(Rollout):
-    """A rollout with its latest attempt."""
+    """A rollout with its latest attempt, in the field `attempt`."""
 
     attempt: Attempt
 
@@ -198,19 +241,23 @@ class AttemptedRollout(Rollout):
         return self
 
 
-# What a store answers with for a rollout: with its latest attempt, or a plain `Rollout`, without `.attempt`, if it was
-# never attempted. A type checker is told what it nearly always is, with `Any` for the rest: `r.attempt.status` needs no
-# `isinstance` first, and a misspelt `r.atempt` is still found.
+# The answer of a store for a rollout: an `AttemptedRollout`, or a plain `Rollout` if it was never attempted. A type
+# checker is told of the former, with `Any` for the rest: `r.attempt.status` needs no `isinstance`, and a misspelt
+# `r.atempt` is still found.
 if TYPE_CHECKING:
     AnyRollout = AttemptedRollout | Any
     FoundRollout = AttemptedRollout | Any
 else:
     AnyRollout = AttemptedRollout | Rollout
-    FoundRollout = AttemptedRollout | Rollout | None  # looked up by an id, which its caller knows to exist
+    FoundRollout = AttemptedRollout | Rollout | None  # None for an id that does not exist
 
 
-class EnqueueRolloutRequest(Record):
-    """The arguments of `enqueue_rollout`, for many at once; a field that does not exist is refused."""
+class EnqueueRolloutRequest(Model):
+    """The arguments of `enqueue_rollout` for one of many rollouts; the fields mean what they mean in `Rollout`.
+
+    Raises pydantic's `ValidationError`, also for an unknown field. With a `rollout_id` of your own the request can be
+    repeated: it makes one rollout.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -227,8 +274,20 @@ class EnqueueRolloutRequest(Record):
     tags: dict[str, _Tag] | None = None
 
 
-class Worker(Delivered):
-    """What is known of one runner."""
+class Worker(StoredModel):
+    """The store's record of one runner.
+
+    Attributes:
+        worker_id: name of the runner.
+        status: "busy" while it has an attempt, "idle" after a claim or an orderly end, else "unknown".
+        heartbeat_stats: what it reported last with `update_worker`.
+        last_heartbeat_time: time of that report.
+        last_dequeue_time: when it last asked for work.
+        last_busy_time: when it last began to work.
+        last_idle_time: when it last had nothing to do.
+        current_rollout_id: the rollout that it works on; None if it is not busy.
+        current_attempt_id: the attempt that it works on; None if it is not busy.
+    """
 
     worker_id: str
     status: WorkerStatus = "unknown"
@@ -244,14 +303,21 @@ class Worker(Delivered):
 # -- resources ---------------------------------------------------------------------------------------------------------
 
 
-class Resource(Record):
-    """Base of what a driver publishes for agents."""
+class Resource(Model):
+    """Base class of what a driver publishes for agents; `resource_type` tells the classes apart."""
 
     resource_type: Any
 
 
 class LLM(Resource):
-    """An OpenAI-compatible endpoint."""
+    """An OpenAI-compatible endpoint.
+
+    Attributes:
+        endpoint: its base URL.
+        model: name of the model.
+        api_key: None if the endpoint needs none.
+        sampling_parameters: such as temperature; for the agent to pass on.
+    """
 
     resource_type: Literal["llm"] = "llm"
     endpoint: str
@@ -260,12 +326,15 @@ class LLM(Resource):
     sampling_parameters: dict[str, Any] = Field(default_factory=dict)
 
     def get_base_url(self, *args: Any, **kwargs: Any) -> str:
-        """The URL to give a client."""
+        """The base URL for a client; arguments are ignored."""
         return str(self.__dict__["endpoint"])
 
 
 class ProxyLLM(LLM):
-    """An endpoint behind a proxy that learns from the URL which rollout a request belongs to."""
+    """An endpoint behind a proxy that reads from the URL to which rollout a request belongs.
+
+    Reading `endpoint` logs a warning, as in agent-lightning.
+    """
 
     resource_type: Literal["proxy_llm"] = "proxy_llm"  # type: ignore[assignment]
 
@@ -275,7 +344,7 @@ class ProxyLLM(LLM):
         return super().__getattribute__(name)
 
     def get_base_url(self, rollout_id: str | None = None, attempt_id: str | None = None) -> str:
-        """The URL for one attempt; without ids the bare endpoint."""
+        """The URL for one attempt; the bare endpoint without ids. Raises `ValueError` if only one id is given."""
         endpoint = str(self.__dict__["endpoint"])
         if rollout_id is None and attempt_id is None:
             return endpoint
@@ -297,14 +366,19 @@ class ProxyLLM(LLM):
 
 
 class PromptTemplate(Resource):
-    """A prompt with places to fill in."""
+    """A prompt with placeholders.
+
+    Attributes:
+        template: the text.
+        engine: the syntax of its placeholders.
+    """
 
     resource_type: Literal["prompt_template"] = "prompt_template"
     template: str
     engine: Literal["jinja", "f-string", "poml"]
 
     def format(self, /, **values: Any) -> str:
-        """The prompt with its places filled in; only the "f-string" engine is built in."""
+        """The prompt with these values. Raises `NotImplementedError` for an engine other than "f-string"."""
         if self.engine != "f-string":
             raise NotImplementedError(
                 f"Formatting engine {self.engine!r} is not built in; render self.template yourself"
@@ -334,9 +408,9 @@ class ObjectResource(Resource):
             object.__setattr__(self, "__pydantic_private__", {"_source": None})
 
     def get(self, timeout: float | None = 60.0) -> Any:
-        """The object itself; blocks until it is here.
+        """The object itself; blocks until it is here, at most `timeout` seconds (None: for ever).
 
-        Raises `PayloadLostError` when the process that owned it has died and no journal has it, and
+        Raises `PayloadLostError` if the process that owned it has died and no journal has it, and
         `ray.exceptions.GetTimeoutError`.
         """
         if not self.is_elsewhere:
@@ -348,7 +422,7 @@ class ObjectResource(Resource):
             return self._fallen_back(error, timeout)
 
     async def aget(self, timeout: float | None = 60.0) -> Any:
-        """The object itself, waited for without holding up the event loop; raises what `get` raises."""
+        """The object itself, as `get` gives it, without blocking the event loop."""
         if not self.is_elsewhere:
             return self.value
         try:
@@ -364,7 +438,7 @@ class ObjectResource(Resource):
 
     @property
     def source(self) -> Source | None:
-        """Which object it is that the resource has, and where else it may be; for the store's clients."""
+        """Which object the resource has, and where else it may be; for the store's clients."""
         return self._source
 
     @source.setter
@@ -401,12 +475,23 @@ class ObjectResource(Resource):
         return self._source.read(why)
 
 
-ResourceUnion = Annotated[LLM | ProxyLLM | PromptTemplate | ObjectResource, Field(discriminator="resource_type")]
-NamedResources = dict[str, ResourceUnion]
+ResourceUnion: TypeAlias = Annotated[
+    LLM | ProxyLLM | PromptTemplate | ObjectResource, Field(discriminator="resource_type")
+]
+NamedResources: TypeAlias = dict[str, ResourceUnion]  #: resources by the names under which agents find them
 
 
-class ResourcesUpdate(Delivered):
-    """One immutable version of a set of named resources."""
+class ResourcesUpdate(StoredModel):
+    """One immutable version of a set of named resources.
+
+    Attributes:
+        resources_id: the set.
+        create_time: when its first version was published.
+        update_time: when this version was published.
+        version: number of this version, from 1.
+        resources: by name.
+        policy_version: of the weights that these resources serve; None if the driver does not say.
+    """
 
     resources_id: str
     create_time: float
@@ -420,8 +505,15 @@ class ResourcesUpdate(Delivered):
 # -- containers --------------------------------------------------------------------------------------------------------
 
 
-class PaginatedResult(Delivered, Sequence[T], Generic[T]):
-    """One page of a query, which is also a sequence of its items and equals a list of the same items."""
+class PaginatedResult(StoredModel, Sequence[T], Generic[T]):
+    """One page of a query: a sequence of its items, equal to a list of the same items.
+
+    Attributes:
+        items: of this page.
+        limit: how many were asked for; -1: all.
+        offset: how many before them were left out.
+        total: how many the query finds in all.
+    """
 
     items: Sequence[T]
     limit: int
@@ -455,20 +547,20 @@ class PaginatedResult(Delivered, Sequence[T], Generic[T]):
         return f"<PaginatedResult ({self.offset}:{end} of {self.total}) {shown}>"
 
 
-class Page(Delivered, Generic[T]):
-    """Items that follow a cursor, and the cursor to go on from."""
+class Page(StoredModel, Generic[T]):
+    """Items that follow a cursor, and the cursor from which to go on (None: the beginning)."""
 
     items: list[T]
     cursor: int | None
 
 
-class Batch(Delivered):
+class Batch(StoredModel):
     """Finished rollouts that a consumer holds, to train on them.
 
     Attributes:
-        consumer: who holds it.
-        number: of the batch, counted for each consumer from 1; 0 for an empty one.
-        rollouts: in the order in which they finished, or came back; with their attempts.
+        consumer: name of the consumer that holds it.
+        number: of the batch, counted for each consumer from 1; 0 for an empty batch.
+        rollouts: in the order in which they finished, or were given back; with their attempts.
     """
 
     consumer: str
@@ -477,14 +569,14 @@ class Batch(Delivered):
 
 
 class LedgerEntry(BaseModel):
-    """That a consumer took a rollout.
+    """A record that a consumer took a rollout.
 
     Attributes:
-        rollout_id: which.
-        batch: in which batch, in the order in which they were taken.
-        step: of the model, which consumed it; None while it is only held.
-        is_durable: whether a checkpoint covers that step, so that it will not come again.
-        note: what was said when it was acknowledged.
+        rollout_id: the rollout.
+        batch: number of the batch in which it was taken.
+        step: the training step that consumed it; None while it is only held.
+        is_durable: whether a checkpoint covers that step, so that the rollout will not be given again.
+        note: the note with which the batch was acknowledged.
     """
 
     rollout_id: str
@@ -495,7 +587,16 @@ class LedgerEntry(BaseModel):
 
 
 class Change(BaseModel):
-    """One thing the store did."""
+    """One thing that the store did.
+
+    Attributes:
+        sequence: its number in the order of changes; the cursor from which `changes` goes on.
+        time: when.
+        kind: what: "enqueued", the status that a rollout came to, "taken", "evicted", "checkpoint", ...
+        rollout_id: the rollout that changed, if one did.
+        attempt_id: the attempt that changed, if one did.
+        detail: more, by kind.
+    """
 
     sequence: int
     time: float
@@ -506,7 +607,7 @@ class Change(BaseModel):
 
 
 class LightningStoreCapabilities(TypedDict, total=False):
-    """What a store allows its users."""
+    """What a store can do, as in agent-lightning: from several threads, from a loop, without copies, receive OTLP."""
 
     thread_safe: bool
     async_safe: bool
@@ -562,7 +663,19 @@ class LightningStoreStatistics(TypedDict, total=False):
 
 
 class StoreInfo(BaseModel):
-    """Who a store is."""
+    """The identity of a store.
+
+    Attributes:
+        store_id: of its state; the same after a restart from its journal.
+        name: of its actor; None in process.
+        namespace: Ray's, in which the name is.
+        epoch: number of its process, larger after each restart.
+        protocol: version of the protocol that it speaks.
+        node: Ray's id of the node on which it runs.
+        limits: largest sizes in bytes ("value_bytes", "span_bytes", "call_bytes").
+        capabilities: as in `LightningStoreCapabilities`.
+        endpoints: names of the actors that take spans and rollouts.
+    """
 
     store_id: str
     name: str | None

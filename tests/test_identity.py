@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from raystore.core.payload import PICKLED
+from raystore.values.objects import Kept, Origin, Source
 from raystore.wire import codec
 from tests.scripts import zoo
 
@@ -106,3 +109,10 @@ def test_what_journals_hold_is_read():
     payload = base64.b64decode(KEPT)
     (task, kind), (_, again) = codec.decode(payload), codec.decode(payload)
     assert type(task) is kind is again and (task.kind, task.number) == ("math", 7)
+
+
+def test_objects_in_journals_of_the_first_version_are_read():
+    """Resources in journals name the module in which their classes were then."""
+    source = Source(Kept("ab", 3), Origin("/objects"), "r", 1)
+    written = pickle.dumps(source, 2).replace(b"raystore.values.objects", b"raystore.objects")
+    assert codec.decode(bytes((PICKLED,)) + written) == source

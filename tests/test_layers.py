@@ -32,7 +32,6 @@ LAYERS = [
     ["remote"],
     ["runner"],
     ["integrations"],
-    ["generate_sync"],
 ]
 LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,9 @@ def test_a_batch_keeps_its_attempts_as_json():
 def test_a_page_shows_itself_as_the_references(items, limit, offset, total, text):
     """Which part of how many, and the first item."""
     assert repr(rs.PaginatedResult(items=items, limit=limit, offset=offset, total=total)) == text
+
+
+@pytest.mark.parametrize("module", ["raystore.types", "raystore.spans"])
+def test_checkers_see_the_public_names_of_a_module(module: str) -> None:
+    """`import *`, from which checkers know the package, gives the names that the package gives."""
+    assert sorted(import_module(module).__all__) == sorted(rs._NAMES[module].split())

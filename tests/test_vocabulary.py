@@ -15,12 +15,12 @@ from pydantic import ValidationError
 
 import raystore as rs
 from raystore import _sync, api, types
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.core import records
 from raystore.core.payload import Payload
-from raystore.generate_sync import generate
 from raystore.wire import convert
 from raystore.wire.codec import decode, describe, encode
+from tools.generate_sync import generate
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def test_span_record_carries_the_index_of_a_span():
 
 
 def test_sync_twin_is_generated_from_the_contract():
-    """`_sync.py` is what `python -m raystore.generate_sync` writes."""
+    """`_sync.py` is what `python tools/generate_sync.py` writes."""
     assert Path(_sync.__file__).read_text() == generate()
 
 
 def test_the_client_has_the_signatures_of_the_contract():
     """Every method, with the same parameters and defaults."""
-    for name, method in vars(api.LightningStore).items():
+    for name, method in {**vars(api.LightningStore), **vars(api.RunnerStore)}.items():
         if not name.startswith("_") and inspect.isfunction(method):
             ours = inspect.signature(getattr(StoreClient, name))
             assert str(ours) == str(inspect.signature(method)), name
@@ -216,7 +216,7 @@ def test_a_payload_of_another_version_says_so():
 def test_rows_and_records_decode_alike():
     """A record, and its row from the wire, give the same public object."""
     record = records.Attempt("r", "a", 1, 0.0, None, "running", None, None, None, None, None, None, None, None)
-    assert convert.attempt(record) == convert.attempt(list(record.row()))
+    assert convert.to_attempt(record) == convert.to_attempt(list(record.row()))
 
 
 def test_every_method_of_a_store_says_what_it_does():

@@ -2,7 +2,7 @@
 
 A fork copies neither the threads of a store nor Ray's: a lock that one of them held is held for ever, and an answer
 never comes. So what was used before a fork raises in the child, at once.
-Not here: agents' processes, which are forked from a process that uses neither (`runner.nursery`).
+Not here: agents' processes, which are forked from a process that uses neither (`runner.fork_server`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""One operation on its way: awaited by a coroutine, or waited for by a blocking caller.
+"""An operation on its way: awaited by a coroutine, or waited for by a blocking thread.
 
-The same `async def` methods serve both: `run_blocking` drives a coroutine by hand and blocks its thread on each `Call`
-that the coroutine awaits, so that it needs no event loop and works inside a running one.
-Not here: how an operation reaches the store (`transport`).
+The same `async def` methods serve both. `run_blocking` drives a coroutine by hand and blocks its thread on each
+`PendingCall` that the coroutine awaits, so that it needs no event loop and works inside a running one.
 """
 
 from __future__ import annotations
@@ -11,17 +10,28 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from time import monotonic
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_driving = threading.local()
+TURN_SECONDS = 0.01  #: for so long calls that are answered at once may keep an event loop from its other tasks
 
 
-class Call:
-    """An operation and the place where its answer will be.
+class _Thread(threading.local):
+    """How coroutines run in this thread."""
 
-    Belongs to the event loop that made it, or to a blocking thread. The answer is set at most once, from any thread.
+    is_blocking = False  # whether `run_blocking` drives the current one
+    turn_ends = 0.0  # from then on (`monotonic`) the event loop's other tasks are to have their turn
+
+
+this_thread = _Thread()
+
+
+class PendingCall:
+    """An operation, and the place for its answer.
+
+    Belongs to the event loop or blocking thread that made it. The answer is set at most once, from any thread.
     """
 
     __slots__ = ("_answer", "_error", "_event", "_future", "arguments", "leader", "loop", "parked", "ticket", "verb")
@@ -29,9 +39,9 @@ class Call:
     def __init__(self, verb: str, ticket: int = 0, awaited: bool = True) -> None:
         self.verb = verb
         self.ticket = ticket
-        self.arguments: dict[str, Any] | None = None  # of one that may wait, or that hands something over
+        self.arguments: dict[str, Any] | None = None  # kept if it may wait, or if the answer is to be acknowledged
         self.parked = False
-        self.leader: Call | None = None  # the first part of a bulk call, whose caller is the caller of all
+        self.leader: PendingCall | None = None  # of a part of a bulk call: the first part, which has the same caller
         self._answer: Any = None
         self._error: Exception | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -39,30 +49,30 @@ class Call:
         self._event: threading.Event | None = None
         if not awaited:
             return
-        if getattr(_driving, "blocking", False):
+        if this_thread.is_blocking:
             self._event = threading.Event()
         else:
             self.loop = asyncio.get_running_loop()
             self._future = self.loop.create_future()
 
     def hold(self, answer: Any) -> None:
-        """Note the answer, which the caller is not to have yet."""
+        """Keep the answer without giving it to the caller yet."""
         self._answer = answer
 
     def put(self, answer: Any, error: Exception | None) -> None:
-        """Set the answer, without waking the caller of an event loop yet."""
+        """Set the answer. Wakes a blocking caller; one on an event loop is woken by `wake`."""
         self._answer = answer
         self._error = error
         if self._event is not None:
             self._event.set()
 
     def wake(self) -> None:
-        """Wake the caller; on its own event loop."""
+        """Wake the caller; to be called on its event loop."""
         if self._future is not None and not self._future.done():
             self._future.set_result(None)
 
     def result(self) -> Any:
-        """The answer; raises the error that was the answer."""
+        """The answer; raises it if it is an error."""
         if self._error is not None:
             raise self._error
         return self._answer
@@ -76,7 +86,7 @@ class Call:
 
     @property
     def answer(self) -> Any:
-        """The answer as it was put, None before."""
+        """The answer so far; None if there is none, or if it is an error."""
         return self._answer
 
     def block(self) -> None:
@@ -85,16 +95,21 @@ class Call:
         self._event.wait()
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        if self._future is not None:
-            yield from self._future
-        else:
+        if self._future is None:
             yield self  # to run_blocking
+        elif not self._future.done():
+            yield from self._future
+        elif monotonic() >= this_thread.turn_ends:
+            yield  # to the event loop, which runs its other tasks and comes back
+        else:
+            return self.result()
+        this_thread.turn_ends = monotonic() + TURN_SECONDS
         return self.result()
 
 
-def in_thread(function: Callable[..., Any], *arguments: Any) -> Call:
-    """Run a function on a thread of its own; may be awaited by a client's coroutine, whoever drives that."""
-    call = Call("thread")
+def in_thread(function: Callable[..., Any], *arguments: Any) -> PendingCall:
+    """Run a function on a thread of its own. The call may be awaited on an event loop or by `run_blocking`."""
+    call = PendingCall("thread")
 
     def run() -> None:
         try:
@@ -111,17 +126,17 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Call:
 
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine of a store's client to its end in this thread."""
-    before = getattr(_driving, "blocking", False)
+    before = this_thread.is_blocking
     error: BaseException | None = None
     try:
         while True:
-            _driving.blocking = True
+            this_thread.is_blocking = True
             try:
                 call = coroutine.throw(error) if error is not None else coroutine.send(None)
             except StopIteration as done:
                 return done.value  # type: ignore[no-any-return]
             finally:
-                _driving.blocking = before
+                this_thread.is_blocking = before
             error = None
             try:
                 call.block()

@@ -40,9 +40,11 @@ def check(state: State) -> None:
     state.resources.check()
     state.spans.check(state.entries)
     state.indexes.check({rollout_id: state.index_keys(entry) for rollout_id, entry in state.entries.items()})
-    evictable = [{rollout_id for _, _, rollout_id in heap} for heap in state.eviction_heaps]
+    evictable = [rollout_id for heap in state.eviction_heaps for rollout_id in heap]
+    assert len(evictable) == len(set(evictable)), "a rollout has two classes"
+    assert set(evictable) <= state.entries.keys(), "a rollout is to be evicted and does not exist"
     for rollout_id, entry in state.entries.items():
-        _check_entry(state, rollout_id, evictable)
+        _check_entry(state, rollout_id)
         in_queue = rollout_id in state.queues
         assert in_queue == (entry.rollout.status in QUEUED), (
             f"{rollout_id} is {entry.rollout.status}, queued {in_queue}"
@@ -74,7 +76,7 @@ def check(state: State) -> None:
         assert (worker.current_attempt_id is None) == (not is_busy(worker)), f"worker {worker.worker_id}"
 
 
-def _check_entry(state: State, rollout_id: str, evictable: list[set[str]]) -> None:
+def _check_entry(state: State, rollout_id: str) -> None:
     entry = state.entries[rollout_id]
     rollout = entry.rollout
     size = of_rollout(rollout.input, rollout.metadata, rollout.tags)
@@ -95,7 +97,7 @@ def _check_entry(state: State, rollout_id: str, evictable: list[set[str]]) -> No
         state.deadlines.check(rollout_id)
     if state.spans.has(rollout_id):
         number = eviction_class(state, entry)  # or a class that goes sooner: who wants it is found when it is met
-        assert any(rollout_id in ids for ids in evictable[: number + 1]), f"{rollout_id} cannot be evicted"
+        assert any(rollout_id in heap for heap in state.eviction_heaps[: number + 1]), f"{rollout_id} cannot be evicted"
 
 
 def _check_sessions(state: State) -> None:

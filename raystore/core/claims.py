@@ -110,7 +110,7 @@ def serve(state: State, rollout_id: str) -> None:
     """A suspect has waited for a session of its own long enough: now any gets it, at its old place."""
     if rollout_id in state.suspects:
         stop_waiting(state, rollout_id)
-        state.queues_touched.add(state.queues.move(rollout_id, OVERDUE))
+        state.queues_touched.add(state.queues.make_overdue(rollout_id))
 
 
 def acknowledge(state: State, step: Step, session: Session, keys: Sequence[HandedKey]) -> list[HandedKey]:

@@ -12,11 +12,10 @@ Not here: measuring the machine and resolving thresholds (`config`).
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
 from typing import Any
 
 from raystore.core.lifecycle import FINISHED
-from raystore.core.state import Pass, State, Step
+from raystore.core.state import Entry, EvictionPass, State, Step
 from raystore.core.wanted import (
     COMING,
     CONSUMED,
@@ -25,6 +24,7 @@ from raystore.core.wanted import (
     RUNNING,
     UNREAD,
     WANTED,
+    enter_eviction,
     eviction_class,
     in_the_way,
 )
@@ -33,54 +33,52 @@ SLICE_SPANS = 2_000  #: evicted at once, or the spans of one rollout if there ar
 DANGER_BYTES = 64 * 1024 * 1024  #: above the eviction threshold, as much as one call may bring
 
 
-def run(state: State, step: Step, writing: str | None) -> Pass | None:
+def run(state: State, step: Step, writing: str | None) -> EvictionPass | None:
     """Evict a slice if the threshold is crossed, a pass is under way, or the store is full; the pass once it is over.
 
-    A pass works in slices, so that nobody is held up; it is over at the safe threshold. None if there was nothing to do
-    or there is more.
+    `writing` is the rollout that is being written to. A pass works in slices, so that nobody is held up; it is over at
+    the safe threshold. None if there was nothing to do or there is more.
     """
     if not state.is_full:
         return None
-    settings = state.settings
-    done = state.eviction_pass or Pass()
+    done = state.eviction_pass or EvictionPass()
     state.eviction_pass = None
     if writing is not None:
         done.written.add(writing)
     until = done.spans + SLICE_SPANS
-    spared: list[tuple[int, tuple[float, int, str]]] = []
-    kept: list[tuple[int, tuple[float, int, str]]] = []
-    for number, down_to in _classes(state):
-        heap = state.eviction_heaps[number]
-        while heap and state.total_bytes > down_to and done.spans < until:
-            item = heappop(heap)
-            entry = state.entries.get(item[2])
-            if entry is None or not state.spans.has(item[2]):
-                continue  # deleted, or evicted
-            actual = eviction_class(state, entry)
-            if actual != number:  # it is known there, but for what a consumer wants that became known since
-                if actual in (WANTED, COMING):
-                    heappush(state.eviction_heaps[actual], item)
-            elif item[2] in done.written:
-                spared.append((number, item))
-            else:
-                evict(state, item[2], done)
-                kept.append((number, item))
-    for number, item in spared:
-        if state.total_bytes > settings.safe_bytes and state.spans.has(item[2]) and done.spans < until:
-            evict(state, item[2], done)
-        kept.append((number, item))
-    for number, item in kept:
-        if state.spans.has(item[2]):  # spared, or not on disk yet
-            heappush(state.eviction_heaps[number], item)
-    if done.spans >= until and state.total_bytes > settings.safe_bytes:
+    _evict_slice(state, done, until)
+    if done.spans >= until and state.total_bytes > state.settings.safe_bytes:
         state.eviction_pass = done
         return None
-    if done.rollout_ids:
-        state.eviction_passes += 1
-    if done.rollout_ids and not settings.on_disk:
-        state.changes.append(step.now, "evicted", rollouts=len(done.rollout_ids), spans=done.spans, bytes=done.bytes)
+    evicted = len(done.rollout_ids)
+    state.eviction_passes += evicted > 0
+    if evicted and not state.settings.on_disk:
+        state.changes.append(step.now, "evicted", rollouts=evicted, spans=done.spans, bytes=done.bytes)
     _pause_or_go_on(state, step)
-    return done if done.rollout_ids else None
+    return done if evicted else None
+
+
+def _evict_slice(state: State, done: EvictionPass, until: int) -> None:
+    """Evict class by class, until `done` has so many spans; what was written to meanwhile goes last."""
+    spared: list[Entry] = []
+    evicted: list[Entry] = []
+    for number, down_to in _classes(state):
+        heap = state.eviction_heaps[number]
+        while state.total_bytes > down_to and done.spans < until and (first := heap.first()) is not None:
+            entry = state.entries[heap.pop()]
+            if eviction_class(state, entry) != number:  # a consumer that wants it became known since
+                enter_eviction(state, entry)
+            elif first[2] in done.written:
+                spared.append(entry)
+            else:
+                evict(state, entry, done)
+                evicted.append(entry)
+    for entry in spared:
+        if state.total_bytes > state.settings.safe_bytes and done.spans < until:
+            evict(state, entry, done)
+    for entry in (*spared, *evicted):
+        if state.spans.has(entry.rollout.rollout_id):  # spared, or not on disk yet
+            enter_eviction(state, entry)
 
 
 def _classes(state: State) -> list[tuple[int, int]]:
@@ -118,17 +116,17 @@ def _pause_or_go_on(state: State, step: Step) -> None:
 def _holds_wanted(state: State) -> bool:
     """Whether spans are in memory that a consumer awaits or holds."""
     heap = state.eviction_heaps[WANTED]
-    while heap:
-        entry = state.entries.get(heap[0][2])
-        if entry is not None and state.spans.has(heap[0][2]) and eviction_class(state, entry) == WANTED:
+    while (first := heap.first()) is not None:
+        entry = state.entries[first[2]]
+        if eviction_class(state, entry) == WANTED:
             return True
-        heappop(heap)
+        enter_eviction(state, entry)
     return False
 
 
-def evict(state: State, rollout_id: str, done: Pass) -> None:
+def evict(state: State, entry: Entry, done: EvictionPass) -> None:
     """Drop the spans of one rollout."""
-    entry = state.entries[rollout_id]
+    rollout_id = entry.rollout.rollout_id
     count, size = state.spans.evict(rollout_id)
     state.evicted_rollouts += not state.settings.on_disk
     done.rollout_ids.append(rollout_id)

@@ -74,7 +74,7 @@ def _next(state: State, session: Session | None, queues: list[str], claimed: lis
         heads = (state.queues.first(queue, (PLAIN_LINE, ASIDE)) for queue in queues)
         return next((state.entries[head] for head in heads if head is not None), None)
     if state.suspects:
-        waiting = [head for queue in queues if (head := state.queues.head(queue, ASIDE)) is not None]
+        waiting = [head for queue in queues if (head := state.queues.first(queue, (ASIDE,))) is not None]
         if waiting:
             if session.is_idle:
                 return state.entries[waiting[0]]
@@ -85,7 +85,7 @@ def _next(state: State, session: Session | None, queues: list[str], claimed: lis
                 return None
     if _runs_suspect(state, session):
         return None
-    heads = (state.queues.head(queue) for queue in queues)  # suspects wait aside, for a session of their own
+    heads = (state.queues.first(queue) for queue in queues)  # suspects wait aside, for a session of their own
     return next((state.entries[head] for head in heads if head is not None), None)
 
 

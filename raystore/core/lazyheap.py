@@ -1,29 +1,103 @@
-"""When something must be looked at again: a lazy heap.
+"""Keys in the order of a priority, of which the first is found at once: heaps that drop what lost its meaning lazily.
 
-Every guarded key has an entry no later than its deadline. What moves a deadline later (a heartbeat) does not touch the
-heap: an entry that is due too early is re-entered when met. What may move one earlier pushes a fresh entry.
-Not here: what a missed deadline means (`lifecycle`), sleeping until one (`service`).
+A key that is moved or discarded leaves its old entry in the heap. It is skipped when met, and all such entries go once
+they are the most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
+P = TypeVar("P")  # priorities can be compared with each other; keys are not compared
 
 NEVER = float("inf")
 
 
-class Deadlines(Generic[K]):
-    """Deadlines by key; `deadline_of` says when a key is really due, None when it no longer is."""
+class LazyHeap(Generic[K, P]):
+    """Each key once, with its priority; the lowest comes first, and of equal ones what was put first."""
+
+    __slots__ = ("_entries", "_heap", "_number")
+
+    def __init__(self) -> None:
+        self._entries: dict[K, tuple[P, int, K]] = {}
+        self._heap: list[tuple[P, int, K]] = []  # of these entries, and of some that were replaced
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._entries)
+
+    def put(self, key: K, priority: P) -> None:
+        """Enter a key, or give it another priority."""
+        known = self._entries.get(key)
+        if known is not None and known[0] == priority:
+            return
+        self._number += 1
+        entry = self._entries[key] = (priority, self._number, key)
+        heap = self._heap
+        heappush(heap, entry)
+        if len(heap) > 64 and len(heap) > 4 * len(self._entries):
+            heap[:] = self._entries.values()
+            heapify(heap)
+
+    def discard(self, key: K) -> None:
+        """Forget a key, if it is here."""
+        self._entries.pop(key, None)
+
+    def first(self) -> tuple[P, int, K] | None:
+        """The first entry, left in place: its priority, a number that no other entry has, and its key."""
+        heap, entries = self._heap, self._entries
+        while heap:
+            entry = heap[0]
+            if entries.get(entry[2]) is entry:
+                return entry
+            heappop(heap)
+        return None
+
+    def pop(self) -> K:
+        """Take out the first key, which `first` has just found."""
+        key = heappop(self._heap)[2]
+        del self._entries[key]
+        return key
+
+    def priority(self, key: K) -> P:
+        """The priority of a key that is here."""
+        return self._entries[key][0]
+
+    def priorities(self) -> list[tuple[K, P]]:
+        """All keys with their priorities, in the order in which they were put."""
+        return [(key, priority) for priority, _, key in self._entries.values()]
+
+    def fill(self, priorities: Iterable[tuple[K, P]]) -> None:
+        """Enter what another heap had, into an empty one."""
+        for number, (key, priority) in enumerate(priorities, 1):
+            self._entries[key] = (priority, number, key)
+        self._heap[:] = self._entries.values()
+        heapify(self._heap)
+        self._number = len(self._heap)
+
+
+class Deadlines(LazyHeap[K, float]):
+    """Keys that must be looked at again at some time: each has an entry no later than its deadline.
+
+    `deadline_of` says when a key is really due, None when it no longer is. What moves a deadline later (a heartbeat)
+    does not come here: an entry that is due too early is entered anew when it is met. What may move a deadline earlier
+    guards the key once more.
+    """
+
+    __slots__ = ("_deadline_of", "fires", "soonest")
 
     def __init__(self, deadline_of: Callable[[K], float | None]) -> None:
+        super().__init__()
         self._deadline_of = deadline_of
-        self._heap: list[tuple[float, int, K]] = []
-        self._earliest: dict[K, float] = {}
-        self._tie = 0
         self.fires = 0
         self.soonest = NEVER  #: nothing is due before this; may be earlier than `next`, which looks closer
 
@@ -32,38 +106,22 @@ class Deadlines(Generic[K]):
         deadline = self._deadline_of(key)
         if deadline is None:
             return
-        known = self._earliest.get(key)
-        if known is None or deadline < known:
-            self._push(deadline, key)
-
-    def _push(self, deadline: float, key: K) -> None:
-        self._earliest[key] = deadline
-        self._tie += 1
-        heappush(self._heap, (deadline, self._tie, key))
-        if len(self._heap) > 256 and len(self._heap) > 4 * len(self._earliest):
-            self._heap = [entry for entry in self._heap if self._earliest.get(entry[2]) == entry[0]]
-            heapify(self._heap)
-        self.soonest = self._heap[0][0]
-
-    def drop(self, key: K) -> None:
-        """Forget a key, so that it is not kept until its deadline."""
-        self._earliest.pop(key, None)
+        known = self._entries.get(key)
+        if known is None or deadline < known[0]:
+            self.put(key, deadline)
+            self.soonest = self._heap[0][0]
 
     def next(self) -> float | None:
         """The earliest instant at which something may be due."""
-        while self._heap:
-            deadline, _, key = self._heap[0]
-            if self._earliest.get(key) != deadline:
-                heappop(self._heap)
-                continue
+        while (entry := self.first()) is not None:
+            deadline, _, key = entry
             actual = self._deadline_of(key)
             if actual == deadline:
                 self.soonest = deadline
                 return deadline
-            heappop(self._heap)
-            del self._earliest[key]
+            self.pop()
             if actual is not None:
-                self._push(actual, key)
+                self.put(key, actual)
         self.soonest = NEVER
         return None
 
@@ -73,13 +131,11 @@ class Deadlines(Generic[K]):
             deadline = self.next()
             if deadline is None or not now > deadline:
                 return
-            key = heappop(self._heap)[2]
-            del self._earliest[key]
             self.fires += 1
             limit -= 1
-            yield key
+            yield self.pop()
 
     def check(self, key: K) -> None:
         """Verify that `key` will be met in time."""
         deadline = self._deadline_of(key)
-        assert deadline is None or self._earliest.get(key, deadline + 1) <= deadline, f"{key} is not guarded"
+        assert deadline is None or (key in self and self._entries[key][0] <= deadline), f"{key} is not guarded"

@@ -8,18 +8,27 @@ Not here: when a deadline has passed (`expiry`), where a rollout stands in line 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 from raystore.core.records import Attempt, Config, Worker
 
-RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
-AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
-WorkerStatus = Literal["idle", "busy", "unknown"]
-Outcome = Literal[
-    "ok", "agent_error", "infra", "runner_lost", "withdrawn", "timeout", "unresponsive", "cancelled", "superseded",
-    "dropped",
-]  # fmt: skip
-Trainable = Literal["succeeded", "failed"]
+RolloutStatus: TypeAlias = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
+AttemptStatus: TypeAlias = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
+WorkerStatus: TypeAlias = Literal["idle", "busy", "unknown"]
+#: Why an attempt ended, in more detail than its status.
+Outcome: TypeAlias = Literal[
+    "ok",
+    "agent_error",  # the agent raised
+    "infra",  # the agent raised `rs.Abort`, or it or its resources could not be loaded
+    "runner_lost",  # the process that ran the agent died
+    "withdrawn",  # given back unfinished, as by a runner that is stopped
+    "timeout",
+    "unresponsive",
+    "cancelled",
+    "superseded",  # another attempt was started by hand
+    "dropped",  # the agent raised `rs.Drop`: the rollout is not to be trained on
+]
+Trainable: TypeAlias = Literal["succeeded", "failed"]
 
 ROLLOUT_STATUSES: tuple[str, ...] = get_args(RolloutStatus)
 ATTEMPT_STATUSES: tuple[str, ...] = get_args(AttemptStatus)

@@ -33,6 +33,8 @@ def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
         state.completions.discard(rollout_id)
         state.disposable_released.discard(rollout_id)
         state.disposable_read.discard(rollout_id)
+        for heap in state.eviction_heaps:
+            heap.discard(rollout_id)
         forget(state, rollout_id)
         for index, attempt in enumerate(entry.attempts):
             if is_live(attempt):
@@ -41,7 +43,7 @@ def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
         for key in state.index_keys(entry):
             state.indexes.remove(rollout_id, key)
         state.spans.forget(rollout_id)
-        state.deadlines.drop(rollout_id)
+        state.deadlines.discard(rollout_id)
         state.payload_bytes -= entry.bytes
         state.attempt_count -= len(entry.attempts)
         del state.entries[rollout_id]
@@ -75,20 +77,21 @@ def due(state: State, now: float, limit: int) -> list[str]:
     for disposable in (state.disposable_released, state.disposable_read):
         met: list[tuple[str, float]] = []
         for _ in range(limit):
-            oldest = disposable.oldest()
+            oldest = disposable.first()
             if oldest is None or len(chosen) == limit:
                 break
-            ended, rollout_id = oldest
+            ended, _, rollout_id = oldest
             if not (over > len(chosen) or (before is not None and ended < before)):
                 break
             entry = state.entries[rollout_id]
-            disposable.discard(rollout_id)
+            disposable.pop()
             if is_wanted(state, entry):  # a consumer has become known since
                 continue
             if ended != (actual := entry.rollout.end_time or ended):  # of a snapshot that does not say
-                disposable.add(rollout_id, actual)
+                disposable.put(rollout_id, actual)
                 continue
             met.append((rollout_id, ended))
             chosen.append(rollout_id)
-        disposable.restore(met)  # until they are deleted
+        for rollout_id, ended in met:
+            disposable.put(rollout_id, ended)  # until it is deleted
     return chosen

@@ -45,7 +45,7 @@ def sections(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
     for session in state.sessions.values():
         yield "session", packed(session)
     yield "changes", (state.changes.last, [change.row() for change in state.changes])
-    yield "disposable", (state.disposable_released.image(), state.disposable_read.image())
+    yield "disposable", (state.disposable_released.priorities(), state.disposable_read.priorities())
     yield "touched", list(state.touched)
 
 
@@ -116,8 +116,8 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
             case "changes":
                 state.changes.restore(value[0], (Change(*row) for row in value[1]))
             case "disposable":
-                state.disposable_released.restore(value[0])
-                state.disposable_read.restore(value[1])
+                state.disposable_released.fill(value[0])
+                state.disposable_read.fill(value[1])
             case "touched":
                 state.touched.update(dict.fromkeys(value))
             case _:

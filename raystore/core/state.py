@@ -15,10 +15,9 @@ from hashlib import sha1
 from types import MappingProxyType
 from typing import Any
 
-from raystore.core.ages import Ages
 from raystore.core.changes import ChangeFeed, CompletionLog, WatchSets
 from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
-from raystore.core.lazyheap import Deadlines
+from raystore.core.lazyheap import Deadlines, LazyHeap
 from raystore.core.lifecycle import ACTIVE, UNCHARGED, is_busy, is_live
 from raystore.core.payload import of_attempt
 from raystore.core.queries import Indexes, Key, keys_of
@@ -303,7 +302,7 @@ _ENTRY_FIELDS = frozenset(field.name for field in declared(Entry))
 
 
 @dataclass(slots=True)
-class Pass:
+class EvictionPass:
     """What one eviction pass did, or has done so far."""
 
     rollout_ids: list[str] = field(default_factory=list)
@@ -348,10 +347,12 @@ class State:
         self.attempts_made = 0
         self.attempt_count = 0
         self.payload_bytes = 0  # of rollouts with their attempts, and of workers: what a user gave
-        self.eviction_heaps: list[list[tuple[float, int, str]]] = [[] for _ in range(7)]
-        self.disposable_released = Ages()  # finished, and released or consumed, for retention
-        self.disposable_read = Ages()  # finished, read, and neither
-        self.eviction_pass: Pass | None = None  # one that has more to do
+        # Rollouts with spans in memory: a heap for each `wanted.eviction_class`, by when they started.
+        self.eviction_heaps: list[LazyHeap[str, tuple[float, int]]] = [LazyHeap() for _ in range(7)]
+        # Rollouts that the retention rule may delete, by when they ended: released or consumed; read, and neither.
+        self.disposable_released: LazyHeap[str, float] = LazyHeap()
+        self.disposable_read: LazyHeap[str, float] = LazyHeap()
+        self.eviction_pass: EvictionPass | None = None  # one that has more to do
         self.evicted_rollouts = 0
         self.eviction_passes = 0
         self.memory_full = False  # the store hands out no work

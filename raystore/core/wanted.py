@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from heapq import heapify, heappush
 from typing import Any
 
 from raystore.core import bounds
@@ -144,10 +143,10 @@ def enter_eviction(state: State, entry: Entry) -> None:
     """Make a rollout with spans known to the eviction class it now belongs to."""
     rollout = entry.rollout
     heap = state.eviction_heaps[eviction_class(state, entry)]
-    heappush(heap, (rollout.start_time, entry.number, rollout.rollout_id))
-    if len(heap) > 256 and len(heap) > 4 * len(state.entries):  # mostly rollouts that are gone
-        heap[:] = {item for item in heap if state.spans.has(item[2])}
-        heapify(heap)
+    for other in state.eviction_heaps:
+        if other is not heap:
+            other.discard(rollout.rollout_id)
+    heap.put(rollout.rollout_id, (rollout.start_time, entry.number))
 
 
 def enter_retention(state: State, entry: Entry) -> None:
@@ -159,11 +158,11 @@ def enter_retention(state: State, entry: Entry) -> None:
         state.disposable_read.discard(rollout_id)
     elif entry.released or entry.taken:
         state.disposable_read.discard(rollout_id)
-        state.disposable_released.add(rollout_id, ended)
+        state.disposable_released.put(rollout_id, ended)
     else:
         state.disposable_released.discard(rollout_id)
         if entry.read:
-            state.disposable_read.add(rollout_id, ended)
+            state.disposable_read.put(rollout_id, ended)
         else:
             state.disposable_read.discard(rollout_id)
 
@@ -272,11 +271,8 @@ def others(entry: Entry, consumer: str) -> Mapping[str, Taken]:
 
 def _sort_coming(state: State) -> None:
     """What runs may be awaited by nobody now."""
-    coming, state.eviction_heaps[COMING] = state.eviction_heaps[COMING], []
-    for _, _, rollout_id in coming:
-        entry = state.entries.get(rollout_id)
-        if entry is not None and state.spans.has(rollout_id):
-            enter_eviction(state, entry)
+    for rollout_id in list(state.eviction_heaps[COMING]):
+        enter_eviction(state, state.entries[rollout_id])
 
 
 def introduce(state: State, before: Settings) -> None:

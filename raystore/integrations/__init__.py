@@ -1,1 +1,1 @@
-"""What connects a store to libraries of others. Stands on the runner; nothing imports it."""
+"""Connections to other libraries. Nothing imports them."""

@@ -1,10 +1,10 @@
-"""OpenTelemetry in process: spans that an agent emits with the OpenTelemetry SDK go to the rollout that it runs for.
+"""OpenTelemetry in process: spans that an agent makes with the OpenTelemetry SDK go to the rollout that it runs for.
 
-An agent that is instrumented already needs no change: `rs.otel.instrument()` sees to it that a span processor
-finds the rollout by context variable, so concurrent rollouts of one process do not mix, and hands a span to the runner
-when it ends, so the final status never overtakes it. Other processors and exporters of the agent go on as before.
-What cannot be had is counted, and told once (`raystore.tracing`).
-Not here: converting a span (`Span.from_opentelemetry`), receiving spans of other processes.
+An agent that is instrumented already needs no change: `rs.otel.instrument()` adds a span processor that finds the
+rollout by context variable, so that concurrent rollouts of one process do not mix, and hands a span to the runner when
+it ends, before the final status. Other processors and exporters of the agent go on as before. Spans that are lost are
+counted, and logged once (`tracing.losses`).
+Not here: receiving spans of other processes.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}. raystore.otel needs the OpenTelemetry SDK: install raystore[otel]") from error
 
 from raystore.errors import InvalidValueError
-from raystore.runner.context import Position, any_at_work, current, is_apart
-from raystore.runner.told import summary
+from raystore.runner.agent_errors import summary
+from raystore.runner.context import Position, any_running, current, is_outside_rollouts
 from raystore.spans import Span
 from raystore.tracing import semconv
 from raystore.tracing.dialects import is_model_call
 from raystore.tracing.losses import Reason
 
-OPEN_SPANS = 100_000  #: of a process that are followed; an agent that never ends its spans must not fill the memory
+OPEN_SPANS: int = 100_000  #: that a process follows; an agent that never ends its spans must not fill the memory
 
 _lock = threading.RLock()  # a garbage collection may start a span while it is held
-_instrumented: weakref.WeakSet[Any] = weakref.WeakSet()  # providers, and what their tracers give their spans to
+_instrumented: weakref.WeakSet[Any] = weakref.WeakSet()  # providers, and the processors of their tracers
 _everything = False  # whether every provider of this process is instrumented
 _wrapped: set[tuple[type, str]] = set()
 
@@ -49,17 +49,18 @@ def instrument(provider: TracerProvider | None = None) -> TracerProvider:
     Call it in the process that runs the agent: in the agent itself, in `setup`, or in the module of the agent. Calling
     it again changes nothing. Spans that start outside of a rollout are left alone. From then on a
     `concurrent.futures.ThreadPoolExecutor` (and so `loop.run_in_executor`) passes the rollout, the enclosing span and
-    OpenTelemetry's context on to what is submitted within a rollout. In any other thread that was not given the agent's
-    context a span is found by its parent, if it has one that has not ended; else it is lost, which is counted
-    (`statistics()["spans_lost"]`) and told once, as is what a sampler drops or a disabled SDK does not make.
+    OpenTelemetry's context on to functions that are submitted within a rollout. In another thread, without the agent's
+    context, a span belongs to the rollout of its parent, if it has one that has not ended; else it is lost. Lost spans
+    are counted (`statistics()["spans_lost"]`) and logged once, also those that a sampler drops or a disabled SDK does
+    not make.
 
     Args:
         provider: only this one. None means all of this process, also those that are made later: the global one, and
-            those that libraries have for themselves. If no global one was set, an SDK provider is made and set, which
-            gives way to one that the agent sets later.
+            those of libraries. If no global one was set, an SDK provider is made and set; the agent may still set
+            another one later.
 
-    Returns the provider, the global one for None. Raises `InvalidValueError` for one to which no span processor can be
-    added.
+    Returns the provider, the global one for None. Raises `InvalidValueError` for a provider that takes no span
+    processors.
     """
     global _everything
     with _lock:
@@ -79,7 +80,7 @@ def instrument(provider: TracerProvider | None = None) -> TracerProvider:
 
 
 def _set_global(made: TracerProvider) -> Any:
-    """Make it the global provider, so that another one may still be set, which OpenTelemetry allows just once."""
+    """Make it the global provider by OpenTelemetry's variable: its function works once, and the agent may need it."""
     if hasattr(trace, "_TRACER_PROVIDER"):
         trace._TRACER_PROVIDER = made
     else:
@@ -109,12 +110,12 @@ def _wrap(cls: type, name: str, wrapper: Callable[[Any], Any]) -> None:
 
 
 def _watched(start_span: Any) -> Any:
-    """`Tracer.start_span` of the SDK: instruments a provider in time, and sees what is not recorded."""
+    """Wrap `Tracer.start_span` of the SDK: instrument its provider in time, and count spans that are not recorded."""
 
     @functools.wraps(start_span)
     def watched(self: Any, name: str, context: Any = None, *args: Any, **kwargs: Any) -> Any:
         rollout = current()
-        is_seen = (rollout is not None or any_at_work() is not None) and _is_instrumented(self)
+        is_seen = (rollout is not None or any_running() is not None) and _is_instrumented(self)
         span = start_span(self, name, context, *args, **kwargs)
         if is_seen and rollout is not None and not span.is_recording():
             identity = span.get_span_context()
@@ -129,7 +130,7 @@ def _watched(start_span: Any) -> Any:
 
 
 def _is_instrumented(tracer: Any) -> bool:
-    """Whether the spans of a tracer come here; from now on, if all are to."""
+    """Whether the spans of a tracer come here; instruments it if every provider is to be instrumented."""
     pipeline: Any = getattr(tracer, "span_processor", None)
     if pipeline in _instrumented:
         return True
@@ -143,7 +144,7 @@ def _is_instrumented(tracer: Any) -> bool:
 
 
 def _not_made(start_span: Any) -> Any:
-    """A method of `NoOpTracer`: libraries also use it on purpose, so it is a loss where tracing as a whole is off."""
+    """Wrap a method of `NoOpTracer`; a span is lost only if tracing as a whole is off, since libraries use it too."""
 
     @functools.wraps(start_span)
     def not_made(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -161,7 +162,7 @@ def _is_switched_off() -> bool:
 
 
 def _handing_on(submit: Any) -> Any:
-    """`ThreadPoolExecutor.submit`: what is submitted within a rollout goes on in it, and its thread does not."""
+    """Wrap `ThreadPoolExecutor.submit`: a function that is submitted within a rollout runs in it, its thread not."""
     no_threads = getattr(concurrent.futures, "InterpreterPoolExecutor", ())  # a subclass
 
     @functools.wraps(submit)
@@ -190,9 +191,9 @@ def _lose(lose: Callable[[Reason, str, str], None], reason: Reason, name: str, s
 
 @dataclass(slots=True)
 class _Open:
-    """A span that has not ended, and where it goes when it does: not the rollout itself, which may end before it."""
+    """A span that has not ended, and what it needs when it ends; not the rollout's context, which may end before."""
 
-    span: weakref.ref[Any]  # with the span that is given up, this goes
+    span: weakref.ref[Any]  # a span that is collected without an end is forgotten
     rollout_id: str
     attempt_id: str
     policy_version: int | None
@@ -201,15 +202,15 @@ class _Open:
 
 
 class RolloutSpanProcessor(SpanProcessor):
-    """Hands each span that ends to the rollout in which it started; one that never ends keeps nothing of it.
+    """Hands each span that ends to the rollout in which it started; a span that never ends keeps no rollout alive.
 
-    One serves all providers of a process: the parent of a span may be of another one, and a span that two of them hand
-    over is taken once.
+    One processor serves all providers of a process: the parent of a span may be of another provider, and a span that
+    two providers hand over is taken once.
     """
 
     def __init__(self) -> None:
         self._open: dict[tuple[int, int], _Open] = {}
-        self._outside: dict[tuple[int, int], weakref.ref[Any]] = {}  # that have not ended, and began in no rollout
+        self._outside: dict[tuple[int, int], weakref.ref[Any]] = {}  # open spans that started in no rollout
 
     def on_start(self, span: Any, parent_context: Any = None) -> None:
         key = (span.context.trace_id, span.context.span_id)
@@ -233,7 +234,7 @@ class RolloutSpanProcessor(SpanProcessor):
 
     def _is_outside(self, span: Any) -> bool:
         """Whether a span is surely no agent's: none runs, or it goes on with what began when none did."""
-        if any_at_work() is None or is_apart():
+        if any_running() is None or is_outside_rollouts():
             return True
         return span.parent is not None and (span.parent.trace_id, span.parent.span_id) in self._outside
 
@@ -260,7 +261,7 @@ class RolloutSpanProcessor(SpanProcessor):
             _lose(place.lose, "not_convertible", span.name, story)
 
     def shutdown(self) -> None:
-        """Of one provider, whose spans that have not ended may still end."""
+        """Do nothing: other providers go on, and open spans of this one may still end."""
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         return True  # nothing waits here
@@ -271,11 +272,11 @@ _processor = RolloutSpanProcessor()
 
 def _tell_of_stray(span: Any) -> None:
     """A span belongs to no rollout, and an agent may have started it."""
-    if (somebody := any_at_work()) is not None:
+    if (somebody := any_running()) is not None:
         where = f"in thread {threading.current_thread().name!r}, which knows no rollout"
         _lose(somebody.lose, "no_context", span.name, f"is lost: it started {where}, while agents ran")
 
 
 def _forget(opened: dict[tuple[int, int], Any], key: tuple[int, int], span: object) -> None:
-    """A span was given up without an end."""
+    """Forget a span that was collected without an end."""
     opened.pop(key, None)

@@ -26,7 +26,7 @@ from raystore.remote.actor import StoreActor
 from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, store_info
 from raystore.remote.store import RayLightningStore, end, own
 from raystore.types import RolloutConfig, Span, StoreInfo
-from raystore.wire.convert import identifier
+from raystore.wire.checks import identifier
 
 logger = logging.getLogger("raystore")
 

@@ -25,10 +25,10 @@ from typing import Any
 
 import ray
 
+from raystore.api import NoticeHandler
 from raystore.client import forks
-from raystore.client.notices import Handler, Notices
-from raystore.client.pending import Call
-from raystore.client.transport import with_time_left, without
+from raystore.client.pending import PendingCall
+from raystore.client.transport import NoticeHandlers, with_time_left, without
 from raystore.core.claims import is_claim
 from raystore.core.state import HandedKey
 from raystore.errors import (
@@ -58,7 +58,7 @@ class ClientSession:
         self.call_bytes = call_bytes
         self.connection = ray_connection()
         self.users = 0
-        self.notices = Notices()
+        self.notices = NoticeHandlers()
         process = this_process()
         self.state = SessionState(
             store,
@@ -424,10 +424,10 @@ class ActorTransport:
     def call(self, verb: str, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         return self.session.call(verb, arguments)
 
-    def post(self, verb: str, arguments: dict[str, Any]) -> Call:
+    def post(self, verb: str, arguments: dict[str, Any]) -> PendingCall:
         return self.session.post(verb, arguments)
 
-    def abandon(self, call: Call) -> None:
+    def abandon(self, call: PendingCall) -> None:
         assert isinstance(call, Operation)
         self.session.abandon(call)
 
@@ -435,7 +435,7 @@ class ActorTransport:
         with contextlib.suppress(StoreClosedError, StoreUnavailableError):
             self.session.post(verb, arguments, awaited=False)
 
-    def listen_for_notices(self, handler: Handler) -> Callable[[], None]:
+    def listen_for_notices(self, handler: NoticeHandler) -> Callable[[], None]:
         return self.session.notices.listen(handler)
 
     @property

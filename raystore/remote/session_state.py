@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from raystore.client.pending import Call
+from raystore.client.pending import PendingCall
 from raystore.client.transport import giving_back
 from raystore.core.payload import PLAIN, Payload
 from raystore.core.resources import FREED
@@ -56,7 +56,7 @@ Version = tuple[str, int]  #: of resources: id and version
 _NOTHING = bytes([PLAIN, 0xC0])  # the encoded None
 
 
-class Operation(Call):
+class Operation(PendingCall):
     """One operation of a session, packed. The state reads whether its caller is there, and wakes nobody."""
 
     __slots__ = ("abandoned", "changes", "hands", "issued", "packed", "sent", "size", "then")
@@ -71,7 +71,7 @@ class Operation(Call):
         then: Callable[[Any], None] | None = None,
     ) -> None:
         """`then` is called with the answer, within the state."""
-        Call.__init__(self, verb, 0, awaited)
+        PendingCall.__init__(self, verb, 0, awaited)
         self.packed = packed = frames.pack_operation(verb, arguments)
         self.size = len(packed.frame) + sum(map(len, packed.large))
         self.arguments = arguments if "timeout" in arguments else None  # of one that may have to wait anew

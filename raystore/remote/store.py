@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import ray
 
 from raystore._sync import SyncStore
-from raystore.client import StoreClient, forks
+from raystore.client import forks
+from raystore.client.client import Boxed, StoreClient, Testing
 from raystore.client.pending import in_thread
-from raystore.client.resources import Boxed
-from raystore.client.testing import Testing
 from raystore.config import StoreConfig
 from raystore.core.payload import Opaque, Payload
 from raystore.errors import JournalFailedError, StoreUnavailableError

@@ -1,9 +1,9 @@
-"""Runners: processes that claim rollouts, run an agent on them and report.
+"""Runners: processes that claim rollouts, run an agent on them and report the result.
 
-`pool` keeps a number of them alive (`actors` on Ray, `local_runners` in this process), `worker` is what each one does,
-`agents` says what an agent is, `life` in which thread and task it lives, `context` what it sees and `told` what is
-said of its errors. It runs in its runner's process (`inline_agents`) or in one of its own (`process_agents`,
-`fork_server`, `agent_process`), or once and without a store (`run_one`).
+`pool` keeps a number of runners alive: `actors` on Ray, `local_runners` in this process. `worker` is one runner,
+`context` what an agent sees of its rollout, `agents` what an agent is and how a call ends, `agent_errors` the texts of
+its errors, and `life` its thread and task. An agent runs in its runner's process (`inline_agents`) or in one of its own
+(`process_agents`, `fork_server`, `agent_process`, `process_tree`), or once without a store (`run_one`).
 Not here: algorithms, which are plain async functions over a store.
 """
 

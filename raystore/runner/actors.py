@@ -1,9 +1,8 @@
 """The runners of a pool as Ray actors, watched by one thread that sleeps until one of them ends.
 
-A runner that dies (killed, crashed, out of memory, with its node) is reported to the store at once, by its session:
-what it held is offered again, and a new runner takes its place under a new worker id. One that is stopped is no death:
-what it has not finished it gives back, or the pool does for it, without a charge.
-Not here: runners in this process (`threads`).
+If a runner dies (killed, crashed, out of memory, with its node), the pool reports its session to the store at once: the
+store offers its rollouts again, and a new runner replaces it under a new worker id. If a runner is stopped, what it has
+not finished is withdrawn without a charge, by the runner itself or by the pool.
 """
 
 from __future__ import annotations
@@ -13,26 +12,23 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, Literal
 
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.client.pending import run_blocking
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
-from raystore.runner.agents import Agents
-from raystore.runner.inline_agents import InlineAgents
-from raystore.runner.told import last_line, portable, text_of
-from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, runner_id
-from raystore.values import pickler
+from raystore.runner.agent_errors import last_line, portable, text_of
+from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all
 
 logger = logging.getLogger("raystore.runner")
 
-NAMESPACE = "raystore-runners"  #: of Ray's, in which runners have their worker ids as names
-REPLACE_SECONDS = 1.0  #: after which a runner that died is replaced, although the store has not said what it had done
-RESTART_SECONDS = 0.2  #: before a runner that died before it had done anything is replaced; doubles each time ...
-RESTART_MOST_SECONDS = 10.0  #: ... up to this
-FAILURES_TOLD = 3  #: runners, one after the other, that failed before they were ready: then those who wait are told
+NAMESPACE = "raystore-runners"  #: Ray's namespace in which the runners' worker ids are the names of their actors
+REPLACE_SECONDS = 1.0  #: after which a dead runner is replaced, even if the store has not said whether it was useful
+RESTART_SECONDS = 0.2  #: until a runner that died before it was useful is replaced; doubles each time ...
+MAX_RESTART_SECONDS = 10.0  #: ... up to this
+FAILURES_REPORTED = 3  #: runners in a row that died before they were ready: then the pool reports that it fails
 
 
 class RunnerActor:
@@ -40,29 +36,22 @@ class RunnerActor:
 
     def __init__(self, store: StoreClient, agent: bytes, worker_id: str, options: RunnerOptions) -> None:
         self._store = store
-        self._agents: Agents
-        if options.isolation == "process":
-            from raystore.runner.process_agents import ForkedAgents
-
-            self._agents = ForkedAgents(agent, options.concurrency, worker_id)
-        else:
-            self._agents = InlineAgents(pickler.loads_agent(agent), options.concurrency)
-        self._runner = Runner(store, self._agents, worker_id, options)
+        self._runner = Runner(store, agent, worker_id, options)
         self._opening: asyncio.Future[None] | None = None
 
     async def _open(self) -> None:
         if self._opening is None:
-            self._opening = asyncio.ensure_future(self._agents.open())
+            self._opening = asyncio.ensure_future(self._runner.open())
         try:
             await asyncio.shield(self._opening)
         except Exception as error:
             raise portable(error) from None
 
-    async def arrive(self) -> None:
-        """Answer as soon as this process is there, whether its agents are ready or not."""
+    async def ping(self) -> None:
+        """Answer as soon as this process runs."""
 
-    async def hello(self) -> str:
-        """The session by which the store knows this process, once its agents are ready."""
+    async def ready(self) -> str:
+        """Wait until the agents are set up; returns the session id of this process."""
         await self._open()
         return str(self._store.session_id)
 
@@ -77,36 +66,43 @@ class RunnerActor:
         self._runner.stop(drain=drain)
 
     def __repr__(self) -> str:
-        """What Ray's own tools show: in its logs, dashboard and `ray list actors`."""
+        """The name in Ray's logs, in its dashboard and in `ray list actors`."""
         return f"Runner({self._runner.worker_id})"
 
 
 class _Member:
-    """One runner actor, as the pool knows it."""
+    """One runner actor as its pool knows it."""
 
     def __init__(self, number: int, worker_id: str, actor: Any) -> None:
         self.number = number
         self.worker_id = worker_id
         self.actor = actor
-        self.arrival = actor.arrive.remote().future()
         self.session_id: str | None = None
         self.is_ready = False
-        self.is_dismissed = False
+        self.is_stopped = False  # by the pool, so its end is no death
+        self.is_replaced = False
         self.ended = threading.Event()
+        self._ping: Future[None] = actor.ping.remote().future()
 
     @property
     def is_setting_up(self) -> bool:
-        """Whether its process is there, and its agent gets ready."""
-        return not self.is_ready and self.arrival.done() and self.arrival.exception() is None
+        """Whether its process runs and its agent is not ready."""
+        return not self.is_ready and self._ping.done() and self._ping.exception() is None
+
+    def stop(self, *, drain: bool) -> None:
+        self.actor.stop.remote(drain)
+
+
+_PoolEvent = tuple[Literal["ready", "slow", "ended"], _Member, Future[Any] | None]
 
 
 class RunnerActors:
-    """A number of runner actors, started and stopped together, each replaced when it dies."""
+    """The runners of a pool as Ray actors, each replaced when it dies."""
 
     def __init__(
         self,
         store: StoreClient,
-        agent: Any,
+        agent: bytes,
         size: int,
         options: RunnerOptions,
         requirements: dict[str, Any],
@@ -115,31 +111,29 @@ class RunnerActors:
     ) -> None:
         import ray
 
-        from raystore.runner.process_agents import pickled
-
         self._store = store
         self._size = size
         self._options = options
         self._start_timeout = start_timeout
         self._pool_id = pool_id
-        self._agent = pickled(agent)
+        self._agent = agent
         if requirements["num_cpus"] is None:
-            alone = sum(node["Alive"] for node in ray.nodes()) == 1
-            requirements["num_cpus"] = 0 if alone else 1
+            is_single_node = sum(node["Alive"] for node in ray.nodes()) == 1
+            requirements["num_cpus"] = 0 if is_single_node else 1
         self._requirements = {name: value for name, value in requirements.items() if value is not None}
         self._class = ray.remote(RunnerActor)
+        self._ids = WorkerIds(pool_id)
         self._members: dict[int, _Member] = {}
-        self._hired: Counter[int] = Counter()  # how often each place was filled
-        self._delays: dict[int, float] = {}  # before it is filled again
-        self._events: queue.SimpleQueue[tuple[str, _Member | None, Any]] = queue.SimpleQueue()
-        self._failures = 0  # of runners before they were ready, one after the other
+        self._delays: dict[int, float] = {}  # until the next replacement of each number
+        self._events: queue.SimpleQueue[_PoolEvent | None] = queue.SimpleQueue()  # for the watcher; None ends it
+        self._failures = 0  # runners in a row that died before they were ready
         self._stopping = False
         self._lock = threading.Lock()
         self._resizing = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="raystore-pool", daemon=True)
 
     def worker_ids(self) -> list[str]:
-        """The runners that work now."""
+        """The ids of the runners that work now."""
         return [member.worker_id for member in list(self._members.values())]
 
     def actors(self) -> list[Any]:
@@ -151,72 +145,74 @@ class RunnerActors:
     def start(self) -> None:
         """Start all runners, and wait until they are ready."""
         try:
-            self._hire_and_greet(range(self._size))
+            self._start_members(range(self._size))
         except BaseException:  # Ctrl+C, too
             self._stopping = True
             raise
         self._watcher.start()
 
-    def _hire_and_greet(self, numbers: Iterable[int]) -> None:
-        """Fill these places, and wait until who takes them is ready; none of them stays if one does not come."""
+    def _start_members(self, numbers: Iterable[int]) -> None:
+        """Start runners with these numbers and wait until all are ready; if one fails, kill them all."""
         with self._lock:
             if self._stopping:
-                raise PoolStartError(self._asked(), _available(), "the pool was stopped")
-            members = [self._hire(number) for number in numbers]
+                raise self._error("the pool was stopped")
+            members = [self._start_member(number) for number in numbers]
         try:
-            self._greet(members)
+            self._wait_until_ready(members)
         except BaseException:
             with self._lock:
                 self._kill(members)
             raise
 
-    def _greet(self, members: list[_Member]) -> None:
+    def _wait_until_ready(self, members: list[_Member]) -> None:
         deadline = time.monotonic() + self._start_timeout
         explain_at = time.monotonic() + min(EXPLAIN_SECONDS, self._start_timeout)
-        explained = False
-        greetings = [(member, member.actor.hello.remote().future()) for member in members]
-        for member, greeting in greetings:
+        has_explained = False
+        for member, session in [(member, member.actor.ready.remote().future()) for member in members]:
             while not member.is_ready:
                 try:
-                    patience = (deadline if explained else explain_at) - time.monotonic()
-                    member.session_id = greeting.result(timeout=max(patience, 0))
+                    left = (deadline if has_explained else explain_at) - time.monotonic()
+                    member.session_id = session.result(timeout=max(left, 0))
                     member.is_ready = True
                 except TimeoutError as error:
-                    if greeting.done():  # the agent's own
-                        raise PoolStartError(self._asked(), _available(), _cause(error)) from error
-                    if explained or time.monotonic() >= deadline:
-                        slow = sum(member.is_setting_up for member in members)
-                        raise PoolStartError(self._asked(), _available(), setting_up=slow) from None
-                    self._explain([member for member in members if not member.is_ready])
-                    explained = True
-                except Exception as error:  # the runner could not be made: an agent that fails in setup, say
-                    raise PoolStartError(self._asked(), _available(), _cause(error)) from error
+                    if session.done():  # the agent itself raised it
+                        raise self._error(_cause(error)) from error
+                    if has_explained or time.monotonic() >= deadline:
+                        raise self._error(setting_up=sum(member.is_setting_up for member in members)) from None
+                    self._log_waiting([member for member in members if not member.is_ready])
+                    has_explained = True
+                except Exception as error:  # the runner has died, or its agent cannot be set up
+                    raise self._error(_cause(error)) from error
 
-    def _hire(self, number: int) -> _Member:
-        worker_id = runner_id(self._pool_id, number, self._hired[number])
-        self._hired[number] += 1
-        options = {"max_concurrency": 100, "max_restarts": 0, "max_task_retries": 0, "enable_task_events": False}
-        named = {"name": worker_id, "namespace": NAMESPACE}
-        actor = self._class.options(**options, **named, **self._requirements).remote(
-            self._store, self._agent, worker_id, self._options
-        )
-        member = _Member(number, worker_id, actor)
-        self._members[number] = member
+    def _start_member(self, number: int) -> _Member:
+        worker_id = self._ids.next(number)
+        options: dict[str, Any] = {
+            "max_concurrency": 100,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "enable_task_events": False,
+        }
+        options |= {"name": worker_id, "namespace": NAMESPACE, **self._requirements}
+        actor = self._class.options(**options).remote(self._store, self._agent, worker_id, self._options)
+        member = self._members[number] = _Member(number, worker_id, actor)
         actor.run.remote().future().add_done_callback(lambda future: self._events.put(("ended", member, future)))
         return member
+
+    def _error(self, cause: str | None = None, *, setting_up: int = 0) -> PoolStartError:
+        return PoolStartError(self._asked(), _available(), cause, setting_up)
 
     def _asked(self) -> str:
         needs = {name: value for name, value in self._requirements.items() if name != "runtime_env"}
         return f"{self._size} runners, each {needs}"
 
-    def _explain(self, members: list[_Member]) -> None:
-        """Say what these runners wait for: for a place in the cluster, or for their own agent."""
-        slow = [member.worker_id for member in members if member.is_setting_up]
+    def _log_waiting(self, members: list[_Member]) -> None:
+        """Log what these runners wait for: their agents, or resources of the cluster."""
+        setting_up = [member.worker_id for member in members if member.is_setting_up]
         others = [member.worker_id for member in members if not member.is_setting_up]
-        if slow:
+        if setting_up:
             logger.warning(
-                "Still waiting for __init__ or setup() of the agent in %d runners, which are there: %s.",
-                len(slow), ", ".join(slow[:3]),
+                "Still waiting for __init__ or setup() of the agent in %d runners, whose processes run: %s.",
+                len(setting_up), ", ".join(setting_up[:3]),
             )  # fmt: skip
         if others:
             logger.warning(
@@ -227,203 +223,173 @@ class RunnerActors:
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while True:
-            what, member, future = self._events.get()
-            if member is None:
-                return
+        """The watcher thread."""
+        while (event := self._events.get()) is not None:
             try:
-                self._on_event(what, member, future)
-            except Exception:  # the others are still to be watched
-                logger.exception("Runner %s could not be looked after", member.worker_id)
+                self._on_event(*event)
+            except Exception:  # the other runners must still be watched
+                logger.exception("An event of runner %s could not be handled", event[1].worker_id)
 
-    def _on_event(self, what: str, member: _Member, future: Any) -> None:
-        if what == "hello":
-            member.session_id = None if future.exception() else future.result()
-            member.is_ready = True
-            if member.session_id is not None:
-                self._has_come()
-        elif what == "explain":
+    def _on_event(self, kind: str, member: _Member, future: Future[Any] | None) -> None:
+        if future is None:  # it is slow to start
             if not member.is_ready and not member.ended.is_set() and not self._stopping:
-                self._explain([member])
+                self._log_waiting([member])
+            return
+        member.is_ready = True
+        if kind == "ready":
+            if not future.exception():
+                member.session_id = future.result()
+                self._on_ready()
         else:
-            member.is_ready = True
             member.ended.set()
-            if not member.is_dismissed:
+            if not member.is_stopped:
                 self._on_end(member, future.exception())
 
     def _on_end(self, member: _Member, error: BaseException | None) -> None:
         if error is None:
-            logger.warning("Runner %s ended by itself: its store is gone", member.worker_id)
+            logger.warning("Runner %s has ended because its store is gone", member.worker_id)
             with self._lock:
-                self._forget(member)
+                self._remove(member)
             return
         if member.session_id is None:
-            self._failures += 1
-            if self._failures >= FAILURES_TOLD and not self._stopping:
+            self._failures = failures = self._failures + 1
+            if failures >= FAILURES_REPORTED and not self._stopping:
                 cause = _cause(error)
-                logger.error("Pool %s has failed %d times to make a runner: %s", self._pool_id, self._failures, cause)
-                self._tell(self._failures, cause)
-        # On a thread of its own: others may end meanwhile, and the store may be away.
-        threading.Thread(target=self._see_off, args=(member, error), name="raystore-pool-end", daemon=True).start()
+                logger.error("Pool %s has failed %d times to start a runner: %s", self._pool_id, failures, cause)
+                self._later(0, lambda: self._report_pool(failures, cause))
+        self._later(0, lambda: self._on_death(member, error))
 
-    def _has_come(self) -> None:
-        """A runner is ready: if the store was told that none comes, it is told that."""
+    def _on_ready(self) -> None:
+        """A replacement is ready; if the store knows that the pool fails, report that it does no longer."""
         failures, self._failures = self._failures, 0
-        if failures >= FAILURES_TOLD:
-            self._tell(0, None)
+        if failures >= FAILURES_REPORTED:
+            self._later(0, lambda: self._report_pool(0, None))
 
-    def _tell(self, failures: int, cause: str | None) -> None:
-        """Let the store tell those who wait for what this pool would do."""
-
-        def tell() -> None:
-            try:
-                run_blocking(
-                    self._store.report_pool(self._pool_id, self._options.queues, failures=failures, error=cause)
-                )
-            except StoreError as refusal:
-                logger.warning("The store cannot be told of pool %s: %s", self._pool_id, refusal)
-
-        threading.Thread(target=tell, name="raystore-pool-tell", daemon=True).start()
-
-    def _see_off(self, member: _Member, error: BaseException) -> None:
-        """A runner died: replace it, and tell the store, whichever is possible first."""
-        replacing = _Once(lambda was_useful: self._replace_later(member, was_useful, error))
-        soon = self._later(REPLACE_SECONDS, replacing, False)
+    def _report_pool(self, failures: int, cause: str | None) -> None:
+        """Report that the pool fails, so that calls which wait for its rollouts raise; or that it works again."""
+        report = self._store.report_pool(self._pool_id, self._options.queues, failures=failures, error=cause)
         try:
-            known = self._store.sync.get_worker_by_id(member.worker_id)  # before the report, which moves it
+            run_blocking(report)
+        except StoreError as refusal:
+            logger.warning("The failures of pool %s cannot be reported to the store: %s", self._pool_id, refusal)
+
+    def _on_death(self, member: _Member, error: BaseException) -> None:
+        """Replace a runner that died, and report its end to the store, in the order in which that is possible."""
+        soon = self._later(REPLACE_SECONDS, lambda: self._replace(member, False, error))
+        try:
+            known = self._store.sync.get_worker_by_id(member.worker_id)  # before the report, which changes it
         except OutcomeUnknownError:
             known = None
         except StoreError as refusal:
             soon.cancel()
-            logger.error("Runner %s has ended, and the store cannot be told: %s", member.worker_id, refusal)
+            logger.error("The end of runner %s cannot be reported to the store: %s", member.worker_id, refusal)
             return
         soon.cancel()
-        # One that finished something, or found nothing to do, was in order until somebody killed it.
-        replacing(known is not None and known.last_idle_time is not None)
-        self._report(member, stopped=False)
+        # A runner that has finished a rollout, or has waited for one, works, and was killed from outside.
+        self._replace(member, known is not None and known.last_idle_time is not None, error)
+        self._report_end(member, stopped=False)
 
-    def _replace_later(self, member: _Member, was_useful: bool, error: BaseException) -> None:
-        number = member.number
-        delay = 0.0 if was_useful else self._delays.get(number, RESTART_SECONDS)
-        self._delays[number] = RESTART_SECONDS if was_useful else min(2 * delay, RESTART_MOST_SECONDS)
+    def _replace(self, member: _Member, was_useful: bool, error: BaseException) -> None:
+        """Start a runner in place of one that died, once: at once if that was useful, else after a growing delay."""
+        with self._lock:
+            if member.is_replaced:
+                return
+            member.is_replaced = True
+        delay = 0.0 if was_useful else self._delays.get(member.number, RESTART_SECONDS)
+        self._delays[member.number] = RESTART_SECONDS if was_useful else min(2 * delay, MAX_RESTART_SECONDS)
         logger.warning("Runner %s died and is replaced: %s", member.worker_id, _cause(error))
-        self._later(delay, self._replace, member)
+        self._later(delay, lambda: self._start_replacement(member))
 
-    def _report(self, member: _Member, *, stopped: bool) -> None:
-        """Tell the store that the process of a runner has ended, so that its work is offered again at once."""
+    def _start_replacement(self, dead: _Member) -> None:
+        with self._lock:
+            if self._stopping or self._members.get(dead.number) is not dead or dead.number >= self._size:
+                return
+            member = self._start_member(dead.number)
+        member.actor.ready.remote().future().add_done_callback(
+            lambda future: self._events.put(("ready", member, future))
+        )
+        self._later(EXPLAIN_SECONDS, lambda: self._events.put(("slow", member, None)))
+
+    def _report_end(self, member: _Member, *, stopped: bool) -> None:
+        """Report that the process of a runner has ended, so that the store offers its rollouts again at once."""
         worker_id = member.worker_id if member.session_id is None else None
         while True:
             try:
                 run_blocking(self._store.report_ended(member.session_id, worker_id=worker_id, stopped=stopped))
                 return
-            except OutcomeUnknownError as doubt:  # it is away; to say it twice does no harm
+            except OutcomeUnknownError as doubt:  # a second report does no harm
                 logger.warning("Runner %s has ended, which the store may not know yet: %s", member.worker_id, doubt)
-                if self._stopping:  # its silence will tell
+                if self._stopping:  # the store will notice that its session is silent
                     return
             except StoreError as refusal:
-                logger.error("Runner %s has ended, and the store cannot be told: %s", member.worker_id, refusal)
+                logger.error("The end of runner %s cannot be reported to the store: %s", member.worker_id, refusal)
                 return
-
-    def _replace(self, before: _Member) -> None:
-        with self._lock:
-            if self._stopping or self._members.get(before.number) is not before or before.number >= self._size:
-                return
-            member = self._hire(before.number)
-        member.actor.hello.remote().future().add_done_callback(
-            lambda future: self._events.put(("hello", member, future))
-        )
-        self._later(EXPLAIN_SECONDS, self._events.put, ("explain", member, None))
 
     @staticmethod
-    def _later(seconds: float, action: Any, argument: Any) -> threading.Timer:
-        timer = threading.Timer(seconds, action, [argument])
+    def _later(seconds: float, action: Callable[[], object]) -> threading.Timer:
+        """Call something in its own thread, so that it may wait for a store that cannot be reached."""
+        timer = threading.Timer(seconds, action)
         timer.daemon = True
         timer.start()
         return timer
 
-    # -- fewer, or more ----------------------------------------------------------------------------------------------
+    # -- resizing and stopping ---------------------------------------------------------------------------------------
 
     def resize(self, size: int, *, drain_seconds: float) -> None:
-        """Start runners until there are so many, or end those beyond."""
+        """Start runners until there are `size`, or stop those beyond."""
         with self._resizing:
             before = self._size
             with self._lock:
                 if self._stopping or not self._watcher.is_alive():
-                    raise PoolStartError(self._asked(), _available(), "the pool does not run")
+                    raise self._error("the pool does not run")
                 self._size = size
                 beyond = [member for number, member in self._members.items() if number >= size]
             if size < before:
-                self._dismiss(beyond, drain_seconds)
+                self._stop_members(beyond, drain_seconds)
                 return
             try:
-                self._hire_and_greet(range(before, size))
+                self._start_members(range(before, size))
             except BaseException:
                 with self._lock:
                     self._size = before
                     self._kill([member for number, member in self._members.items() if number >= before])
                 raise
 
-    # -- stopping ----------------------------------------------------------------------------------------------------
-
     def stop(self, *, drain_seconds: float) -> None:
-        """Claim nothing more and end; let what runs finish within so many seconds."""
+        """Claim nothing more and end; let rollouts finish within so many seconds."""
         with self._lock:
             if self._stopping:
                 return
             self._stopping = True
             members = list(self._members.values())
-        self._dismiss(members, drain_seconds)
-        self._events.put(("stop", None, None))
+        self._stop_members(members, drain_seconds)
+        self._events.put(None)
 
-    def _dismiss(self, members: list[_Member], drain_seconds: float) -> None:
-        """Let runners finish, or else give back, what they run; then end them. None of that is a death."""
+    def _stop_members(self, members: list[_Member], drain_seconds: float) -> None:
         for member in members:
-            member.is_dismissed = True
-        if drain_seconds > 0:
-            self._ask_to_stop(members, drain=True, seconds=drain_seconds)
-        self._ask_to_stop(members, drain=False, seconds=WITHDRAW_SECONDS)
+            member.is_stopped = True
+        stop_all(members, drain_seconds=drain_seconds, withdraw_seconds=WITHDRAW_SECONDS)
         with self._lock:
             self._kill(members)
         for member in members:
-            if not member.ended.is_set():  # ended in the middle of something
-                self._report(member, stopped=True)
-
-    @staticmethod
-    def _ask_to_stop(members: list[_Member], *, drain: bool, seconds: float) -> None:
-        left = [member for member in members if not member.ended.is_set()]
-        for member in left:
-            member.actor.stop.remote(drain)
-        deadline = time.monotonic() + seconds
-        for member in left:
-            member.ended.wait(max(deadline - time.monotonic(), 0))
+            if not member.ended.is_set():  # it was killed before it had given back all
+                self._report_end(member, stopped=True)
 
     def _kill(self, members: list[_Member]) -> None:
         import ray
 
         for member in members:
-            member.is_dismissed = True
-            self._forget(member)
+            member.is_stopped = True
+            self._remove(member)
             ray.kill(member.actor)
 
-    def _forget(self, member: _Member) -> None:
+    def _remove(self, member: _Member) -> None:
         if self._members.get(member.number) is member:
             del self._members[member.number]
 
 
-class _Once:
-    """Calls a function, the first time only; from any thread."""
-
-    def __init__(self, function: Callable[[bool], None]) -> None:
-        self._function = function
-        self._first = threading.Lock()
-
-    def __call__(self, argument: bool) -> None:
-        if self._first.acquire(blocking=False):
-            self._function(argument)
-
-
 def _cause(error: BaseException) -> str:
-    """The line of an error that says most: the last of its traceback, without Ray's list of what it might be."""
+    """The last line of an error's traceback, without Ray's list of common causes."""
     return last_line(text_of(error)).partition(" Some common causes")[0] or type(error).__name__
 
 

@@ -1,14 +1,15 @@
-"""What happens in a process of its own for an agent: take a rollout, run the agent, send its spans and how it ended.
+"""The process of an agent: it takes rollouts from its runner, runs the agent, and sends spans and endings back.
 
-A span is sent when it ends, so that none is lost when the process is killed. The process belongs to one place of its
-runner and runs one rollout after the other; an agent class has one instance in it. It is not connected to Ray.
-Messages are pickles with their length in front.
-Not here: how it is forked and killed (`nursery`), the runner's side (`forked`).
+A span is sent as soon as it ends, so that none is lost when the process is killed. The process belongs to one slot of
+its runner and runs one rollout at a time; an agent class has one instance in it. It is not connected to Ray.
+A message is a pickle with its length in front.
+Not here: the runner's end of the socket (`process_agents`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -20,42 +21,43 @@ import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from raystore.runner import fork_server
+from raystore.runner.agent_errors import report, summary
 from raystore.runner.agents import Ending
 from raystore.runner.context import Context
 from raystore.runner.life import Life
-from raystore.runner.told import report, summary
+from raystore.runner.process_tree import kill_tree
 from raystore.types import AttemptedRollout
 from raystore.values import pickler
 
-NURSERY_SECONDS = 2.0  #: that the nursery has to end this process, before it does so itself
+KILL_SECONDS = 2.0  #: that the fork server has to kill this process when the runner is gone, before it kills itself
 LENGTH = struct.Struct("<Q")
 
-# Messages to the process: a Setup first; a Run each time; CANCEL with rollout id, attempt id and why; CLOSE.
+# Messages to the process: first a Setup, then a RunRequest for each rollout, (CANCEL, rollout id, attempt id, why) and
+# (CLOSE,).
 CANCEL, CLOSE = "cancel", "close"
-# Messages from it.
+# Messages from it, each a tuple with this kind first.
 READY, FAILED, STARTED, SPAN, LOST, DONE = "ready", "failed", "started", "span", "lost", "done"
 
 
 @dataclass(slots=True)
 class Setup:
-    """What a process is told once."""
+    """What a process needs before its first rollout."""
 
     agent: bytes
-    path: list[str]
+    path: list[str]  # `sys.path`
     worker_id: str
 
 
 @dataclass(slots=True)
-class Run:
-    """One rollout to run. `resources` is None if the version is that of the run before."""
+class RunRequest:
+    """A rollout to run; `resources` is None if they are those of the rollout before."""
 
     rollout: AttemptedRollout
     resources: dict[str, Any] | None
 
 
-def pack(message: Any) -> bytes:
-    """A message as it travels; by value, where the other side could not import a class."""
+def pack(message: object) -> bytes:
+    """Encode a message; classes that the other end cannot import are pickled by value."""
     data = pickler.dumps(message)
     return LENGTH.pack(len(data)) + data
 
@@ -68,20 +70,20 @@ class _Channel:
         self._file = end.makefile("rb")
         self._lock = threading.Lock()
 
-    def send(self, *message: Any) -> None:
+    def send(self, *message: object) -> None:
         with self._lock:
             self._end.sendall(pack(message))
 
     def receive(self) -> Any:
-        """The next message; EOFError if the runner is gone."""
+        """The next message; raises EOFError if the runner is gone."""
         head = self._file.read(LENGTH.size)
         if len(head) < LENGTH.size:
             raise EOFError
         return pickle.loads(self._file.read(LENGTH.unpack(head)[0]))
 
 
-class _Child:
-    """One agent's process, whose main thread leads the agent's life."""
+class _AgentProcess:
+    """Runs the agent in the main thread of this process, and reads messages in another one."""
 
     def __init__(self, channel: _Channel) -> None:
         self._channel = channel
@@ -89,7 +91,8 @@ class _Child:
         self._resources: dict[str, Any] = {}
         self._worker_id = ""
 
-    def work(self) -> None:
+    def run(self) -> None:
+        """Set the agent up and serve the runner until it closes the agent."""
         setup: Setup = self._channel.receive()
         sys.path[:] = setup.path
         self._worker_id = setup.worker_id
@@ -100,53 +103,46 @@ class _Child:
                 self._channel.send(FAILED, report(error))
                 return
             self._channel.send(READY)
-            threading.Thread(target=self._listen, args=[life], name="raystore-listen", daemon=True).start()
+            threading.Thread(target=self._read_messages, args=[life], name="raystore-listen", daemon=True).start()
             life.serve()
 
-    def _listen(self, life: Life) -> None:
-        """Take messages while the agent works."""
+    def _read_messages(self, life: Life) -> None:
         while True:
             try:
                 message = self._channel.receive()
-            except (EOFError, OSError):  # the runner is gone; the nursery ends this process, if it is there
-                time.sleep(NURSERY_SECONDS)
-                fork_server.kill_tree(os.getpid())
+            except (EOFError, OSError):  # the runner is gone
+                time.sleep(KILL_SECONDS)
+                kill_tree(os.getpid())  # the fork server is gone, too
                 return
             except Exception as error:
                 why = f"the task or a resource cannot be opened in the agent's process: {summary(error)}"
                 self._channel.send(DONE, Ending("failed", "infra", why))
                 continue
-            if isinstance(message, Run):
+            if isinstance(message, RunRequest):
                 if message.resources is not None:
                     self._resources = message.resources
-                ours = (self._worker_id, self._send_span, self._send_loss)
-                self._context = Context(message.rollout, self._resources, *ours)
-                with contextlib.suppress(RuntimeError):  # the agent is over, and so is this process: it never begins
-                    life.begin(self._context, self._settle, self._begun)
+                sink = functools.partial(self._channel.send, SPAN)
+                self._context = Context(message.rollout, self._resources, self._worker_id, sink, self._send_loss)
+                with contextlib.suppress(RuntimeError):  # the agent is over, and this process about to exit
+                    life.begin(self._context, self._on_end, functools.partial(self._channel.send, STARTED))
             elif message[0] == CLOSE:
                 life.end()
             else:
                 self._cancel(life, *message[1:])
-            del message
-
-    def _begun(self) -> None:
-        self._channel.send(STARTED)
-
-    def _send_span(self, span: Any) -> None:
-        self._channel.send(SPAN, span)
+            del message  # it must not live while the thread waits
 
     def _send_loss(self, *loss: str) -> None:
         with contextlib.suppress(OSError):  # the runner is gone
             self._channel.send(LOST, *loss)
 
-    def _settle(self, ending: Ending) -> None:
+    def _on_end(self, ending: Ending) -> None:
         if self._context is not None:
             self._context.leave()
         self._context = None
         self._channel.send(DONE, ending)
 
     def _cancel(self, life: Life, rollout_id: str, attempt_id: str, why: str) -> None:
-        context = self._context  # messages are in order: if it is another one, the rollout has ended
+        context = self._context  # messages are in order: if this is another rollout, the cancelled one has ended
         if context is None or (context.rollout.rollout_id, context.attempt.attempt_id) != (rollout_id, attempt_id):
             return
         context.cancel(why)
@@ -154,10 +150,10 @@ class _Child:
 
 
 def main(end: socket.socket) -> NoReturn:
-    """Be an agent's process; does not return."""
+    """Be the process of an agent, with this socket to the runner; does not return."""
     status = 1
     try:
-        _Child(_Channel(end)).work()
+        _AgentProcess(_Channel(end)).run()
         status = 0
     except (EOFError, OSError):
         pass  # the runner is gone

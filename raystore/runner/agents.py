@@ -1,9 +1,8 @@
 """What an agent is, how it is called, and how a call ends.
 
 An agent is a function or coroutine function `agent(task, ctx)`, or a class with `__call__`, of which each process makes
-one instance (`setup` and `close` may be coroutine functions, too). Whatever it returns or raises becomes an `Ending`;
-no error that can be raised, however odd, is replaced by another one on that way.
-Not here: its thread and task (`life`), its process (`inline`, `forked`), what is reported of it (`worker`).
+one instance (`setup` and `close` may be coroutine functions, too). Its result or exception becomes an `Ending`.
+Not here: the thread and task of an agent (`life`).
 """
 
 from __future__ import annotations
@@ -13,77 +12,84 @@ import functools
 import inspect
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from raystore.errors import Abort, Drop, PayloadLostError
+from raystore.errors import Abort, AgentNotPicklableError, Drop, PayloadLostError
+from raystore.runner.agent_errors import leaves, report, summary, text_of, with_causes
 from raystore.runner.context import Context
-from raystore.runner.told import report, summary, text_of
 from raystore.spans import Span
+from raystore.types import AttemptStatus, Outcome
+from raystore.values import pickler
 
-CAUSES_SEEN = 20  #: of an error
-RETRY_SECONDS = 0.2  #: before an agent that could not be made again is tried again; doubles each time ...
-RETRY_MOST_SECONDS = 10.0  #: ... up to this
-_OURS = str(Path(__file__).parents[1]) + os.sep
+RETRY_SECONDS = 0.2  #: until an agent that could not be made again is tried again; doubles each time ...
+MAX_RETRY_SECONDS = 10.0  #: ... up to this
 ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+Agent = Callable[..., Any]  #: a function, a class, or a `functools.partial` of one
 
 
 @dataclass(slots=True)
 class Ending:
-    """How a call of an agent ended: the status and outcome of its attempt.
+    """How a call of an agent ended.
 
-    `status` is None if it was stopped from outside: the store then knows already what became of the attempt, or the
-    runner gives the work back. `died` says that the process which ran it, and nothing else, has ended.
+    Attributes:
+        status: of the attempt; None if the call was stopped from outside: then the store knows the status already, or
+            the runner gives the work back.
+        outcome, error: of the attempt.
+        place: where the agent's exception was raised, for one warning per place.
+        died: whether the process of this call ended, and nothing else with it.
+        unread: id and version of the rollout's resources, if they could not be read.
     """
 
-    status: str | None
-    outcome: str | None = None
+    status: AttemptStatus | None
+    outcome: Outcome | None = None
     error: str | None = None
-    place: str | None = None  # where an agent's exception came from, for people; told once
+    place: str | None = None
     died: bool = False
-    unread: tuple[str, int] | None = None  # id and version of the rollout's resources, which could not be read
+    unread: tuple[str, int] | None = None
 
 
 class Agents(Protocol):
-    """Where agents run: threads and tasks of this process, or processes of their own."""
+    """Runs the agents of one runner: in threads and tasks of this process, or in processes of their own."""
 
     async def open(self) -> None:
-        """Make them ready; raises what making or setting up the agent raises."""
+        """Make the agents; raises the error of an agent's `__init__` or `setup`."""
 
     async def run(self, context: Context) -> Ending:
         """Run the agent on one rollout."""
 
     def cancel(self, context: Context) -> None:
-        """Tell the agent that its work is of no use any more (`context` says why)."""
+        """Tell the agent that its work is no longer needed; `context` says why."""
 
     def kill(self, context: Context) -> None:
-        """The agent was told, and had time enough."""
+        """Kill the agent: it was cancelled, and the grace period is over."""
 
     def abandon(self, context: Context) -> None:
-        """The runner ends and waits for the agent no longer: `run` returns now."""
+        """Let `run` return now, because the runner ends."""
 
     async def close(self) -> None:
-        """End them."""
+        """End the agents."""
 
 
-def check(agent: Any) -> str | None:
-    """What is wrong with something that is passed as an agent, None if nothing is."""
+def check(agent: object) -> str | None:
+    """What an agent has to be, if this is none; None if it is one."""
     if not callable(agent):
         return "a function agent(task, ctx), or a class with __call__"
-    inner = _inner(agent)
-    is_class = inspect.isclass(inner)
-    called = (
-        next((vars(cls)["__call__"] for cls in inner.__mro__ if "__call__" in vars(cls)), None) if is_class else inner
-    )
+    inner = _unwrapped(agent)
+    called: Any = inner
+    if is_class := inspect.isclass(inner):
+        called = next((vars(cls)["__call__"] for cls in inner.__mro__ if "__call__" in vars(cls)), None)
     if called is None:
         return "a class with __call__(task, ctx)"
     if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
         return "a function that returns, not a generator"
     try:
         signature = inspect.signature(called if is_class else agent)
-    except ValueError:  # of a function in C, which does not say
+    except ValueError:  # a function in C may have no signature
         return None
     try:
         signature.bind(*(["self"] if is_class else []), "task", "ctx")
@@ -92,35 +98,51 @@ def check(agent: Any) -> str | None:
     return None
 
 
-def is_class(agent: Any) -> bool:
-    """Whether it is a class, of which an instance is to be made."""
-    return inspect.isclass(_inner(agent))
+def is_class(agent: Agent) -> bool:
+    """Whether an agent is a class, to be instantiated."""
+    return inspect.isclass(_unwrapped(agent))
 
 
-def is_async(agent: Any) -> bool:
-    """Whether it, or an instance of it, is a coroutine function. What merely returns an awaitable is not known here."""
-    inner = _inner(agent)
+def is_async(agent: Agent) -> bool:
+    """Whether an agent is called as a coroutine function. A plain function that returns an awaitable is not."""
+    inner = _unwrapped(agent)
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))  # noqa: B004
 
 
-def _inner(agent: Any) -> Any:
+def _unwrapped(agent: Agent) -> Agent:
     while isinstance(agent, functools.partial):
         agent = agent.func
     return agent
 
 
-def ended(context: Context, result: Any, error: BaseException | None) -> Ending:
-    """How a call has ended that returned this, or raised that if it is not None; in the agent's thread."""
+def pickled(agent: Agent) -> bytes:
+    """An agent as it is sent to another process; raises `AgentNotPicklableError`."""
+    try:
+        return pickler.dumps(agent)
+    except Exception as error:
+        raise AgentNotPicklableError(getattr(agent, "__name__", repr(agent)), str(error)) from error
+
+
+def retry_delays() -> Iterator[float]:
+    """Seconds to wait after each failure to make an agent, without end."""
+    delay = RETRY_SECONDS
+    while True:
+        yield delay
+        delay = min(2 * delay, MAX_RETRY_SECONDS)
+
+
+def ending_of(context: Context, result: Any, error: BaseException | None) -> Ending:
+    """How a call ended that raised `error`, or returned `result` if that is None; runs in the agent's thread."""
     if error is None:
         try:
             take_result(context, result)
             return Ending("succeeded", "ok")
         except Exception as refusal:
             error = refusal
-    for one in _leaves(error):
-        if isinstance(one, Abort):  # before Drop: what failed with the infrastructure may have been in order
+    for one in leaves(error):
+        if isinstance(one, Abort):  # before Drop: after a failure of the infrastructure the task may be fine
             return Ending("failed", "infra", text_of(one))
-    for one in _leaves(error):
+    for one in leaves(error):
         if isinstance(one, Drop):
             return Ending("failed", "dropped", text_of(one))
     if isinstance(error, asyncio.CancelledError):
@@ -130,42 +152,22 @@ def ended(context: Context, result: Any, error: BaseException | None) -> Ending:
     if (lost := lost_resources(error, context)) is not None:
         return Ending("failed", "infra", str(lost), unread=lost.resources)
     frames = list(traceback.extract_tb(error.__traceback__))
-    frames = [frame for frame in frames if not frame.filename.startswith(_OURS)] or frames  # where people can look
+    frames = [frame for frame in frames if not frame.filename.startswith(_PACKAGE)] or frames  # the user's own code
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
     return Ending("failed", "agent_error", report(error)[-ERROR_CHARACTERS:], f"{type(error).__name__} at {where}")
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """An error, or those that a group holds, also within groups."""
-    if isinstance(error, BaseExceptionGroup):
-        for one in error.exceptions:
-            yield from _leaves(one)
-    else:
-        yield error
-
-
-def and_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that led to it, with what groups among them hold; the newest first, and not without end."""
-    for _ in range(CAUSES_SEEN):
-        if error is None:
-            return
-        yield error
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        error = error.__cause__ or error.__context__
-
-
 def lost_resources(error: BaseException | None, context: Context) -> PayloadLostError | None:
-    """The error, among those that led to this one, which says that the rollout's resources cannot be had."""
+    """The error among these causes that says that the rollout's own resources are lost."""
     wanted = (context.rollout.resources_id, context.attempt.resources_version)
-    for one in and_causes(error):
+    for one in with_causes(error):
         if isinstance(one, PayloadLostError) and one.resources == wanted:
             return one
     return None
 
 
 def take_result(context: Context, result: Any) -> None:
-    """What an agent returned: a reward, spans, or nothing."""
+    """Record what an agent returned: a reward, spans or None; raises TypeError for anything else."""
     if result is None:
         return
     if hasattr(result, "__float__") or hasattr(result, "item"):  # a number, also of numpy or torch

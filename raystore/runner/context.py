@@ -1,50 +1,119 @@
-"""What an agent sees of its rollout: the task's resources, spans, the reward, and whether it was cancelled.
+"""What an agent sees of its rollout (`Context`), and the spans that it records until they are sent (`Outbox`).
 
-Spans nest by context variable, so that concurrent rollouts of one process do not mix; one that has ended goes to the
-`sink` of whoever runs the agent, and what is known of one that is lost to its `lose`.
-Not here: claiming, sending, reporting (`worker`).
+Spans nest by context variable, so concurrent rollouts of one process do not mix. A span that has ended goes to the
+`sink` of the context, a span that is lost is reported to its `lose`.
+Not here: sending spans (`worker`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from secrets import token_hex
-from typing import Any
+from typing import Any, NoReturn
 
+from raystore.client import forks
 from raystore.errors import InvalidValueError, NoSuchResourceError
 from raystore.errors.words import meant
-from raystore.runner.told import report, summary, text_of
+from raystore.runner.agent_errors import report, summary, text_of
 from raystore.spans import Event, Span, TraceStatus, attributes_of
 from raystore.tracing import semconv
-from raystore.tracing.losses import Reason
+from raystore.tracing.calls import CallCounter
+from raystore.tracing.losses import Losses, Reason
 from raystore.types import LLM, Attempt, AttemptedRollout
 from raystore.values import plain
-from raystore.values.arrays import pack_floats, pack_integers
+from raystore.values.plain import pack_floats, pack_integers
+
+logger = logging.getLogger("raystore.runner")
+
+STOPPED = "the runner stops"  #: reason of a cancellation after which the work is given back
+ALONE = "run_one"  #: worker id of a call without a store
+FLUSH_BYTES = 64 * 1024  #: of spans, after which they are sent at once
+_SPAN_BYTES = 300  # of a span without attributes, about
+_NUMBER_BYTES = 9
+
+_current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
+_parent: ContextVar[str | None] = ContextVar("raystore_span", default=None)  # id of the enclosing span
+_running: dict[Context, None] = {}  # contexts whose agents run in this process
+_outside: list[int] = []  # ids of threads in which no agent runs
+
+# -- which rollout the calling code runs for ---------------------------------------------------------------------------
+
+
+def current() -> Context | None:
+    """The context of the rollout that the calling code runs for, at any depth of calls; None outside of an agent."""
+    return _current.get()
+
+
+def any_running() -> Context | None:
+    """The context of some rollout whose agent runs in this process; None if no agent runs."""
+    while _running:
+        try:
+            return next(iter(_running), None)
+        except RuntimeError:  # another thread has just changed the dict
+            continue
+    return None
+
+
+@contextmanager
+def outside_rollouts(thread: threading.Thread | None = None) -> Iterator[None]:
+    """Declare that a thread (None: this one) runs no agent: a span that starts there for no rollout is not lost."""
+    ident = threading.get_ident() if thread is None else thread.ident or 0
+    _outside.append(ident)
+    try:
+        yield
+    finally:
+        _outside.remove(ident)
+
+
+def is_outside_rollouts() -> bool:
+    """Whether this thread was declared to run no agent."""
+    return threading.get_ident() in _outside
+
+
+class Position:
+    """The rollout and span of the code that makes it, for another thread to continue in."""
+
+    def __init__(self) -> None:
+        self._context, self._parent = _current.get(), _parent.get()
+
+    def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function there."""
+        context, parent = _current.set(self._context), _parent.set(self._parent)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _parent.reset(parent)
+            _current.reset(context)
+
+
+# -- what an agent sees ------------------------------------------------------------------------------------------------
 
 
 class _Resources(dict[str, Any]):
-    """Resources by name; who asks for one that is not there is told which are."""
+    """Resources by name; the error for a missing name lists the others."""
 
     def __init__(self, resources: Mapping[str, Any], source: str) -> None:
         super().__init__(resources)
         self._source = source
 
-    def __missing__(self, name: Any) -> Any:
+    def __missing__(self, name: object) -> NoReturn:
         names = sorted(self)
         likely = meant(name, names).removeprefix("; ")
         raise NoSuchResourceError(name, names, f"{self._source}{likely and f' ({likely})'}")
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _Resources, (dict(self), self._source)
 
 
 def _source_of(rollout: AttemptedRollout, worker_id: str) -> str:
-    """Where a rollout's resources are from, and how there would be others."""
+    """Where a rollout's resources come from, and how to publish others."""
     if worker_id == ALONE:
         return "what was passed to rs.run_one; pass resources={name: resource, ...}"
     if (resources_id := rollout.resources_id) is None:
@@ -56,62 +125,6 @@ def _source_of(rollout: AttemptedRollout, worker_id: str) -> str:
         f"version {rollout.attempt.resources_version} of {resources_id!r}; to publish another, "
         f"store.update_resources({resources_id!r}, {{name: resource, ...}})"
     )
-
-
-_current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
-_parent: ContextVar[str | None] = ContextVar("raystore_span", default=None)
-_at_work: dict[Context, None] = {}  # those whose agents run in this process
-_apart: list[int] = []  # threads of this process in which no agent runs
-
-STOPPED = "the runner stops"
-ALONE = "run_one"  #: id of the worker where there is no store
-
-
-def current() -> Context | None:
-    """The context of the rollout that the calling code runs for, however deep; None outside of an agent."""
-    return _current.get()
-
-
-def any_at_work() -> Context | None:
-    """The context of some rollout whose agent runs in this process, None if there is none."""
-    while _at_work:
-        try:
-            return next(iter(_at_work), None)
-        except RuntimeError:  # another thread has changed it at this moment
-            continue
-    return None
-
-
-@contextmanager
-def apart(thread: threading.Thread | None = None) -> Iterator[None]:
-    """Say that a thread (None: this one) works for no rollout: spans that start there without one are not lost."""
-    ident = threading.get_ident() if thread is None else thread.ident or 0
-    _apart.append(ident)
-    try:
-        yield
-    finally:
-        _apart.remove(ident)
-
-
-def is_apart() -> bool:
-    """Whether somebody has said that no agent runs in this thread."""
-    return threading.get_ident() in _apart
-
-
-class Position:
-    """Where in a rollout, and in which span of it, the calling code is: to go on from there in another thread."""
-
-    def __init__(self) -> None:
-        self._context, self._parent = _current.get(), _parent.get()
-
-    def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function there; what it returns or raises."""
-        context, parent = _current.set(self._context), _parent.set(self._parent)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _parent.reset(parent)
-            _current.reset(context)
 
 
 class OpenSpan:
@@ -133,7 +146,7 @@ class OpenSpan:
         self.attributes.update(attributes_of(attributes))
 
     def record_exception(self, error: BaseException) -> None:
-        """Note an exception, under OpenTelemetry's names, and mark the span as failed."""
+        """Add an exception as an event with OpenTelemetry's names, and mark the span as failed."""
         details = {
             "exception.type": type(error).__name__,
             "exception.message": text_of(error),
@@ -144,7 +157,7 @@ class OpenSpan:
 
 
 class _Block:
-    """A block of an agent that is recorded as a span. A class, since a generator would meddle with the exceptions."""
+    """A block that is recorded as a span. A class, because a generator would change the traceback of exceptions."""
 
     def __init__(self, context: Context, span: OpenSpan) -> None:
         self._context = context
@@ -161,9 +174,9 @@ class _Block:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, GeneratorExit):
             self._span.record_exception(error)
-        if _parent.get() == self._span.span_id:  # else it is left elsewhere than entered: a generator that was closed
+        if _parent.get() == self._span.span_id:  # else a closed generator leaves it in another context than it entered
             _parent.set(self._parent_id)
-        self._context._end(self._span, self._parent_id, self._started, time.time())
+        self._context._record(self._span, self._parent_id, self._started, time.time())
 
 
 class Context:
@@ -171,8 +184,8 @@ class Context:
 
     Attributes:
         rollout: the rollout, with its attempt; `rollout.input` is the task.
-        resources: the named resources of the version that was newest at the claim, by name; a name that is not there
-            raises `NoSuchResourceError`, a KeyError.
+        resources: by name, of the version that was newest at the claim; a missing name raises `NoSuchResourceError`, a
+            KeyError.
         worker_id: the runner that runs it.
     """
 
@@ -191,25 +204,25 @@ class Context:
         self._cancelled: str | None = None
         self._is_over = False
         self.sink = sink  #: takes the spans that have ended; for the runner
-        self.lose = lose  #: takes the reason, name and story of what a trace lacks (`Losses.add`); for the runner
+        self.lose = lose  #: takes reason, name and description of a lost span (`Losses.add`); for the runner
 
     @property
     def attempt(self) -> Attempt:
-        """The attempt that this is."""
+        """The attempt of the rollout that the agent runs."""
         return self.rollout.attempt
 
     @property
     def policy_version(self) -> int | None:
-        """Version of the weights that the resources stand for, as the driver published them."""
+        """Version of the weights behind the resources, as the driver published it."""
         return self.attempt.policy_version
 
     # -- spans and rewards -------------------------------------------------------------------------------------------
 
     def span(self, name: str, /, **attributes: Any) -> AbstractContextManager[OpenSpan]:
-        """Record what the block does as a span; an exception is noted on it and goes on.
+        """Record a block as a span; an exception is recorded on it and raised again.
 
-        Attributes may have any names, also `name`. A block that is left since its generator was closed has not failed;
-        one that is never left is no span.
+        Attributes may have any names, also `name`. A block that ends because its generator is closed has not failed. A
+        block that never ends gives no span.
         """
         return _Block(self, OpenSpan(name, attributes))
 
@@ -228,21 +241,24 @@ class Context:
         start_time: float | None = None,
         **attributes: Any,
     ) -> None:
-        """Record one call of a model, for `raystore.triplets` to find.
+        """Record one call of a model, from which `raystore.triplets` makes training data.
 
         Args:
-            prompt_ids: token ids of the prompt: a list, numpy array or tensor of one dimension. Kept packed.
+            prompt_ids: token ids of the prompt: a list, numpy array or tensor of one dimension; stored as an array.
             response_ids: token ids that the model generated.
-            logprobs: of each token of the response under the policy that generated it, natural logarithm.
-            model: its name; None takes that of the rollout's `LLM` resource, if it has just one.
+            logprobs: log-probability (natural logarithm) of each response token under the policy that generated it.
+            model: name of the model; None takes that of the rollout's `LLM` resource, if it has exactly one.
             prompt, response: the texts or messages, for people to read.
             finish_reason: why the model stopped ("stop", "length", ...).
             operation: "chat" or "text_completion".
-            start_time: when the call began, seconds since the epoch; None for "just now".
-            attributes: whatever else is to be known.
+            start_time: start of the call in seconds since the epoch; None means now.
+            attributes: any further attributes of the span.
 
-        Names are those of OpenTelemetry's GenAI conventions (`raystore.semconv`). Raises `InvalidValueError` for what
-        is no sequence of numbers, for NaN, and for log-probabilities that are not as many as the response's tokens.
+        Attributes have the names of OpenTelemetry's GenAI conventions (`raystore.semconv`).
+
+        Raises:
+            InvalidValueError: ids or log-probabilities are no sequence of numbers or contain NaN, or log-probabilities
+                and response tokens differ in number.
         """
         ids, generated = pack_integers("prompt_ids", prompt_ids), pack_integers("response_ids", response_ids)
         known: dict[str, Any] = {
@@ -270,23 +286,23 @@ class Context:
         known |= {name: value for name, value in optional.items() if value is not None}
         now = time.time()
         span = OpenSpan(f"{operation} {model}" if model else operation, known | attributes)
-        self._end(span, _parent.get(), now if start_time is None else start_time, now)
+        self._record(span, _parent.get(), now if start_time is None else start_time, now)
 
     def reward(self, value: float, /, **dimensions: float) -> None:
-        """Emit the reward of the rollout; `dimensions` are further values, of any names, beside the reward."""
+        """Emit the reward of the rollout; `dimensions` are further values with names of your choice."""
         attributes: dict[str, Any] = {}
         for index, (name, number) in enumerate([("reward", value), *dimensions.items()]):
             attributes[f"{semconv.REWARD_PREFIX}{index}.name"] = name
             attributes[f"{semconv.REWARD_PREFIX}{index}.value"] = plain.reward(name, number)
         now = time.time()
-        self._end(OpenSpan(semconv.REWARD_SPAN, attributes), _parent.get(), now, now)
+        self._record(OpenSpan(semconv.REWARD_SPAN, attributes), _parent.get(), now, now)
 
     def add(self, span: Span) -> None:
-        """Take a span that was made elsewhere; it is given to this attempt."""
+        """Record a span that was made elsewhere, as a copy with the ids of this attempt."""
         ids = {"rollout_id": self.rollout.rollout_id, "attempt_id": self.attempt.attempt_id}
         self.sink(span.model_copy(update=ids))
 
-    def _end(self, span: OpenSpan, parent_id: str | None, started: float, ended: float) -> None:
+    def _record(self, span: OpenSpan, parent_id: str | None, started: float, ended: float) -> None:
         made = Span.from_attributes(
             attributes=span.attributes,
             rollout_id=self.rollout.rollout_id,
@@ -306,37 +322,114 @@ class Context:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the work is of no use any more: cancelled, timed out, or superseded."""
+        """Whether the work is no longer needed: cancelled, timed out, or superseded."""
         return self._cancelled is not None
 
     @property
     def why(self) -> str | None:
-        """Why the work is of no use any more: "cancelled", "timeout", "superseded"; None while it is of use."""
+        """Why the work is no longer needed: "cancelled", "timeout" or "superseded"; None while it is."""
         return self._cancelled
 
     @property
     def stopped(self) -> bool:
-        """Whether the runner stops, and gives the work back."""
+        """Whether the runner stops and gives the work back."""
         return self._cancelled == STOPPED
 
     def check(self) -> None:
-        """Raise `asyncio.CancelledError` if the work is of no use any more; for agents that are not async."""
+        """Raise `asyncio.CancelledError` if the work is no longer needed; for agents that are not async."""
         if self._cancelled is not None:
             raise asyncio.CancelledError(self._cancelled)
 
     def cancel(self, why: str) -> None:
-        """Mark the work as of no use; for the runner."""
+        """Mark the work as no longer needed; for the runner."""
         self._cancelled = why
 
     def enter(self) -> None:
-        """Make this the context that `current` finds, in the calling code's context variables; for the runner."""
+        """Make this the `current` context, in the calling code's context variables; for the runner."""
         _current.set(self)
         _parent.set(None)
-        _at_work[self] = None
-        if self._is_over:  # since then, on another thread
-            _at_work.pop(self, None)
+        _running[self] = None
+        if self._is_over:  # another thread has called `leave` meanwhile
+            _running.pop(self, None)
 
     def leave(self) -> None:
-        """The agent's call has ended, or is not waited for any longer; for the runner."""
+        """Note that the agent's call has ended, or was abandoned; for the runner."""
         self._is_over = True
-        _at_work.pop(self, None)
+        _running.pop(self, None)
+
+
+# -- where its spans gather --------------------------------------------------------------------------------------------
+
+
+class Outbox:
+    """Spans of one rollout that have ended and are not sent yet; spans are added from any thread.
+
+    `on_full` is called on the adding thread when enough spans wait. When the rollout ends, model calls without token
+    ids or log-probabilities are added to `losses`.
+    A garbage collection may end a span anywhere, also in the middle of `add`. So the lock is reentrant, and no method
+    allocates between two changes that belong together.
+    """
+
+    def __init__(self, losses: Losses, on_full: Callable[[], None] = lambda: None) -> None:
+        self._losses = losses
+        self._on_full = on_full
+        self._pid = forks.pid
+        self._lock = threading.RLock()
+        self._spans: list[Span] = []
+        self._bytes = 0
+        self._on_late: Callable[[Span], None] | None = None  # takes the spans that end after the rollout
+        self._calls = CallCounter()
+
+    def add(self, span: Span) -> None:
+        """Take a span."""
+        if self._pid != forks.pid:  # a fork: its copy of the lock may be held for ever
+            self._warn_of_fork(span)
+            return
+        weight = _weight(span)
+        with self._lock:
+            if (on_late := self._on_late) is None:
+                self._calls.add(span)
+                self._spans.append(span)
+                self._bytes += weight
+            is_full = self._bytes >= FLUSH_BYTES
+        if on_late is not None:
+            on_late(span)
+        elif is_full:
+            self._on_full()
+
+    def _warn_of_fork(self, span: Span) -> None:
+        if self._pid:
+            self._pid = 0
+            logger.warning(
+                "Span %r of rollout %s is lost, as is everything that this process records: the agent forked it, and "
+                "nothing recorded in a fork reaches the runner. Return it to the agent, and let the agent record it. "
+                "(Logged once.)",
+                span.name, span.rollout_id,
+            )  # fmt: skip
+
+    def take(self) -> list[Span]:
+        """Remove and return the spans that wait."""
+        with self._lock:
+            spans, self._spans, self._bytes = self._spans, [], 0
+            return spans
+
+    def close(self, on_late: Callable[[Span], None]) -> list[Span]:
+        """Take the last spans of a rollout that has ended; `on_late` is called with each span that is added later."""
+        with self._lock:
+            self._on_late, self._on_full = on_late, lambda: None  # a kept span must not keep the rollout alive
+            calls, self._calls = self._calls, CallCounter()
+        calls.report(self._losses)
+        return self.take()
+
+
+def _weight(span: Span) -> int:
+    """Approximate bytes of a span; cheap, because it is computed for each span."""
+    size = _SPAN_BYTES
+    for value in span.attributes.values():
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, array):
+            size += len(value) * value.itemsize
+        elif isinstance(value, (list, tuple)):
+            size += sum(len(item) if isinstance(item, str) else _NUMBER_BYTES for item in value)
+    return size

@@ -1,8 +1,7 @@
-"""Agents in the process of their runner, each with its life in a thread of its own.
+"""Agents in the process of their runner: `RunnerPool(isolation="actor")`.
 
-What an agent awaits is cancelled with its rollout. What does not await cannot be stopped from outside: it sees
+What an agent awaits is cancelled with its rollout. An agent that does not await cannot be stopped from outside: it sees
 `ctx.cancelled`, and `ctx.check()` raises.
-Not here: what a life is (`life`), agents in processes of their own (`forked`).
 """
 
 from __future__ import annotations
@@ -12,49 +11,47 @@ import contextlib
 import functools
 import logging
 import threading
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from raystore.runner.agents import RETRY_MOST_SECONDS, RETRY_SECONDS, Ending
+from raystore.runner.agent_errors import summary
+from raystore.runner.agents import Agent, Ending, retry_delays
 from raystore.runner.context import Context
 from raystore.runner.life import Life
-from raystore.runner.told import summary
 
 logger = logging.getLogger("raystore.runner")
 
-CLOSE_SECONDS = 1.0  #: that the end of an agent may take whose call was abandoned
+CLOSE_SECONDS = 1.0  #: that an agent may take to end after one of its calls was abandoned
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
-    """A rollout that an agent of this process is to run."""
+class _Pending:
+    """A call of the agent that has not ended."""
 
     ending: asyncio.Future[Ending]
-    has_begun: bool = False
-
-    def begin(self) -> None:
-        """On the agent's thread."""
-        self.has_begun = True
+    begun: threading.Event = field(default_factory=threading.Event)
 
 
 class InlineAgents:
     """Runs an agent up to `concurrency` times at once in this process."""
 
-    def __init__(self, agent: Any, concurrency: int) -> None:
+    def __init__(self, agent: Agent, concurrency: int) -> None:
         self._agent = agent
         self._concurrency = concurrency
-        self._thread: _Thread | None = None
+        self._thread: _AgentThread | None = None
         self._opening = asyncio.Lock()
-        self._calls: dict[Context, _Call] = {}
-        self._warned = False
-        self._abandoned = False
+        self._pending: dict[Context, _Pending] = {}
+        self._has_warned = False
+        self._has_abandoned = False
 
     async def open(self) -> None:
-        self._thread = await self._begin()
+        self._thread = await self._start_thread()
 
-    async def _begin(self) -> _Thread:
-        """A new life; raises what making or setting up the agent raises."""
-        thread = _Thread(self._agent, self._concurrency)
+    async def _start_thread(self) -> _AgentThread:
+        """A thread whose agent is set up; raises the error of the agent's `__init__` or `setup`."""
+        thread = _AgentThread(self._agent, self._concurrency)
         error = await thread.opened
         if error is None:
             return thread
@@ -63,104 +60,106 @@ class InlineAgents:
         raise RuntimeError(f"the agent could not be made: {error!r}") from error  # SystemExit would end the process
 
     async def run(self, context: Context) -> Ending:
-        call = self._calls[context] = _Call(asyncio.get_running_loop().create_future())
-        delay = RETRY_SECONDS
+        pending = self._pending[context] = _Pending(asyncio.get_running_loop().create_future())
+        delays = retry_delays()
         try:
-            while not call.ending.done():
+            while not pending.ending.done():
                 try:
-                    thread = await self._living()
+                    thread = await self._living_thread()
                 except Exception as error:
+                    delay = next(delays)
                     logger.error("The agent cannot be made again; trying again in %g s. %s", delay, summary(error))
-                    await asyncio.wait([call.ending], timeout=delay)
-                    delay = min(2 * delay, RETRY_MOST_SECONDS)
+                    await asyncio.wait([pending.ending], timeout=delay)
                     continue
-                thread.begin(context, call)
-                either: list[asyncio.Future[Any]] = [call.ending, thread.ended]
+                thread.begin(context, pending)
+                either: list[asyncio.Future[Any]] = [pending.ending, thread.ended]
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if call.has_begun:
-                    await asyncio.wait([call.ending])
+                if pending.begun.is_set():
+                    await asyncio.wait([pending.ending])
         finally:
-            del self._calls[context]
-        return Ending(None) if call.ending.cancelled() else call.ending.result()
+            del self._pending[context]
+        return Ending(None) if pending.ending.cancelled() else pending.ending.result()
 
-    async def _living(self) -> _Thread:
-        """The thread of an agent whose life is not over; a new one if it was."""
+    async def _living_thread(self) -> _AgentThread:
+        """The thread of the agent; a new one if the life of the last one is over."""
         async with self._opening:
             if self._thread is None or not self._thread.is_usable:
                 if self._thread is not None:
                     await self._thread.ended
-                self._thread = await self._begin()
+                self._thread = await self._start_thread()
             return self._thread
 
     def cancel(self, context: Context) -> None:
-        if (call := self._calls.get(context)) is None:
+        if (pending := self._pending.get(context)) is None:
             return
-        if call.has_begun:
+        if pending.begun.is_set():
             assert self._thread is not None
             self._thread.life.cancel(context)
         else:
-            call.ending.cancel()  # and if it begins at this moment, it sees that it was cancelled
+            pending.ending.cancel()  # if the call begins at this moment, it sees that it was cancelled
 
     def kill(self, context: Context) -> None:
-        if context in self._calls and not self._warned:
-            self._warned = True
+        if context in self._pending and not self._has_warned:
+            self._has_warned = True
             logger.warning(
-                "The agent goes on with rollout %s although its work is of no use any more (%s), and keeps its place "
-                "until it returns. Let it call ctx.check() now and then, or use RunnerPool(isolation='process'). "
-                "(told once)",
+                "The agent goes on with rollout %s although its work is no longer needed (%s), and occupies its slot "
+                "until it returns. Call ctx.check() in the agent now and then, or use "
+                "RunnerPool(isolation='process'). (Logged once.)",
                 context.rollout.rollout_id, context.why,
             )  # fmt: skip
 
     def abandon(self, context: Context) -> None:
-        if (call := self._calls.get(context)) is not None:
-            self._abandoned = True
-            call.ending.cancel()  # a thread that goes on ends with its process
+        if (pending := self._pending.get(context)) is not None:
+            self._has_abandoned = True
+            pending.ending.cancel()  # a call that goes on ends with the process
 
     async def close(self) -> None:
         if self._thread is not None:
             self._thread.life.end()
-            await asyncio.wait([self._thread.ended], timeout=CLOSE_SECONDS if self._abandoned else None)
+            await asyncio.wait([self._thread.ended], timeout=CLOSE_SECONDS if self._has_abandoned else None)
 
 
-class _Thread:
-    """A thread that leads a life; the end of the interpreter does not wait for it."""
+class _AgentThread:
+    """A daemon thread in which an agent lives."""
 
-    def __init__(self, agent: Any, concurrency: int) -> None:
+    def __init__(self, agent: Agent, concurrency: int) -> None:
         self._loop = asyncio.get_running_loop()
         self.life = Life(agent, concurrency)
         self.opened: asyncio.Future[BaseException | None] = self._loop.create_future()
         self.ended: asyncio.Future[None] = self._loop.create_future()
-        threading.Thread(target=self._lead, name="raystore-agent", daemon=True).start()
+        threading.Thread(target=self._run, name="raystore-agent", daemon=True).start()
 
     @property
     def is_usable(self) -> bool:
         """Whether it takes calls."""
         return not self.ended.done() and not self.life.is_over
 
-    def _lead(self) -> None:
+    def _run(self) -> None:
         is_open = False
         try:
             with self.life:
                 is_open = True
-                self._tell(self.opened, None)
+                self._resolve(self.opened, None)
                 self.life.serve()
         except BaseException as error:  # SystemExit, too
             if is_open:
                 logger.exception("An agent has ended; another one is made for the next rollout")
             else:
-                self._tell(self.opened, error)
+                self._resolve(self.opened, error)
         finally:
-            self._tell(self.ended, None)
+            self._resolve(self.ended, None)
 
-    def begin(self, context: Context, call: _Call) -> None:
-        """Have a call made; it never begins if the life is over."""
-        with contextlib.suppress(RuntimeError):  # its loop is closed, and `ended` says so at once
-            self.life.begin(context, functools.partial(self._tell, call.ending), call.begin)
+    def begin(self, context: Context, pending: _Pending) -> None:
+        """Ask for a call; it never begins if the life is over."""
+        with contextlib.suppress(RuntimeError):  # the agent's loop is closed, and `ended` will be set
+            self.life.begin(context, functools.partial(self._resolve, pending.ending), pending.begun.set)
 
-    def _tell(self, future: asyncio.Future[Any], value: Any) -> None:
-        def settle() -> None:
+    def _resolve(self, future: asyncio.Future[T], value: T) -> None:
+        """Set the result of a future of the runner's loop; called on the agent's thread."""
+
+        def set_result() -> None:
             if not future.done():
                 future.set_result(value)
 
-        with contextlib.suppress(RuntimeError):  # the runner's loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(settle)
+        with contextlib.suppress(RuntimeError):  # the runner's loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(set_result)

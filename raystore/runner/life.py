@@ -1,12 +1,12 @@
-"""The life of an agent, from `__init__` to `close`: all of it in one thread, and what is awaited in one task.
+"""The life of an agent, from `__init__` to `close`: all of it in one thread, and all that it awaits in one task.
 
-The thread that enters a `Life` leads it. `__init__`, `setup`, the calls and `close` run there, one after the other; an
-awaitable that one of them gives is awaited in the one task of an event loop that belongs to this life. A plain agent is
-called while that loop rests, so it may run a loop of its own (`asyncio.run`) or this one (`get_event_loop`); an async
-agent is called in the task. Between calls the loop runs, and with it what the agent has started in the background.
-Where calls may overlap (`concurrency` above 1) they run beside that: an async one in a task of its own on the same
-loop, a plain one in a thread of its own.
-Not here: which thread leads a life (`inline`, `child`, `single`), what an ending means (`agents`).
+The thread that enters a `Life` is the agent's thread. `__init__`, `setup`, the calls and `close` run there one after
+the other, and an awaitable that one of them returns is awaited in the one main task of an event loop that belongs to
+this life. A plain agent is called while that loop is stopped, so it may run another loop (`asyncio.run`) or this one
+(`get_event_loop`); an async agent is called in the main task. Between calls the loop runs, and with it the agent's
+background tasks.
+With `concurrency` above 1 calls may overlap: then each async call has a task of its own on the same loop, and each
+plain call a thread of its own.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import queue
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from raystore.runner import agents
-from raystore.runner.agents import Ending
-from raystore.runner.context import Context, apart
-from raystore.runner.told import add_note, text_of
+from raystore.runner.agent_errors import add_note, text_of, with_causes
+from raystore.runner.agents import Agent, Ending
+from raystore.runner.context import Context, outside_rollouts
 
 logger = logging.getLogger("raystore.runner")
 
@@ -39,369 +39,374 @@ NEEDS_MAIN_THREAD = (
 )
 
 T = TypeVar("T")
-Outcome = tuple[Any, BaseException | None]  #: what a function returned; or what it raised, if that is not None
+Result = tuple[Any, BaseException | None]  #: of a call: the returned value, or the raised error if that is not None
 
 
 @dataclass(slots=True, eq=False)
 class _Step:
-    """Something to await in a task: an awaitable, or a function that is called there."""
+    """Something for the main task to await: an awaitable, or a function that is called there."""
 
-    given: Any
+    target: Any
     variables: contextvars.Context
-    context: Context | None  # of a call; None for what cannot be cancelled
-    done: asyncio.Future[Outcome]
+    context: Context | None  # of a call; None for a step that cannot be cancelled
+    done: asyncio.Future[Result]
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call of the agent that another thread has asked for."""
+    """A call of the agent that another thread asked for."""
 
     context: Context
-    settle: Callable[[Ending], None]
-    begun: Callable[[], None]
+    on_end: Callable[[Ending], None]
+    on_begin: Callable[[], None]
+
+    def begin(self) -> bool:
+        """Note that it begins; False if it was cancelled before, and has ended with that."""
+        self.on_begin()
+        if self.context.cancelled:
+            self.on_end(Ending(None))
+            return False
+        return True
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """Note how it has ended."""
+        self.on_end(agents.ending_of(self.context, result, error))
 
 
 class Life:
-    """One agent and its life. `with` makes it and sets it up, and closes it; `is_over` says that it ended by itself.
+    """One agent and its life: entering it makes the agent and sets it up, leaving it closes the agent.
 
-    A life is over before its time if its task is cancelled by the agent's own doing (a task group that was entered in
-    `setup` has failed), if its loop was closed, or if something that it started ended the loop (`SystemExit`).
+    `is_over` says that it ended early: the agent itself got the main task cancelled (a task group that was entered in
+    `setup` has failed), closed the loop, or started something that stopped it (`SystemExit`).
     """
 
-    def __init__(self, source: Any, concurrency: int = 1) -> None:
+    def __init__(self, source: Agent, concurrency: int = 1) -> None:
         self.is_over = False
         self._source = source
-        self._is_ours = agents.is_class(source)
+        self._is_class = agents.is_class(source)
         self._is_async = agents.is_async(source)
-        self._is_alone = concurrency == 1
-        self._agent: Any = None
-        self._variables = contextvars.copy_context()  # of `setup`; each call has a copy
+        self._is_sequential = concurrency == 1
+        self._agent: Agent | None = None
+        self._variables = contextvars.copy_context()  # of `setup`; each call gets a copy
         self._runner = asyncio.Runner()
         self._loop: asyncio.AbstractEventLoop
-        self._keeper: asyncio.Task[None]
-        self._steps: deque[_Step | None] = deque()  # for the keeper; None ends it
-        self._coming: asyncio.Future[None] | None = None
-        self._step: _Step | None = None  # that the keeper has under way
-        self._cancels = 0  # of that, by us
+        self._main_task: asyncio.Task[None]
+        self._steps: deque[_Step | None] = deque()  # for the main task; None ends it
+        self._new_step: asyncio.Future[None] | None = None  # for which the main task waits
+        self._step: _Step | None = None  # that the main task awaits
+        self._cancels = 0  # of that step, by `cancel`
         self._calls: deque[_Call] = deque()
-        self._ends = False
-        self._waiting: asyncio.Future[None] | None = None
-        self._tasks: dict[Context, asyncio.Task[None]] = {}  # of calls that run beside
+        self._is_ending = False
+        self._new_call: asyncio.Future[None] | None = None  # for which `serve` waits
+        self._tasks: dict[Context, asyncio.Task[None]] = {}  # of overlapping calls
         self._threads = _Threads(concurrency)
 
-    # -- in the thread that leads it ---------------------------------------------------------------------------------
+    # -- in the agent's thread ---------------------------------------------------------------------------------------
 
     def __enter__(self) -> Life:
-        """Make the agent and set it up; raises what it raises."""
+        """Make the agent and set it up; raises the agent's own errors."""
         self._loop = self._runner.get_loop()
-        self._keeper = self._loop.create_task(self._keep())
+        self._main_task = self._loop.create_task(self._run_steps())
         try:
-            if self._is_ours:
-                with apart():
-                    self._agent = _result(self._do(self._source, self._variables))
-                    self._method("setup")
+            if self._is_class:
+                with outside_rollouts():
+                    self._agent = _returned(self._call(self._source, self._variables))
+                    self._call_method("setup")
             else:
                 self._agent = self._source
         except BaseException:
             self._agent = None
-            self._end_loop()
+            self._close_loop()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Let an agent that was made here let go of what it holds; an error there is told and changes nothing."""
+        """Close an agent that was made here; an error is logged and changes nothing."""
         try:
-            if self._is_ours:
-                with apart():
-                    self._method("close")
+            if self._is_class:
+                with outside_rollouts():
+                    self._call_method("close")
         except Exception:
             logger.exception("close() of the agent failed")
         finally:
-            self._agent = None  # it ends in its own thread
+            self._agent = None  # collected in its own thread
             self._threads.close()
-            self._end_loop()
+            self._close_loop()
 
-    def run(self, context: Context) -> Outcome:
-        """Call the agent for one rollout, here and now."""
-        variables = self._variables.copy()
-        variables.run(context.enter)
-        return self._do(functools.partial(self._agent, context.rollout.input, context), variables, context)
+    def run(self, context: Context) -> Result:
+        """Call the agent for one rollout, now and in this thread."""
+        return self._call(self._bound(context), self._variables_for(context), context)
 
     def serve(self) -> None:
-        """Make the calls that other threads ask for, until one of them says `end`, or this life is over."""
+        """Run the calls that other threads `begin`, until one of them calls `end`, or this life is over."""
         try:
-            while not self._ends and not self._loop.is_closed():
+            while not self._is_ending and not self._loop.is_closed():
                 if self._calls:
-                    self._serve_one(self._calls.popleft())
+                    self._serve_call(self._calls.popleft())
                 else:
-                    self._waiting = self._loop.create_future()
-                    self._until(self._waiting)
-        except BaseException:  # SystemExit of something that the agent has started
-            self._over()
+                    self._new_call = self._loop.create_future()
+                    self._run_until(self._new_call)
+        except BaseException:  # SystemExit of something that the agent started
+            self._set_over()
             raise
 
-    def _serve_one(self, call: _Call) -> None:
-        call.begun()
-        if call.context.cancelled:
-            call.settle(Ending(None))
+    def _serve_call(self, call: _Call) -> None:
+        if not call.begin():
             return
         try:
-            outcome = self.run(call.context)
-        except BaseException as error:  # the loop was ended
-            call.settle(agents.ended(call.context, None, error))
+            result = self.run(call.context)
+        except BaseException as error:  # the loop was stopped
+            call.end(None, error)
             raise
-        call.settle(agents.ended(call.context, *outcome))
+        call.end(*result)
 
-    def _method(self, name: str) -> None:
-        """Call a method that an agent may have."""
+    def _call_method(self, name: str) -> None:
+        """Call a method of the agent if it has one of this name."""
         method = getattr(self._agent, name, None)
         if callable(method):
-            _result(self._do(method, self._variables))
+            _returned(self._call(method, self._variables))
 
-    def _do(
+    def _call(
         self, function: Callable[[], Any], variables: contextvars.Context, context: Context | None = None
-    ) -> Outcome:
-        """Call something of the agent, and await what it gives."""
-        given: Any = function
+    ) -> Result:
+        """Call a function of the agent, and await the awaitable that it returns."""
+        target: Any = function
         if not self._loop.is_closed():
-            asyncio.set_event_loop(self._loop)  # the call before may have taken it away, by `asyncio.run` for one
+            asyncio.set_event_loop(self._loop)  # `asyncio.run` in the call before has unset it
         if not self._is_async:
-            given, error = _tried(functools.partial(variables.run, function))
-            if error is not None or not inspect.isawaitable(given):
-                return given, error
-        if self._keeper.done() or self._loop.is_closed():
+            target, error = _result_of(functools.partial(variables.run, function))
+            if error is not None or not inspect.isawaitable(target):
+                return target, error
+        if self._main_task.done() or self._loop.is_closed():
             return None, RuntimeError("the event loop of this agent was closed")
-        step = _Step(given, variables, context, self._loop.create_future())
-        self._give(step)
+        step = _Step(target, variables, context, self._loop.create_future())
+        self._add_step(step)
         try:
-            return self._until(step.done)
+            return self._run_until(step.done)
         finally:
-            if not step.done.done():  # Ctrl+C, or SystemExit of something that the agent has started
-                self._over()
-                self._keeper.cancel()
-                self._until(self._loop.create_task(_first([self._keeper, step.done])))
+            if not step.done.done():  # Ctrl+C, or SystemExit of something that the agent started
+                self._set_over()
+                self._main_task.cancel()
+                self._run_until(self._loop.create_task(_wait_for_any([self._main_task, step.done])))
 
-    def _until(self, future: asyncio.Future[T]) -> T:
-        """Run the loop until a future of it is done, also if somebody else stops it meanwhile."""
-        future.add_done_callback(self._stop)
+    def _run_until(self, future: asyncio.Future[T]) -> T:
+        """Run the loop until its future is done, even if something else stops it meanwhile."""
+        future.add_done_callback(self._stop_loop)
         try:
             while not future.done():
                 self._loop.run_forever()
         finally:
-            future.remove_done_callback(self._stop)
+            future.remove_done_callback(self._stop_loop)
         return future.result()
 
-    def _stop(self, future: asyncio.Future[Any]) -> None:
+    def _stop_loop(self, future: asyncio.Future[Any]) -> None:
         self._loop.stop()
 
-    def _give(self, step: _Step | None) -> None:
-        """Give the keeper something to await, which it does when the loop runs."""
+    def _add_step(self, step: _Step | None) -> None:
+        """Queue a step for the main task; it runs when the loop does."""
         self._steps.append(step)
-        _settle(self._coming)
+        _resolve(self._new_step)
 
-    def _end_loop(self) -> None:
+    def _close_loop(self) -> None:
         if self._loop.is_closed():
-            self._keeper._log_destroy_pending = False  # type: ignore[attr-defined]  # the agent has closed it
+            self._main_task._log_destroy_pending = False  # type: ignore[attr-defined]  # the agent closed the loop
             return
-        self._give(None)
-        self._until(self._loop.create_task(_first([self._keeper])))
+        self._add_step(None)
+        self._run_until(self._loop.create_task(_wait_for_any([self._main_task])))
         self._runner.close()
 
     # -- on its loop -------------------------------------------------------------------------------------------------
 
-    async def _keep(self) -> None:
-        """The one task: await what there is to await, one after the other."""
+    async def _run_steps(self) -> None:
+        """The main task: await one step after the other."""
         task = asyncio.current_task()
         assert task is not None
         while True:
             while not self._steps:
-                self._coming = self._loop.create_future()
+                self._new_step = self._loop.create_future()
                 try:
-                    await self._coming
-                except asyncio.CancelledError:  # not by us: by what the agent has entered in this task
-                    self._over()
-                    _take_back(task)
+                    await self._new_step
+                except asyncio.CancelledError:  # not by `cancel`, but by something that the agent entered in this task
+                    self._set_over()
+                    _clear_cancels(task)
             self._step = self._steps.popleft()
             if self._step is None:
                 return
             if self._step.context is not None and self._step.context.cancelled:
-                outcome = _given_up(self._step.given)
+                result = _discarded(self._step.target)
             else:
-                outcome = await _driven(_awaited(self._step.given), self._step.variables)
+                result = await _run_with(_awaited(self._step.target), self._step.variables)
             done, self._step = self._step.done, None
             if task.cancelling() > self._cancels:
-                self._over()
+                self._set_over()
             self._cancels = 0
-            _take_back(task)
-            done.set_result(outcome)
-            del done, outcome  # with all that they refer to, while nothing follows
+            _clear_cancels(task)
+            done.set_result(result)
+            del done, result  # they must not live while the task waits
 
-    def _over(self) -> None:
+    def _set_over(self) -> None:
         self.is_over = True
         self._end()
 
     def _end(self) -> None:
-        self._ends = True
-        _settle(self._waiting)
+        self._is_ending = True
+        _resolve(self._new_call)
 
-    def _take(self, call: _Call) -> None:
-        if self._ends:
+    def _accept(self, call: _Call) -> None:
+        if self._is_ending:
             return
         if not self._is_async:
             self._calls.append(call)
-            _settle(self._waiting)
+            _resolve(self._new_call)
             return
-        call.begun()
-        if self._is_alone:  # the loop runs, and need not stop for it
-            given, done = self._function(call.context), self._loop.create_future()
-            done.add_done_callback(lambda done: call.settle(agents.ended(call.context, *done.result())))
-            self._give(_Step(given, self._variables_of(call), call.context, done))
-            return
-        self._begin_beside(self._function(call.context), self._variables_of(call), call.context, call.settle)
+        call.on_begin()
+        target, variables = self._bound(call.context), self._variables_for(call.context)
+        if self._is_sequential:  # a step, for which the loop need not stop
+            done: asyncio.Future[Result] = self._loop.create_future()
+            done.add_done_callback(lambda done: call.end(*done.result()))
+            self._add_step(_Step(target, variables, call.context, done))
+        else:
+            self._start_task(target, variables, call.context, call.on_end)
 
-    def _variables_of(self, call: _Call) -> contextvars.Context:
+    def _variables_for(self, context: Context) -> contextvars.Context:
         variables = self._variables.copy()
-        variables.run(call.context.enter)
+        variables.run(context.enter)
         return variables
 
-    def _function(self, context: Context) -> Callable[[], Any]:
-        return lambda: self._agent(context.rollout.input, context)
+    def _bound(self, context: Context) -> Callable[[], Any]:
+        """The agent with its arguments for one rollout."""
+        agent = self._agent
+        assert agent is not None
+        return lambda: agent(context.rollout.input, context)
 
-    def _begin_beside(
-        self, given: Any, variables: contextvars.Context, context: Context, settle: Callable[[Ending], None]
+    def _start_task(
+        self, target: Any, variables: contextvars.Context, context: Context, on_end: Callable[[Ending], None]
     ) -> None:
-        """Await one call in a task of its own."""
-        if context.cancelled:
-            settle(agents.ended(context, *_given_up(given)))
-            return
-        coroutine = self._beside(given, context, settle)
+        """Await an overlapping call in a task of its own."""
+        coroutine = self._run_task(target, context, on_end)
         self._tasks[context] = self._loop.create_task(coroutine, context=variables)
 
-    async def _beside(self, given: Any, context: Context, settle: Callable[[Ending], None]) -> None:
+    async def _run_task(self, target: Any, context: Context, on_end: Callable[[Ending], None]) -> None:
         try:
-            outcome: Outcome = await _awaited(given), None
+            result = _discarded(target) if context.cancelled else (await _awaited(target), None)
         except BaseException as error:
-            outcome = _failed(error)
+            result = _failed(error)
         finally:
             del self._tasks[context]
-        settle(agents.ended(context, *outcome))
+        on_end(agents.ending_of(context, *result))
 
     def _cancel(self, context: Context) -> None:
         if self._step is not None and self._step.context is context:
             self._cancels += 1
-            self._keeper.cancel()
-        elif context in self._tasks:
-            self._tasks[context].cancel()
+            self._main_task.cancel()
+        elif context in self._tasks:  # `call_soon`: a task that is cancelled before its first step does nothing at all
+            self._loop.call_soon(self._tasks[context].cancel)
 
-    # -- in a thread beside ------------------------------------------------------------------------------------------
+    # -- in a thread of `_Threads` -----------------------------------------------------------------------------------
 
-    def _run_beside(self, call: _Call) -> None:
-        """Make one call of a plain agent; what it gives to await is awaited on the loop of this life."""
-        if self._ends:
+    def _run_in_thread(self, call: _Call) -> None:
+        """Run an overlapping call of a plain agent; an awaitable that it returns is awaited on the loop."""
+        if self._is_ending or not call.begin():
             return
-        call.begun()
-        if call.context.cancelled:
-            call.settle(Ending(None))
-            return
-        variables = self._variables_of(call)
-        result, error = _tried(functools.partial(variables.run, self._function(call.context)))
+        variables = self._variables_for(call.context)
+        result, error = _result_of(functools.partial(variables.run, self._bound(call.context)))
         if error is not None or not inspect.isawaitable(result):
-            call.settle(agents.ended(call.context, result, error))
+            call.end(result, error)
             return
         done: Future[Ending] = Future()
         try:
-            self._loop.call_soon_threadsafe(self._begin_beside, result, variables, call.context, done.set_result)
+            self._loop.call_soon_threadsafe(self._start_task, result, variables, call.context, done.set_result)
         except RuntimeError as closed:
-            _given_up(result)
-            call.settle(agents.ended(call.context, None, closed))
+            _discarded(result)
+            call.end(None, closed)
         else:
-            call.settle(done.result())
+            call.on_end(done.result())
 
     # -- in any thread -----------------------------------------------------------------------------------------------
 
-    def begin(self, context: Context, settle: Callable[[Ending], None], begun: Callable[[], None]) -> None:
-        """Ask for a call. `begun` is called when it begins, and `settle` when it has ended, each on some thread.
+    def begin(self, context: Context, on_end: Callable[[Ending], None], on_begin: Callable[[], None]) -> None:
+        """Ask for a call; `on_begin` and `on_end` are called on some thread when it begins and has ended.
 
-        It never begins if this life is over; RuntimeError says so if that is known already.
+        If this life is over, the call never begins; RuntimeError if that is known already.
         """
-        call = _Call(context, settle, begun)
-        if self._is_alone or self._is_async:
-            self._loop.call_soon_threadsafe(self._take, call)
+        call = _Call(context, on_end, on_begin)
+        if self._is_sequential or self._is_async:
+            self._loop.call_soon_threadsafe(self._accept, call)
         else:
-            self._threads.submit(functools.partial(self._run_beside, call))
+            self._threads.submit(functools.partial(self._run_in_thread, call))
 
     def cancel(self, context: Context) -> None:
-        """Cancel what is awaited for a call, whose context says why. What does not await is left alone."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing is awaited any more
+        """Cancel what a call awaits; its context says why. A call that awaits nothing goes on."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing is awaited
             self._loop.call_soon_threadsafe(self._cancel, context)
 
     def end(self) -> None:
-        """Let `serve` return, as soon as no call runs."""
-        with contextlib.suppress(RuntimeError):  # it has ended
+        """Let `serve` return as soon as no call runs."""
+        with contextlib.suppress(RuntimeError):  # it has returned
             self._loop.call_soon_threadsafe(self._end)
 
 
-async def _first(futures: list[asyncio.Future[Any]]) -> None:
-    """Wait for one of them, however it ends."""
+async def _wait_for_any(futures: list[asyncio.Future[Any]]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _settle(future: asyncio.Future[None] | None) -> None:
+def _resolve(future: asyncio.Future[None] | None) -> None:
     if future is not None and not future.done():
         future.set_result(None)
 
 
-def _take_back(task: asyncio.Task[Any]) -> None:
-    """Count no cancel of a task that went to something in it which has ended."""
+def _clear_cancels(task: asyncio.Task[Any]) -> None:
+    """Forget the cancellations of a task: they were for a step that has ended."""
     while task.cancelling():
         task.uncancel()
 
 
-def _result(outcome: Outcome) -> Any:
-    result, error = outcome
+def _returned(result: Result) -> Any:
+    """What a call returned; raises the error that it raised."""
+    value, error = result
     if error is None:
-        return result
+        return value
     try:
         raise error
     finally:
-        del outcome, error  # no cycle with the traceback
+        del result, error  # no cycle with the traceback
 
 
-def _tried(function: Callable[[], Any]) -> Outcome:
+def _result_of(function: Callable[[], Any]) -> Result:
     try:
         return function(), None
     except BaseException as error:  # SystemExit, too, would end more than this call
         return _failed(error)
 
 
-def _failed(error: BaseException) -> Outcome:
-    """An error as an outcome; one that is due to the thread says what to do."""
+def _failed(error: BaseException) -> Result:
+    """An error as a result; with the remedy if it was raised because this is not the main thread."""
     if threading.current_thread() is not threading.main_thread():
-        for one in agents.and_causes(error):
+        for one in with_causes(error):
             if isinstance(one, (ValueError, RuntimeError)) and "main thread" in text_of(one):
                 add_note(error, NEEDS_MAIN_THREAD)
                 break
     return None, error
 
 
-async def _awaited(given: Any) -> Any:
-    """What an agent gives in the end: its awaitables awaited, however they came to be."""
-    result = given if inspect.isawaitable(given) else given()
+async def _awaited(target: Any) -> Any:
+    """Call a target if it is a function, and await until the result is no awaitable."""
+    result = target if inspect.isawaitable(target) else target()
     while inspect.isawaitable(result):
         result = await result
     return result
 
 
-def _given_up(given: Any) -> Outcome:
-    """The outcome of what is not awaited any more."""
-    if inspect.iscoroutine(given):
-        given.close()  # or Python warns that it was never awaited
+def _discarded(target: object) -> Result:
+    """The result of a target that is not awaited, because its call was cancelled."""
+    if inspect.iscoroutine(target):
+        target.close()  # or Python warns that it was never awaited
     return None, asyncio.CancelledError()
 
 
 @types.coroutine
-def _driven(coroutine: Any, variables: contextvars.Context) -> Generator[Any, Any, Outcome]:
-    """Await a coroutine in the calling task, but with context variables of its own: what it sets ends with it."""
+def _run_with(coroutine: Coroutine[Any, Any, Any], variables: contextvars.Context) -> Generator[Any, Any, Result]:
+    """Await a coroutine in the calling task, but with other context variables."""
     step = functools.partial(coroutine.send, None)
     while True:
         try:
@@ -412,7 +417,7 @@ def _driven(coroutine: Any, variables: contextvars.Context) -> Generator[Any, An
             return _failed(error)
         try:
             step = functools.partial(coroutine.send, (yield awaited))
-        except GeneratorExit:  # the task itself is given up, not by the agent
+        except GeneratorExit:  # the task itself is discarded, not by the agent
             variables.run(coroutine.close)
             raise
         except BaseException as error:
@@ -420,39 +425,39 @@ def _driven(coroutine: Any, variables: contextvars.Context) -> Generator[Any, An
 
 
 class _Threads:
-    """Threads that the end of the interpreter does not wait for, unlike those of `concurrent.futures`."""
+    """Daemon threads for calls. The interpreter does not wait for them at exit, as it would for an executor's."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._lock = threading.Lock()
         self._started = 0
-        self._free = 0  # threads that nobody has given anything
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._idle = 0  # threads, minus functions that no thread has taken yet
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def submit(self, function: Callable[[], None]) -> None:
-        """Run a function, which raises nothing, in a thread."""
+        """Run a function, which must not raise, in a thread."""
         with self._lock:
-            starts = not self._free and self._started < self._most
+            starts = not self._idle and self._started < self._limit
             self._started += starts
-            self._free -= not starts
+            self._idle -= not starts
             name = f"raystore-agent-{self._started}"
-        self._work.put(function)
+        self._queue.put(function)
         if starts:
-            threading.Thread(target=self._serve, name=name, daemon=True).start()
+            threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def _serve(self) -> None:
-        loop = asyncio.new_event_loop()  # for agents that ask for one; it runs when they run it
-        while (work := self._work.get()) is not None:
+    def _run(self) -> None:
+        loop = asyncio.new_event_loop()  # for agents that call `get_event_loop`; they run it themselves
+        while (function := self._queue.get()) is not None:
             if loop.is_closed():
                 loop = asyncio.new_event_loop()
             asyncio.set_event_loop(loop)
-            work()
-            del work  # with all that it refers to, while nothing follows
+            function()
+            del function  # it must not live while the thread waits
             with self._lock:
-                self._free += 1
+                self._idle += 1
         loop.close()
 
     def close(self) -> None:
-        """End them, as soon as nothing runs in them."""
+        """End each thread as soon as its function has returned."""
         for _ in range(self._started):
-            self._work.put(None)
+            self._queue.put(None)

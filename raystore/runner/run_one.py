@@ -1,46 +1,39 @@
-"""One call of an agent, without Ray and without a store: to debug it, or to try it in a notebook.
-
-Not here: many of them (`pool`), with the same agent.
-"""
+"""One call of an agent, without Ray and without a store: to debug it, or to try it in a notebook."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import Any, TypeVar
+from typing import Any
 
-from raystore.client.resources import TO_PUBLISH
+from raystore.client.client import TO_PUBLISH
 from raystore.errors import InvalidValueError
 from raystore.errors.calls import explained
 from raystore.runner import agents
-from raystore.runner.context import ALONE, Context
+from raystore.runner.agent_errors import add_note
+from raystore.runner.agents import Agent
+from raystore.runner.context import ALONE, Context, Outbox
 from raystore.runner.life import Life
-from raystore.runner.outbox import Outbox
-from raystore.runner.told import add_note
 from raystore.spans import Span, find_final_reward
 from raystore.tracing.losses import Losses, Reason
 from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
-from raystore.wire.convert import validated
-
-T = TypeVar("T")
+from raystore.wire.checks import validated
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one call of an agent left.
+    """The record of one call of an agent.
 
     Attributes:
-        rollout: the made-up rollout that it ran for.
-        spans: those that it emitted, numbered in the order in which they ended.
-        reward: its final reward, None if it gave none.
-        spans_lost: spans that were lost, and model calls that cannot be trained on, by reason, as in `statistics()`.
+        rollout: the rollout that was made up for the call.
+        spans: those that the agent recorded, numbered in the order in which they ended.
+        reward: the final reward, or None.
+        spans_lost: how many spans were lost, and model calls cannot be trained on, by reason, as in `statistics()`.
     """
 
     rollout: AttemptedRollout
@@ -55,7 +48,7 @@ class Run:
 
 @explained
 def run_one(
-    agent: Any,
+    agent: Agent,
     task: Any,
     resources: Mapping[str, Any] | None = None,
     *,
@@ -64,13 +57,13 @@ def run_one(
     """Run an agent on one task in this thread, as a runner would, and return its spans and reward.
 
     Args:
-        agent: what `RunnerPool` takes: a function, a coroutine function, or a class with `__call__`.
+        agent: as for `RunnerPool`: a function, a coroutine function, or a class with `__call__`.
         task: the rollout's input.
-        resources: by name, for `ctx.resources`: what `update_resources` takes.
+        resources: by name, for `ctx.resources`, as for `update_resources`.
         policy_version: for `ctx.policy_version`.
 
-    Whatever the agent raises comes out as it was raised, with a note of the spans before it. All of the agent's life,
-    from `__init__` to `close`, is in the calling thread; inside a running event loop (a notebook) it is in another one.
+    An error of the agent is raised unchanged, with a note of the spans recorded before. From `__init__` to `close` the
+    agent lives in the calling thread, or in another one if this thread has a running event loop (a notebook).
     """
     if (expected := agents.check(agent)) is not None:
         raise InvalidValueError("agent", agent, expected)
@@ -86,26 +79,30 @@ def run_one(
     rollout = AttemptedRollout(
         rollout_id=rollout_id, input=task, start_time=now, config=RolloutConfig(), status="preparing", attempt=attempt
     )
-    outbox, losses = Outbox(lambda: None), Losses()
+    losses = Losses()
+    outbox = Outbox(losses)
     given = validated("resources", NamedResources, {} if resources is None else resources, TO_PUBLISH)
     context = Context(rollout, given, ALONE, outbox.add, losses.add)
-    story = f"A span of rollout {rollout_id} ended after run_one, and is lost"
+    too_late = f"A span of rollout {rollout_id} ended after run_one, and is lost"
     try:
-        _here_or_beside(functools.partial(_run, agent, context))
+        if asyncio._get_running_loop() is None:
+            _run(agent, context)
+        else:
+            thread = ThreadPoolExecutor(1, "raystore-run-one")  # `with` would wait for the agent after a Ctrl+C
+            thread.submit(contextvars.copy_context().run, _run, agent, context).result()
     except Exception as error:
         add_note(error, f"spans recorded before: {', '.join(span.name for span in outbox.take()) or 'none'}")
         raise
     finally:
         context.leave()
-    spans = outbox.close(lambda span: losses.add("too_late", "", story))
-    outbox.tell(losses)
+    spans = outbox.close(lambda span: losses.add("too_late", "", too_late))
     for number, span in enumerate(spans, 1):
         span.sequence_id = number
     return Run(rollout, spans, find_final_reward(spans), losses.take())
 
 
-def _run(agent: Any, context: Context) -> None:
-    """The life of an agent, with one call; raises what the agent raised."""
+def _run(agent: Agent, context: Context) -> None:
+    """Make an agent, call it once and close it; raises the agent's own errors."""
     with Life(agent) as life:
         result, error = life.run(context)
         if error is None:
@@ -115,25 +112,3 @@ def _run(agent: Any, context: Context) -> None:
             raise error
         finally:
             del error  # no cycle with its traceback
-
-
-def _here_or_beside(function: Callable[[], None]) -> None:
-    """Run a function in this thread; in another one if this one has a running event loop."""
-    try:
-        running = asyncio.get_running_loop()
-    except RuntimeError:
-        running = None
-    if running is None:  # outside of the handler, whose exception would be shown with the agent's
-        function()
-        return
-    done: Future[None] = Future()
-
-    def settle() -> None:
-        try:
-            function()
-            done.set_result(None)
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=contextvars.copy_context().run, args=[settle], name="raystore-run-one").start()
-    done.result()

@@ -1,8 +1,8 @@
-"""What one runner does: claim by long poll, run the agent, send its spans, report, claim the next.
+"""One runner: it claims rollouts by long poll, runs the agent on them, sends the spans and reports the endings.
 
 The last spans, the final status and the next claim leave together. Heartbeats come from a thread that an agent cannot
 block. An exception of the agent fails its attempt and nothing else.
-Not here: keeping runners alive (`pool`), where an agent runs (`inline`, `forked`), what it sees (`context`).
+Not here: keeping runners alive (`pool`), where an agent runs (`inline_agents`, `process_agents`).
 """
 
 from __future__ import annotations
@@ -16,45 +16,50 @@ import socket
 import threading
 import time
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import psutil
 
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.client.pending import run_blocking
 from raystore.errors import (
     InvalidValueError,
     OutcomeUnknownError,
     PayloadNotPicklableError,
     PayloadTooLargeError,
+    ResourcesNotFoundError,
     StoreClosedError,
     StoreError,
     StoreUnavailableError,
 )
-from raystore.runner.agents import Agents, Ending, lost_resources
-from raystore.runner.cache import ResourceCache
-from raystore.runner.context import STOPPED, Context, apart
-from raystore.runner.outbox import Outbox
-from raystore.runner.told import last_line, summary
+from raystore.runner.agent_errors import last_line, summary
+from raystore.runner.agents import Agent, Agents, Ending, lost_resources, pickled
+from raystore.runner.context import STOPPED, Context, Outbox, outside_rollouts
+from raystore.runner.inline_agents import InlineAgents
+from raystore.runner.process_agents import ProcessAgents
 from raystore.spans import Span, is_traced
 from raystore.tracing.losses import Losses
-from raystore.types import AttemptedRollout
+from raystore.types import Attempt, AttemptedRollout
+from raystore.values import pickler
 
 logger = logging.getLogger("raystore.runner")
 
-EXPLAIN_SECONDS = 10.0  #: after which a pool that does not start says what it waits for
-STOP_SECONDS = 5.0  #: that rollouts which run are given to finish when their pool closes
-WITHDRAW_SECONDS = 1.0  #: then, to give back what has not finished, before the processes end
-CLAIM_SECONDS = 30.0  #: one long poll; only bounds how long a forgotten runner asks
-CLAIM_PAUSE_SECONDS = 0.2  #: before claiming again after a claim that failed
-UNREAD_PAUSE_MOST_SECONDS = 5.0  #: before claiming again where resources cannot be read
-EARLY_KEPT = 1_000  #: notices that overtook their claim, or came after the end of their rollout
-PLACES_WARNED = 20  #: where agents' errors come from, that a runner tells of in its log
+EXPLAIN_SECONDS = 10.0  #: after which a pool that has not started logs what it waits for
+STOP_SECONDS = 5.0  #: that rollouts have to finish when their pool closes
+WITHDRAW_SECONDS = 1.0  #: that runners then have to give back unfinished rollouts, before they are killed
+CLAIM_SECONDS = 30.0  #: of one long poll, so that a runner whose pool is gone does not wait for ever
+CLAIM_PAUSE_SECONDS = 0.2  #: after a claim that failed
+MAX_UNREAD_PAUSE_SECONDS = 5.0  #: before the next claim where resources cannot be read
+EARLY_NOTICES_KEPT = 1_000  #: that arrived before their claim, or after the end of their rollout
+PLACES_WARNED = 20  #: places of errors in agents that a runner logs
+RESOURCES_IDLE_SECONDS = 1.0  #: that a version of resources stays cached after its last user
 
 Key = tuple[str, str]  # rollout id, attempt id
+Version = tuple[str, int]  # resources id, version
+Report = Callable[[], Awaitable[object]]
 
 
 @dataclass(slots=True)
@@ -67,12 +72,49 @@ class RunnerOptions:
     flush_seconds: float = 1.0
     cancel_grace_seconds: float = 5.0
     max_agent_seconds: float | None = None
-    isolation: str = "actor"
+    isolation: Literal["actor", "process"] = "actor"
 
 
-def runner_id(pool_id: str, number: int, count: int) -> str:
-    """The worker id of the runner that takes a place of a pool, as so many did before; no other runner has it."""
-    return f"runner-{pool_id}-{number}" + (f".{count}" if count else "")
+# -- for pools of runners ----------------------------------------------------------------------------------------------
+
+
+class WorkerIds:
+    """Makes the worker ids of a pool's runners; no two runners have the same."""
+
+    def __init__(self, pool_id: str) -> None:
+        self._pool_id = pool_id
+        self._counts: Counter[int] = Counter()
+
+    def next(self, number: int) -> str:
+        """An id for the next runner with this number."""
+        count = self._counts[number]
+        self._counts[number] += 1
+        return f"runner-{self._pool_id}-{number}" + (f".{count}" if count else "")
+
+
+class Member(Protocol):
+    """A runner as its pool sees it."""
+
+    ended: threading.Event
+
+    def stop(self, *, drain: bool) -> None:
+        """Ask it to stop."""
+
+
+def stop_all(members: Sequence[Member], *, drain_seconds: float, withdraw_seconds: float) -> None:
+    """Stop runners: they may finish their rollouts for `drain_seconds`, then give them back for `withdraw_seconds`."""
+    for drain, seconds in ((True, drain_seconds), (False, withdraw_seconds)):
+        if drain and seconds <= 0:
+            continue
+        left = [member for member in members if not member.ended.is_set()]
+        for member in left:
+            member.stop(drain=drain)
+        deadline = time.monotonic() + seconds
+        for member in left:
+            member.ended.wait(max(deadline - time.monotonic(), 0))
+
+
+# -- one runner --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, eq=False)
@@ -81,57 +123,79 @@ class _Work:
 
     context: Context
     outbox: Outbox
-    full: asyncio.Event = field(default_factory=asyncio.Event)  # enough spans for not waiting any longer
-    refusal: Exception | None = None  # of a span that the store does not take
-    sending: asyncio.Task[None] | None = None  # of what was flushed last
-    is_refused: bool = False  # something that was flushed, so that what went with it goes again, one by one
+    flush_wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    sending: asyncio.Task[None] | None = None  # the last flush
+    has_refused_batch: bool = False  # of spans, which are then sent again one by one
+    refusal: Exception | None = None  # of a span that the agent made itself
+
+    @property
+    def rollout(self) -> AttemptedRollout:
+        """The rollout."""
+        return self.context.rollout
+
+    @property
+    def key(self) -> Key:
+        """Its key."""
+        return self.rollout.rollout_id, self.rollout.attempt.attempt_id
 
 
 class Runner:
     """One runner, on the event loop that runs `run`."""
 
-    def __init__(self, store: StoreClient, agents: Agents, worker_id: str, options: RunnerOptions) -> None:
+    def __init__(self, store: StoreClient, agent: Agent | bytes, worker_id: str, options: RunnerOptions) -> None:
+        """`agent` may be pickled."""
         self.worker_id = worker_id
         self._store = store
-        self._agents = agents
         self._options = options
+        self._agents: Agents
+        if options.isolation == "process":
+            data = agent if isinstance(agent, bytes) else pickled(agent)
+            self._agents = ProcessAgents(data, options.concurrency, worker_id)
+        else:
+            loaded = pickler.loads_agent(agent) if isinstance(agent, bytes) else agent
+            self._agents = InlineAgents(loaded, options.concurrency)
         self._losses = Losses()
         self._running: dict[Key, _Work] = {}
-        self._early: OrderedDict[Key, str] = OrderedDict()  # notices of claims that have not arrived here yet
+        self._early_notices: OrderedDict[Key, str] = OrderedDict()
         self._resources = ResourceCache(store)
-        self._warned: set[str] = set()
-        self._warned_of_no_reward = False
-        self._unread_pause = 0.0  # after resources that could not be read here; grows until some could
+        self._places_warned: set[str] = set()
+        self._has_warned_of_no_reward = False
+        self._unread_pause = 0.0  # grows while resources cannot be read here
         self._stopping = threading.Event()
-        self._hurried = threading.Event()
-        self._slots: list[asyncio.Task[None]] = []
+        self._heartbeat_wanted = threading.Event()
         self._claiming: set[asyncio.Task[Any]] = set()
-        self._aside: set[asyncio.Task[Any]] = set()  # reports that no slot waits for
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._background: set[asyncio.Task[None]] = set()  # reports that no slot waits for
+        self._loop: asyncio.AbstractEventLoop  # that runs `run`
+
+    async def open(self) -> None:
+        """Make the agents; raises the error of an agent's `__init__` or `setup`."""
+        await self._agents.open()
+
+    async def close(self) -> None:
+        """End the agents of a runner that was opened and does not run."""
+        await self._agents.close()
 
     async def run(self) -> None:
-        """Work until `stop`, or until the store is gone."""
+        """Work until `stop`, or until the store is gone; then end the agents."""
         self._loop = asyncio.get_running_loop()
-        forget = self._store.listen_for_notices(self._notice)
-        heart = threading.Thread(target=self._heartbeats, name=f"{self.worker_id}-heartbeat", daemon=True)
-        heart.start()
+        stop_listening = self._store.listen_for_notices(self._on_notice)
+        threading.Thread(target=self._send_heartbeats, name=f"{self.worker_id}-heartbeat", daemon=True).start()
         try:
-            self._slots = [asyncio.create_task(self._slot()) for _ in range(self._options.concurrency)]
-            with apart():
-                await asyncio.gather(*self._slots)
+            with outside_rollouts():
+                await asyncio.gather(*(self._slot() for _ in range(self._options.concurrency)))
         finally:
             self._stopping.set()
-            self._hurried.set()
-            forget()
+            self._heartbeat_wanted.set()
+            stop_listening()
             await self._agents.close()
-            while self._aside:
-                await asyncio.wait(self._aside)
-            with contextlib.suppress(StoreError, TimeoutError):  # it has ended before, or is away
+            while self._background:
+                await asyncio.wait(self._background)
+            with contextlib.suppress(StoreError, TimeoutError):  # the store is closed or cannot be reached
                 async with asyncio.timeout(WITHDRAW_SECONDS):
                     await self._report_losses()
 
     def stop(self, *, drain: bool = True) -> None:
-        """Claim nothing more; what runs is finished, or cancelled if not to drain. On the runner's loop."""
+        """Claim nothing more; `drain` finishes the rollouts that run, else they are cancelled. On the runner's loop."""
         self._stopping.set()
         for claiming in list(self._claiming):
             claiming.cancel()
@@ -145,8 +209,9 @@ class Runner:
     # -- one slot ----------------------------------------------------------------------------------------------------
 
     async def _slot(self) -> None:
-        reports: list[Callable[[], Any]] = []  # of the rollout before; nothing of it is kept while it waits for more
+        reports: list[Report] = []  # of the previous rollout; a list, so that nothing keeps it while a claim waits
         while True:
+            claimed = None
             try:
                 claimed = await self._report_and_claim(reports)
             except (StoreUnavailableError, StoreClosedError) as error:
@@ -154,19 +219,17 @@ class Runner:
                     logger.error("Runner %s ends: %s", self.worker_id, error)
                     return
                 logger.warning("Runner %s claims again: %s", self.worker_id, error)
-                claimed = None
             except Exception as error:
-                logger.error("Runner %s cannot take a rollout: %s", self.worker_id, error)
+                logger.error("Runner %s cannot claim a rollout: %s", self.worker_id, error)
                 await asyncio.sleep(CLAIM_PAUSE_SECONDS)
-                claimed = None
             if claimed is not None:
-                reports.append(await self._work(claimed))
+                reports.append(await self._run(claimed))
             elif self._stopping.is_set():
                 return
 
-    async def _report_and_claim(self, reports: list[Callable[[], Any]]) -> AttemptedRollout | None:
-        """Send the final report of one rollout, if there is one, together with the claim of the next."""
-        reporting = asyncio.create_task(_reported(reports.pop())) if reports else None
+    async def _report_and_claim(self, reports: list[Report]) -> AttemptedRollout | None:
+        """Claim the next rollout, and send the report of the previous one with it."""
+        reporting = asyncio.create_task(_logging_errors(reports.pop())) if reports else None
         claimed: AttemptedRollout | None = None
         if not self._stopping.is_set():
             claiming = asyncio.create_task(
@@ -185,178 +248,170 @@ class Runner:
             await reporting
         return claimed
 
-    async def _work(self, rollout: AttemptedRollout) -> Callable[[], Any]:
-        """Run the agent on one rollout; how to report it."""
-        finish = functools.partial(self._store.finish_attempt, rollout.rollout_id, rollout.attempt.attempt_id)
+    async def _run(self, rollout: AttemptedRollout) -> Report:
+        """Run the agent on one rollout; returns the report of its end."""
         try:
-            rollout.input  # noqa: B018 - raises if the task cannot be decoded here; what nobody can decode fails in the end
-            resources = await self._resources.take(rollout)
-        except Exception as error:  # gone, or of a class that cannot be imported here
+            rollout.input  # noqa: B018 - raises if the task cannot be decoded here
+            resources = await self._resources.acquire(rollout)
+        except Exception as error:  # they are deleted, or of a class that cannot be imported here
             logger.error("Runner %s cannot run rollout %s: %s", self.worker_id, rollout.rollout_id, error)
-            await asyncio.sleep(CLAIM_PAUSE_SECONDS)  # somebody else may be able to, and comes first
-            return functools.partial(finish, [], "failed", outcome="infra", error=summary(error))
+            await asyncio.sleep(CLAIM_PAUSE_SECONDS)  # so that another runner, which may be able to, claims it first
+            key = (rollout.rollout_id, rollout.attempt.attempt_id)
+            return functools.partial(self._finish_attempt, key, [], Ending("failed", "infra", summary(error)))
         try:
-            return await self._run(rollout, resources, finish)
+            return await self._run_with(rollout, resources)
         finally:
-            self._resources.give_back(rollout)
+            self._resources.release(rollout)
 
-    async def _run(
-        self, rollout: AttemptedRollout, resources: dict[str, Any], finish: Callable[..., Any]
-    ) -> Callable[[], Any]:
-        """The same, with its resources."""
-        assert self._loop is not None
-        outbox = Outbox(lambda: self._wake(work))
+    async def _run_with(self, rollout: AttemptedRollout, resources: dict[str, Any]) -> Report:
+        outbox = Outbox(self._losses, on_full=lambda: self._call_soon(rollout.rollout_id, work.flush_wanted.set))
         work = _Work(Context(rollout, resources, self.worker_id, outbox.add, self._losses.add), outbox)
-        key = (rollout.rollout_id, rollout.attempt.attempt_id)
-        if (kind := self._early.pop(key, None)) is not None:
+        if (kind := self._early_notices.pop(work.key, None)) is not None:
             work.context.cancel(kind)
-            return functools.partial(self._finish, finish, work, Ending(None))
-        self._running[key] = work
+            return functools.partial(self._finish, work, Ending(None))
+        self._running[work.key] = work
         if rollout.config.unresponsive_seconds is not None:
-            self._hurried.set()
+            self._heartbeat_wanted.set()
         flushing = asyncio.create_task(self._flush(work))
-        patience = self._options.max_agent_seconds
-        overdue = None if patience is None else self._loop.call_later(patience, self._overdue, key, work)
+        seconds = self._options.max_agent_seconds
+        time_limit = None if seconds is None else self._loop.call_later(seconds, self._on_overdue, work)
         try:
             ending = await self._agents.run(work.context)
-        except Exception as error:  # the agent was not even called: no process for it, say
+        except Exception as error:  # before the agent was called: its process could not be given the resources
             lost = lost_resources(error, work.context)
-            unread = None if lost is None else lost.resources
-            ending = Ending("failed", "infra", summary(error), unread=unread)
+            ending = Ending("failed", "infra", summary(error), unread=None if lost is None else lost.resources)
         finally:
             work.context.leave()
-            del self._running[key]
+            del self._running[work.key]
             flushing.cancel()
-            if overdue is not None:
-                overdue.cancel()
+            if time_limit is not None:
+                time_limit.cancel()
         if ending.unread is not None and not work.context.cancelled:
-            await _reported(functools.partial(self._give_back_unread, work, *ending.unread, ending.error))
+            await _logging_errors(functools.partial(self._give_back_unread, work, *ending.unread, ending.error or ""))
             ending = Ending(None)
         elif ending.status == "succeeded":
             self._unread_pause = 0.0
         if ending.place is not None:
-            self._warn(rollout, ending.place, ending.error)
-        return functools.partial(self._finish, finish, work, ending)
+            self._warn_of_error(rollout, ending.place, ending.error)
+        return functools.partial(self._finish, work, ending)
 
-    def _warn(self, rollout: AttemptedRollout, place: str, error: str | None) -> None:
-        """Tell people of an agent's error, once for each place: a run in which all fail should not be silent."""
-        if place not in self._warned and len(self._warned) < PLACES_WARNED:
-            self._warned.add(place)
+    def _warn_of_error(self, rollout: AttemptedRollout, place: str, error: str | None) -> None:
+        """Log an agent's error, once for each place: a run in which all agents fail should not be silent."""
+        if place not in self._places_warned and len(self._places_warned) < PLACES_WARNED:
+            self._places_warned.add(place)
             logger.warning(
-                "The agent failed on rollout %s: %s (%s; told once, the rest is in attempt.error)",
+                "The agent failed on rollout %s: %s (%s; logged once, attempt.error has the traceback)",
                 rollout.rollout_id, last_line(error or "")[:400], place,
             )  # fmt: skip
 
     def _warn_of_no_reward(self, rollout_id: str) -> None:
-        """Tell people once of an agent that gives no reward: they may believe that it does."""
-        if not self._warned_of_no_reward:
-            self._warned_of_no_reward = True
+        """Log once that an agent gives no reward: its author may believe that it does."""
+        if not self._has_warned_of_no_reward:
+            self._has_warned_of_no_reward = True
             logger.warning(
                 "Rollout %s succeeded without a reward, so its reward is None. Let the agent return a number, or call "
-                "ctx.reward(x); nothing is to be done if somebody else sends it, or none is meant. A rollout that is "
-                "not to be trained on should raise rs.Drop(why). (told once)",
+                "ctx.reward(x); ignore this if the reward comes from elsewhere, or if there is none. To keep a rollout "
+                "from training, raise rs.Drop(why). (Logged once.)",
                 rollout_id,
             )  # fmt: skip
 
-    async def _finish(self, finish: Callable[..., Any], work: _Work, ending: Ending) -> None:
+    async def _finish(self, work: _Work, ending: Ending) -> None:
+        """Send the last spans of a rollout, and report how it ended."""
         context = work.context
-        late = functools.partial(_late, weakref.ref(self), self._losses)
-        spans = work.outbox.close(late)  # a span that somebody keeps holds nothing of the context, or of this runner
-        work.outbox.tell(self._losses)
-        if work.is_refused and work.sending is not None:  # else it is ahead of what follows, and not waited for
+        # A span that the agent keeps refers to the outbox, which must not keep the context or this runner alive.
+        spans = work.outbox.close(functools.partial(_on_late_span, weakref.ref(self), self._losses))
+        if work.has_refused_batch and work.sending is not None:  # else the flush arrives first without being awaited
             await asyncio.wait([work.sending])
         if context.cancelled and ending.status != "succeeded":
-            ending = Ending(None)  # however it took being stopped
+            ending = Ending(None)  # however the agent reacted to being cancelled
         elif work.refusal is not None and ending.status == "succeeded":
-            ending = _refused(work.refusal)
-        if ending.status is not None:
-            try:
-                told = await finish(spans, ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
-            except Exception as refusal:
-                self._look_at(refusal, spans)
-                own = await self._send(context.rollout.rollout_id, spans)
-                if own is not None and ending.status == "succeeded":
-                    ending = _refused(own)
-                await finish([], ending.status, outcome=ending.outcome, error=ending.error, died=ending.died)
-            else:
-                if ending.status == "succeeded" and told.reward is None:
-                    self._warn_of_no_reward(context.rollout.rollout_id)
+            ending = _ending_of_refusal(work.refusal)
+        if ending.status is None:  # the store knows it, except for work that is given back
+            await self._send(work.rollout.rollout_id, spans)
+            if context.stopped:  # the rollout keeps its place in the queue, and the attempt is not charged
+                await self._finish_attempt(work.key, [], Ending("unresponsive", "withdrawn"))
+            return
+        try:
+            attempt = await self._finish_attempt(work.key, spans, ending)
+        except Exception as error:
+            self._raise_unless_refusal(error, spans)
+            refusal = await self._send(work.rollout.rollout_id, spans)
+            if refusal is not None and ending.status == "succeeded":
+                ending = _ending_of_refusal(refusal)
+            await self._finish_attempt(work.key, [], ending)
         else:
-            # The store knows what became of the attempt, or is told now:
-            await self._send(context.rollout.rollout_id, spans)
-            if context.stopped:  # in the middle of it: it waits at its old place, and nothing is charged
-                await finish([], "unresponsive", outcome="withdrawn")
+            if ending.status == "succeeded" and attempt.reward is None:
+                self._warn_of_no_reward(work.rollout.rollout_id)
 
-    async def _give_back_unread(self, work: _Work, resources_id: str, version: int, error: str | None) -> None:
-        """Resources could not be read: the store offers the rollout again, or holds it back if nobody can read them.
+    async def _finish_attempt(self, key: Key, spans: list[Span], ending: Ending) -> Attempt:
+        assert ending.status is not None
+        return await self._store.finish_attempt(
+            *key, spans, ending.status, outcome=ending.outcome, error=ending.error, died=ending.died
+        )
 
-        If they are only unreadable here, others are given time to take it.
+    async def _give_back_unread(self, work: _Work, resources_id: str, version: int, error: str) -> None:
+        """Report resources that cannot be read, then pause before the next claim.
+
+        The store offers the rollout again, or holds it back if no runner can read them. The pause lets others claim it,
+        in case they are unreadable only here.
         """
-        context = work.context
-        await self._send(context.rollout.rollout_id, work.outbox.take())
-        key = (context.rollout.rollout_id, context.attempt.attempt_id)
-        await self._store.report_unread(*key, resources_id, version, error=error or "")
-        self._unread_pause = min(max(2 * self._unread_pause, CLAIM_PAUSE_SECONDS), UNREAD_PAUSE_MOST_SECONDS)
+        await self._send(work.rollout.rollout_id, work.outbox.take())
+        await self._store.report_unread(*work.key, resources_id, version, error=error)
+        self._unread_pause = min(max(2 * self._unread_pause, CLAIM_PAUSE_SECONDS), MAX_UNREAD_PAUSE_SECONDS)
         pause = asyncio.create_task(asyncio.sleep(self._unread_pause))
-        self._claiming.add(pause)  # which is cancelled when the runner stops
+        self._claiming.add(pause)  # cancelled when the runner stops
         await asyncio.wait([pause])
         self._claiming.discard(pause)
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
-    def _wake(self, work: _Work) -> None:
-        """Enough spans have gathered; on any thread."""
-        self._soon(work.context.rollout.rollout_id, work.full.set)
-
-    def _soon(self, rollout_id: str, action: Callable[..., Any], *arguments: Any) -> None:
-        assert self._loop is not None
+    def _call_soon(self, rollout_id: str, action: Callable[[], object]) -> None:
+        """Call something on the runner's loop for a span of a rollout; on any thread."""
         try:
-            self._loop.call_soon_threadsafe(action, *arguments)
-        except RuntimeError:
-            _too_late(self._losses, rollout_id)
+            self._loop.call_soon_threadsafe(action)
+        except RuntimeError:  # the loop is closed
+            _lose_late_span(self._losses, rollout_id)
 
     def send_late(self, span: Span) -> None:
-        """A span came after the end of its rollout; on any thread."""
-        self._soon(span.rollout_id, self._do_aside, functools.partial(self._send, span.rollout_id, [span]))
+        """Send a span that ended after its rollout; on any thread."""
+        send = functools.partial(self._send, span.rollout_id, [span])
+        self._call_soon(span.rollout_id, functools.partial(self._start_in_background, send))
 
-    def _do_aside(self, report: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        task = asyncio.create_task(_reported(report))
-        self._aside.add(task)
-        task.add_done_callback(self._aside.discard)
+    def _start_in_background(self, report: Report) -> None:
+        task = asyncio.create_task(_logging_errors(report))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _flush(self, work: _Work) -> None:
-        """Send spans while the agent works, so that they can be seen and are not lost with the process.
+        """Send spans while the agent works, so that they can be seen, and are not lost with the process.
 
-        Where there is none yet, a heartbeat says that the agent is at work: its first span may end much later.
+        If no span has ended after the first interval, a heartbeat tells the store that the agent runs.
         """
-        rollout = work.context.rollout
-        is_known = False  # that it is at work
+        is_known = False  # to the store: that the agent runs
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._options.flush_seconds):
-                    await work.full.wait()
-            except TimeoutError:
-                pass
-            work.full.clear()
+                    await work.flush_wanted.wait()
+            work.flush_wanted.clear()
             if spans := work.outbox.take():
                 try:
                     work.sending = asyncio.create_task(self._send_of(work, spans))
                     await asyncio.shield(work.sending)
                 except StoreError as error:
-                    logger.warning("Spans of rollout %s are lost: %s", rollout.rollout_id, error)
+                    logger.warning("Spans of rollout %s are lost: %s", work.rollout.rollout_id, error)
             elif not is_known:
-                with contextlib.suppress(StoreError):  # the next of the runner's own will say so, or why it cannot
-                    await self._store.heartbeat([(rollout.rollout_id, rollout.attempt.attempt_id)])
+                with contextlib.suppress(StoreError):  # the runner's regular heartbeat will log it
+                    await self._store.heartbeat([work.key])
             is_known = True
 
     async def _send_of(self, work: _Work, spans: list[Span]) -> None:
-        refusal = await self._send(work.context.rollout.rollout_id, spans, work)
+        refusal = await self._send(work.rollout.rollout_id, spans, work)
         work.refusal = work.refusal or refusal
 
     async def _send(self, rollout_id: str, spans: list[Span], work: _Work | None = None) -> Exception | None:
-        """Send spans; those that are refused do not keep the others from being stored.
+        """Send spans; if the store refuses some, the others are stored.
 
-        The first refusal of a span that the agent gave by its own hand; one that a tracer made is only counted.
+        Returns the first refusal of a span that the agent made itself. A refused span of a tracer is only counted.
         """
         if not spans:
             return None
@@ -364,93 +419,92 @@ class Runner:
             await self._store.add_unnumbered_spans(spans)
             return None
         except Exception as refusal:
-            self._look_at(refusal, spans)
+            self._raise_unless_refusal(refusal, spans)
             if len(spans) == 1:
                 name = spans[0].name
                 self._losses.add("refused", name, f"Span {name!r} of rollout {rollout_id} is refused: {refusal}")
                 return None if is_traced(spans[0]) else refusal
             if work is not None:
-                work.is_refused = True
+                work.has_refused_batch = True
         refusals = await asyncio.gather(*(self._send(rollout_id, [span]) for span in spans))
         return next((refusal for refusal in refusals if refusal is not None), None)
 
-    def _look_at(self, error: Exception, spans: list[Span]) -> None:
-        """Go on if an error is a refusal of spans, else raise it: then all of them are lost, if they were wanted."""
+    def _raise_unless_refusal(self, error: Exception, spans: list[Span]) -> None:
+        """Raise an error that is not about these spans; then all of them are lost."""
         if not _is_refusal(error):
-            if not isinstance(error, ValueError):  # which says that rollout or attempt are there no more
+            if not isinstance(error, ValueError):  # with which the store says that it wants no more of the attempt
                 self._losses.count("not_sent", len(spans))
             raise error
 
-    # -- what comes from outside -------------------------------------------------------------------------------------
+    # -- notices, time limits, heartbeats ----------------------------------------------------------------------------
 
-    def _notice(self, kind: str, rollout_id: str, attempt_id: str) -> None:
-        """The store says what became of an attempt; on any thread."""
-        if self._loop is not None and not self._loop.is_closed():
+    def _on_notice(self, kind: str, rollout_id: str, attempt_id: str) -> None:
+        """The store has changed an attempt; called on any thread."""
+        if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._cancel, kind, (rollout_id, attempt_id))
 
     def _cancel(self, kind: str, key: Key) -> None:
         if kind == "unresponsive":
-            return  # it lives, and its next span says so
+            return  # it is alive, as its next span will show
         work = self._running.get(key)
         if work is None:
-            self._early[key] = kind
-            if len(self._early) > EARLY_KEPT:
-                self._early.popitem(last=False)
+            self._early_notices[key] = kind
+            if len(self._early_notices) > EARLY_NOTICES_KEPT:
+                self._early_notices.popitem(last=False)
             return
         if work.context.cancelled:
             return
-        assert self._loop is not None
         work.context.cancel(kind)
         self._agents.cancel(work.context)
         self._loop.call_later(self._options.cancel_grace_seconds, self._agents.kill, work.context)
 
-    def _overdue(self, key: Key, work: _Work) -> None:
-        """The agent took longer than it may: its attempt times out now, and its work is of no use any more."""
+    def _on_overdue(self, work: _Work) -> None:
+        """The agent has run for longer than it may: time its attempt out now, and cancel it."""
         if work.context.cancelled:
             return
-        seconds = self._options.max_agent_seconds
-        error = f"the agent ran for more than max_agent_seconds={seconds:g}"
-        self._warn(work.context.rollout, "max_agent_seconds", error)
-        self._do_aside(functools.partial(self._time_out, key, work, error))
-        self._cancel("timeout", key)
+        error = f"the agent ran for more than max_agent_seconds={self._options.max_agent_seconds:g}"
+        self._warn_of_error(work.rollout, "max_agent_seconds", error)
+        self._start_in_background(functools.partial(self._time_out, work, error))
+        self._cancel("timeout", work.key)
 
-    async def _time_out(self, key: Key, work: _Work, error: str) -> None:
-        await self._send(key[0], work.outbox.take())
-        await self._store.finish_attempt(*key, [], "timeout", outcome="timeout", error=error)
+    async def _time_out(self, work: _Work, error: str) -> None:
+        await self._send(work.rollout.rollout_id, work.outbox.take())
+        await self._finish_attempt(work.key, [], Ending("timeout", "timeout", error))
 
-    def _heartbeats(self) -> None:
-        with apart():
-            self._beat()
-
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
+        """The heartbeat thread."""
         process = psutil.Process()
-        beaten = float("-inf")  # the first one at once: it says which process this is
-        while not self._stopping.is_set():
-            self._hurried.clear()
-            left = beaten + self._heartbeat_interval() - time.monotonic()
-            if left > 0 and self._hurried.wait(left):
-                continue  # something started that may be more impatient, or the runner stops
-            beaten = time.monotonic()
-            try:
-                running = list(self._running)
-                if running:
-                    for key in run_blocking(self._store.heartbeat(running)):
-                        self._notice("superseded", *key)  # the notice itself was lost with an earlier session
-                stats = {
-                    "host": socket.gethostname(),
-                    "pid": os.getpid(),
-                    "running": len(running),
-                    "rss_bytes": process.memory_info().rss,
-                }
-                self._store.sync.update_worker(self.worker_id, stats)
-                run_blocking(self._report_losses())
-            except StoreError as error:
-                logger.warning("Runner %s could not send a heartbeat: %s", self.worker_id, error)
-            except Exception:  # without heartbeats all that runs here would be taken for dead
-                logger.exception("Runner %s could not send a heartbeat", self.worker_id)
+        last = float("-inf")  # the first heartbeat at once: it carries the pid of this process
+        with outside_rollouts():
+            while not self._stopping.is_set():
+                self._heartbeat_wanted.clear()
+                left = last + self._heartbeat_interval() - time.monotonic()
+                if left > 0 and self._heartbeat_wanted.wait(left):
+                    continue  # the runner stops, or a rollout has started that may need a shorter interval
+                last = time.monotonic()
+                try:
+                    self._send_heartbeat(process)
+                except StoreError as error:
+                    logger.warning("Runner %s could not send a heartbeat: %s", self.worker_id, error)
+                except Exception:  # this thread must go on, or all rollouts of this runner become unresponsive
+                    logger.exception("Runner %s could not send a heartbeat", self.worker_id)
+
+    def _send_heartbeat(self, process: psutil.Process) -> None:
+        running = list(self._running)
+        if running:
+            for key in run_blocking(self._store.heartbeat(running)):
+                self._on_notice("superseded", *key)  # its notice was lost with an earlier session
+        stats = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "running": len(running),
+            "rss_bytes": process.memory_info().rss,
+        }
+        self._store.sync.update_worker(self.worker_id, stats)
+        run_blocking(self._report_losses())
 
     async def _report_losses(self) -> None:
-        """Tell the store what was counted here since the last time."""
+        """Send the losses that were counted since the last report."""
         if counts := self._losses.take():
             try:
                 await self._store.report_spans_lost(counts)
@@ -459,42 +513,110 @@ class Runner:
                 raise
 
     def _heartbeat_interval(self) -> float:
-        """Often enough for the most impatient rollout that runs."""
-        patience = [
+        """Short enough for the smallest `unresponsive_seconds` of the rollouts that run."""
+        limits = [
             seconds
             for work in list(self._running.values())
-            if (seconds := work.context.rollout.config.unresponsive_seconds) is not None
+            if (seconds := work.rollout.config.unresponsive_seconds) is not None
         ]
-        return max(min([self._options.heartbeat_seconds, *(seconds / 3 for seconds in patience)]), 0.05)
+        return max(min([self._options.heartbeat_seconds, *(seconds / 3 for seconds in limits)]), 0.05)
 
 
-def _late(runner: weakref.ref[Runner], losses: Losses, span: Span) -> None:
+def _on_late_span(runner: weakref.ref[Runner], losses: Losses, span: Span) -> None:
     if (alive := runner()) is not None:
         alive.send_late(span)
     else:
-        _too_late(losses, span.rollout_id)
+        _lose_late_span(losses, span.rollout_id)
 
 
-def _too_late(losses: Losses, rollout_id: str) -> None:
+def _lose_late_span(losses: Losses, rollout_id: str) -> None:
     losses.add("too_late", "", f"A span of rollout {rollout_id} ended after its runner, and is lost")
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether an error is about what was to be sent, and not about the store: too large, wrong, not to be encoded."""
+    """Whether an error is about what was sent (too large, wrong, not to be encoded), and not about the store."""
     wrong = (PayloadTooLargeError, PayloadNotPicklableError, InvalidValueError)
     return isinstance(error, wrong) or not isinstance(error, StoreError)
 
 
-def _refused(refusal: Exception) -> Ending:
-    """A refused span of the agent's own must not hide behind a success."""
+def _ending_of_refusal(refusal: Exception) -> Ending:
+    """The failure of an agent that has returned, but made a span that the store refused."""
     return Ending("failed", "agent_error", f"a span of the agent was refused: {type(refusal).__name__}: {refusal}")
 
 
-async def _reported(report: Callable[[], Any]) -> None:
-    """Report a rollout; that its claim is lost, or that it is deleted, is no reason to stop."""
+async def _logging_errors(report: Report) -> None:
+    """Send a report; log its error, from which the next rollout must not suffer."""
     try:
         await report()
-    except ValueError as error:
+    except ValueError as error:  # the claim is lost, or the rollout deleted
         logger.warning("A report came too late and was refused: %s", error)
-    except Exception:  # whatever it is, the next rollout is not to suffer from it
+    except Exception:
         logger.exception("A rollout could not be reported")
+
+
+# -- its resources -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _CachedVersion:
+    """The resources of one version by name."""
+
+    resources: dict[str, Any]
+    users: int = 0
+    uses: int = 0  # in all, to notice a use between two looks
+
+
+class ResourceCache:
+    """The resources that a runner's agents use, fetched once for all that use a version at about the same time.
+
+    A version stays for `RESOURCES_IDLE_SECONDS` after its last user; then it goes, so that unused weights can leave the
+    object store. One that is no longer the newest goes with its last user.
+    """
+
+    def __init__(self, store: StoreClient) -> None:
+        self._store = store
+        self._cached: dict[Version, _CachedVersion] = {}
+
+    def __len__(self) -> int:
+        return len(self._cached)
+
+    async def acquire(self, rollout: AttemptedRollout) -> dict[str, Any]:
+        """The resources by name of the version that was newest at the claim, until they are released."""
+        resources_id, version = rollout.resources_id, rollout.attempt.resources_version
+        if resources_id is None:
+            return {}
+        if version is None:
+            raise ResourcesNotFoundError(resources_id)
+        key = (resources_id, version)
+        if key not in self._cached:
+            update = await self._store.get_resources_by_id(resources_id, version)
+            if update is None:
+                raise ResourcesNotFoundError(resources_id)
+            self._cached.setdefault(key, _CachedVersion(dict(update.resources)))
+        cached = self._cached[key]
+        cached.users += 1
+        cached.uses += 1
+        for other, unused in list(self._cached.items()):
+            if other[0] == resources_id and other[1] < version and not unused.users:
+                del self._cached[other]
+        return cached.resources
+
+    def release(self, rollout: AttemptedRollout) -> None:
+        """The agent of a rollout no longer uses its resources."""
+        resources_id, version = rollout.resources_id, rollout.attempt.resources_version
+        if resources_id is None or version is None:
+            return
+        key = (resources_id, version)
+        cached = self._cached[key]
+        cached.users -= 1
+        if cached.users:
+            return
+        if any(other[0] == resources_id and other[1] > version for other in self._cached):
+            del self._cached[key]
+        else:
+            asyncio.get_running_loop().call_later(RESOURCES_IDLE_SECONDS, self._drop_idle, key, cached.uses)
+
+    def _drop_idle(self, key: Version, uses: int) -> None:
+        cached = self._cached.get(key)
+        if cached is not None and not cached.users and cached.uses == uses:  # nobody has used it since
+            del self._cached[key]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, merge
+from heapq import merge
 from operator import attrgetter
 from typing import Any
 
 from raystore.core import bounds, training, verbs
+from raystore.core.lazyheap import LazyHeap
 from raystore.core.state import Session, State, Step
 from raystore.core.verbs import WaitsFor
 from raystore.errors import StoreError, again
@@ -91,7 +92,7 @@ class Parking:
         self._batches: _Calls = {}
         self._completions: _Calls = {}
         self.changes: _Calls = {}  #: the calls that wait for changes, of whatever kind
-        self._deadlines: list[tuple[float, int]] = []  # a heap; some of the calls may be answered
+        self._deadlines: LazyHeap[int, float] = LazyHeap()  # of calls by number
 
     def __len__(self) -> int:
         return len(self._all)
@@ -113,10 +114,7 @@ class Parking:
         elif waits_for == "changes":
             self.changes[call.number] = call
         if call.deadline is not None:
-            heappush(self._deadlines, (call.deadline, call.number))
-            if len(self._deadlines) > 256 and len(self._deadlines) > 4 * len(self._all):  # mostly answered ones
-                self._deadlines = [item for item in self._deadlines if item[1] in self._all]
-                heapify(self._deadlines)
+            self._deadlines.put(call.number, call.deadline)
         if self._pools.have_failed:
             self._refuse_without_runners([call])
         return PARKED
@@ -148,6 +146,7 @@ class Parking:
     def _remove(self, call: ParkedCall) -> None:
         del self._all[call.number]
         del self._by_ticket[call.session_id, call.ticket]
+        self._deadlines.discard(call.number)
         for calls, key in self._places(call):
             if (there := calls.get(key)) is not None:
                 there.pop(call.number, None)
@@ -199,19 +198,19 @@ class Parking:
 
     def next_deadline(self) -> float | None:
         """When the first call runs out of time."""
-        while self._deadlines and self._deadlines[0][1] not in self._all:
-            heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        first = self._deadlines.first() if self._deadlines else None
+        return None if first is None else first[0]
 
     def are_overdue(self, now: float) -> bool:
         """Whether a call has run out of time."""
-        return bool(self._deadlines) and (deadline := self.next_deadline()) is not None and deadline <= now
+        deadline = self.next_deadline()
+        return deadline is not None and deadline <= now
 
     def expire(self, now: float) -> None:
         """Answer the calls that have run out of time with what there is."""
         expired = []
         while self.are_overdue(now):
-            expired.append(self._all[heappop(self._deadlines)[1]])
+            expired.append(self._all[self._deadlines.pop()])
         for call in expired:
             self._give_what_there_is(call)
 

@@ -26,7 +26,7 @@ from raystore.config import StoreConfig, resident_bytes, resolve
 from raystore.core import bounds, check, claims, eviction, expiry, verbs, wanted, workers
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED
 from raystore.core.schema import Id, Positive, Rule, Text, Whole
-from raystore.core.state import HandedKey, Pass, Session, State, Step
+from raystore.core.state import EvictionPass, HandedKey, Session, State, Step
 from raystore.core.verbs import CHANGING, STEPS, VERBS, Verb
 from raystore.errors import (
     InvalidValueError,
@@ -661,7 +661,7 @@ class Service:
 
     # -- what the log is told ----------------------------------------------------------------------------------------
 
-    def _log_eviction(self, done: Pass) -> None:
+    def _log_eviction(self, done: EvictionPass) -> None:
         """One line for each pass; a warning if finished rollouts lost spans that nobody had read."""
         level = logging.WARNING if done.unread else logging.INFO
         unread = f"; {len(done.unread)} finished rollouts had not been read: {done.unread[:3]}" if done.unread else ""

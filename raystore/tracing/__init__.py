@@ -1,1 +1,1 @@
-"""What spans say: names, dialects, model calls, triplets and trajectories. Stands on `spans`."""
+"""What spans say: model calls in every dialect, triplets and trajectories to train on, spans that are lost."""

@@ -1,7 +1,6 @@
-"""Spans of agents that are lost: counted by reason, and told once in a process, with the remedy.
+"""Counts of agents' spans that are lost, by reason; the first of each reason is logged with its remedy.
 
-Model calls that cannot be trained on are counted along with them. Odd spans are named, each name once.
-Not here: finding them (`raystore.otel`, `raystore.runner`, `raystore.tracing`), the sum of all runners (`statistics`).
+Model calls that lack what training needs are counted along with them. `store.statistics()` has the sums of all runners.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeAlias
 
 logger = logging.getLogger("raystore.tracing")
 
-Reason = Literal[
+Reason: TypeAlias = Literal[
     "sampled_out",
     "sdk_disabled",
     "no_context",
@@ -27,7 +26,7 @@ Reason = Literal[
     "without_logprobs",
 ]
 
-NAMES_TOLD = 20  #: odd spans of different names that a process tells of, for each reason
+NAMES_LOGGED: int = 20  #: spans with a fault of their own, of different names, that a process logs for each reason
 
 _REMEDIES: dict[Reason, str] = {
     "sampled_out": (
@@ -43,9 +42,9 @@ _REMEDIES: dict[Reason, str] = {
     "too_late": "Let the agent wait for what it has started.",
     "too_many_open": "Let the agent end its spans.",
 }
-_ODD: tuple[Reason, ...] = ("not_convertible", "refused")  #: the fault of single spans; the others are kept
+_OF_ONE_SPAN: tuple[Reason, ...] = ("not_convertible", "refused")  #: other spans of the agent are kept
 
-_told: dict[Reason, set[str]] = {}  # names of spans that this process was told of
+_logged: dict[Reason, set[str]] = {}  # names of spans that this process has logged
 
 
 class Losses:
@@ -56,28 +55,28 @@ class Losses:
         self._counts: Counter[Reason] = Counter()
 
     def count(self, reason: Reason, number: int = 1) -> None:
-        """Count losses of which people know otherwise."""
+        """Count losses without a log line."""
         with self._lock:
             self._counts[reason] += number
 
     def add(self, reason: Reason, name: str, story: str) -> None:
-        """Count a loss, and tell of it: of each reason once, of an odd span once for each `name` of such spans."""
+        """Count the loss of a span, and log it: once for each reason, or for each name if the span is at fault."""
         self.count(reason)
-        told = _told.setdefault(reason, set())
-        if name not in told and len(told) < (NAMES_TOLD if reason in _ODD else 1):
-            told.add(name)
+        logged = _logged.setdefault(reason, set())
+        if name not in logged and len(logged) < (NAMES_LOGGED if reason in _OF_ONE_SPAN else 1):
+            logged.add(name)
             remedy = _REMEDIES.get(reason, "The others are kept.")
-            # What comes after the last report is counted by nobody.
+            # A runner reports no more when such a span comes.
             counted = "" if reason == "too_late" else ", and counted"
             logger.warning("%s. %s (Told once%s.)", story.rstrip("."), remedy, counted)
 
     def take(self) -> dict[Reason, int]:
-        """What was counted since the last call."""
+        """The counts since the last call."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return dict(counts)
 
     def give_back(self, counts: Mapping[Reason, int]) -> None:
-        """What was taken and could not be reported."""
+        """Add counts that were taken and could not be reported."""
         with self._lock:
             self._counts.update(counts)

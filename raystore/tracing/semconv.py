@@ -1,41 +1,41 @@
-"""Names of span attributes, in one place: OpenTelemetry's GenAI names, ours where it has none, and everybody else's.
+"""Names of span attributes: OpenTelemetry's GenAI names, raystore's where it has none, and a table of other tracers'.
 
 The GenAI conventions (`gen_ai.*`) have no names for token ids and log-probabilities, which RL needs; those below
-continue their scheme. What other tracers call the same is the table at the end.
-Not here: how a place is read (`raystore.tracing`), what is done with it (`triplets`, `trajectories`).
+continue their scheme. A tracer with names of its own is a line in the tables, and no code.
+Not here: how a place is read (`raystore.tracing.dialects`).
 """
 
 from __future__ import annotations
 
-OPERATION = "gen_ai.operation.name"  #: "chat", "text_completion", "embeddings", "execute_tool", ...
-REQUEST_MODEL = "gen_ai.request.model"
-RESPONSE_MODEL = "gen_ai.response.model"
-RESPONSE_ID = "gen_ai.response.id"
-FINISH_REASONS = "gen_ai.response.finish_reasons"
-INPUT_TOKENS = "gen_ai.usage.input_tokens"
-OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
-INPUT_MESSAGES = "gen_ai.input.messages"
-OUTPUT_MESSAGES = "gen_ai.output.messages"
-SYSTEM_INSTRUCTIONS = "gen_ai.system_instructions"
-AGENT_NAME = "gen_ai.agent.name"  #: of the agent that a span belongs to: the role of a trajectory
+OPERATION: str = "gen_ai.operation.name"  #: "chat", "text_completion", "embeddings", "execute_tool", ...
+REQUEST_MODEL: str = "gen_ai.request.model"
+RESPONSE_MODEL: str = "gen_ai.response.model"
+RESPONSE_ID: str = "gen_ai.response.id"
+FINISH_REASONS: str = "gen_ai.response.finish_reasons"
+INPUT_TOKENS: str = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS: str = "gen_ai.usage.output_tokens"
+INPUT_MESSAGES: str = "gen_ai.input.messages"
+OUTPUT_MESSAGES: str = "gen_ai.output.messages"
+SYSTEM_INSTRUCTIONS: str = "gen_ai.system_instructions"
+AGENT_NAME: str = "gen_ai.agent.name"  #: of the agent that a span belongs to: the role of a trajectory
 
-# Ours, in the scheme of the above: packed arrays.
-INPUT_TOKEN_IDS = "gen_ai.input.token_ids"
-OUTPUT_TOKEN_IDS = "gen_ai.output.token_ids"
-OUTPUT_LOGPROBS = "gen_ai.output.logprobs"  #: of the output tokens, natural logarithm
+# raystore's own, in the same scheme.
+INPUT_TOKEN_IDS: str = "gen_ai.input.token_ids"  #: token ids of the prompt, a packed array
+OUTPUT_TOKEN_IDS: str = "gen_ai.output.token_ids"  #: token ids of the response, a packed array
+OUTPUT_LOGPROBS: str = "gen_ai.output.logprobs"  #: natural logarithms of the response tokens' probabilities, packed
 
-POLICY_VERSION = "raystore.policy_version"  #: of the weights that the attempt was claimed with
+POLICY_VERSION: str = "raystore.policy_version"  #: of the weights that the attempt was claimed with
 
-# -- the dialects: where tracers write the same things, best first -----------------------------------------------------
+# -- the dialects: the places where tracers write a fact, the best first -----------------------------------------------
 #
 # A place is a path: names joined by dots, numbers for items, `*` for any one name. It leads through attributes that
-# were flattened ("choices.0.token_ids"), and through text that is JSON or a Python literal, alike.
+# were flattened ("choices.0.token_ids") and through texts that are JSON or a Python literal.
 _WEAVE_REQUEST = "agentlightning.operation.input"  # agent-lightning 0.3 with Weave: request and answer, flattened
 _WEAVE = "agentlightning.operation.output"
 _OPENINFERENCE = "output.value"  # OpenInference: the answer, as one JSON text
 _LITELLM = "llm.*"  # LiteLLM's "raw_gen_ai_request": `llm.<provider>.<field>` of request and answer, as Python's text
 _ANSWERS = (_WEAVE, _OPENINFERENCE, _LITELLM)  # of OpenAI's API, as vLLM extends it
-ANSWERS = tuple(answer.rstrip("*") for answer in _ANSWERS)  #: how the names begin of attributes that hold answers
+ANSWERS: tuple[str, ...] = tuple(answer.rstrip("*") for answer in _ANSWERS)  #: prefixes of attributes with answers
 
 PLACES: dict[str, tuple[str, ...]] = {
     "prompt_ids": (
@@ -85,7 +85,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-#: What says that a span is the call of a language model: any of these attributes with one of these values.
+#: A span is the call of a language model if it has any of these attributes with one of these values.
 MODEL_CALLS: dict[str, frozenset[str]] = {
     OPERATION: frozenset({"chat", "text_completion", "generate_content"}),
     "gen_ai.request.type": frozenset({"chat", "completion"}),  # AgentOps
@@ -93,22 +93,23 @@ MODEL_CALLS: dict[str, frozenset[str]] = {
     "openinference.span.kind": frozenset({"LLM"}),
     f"{_WEAVE}.object": frozenset({"chat.completion", "text_completion"}),
 }
-RAW_REQUEST = "raw_gen_ai_request"  #: name of LiteLLM's spans with the provider's own request and answer
+RAW_REQUEST: str = "raw_gen_ai_request"  #: name of LiteLLM's spans with the provider's own request and answer
 
-#: Events of a span that are one message each, until OpenTelemetry made them attributes; and those that hold them all.
-MESSAGE_EVENTS = {
+#: Events of a span that are one message each, by role: OpenTelemetry's form before messages were attributes.
+MESSAGE_EVENTS: dict[str, str] = {
     "gen_ai.system.message": "system",
     "gen_ai.user.message": "user",
     "gen_ai.assistant.message": "assistant",
     "gen_ai.tool.message": "tool",
 }
-CHOICE_EVENT = "gen_ai.choice"
-DETAIL_EVENTS = frozenset(
+CHOICE_EVENT: str = "gen_ai.choice"  #: the event of an answer, in the same form
+#: Events of a span that hold all messages.
+DETAIL_EVENTS: frozenset[str] = frozenset(
     {"gen_ai.client.inference.operation.details", "gen_ai.content.prompt", "gen_ai.content.completion"}
 )
 
-#: Who acts: attribute and value that a span must have (None: any span), and the attribute with the agent's name (None:
-#: the name of the span).
+#: The name of the agent of a span: an attribute and the value that the span must have (None: any span), and the
+#: attribute with the agent's name (None: the name of the span).
 AGENTS: tuple[tuple[tuple[str, str] | None, str | None], ...] = (
     (None, AGENT_NAME),
     (None, "agent.name"),  # OpenAI's agents with AgentOps; OpenInference
@@ -121,10 +122,10 @@ AGENTS: tuple[tuple[tuple[str, str] | None, str | None], ...] = (
     (("openinference.span.kind", "AGENT"), None),
 )
 
-REWARD_SPAN = "agentlightning.annotation"  #: name of spans that carry a reward
-REWARD_PREFIX = "agentlightning.reward."  #: attribute `<prefix><i>.name` and `<prefix><i>.value`; 0 is the primary one
-PRIMARY_REWARD = f"{REWARD_PREFIX}0.value"  #: on a span of any name: agent-lightning 0.3, `ctx.reward`
-#: What agent-lightning's decorator `reward` leaves with AgentOps: `{"type": "reward", "value": 0.5}`, as JSON.
-REWARD_OUTPUTS = ("agentops.task.output", "agentops.entity.output")
-LEGACY_REWARD = "reward"  #: agent-lightning 0.2, on spans of these names:
-REWARD_SPANS = frozenset({REWARD_SPAN, "agentlightning.reward"})
+REWARD_SPAN: str = "agentlightning.annotation"  #: name of spans that carry a reward
+REWARD_PREFIX: str = "agentlightning.reward."  #: attributes `<prefix><i>.name` and `<prefix><i>.value`, 0 the primary
+PRIMARY_REWARD: str = f"{REWARD_PREFIX}0.value"  #: on a span of any name: agent-lightning 0.3, `ctx.reward`
+#: Attributes of AgentOps under agent-lightning's decorator `reward`: `{"type": "reward", "value": 0.5}`, as JSON.
+REWARD_OUTPUTS: tuple[str, str] = ("agentops.task.output", "agentops.entity.output")
+LEGACY_REWARD: str = "reward"  #: agent-lightning 0.2's attribute, on spans of these names:
+REWARD_SPANS: frozenset[str] = frozenset({REWARD_SPAN, "agentlightning.reward"})

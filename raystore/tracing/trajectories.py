@@ -1,42 +1,116 @@
-"""From spans to sequences of tokens: the turns of a conversation as one, with what was generated marked, and batches.
+"""From spans to what a trainer takes: triplets (each model call by itself), trajectories (turns joined), and batches.
 
 A turn belongs to the sequence that its prompt continues, token for token, so that each generated token is in the loss
 of one sequence only, as it was sampled. Nothing is tokenised here: what does not continue begins a sequence of its own,
 and says why.
-Not here: reading the spans (`raystore.tracing`), advantages, which are an algorithm's business.
+Not here: reading the spans (`calls`), advantages, which are an algorithm's business.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from raystore.errors import InvalidValueError
-from raystore.spans import Span
-from raystore.tracing.dialects import ModelCall, final_rewards, model_calls, with_token_ids
+from raystore.errors import InvalidValueError, PayloadNotReadableError
+from raystore.spans import Span, find_final_reward
+from raystore.tracing.calls import ModelCall, by_attempt, checked_spans, model_calls, with_token_ids
 from raystore.values.plain import scalar
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+logger = logging.getLogger("raystore.tracing")
+
 UNKNOWN_VERSION = -1  #: in place of a policy version, where a token was not generated or its version is not known
+
+
+def _final_rewards(spans: Iterable[Span]) -> dict[tuple[str, str], float | None]:
+    """The final reward of each attempt, by rollout and attempt; None too if its reward span cannot be decoded here."""
+    rewards: dict[tuple[str, str], float | None] = {}
+    for key, attempt in by_attempt(spans).items():
+        try:
+            rewards[key] = find_final_reward(attempt)
+        except PayloadNotReadableError as error:
+            logger.warning("The reward of attempt %s of rollout %s is not known: %s", key[1], key[0], error)
+            rewards[key] = None
+    return rewards
+
+
+# -- triplets ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Triplet:
+    """One call of a model within an attempt, ready to train on.
+
+    Attributes:
+        prompt_ids: token ids of the prompt; `numpy.asarray` and `torch.frombuffer` read them in place.
+        response_ids: token ids that the model generated.
+        logprobs: natural logarithm of the probability of each response token under the policy that generated it; None
+            if not known.
+        reward: the final reward of the attempt, the same for all its calls; None if it has none.
+        policy_version: of the weights that the attempt was claimed with; None if the driver gave none.
+        rollout_id: the rollout that it comes from.
+        attempt_id: the attempt that it comes from.
+        span_id: the span with the token ids.
+    """
+
+    prompt_ids: array[int]
+    response_ids: array[int]
+    logprobs: array[float] | None
+    reward: float | None
+    policy_version: int | None
+    rollout_id: str
+    attempt_id: str
+    span_id: str
+
+
+def triplets(spans: Sequence[Span]) -> list[Triplet]:
+    """The model calls among these spans that carry token ids, in the order given.
+
+    Takes the spans of one rollout or of several, as `query_spans` and `query_many_spans` give them; each attempt has a
+    reward of its own (`find_final_reward`). Understands what `ctx.llm` records and the tracers of `docs/spans.md`; a
+    call that several of them trace is one (`model_calls`).
+
+    Logs the spans that cannot be read and are passed over, and, once in a process, calls without token ids and calls
+    without log-probabilities, with what to do about it. Raises `InvalidValueError` for what is no span.
+    """
+    spans = checked_spans(spans)
+    rewards = _final_rewards(spans)
+    return [
+        Triplet(
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            logprobs=call.logprobs,
+            reward=rewards[call.rollout_id, call.attempt_id],
+            policy_version=call.policy_version,
+            rollout_id=call.rollout_id,
+            attempt_id=call.attempt_id,
+            span_id=call.span_id,
+        )
+        for call, prompt_ids, response_ids in with_token_ids(model_calls(spans))
+    ]
+
+
+# -- trajectories ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Why a sequence was begun although its agent had one already; its text says it in words.
+    """Why a turn began a new sequence although its agent had one already; `str` says it in words.
 
     Attributes:
-        reason: "drift": the prompt has other tokens where the model had generated some, since their text was tokenised
-            again, or edited (thoughts that a chat template drops). "branch": the prompt is the same up to an answer or
-            into it, and goes on differently: sampled again, or another continuation. "other": the prompts differ from
-            the first on, as of a sub-agent, or of a history that was cut.
-        token: the first token of the prompt that differs; its length if it ends there.
-        span_id: the last turn of the sequence from which it parts, which is the one that agrees with it longest.
+        reason: "drift": the prompt differs within an answer of the model, whose text was tokenised again or edited (a
+            chat template drops thoughts). "branch": the prompt differs after an answer, or ends before it differs:
+            sampled again, or another continuation. "other": it differs within the first prompt: a sub-agent, or a
+            history that was cut.
+        token: index of the first token of the prompt that differs; the prompt's length if it ends there.
+        span_id: the last turn of the sequence with which the prompt agrees longest.
     """
 
     reason: Literal["drift", "branch", "other"]
@@ -44,29 +118,32 @@ class Split:
     span_id: str
 
     def __str__(self) -> str:
-        said = {
+        why = {
             "drift": "the text that was generated there was tokenised again, or edited",
             "branch": "the conversation goes on differently from there",
             "other": "it is another prompt",
         }
-        return f"token {self.token} is not that of the sequence that ends with span {self.span_id}: {said[self.reason]}"
+        return f"token {self.token} is not that of the sequence that ends with span {self.span_id}: {why[self.reason]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One sequence of tokens: turns of one agent in one attempt, of which each prompt continues the one before.
+    """One sequence of tokens: turns of one agent in one attempt, each prompt a continuation of the turn before.
 
     Attributes:
-        token_ids: prompt, response, what was added, response, ...; packed, like all per-token arrays, of one length.
-        loss_mask: 1 for tokens that the model generated, else 0.
-        logprobs: of the generated tokens, natural logarithm, 0.0 for others; None unless they are known of all turns.
-        policy_versions: of the weights that generated a token; -1 for other tokens, and where it is not known.
-        turns: where each response begins and ends, as half-open ranges of `token_ids`.
+        token_ids: prompt, response, tokens added by the next prompt, response, ... This array and the next three have
+            one value for each token.
+        loss_mask: 1 for a token that the model generated, else 0.
+        logprobs: natural logarithm of the probability of a generated token, 0.0 for another; None unless they are known
+            for all turns.
+        policy_versions: version of the weights that generated a token; -1 for another token, and if it is not known.
+        turns: index of the first token of each response, and the index behind its last.
         span_ids: the span of each turn.
         reward: the final reward of the attempt, the same for all its trajectories; None if it has none.
         role: name of the agent (`ModelCall.role`), to tell policies from each other; None if spans name none.
         split: why it does not continue an earlier sequence of its role; None for the first.
-        rollout_id, attempt_id: where it comes from.
+        rollout_id: the rollout that it comes from.
+        attempt_id: the attempt that it comes from.
     """
 
     token_ids: array[int]
@@ -97,14 +174,16 @@ def trajectories(spans: Sequence[Span]) -> list[Trajectory]:
     and a role, a call whose prompt begins with all tokens of a sequence (the longest, if there are several) is its next
     turn; any other begins a sequence, and `Trajectory.split` says why. So sub-agents, samples of the same prompt and
     drift after tokenising again are apart, and no generated token is trained on twice. Which spans count, what is
-    logged, and what raises, is as with `triplets`.
+    logged, and which errors are raised, is as for `triplets`.
     """
-    rewards = final_rewards(spans)
+    spans = checked_spans(spans)
+    rewards = _final_rewards(spans)
     found: list[_Sequence] = []
-    open_ones: dict[tuple[str, str, str | None], list[_Sequence]] = {}
+    by_agent: dict[tuple[str, str, str | None], list[_Sequence]] = {}
     for call, prompt, response in with_token_ids(model_calls(spans)):
-        known = open_ones.setdefault((call.rollout_id, call.attempt_id, call.role), [])
-        continued = max((one for one in known if one.begins(prompt)), key=lambda one: len(one.token_ids), default=None)
+        known = by_agent.setdefault((call.rollout_id, call.attempt_id, call.role), [])
+        candidates = [one for one in known if one.is_continued_by(prompt)]
+        continued = max(candidates, key=lambda one: len(one.token_ids), default=None)
         if continued is None:
             continued = _Sequence(call, _split(prompt, known))
             known.append(continued)
@@ -114,7 +193,7 @@ def trajectories(spans: Sequence[Span]) -> list[Trajectory]:
 
 
 class _Sequence:
-    """A trajectory that may still grow."""
+    """A trajectory under construction."""
 
     def __init__(self, first: ModelCall, split: Split | None) -> None:
         self.first = first
@@ -125,12 +204,12 @@ class _Sequence:
         self.turns: list[tuple[int, int]] = []
         self.span_ids: list[str] = []
 
-    def begins(self, prompt: array[int]) -> bool:
-        """Whether a prompt begins with all of this."""
+    def is_continued_by(self, prompt: array[int]) -> bool:
+        """Whether a prompt begins with all tokens of this sequence."""
         return len(self.token_ids) <= len(prompt) and _agree(self.token_ids, prompt, len(self.token_ids))
 
     def add(self, call: ModelCall, prompt: array[int], response: array[int]) -> None:
-        """Add a turn, whose prompt begins with all of this."""
+        """Add a turn, whose prompt continues this sequence."""
         added = len(prompt) - len(self.token_ids)
         version = UNKNOWN_VERSION if call.policy_version is None else call.policy_version
         self.token_ids.extend(_wide(prompt[len(self.token_ids) :]))
@@ -183,7 +262,7 @@ def _agree(one: array[int], other: array[int], length: int) -> bool:
 
 
 def _agreed(one: array[int], other: array[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """How many tokens two sequences have in common at their beginning, by bisection."""
     other = _wide(other)
     low, high = 0, min(len(one), len(other))
     while low < high:  # all before `low` agree, and not all before `high + 1`
@@ -234,6 +313,8 @@ def collate(trajectories: Iterable[Trajectory], *, pad_id: int) -> dict[str, NDA
         import numpy as np
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("rs.collate needs numpy: pip install numpy", name="numpy") from error
+    if not isinstance(trajectories, Iterable):
+        raise InvalidValueError("trajectories", trajectories, "a list of trajectories, as rs.trajectories gives them")
     rows = list(trajectories)
     for number, row in enumerate(rows):
         if not isinstance(row, Trajectory):

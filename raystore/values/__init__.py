@@ -1,4 +1,1 @@
-"""What a user's value is: numbers, arrays, pickles, large objects.
-
-Stands on `core`; the models of `types` stand on it.
-"""
+"""What a user's value is: its plain form, digest and pickle, large objects, and the base of public models."""

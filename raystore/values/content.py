@@ -1,12 +1,11 @@
-"""A digest of what a value says, to tell a repetition of a caller-given id from a conflict.
+"""A digest of a value's content: whether a request with a caller-given id repeats an earlier one, or conflicts with it.
 
 Equal content gives equal digests in every process and in any order of keys: a canonical form is hashed, not the bytes
 of a pickle. Dicts and sets are sorted; arrays and tensors go by dtype, shape and bytes; dataclasses and pydantic models
 by their fields; classes, and functions that have a name, by that name (of a script: with its file's); enums by class
 and member; any other object by its class and by what pickling would keep of it. A number's kind counts: `1`, `1.0` and
 `True` are three contents, a list is no tuple, and NaN equals itself. An object reference equals only itself.
-Where no such form can be made (what only cloudpickle can take apart) the encoded bytes decide.
-Not here: who compares (`core.rollouts`).
+Where no such form can be made (for what only cloudpickle can pickle) the digest is of the encoded bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from raystore.core.payload import CANONICAL, Payload, digest_of_bytes
 from raystore.values import pickler
 
 _BYTES = 16
-_WALKS = 10_000  # of parts of a cycle, which cannot be remembered; more are not worth it
+_WALKS = 10_000  # visits to parts of cycles, whose forms cannot be remembered; beyond them the bytes are hashed
 
 
 class _NoForm(Exception):
@@ -35,7 +34,7 @@ class _NoForm(Exception):
 
 
 def digest(value: Any, encoded: bytes | Payload | None) -> bytes:
-    """The digest of a value, whose encoded form is known already."""
+    """The digest of a value; `encoded` is its payload."""
     try:
         return bytes((CANONICAL,)) + _hashed(_Form().of(value))
     except Exception:  # whatever a user's `__reduce__` raises: pickling has other ways, and has succeeded
@@ -50,7 +49,7 @@ def _hashed(*parts: bytes) -> bytes:
 
 
 def _framed(parts: Iterable[bytes]) -> bytes:
-    """Parts one behind the other, so that two ways of cutting differ."""
+    """Parts one behind the other, each behind its length, so that no two lists of parts give the same bytes."""
     return b"".join([len(part).to_bytes(8, "little") + part for part in parts])
 
 
@@ -78,10 +77,10 @@ class _Form:
     """The canonical form of one value: a short text for each part, a hash for what consists of others."""
 
     def __init__(self) -> None:
-        self._known: dict[int, bytes] = {}  # of what is shared; by identity
-        self._kept: list[Any] = []  # so that no identity is given out again meanwhile
-        self._path: dict[int, int] = {}  # what is being walked through, and how deep it is
-        self._highest = 0  # of what the parts refer back to
+        self._known: dict[int, bytes] = {}  # forms of parts by `id`
+        self._kept: list[Any] = []  # the parts themselves, so that Python gives no `id` to another object
+        self._path: dict[int, int] = {}  # depth of the parts that are being visited, by `id`
+        self._highest = 0  # the least depth to which a part of the present one refers back
         self._walks = _WALKS
 
     def of(self, value: Any) -> bytes:
@@ -144,7 +143,7 @@ class _Form:
         return self._reduced(value)
 
     def _named(self, value: Any) -> tuple[bytes, ...]:
-        """A class, function or module, by its name; a function without one by what is written in it."""
+        """A class, function or module by its name; a lambda or local function also by its code."""
         if isinstance(value, types.ModuleType):
             return b"module", value.__name__.encode()
         origin = None
@@ -161,7 +160,7 @@ class _Form:
         return b"name", name
 
     def _numeric(self, value: Any) -> tuple[bytes, ...] | None:
-        """An array of numpy or a tensor of torch, neither of which is imported for it."""
+        """An array of numpy or a tensor of torch; neither library is imported for it."""
         numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
         dtype: Any
         if numpy is not None and (type(value) is numpy.ndarray or isinstance(value, numpy.generic)):

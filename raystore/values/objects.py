@@ -1,9 +1,9 @@
-"""Large objects: their bytes as a file has them, and how whoever has a resource comes by its object.
+"""Large objects of resources: their form in a file, and where a reader finds them.
 
 An object is pickled with its buffers beside the pickle, so that an array is written as it lies in memory. Its address
-is the digest of these bytes: the same object is written once, and what is read is known to be what was written.
-A reader tries the object store, then the file, then the store that keeps the file.
-Not here: when a file may go (`journal.objects`), the resource class (`types`).
+is the digest of these bytes: the same object is written once, and a damaged file is noticed. A reader tries Ray's
+object store, then the file, then the store that keeps the file.
+Not here: when a file is deleted (`journal.objects`), the resource class (`types`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any
 from raystore.errors import PayloadLostError
 from raystore.values import pickler
 
-TOKEN = "token"  #: file that shows a process that it sees the directory of the store
-UNFINISHED = ".new"
+TOKEN = "token"  #: name of the file by which a process knows that it sees the directory of the store
+UNFINISHED = ".new"  #: suffix of a file that is being written
 DIGEST_BYTES = 20
 PIECE_BYTES = 4 * 1024 * 1024  #: of an object that travels through the store
-PATIENCE_SECONDS = 60.0  #: with a store that does not answer
-PAUSE_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0  #: for which a store that does not answer is asked again ...
+PAUSE_SECONDS = 0.5  #: ... at this interval
 
 _MAGIC = b"rsobject"
 _COUNT = struct.Struct("<8sQ")
@@ -38,7 +38,7 @@ Parts = list[bytes | memoryview]
 
 
 def pickled(value: Any) -> Parts | None:
-    """An object as the parts of a file; buffers are not copied. None if it refers to objects, which a file cannot."""
+    """An object as the parts of a file; buffers are not copied. None if it holds references, which no file can keep."""
     refs: list[Any] = []
     buffers: list[pickle.PickleBuffer] = []
     data = pickler.dumps(value, refs, buffers=buffers)
@@ -55,7 +55,7 @@ def pickled(value: Any) -> Parts | None:
 
 
 def unpickled(data: bytes | memoryview) -> Any:
-    """The object of a file; its buffers are read-only, like those of Ray's object store."""
+    """The object in a file's bytes; its buffers are read-only, like those of Ray's object store."""
     data = memoryview(data).toreadonly()
     magic, count = _COUNT.unpack_from(data)
     if magic != _MAGIC:
@@ -75,7 +75,7 @@ def _size(part: bytes | memoryview) -> int:
 
 
 def size_of(parts: Parts) -> int:
-    """Bytes of an object."""
+    """Size of an object in bytes."""
     return sum(map(_size, parts))
 
 
@@ -94,7 +94,7 @@ class ObjectFiles:
         self.path = Path(path)
 
     def sees(self, token: str) -> bool:
-        """Whether this is, here, the directory in which the store has left its token."""
+        """Whether this directory, as this process sees it, has the token of the store."""
         try:
             return (self.path / TOKEN).read_text() == token
         except OSError:
@@ -111,12 +111,12 @@ class ObjectFiles:
         return self.file(address).exists()
 
     def write(self, address: str, parts: Parts) -> None:
-        """Write an object; it has its name once it is on disk."""
+        """Write an object, under its name only once it is on disk. Raises OSError."""
         for _ in range(2):
             try:
                 self._write(address, parts)
                 return
-            except FileNotFoundError:  # cleared away by a store that has just begun to use the directory
+            except FileNotFoundError:  # deleted by a store that has just begun to use the directory
                 continue
         self._write(address, parts)
 
@@ -133,12 +133,12 @@ class ObjectFiles:
                 os.fsync(file.fileno())
             new.rename(self.file(address))
         except BaseException:
-            new.unlink(missing_ok=True)  # a full disk has no room for it
+            new.unlink(missing_ok=True)  # it would stay, and the disk may be full
             raise
         self.sync()
 
     def write_piece(self, upload: str, address: str, offset: int, total: int, data: bytes) -> None:
-        """Write a piece of an object that comes in pieces, in order; the last one gives it its name."""
+        """Write a piece of an object, of which the pieces come in order; the last one completes it."""
         if self.has(address):
             return
         new = self.file(address).with_suffix(f".{int(upload, 16):x}{UNFINISHED}")
@@ -160,7 +160,7 @@ class ObjectFiles:
         self.sync()
 
     def read_piece(self, address: str, offset: int) -> bytes:
-        """A piece of an object, from an offset; empty behind its end. Raises FileNotFoundError."""
+        """The piece of an object at an offset; empty at its end. Raises FileNotFoundError."""
         with open(self.file(address), "rb", buffering=0) as file:
             return os.pread(file.fileno(), PIECE_BYTES, offset)
 
@@ -169,7 +169,7 @@ class ObjectFiles:
         return self.file(address).read_bytes()
 
     def sync(self) -> None:
-        """Make names durable."""
+        """Flush the names of files to disk."""
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)
@@ -179,10 +179,10 @@ class ObjectFiles:
 
 @dataclass(slots=True, frozen=True)
 class Origin:
-    """Where a resource was read: the store's directory of objects, and the store itself; plain, so that it travels."""
+    """Where a resource was read: the store's directory of objects, and the name of the store."""
 
     path: str | None = None
-    token: str | None = None  # None: it is this process's own
+    token: str | None = None  # None: the directory is this process's own
     name: str | None = None
     namespace: str | None = None
 
@@ -215,7 +215,7 @@ class Origin:
                     pieces.append(piece)
                     at += len(piece)
                 return b"".join(pieces)
-            except ray.exceptions.ActorUnavailableError:  # it is being restarted, and the file stays
+            except ray.exceptions.ActorUnavailableError:  # the store is being restarted; the file stays
                 if time.monotonic() > until:
                     raise FileNotFoundError(f"{address}: the store does not answer") from None
                 time.sleep(PAUSE_SECONDS)
@@ -225,7 +225,7 @@ class Origin:
 
 @dataclass(slots=True, frozen=True)
 class Kept:
-    """An object in the journal of a store; in place of a reference to one that is in no object store any more."""
+    """An object in the journal of a store; stands for a reference whose object is in no object store any more."""
 
     address: str | None  # None: it is not kept
     size: int
@@ -237,7 +237,7 @@ class Kept:
 
 @dataclass(slots=True, frozen=True)
 class Source:
-    """Which object it is that a resource has, and where else it may be found."""
+    """Which object a resource has, and where it may be found beside the object store."""
 
     kept: Kept
     origin: Origin
@@ -245,7 +245,7 @@ class Source:
     version: int
 
     def read(self, why: str) -> Any:
-        """The object from the journal; `why` the object store does not have it. Raises `PayloadLostError`."""
+        """The object from the journal. Raises `PayloadLostError`; `why` is why the object store does not have it."""
         what = f"resources {self.resources_id} version {self.version}"
         if self.kept.address is not None:
             try:

@@ -1,12 +1,11 @@
-"""One pickler for tasks, resources and agents: what belongs to a script keeps its identity.
+"""One pickler for tasks, resources and agents: classes and functions of a script keep their identity.
 
-A class of the script itself (`__main__`) cannot be imported by others, so cloudpickle sends a copy, and who unpickles
-it has another class: after a restart `task is Kind.MATH` is false in the very script that enqueued it. Here such a
-class, or function, reduces to where it belongs (`Origin`: script and qualified name) and the copy. Where that script is
-`__main__` its own class is used; elsewhere one copy serves the whole process, so that `isinstance`, `is` and `==` hold
-among all that is unpickled there. The script is never imported.
+A class of the script itself (`__main__`) cannot be imported by other processes, so cloudpickle sends a copy, and the
+unpickled class is another one: after a restart `task is Kind.MATH` is false in the very script that enqueued it. Here
+such a class, or function, is pickled as its origin (script and qualified name) and the copy. In a process whose
+`__main__` is that script, the script's own class is used; elsewhere one copy serves the whole process, so that
+`isinstance`, `is` and `==` hold among all values that are unpickled there. The script is never imported.
 What cannot be found by its name (a local class, a lambda) is copied as cloudpickle does.
-Not here: which values are pickled (`codec`), the agent's life (`runner`).
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ _RAY_PACKAGE = re.compile(r".*/_ray_pkg_[0-9a-f]+/")  # where Ray unpacks a work
 
 
 class Origin(NamedTuple):
-    """Where a class or function of a script belongs.
+    """The script of a class or function, and its name there.
 
     `script` is the file that ran as `__main__`, "" if there was none (a notebook) or it is not known; `module` the name
-    under which `python -m` ran it, "" if it did not. `content` tells one class of that name from another.
+    under which `python -m` ran it, else "". `content` is a digest that tells one class of that name from another.
     """
 
     script: str
@@ -65,12 +64,12 @@ class _ByObject:
 
 
 _copies: dict[Origin, type] = {}  # classes of other scripts, one for each content
-_adopted: dict[tuple[str, str], Any] = {}  # what the agent brought that runs here, by script and name
-_origins = _ByObject()  # of copies, so that they go back to where they came from
-_unfilled = _ByObject()  # copies whose attributes have not arrived
-_contents = _ByObject()
+_adopted: dict[tuple[str, str], Any] = {}  # classes and functions of the agent that runs here, by script and name
+_origins = _ByObject()  # of copies, so that these are pickled as the originals
+_unfilled = _ByObject()  # copies that have no attributes yet
+_contents = _ByObject()  # digests by class or function
 
-# -- where something belongs -------------------------------------------------------------------------------------------
+# -- origins -----------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=16)
@@ -86,7 +85,7 @@ def _main() -> tuple[str, str]:
 
 
 def _find(name: str) -> Any:
-    """What has this qualified name in `__main__`; None if nothing has."""
+    """The object of this qualified name in `__main__`; None if there is none."""
     found: Any = sys.modules.get("__main__")
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -94,7 +93,7 @@ def _find(name: str) -> Any:
 
 
 def origin_of(obj: Any) -> Origin | None:
-    """Where a class or function belongs, if it is one of a script and can be found there by its name."""
+    """The origin of a class or function of a script; None for others, and for those that no name leads to."""
     known: Origin | None = _origins.get(obj)
     if known is not None:
         return known
@@ -110,7 +109,7 @@ def origin_of(obj: Any) -> Origin | None:
 
 
 def _own(origin: Origin) -> Any:
-    """The class or function of this process's own script that is meant, None if there is none."""
+    """The class or function of this origin in this process's own script; None if there is none."""
     script, module = _main()
     found = _find(origin.name)
     if found is None:
@@ -122,13 +121,13 @@ def _own(origin: Origin) -> Any:
     return found if may_have_moved and is_ours and content_of(found) == origin.content else None
 
 
-# -- what a class consists of ------------------------------------------------------------------------------------------
+# -- digests of classes and functions ----------------------------------------------------------------------------------
 
 _WRITTEN = (types.FunctionType, staticmethod, classmethod, property)
 
 
 def content_of(obj: Any) -> str:
-    """A digest of what is written in a class or function, the same in every process that ran the same lines."""
+    """A digest of the code of a class or function, the same in every process that ran the same lines."""
     known: str | None = _contents.get(obj)
     if known is None:
         parts = _parts_of(obj) if isinstance(obj, type) else [_shape(obj)]
@@ -152,7 +151,7 @@ def _parts_of(cls: Any) -> list[str]:
 
 
 def _shape(value: Any) -> str:
-    """What is written of an attribute of a class."""
+    """An attribute of a class as text that depends on its code only."""
     if isinstance(value, types.FunctionType):
         return f"def {_shape(value.__code__)} {_shape(value.__defaults__)} {_shape(value.__kwdefaults__)}"
     if isinstance(value, types.CodeType):
@@ -178,18 +177,18 @@ def _shape(value: Any) -> str:
 
 
 def _reduced(obj: Any, reduction: tuple[Any, ...], here: Callable[..., Any]) -> tuple[Any, ...]:
-    """cloudpickle's reduction of a class or function by value, with its origin before it."""
+    """cloudpickle's reduction of a class or function by value, with the origin added."""
     make, arguments, state, _, _, fill = reduction
     return here, (tuple(origin_of(obj) or ()), make, arguments), (fill, state), None, None, _fill
 
 
 @functools.cache
 def _pickler() -> type[Any]:
-    """The pickler; made when it is needed first, since plain values need no Ray."""
+    """The class of the pickler; made when it is first needed, since plain values need no Ray."""
     from ray.cloudpickle import cloudpickle
 
     class ScriptPickler(cloudpickle.Pickler):  # type: ignore[misc]
-        """cloudpickle's, but for what belongs to a script."""
+        """cloudpickle's, except for classes and functions of a script, and object references."""
 
         def __init__(self, file: io.BytesIO, refs: list[Any] | None, buffers: list[Any] | None) -> None:
             beside = None if buffers is None else buffers.append
@@ -218,13 +217,15 @@ def _pickler() -> type[Any]:
 
 
 def prepare() -> None:
-    """Import what pickling needs, which takes a second; for a process that is about to fork."""
+    """Import what pickling needs, which takes a second, before a process forks."""
     _pickler()
 
 
 def dumps(value: Any, refs: list[Any] | None = None, *, prefix: bytes = b"", buffers: list[Any] | None = None) -> bytes:
-    """A value as bytes, behind a prefix. Object references in it are added to `refs`, and go beside the bytes; so do
-    the buffers of arrays, if `buffers` is given.
+    """A value as bytes behind a prefix.
+
+    Object references in it are added to `refs` and left out of the bytes; so are buffers of arrays, if `buffers` is
+    given.
     """
     buffer = io.BytesIO()
     buffer.write(prefix)
@@ -234,19 +235,26 @@ def dumps(value: Any, refs: list[Any] | None = None, *, prefix: bytes = b"", buf
 
 # -- unpickling --------------------------------------------------------------------------------------------------------
 
-# Pickles in journals name `_class_here`, `_function_here` and `_fill`, and this module: they are part of the format.
+# Pickles in journals name modules of this package, and `_class_here`, `_function_here` and `_fill` of this one: these
+# names are part of the format.
+_FORMER_MODULES = {
+    "raystore.pickler": __name__,
+    "raystore.objects": "raystore.values.objects",
+    "raystore.triplet": "raystore.tracing.trajectories",
+    "raystore.trajectory": "raystore.tracing.trajectories",
+}
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads what any version has written: this module was once `raystore.pickler`."""
+    """Reads what any version has written."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(__name__ if module == "raystore.pickler" else module, name)
+        return super().find_class(_FORMER_MODULES.get(module, module), name)
 
 
 def loads_agent(data: bytes) -> Any:
-    """An agent for this process, which from now on works for its script: the agent's classes and functions are those of
-    its tasks, also of tasks that an earlier version of the script enqueued.
+    """An agent for this process. From now on its classes and functions are used for those of its tasks, also for tasks
+    that an earlier version of the script enqueued.
     """
     _loading.is_agent = True
     try:
@@ -263,13 +271,13 @@ _loading = _Loading()
 
 
 def _class_here(origin: tuple[str, str, str, str], make: Callable[..., type], arguments: tuple[Any, ...]) -> type:
-    """The class of this origin in this process; a new one still lacks its attributes (`_fill`)."""
+    """The class of this origin in this process; a new copy still lacks its attributes (`_fill`)."""
     place = Origin(*origin)
     found = _known(place)
     known: type | None = found if isinstance(found, type) else _copies.get(place)
     if known is None:
         tracked = getattr(sys.modules[make.__module__], "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
-        known = tracked.get(arguments[-2])  # Ray brought it here, or took it from here
+        known = tracked.get(arguments[-2])  # Ray has unpickled it here, or pickled it here
         known = _copies.setdefault(place, _new(place, make, arguments) if known is None else known)
         if _origins.get(known) is None:
             _origins.put(known, place)
@@ -278,8 +286,8 @@ def _class_here(origin: tuple[str, str, str, str], make: Callable[..., type], ar
 
 
 def _function_here(origin: tuple[str, str, str, str], make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """The function of this origin; a copy of its own in a process that has nothing to do with its script, since what it
-    refers to may have changed.
+    """The function of this origin in this process; each time a new copy in a process that has another script, since the
+    values that it refers to may have changed.
     """
     place = Origin(*origin)
     known = _known(place)
@@ -290,7 +298,7 @@ def _function_here(origin: tuple[str, str, str, str], make: Callable[..., Any], 
 
 
 def _known(place: Origin) -> Any:
-    """What stands for this origin in this process: its own, or its agent's."""
+    """The class or function of this origin in this process's script, or in its agent's; None if there is none."""
     own = _own(place)
     if own is None and not _loading.is_agent:
         own = _adopted.get((place.script or place.module, place.name))
@@ -310,7 +318,7 @@ def _adopt(place: Origin, found: Any) -> None:
 
 
 def _fill(obj: Any, filling: tuple[Callable[[Any, Any], Any], Any]) -> None:
-    """Give a copy what it consists of, once; a script's own classes and functions stay as they are."""
+    """Give a copy its attributes, once; a script's own classes and functions stay as they are."""
     if _unfilled.get(obj):
         fill, state = filling
         fill(obj, state)

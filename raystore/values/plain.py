@@ -1,28 +1,28 @@
 """Numbers, lists and mappings of numpy, torch and others as plain Python values, without loss.
 
-`scalar` looks at one value, `number`, `whole` and `reward` check an argument, `plain` goes into lists and mappings.
-What has no plain form is refused by name and place: nothing becomes its text. No library is imported for it; a value
-is known by what it can do (`item`, `tolist`, `dtype`).
-Not here: arrays of one kind of number that stay packed (`packed`), any picklable value (`codec`).
+`scalar` looks at one value, `plain` goes into lists and mappings, and `pack_integers` and `pack_floats` make packed
+arrays of lists of numbers. What has no plain form is refused by name and place: nothing becomes its text. No library is
+imported for it; a value is known by what it can do (`item`, `tolist`, `dtype`).
+Not here: any picklable value (`wire.codec`).
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from raystore.errors import InvalidValueError
 
-LEAVES = frozenset({str, bool, int, float, bytes, type(None)})  #: what stays as it is
-_DEPTH = 64  # of lists and mappings in each other; deeper ones are taken for endless
+LEAVES: frozenset[type] = frozenset({str, bool, int, float, bytes, type(None)})  #: types of plain values
+_DEPTH = 64  # of lists and mappings in each other; deeper ones are taken to hold themselves
 _BASES: dict[type, Callable[[Any], Any]] = {
     str: str.__str__,
     int: int.__int__,
     float: float.__float__,
     bytes: bytes.__bytes__,
-}  # an instance of a subclass (an IntEnum, numpy's float64) is the base's value to everybody else
+}  # an instance of a subclass (an IntEnum, numpy's float64) becomes one of the base
 
 
 def scalar(value: Any) -> Any:
@@ -38,7 +38,7 @@ def scalar(value: Any) -> Any:
 
 
 def _is_numeric(value: Any) -> bool:
-    """Whether this is numpy's or torch's, or something like it."""
+    """Whether this is a scalar, array or tensor of numpy, torch, or a library like them."""
     return hasattr(value, "item") and (hasattr(value, "dtype") or hasattr(value, "tolist"))
 
 
@@ -51,7 +51,7 @@ def _dimensions(value: Any) -> int:
 
 
 def _item(value: Any) -> Any:
-    """The one item of a scalar or array if it has a plain form, else what was given."""
+    """The only item of a scalar or array in plain form; the value itself if there is none."""
     if not _has_plain_items(value):
         return value
     try:
@@ -66,28 +66,12 @@ def _item(value: Any) -> Any:
 
 
 def _has_plain_items(value: Any) -> bool:
-    """Not for records, dates, durations and complex numbers: `tolist` gives their parts, or counts without a unit."""
+    """Whether `tolist` loses nothing, as it does for records, dates, durations and complex numbers."""
     dtype = getattr(value, "dtype", None)
     return getattr(dtype, "kind", "") not in tuple("VMmc")
 
 
-def number(name: str, value: Any, expected: str = "a number") -> int | float:
-    """A number that is neither NaN nor a bool, plain."""
-    found = scalar(value)
-    if type(found) not in (int, float) or math.isnan(found):
-        raise InvalidValueError(name, value, expected)
-    return found  # type: ignore[no-any-return]
-
-
-def whole(name: str, value: Any, *, at_least: int) -> int:
-    """A whole number, plain."""
-    found = scalar(value)
-    if type(found) is not int or found < at_least:
-        raise InvalidValueError(name, value, f"a whole number, {at_least} or more")
-    return found
-
-
-A_REWARD = "one number, not NaN; True and False are 1 and 0. Where there is none, return None, or raise rs.Drop(why)"
+_REWARD = "one number, not NaN; True and False are 1 and 0. Where there is none, return None, or raise rs.Drop(why)"
 
 
 def reward(name: str, value: Any) -> float:
@@ -96,12 +80,12 @@ def reward(name: str, value: Any) -> float:
     if _is_numeric(found):
         found = _item(found)  # its one item, however many dimensions it has
     if type(found) not in (int, float, bool) or math.isnan(found):
-        raise InvalidValueError(name, value, A_REWARD)
+        raise InvalidValueError(name, value, _REWARD)
     return float(found)
 
 
 def plain(name: str, value: Any) -> Any:
-    """A value with all that is in it as plain values, a copy: arrays become lists, tuples and packed arrays stay.
+    """A copy of a value in plain form, deeply: arrays and tensors become lists, tuples and packed arrays stay.
 
     Raises `InvalidValueError`, which names the place, for what has no plain form (a date, an object, a set).
     """
@@ -109,7 +93,7 @@ def plain(name: str, value: Any) -> Any:
 
 
 def plainest(value: Any) -> Any:
-    """The same for a value that is kept in any case: what has no plain form stays as it is."""
+    """The same, but parts that have no plain form stay as they are."""
     return _plain("", value, 0, _keep)
 
 
@@ -156,3 +140,57 @@ def _refuse(name: str, value: Any) -> Any:
 
 def _keep(name: str, value: Any) -> Any:
     return value
+
+
+# -- packed arrays -----------------------------------------------------------------------------------------------------
+#
+# A list of Python floats takes 32 bytes a number in memory and 9 on the wire; an `array.array` takes 4 or 8. numpy and
+# torch read it without copying. Packing copies: the caller may go on using its own.
+
+TYPECODES: frozenset[str] = frozenset("bBhHiIqQfd")  #: arrays that travel packed; of one size on all machines of today
+_IDS = "a sequence of whole numbers (token ids)"
+_LOGPROBS = "a sequence of numbers (log-probabilities)"
+
+
+def pack_integers(name: str, values: Iterable[Any]) -> array[int]:
+    """Whole numbers, such as token ids: int32, or int64 if they do not fit. Takes numpy arrays and tensors too."""
+    if isinstance(values, array) and values.typecode in "iq":
+        return values[:]
+    items = _items(name, values, _IDS)
+    for typecode in "iq":
+        try:
+            return array(typecode, items)
+        except OverflowError:
+            continue
+        except TypeError:
+            break
+    raise InvalidValueError(name, values, _IDS)
+
+
+def pack_floats(name: str, values: Iterable[Any]) -> array[float]:
+    """Numbers, such as log-probabilities: float32 if that is exact, else float64; NaN is refused."""
+    if isinstance(values, array) and values.typecode in "fd":
+        packed = values[:]
+    else:
+        items = _items(name, values, _LOGPROBS)
+        try:
+            exact = array("d", items)
+        except TypeError:
+            raise InvalidValueError(name, values, _LOGPROBS) from None
+        try:
+            packed = array("f", exact)
+        except OverflowError:
+            packed = exact
+        if packed.tolist() != exact.tolist():
+            packed = exact
+    if any(map(math.isnan, packed)):
+        raise InvalidValueError(name, "[... nan ...]", "numbers, not NaN")
+    return packed
+
+
+def _items(name: str, values: Iterable[Any], expected: str) -> list[Any]:
+    if hasattr(values, "tolist"):  # numpy, torch
+        values = values.tolist()
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
+        raise InvalidValueError(name, values, expected)
+    return list(values)

@@ -1,1 +1,1 @@
-"""What crosses a boundary between processes: payloads, frames, and models as rows. Stands on `types`."""
+"""What crosses between processes: checked arguments, models as rows, values as payloads, frames."""

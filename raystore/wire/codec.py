@@ -4,7 +4,7 @@ Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes,
 tuples and string- or number-keyed dicts of these) becomes msgpack; everything else is pickled (`pickler`), so that
 any picklable object comes back as it was, type included. Object references found in a value travel beside the bytes
 (see `raystore.core.payload`).
-Not here: which values there are (`convert`), how payloads cross to an actor (`wire`).
+Not here: how payloads cross to an actor (`frames`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgpack
 from raystore.core.payload import PICKLED, PLAIN, Opaque, Payload
 from raystore.errors import PayloadLostError, PayloadNotPicklableError, PayloadTooLargeError
 from raystore.values import pickler
-from raystore.values.arrays import TYPECODES
+from raystore.values.plain import TYPECODES
 
 _PLAIN_LEAVES = frozenset({str, int, float, bool, type(None), bytes})
 _PACKED = 1  # msgpack extension: a type code and the array's bytes, little-endian
@@ -45,7 +45,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 
 def _extended(value: Any) -> msgpack.ExtType:
-    """What msgpack has no type for, on its way out."""
+    """A tuple or array as an extension of msgpack."""
     if type(value) is tuple:
         return msgpack.ExtType(_TUPLE, _packb(list(value)))
     if not isinstance(value, array):
@@ -57,7 +57,7 @@ def _extended(value: Any) -> msgpack.ExtType:
 
 
 def _restored(code: int, data: bytes) -> Any:
-    """The same on its way in."""
+    """The tuple or array of an extension."""
     if code == _TUPLE:
         return tuple(_unpackb(data))
     if code != _PACKED:
@@ -68,18 +68,18 @@ def _restored(code: int, data: bytes) -> Any:
     return value
 
 
-_packers: list[Any] = []  # spare ones: making one costs as much as packing a small value; out of here while in use
-_PACKER_BYTES = 256 * 1024  # one that has grown beyond this is not kept
+_packers: list[Any] = []  # reused, since making one costs as much as packing a small value; taken out while in use
+_PACKER_BYTES = 256 * 1024  # one that has packed a larger value is dropped with its buffer
 
 
 def _packb(*values: Any) -> bytes:
-    """The values one behind the other."""
+    """Values, packed one behind the other."""
     try:
         packer = _packers.pop()
     except IndexError:
         packer = msgpack.Packer(strict_types=True, default=_extended, autoreset=False)
     for value in values:
-        packer.pack(value)  # one that fails is not used again
+        packer.pack(value)  # if this raises, the packer is dropped
     data = bytes(packer.bytes())
     if len(data) <= _PACKER_BYTES:
         packer.reset()
@@ -95,7 +95,10 @@ _EMPTY = _packb(PLAIN, {})
 
 
 def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
-    """Encode a value; `what` names it in errors. A large one is a `Payload`, which travels without being copied."""
+    """A value as a payload: bytes, or a `Payload` if it is large (to travel without a copy) or holds references.
+
+    `what` names the value in errors. Raises `PayloadNotPicklableError` and `PayloadTooLargeError`.
+    """
     try:
         payload = _encode(value)
     except Exception as error:  # whatever the value's own `__reduce__` raises
@@ -122,12 +125,16 @@ def _pickle(value: Any) -> bytes | Payload:
 
 
 def is_pickled(payload: bytes | Payload) -> bool:
-    """Whether a value was more than plain data."""
+    """Whether a payload holds more than plain data."""
     return (payload.data if isinstance(payload, Payload) else payload)[0] == PICKLED
 
 
 def decode(payload: Opaque, *, lost: Any = None) -> Any:
-    """The value that a payload stands for, None for none. References that are gone are `lost`, or else raise."""
+    """The value of a payload; None for None.
+
+    A reference that is gone becomes `lost`; without it `PayloadLostError` is raised. Raises also what a user's class
+    raises while it is unpickled.
+    """
     if payload is None:
         return None
     if payload == _EMPTY:  # the metadata of most rollouts
@@ -162,7 +169,7 @@ class _Unpickler(pickler.Unpickler):
 
 
 def describe(payload: Opaque) -> str:
-    """Type and size, for tools that must not open a payload."""
+    """Form and size of a payload, without decoding it."""
     if payload is None:
         return "none"
     data = payload.data if isinstance(payload, Payload) else payload

@@ -1,29 +1,27 @@
-"""Between the public records and what crosses to a store: validate and encode on the way in, decode on the way out.
+"""Between the public models and what crosses to a store: rows in field order, and opaque payloads.
 
-Arguments become plain values and opaque payloads; answers come as rows in field order (`core.records`) and are built
-into pydantic records without validating again, which a round-trip test proves equal.
-Not here: framing for an actor (`wire`), the methods themselves (`client`).
+`Encoder` makes arguments and rows of what a user passes; `to_rollout`, `to_span` and so on build models of what a store
+answers, a record or its row. They do not validate again, which a round-trip test proves equal. A field whose payload
+cannot be decoded here is left for its reader (`StoredModel`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
 from raystore.core.payload import Opaque
 from raystore.core.records import Record
-from raystore.core.wanted import TRAINABLE
+from raystore.core.schema import ID_LENGTH
 from raystore.errors import InvalidValueError
 from raystore.spans import reward_of
 from raystore.types import (
     Attempt,
     AttemptedRollout,
-    AttemptStatus,
     Change,
     EnqueueRolloutRequest,
     Event,
@@ -34,255 +32,31 @@ from raystore.types import (
     ResourcesUpdate,
     Rollout,
     RolloutConfig,
-    RolloutMode,
     Span,
     SpanContext,
     TraceStatus,
     Worker,
 )
-from raystore.values import plain
 from raystore.values.content import digest
-from raystore.values.mistakes import refusal
+from raystore.values.models import EXTRA, Undecoded, decode_all
 from raystore.values.objects import Kept, Origin, Source
-from raystore.values.plain import whole as whole
-from raystore.values.unread import EXTRA, Unread, read_all
+from raystore.values.plain import LEAVES, plainest
+from raystore.wire import checks
 from raystore.wire.codec import decode, encode, is_pickled
 
 M = TypeVar("M", bound=BaseModel)
 Row = Sequence[Any] | Record
 
-ID_LENGTH = 512
-SHOWN_IN_A_LIST = 50  #: characters of a text that is shown as the list it should be in
-MAX_TAGS = 16
 MAX_PRIORITY = 2**53
+MAX_SPAN_NUMBER = 2**62
 
 
 def row(answer: Row) -> Sequence[Any]:
-    """The field values of a record, wherever it comes from."""
+    """The field values of a record, or of the row that it travelled as."""
     return answer.row() if isinstance(answer, Record) else answer
 
 
-# -- checks of single values -------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation)
-
-
-def validated(name: str, annotation: Any, value: Any, remedy: str = "") -> Any:
-    """An argument of this type; an error that says what to do, if it is not. An instance of a model stays the same."""
-    if type(value) is annotation and issubclass(annotation, BaseModel):
-        return value
-    try:
-        return _adapter(annotation).validate_python(value)
-    except ValidationError as error:
-        raise refusal(name, annotation, error, remedy) from None
-
-
-def within(place: str, name: str, *rest: Any) -> tuple[Any, ...]:
-    """The arguments of an error, of which the first names a value, if that value is in this place."""
-    return f"{place}{'' if name[:1] in ('', '[') else '.'}{name}", *rest
-
-
-def made(cls: type[M], name: str, fields: dict[str, Any]) -> M:
-    """A model of these fields, which are arguments of a call, or (with a name) make up the argument of that name."""
-    try:
-        return cls.__pydantic_validator__.validate_python(fields)  # type: ignore[no-any-return]
-    except ValidationError as error:
-        raise refusal(name, cls, error) from None
-
-
-def rollout_config(name: str, config: Any) -> tuple[Any, ...]:
-    """A rollout's configuration in field order, checked whatever it is."""
-    if isinstance(config, RolloutConfig):  # assignment is not validated, so a wrong value may have come in since
-        fields = config.__dict__
-        if type(config) is not RolloutConfig:
-            fields = {field: value for field, value in fields.items() if field in RolloutConfig.model_fields}
-        config = made(RolloutConfig, name, fields)
-    else:
-        config = validated(name, RolloutConfig, config)
-    return config.timeout_seconds, config.unresponsive_seconds, config.max_attempts, list(config.retry_condition)
-
-
-_MODES = frozenset(get_args(RolloutMode))
-_ATTEMPT_STATUSES = frozenset(get_args(AttemptStatus))
-
-
-def attempt_status(value: Any) -> AttemptStatus:
-    """The status of an attempt; looked up first, since asking pydantic costs ten times as much."""
-    is_known = type(value) is str and value in _ATTEMPT_STATUSES
-    return value if is_known else validated("status", AttemptStatus, value)  # type: ignore[no-any-return]
-
-
-def identifier(name: str, value: Any) -> str:
-    """An id: text of 1 to 512 characters without control characters."""
-    if type(value) is not str:
-        value = str.__str__(value) if isinstance(value, str) else value  # numpy's, or an enum's
-    if type(value) is not str or not 0 < len(value) <= ID_LENGTH or not value.isprintable():
-        raise InvalidValueError(name, value, _AN_ID + _hint(name, value))
-    return value
-
-
-_AN_ID = f"text of 1 to {ID_LENGTH} characters without control characters"
-
-
-def _hint(name: str, value: Any) -> str:
-    """What to do about a record that was passed instead of its id."""
-    field = name.split("[")[0].rpartition(".")[2]
-    field = (
-        field.removesuffix("_in").removesuffix("s") if field not in getattr(type(value), "model_fields", ()) else field
-    )
-    is_record = isinstance(value, BaseModel) and field in type(value).model_fields
-    return f"; pass its {field}" if is_record else ""
-
-
-def optional_identifier(name: str, value: Any) -> str | None:
-    """An id, or None."""
-    return None if value is None else identifier(name, value)
-
-
-def tag_dict(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Tags: at most 16 names with a str, int, float or bool each."""
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or len(value) > MAX_TAGS:
-        raise InvalidValueError(
-            name,
-            value,
-            f"a mapping of at most {MAX_TAGS} tags, {{'level': 3}}; longer texts and more of them belong into metadata",
-        )
-    tags = {}
-    for key, item in value.items():
-        tag = plain.scalar(item)
-        if type(tag) not in (str, int, float, bool) or (isinstance(tag, float) and math.isnan(tag)):
-            raise InvalidValueError(
-                f"{name}[{key!r}]", item, "a str, int, float or bool; anything else belongs into metadata"
-            )
-        tags[identifier(f"{name} name", key)] = tag
-    return tags
-
-
-def duration(name: str, value: Any) -> float:
-    """Seconds to wait: 0 or more, not NaN."""
-    expected = "a number of seconds, 0 or more"
-    seconds = value if type(value) is float else plain.number(name, value, expected)
-    if not seconds >= 0:
-        raise InvalidValueError(name, value, expected)
-    return float(seconds)
-
-
-def identifiers(name: str, values: Any) -> list[str]:
-    """A list of ids; a single text is a mistake that would otherwise be taken letter by letter."""
-    if isinstance(values, str) or not isinstance(values, (Sequence, set, frozenset, dict)):
-        raise InvalidValueError(name, values, f"a list of ids{_in_a_list(values)}")
-    for value in values:
-        if type(value) is not str or not 0 < len(value) <= ID_LENGTH or not value.isprintable():
-            return [identifier(f"{name}[{index}]", value) for index, value in enumerate(values)]
-    return list(values)
-
-
-def listed(name: str, values: Any, expected: str) -> list[Any]:
-    """Anything that can be gone through, as a list; a text or mapping is a mistake."""
-    if isinstance(values, (str, bytes, Mapping, BaseModel)) or not isinstance(values, Iterable):
-        raise InvalidValueError(name, values, f"{expected}{_in_a_list(values)}")
-    return list(values)
-
-
-def _in_a_list(value: Any) -> str:
-    """What to do about one item that was passed instead of a list of them."""
-    if isinstance(value, str) and len(value) < SHOWN_IN_A_LIST:
-        return f"; put one alone into a list: [{value!r}]"
-    return "; put one alone into a list" if isinstance(value, BaseModel) else ""
-
-
-def statuses(name: str, annotation: Any, values: Any) -> list[Any] | None:
-    """Statuses to look for; None leaves it open."""
-    return None if values is None else validated(name, annotation, listed(name, values, "a list of statuses"))
-
-
-def pairs(name: str, values: Any) -> list[tuple[str, str]]:
-    """Pairs of a rollout's id and one of its attempts'."""
-    expected = "a list of pairs: rollout id, attempt id"
-    made = []
-    for index, value in enumerate(listed(name, values, expected)):
-        if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise InvalidValueError(f"{name}[{index}]", value, "a pair: rollout id, attempt id")
-        made.append(
-            (identifier(f"{name}[{index}].rollout_id", value[0]), identifier(f"{name}[{index}].attempt_id", value[1]))
-        )
-    return made
-
-
-def names(rollout_id: Any, attempt_id: Any) -> dict[str, Any]:
-    """The arguments that name an attempt."""
-    return {
-        "rollout_id": identifier("rollout_id", rollout_id),
-        "attempt_id": identifier("attempt_id", attempt_id),
-    }
-
-
-def spans(values: Any) -> list[Span]:
-    """A list of spans."""
-    found = listed("spans", values, "a list of spans")
-    return [v if type(v) is Span else validated(f"spans[{n}]", Span, v) for n, v in enumerate(found)]
-
-
-def flag(name: str, value: Any) -> bool:
-    """True or False."""
-    found = plain.scalar(value)
-    if type(found) is not bool:
-        raise InvalidValueError(name, value, "True or False")
-    return found
-
-
-def optional_text(name: str, value: Any) -> str | None:
-    """Text, or None."""
-    if value is None or type(value) is str:
-        return value
-    if not isinstance(value, str):
-        raise InvalidValueError(name, value, "text or None")
-    return str.__str__(value)
-
-
-def queue_names(values: Any) -> list[str]:
-    """Names of queues to claim from, at least one."""
-    if type(values) is tuple and values == ("default",):
-        return ["default"]
-    names = list(dict.fromkeys(identifiers("queues", values)))
-    if not names:
-        raise InvalidValueError("queues", values, "at least one name of a queue")
-    return names
-
-
-def filter_arguments(
-    *, mode: Any = None, tags: Any = None, queue: Any = None, group_id: Any = None, status_in: Any = None
-) -> dict[str, Any]:
-    """What a consumer asks for, by field of a rollout, without what it leaves open."""
-    given = {
-        "mode": validated("mode", RolloutMode | None, mode),
-        "tags": tag_dict("tags", tags) or None,
-        "queue": optional_identifier("queue", queue),
-        "group_id": optional_identifier("group_id", group_id),
-        "status_in": None if status_in is None else _statuses(status_in),
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _statuses(values: Any) -> list[str]:
-    names = identifiers("status_in", values)
-    if not names or set(names) - set(TRAINABLE):
-        expected = "'succeeded', 'failed', or both in a list; what was cancelled or dropped is never given"
-        raise InvalidValueError("status_in", names, expected)
-    return sorted(names)
-
-
-def finite(name: str, value: Any) -> float:
-    """A time or a reward: a number, not NaN."""
-    return float(plain.number(name, value))
-
-
-# -- arguments in ------------------------------------------------------------------------------------------------------
+# -- from models to rows -----------------------------------------------------------------------------------------------
 
 
 class Encoder:
@@ -299,7 +73,7 @@ class Encoder:
         return encode(value, what, self._value_bytes)
 
     def task(self, task: Any) -> Opaque:
-        """A rollout's input. Requests and rollouts are none, nor is a list of them: their fields were meant."""
+        """A rollout's input as a payload; a request, a rollout, or a list of them was meant as something else."""
         kind = type(task)
         if (kind is list or kind is tuple) and task:
             kind = type(task[0])
@@ -319,58 +93,57 @@ class Encoder:
         """A rollout's configuration in field order."""
         if config is None:
             return None
-        return list(rollout_config("config", config))
+        return list(checks.rollout_config("config", config))
 
     def request(self, request: EnqueueRolloutRequest) -> dict[str, Any]:
-        """The arguments that make a rollout; group and tags are lifted from metadata when they are absent there."""
+        """What makes a rollout; group and tags come from the metadata if the request has none."""
         if len(request.__dict__) < len(_REQUEST):  # made without validation
-            request = made(EnqueueRolloutRequest, "", request.__dict__)
+            request = checks.model_of(EnqueueRolloutRequest, "", request.__dict__)
         metadata = request.metadata or {}
         if not isinstance(metadata, Mapping):
             raise InvalidValueError("metadata", metadata, "a mapping")
         group_id, tags = request.group_id, request.tags
         if group_id is None and isinstance(lifted := metadata.get("group_id"), str):
-            group_id = lifted if 0 < len(lifted) <= ID_LENGTH and lifted.isprintable() else None
+            group_id = lifted if checks.is_id(str.__str__(lifted)) else None
         if tags is None and isinstance(lifted := metadata.get("tags"), dict):
             try:
-                tags = tag_dict("tags", lifted)
+                tags = checks.tag_dict("tags", lifted)
             except InvalidValueError:  # not well-formed, so not meant as tags
                 tags = None
         encoded: dict[str, Any] = {"input": self.task(request.input)}
         encoded["metadata"] = self.mapping("metadata", metadata)
         if request.config is not None:
             encoded["config"] = self.config(request.config)
-        mode: Any = request.mode  # which a copy may have been given
-        if mode is not None:
-            encoded["mode"] = mode if type(mode) is str and mode in _MODES else validated("mode", RolloutMode, mode)
+        if request.mode is not None:
+            encoded["mode"] = checks.mode(request.mode)
         if request.resources_id is not None:
-            encoded["resources_id"] = identifier("resources_id", request.resources_id)
+            encoded["resources_id"] = checks.identifier("resources_id", request.resources_id)
         if request.rollout_id is not None:
-            encoded["rollout_id"] = identifier("rollout_id", request.rollout_id)
+            encoded["rollout_id"] = checks.identifier("rollout_id", request.rollout_id)
             encoded["digests"] = [digest(request.input, encoded["input"]), digest(metadata, encoded["metadata"])]
         if group_id is not None:
-            encoded["group_id"] = identifier("group_id", group_id)
+            encoded["group_id"] = checks.identifier("group_id", group_id)
         if request.queue != "default":
-            encoded["queue"] = identifier("queue", request.queue)
+            encoded["queue"] = checks.identifier("queue", request.queue)
         if request.priority:
-            encoded["priority"] = whole("priority", request.priority, at_least=-(2**31))
+            encoded["priority"] = checks.whole("priority", request.priority, at_least=-(2**31))
             if encoded["priority"] > MAX_PRIORITY:
                 raise InvalidValueError("priority", request.priority, "a whole number of at most 53 bits")
         if tags:
-            encoded["tags"] = tag_dict("tags", tags)
+            encoded["tags"] = checks.tag_dict("tags", tags)
         return encoded
 
     def span(self, span: Span, *, numbered: bool = True) -> list[Any]:
-        """A span as index and encoded body, in the order of `core.records.Span` behind rollout and attempt."""
+        """A span as the row of `core.records.Span` behind rollout and attempt: index, reward, encoded body, size."""
         values = span.__dict__
         try:
             number, rollout_id, attempt_id, span_id, trace_id, parent_id, name, start_time, end_time = _index_of(values)
             body = _body(values, span.__pydantic_extra__)
         except (AttributeError, KeyError, TypeError) as error:
-            if read_all(span):  # it came from a store, and had not been read
+            if decode_all(span):  # it came from a store, and nobody had read it
                 return self.span(span, numbered=numbered)
             # It was changed, or made, without validation.
-            checked = made(Span, "span", {name: _raw(value) for name, value in values.items()})
+            checked = checks.model_of(Span, "span", {name: _raw(value) for name, value in values.items()})
             if checked.__dict__.keys() == values.keys() and checked.__dict__ == values:
                 raise InvalidValueError("span", span, f"a whole Span; {type(error).__name__}: {error}") from None
             return self.span(checked, numbered=numbered)
@@ -384,16 +157,16 @@ class Encoder:
             and len(ids) <= ID_LENGTH
             and ids.isprintable()
             and type(number) is int
-            and 0 <= number < _NUMBERS
+            and 0 <= number < MAX_SPAN_NUMBER
             and type(name) is str
             and (parent_id is None or type(parent_id) is str)
             and (start_time is None or (type(start_time) is float and start_time == start_time))
             and (end_time is None or (type(end_time) is float and end_time == end_time))
         ):  # fmt: skip
-            number, _, _, span_id, trace_id, parent_id, name, start_time, end_time = _checked(*_index_of(values))
+            number, _, _, span_id, trace_id, parent_id, name, start_time, end_time = _checked_index(*_index_of(values))
         encoded = encode(body, f"span {span_id}", self._span_bytes)
         if is_pickled(encoded):  # numbers of numpy or torch, perhaps, which came in after the span was checked
-            encoded = encode(plain.plainest(body), f"span {span_id}", self._span_bytes)
+            encoded = encode(plainest(body), f"span {span_id}", self._span_bytes)
         return [
             number if numbered else -1,
             span_id,
@@ -413,13 +186,13 @@ class Encoder:
         return encode(resources, "resources", self._value_bytes), holds_objects
 
 
-#: What is handed to a store with a task in it, and is no task itself.
+#: What holds a task, and is no task itself.
 _NO_TASKS = frozenset({EnqueueRolloutRequest, Rollout})
-_OFTEN_TASKS = plain.LEAVES | {dict, list, tuple}  #: types that need no closer look
+_OFTEN_TASKS = LEAVES | {dict, list, tuple}  #: types that need no closer look
 
 
 def _instead_of_a_task(given: Any) -> str:
-    """What was expected where such a thing was passed as a task, and what to write."""
+    """What was expected instead of a request or rollout, and what to write."""
     if isinstance(given, Rollout):
         return "a task, and this is a rollout; pass its input (rollout.input), or requeue it: start_attempt(rollout_id)"
     if isinstance(given, (list, tuple)):
@@ -429,51 +202,50 @@ def _instead_of_a_task(given: Any) -> str:
     )
 
 
-#: What of a span the store looks at.
+#: The fields of a span that the store looks at.
 _index_of = itemgetter(
     "sequence_id", "rollout_id", "attempt_id", "span_id", "trace_id", "parent_id", "name", "start_time", "end_time"
 )
-_NUMBERS = 2**62  #: numbers of spans are below
 _REQUEST = EnqueueRolloutRequest.model_fields
 
 
 def _raw(value: Any) -> Any:
-    """A small model as what it is made of, so that it is validated again."""
+    """A model as dicts and lists, so that it is validated again."""
     if isinstance(value, BaseModel):
         return {name: _raw(item) for name, item in value.__dict__.items()}
     return [_raw(item) for item in value] if isinstance(value, list) else value
 
 
-def _checked(
+def _checked_index(
     sequence_id: Any, rollout_id: Any, attempt_id: Any, span_id: Any, trace_id: Any,
     parent_id: Any, name: Any, start_time: Any, end_time: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The index of a span, with plain values; what is wrong in it is named."""
-    number = plain.whole("span.sequence_id", sequence_id, at_least=0)
-    if number >= _NUMBERS:
+    """The index of a span in plain form. Raises `InvalidValueError` that names the field that is wrong."""
+    number = checks.whole("span.sequence_id", sequence_id, at_least=0)
+    if number >= MAX_SPAN_NUMBER:
         raise InvalidValueError("span.sequence_id", sequence_id, "a whole number below 2**62")
     if not isinstance(name, str):
         raise InvalidValueError("span.name", name, "text")
     return (
         number,
-        identifier("span.rollout_id", rollout_id),
-        identifier("span.attempt_id", attempt_id),
-        identifier("span.span_id", span_id),
-        identifier("span.trace_id", trace_id),
-        optional_text("span.parent_id", parent_id),
+        checks.identifier("span.rollout_id", rollout_id),
+        checks.identifier("span.attempt_id", attempt_id),
+        checks.identifier("span.span_id", span_id),
+        checks.identifier("span.trace_id", trace_id),
+        checks.optional_text("span.parent_id", parent_id),
         str.__str__(name),
-        None if start_time is None else finite("span.start_time", start_time),
-        None if end_time is None else finite("span.end_time", end_time),
+        None if start_time is None else checks.number("span.start_time", start_time),
+        None if end_time is None else checks.number("span.end_time", end_time),
     )
 
 
 def _body(values: dict[str, Any], extra: dict[str, Any] | None) -> list[Any]:
-    """What of a span is not in its index, as a list; what is as it nearly always is takes next to no place in it.
+    """The fields of a span that are not in its index, as a list, in which the usual values are short.
 
-    Raises an AttributeError, KeyError or TypeError for a span that is not whole.
+    Status (the code alone if it says no more), attributes, resource (None for an empty one), context and parent (1 if
+    the index has all that they say); and, only if there are any: events, links, fields unknown to the model.
 
-    Status (its code alone, if there is no more), attributes, resource (None for the empty one), context and parent
-    (1 for what the index says already), and only if there are any: events, links, fields unknown to the model.
+    Raises AttributeError, KeyError or TypeError for a span that lacks a field.
     """
     status, resource, context, parent = values["status"], values["resource"], values["context"], values["parent"]
     said, source = status.__dict__, resource.__dict__
@@ -495,11 +267,11 @@ def _body(values: dict[str, Any], extra: dict[str, Any] | None) -> list[Any]:
     return body
 
 
-_IN_INDEX = 1
+_IN_INDEX = 1  # in place of a context that says nothing but ids of the index
 
 
 def _is_in_index(context: SpanContext, values: dict[str, Any], span_id: str | None) -> bool:
-    """Whether a context says nothing but the ids of a span's index."""
+    """Whether a context says nothing but ids of a span's index."""
     own = context.__dict__
     return (
         own["span_id"] == span_id
@@ -511,49 +283,31 @@ def _is_in_index(context: SpanContext, values: dict[str, Any], span_id: str | No
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:
-    """The fields of a small model as a dict; nested models are dumped too."""
+    """The fields of a model, and of models in it, as dicts."""
     values = {name: _dump(value) if isinstance(value, BaseModel) else value for name, value in model.__dict__.items()}
     return values | model.__pydantic_extra__ if model.__pydantic_extra__ else values
 
 
-# -- answers out -------------------------------------------------------------------------------------------------------
+# -- from rows to models -----------------------------------------------------------------------------------------------
 
 
 def build(
     cls: type[M],
     values: dict[str, Any],
     extra: dict[str, Any] | None = None,
-    unread: dict[str, Unread] | None = None,
+    undecoded: dict[str, Undecoded] | None = None,
 ) -> M:
-    """An instance with these field values, not validated: they were when they came in."""
+    """A model with these field values, which were validated when they came in and are not validated again."""
     made = cls.__new__(cls)
     put = object.__setattr__
     put(made, "__dict__", values)
     put(made, "__pydantic_fields_set__", set(values))
-    put(made, "__pydantic_extra__", extra if extra is not None else _EXTRA[cls]())
-    put(made, "__pydantic_private__", unread)
+    put(made, "__pydantic_extra__", extra if extra is not None else _NO_EXTRA[cls]())
+    put(made, "__pydantic_private__", undecoded)
     return made
 
 
-def _put_aside(
-    values: dict[str, Any], names: Sequence[str], payloads: Mapping[str, Any], whose: str
-) -> dict[str, Unread]:
-    """Take out of a record's values what cannot be decoded here, as the one among these fields that is to blame."""
-    unread = {}
-    for name in names:
-        try:
-            values[name] = decode(payloads[name])
-        except Exception:  # whatever a user's class raises while it is unpickled
-            del values[name]
-            unread[name] = Unread(f"{name} of {whose}", partial(_field, name), payloads[name])
-    return unread
-
-
-def _field(name: str, payload: Opaque) -> dict[str, Any]:
-    return {name: decode(payload)}
-
-
-class _Extras(dict[type[BaseModel], Callable[[], Any]]):
+class _NoExtra(dict[type[BaseModel], Callable[[], Any]]):
     """What pydantic puts for "no extra fields": a dict where they are allowed, None elsewhere."""
 
     def __missing__(self, cls: type[BaseModel]) -> Callable[[], Any]:
@@ -561,28 +315,34 @@ class _Extras(dict[type[BaseModel], Callable[[], Any]]):
         return self[cls]
 
 
-_EXTRA = _Extras()
+_NO_EXTRA = _NoExtra()
 
 _ROLLOUT = tuple(Rollout.model_fields)
 _ATTEMPT = tuple(Attempt.model_fields)
 _WORKER = tuple(Worker.model_fields)
 
 
-def rollout(answer: Row) -> Rollout:
-    """A rollout without its attempt."""
-    values, unread = _rollout_values(answer)
-    return build(Rollout, values, None, unread)
+def _decode_fields(values: dict[str, Any], names: Sequence[str], kind: str) -> dict[str, Undecoded] | None:
+    """Decode these fields in place; those that cannot be decoded are taken out and returned, None if there are none."""
+    undecoded: dict[str, Undecoded] | None = None
+    for name in names:
+        payload = values[name]
+        try:
+            values[name] = decode(payload)
+        except Exception:  # whatever a user's class raises while it is unpickled
+            del values[name]
+            whose = f"{name} of {kind} {values[f'{kind}_id']}"
+            undecoded = (undecoded or {}) | {name: Undecoded(whose, partial(_field, name), payload)}
+    return undecoded
 
 
-def _rollout_values(answer: Row) -> tuple[dict[str, Any], dict[str, Unread] | None]:
+def _field(name: str, payload: Opaque) -> dict[str, Any]:
+    return {name: decode(payload)}
+
+
+def _rollout_values(answer: Row) -> tuple[dict[str, Any], dict[str, Undecoded] | None]:
     values = dict(zip(_ROLLOUT, row(answer), strict=True))
-    unread = None
-    try:
-        values["input"] = decode(values["input"])
-        values["metadata"] = decode(values["metadata"])
-    except Exception:
-        payloads = dict(zip(_ROLLOUT, row(answer), strict=True))
-        unread = _put_aside(values, ("input", "metadata"), payloads, f"rollout {values['rollout_id']}")
+    undecoded = _decode_fields(values, ("input", "metadata"), "rollout")
     values["tags"] = dict(values["tags"])
     timeout, unresponsive, max_attempts, retry_condition = row(values["config"])
     values["config"] = build(
@@ -594,46 +354,40 @@ def _rollout_values(answer: Row) -> tuple[dict[str, Any], dict[str, Unread] | No
             "retry_condition": list(retry_condition),
         },
     )
-    return values, unread
+    return values, undecoded
 
 
-def attempt(answer: Row) -> Attempt:
+def to_rollout(answer: Row) -> Rollout:
+    """A rollout without its attempt."""
+    values, undecoded = _rollout_values(answer)
+    return build(Rollout, values, None, undecoded)
+
+
+def to_attempt(answer: Row) -> Attempt:
     """An attempt."""
     values = dict(zip(_ATTEMPT, row(answer), strict=True))
-    unread = None
-    try:
-        values["metadata"] = decode(values["metadata"])
-    except Exception:
-        unread = _put_aside(values, ("metadata",), dict(values), f"attempt {values['attempt_id']}")
-    return build(Attempt, values, None, unread)
+    return build(Attempt, values, None, _decode_fields(values, ("metadata",), "attempt"))
 
 
-def pair(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
-    """A rollout, with its latest attempt if it has one."""
-    if answer[1] is None:
-        return rollout(answer[0])
-    return attempted(answer)
+def to_attempted_rollout(answer: Sequence[Any]) -> AttemptedRollout:
+    """A rollout with its latest attempt, from a pair of rows."""
+    values, undecoded = _rollout_values(answer[0])
+    values["attempt"] = to_attempt(answer[1])
+    return build(AttemptedRollout, values, None, undecoded)
 
 
-def attempted(answer: Sequence[Any]) -> AttemptedRollout:
-    """A rollout with its latest attempt."""
-    values, unread = _rollout_values(answer[0])
-    values["attempt"] = attempt(answer[1])
-    return build(AttemptedRollout, values, None, unread)
+def to_any_rollout(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
+    """A rollout with its latest attempt, without if it was never attempted (the second row is None)."""
+    return to_rollout(answer[0]) if answer[1] is None else to_attempted_rollout(answer)
 
 
-def worker(answer: Row) -> Worker:
+def to_worker(answer: Row) -> Worker:
     """A worker."""
     values = dict(zip(_WORKER, row(answer), strict=True))
-    unread = None
-    try:
-        values["heartbeat_stats"] = decode(values["heartbeat_stats"])
-    except Exception:
-        unread = _put_aside(values, ("heartbeat_stats",), dict(values), f"worker {values['worker_id']}")
-    return build(Worker, values, None, unread)
+    return build(Worker, values, None, _decode_fields(values, ("heartbeat_stats",), "worker"))
 
 
-def change(answer: Row) -> Change:
+def to_change(answer: Row) -> Change:
     """A change."""
     values = dict(zip(Change.model_fields, row(answer), strict=True))
     values["detail"] = dict(values["detail"]) if values["detail"] is not None else None
@@ -643,8 +397,8 @@ def change(answer: Row) -> Change:
 _LOST = Kept(None, 0)
 
 
-def _opened(payload: Opaque, origin: Origin, resources_id: str, version: int) -> dict[str, Any]:
-    """Named resources, of which those with objects know where else these may be."""
+def _resources_field(origin: Origin, resources_id: str, version: int, payload: Opaque) -> dict[str, Any]:
+    """The field `resources`, in which those that are objects know where these may be found."""
     resources: dict[str, Any] = decode(payload, lost=_LOST)
     for resource in resources.values():
         if isinstance(resource, ObjectResource) and resource.is_elsewhere:
@@ -652,11 +406,11 @@ def _opened(payload: Opaque, origin: Origin, resources_id: str, version: int) ->
             resource.source = Source(kept, origin, resources_id, version)
             if resource.value is _LOST:
                 resource.value = kept
-    return resources
+    return {"resources": resources}
 
 
-def resources_update(answer: Row, origin: Origin, payload: Opaque = None) -> ResourcesUpdate:
-    """One version of resources, with the `payload` that they were published with if the answer has none."""
+def to_resources(answer: Row, origin: Origin, payload: Opaque = None) -> ResourcesUpdate:
+    """One version of resources; `payload` is what they were published with, for an answer that does not repeat it."""
     resources_id, version, create_time, update_time, policy_version, resources, _ = row(answer)
     if resources is None:
         resources = payload
@@ -668,26 +422,28 @@ def resources_update(answer: Row, origin: Origin, payload: Opaque = None) -> Res
         "resources": resources,
         "policy_version": policy_version,
     }
-    unread = None
+    decode_field = partial(_resources_field, origin, resources_id, version)
+    undecoded = None
     try:
-        values["resources"] = _opened(resources, origin, resources_id, version)
-    except Exception:
-        unread = _put_aside(values, ("resources",), dict(values), f"resources {resources_id}, version {version}")
-    return build(ResourcesUpdate, values, None, unread)
+        values |= decode_field(resources)
+    except Exception:  # whatever a user's class raises while it is unpickled
+        del values["resources"]
+        whose = f"resources of resources {resources_id}, version {version}"
+        undecoded = {"resources": Undecoded(whose, decode_field, resources)}
+    return build(ResourcesUpdate, values, None, undecoded)
 
 
-def span(answer: Row) -> Span:
+def to_span(answer: Row) -> Span:
     """A span, from its index and its body."""
-    fields = row(answer)
+    index, payload = row(answer)[:9], row(answer)[10]
     try:
-        body = decode(fields[10])
-    except Exception:  # of an attribute that is of a user's class
-        return _unread_span(fields)
-    return _span(fields, body)
+        return _span(index, decode(payload))
+    except Exception:  # an attribute is of a user's class
+        return _undecoded_span(index, payload)
 
 
-def _span(fields: Sequence[Any], body: Sequence[Any]) -> Span:
-    rollout_id, attempt_id, sequence_id, span_id, trace_id, parent_id, name, start_time, end_time = fields[:9]
+def _span(index: Sequence[Any], body: Sequence[Any]) -> Span:
+    rollout_id, attempt_id, sequence_id, span_id, trace_id, parent_id, name, start_time, end_time = index
     status, attributes, resource, context, parent, *rest = body
     events, links, extra = rest or ((), (), None)
     if not isinstance(status, dict):
@@ -705,7 +461,7 @@ def _span(fields: Sequence[Any], body: Sequence[Any]) -> Span:
             "status": _open(TraceStatus, status),
             "attributes": attributes,
             "events": [_open(Event, event) for event in events],
-            "links": [_link(link) for link in links],
+            "links": [_open(Link, link | {"context": _open(SpanContext, link["context"])}) for link in links],
             "start_time": start_time,
             "end_time": end_time,
             "context": _context(context, trace_id, span_id),
@@ -719,13 +475,12 @@ def _span(fields: Sequence[Any], body: Sequence[Any]) -> Span:
 _OF_BODY = ("status", "attributes", "events", "links", "context", "parent", "resource")
 
 
-def _unread_span(fields: Sequence[Any]) -> Span:
+def _undecoded_span(index: Sequence[Any], payload: Opaque) -> Span:
     """A span whose body cannot be decoded here."""
-    index = fields[:9]
-    made = _span(index, ("UNSET", {}, None, None, None))
-    values = {name: value for name, value in vars(made).items() if name not in _OF_BODY}
-    whose = f"span {values['span_id']} of rollout {values['rollout_id']}"
-    body = Unread(f"body of {whose}", partial(_fields_of_body, list(index)), fields[10])
+    values = vars(_span(index, ("UNSET", {}, None, None, None)))
+    values = {name: value for name, value in values.items() if name not in _OF_BODY}
+    whose = f"body of span {values['span_id']} of rollout {values['rollout_id']}"
+    body = Undecoded(whose, partial(_fields_of_body, list(index)), payload)
     return build(Span, values, None, dict.fromkeys(_OF_BODY, body))
 
 
@@ -741,13 +496,9 @@ def _context(context: Any, trace_id: str, span_id: str) -> SpanContext | None:
 
 
 def _open(cls: type[M], values: dict[str, Any]) -> M:
-    """An instance of a model that allows extra fields, from all its values."""
+    """A model that allows extra fields, from all its values."""
     known = cls.model_fields
     if len(values) == len(known):
         return build(cls, values)
     extra = {name: value for name, value in values.items() if name not in known}
     return build(cls, {name: value for name, value in values.items() if name in known}, extra)
-
-
-def _link(values: dict[str, Any]) -> Link:
-    return _open(Link, values | {"context": _open(SpanContext, values["context"])})

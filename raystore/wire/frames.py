@@ -1,10 +1,9 @@
 """How operations and answers cross to an actor: msgpack frames, with object references beside them.
 
-An operation is packed once by its caller (`pack_operation`); a batch is a list of a header and operations, joined
-without packing them again; an answer is packed as a whole. Everything of a call is in one frame, since Ray carries a
-single `bytes` with the least effort. Records travel as their rows. Payloads stay opaque: their bytes are carried, never
-opened.
-Not here: what the values mean (`convert`), when batches leave (`session`).
+An operation is packed once by its caller (`pack_operation`). A batch is a header and operations, joined without packing
+them again (`join`); an answer is packed as a whole. A call is one frame, since Ray carries a single `bytes` with the
+least effort. Records travel as their rows. Payloads stay opaque: their bytes are carried, never decoded.
+Not here: what the values mean (`convert`), when batches are sent (`remote.session`).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from raystore.errors import InvalidValueError
 _REFS = 1  # extension type: a payload whose references stand in the list beside the frame
 _LARGE = 2  # extension type: the place of a payload that stands beside the frame
 
-# What became of a batch.
+# Outcomes of a batch.
 DONE, ENDED, REFUSED, BROKEN = range(4)
 
 
@@ -36,7 +35,7 @@ Answer = bytes | tuple[bytes, list[Any]]  #: a frame, with the references that s
 
 
 class Packed(NamedTuple):
-    """A frame, and what stands beside it: object references, and large payloads in the order of their places."""
+    """A frame with its object references, and its large payloads in order."""
 
     frame: bytes
     refs: list[Any]
@@ -44,7 +43,7 @@ class Packed(NamedTuple):
 
 
 class _Packing:
-    """Packs frames and collects the references in them."""
+    """Packs frames, and collects the references and large payloads in them."""
 
     def __init__(self) -> None:
         self._refs: list[Any] = []
@@ -63,10 +62,10 @@ class _Packing:
             return msgpack.ExtType(_REFS, place)
         raise TypeError(f"{type(value).__name__} cannot travel")
 
-    is_answer = False  #: then a payload without references has lost them, which the frame says
+    is_answer = False  #: in an answer, a `Payload` without references is one that has lost them, and stays a `Payload`
 
     def pack(self, value: Any) -> Packed:
-        """A frame and what stands beside it; of no use any more when it raises."""
+        """A frame and what belongs to it. If this raises, the object must not be used again."""
         self._packer.pack(value)
         frame = bytes(self._packer.bytes())
         self._packer.reset()
@@ -75,12 +74,12 @@ class _Packing:
         return packed
 
 
-_spare: list[_Packing] = []  # one costs as much to make as a small frame to pack; out of here while in use
-_SPARE_BYTES = 2 * 1024 * 1024  # one that has grown beyond this is not kept
+_spare: list[_Packing] = []  # reused, since making one costs as much as packing a small frame; taken out while in use
+_SPARE_BYTES = 2 * 1024 * 1024  # one that has packed a larger frame is dropped with its buffer
 
 
 def pack(value: Any, *, is_answer: bool = False) -> Packed:
-    """A frame and what stands beside it."""
+    """A value as a frame, and what belongs to it."""
     try:
         packing = _spare.pop()
     except IndexError:
@@ -101,7 +100,7 @@ def pack_operation(verb: str, arguments: dict[str, Any]) -> Packed:
 
 
 def _unpackable(verb: str, arguments: dict[str, Any]) -> InvalidValueError:
-    """Which argument cannot travel."""
+    """The error that names the argument that cannot be packed."""
     for name, value in arguments.items():
         try:
             pack(value)
@@ -123,19 +122,19 @@ def _opener(refs: list[Any], large: Iterator[bytes]) -> Any:
 
 
 def unpack(frame: bytes | memoryview, refs: list[Any], large: Iterable[bytes] = ()) -> Any:
-    """The value of a frame."""
+    """The value of a frame, with its references and large payloads."""
     opener = _opener(refs, iter(large))
     return msgpack.unpackb(frame, ext_hook=opener, strict_map_key=False, unicode_errors="surrogatepass")
 
 
 def pack_answer(*values: Any) -> Answer:
-    """What an actor returns."""
+    """The answer of an actor with these values."""
     frame, refs, _ = pack(values, is_answer=True)
     return (frame, refs) if refs else frame
 
 
 def unpack_answer(answer: Answer) -> list[Any]:
-    """The values that an actor returned."""
+    """The values of an actor's answer."""
     frame, refs = (answer, []) if isinstance(answer, bytes) else answer
     return list(unpack(frame, refs))
 
@@ -143,9 +142,9 @@ def unpack_answer(answer: Answer) -> list[Any]:
 def join(header: list[Any], operations: list[bytes], large: list[bytes]) -> list[bytes]:
     """A batch as the arguments of a call: a header and operations that are packed already, and large payloads.
 
-    Ray carries a call's arguments inline up to 100 KiB each; a larger one goes through the object store, which costs
-    a millisecond, and pages of it stay mapped into the actor. So a frame is cut into parts as long as that pays off;
-    its first byte says how many. Large payloads follow, which nobody needs to copy into a frame and out again.
+    Ray carries an argument inline up to 100 KiB; a larger one goes through the object store, which costs a millisecond,
+    and pages of it stay mapped into the actor. So a frame is cut into parts as long as that pays off; its first byte
+    says how many. Large payloads follow as arguments of their own, which saves copying them into a frame and out again.
     """
     values = [pack(header).frame, *operations]
     size = sum(map(len, values))
@@ -157,11 +156,11 @@ def join(header: list[Any], operations: list[bytes], large: list[bytes]) -> list
     return [*(frame[first : first + length] for first in range(0, len(frame), length)), *large]
 
 
-_LIST = b"\xdd"  # in msgpack, what begins a list whose length follows in four bytes
+_LIST = b"\xdd"  # msgpack's mark of a list whose length follows in four bytes
 
 
 def split(parts: Sequence[bytes], refs: dict[int, list[Any]] | None) -> list[Any]:
-    """The header of a batch, and its operations; `refs` has the references of operations by their number."""
+    """The header of a batch, and its operations; `refs` has the references of an operation by its number."""
     count = parts[0][0]
     frame = memoryview(parts[0] if count == 1 else b"".join(parts[:count]))[1:]
     large = iter(parts[count:])

@@ -196,7 +196,7 @@ async def test_bad_arguments_of_reads_with_a_cursor(store, method, bad):
 
 async def test_as_completed_ends_when_what_is_left_does_not_exist(store, monkeypatch):
     """Rollouts that are deleted meanwhile are skipped, as they are by wait_for_rollouts."""
-    monkeypatch.setattr("raystore.client.waiting.LOOK_AGAIN_SECONDS", 5.0)
+    monkeypatch.setattr("raystore.client.client.LOOK_AGAIN_SECONDS", 5.0)
     made = [await claim(store) for _ in range(2)]
     seen = []
 
@@ -231,8 +231,8 @@ async def test_as_completed_is_told_only_of_what_it_waits_for(store, monkeypatch
     """What others finish does not travel to it, however much that is; its own comes one by one, in order."""
     mine = [await claim(store) for _ in range(5)]
     others = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input="other", queue="o") for _ in range(300)])
-    decoded, before = [], convert.pair
-    monkeypatch.setattr(convert, "pair", lambda answer: (decoded.append(answer), before(answer))[1])
+    decoded, before = [], convert.to_any_rollout
+    monkeypatch.setattr(convert, "to_any_rollout", lambda answer: (decoded.append(answer), before(answer))[1])
     seen = []
 
     async def collect():

@@ -16,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 import raystore as rs
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.core.digest import parts
 from raystore.errors import StoreCorruptError, StoreError
 from raystore.spans import Event, Link, OtelResource, SpanContext, TraceStatus

@@ -19,10 +19,10 @@ from typing_extensions import TypedDict  # which pydantic needs before Python 3.
 
 import raystore as rs
 from raystore.api import METHODS, LightningStore
-from raystore.client import StoreClient
+from raystore.client.client import StoreClient
 from raystore.errors import InvalidValueError
 from raystore.errors.calls import explained
-from raystore.values.mistakes import Record, refusal
+from raystore.values.models import Model, refusal
 from tests.helpers import claim
 
 REQUEST = rs.EnqueueRolloutRequest(input=1)
@@ -296,7 +296,7 @@ def test_a_users_own_types_in_a_record_are_pydantics_to_refuse(annotation, value
 def test_a_field_under_another_name_is_said_by_that(alias, words):
     """A record of a user's with aliases: they are what is given, so they are what is told."""
 
-    class Mine(Record, extra="forbid"):
+    class Mine(Model, extra="forbid"):
         max_len: int = alias
 
     with pytest.raises(ValidationError, match=words):
@@ -369,7 +369,7 @@ def test_a_retry_that_a_subclass_completes_is_not_warned_of(make_memory_store):
 def test_what_a_model_hides_stays_hidden():
     """A user's own with secrets in it: better words show no value that pydantic would not."""
 
-    class Secret(Record, extra="forbid", hide_input_in_errors=True):
+    class Secret(Model, extra="forbid", hide_input_in_errors=True):
         api_key: str = ""
 
     with pytest.raises(ValidationError, match="did you mean 'api_key'") as caught:

@@ -198,6 +198,6 @@ def test_records_of_ended_sessions_are_bounded_in_number(core, few_records):
         work_off(core)
         check.check(core.state)
         assert len(core.state.sessions) < 5 + 25
-        assert len(core.state.session_deadlines._earliest) < 5 + 25 + 1
+        assert len(core.state.session_deadlines) < 5 + 25 + 1
     assert {session.session_id for session in living} <= core.state.sessions.keys()
     assert "s-299" in core.state.sessions and "s-0" not in core.state.sessions

@@ -30,7 +30,7 @@ def test_queue_keeps_places_through_any_traffic():
             orders[name] = model[name] = order
             queues.put("q", name, order)
         expected = min(model, key=model.get) if model else None
-        assert queues.head("q") == expected and queues.length("q") == len(model)
+        assert queues.first("q") == expected and queues.length("q") == len(model)
         if number % 500 == 0:
             queues.check()
 
@@ -186,7 +186,7 @@ def test_heaps_do_not_grow_with_what_is_gone(core):
         core.report(key, "succeeded", session)
         core.run("release", rollout_ids=[rollout_id])
         core.run("delete_rollouts", rollout_ids=[rollout_id])
-    assert sum(len(heap) for heap in core.state.eviction_heaps) < 2000
+    assert not any(map(len, core.state.eviction_heaps))
     assert core.state.total_bytes == 0
 
 

@@ -14,6 +14,7 @@ import signal
 import pytest
 
 import raystore as rs
+from raystore.runner import actors
 from raystore.runner.actors import RunnerActors
 from tests.faults.processes import broken
 from tests.helpers import until
@@ -79,9 +80,9 @@ async def test_pools_are_stopped_beside_another(make_ray_store, report, amount):
 @pytest.mark.timeout(300)
 async def test_row_72_finds_a_stop_that_counts_as_a_death(make_ray_store, monkeypatch):
     """Runners are ended without being asked, and their end is reported as any other."""
-    report = RunnerActors._report
-    monkeypatch.setattr(RunnerActors, "_ask_to_stop", staticmethod(lambda members, **how: None))
-    monkeypatch.setattr(RunnerActors, "_report", lambda pool, member, stopped: report(pool, member, stopped=False))
+    report = RunnerActors._report_end
+    monkeypatch.setattr(actors, "stop_all", lambda members, **seconds: None)
+    monkeypatch.setattr(RunnerActors, "_report_end", lambda pool, member, stopped: report(pool, member, stopped=False))
     figure, _ = await stop_pools(make_ray_store(max_deliveries=1), 2)
     assert figure["lost or charged"]
 
@@ -148,12 +149,12 @@ async def test_two_pools_are_killed(make_ray_store, report, amount):
 @pytest.mark.timeout(300)
 async def test_row_73_finds_an_end_that_is_reported_of_the_wrong_runner(make_ray_store, monkeypatch):
     """As when runners of two pools had the same names: another one's work is given away."""
-    report = RunnerActors._report
+    report = RunnerActors._report_end
     everybody = []
-    hire = RunnerActors._hire
+    start = RunnerActors._start_member
 
-    def hired(pool, number):
-        everybody.append(hire(pool, number))
+    def started(pool, number):
+        everybody.append(start(pool, number))
         return everybody[-1]
 
     def wrong(pool, member, *, stopped):
@@ -161,8 +162,8 @@ async def test_row_73_finds_an_end_that_is_reported_of_the_wrong_runner(make_ray
         for other in others:
             report(pool, other, stopped=stopped)
 
-    monkeypatch.setattr(RunnerActors, "_hire", hired)
-    monkeypatch.setattr(RunnerActors, "_report", wrong)
+    monkeypatch.setattr(RunnerActors, "_start_member", started)
+    monkeypatch.setattr(RunnerActors, "_report_end", wrong)
     figure, _ = await kill_runners(make_ray_store(), 2)
     assert figure["taken from the living"]
 

@@ -121,13 +121,13 @@ class Ours:
         state = self._state
         seen: State = {}
         for rollout_id, entry in state.entries.items():
-            self._put(seen, ("rollout", rollout_id), entry.rollout, convert.rollout)
+            self._put(seen, ("rollout", rollout_id), entry.rollout, convert.to_rollout)
             for attempt in entry.attempts:
-                self._put(seen, ("attempt", rollout_id, attempt.attempt_id), attempt, convert.attempt)
+                self._put(seen, ("attempt", rollout_id, attempt.attempt_id), attempt, convert.to_attempt)
             for span in state.spans.of(rollout_id):
                 seen["span", rollout_id, span.attempt_id, span.span_id] = (span.sequence_id, span.name)
         for worker_id, worker in state.workers.items():
-            self._put(seen, ("worker", worker_id), worker, convert.worker)
+            self._put(seen, ("worker", worker_id), worker, convert.to_worker)
         for resources in state.resources.all_newest():
             self._put(seen, ("resources", resources.resources_id), resources, self.opened)
         seen["latest resources",] = state.resources.latest_id
@@ -141,7 +141,7 @@ class Ours:
 
     def opened(self, resources: Any) -> types.ResourcesUpdate:
         """Resources as its callers see them."""
-        return convert.resources_update(resources, self.store._origin_of_objects())
+        return convert.to_resources(resources, self.store._origin_of_objects())
 
     def _put(self, seen: State, place: tuple[str, ...], record: Any, opened: Callable[[Any], BaseModel]) -> None:
         """The fields of a record, which is replaced and never edited, so that it needs to be looked at once."""
@@ -235,14 +235,14 @@ class Theirs:
         state, held, made = ours._state, self.store.collections, reference_types
         rollouts, attempts, spans = {}, {}, {}
         for rollout_id, entry in state.entries.items():
-            rollouts[rollout_id] = _model(made.Rollout, convert.rollout(entry.rollout))
+            rollouts[rollout_id] = _model(made.Rollout, convert.to_rollout(entry.rollout))
             if entry.attempts:
-                own = {a.attempt_id: _model(made.Attempt, convert.attempt(a)) for a in entry.attempts}
+                own = {a.attempt_id: _model(made.Attempt, convert.to_attempt(a)) for a in entry.attempts}
                 attempts[rollout_id] = own
             for span in state.spans.of(rollout_id):
                 place = spans.setdefault(rollout_id, {}).setdefault(span.attempt_id, {})
-                place[span.span_id] = made.Span.model_validate(convert.span(span).model_dump())
-        workers = {i: _model(made.Worker, convert.worker(w)) for i, w in state.workers.items()}
+                place[span.span_id] = made.Span.model_validate(convert.to_span(span).model_dump())
+        workers = {i: _model(made.Worker, convert.to_worker(w)) for i, w in state.workers.items()}
         resources = {}
         for row in state.resources.all_newest():
             resources[row.resources_id] = _model(made.ResourcesUpdate, ours.opened(row))

@@ -212,7 +212,7 @@ async def test_an_agent_that_cannot_be_set_up_in_its_process_stops_the_start(sto
             pass
 
 
-async def test_the_nursery_may_be_killed(make_memory_store, tmp_path):
+async def test_the_fork_server_may_be_killed(make_memory_store, tmp_path):
     """The process that forks the others is made anew for the next rollout."""
     store = make_memory_store()
 

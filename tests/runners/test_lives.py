@@ -22,6 +22,8 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 import raystore as rs
+from raystore.runner.context import Context
+from raystore.runner.life import Life
 from tests.helpers import until
 
 variable = contextvars.ContextVar("variable", default=0)
@@ -673,3 +675,33 @@ def test_attributes_may_have_any_names():
     values = {reward.attributes[f"agentlightning.reward.{n}.name"]: n for n in range(1, 5)}
     assert set(values) == {"value", "self", "name", "reward"} and run.reward == 1.0
     assert rs.PromptTemplate(template="{self} {values}", engine="f-string").format(self=1, values=2) == "1 2"
+
+
+def test_a_call_that_is_cancelled_before_its_first_step_ends():
+    """Calls that overlap have tasks, and a task that is cancelled before its first step does nothing at all."""
+
+    async def agent(task, ctx):
+        await asyncio.sleep(100)
+
+    ended = threading.Event()
+    attempt = rs.Attempt(rollout_id="r", attempt_id="a", sequence_id=1, start_time=0.0)
+    rollout = rs.AttemptedRollout(rollout_id="r", input="x", start_time=0.0, status="preparing", attempt=attempt)
+    context = Context(rollout, {}, "worker", lambda span: None, lambda *loss: None)
+
+    def serve():
+        with Life(agent, concurrency=2) as life:
+            lives.append(life)
+            made.set()
+            life.serve()
+
+    lives, made = [], threading.Event()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    made.wait(10)
+    (life,) = lives
+    life.begin(context, lambda ending: ended.set(), on_begin=lambda: life.cancel(context))
+    is_ended = ended.wait(10)
+    life.end()
+    thread.join()
+    context.leave()
+    assert is_ended

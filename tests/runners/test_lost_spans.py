@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 
 import raystore as rs
-from raystore.tracing import dialects, losses
+from raystore.tracing import calls, losses
 from tests.helpers import until
 
 HAD = {"of a library", "outer", "in a thread of an executor", "within", "chat", "bare", "after what is odd"}
@@ -38,8 +38,8 @@ LOST = {
 @pytest.fixture(autouse=True)
 def told(monkeypatch, caplog):
     """A process that has been told nothing yet; what it is told."""
-    monkeypatch.setattr(losses, "_told", {})
-    monkeypatch.setattr(dialects, "_TOLD", set())
+    monkeypatch.setattr(losses, "_logged", {})
+    monkeypatch.setattr(calls, "_warned", set())
     caplog.set_level(logging.WARNING, "raystore")
     return caplog
 

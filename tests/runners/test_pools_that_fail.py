@@ -123,7 +123,7 @@ class Slow:
 async def test_a_slow_setup_is_not_taken_for_missing_resources(store, monkeypatch, caplog):
     """Said while it is waited for, and by the error if that takes too long."""
     is_here = isinstance(store, rs.InMemoryLightningStore)  # elsewhere its process takes a while until it is there
-    for module in ("actors", "threads"):
+    for module in ("actors", "local_runners"):
         monkeypatch.setattr(f"raystore.runner.{module}.EXPLAIN_SECONDS", 0.2 if is_here else 20.0)
     pool = rs.RunnerPool(store, Slow, size=1, start_timeout=0.5 if is_here else 21.0)
     with pytest.raises(rs.PoolStartError, match=r"not for want of resources: 1 of them are there, and __init__"):

@@ -16,8 +16,8 @@ import ray
 from ray._private.internal_api import memory_summary
 
 import raystore as rs
-from raystore.runner import cache
-from raystore.runner.cache import ResourceCache
+from raystore.runner import worker
+from raystore.runner.worker import ResourceCache
 from raystore.types import ObjectResource, PromptTemplate
 from tests.helpers import claim, until
 
@@ -56,21 +56,21 @@ async def test_superseded_weights_leave_the_object_store(make_ray_store):
 
 async def test_a_version_stays_in_the_cache_as_long_as_it_is_used(make_memory_store, monkeypatch):
     """It is fetched once for all who use it, goes a moment after the last, and at once if there is a newer one."""
-    monkeypatch.setattr(cache, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(worker, "RESOURCES_IDLE_SECONDS", 0.05)
     store = make_memory_store()
     await store.update_resources("w", {"p": PromptTemplate(template="1", engine="f-string")})
     first, second = await claim(store), await claim(store)
     await store.update_resources("w", {"p": PromptTemplate(template="2", engine="f-string")})
     third = await claim(store)
     cached = ResourceCache(store)
-    taken = [await cached.take(rollout) for rollout in (first, second, third)]
+    taken = [await cached.acquire(rollout) for rollout in (first, second, third)]
     assert [resources["p"].template for resources in taken] == ["1", "1", "2"]
     assert taken[0] is taken[1] and len(cached) == 2
-    cached.give_back(first)
+    cached.release(first)
     assert len(cached) == 2
-    cached.give_back(second)
+    cached.release(second)
     assert len(cached) == 1
-    cached.give_back(third)
+    cached.release(third)
     assert len(cached) == 1
 
     async def is_empty():

@@ -178,7 +178,7 @@ async def test_what_did_not_grow_is_not_replaced(make_ray_store, tmp_path):
             return 1.0
 
     async with rs.RunnerPool(make_ray_store(), Agent, size=1) as pool:
-        before, pool._home._start_timeout = pool.worker_ids, 8.0
+        before, pool._runners._start_timeout = pool.worker_ids, 8.0
         with pytest.raises(rs.PoolStartError, match=r"did not start in time, .* 1 of them are there"):
             await asyncio.to_thread(pool.resize, 3)
         assert pool.worker_ids == before

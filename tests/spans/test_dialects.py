@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import raystore as rs
-from raystore.tracing import dialects, losses, semconv
+from raystore.tracing import calls, losses, semconv
 from tests.spans.written import DIALECTS, MESSAGES, TOOL_CALL, Turn, indexed, parts, span
 
 TURN = Turn([1, 2, 3], [4, 5], [-0.5, -0.25])
@@ -25,7 +25,7 @@ CALLING = Turn([1, 2], [9], [-1.0], "chatcmpl-0", "tool_calls", MESSAGES[:2], CA
 @pytest.fixture(autouse=True)
 def told(monkeypatch, caplog):
     """A process that has been told nothing yet; what it is told."""
-    monkeypatch.setattr(dialects, "_TOLD", set())
+    monkeypatch.setattr(calls, "_warned", set())
     caplog.set_level(logging.INFO, "raystore")
     return caplog
 
@@ -367,14 +367,14 @@ def test_calls_that_lack_something_are_known_as_their_spans_end(inner, outer):
         top = next(one for one in around if one.parent_id is None)
         (middle,) = within([between], top)
         spans = [*within(DIALECTS[inner](first), middle), middle, *around]
-        calls = [*rs.model_calls(spans), *rs.model_calls([lone := span("chat", {"gen_ai.operation.name": "chat"})])]
-        seen, counts = dialects.CallsSeen(), losses.Losses()
+        found = [*rs.model_calls(spans), *rs.model_calls([lone := span("chat", {"gen_ai.operation.name": "chat"})])]
+        counter, counts = calls.CallCounter(), losses.Losses()
         depths = {one.span_id: one for one in spans}
         for one in sorted([*spans, lone], key=lambda one: -_depth(one, depths)):
-            seen.add(one)
-        seen.tell(counts)
-        expected = Counter("without_token_ids" for call in calls if call.prompt_ids is None)
-        expected += Counter("without_logprobs" for call in calls if call.prompt_ids is not None and not call.logprobs)
+            counter.add(one)
+        counter.report(counts)
+        expected = Counter("without_token_ids" for call in found if call.prompt_ids is None)
+        expected += Counter("without_logprobs" for call in found if call.prompt_ids is not None and not call.logprobs)
         assert counts.take() == expected
 
 
@@ -387,6 +387,9 @@ def test_what_is_no_span_is_refused(reading):
     """With what to do about the answer of `query_many_spans`, which is likely."""
     with pytest.raises(rs.InvalidValueError, match=r"spans=.*found.values\(\)"):
         reading({"ro": DIALECTS["genai"](TURN)})
+    for wrong in (5, None, "text", *DIALECTS["genai"](TURN)):
+        with pytest.raises(rs.InvalidValueError, match="spans=.*list of spans"):
+            reading(wrong)
     with pytest.raises(rs.InvalidValueError, match=r"spans\[1\]="):
         reading([*DIALECTS["genai"](TURN), "text"])
 

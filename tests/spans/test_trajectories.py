@@ -203,6 +203,8 @@ def test_a_wrong_pad_id_is_refused(wrong):
     """By name, and so are rows that are no trajectories."""
     with pytest.raises(rs.InvalidValueError, match="pad_id="):
         rs.collate([], **wrong)
+    with pytest.raises(rs.InvalidValueError, match="trajectories=3.*rs.trajectories"):
+        rs.collate(3, pad_id=0)
     with pytest.raises(rs.InvalidValueError, match=r"trajectories\[0\]=.*rs.trajectories"):
         rs.collate(rs.triplets(DIALECTS["genai"](turn([1], [2]))), pad_id=0)
 

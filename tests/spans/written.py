@@ -78,17 +78,28 @@ def flattened(value: Any, name: str) -> dict[str, Any]:
     return found
 
 
+def numbered(
+    prefix: str, messages: list[dict[str, Any]], *, message: str = "", call: str = "", function: str = ""
+) -> dict[str, Any]:
+    """Messages as flat attributes, `<prefix>.0.<message>role`; `call` and `function` stand before fields of these."""
+    found: dict[str, Any] = {}
+    for number, said in enumerate(messages):
+        place = f"{prefix}.{number}.{message}"
+        found |= {f"{place}{name}": value for name, value in said.items() if name != "tool_calls" and value is not None}
+        for index, made in enumerate(said.get("tool_calls", [])):
+            inner = f"{place}tool_calls.{index}.{call}"
+            found |= {f"{inner}{function}{name}": value for name, value in made["function"].items()}
+            found[f"{inner}id"] = made["id"]
+    return found
+
+
 def indexed(turn: Turn) -> dict[str, Any]:
     """OpenTelemetry's first form: `gen_ai.prompt.0.role`."""
-    found: dict[str, Any] = {}
-    for prefix, messages in (("gen_ai.prompt", turn.messages), ("gen_ai.completion", [turn.answer])):
-        for number, message in enumerate(messages):
-            flat = {name: value for name, value in message.items() if name != "tool_calls" and value is not None}
-            for index, call in enumerate(message.get("tool_calls", [])):
-                flat |= {f"tool_calls.{index}.{name}": value for name, value in call["function"].items()}
-                flat[f"tool_calls.{index}.id"] = call["id"]
-            found |= {f"{prefix}.{number}.{name}": value for name, value in flat.items()}
-    return found | {"gen_ai.completion.0.finish_reason": turn.finish_reason}
+    return {
+        **numbered("gen_ai.prompt", turn.messages),
+        **numbered("gen_ai.completion", [turn.answer]),
+        "gen_ai.completion.0.finish_reason": turn.finish_reason,
+    }
 
 
 def parts(messages: list[dict[str, Any]], finish_reason: str | None = None) -> list[dict[str, Any]]:
@@ -207,13 +218,7 @@ def openinference(turn: Turn, **ids: Any) -> list[rs.Span]:
         "output.mime_type": "application/json",
     }
     for prefix, messages in (("llm.input_messages", turn.messages), ("llm.output_messages", [turn.answer])):
-        for number, message in enumerate(messages):
-            flat = {f"message.{n}": v for n, v in message.items() if n != "tool_calls" and v is not None}
-            for index, call in enumerate(message.get("tool_calls", [])):
-                place = f"message.tool_calls.{index}.tool_call"
-                flat |= {f"{place}.function.{name}": value for name, value in call["function"].items()}
-                flat[f"{place}.id"] = call["id"]
-            attributes |= {f"{prefix}.{number}.{name}": value for name, value in flat.items()}
+        attributes |= numbered(prefix, messages, message="message.", call="tool_call.", function="function.")
     return [span("ChatCompletion", attributes, **ids)]
 
 

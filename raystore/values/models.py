@@ -1,41 +1,31 @@
-"""What somebody is told who gave a model or an argument what it does not take: which name was meant, what it takes.
+"""Base classes of the public models, and what is said of a model or an argument that does not fit its type.
 
-pydantic knows what is wrong. Of a model that a user makes it stays pydantic's error, in better words (`Record`); of an
-argument of a call it becomes an `InvalidValueError` that names the argument and the place in it (`refusal`).
-Not here: calls that do not fit a method at all (`forms`), checks of single values (`convert`, `plain`).
+`Model` is for what users make: pydantic's errors in better words. `StoredModel` is for what a store answers with: a
+field whose value cannot be decoded in this process raises `PayloadNotReadableError` when it is read, and not before.
+`refusal` turns pydantic's error about an argument of a call into an `InvalidValueError` that names the place.
+Not here: calls that do not fit a method at all (`errors.calls`), checks of single values (`wire.checks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from raystore.errors import InvalidValueError
+from raystore.errors import InvalidValueError, PayloadNotReadableError, StoreError
 from raystore.errors.words import either, meant
 
+EXTRA = "__pydantic_extra__"  #: stands for the fields that a model does not know, among the names of its fields
 PLACE_SHOWN = 200  #: characters of the place of a value that an error shows
 
-#: What is expected where the type of pydantic's error begins like this.
-_PLAINLY = {
-    "int_": "a whole number",
-    "float_": "a number",
-    "string_": "text",
-    "bool_": "True or False",
-    "dict_": "a mapping",
-    "list_": "a list",
-}
-_NO_MODEL = ("model_type", "model_attributes_type", "union_tag_not_found", "union_tag_invalid")
-_PLAIN_TYPES: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
 
-
-class Record(BaseModel):
-    """Base of the models that users make: who misspells a field, or leaves one out, is told which there are."""
+class Model(BaseModel):
+    """A model that users make: an error about a field that is misspelt or missing names the fields that it has."""
 
     if not TYPE_CHECKING:  # a type checker knows the fields
 
@@ -49,8 +39,128 @@ class Record(BaseModel):
                 raise _in_words(type(self), error) from None
 
         __init__.__pydantic_base_init__ = True  # pydantic's own does no more, and is not called for nested values
-        # That of pydantic's own, from which it makes that of each model: `unnamed` is no argument.
+        # pydantic makes the signature of each model from this one, in which `unnamed` is no argument.
         __init__.__signature__ = signature(BaseModel.__init__)
+
+
+# -- fields that cannot be decoded -------------------------------------------------------------------------------------
+#
+# Such a field is missing in the model's `__dict__`, and its payload stands in `__pydantic_private__`, which is None in
+# other models: they pay nothing. Each reading tries again, since the missing module may be there by now.
+
+
+class Undecoded:
+    """A payload that could not be decoded, with the function that decodes it; equal to another of the same payload."""
+
+    __slots__ = ("_decode", "_name", "_payload")
+
+    def __init__(self, name: str, decode: Callable[[Any], dict[str, Any]], payload: Any) -> None:
+        self._name = name  # for the error
+        self._decode = decode  # gives the values of fields by name
+        self._payload = payload
+
+    def decode(self) -> dict[str, Any]:
+        """The values of the fields. Raises `PayloadNotReadableError` if they still cannot be decoded."""
+        try:
+            return self._decode(self._payload)
+        except StoreError:  # says already what is wrong
+            raise
+        except Exception as error:  # whatever a user's class raises while it is unpickled
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            raise PayloadNotReadableError(self._name, missing, f"{type(error).__name__}: {error}") from error
+
+    def _content(self) -> Any:
+        payload = self._payload
+        return self._name, payload if isinstance(payload, bytes) else (payload.data, payload.refs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Undecoded) and self._content() == other._content()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        try:
+            self.decode()
+        except Exception as error:
+            return f"<not readable here: {error}>"
+        return "<not read yet>"
+
+
+class StoredModel(Model):
+    """A model that a store answers with; reading a field that could not be decoded tries it again, or raises."""
+
+    if not TYPE_CHECKING:  # a type checker would take any name for a field, and knows pydantic's methods
+
+        def __getattr__(self, name: str) -> Any:
+            undecoded = _undecoded_fields(self).get(name)
+            if undecoded is None:
+                return super().__getattr__(name)
+            fields = undecoded.decode()
+            if EXTRA in fields:
+                object.__setattr__(self, EXTRA, fields.pop(EXTRA))
+            vars(self).update(fields)
+            left = {other: kept for other, kept in self.__pydantic_private__.items() if other not in fields}
+            object.__setattr__(self, "__pydantic_private__", left or None)  # as if it had been decoded at once
+            return fields[name]
+
+        def __repr_args__(self) -> Any:
+            yield from super().__repr_args__()
+            yield from _undecoded_fields(self).items()
+
+        def __iter__(self) -> Any:
+            decode_all(self)
+            return super().__iter__()
+
+        def model_dump(self, *arguments: Any, **options: Any) -> Any:
+            decode_all(self)
+            return super().model_dump(*arguments, **options)
+
+        def model_dump_json(self, *arguments: Any, **options: Any) -> Any:
+            decode_all(self)
+            return super().model_dump_json(*arguments, **options)
+
+
+def _undecoded_fields(model: BaseModel) -> dict[str, Undecoded]:
+    try:
+        private = object.__getattribute__(model, "__pydantic_private__")
+    except AttributeError:  # the model is being made
+        return {}
+    return {} if not private else {name: field for name, field in private.items() if name not in vars(model)}
+
+
+def _models_in(value: Any) -> Iterator[StoredModel]:
+    if isinstance(value, StoredModel):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _models_in(item)
+
+
+def decode_all(model: BaseModel) -> bool:
+    """Decode every field that is not decoded yet, also of the models within; returns whether there was any.
+
+    Raises `PayloadNotReadableError` for the first that cannot be decoded.
+    """
+    names = list(_undecoded_fields(model))
+    for name in names:
+        getattr(model, name)
+    inner = [decode_all(held) for value in vars(model).values() for held in _models_in(value)]
+    return bool(names) or any(inner)
+
+
+# -- pydantic's errors in better words ---------------------------------------------------------------------------------
+
+#: What is expected where the type of pydantic's error begins like this.
+_PLAINLY = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "string_": "text",
+    "bool_": "True or False",
+    "dict_": "a mapping",
+    "list_": "a list",
+}
+_PLAIN_TYPES: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
+_NO_MODEL = ("model_type", "model_attributes_type", "union_tag_not_found", "union_tag_invalid")
 
 
 def _by_name(model: type[BaseModel], unnamed: Sequence[Any]) -> str:
@@ -84,11 +194,12 @@ def _in_words(model: type[BaseModel], error: ValidationError) -> ValidationError
 
 
 def refusal(name: str, annotation: Any, error: ValidationError, remedy: str = "") -> InvalidValueError:
-    """What a caller is told of an argument that is not of this type.
+    """The error for an argument that is not of this type.
 
-    The remedy is for the argument as a whole, or an item of it that is no model; not for what is wrong within one.
+    The remedy says what to do about a wrong argument, or a wrong item of it; it is left out where the mistake is within
+    a model.
     """
-    line = _telling(annotation, error.errors(include_url=False))
+    line = _most_telling(annotation, error.errors(include_url=False))
     if isinstance(cause := line.get("ctx", {}).get("error"), InvalidValueError):  # which says it better
         return cause
     place, kind = line["loc"], line["type"]
@@ -112,8 +223,8 @@ def refusal(name: str, annotation: Any, error: ValidationError, remedy: str = ""
     return InvalidValueError(where[:PLACE_SHOWN], line["input"], f"{expected}{remedy and '; ' + remedy}")
 
 
-def _telling(annotation: Any, lines: list[ErrorDetails]) -> ErrorDetails:
-    """The one of several errors that tells most: a field that is missing may be there under a wrong name."""
+def _most_telling(annotation: Any, lines: list[ErrorDetails]) -> ErrorDetails:
+    """One of several errors: a misspelt field, since it explains why another is missing; else the first."""
     missing = [line["loc"][-1] for line in lines if line["type"] == "missing"]
     for line in lines:
         if line["type"] == "extra_forbidden":
@@ -129,7 +240,7 @@ def _or_its_fields(name: Any, model: type[BaseModel]) -> str:
 
 
 def _fields(model: type[BaseModel]) -> list[str]:
-    """What its fields are called by who makes one."""
+    """The names under which its fields are given."""
     aliases = {name: field.validation_alias for name, field in model.model_fields.items()}
     return [alias if isinstance(alias, str) else name for name, alias in aliases.items()]
 
@@ -142,7 +253,7 @@ def _field(model: type[BaseModel], called: Any) -> FieldInfo | None:
 
 
 def _takes(model: type[BaseModel], called: Any) -> str:
-    """What a field takes, as far as a word says it."""
+    """What a field takes, if a few words can say it."""
     field = _field(model, called)
     annotation = field.annotation if field else None
     words = either([repr(word) for word in _words(annotation)])
@@ -154,7 +265,7 @@ def _a(noun: str) -> str:
     return f"{'an' if noun.startswith(('A', 'E', 'O', 'LLM')) else 'a'} {noun}"
 
 
-# -- types -------------------------------------------------------------------------------------------------------------
+# -- places in types ---------------------------------------------------------------------------------------------------
 
 
 def _walked(annotation: Any, place: Sequence[int | str]) -> tuple[Any, str]:
@@ -165,7 +276,7 @@ def _walked(annotation: Any, place: Sequence[int | str]) -> tuple[Any, str]:
             return get_args(mapping)[0], f"{shown} key"
     annotation, shown = _bare(annotation), ""
     for part in place:
-        if get_origin(annotation) in _UNIONS:  # of which pydantic names one, and that is no part of the value
+        if get_origin(annotation) in _UNIONS:  # pydantic's place names the member, which is no part of the value
             annotation = _bare(next((one for one in get_args(annotation) if _is_called(one, part)), Any))
         elif _is_model(annotation) and (field := _field(annotation, part)):
             annotation, shown = _bare(field.annotation), f"{shown}.{part}"
@@ -179,7 +290,7 @@ _UNIONS = (Union, UnionType)
 
 
 def _bare(annotation: Any) -> Any:
-    """A type without what pydantic's places do not tell: `Annotated`, and that it may be None."""
+    """A type without `Annotated` and `| None`, which pydantic's places leave out."""
     while True:
         parts = get_args(annotation)
         if get_origin(annotation) in _UNIONS:
@@ -192,19 +303,19 @@ def _bare(annotation: Any) -> Any:
 
 
 def _is_called(one: Any, name: Any) -> bool:
-    """Whether pydantic calls one type of a union so: by its class, or by the word that tells it from the others."""
+    """Whether pydantic's name for a member of a union is this: its class, or its discriminator."""
     if getattr(one, "__name__", None) == name:
         return True
     return _is_model(one) and any(_words(field.annotation) == (name,) for field in one.model_fields.values())
 
 
 def _model_at(annotation: Any, place: Sequence[int | str]) -> type[BaseModel] | None:
-    """The model whose field it is that pydantic speaks of; None if it is something else that has fields."""
+    """The model at a place within a value of this type; None if something else stands there."""
     found = _walked(annotation, place)[0]
     return found if _is_model(found) else None
 
 
-def _is_model(annotation: Any) -> bool:
+def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
@@ -220,5 +331,5 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _words(annotation: Any) -> tuple[Any, ...]:
-    """The values that a type of literals has; empty for another."""
+    """The values of the first `Literal` in a type; empty if there is none."""
     return next((get_args(part) for part in _within(annotation) if get_origin(part) is Literal), ())

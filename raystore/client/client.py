@@ -1,0 +1,1030 @@
+"""The methods of a store over a transport: check and encode the arguments, call, decode the answer.
+
+In the order of `raystore.api`, which says what each method means. One implementation for every kind of store. A method
+checks its arguments and issues its operation before it first suspends.
+Not here: how operations reach a store (`client.local`, `remote.session`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import isfunction
+from time import monotonic
+from typing import Any, Literal, Never, Self, TypeVar
+from uuid import uuid4
+
+from pydantic import ValidationError
+
+from raystore._sync import SyncStore
+from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
+from raystore.client.pending import PendingCall
+from raystore.client.transport import Transport
+from raystore.core.payload import Opaque, Payload, bounded_error, size_of
+from raystore.core.verbs import Many
+from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
+from raystore.errors.calls import NOT_GIVEN, explain_methods, typed_as, unfit
+from raystore.tracing.losses import Reason
+from raystore.types import (
+    LLM,
+    UNSET,
+    AnyRollout,
+    Attempt,
+    AttemptedRollout,
+    AttemptStatus,
+    Batch,
+    Change,
+    EnqueueRolloutRequest,
+    FilterLogic,
+    FoundRollout,
+    LedgerEntry,
+    LightningStoreCapabilities,
+    LightningStoreStatistics,
+    NamedResources,
+    ObjectResource,
+    Outcome,
+    Page,
+    PaginatedResult,
+    PromptTemplate,
+    ProxyLLM,
+    Resource,
+    ResourcesUpdate,
+    Rollout,
+    RolloutConfig,
+    RolloutMode,
+    RolloutStatus,
+    SortOrder,
+    Span,
+    TagValue,
+    TaskInput,
+    Unset,
+    Worker,
+    WorkerStatus,
+)
+from raystore.values.models import refusal
+from raystore.values.objects import Kept, Origin, Parts
+from raystore.wire import checks, convert
+from raystore.wire.checks import model_of, validated
+
+T = TypeVar("T")
+
+logger = logging.getLogger("raystore")
+
+PART_ITEMS = 512  #: a bulk call is cut into parts of at most so many items ...
+PART_BYTES = 1024 * 1024  #: ... and so many bytes, so that one caller cannot hold up the others
+GROUP_ITEMS = 1_000_000  #: most rollouts of a group that one call makes
+READ_AGAIN = 3  #: how often a long read is begun again that a restart of the store interrupted
+LOOK_AGAIN_SECONDS = 10.0  #: after which `as_completed` asks whether the rollouts that it waits for still exist
+
+# Remedies, told in errors.
+TO_ENQUEUE = "wrap each task: rs.EnqueueRolloutRequest(input=task)"
+TO_PUBLISH = (
+    "give each its name, {'prompt': rs.PromptTemplate(...)}, and wrap a plain value: rs.ObjectResource(value=...)"
+)
+TO_DERIVE = (
+    "an LLM, ProxyLLM, PromptTemplate or ObjectResource; derive your class from one of these and leave its "
+    "resource_type as it is, or put it into one: rs.ObjectResource(value=...)"
+)
+TO_COUNT = "count the versions; what they are called can be told by resources_id"
+TO_TRAIN = "pass what take() gave"
+
+_RESOURCE_TYPES = {"llm": LLM, "proxy_llm": ProxyLLM, "prompt_template": PromptTemplate, "object": ObjectResource}
+_chain_ids = itertools.count(1)
+
+
+@dataclass(slots=True)
+class Boxed:
+    """Resources as they travel, and where their objects went."""
+
+    resources: NamedResources
+    objects: list[Kept] = field(default_factory=list)  # one for each object that travels as a reference
+    files: list[tuple[str, Parts]] = field(default_factory=list)  # address and bytes of those that the journal keeps
+    asked: Any = None  # which process was the store's before
+
+
+class StoreClient(RunnerStore):
+    """A store, reached over a transport."""
+
+    sync: SyncStore
+    _transport: Transport
+    _encoder: convert.Encoder
+
+    # -- what a store is -----------------------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        # zero_copy would allow forked children to use this object as it is, which no store here can promise.
+        return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
+
+    def otlp_traces_endpoint(self) -> str:
+        raise NotImplementedError("This store has no OTLP endpoint; capabilities['otlp_traces'] says so")
+
+    async def statistics(self) -> LightningStoreStatistics:
+        answer = await self._transport.call("statistics", {})
+        return {"name": type(self).__name__, **answer}  # type: ignore[typeddict-item]
+
+    async def story(self, rollout_id: str) -> list[str]:
+        return list(await self._transport.call("story", {"rollout_id": checks.identifier("rollout_id", rollout_id)}))
+
+    async def check(self) -> None:
+        await self._transport.call("check", {})
+
+    # -- rollouts ------------------------------------------------------------------------------------------------------
+
+    async def start_rollout(
+        self,
+        input: TaskInput,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        worker_id: str | None = None,
+    ) -> AttemptedRollout:
+        request = self._request(input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata)
+        worker_id = checks.optional_identifier("worker_id", worker_id)
+        return convert.to_attempted_rollout(
+            await self._transport.call("start_rollout", {"request": request, "worker_id": worker_id})
+        )
+
+    @typed_as(LightningStore.enqueue_rollout)
+    async def enqueue_rollout(
+        self,
+        input: TaskInput,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        *unnamed: Never,
+        rollout_id: str | None = None,
+        group_id: str | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+        **unknown: Never,
+    ) -> Rollout:
+        if unnamed or unknown or input is NOT_GIVEN:
+            raise unfit(StoreClient.enqueue_rollout, unnamed, unknown, input=input)
+        request = self._request(
+            input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata, rollout_id=rollout_id,
+            group_id=group_id, queue=queue, priority=priority, tags=checks.tag_dict("tags", tags),
+        )  # fmt: skip
+        answer = await self._transport.call("enqueue", {"requests": [request]})
+        return convert.to_any_rollout(answer[0])
+
+    async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
+        requests = []
+        for index, request in enumerate(checks.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")):
+            if type(request) is not EnqueueRolloutRequest:
+                request = validated(f"rollouts[{index}]", EnqueueRolloutRequest, request, TO_ENQUEUE)
+            try:
+                requests.append(self._encoder.request(request))
+            except StoreError as error:
+                error.args = checks.within(f"rollouts[{index}]", *error.args)
+                raise
+        return await self._enqueue_all(requests)
+
+    async def enqueue_group(
+        self,
+        input: TaskInput,
+        n: int,
+        *,
+        group_id: str | None = None,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Sequence[Rollout]:
+        n = checks.whole("n", n, at_least=1)
+        if n > GROUP_ITEMS:
+            raise InvalidValueError("n", n, f"at most {GROUP_ITEMS:,} rollouts in one call")
+        group_id = f"group-{uuid4().hex[:12]}" if group_id is None else group_id
+        request = self._request(
+            input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata,
+            group_id=group_id, queue=queue, priority=priority, tags=checks.tag_dict("tags", tags),
+        )  # fmt: skip
+        return await self._enqueue_all([request] * n)
+
+    def _request(self, **fields: Any) -> dict[str, Any]:
+        """What makes a rollout, of the arguments of a call."""
+        return self._encoder.request(model_of(EnqueueRolloutRequest, "", fields))
+
+    async def _enqueue_all(self, requests: list[dict[str, Any]]) -> list[Rollout]:
+        named = [request["rollout_id"] for request in requests if "rollout_id" in request]
+        if len(named) != len(set(named)):
+            twice = next(name for name in named if named.count(name) > 1)
+            raise InvalidValueError("rollout_id", twice, "each caller-given id once per call")
+        sizes = [size_of(request["input"]) + size_of(request["metadata"]) for request in requests]
+        answers = await self._in_parts(
+            "enqueue",
+            [{"requests": requests[first:last], "admit": len(requests)} for first, last in cut(sizes)],
+        )
+        items = answers[-1] if answers else []
+        if len(items) > 1 and isinstance(items[1], int):  # a long answer, with how many there are
+            items, _ = await self._all_rows(items)
+        return [convert.to_any_rollout(item) for item in items]
+
+    @typed_as(LightningStore.dequeue_rollout)
+    async def dequeue_rollout(
+        self,
+        worker_id: str | None = None,
+        *unnamed: Never,
+        timeout: float = 0.0,
+        queues: Sequence[str] = ("default",),
+        **unknown: Never,
+    ) -> AttemptedRollout | None:
+        if unnamed or unknown:
+            raise unfit(StoreClient.dequeue_rollout, unnamed, unknown)
+        claimed = await self._claim(1, worker_id, timeout, queues)
+        return claimed[0] if claimed else None
+
+    async def dequeue_many_rollouts(
+        self,
+        *,
+        limit: int = 1,
+        worker_id: str | None = None,
+        timeout: float = 0.0,
+        queues: Sequence[str] = ("default",),
+    ) -> Sequence[AttemptedRollout]:
+        return await self._claim(limit, worker_id, timeout, queues)
+
+    async def _claim(
+        self, limit: int, worker_id: str | None, timeout: float, queues: Sequence[str]
+    ) -> list[AttemptedRollout]:
+        arguments = {
+            "queues": checks.queue_names(queues),
+            "limit": checks.whole("limit", limit, at_least=-(2**31)),
+            "worker_id": checks.optional_identifier("worker_id", worker_id),
+            "timeout": checks.duration("timeout", timeout),
+        }
+        return [convert.to_attempted_rollout(claim) for claim in await self._transport.call("dequeue", arguments)]
+
+    async def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+        status: Sequence[RolloutStatus] | None = None,
+        rollout_ids: Sequence[str] | None = None,
+        group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        worker_id: str | None = None,
+        mode: RolloutMode | None = None,
+    ) -> PaginatedResult[AnyRollout]:
+        statuses = ("status", status) if status_in is None else ("status_in", status_in)
+        ids = ("rollout_ids", rollout_ids) if rollout_id_in is None else ("rollout_id_in", rollout_id_in)
+        arguments = {
+            "status_in": checks.statuses(statuses[0], list[RolloutStatus], statuses[1]),
+            "rollout_id_in": None if ids[1] is None else checks.identifiers(*ids),
+            "rollout_id_contains": checks.optional_text("rollout_id_contains", rollout_id_contains),
+            "filter_logic": filter_logic,
+            "must": {
+                "group_id": checks.optional_identifier("group_id", group_id),
+                "tags": checks.tag_dict("tags", tags),
+                "queue": checks.optional_identifier("queue", queue),
+                "worker_id": checks.optional_identifier("worker_id", worker_id),
+                "mode": validated("mode", RolloutMode | None, mode),
+            },
+            "sort_by": checks.optional_text("sort_by", sort_by),
+            "sort_order": sort_order,
+        }
+        return await self._page("query_rollouts", arguments, limit, offset, convert.to_any_rollout)
+
+    async def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
+        answer = await self._transport.call("get_rollout", {"rollout_id": checks.identifier("rollout_id", rollout_id)})
+        return convert.to_any_rollout(answer) if answer else None
+
+    async def update_rollout(
+        self,
+        rollout_id: str,
+        input: TaskInput | Unset = UNSET,
+        mode: RolloutMode | Unset | None = UNSET,
+        resources_id: str | Unset | None = UNSET,
+        status: RolloutStatus | Unset = UNSET,
+        config: RolloutConfig | Unset = UNSET,
+        metadata: dict[str, Any] | Unset | None = UNSET,
+    ) -> AnyRollout:
+        changes: dict[str, Any] = {}
+        if not isinstance(input, Unset):
+            changes["input"] = self._encoder.task(input)
+        if not isinstance(mode, Unset):
+            changes["mode"] = validated("mode", RolloutMode | None, mode)
+        if not isinstance(resources_id, Unset):
+            changes["resources_id"] = checks.optional_identifier("resources_id", resources_id)
+        if not isinstance(status, Unset):
+            changes["status"] = validated("status", RolloutStatus, status)
+        if not isinstance(config, Unset):
+            changes["config"] = self._encoder.config(validated("config", RolloutConfig, config))
+        if not isinstance(metadata, Unset):
+            changes["metadata"] = self._encoder.mapping("metadata", metadata)
+        arguments = {"rollout_id": checks.identifier("rollout_id", rollout_id), "changes": changes}
+        return convert.to_any_rollout(await self._transport.call("update_rollout", arguments))
+
+    async def cancel_rollouts(
+        self,
+        rollout_ids: Sequence[str] | None = None,
+        *,
+        group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Sequence[AnyRollout]:
+        if rollout_ids is None and group_id is None and not tags:
+            raise InvalidValueError("rollout_ids", None, "rollout_ids, group_id or tags, to say what to cancel")
+        arguments = {
+            "rollout_ids": None if rollout_ids is None else checks.identifiers("rollout_ids", rollout_ids),
+            "group_id": checks.optional_identifier("group_id", group_id),
+            "tags": checks.tag_dict("tags", tags),
+        }
+        return [convert.to_any_rollout(item) for item in await self._transport.call("cancel_rollouts", arguments)]
+
+    async def release(self, rollout_ids: Sequence[str]) -> int:
+        ids = checks.identifiers("rollout_ids", rollout_ids)
+        return int(await self._transport.call("release", {"rollout_ids": ids}))
+
+    async def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
+        ids = checks.identifiers("rollout_ids", rollout_ids)
+        return int(await self._transport.call("delete_rollouts", {"rollout_ids": ids}))
+
+    # -- waiting -------------------------------------------------------------------------------------------------------
+
+    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
+        return await self._wait(checks.identifiers("rollout_ids", rollout_ids), timeout)
+
+    async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
+        finished = await self._wait([checks.identifier("rollout_id", rollout_id)], timeout)
+        return finished[0] if finished else None
+
+    async def _wait(self, rollout_ids: list[str], timeout: float | None) -> list[AnyRollout]:
+        if timeout is not None:
+            timeout = max(checks.number("timeout", timeout), 0.0)
+        finished, _ = await self._rows("wait", {"rollout_ids": rollout_ids, "timeout": timeout})
+        return [convert.to_any_rollout(item) for item in finished]
+
+    async def as_completed(
+        self, rollout_ids: Sequence[str], *, timeout: float | None = None
+    ) -> AsyncIterator[AnyRollout]:
+        missing = set(checks.identifiers("rollout_ids", rollout_ids))
+        deadline = None if timeout is None else monotonic() + checks.duration("timeout", timeout)
+        asked = set(missing)
+        finished, cursor, token = await self._split_finished(missing)
+        if unknown := sorted(asked - missing):
+            raise RolloutNotFoundError(*unknown)
+        while True:
+            for rollout in finished:
+                if rollout.rollout_id in missing:
+                    missing.discard(rollout.rollout_id)
+                    yield rollout
+            if not missing:
+                return
+            left = LOOK_AGAIN_SECONDS if deadline is None else min(deadline - monotonic(), LOOK_AGAIN_SECONDS)
+            if left <= 0:
+                raise TimeoutError(f"{len(missing)} of the rollouts had not finished after {timeout} s")
+            wanted = {"cursor": cursor, "limit": 256, "timeout": left, "filters": {}, "among": token}
+            try:
+                items, after = await self._rows("completed", wanted)
+                finished, cursor = [convert.to_any_rollout(item) for item in items], after or cursor
+            except AnswerGoneError:  # the store has forgotten the token
+                finished = []
+            if not finished:  # some may have been deleted, and will never finish
+                finished, cursor, token = await self._split_finished(missing, token)
+
+    async def _split_finished(
+        self, missing: set[str], instead_of: int | None = None
+    ) -> tuple[list[AnyRollout], int, int | None]:
+        """The finished ones, with a cursor and a token of the store's by which to ask for the others.
+
+        Ids that do not exist are removed from `missing`. The token `instead_of` is of no more use then.
+        """
+        items, (cursor, unfinished, token) = await self._rows(
+            "sort_out", {"rollout_ids": list(missing), "instead_of": instead_of}
+        )
+        finished = [convert.to_any_rollout(item) for item in items]
+        missing &= {*unfinished, *(rollout.rollout_id for rollout in finished)}
+        return finished, cursor, token
+
+    async def completed(
+        self,
+        cursor: int | None = None,
+        *,
+        limit: int = 256,
+        timeout: float = 0.0,
+        group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        mode: RolloutMode | None = None,
+    ) -> Page[AnyRollout]:
+        filters = {
+            "group_id": checks.optional_identifier("group_id", group_id),
+            "tags": checks.tag_dict("tags", tags),
+            "queue": checks.optional_identifier("queue", queue),
+            "mode": validated("mode", RolloutMode | None, mode),
+        }
+        arguments = {
+            "cursor": None if cursor is None else checks.whole("cursor", cursor, at_least=0),
+            "limit": checks.whole("limit", limit, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
+            "filters": {name: value for name, value in filters.items() if value is not None},
+        }
+        items, after = await self._rows("completed", arguments)
+        return convert.build(Page, {"items": [convert.to_any_rollout(item) for item in items], "cursor": after})
+
+    async def changes(
+        self,
+        cursor: int | None = None,
+        *,
+        kinds: Sequence[str] | None = None,
+        limit: int = 1024,
+        timeout: float = 0.0,
+    ) -> Page[Change]:
+        arguments = {
+            "cursor": None if cursor is None else checks.whole("cursor", cursor, at_least=0),
+            "kinds": None if kinds is None else checks.identifiers("kinds", kinds),
+            "limit": checks.whole("limit", limit, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
+        }
+        items, after = await self._rows("changes", arguments)
+        return convert.build(Page, {"items": [convert.to_change(item) for item in items], "cursor": after})
+
+    # -- attempts ------------------------------------------------------------------------------------------------------
+
+    async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
+        arguments = {
+            "rollout_id": checks.identifier("rollout_id", rollout_id),
+            "worker_id": checks.optional_identifier("worker_id", worker_id),
+        }
+        return convert.to_attempted_rollout(await self._transport.call("start_attempt", arguments))
+
+    async def query_attempts(
+        self,
+        rollout_id: str,
+        *,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Attempt]:
+        arguments = {
+            "rollout_id": checks.identifier("rollout_id", rollout_id),
+            "sort_by": checks.optional_text("sort_by", sort_by),
+            "sort_order": sort_order,
+        }
+        return await self._page("query_attempts", arguments, limit, offset, convert.to_attempt)
+
+    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        answer = await self._transport.call(
+            "get_latest_attempt", {"rollout_id": checks.identifier("rollout_id", rollout_id)}
+        )
+        return convert.to_attempt(answer) if answer else None
+
+    @typed_as(LightningStore.update_attempt)
+    async def update_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str | Literal["latest"],
+        status: AttemptStatus | Unset = UNSET,
+        worker_id: str | Unset | None = UNSET,
+        last_heartbeat_time: float | Unset = UNSET,
+        metadata: dict[str, Any] | Unset | None = UNSET,
+        *unnamed: Never,
+        **unknown: Never,
+    ) -> Attempt:
+        if unnamed or unknown or attempt_id is NOT_GIVEN or rollout_id is NOT_GIVEN:
+            raise unfit(StoreClient.update_attempt, unnamed, unknown, rollout_id=rollout_id, attempt_id=attempt_id)
+        changes: dict[str, Any] = {}
+        if not isinstance(status, Unset):
+            changes["status"] = checks.attempt_status(status)
+        if not isinstance(worker_id, Unset):
+            changes["worker_id"] = checks.optional_identifier("worker_id", worker_id)
+        if not isinstance(last_heartbeat_time, Unset):
+            changes["last_heartbeat_time"] = checks.number("last_heartbeat_time", last_heartbeat_time)
+        if not isinstance(metadata, Unset):
+            changes["metadata"] = self._encoder.mapping("metadata", metadata)
+        arguments = {**checks.attempt_ids(rollout_id, attempt_id), "changes": changes}
+        return convert.to_attempt(await self._transport.call("update_attempt", arguments))
+
+    # -- spans ---------------------------------------------------------------------------------------------------------
+
+    async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
+        named = checks.attempt_ids(rollout_id, attempt_id)
+        return int((await self._transport.call("next_numbers", {"rollout_ids": [named["rollout_id"]]}))[0])
+
+    async def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
+        rollout_ids = [rollout_id for rollout_id, _ in checks.id_pairs("rollout_attempt_ids", rollout_attempt_ids)]
+        return list(await self._transport.call("next_numbers", {"rollout_ids": rollout_ids}))
+
+    @typed_as(LightningStore.add_span)
+    async def add_span(self, span: Span, *unnamed: Never, **unknown: Never) -> Span | None:
+        if unnamed or unknown or span is NOT_GIVEN:
+            raise unfit(StoreClient.add_span, unnamed, unknown, span=span)
+        span = validated("span", Span, span)
+        row = self._encoder.span(span)
+        arguments = {"rollout_id": span.rollout_id, "attempt_id": span.attempt_id, "spans": [row]}
+        ((stored, _),) = await self._transport.call("add_spans", arguments)
+        if stored:
+            return span
+        _log_duplicate(span)
+        return None
+
+    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        groups: dict[tuple[str, str], list[tuple[Span, list[Any]]]] = {}
+        for span in checks.spans(spans):
+            row = self._encoder.span(span)
+            groups.setdefault((span.rollout_id, span.attempt_id), []).append((span, row))
+        parts: list[list[Span]] = []
+        arguments = []
+        for (rollout_id, attempt_id), members in groups.items():
+            for first, last in cut([size_of(row[8]) for _, row in members]):
+                part = members[first:last]
+                parts.append([span for span, _ in part])
+                rows = [row for _, row in part]
+                arguments.append({"rollout_id": rollout_id, "attempt_id": attempt_id, "spans": rows})
+        kept: list[Span] = []
+        for answer, part_spans in zip(await self._in_parts("add_spans", arguments), parts, strict=True):
+            for span, (stored, _) in zip(part_spans, answer, strict=True):
+                if stored:
+                    kept.append(span)
+                else:
+                    _log_duplicate(span)
+        return kept
+
+    async def add_otel_span(
+        self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
+    ) -> Span | None:
+        arguments = checks.attempt_ids(rollout_id, attempt_id)
+        number = 0 if sequence_id is None else checks.whole("sequence_id", sequence_id, at_least=0)
+        try:
+            span = Span.from_opentelemetry(readable_span, **arguments, sequence_id=number)
+        except ValidationError as error:
+            raise refusal("readable_span", Span, error) from None
+        except StoreError:
+            raise
+        except (AttributeError, TypeError, ValueError) as error:
+            expected = f"a ReadableSpan of OpenTelemetry (a Span of raystore goes to add_span); {error}"
+            raise InvalidValueError("readable_span", readable_span, expected) from None
+        if sequence_id is not None:
+            return await self.add_span(span)
+        rows = [self._encoder.span(span, numbered=False)]
+        ((stored, span.sequence_id),) = await self._transport.call("add_spans", {**arguments, "spans": rows})
+        if stored:
+            return span
+        _log_duplicate(span)
+        return None
+
+    async def query_spans(
+        self,
+        rollout_id: str,
+        attempt_id: str | Literal["latest"] | None = None,
+        *,
+        trace_id: str | None = None,
+        trace_id_contains: str | None = None,
+        span_id: str | None = None,
+        span_id_contains: str | None = None,
+        parent_id: str | None = None,
+        parent_id_contains: str | None = None,
+        name: str | None = None,
+        name_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        limit: int = -1,
+        offset: int = 0,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        allow_partial: bool = False,
+    ) -> PaginatedResult[Span]:
+        equal = {"trace_id": trace_id, "span_id": span_id, "parent_id": parent_id, "name": name}
+        containing = {
+            "trace_id": trace_id_contains,
+            "span_id": span_id_contains,
+            "parent_id": parent_id_contains,
+            "name": name_contains,
+        }
+        arguments = {
+            "rollout_id": checks.identifier("rollout_id", rollout_id),
+            "attempt_id": checks.optional_identifier("attempt_id", attempt_id),
+            "equal": {field: checks.optional_text(field, value) for field, value in equal.items() if value is not None},
+            "containing": {
+                field: checks.optional_text(f"{field}_contains", value)
+                for field, value in containing.items()
+                if value is not None
+            },
+            "filter_logic": filter_logic,
+            "sort_by": checks.optional_text("sort_by", sort_by),
+            "sort_order": sort_order,
+            "allow_partial": checks.flag("allow_partial", allow_partial),
+        }
+        return await self._page("query_spans", arguments, limit, offset, convert.to_span)
+
+    async def query_many_spans(
+        self,
+        rollout_ids: Sequence[str],
+        attempt_id: Literal["latest"] | None = "latest",
+        *,
+        allow_partial: bool = False,
+    ) -> dict[str, list[Span]]:
+        ids = checks.identifiers("rollout_ids", rollout_ids)
+        if attempt_id is not None and checks.optional_text("attempt_id", attempt_id) != "latest":
+            raise InvalidValueError("attempt_id", attempt_id, "'latest' or None")
+        arguments = {
+            "rollout_ids": ids,
+            "attempt_id": attempt_id,
+            "allow_partial": checks.flag("allow_partial", allow_partial),
+        }
+        found: dict[str, list[Span]] = {rollout_id: [] for rollout_id in ids}
+        items, _ = await self._rows("query_many_spans", arguments)
+        for item in items:
+            span = convert.to_span(item)
+            found[span.rollout_id].append(span)
+        return found
+
+    # -- training on each rollout exactly once -------------------------------------------------------------------------
+
+    async def take(
+        self,
+        n: int,
+        *,
+        consumer: str,
+        timeout: float = 0.0,
+        mode: RolloutMode | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        group_id: str | None = None,
+        status_in: Sequence[RolloutStatus] | None = None,
+        max_open: int = 1,
+    ) -> Batch:
+        arguments: dict[str, Any] = {
+            "consumer": checks.identifier("consumer", consumer),
+            "count": checks.whole("n", n, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
+            **checks.filter_arguments(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in),
+        }
+        if checks.whole("max_open", max_open, at_least=1) != 1:
+            arguments["max_open"] = max_open
+        answer = await self._transport.call("take", arguments)
+        number = answer[1]
+        try:
+            items, _ = await self._all_rows(answer)
+        except AnswerGoneError:  # the store was restarted between the parts of a long answer
+            items, _ = await self._rows("get_batch", {"consumer": consumer, "batch": number})
+        except GeneratorExit:
+            raise
+        except BaseException:  # its caller has gone between the parts
+            self._transport.post("nack", {"consumer": consumer, "batch": number})
+            raise
+        rollouts = [convert.to_any_rollout(item) for item in items]
+        return convert.build(Batch, {"consumer": consumer, "number": number, "rollouts": rollouts})
+
+    async def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
+        named = _batch_key(batch) | {"at_step": checks.whole("step", step, at_least=0)}
+        await self._transport.call("ack", named | {"note": checks.optional_text("note", note)})
+
+    async def nack(self, batch: Batch) -> None:
+        await self._transport.call("nack", _batch_key(batch))
+
+    async def checkpoint(self, consumer: str, step: int) -> int:
+        return int(await self._transport.call("checkpoint", _at_step(consumer, step)))
+
+    async def rewind(self, consumer: str, step: int) -> int:
+        return int(await self._transport.call("rewind", _at_step(consumer, step)))
+
+    async def forget_consumer(self, name: str) -> int:
+        return int(await self._transport.call("forget_consumer", {"consumer": checks.identifier("name", name)}))
+
+    async def ledger(self, consumer: str) -> list[LedgerEntry]:
+        rows, _ = await self._rows("ledger", {"consumer": checks.identifier("consumer", consumer)})
+        names = tuple(LedgerEntry.model_fields)
+        return [convert.build(LedgerEntry, dict(zip(names, row, strict=True))) for row in rows]
+
+    # -- resources -----------------------------------------------------------------------------------------------------
+
+    async def add_resources(self, resources: NamedResources, *, policy_version: int | None = None) -> ResourcesUpdate:
+        return await self._put_resources(None, resources, policy_version)
+
+    async def update_resources(
+        self, resources_id: str, resources: NamedResources, *, policy_version: int | None = None
+    ) -> ResourcesUpdate:
+        return await self._put_resources(checks.identifier("resources_id", resources_id), resources, policy_version)
+
+    async def _put_resources(
+        self, resources_id: str | None, resources: NamedResources, policy_version: int | None
+    ) -> ResourcesUpdate:
+        _check_types(resources)
+        boxed = await self._boxed(resources_id, validated("resources", NamedResources, resources, TO_PUBLISH))
+        payload, holds_objects = self._encoder.resources(boxed.resources)
+        objects = [(kept.address, kept.size) for kept in boxed.objects]
+        if isinstance(payload, Payload):  # references within small values are kept nowhere
+            objects += [(None, 0)] * (len(payload.refs) - len(objects))
+        arguments = {
+            "resources_id": resources_id,
+            "resources": payload,
+            "policy_version": validated("policy_version", int | None, policy_version, TO_COUNT),
+            "holds_objects": holds_objects,
+            "objects": objects,
+        }
+        answer = await self._transport.call("put_resources", arguments)
+        await self._published(convert.row(answer), payload, boxed)
+        return self._opened(answer, payload)
+
+    async def get_resources_by_id(self, resources_id: str, version: int | None = None) -> ResourcesUpdate | None:
+        arguments = {
+            "resources_id": checks.identifier("resources_id", resources_id),
+            "version": None if version is None else checks.whole("version", version, at_least=-(2**31)),
+        }
+        answer = await self._transport.call("get_resources", arguments)
+        return self._opened(answer) if answer else None
+
+    async def get_latest_resources(self) -> ResourcesUpdate | None:
+        answer = await self._transport.call("get_latest_resources", {})
+        return self._opened(answer) if answer else None
+
+    async def query_resources(
+        self,
+        *,
+        resources_id: str | None = None,
+        resources_id_contains: str | None = None,
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[ResourcesUpdate]:
+        arguments = {
+            "resources_id": checks.optional_identifier("resources_id", resources_id),
+            "resources_id_contains": checks.optional_text("resources_id_contains", resources_id_contains),
+            "sort_by": sort_by,
+            "sort_order": sort_order,
+        }
+        return await self._page("query_resources", arguments, limit, offset, self._opened)
+
+    async def delete_resources(self, resources_id: str) -> None:
+        await self._transport.call(
+            "delete_resources", {"resources_id": checks.identifier("resources_id", resources_id)}
+        )
+
+    async def _boxed(self, resources_id: str | None, resources: NamedResources) -> Boxed:
+        """The resources as they should travel; a store on Ray moves large objects to the object store."""
+        return Boxed(resources)
+
+    async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:
+        """Do what is left to do for objects, now that the store has the version."""
+
+    def _origin_of_objects(self) -> Origin:
+        """Where objects may be found that are in no object store any more."""
+        return Origin()
+
+    def _opened(self, answer: convert.Row, payload: Opaque = None) -> ResourcesUpdate:
+        return convert.to_resources(answer, self._origin_of_objects(), payload)
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    async def query_workers(
+        self,
+        *,
+        status_in: Sequence[WorkerStatus] | None = None,
+        worker_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Worker]:
+        arguments = {
+            "status_in": checks.statuses("status_in", list[WorkerStatus], status_in),
+            "worker_id_contains": checks.optional_text("worker_id_contains", worker_id_contains),
+            "filter_logic": filter_logic,
+            "sort_by": checks.optional_text("sort_by", sort_by),
+            "sort_order": sort_order,
+        }
+        return await self._page("query_workers", arguments, limit, offset, convert.to_worker)
+
+    async def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        answer = await self._transport.call("get_worker", {"worker_id": checks.identifier("worker_id", worker_id)})
+        return convert.to_worker(answer) if answer else None
+
+    async def update_worker(self, worker_id: str, heartbeat_stats: dict[str, Any] | Unset = UNSET) -> Worker:
+        changes: dict[str, Any] = {}
+        if not isinstance(heartbeat_stats, Unset):
+            if heartbeat_stats is None:
+                raise TypeError("heartbeat_stats=None: expected a dict; leave it out to keep the last statistics")
+            changes["heartbeat_stats"] = self._encoder.mapping("heartbeat_stats", heartbeat_stats)
+        arguments = {"worker_id": checks.identifier("worker_id", worker_id), "changes": changes}
+        return convert.to_worker(await self._transport.call("update_worker", arguments))
+
+    # -- for runners, pools and integrations ---------------------------------------------------------------------------
+
+    @property
+    def session_id(self) -> str:
+        return self._transport.session_id
+
+    def listen_for_notices(self, handler: NoticeHandler) -> Callable[[], None]:
+        return self._transport.listen_for_notices(handler)
+
+    async def heartbeat(self, attempts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        useless = await self._transport.call("heartbeat", {"attempts_alive": checks.id_pairs("attempts", attempts)})
+        return [(rollout_id, attempt_id) for rollout_id, attempt_id in useless]
+
+    async def add_unnumbered_spans(self, spans: Sequence[Span]) -> None:
+        spans = checks.spans(spans)
+        for first, last in cut([0] * len(spans)):
+            rows = [self._encoder.span(span, numbered=False) for span in spans[first:last]]
+            arguments = {"rollout_id": spans[0].rollout_id, "attempt_id": spans[0].attempt_id, "spans": rows}
+            await self._transport.call("add_spans", arguments)
+
+    async def finish_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        spans: Sequence[Span],
+        status: AttemptStatus,
+        *,
+        outcome: Outcome | None = None,
+        error: str | None = None,
+        died: bool = False,
+    ) -> Attempt:
+        changes: dict[str, Any] = {"status": checks.attempt_status(status)}
+        if outcome is not None:
+            changes["outcome"] = validated("outcome", Outcome, outcome)
+        if (said := checks.optional_text("error", error)) is not None:
+            changes["error"] = bounded_error(said)  # here already: a longer one would not travel
+        if checks.flag("died", died):
+            changes["died"] = True
+        rows = [self._encoder.span(span, numbered=False) for span in checks.spans(spans)]
+        arguments = {**checks.attempt_ids(rollout_id, attempt_id), "spans": rows, "changes": changes}
+        attempt, _ = await self._transport.call("finish", arguments)
+        return convert.to_attempt(attempt)
+
+    async def report_unread(
+        self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str
+    ) -> None:
+        arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, "resources_id": resources_id}
+        await self._transport.call("unread", arguments | {"version": version, "error": error})
+
+    async def report_spans_lost(self, counts: Mapping[Reason, int]) -> None:
+        lost = {reason: checks.whole(f"counts[{reason!r}]", number, at_least=1) for reason, number in counts.items()}
+        await self._transport.call("report_spans_lost", {"counts": lost})
+
+    async def report_ended(
+        self, session_id: str | None, *, worker_id: str | None = None, stopped: bool = False
+    ) -> bool:
+        arguments: dict[str, Any] = {
+            "session_id": checks.optional_identifier("session_id", session_id),
+            "worker_id": checks.optional_identifier("worker_id", worker_id),
+        }
+        if checks.flag("stopped", stopped):
+            arguments["stopped"] = True
+        return bool(await self._transport.call("report_session", arguments))
+
+    async def report_pool(self, pool_id: str, queues: Sequence[str], *, failures: int, error: str | None) -> None:
+        arguments = {
+            "pool_id": checks.identifier("pool_id", pool_id),
+            "queues": checks.queue_names(queues),
+            "failures": checks.whole("failures", failures, at_least=0),
+            "error": checks.optional_text("error", error),
+        }
+        await self._transport.call("report_pool", arguments)
+
+    # -- how calls travel ----------------------------------------------------------------------------------------------
+
+    async def _page(
+        self, verb: str, arguments: dict[str, Any], limit: int, offset: int, open_row: Callable[[Any], T]
+    ) -> PaginatedResult[T]:
+        limit = checks.whole("limit", limit, at_least=-1)
+        offset = checks.whole("offset", offset, at_least=0)
+        items, total = await self._rows(verb, arguments | {"limit": limit, "offset": offset})
+        return convert.build(
+            PaginatedResult,
+            {"items": [open_row(item) for item in items], "limit": limit, "offset": offset, "total": total},
+        )
+
+    async def _rows(self, verb: str, arguments: dict[str, Any], tries: int = READ_AGAIN) -> tuple[list[Any], Any]:
+        """All rows of an answer, and what comes with them; begun again if the store is restarted in the middle."""
+        answer = await self._transport.call(verb, arguments)
+        try:
+            return await self._all_rows(answer)
+        except AnswerGoneError:
+            if not tries:
+                raise
+        return await self._rows(verb, arguments, tries - 1)
+
+    async def _all_rows(self, answer: Any) -> tuple[list[Any], Any]:
+        """All rows of an answer, of which an actor has sent the first part. Raises `AnswerGoneError`."""
+        if isinstance(answer, Many):
+            return answer.items, answer.total
+        items, beside, *more = answer
+        token = more[0] if more else None
+        while token is not None:
+            part, _, token = await self._transport.call("more", {"token": token})
+            items += part
+        return items, beside
+
+    async def _in_parts(self, verb: str, parts: list[dict[str, Any]]) -> list[Any]:
+        """Issue the parts of a bulk call together, and return their answers; once one is refused, so are the others.
+
+        If the caller is cancelled, parts that have not left yet are taken back.
+        """
+        chain_id = next(_chain_ids)
+        if len(parts) > 1:
+            parts = [part | {"chain": [chain_id, part is parts[-1]]} for part in parts]
+        calls = [self._transport.post(verb, part) for part in parts]
+        for call in calls[1:]:
+            call.leader = calls[0]
+        try:
+            return [await call for call in calls]
+        except BaseException as error:
+            for call in calls:
+                self._transport.abandon(call)
+            if len(calls) > 1 and not isinstance(error, (Exception, GeneratorExit)):
+                self._transport.tell("end_chain", {"chain_id": chain_id})
+            raise
+
+    # -- ending --------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop using the store; calls that wait are answered with what there is, later ones are told."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Testing:
+    """What tests may do to a store and production code must not: `store.testing`, for `clock="manual"`."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def tick(self, seconds: float, *, sessions: bool = False) -> PendingCall:
+        """Move the store's clock on by `seconds`; `sessions` moves the clock of claims and sessions as well.
+
+        Takes effect in the order of this process's operations, awaited or not. Raises `InvalidValueError` if the
+        store's clock is not manual.
+        """
+        return self._transport.post("tick", {"seconds": float(seconds), "sessions": sessions})
+
+
+def cut(sizes: list[int]) -> list[tuple[int, int]]:
+    """Cut a list of items of these sizes in bytes into parts: index of the first item, and behind the last."""
+    cuts, size = [0], 0
+    for index, item in enumerate(sizes):
+        if index > cuts[-1] and (index - cuts[-1] == PART_ITEMS or size + item > PART_BYTES):
+            cuts.append(index)
+            size = 0
+        size += item
+    ends = [*cuts[1:], len(sizes)]
+    return [(first, last) for first, last in zip(cuts, ends, strict=True) if last > first]
+
+
+def _log_duplicate(span: Span) -> None:
+    logger.error(
+        "Duplicated span added: span %s of attempt %s of rollout %s is stored already",
+        span.span_id, span.attempt_id, span.rollout_id,
+    )  # fmt: skip
+
+
+def _batch_key(batch: Batch) -> dict[str, object]:
+    fields = validated("batch", Batch, batch, TO_TRAIN).__dict__  # possibly changed since, or made without validation
+    return {
+        "consumer": checks.identifier("batch.consumer", fields.get("consumer")),
+        "batch": checks.whole("batch.number", fields.get("number"), at_least=0),
+    }
+
+
+def _at_step(consumer: str, step: int) -> dict[str, object]:
+    return {"consumer": checks.identifier("consumer", consumer), "at_step": checks.whole("step", step, at_least=0)}
+
+
+def _check_types(resources: Any) -> None:
+    """Refuse a type of resource that a user made up; `validated` tells of values that are no resources."""
+    for name, resource in resources.items() if isinstance(resources, Mapping) else ():
+        if isinstance(resource, Resource) and not isinstance(
+            resource, _RESOURCE_TYPES.get(str(vars(resource).get("resource_type")), ())
+        ):
+            raise InvalidValueError(f"resources[{name!r}]", resource, TO_DERIVE)
+
+
+def _document() -> None:
+    """Give each method the docstring of the contract, for `help` and editors."""
+    for name, told in {**vars(LightningStore), **vars(RunnerStore)}.items():
+        method = vars(StoreClient).get(name)
+        if isfunction(method) and method.__doc__ is None:
+            method.__doc__ = told.__doc__
+
+
+_document()
+explain_methods(StoreClient, METHODS)
