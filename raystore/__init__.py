@@ -11,33 +11,67 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+# isort: off
+# fmt: off
+if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.api import LightningStore as LightningStore
     from raystore.client.local import InMemoryLightningStore as InMemoryLightningStore
-    from raystore.client.recovered import RecoveredRun as RecoveredRun
-    from raystore.client.recovered import recover as recover
-    from raystore.errors import *  # noqa: F403
+    from raystore.client.recovered import RecoveredRun as RecoveredRun, recover as recover
+    from raystore.errors import (
+        StoreError as StoreError, InvalidValueError as InvalidValueError,
+        RolloutNotFoundError as RolloutNotFoundError, AttemptNotFoundError as AttemptNotFoundError,
+        ResourcesNotFoundError as ResourcesNotFoundError, ClaimLostError as ClaimLostError,
+        NoSuchResourceError as NoSuchResourceError, ConflictError as ConflictError,
+        OverloadedError as OverloadedError, StoreOverloadedError as StoreOverloadedError,
+        CursorTooOldError as CursorTooOldError, SpansEvictedError as SpansEvictedError,
+        PayloadLostError as PayloadLostError, PayloadTooLargeError as PayloadTooLargeError,
+        PayloadNotPicklableError as PayloadNotPicklableError, PayloadNotReadableError as PayloadNotReadableError,
+        StoreUnavailableError as StoreUnavailableError, OutcomeUnknownError as OutcomeUnknownError,
+        StoreClosedError as StoreClosedError, ForkedError as ForkedError, RayClientError as RayClientError,
+        StoreCorruptError as StoreCorruptError, StoreNotFoundError as StoreNotFoundError,
+        StoreExistsError as StoreExistsError, NotAStoreError as NotAStoreError,
+        ProtocolMismatchError as ProtocolMismatchError, AgentNotPicklableError as AgentNotPicklableError,
+        AgentProcessError as AgentProcessError, PoolFailedError as PoolFailedError, PoolStartError as PoolStartError,
+        JournalError as JournalError, JournalDamagedError as JournalDamagedError,
+        JournalFormatError as JournalFormatError, JournalMissingError as JournalMissingError,
+        JournalInUseError as JournalInUseError, JournalFullError as JournalFullError,
+        JournalFailedError as JournalFailedError, JournalHeldError as JournalHeldError, FencedError as FencedError,
+        SealedError as SealedError, BatchConflictError as BatchConflictError, ReadOnlyError as ReadOnlyError,
+        AnswerGoneError as AnswerGoneError, BatchHeldError as BatchHeldError,
+        ConsumerFilterError as ConsumerFilterError, SessionEndedError as SessionEndedError, Abort as Abort,
+        Drop as Drop,
+    )
     from raystore.integrations import otel as otel
-    from raystore.remote.cluster import connect as connect
-    from raystore.remote.cluster import list_stores as list_stores
-    from raystore.remote.cluster import start as start
-    from raystore.remote.cluster import stop as stop
+    from raystore.remote.cluster import start as start, connect as connect, list_stores as list_stores, stop as stop
     from raystore.remote.store import RayLightningStore as RayLightningStore
-    from raystore.runner import Context as Context
-    from raystore.runner import RunnerPool as RunnerPool
-    from raystore.runner import current as current
-    from raystore.runner import run_one as run_one
-    from raystore.spans import *  # noqa: F403
+    from raystore.runner import RunnerPool as RunnerPool, Context as Context, current as current, run_one as run_one
+    from raystore.spans import (
+        Span as Span, SpanContext as SpanContext, SpanCoreFields as SpanCoreFields, TraceStatus as TraceStatus,
+        StatusCode as StatusCode, Event as Event, Link as Link, OtelResource as OtelResource,
+        AttributeValue as AttributeValue, find_final_reward as find_final_reward,
+        estimate_model_size as estimate_model_size,
+    )
     from raystore.tracing import semconv as semconv
-    from raystore.tracing.dialects import ModelCall as ModelCall
-    from raystore.tracing.dialects import model_calls as model_calls
-    from raystore.tracing.trajectories import Split as Split
-    from raystore.tracing.trajectories import Trajectory as Trajectory
-    from raystore.tracing.trajectories import collate as collate
-    from raystore.tracing.trajectories import trajectories as trajectories
-    from raystore.tracing.triplets import Triplet as Triplet
-    from raystore.tracing.triplets import triplets as triplets
-    from raystore.types import *  # noqa: F403
+    from raystore.tracing.dialects import ModelCall as ModelCall, model_calls as model_calls
+    from raystore.tracing.trajectories import (
+        Trajectory as Trajectory, Split as Split, trajectories as trajectories, collate as collate,
+    )
+    from raystore.tracing.triplets import Triplet as Triplet, triplets as triplets
+    from raystore.types import (
+        Rollout as Rollout, Attempt as Attempt, AttemptedRollout as AttemptedRollout, RolloutConfig as RolloutConfig,
+        EnqueueRolloutRequest as EnqueueRolloutRequest, Worker as Worker, Page as Page, Change as Change,
+        StoreInfo as StoreInfo, Batch as Batch, LedgerEntry as LedgerEntry, ResourcesUpdate as ResourcesUpdate,
+        PromptTemplate as PromptTemplate, LLM as LLM, ProxyLLM as ProxyLLM, ObjectResource as ObjectResource,
+        Resource as Resource, ResourceUnion as ResourceUnion, NamedResources as NamedResources,
+        PaginatedResult as PaginatedResult, UNSET as UNSET, Unset as Unset, is_queuing as is_queuing,
+        is_running as is_running, is_finished as is_finished,
+        LightningStoreCapabilities as LightningStoreCapabilities,
+        LightningStoreStatistics as LightningStoreStatistics, RolloutStatus as RolloutStatus,
+        AttemptStatus as AttemptStatus, RolloutMode as RolloutMode, WorkerStatus as WorkerStatus, Outcome as Outcome,
+        TaskInput as TaskInput, TagValue as TagValue,
+    )
+# fmt: on
+# isort: on
 
 #: Where each public name lives.
 _NAMES = {

@@ -13,10 +13,10 @@ import sys
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, PlainValidator
+from pydantic import BaseModel, Field, InstanceOf, PlainSerializer, PlainValidator
 
 from raystore.errors import InvalidValueError, PayloadNotReadableError
 from raystore.tracing import semconv
@@ -24,7 +24,12 @@ from raystore.values.mistakes import Record
 from raystore.values.plain import LEAVES, plain, scalar
 from raystore.values.unread import Delivered
 
-PackedArray = Annotated[InstanceOf[array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]  # type: ignore[type-arg]  # subscriptable from 3.12 on
+if TYPE_CHECKING:
+    _Array = array[Any]
+else:
+    _Array = array  # subscriptable from 3.12 on
+
+PackedArray = Annotated[InstanceOf[_Array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]
 #: OpenTelemetry's: sequences and mappings may be of each other. Packed arrays (`values.arrays`) are sequences too.
 AttributeValue = PackedArray | str | bool | int | float | bytes | None | Sequence[Any] | Mapping[str, Any]
 
@@ -54,29 +59,23 @@ _PRIMARY, (_OUTPUT, _OLDER_OUTPUT), _REWARD_SPANS = semconv.PRIMARY_REWARD, semc
 _NANOSECONDS_ABOVE = 1e12  # a time larger than this can only be in nanoseconds
 
 
-class TraceStatus(Record):
+class TraceStatus(Record, extra="allow"):
     """How the spanned operation ended."""
-
-    model_config = ConfigDict(extra="allow")
 
     status_code: StatusCode
     description: str | None = None
 
 
-class Event(Record):
+class Event(Record, extra="allow"):
     """Something that happened within a span."""
-
-    model_config = ConfigDict(extra="allow")
 
     name: str
     attributes: dict[str, Any] = Field(default_factory=dict)
     timestamp: float | None = None
 
 
-class SpanContext(Record):
+class SpanContext(Record, extra="allow"):
     """The identity of a span across processes."""
-
-    model_config = ConfigDict(extra="allow")
 
     trace_id: str
     span_id: str
@@ -84,10 +83,8 @@ class SpanContext(Record):
     trace_state: dict[str, str]
 
 
-class Link(Record):
+class Link(Record, extra="allow"):
     """A reference to another span."""
-
-    model_config = ConfigDict(extra="allow")
 
     context: SpanContext
     attributes: dict[str, Any] | None = None
@@ -110,10 +107,8 @@ class SpanCoreFields(Record):
     end_time: float | None
 
 
-class Span(Delivered):
+class Span(Delivered, extra="allow", ser_json_bytes="base64"):  # not every attribute of bytes is text
     """One span of one attempt. Unknown fields are kept."""
-
-    model_config = ConfigDict(extra="allow", ser_json_bytes="base64")  # not every attribute of bytes is text
 
     rollout_id: str
     attempt_id: str

@@ -13,12 +13,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypedDict, TypeVar, overload
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
@@ -102,7 +101,7 @@ def _get_unset() -> _UnsetType:
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-class RolloutConfig(Record):
+class RolloutConfig(Record, extra="forbid"):
     """When an attempt of a rollout is given up, and what is tried again.
 
     An attempt is tried again only if its status is in `retry_condition` *and* `max_attempts` allows another: each of
@@ -115,8 +114,6 @@ class RolloutConfig(Record):
         max_attempts: attempts in all; those lost with their process, or aborted, do not count.
         retry_condition: attempt statuses ("failed", "timeout", "unresponsive") after which it is tried again.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     timeout_seconds: _Seconds | None = None
     unresponsive_seconds: _Seconds | None = None
@@ -219,10 +216,8 @@ else:
     FoundRollout = AttemptedRollout | Rollout | None  # looked up by an id, which its caller knows to exist
 
 
-class EnqueueRolloutRequest(Record):
+class EnqueueRolloutRequest(Record, extra="forbid"):
     """The arguments of `enqueue_rollout`, for many at once; a field that does not exist is refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
     input: TaskInput
     mode: RolloutMode | None = None
@@ -322,7 +317,7 @@ class PromptTemplate(Resource):
         return self.template.format(**values)
 
 
-class ObjectResource(Resource):
+class ObjectResource(Resource, arbitrary_types_allowed=True):
     """Weights and other large objects.
 
     `value` is anything picklable or a `ray.ObjectRef`. On a Ray store, a value above 64 KiB goes to Ray's object
@@ -331,8 +326,6 @@ class ObjectResource(Resource):
     process that published it and the store. A newer version of the same resources id frees the older object once no
     attempt uses it.
     """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     resource_type: Literal["object"] = "object"
     value: Any
@@ -456,7 +449,7 @@ class PaginatedResult(Delivered, Sequence[T], Generic[T]):
             return list(self.items) == list(other)
         return super().__eq__(other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         first = repr(self.items[0]) if self.items else "empty"

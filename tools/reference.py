@@ -284,7 +284,7 @@ def definition(name: str) -> str:
                 assert isinstance(value.slice, ast.Tuple)
                 value = value.slice.elts[0]
             said = ast.unparse(value).replace("'", '"').replace("|", "\\|")
-            return "" if said[0] == "_" else f"`{said}`"
+            return "" if re.search(r"\b_[A-Za-z]", said) else f"`{said}`"
     return ""  # a class
 
 

@@ -18,8 +18,8 @@ _came: Counter[str] = Counter()
 _ERRORS = {"raise": errno.EIO, "full": errno.ENOSPC}
 
 for _given in filter(None, os.environ.get("RAYSTORE_FAILPOINTS", "").split(",")):
-    _name, _, _action = _given.strip().partition("=")
-    _what, _, _at = _action.partition("@")
+    _name, _equals, _action = _given.strip().partition("=")
+    _what, _sign, _at = _action.partition("@")
     _actions[_name] = (_what, int(_at or 0))
 
 

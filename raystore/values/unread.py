@@ -9,7 +9,7 @@ Not here: which fields there are and how they are decoded (`convert`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -50,7 +50,7 @@ class Unread:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Unread) and self._content() == other._content()
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         try:
