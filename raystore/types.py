@@ -39,7 +39,7 @@ from raystore.values.objects import Kept, Source
 from raystore.values.plain import scalar
 from raystore.values.unread import Delivered
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
 AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]

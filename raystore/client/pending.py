@@ -27,10 +27,10 @@ class Call:
     __slots__ = ("_answer", "_error", "_event", "_future", "arguments", "leader", "loop", "parked", "ticket", "verb")
 
     def __init__(self, verb: str, ticket: int = 0, awaited: bool = True) -> None:
-        self.verb = verb
-        self.ticket = ticket
+        self.verb: str = verb
+        self.ticket: int = ticket
         self.arguments: dict[str, Any] | None = None  # of one that may wait, or that hands something over
-        self.parked = False
+        self.parked: bool = False
         self.leader: Call | None = None  # the first part of a bulk call, whose caller is the caller of all
         self._answer: Any = None
         self._error: Exception | None = None

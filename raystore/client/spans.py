@@ -26,7 +26,7 @@ from raystore.values.mistakes import refusal
 from raystore.wire import convert
 from raystore.wire.convert import validated
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 
 class SpanMethods(Connection):

@@ -24,8 +24,8 @@ class Deadlines(Generic[K]):
         self._heap: list[tuple[float, int, K]] = []
         self._earliest: dict[K, float] = {}
         self._tie = 0
-        self.fires = 0
-        self.soonest = NEVER  #: nothing is due before this; may be earlier than `next`, which looks closer
+        self.fires: int = 0
+        self.soonest: float = NEVER  #: nothing is due before this; may be earlier than `next`, which looks closer
 
     def guard(self, key: K) -> None:
         """Make sure that `key` is met no later than its deadline."""

@@ -598,7 +598,7 @@ class Run:
 
     def __init__(self, state: State, session: Session, kept: Kept, operations: list[Any]) -> None:
         self._state, self._kept, self._operations = state, kept, operations
-        self.next = len(kept.replies)
+        self.next: int = len(kept.replies)
         self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]
         if self._is_more:
             self.next -= 1

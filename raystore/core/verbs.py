@@ -8,7 +8,7 @@ Not here: encoding, sessions' batches, parked calls (`service`).
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -580,7 +580,8 @@ LONG_BYTES = 512 * 1024  #: and one with more bytes
 
 CHAINS_KEPT = 64  #: bulk calls of a session of which the last part has not come
 
-is_part = checker(Part)  #: whether something says of an operation which part of a bulk call it is
+#: whether something says of an operation which part of a bulk call it is
+is_part: Callable[[Any], bool] = checker(Part)
 
 
 def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:

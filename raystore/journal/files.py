@@ -51,7 +51,7 @@ class Directory:
     """The directory of one journal."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path: Path = Path(path).expanduser().absolute()
 
     def unusable(self, *, to_write: bool) -> str | None:
         """What is expected and is not so, for people to read; None if a journal can be here, or may be made here."""

@@ -24,7 +24,7 @@ class JournalObjects:
 
     def __init__(self, directory: Directory, *, needed: Collection[str], bound: int) -> None:
         """`needed` are the addresses of objects that some version refers to; `bound` is the size of the largest."""
-        self.files = ObjectFiles(directory.path / OBJECTS)
+        self.files: ObjectFiles = ObjectFiles(directory.path / OBJECTS)
         self.bound = bound
         self._clear_away(needed)
 

@@ -34,7 +34,7 @@ from raystore.journal.replay import Replay, replay
 from raystore.journal.snapshotter import Keeper
 from raystore.journal.writer import FULL_SECONDS, Log, is_full
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 HOLD_AFTER = 2  #: processes that end at the same record: the next one serves what was before it, and goes no further
 

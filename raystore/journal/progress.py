@@ -13,8 +13,9 @@ import os
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 NAME = "progress"
 TOLD_SECONDS = 10.0  #: between two lines of the log on a reading that takes long
@@ -23,6 +24,8 @@ _FORM = struct.Struct("<QQ")  # the record that is being read (0: none), how oft
 
 class Progress:
     """Marks each record while it is read."""
+
+    died_at: Any
 
     def __init__(self, path: Path) -> None:
         fd = os.open(path / NAME, os.O_RDWR | os.O_CREAT, 0o600)
@@ -50,8 +53,8 @@ class Watch:
     """What other threads see of a reading, and a line in the log now and then."""
 
     def __init__(self) -> None:
-        self.steps = 0  #: grows as long as there is progress
-        self.record = 0  #: that is being read; 0 before
+        self.steps: int = 0  #: grows as long as there is progress
+        self.record: int = 0  #: that is being read; 0 before
         self.least = 0  #: the journal goes at least up to this record
         self._told_at = time.monotonic()
 

@@ -29,11 +29,11 @@ class Reading:
 
     def __init__(self, directory: Directory, epoch: int | None = None, until: tuple[int, int] | None = None) -> None:
         self.cuts: list[Cut] = []
-        self.place = Place(0, 0, 0, 0)  # where it has come to
+        self.place: Place = Place(0, 0, 0, 0)  # where it has come to
         self.who: dict[str, Any] = {}  # what the newest writer said of itself; empty if there is none
         self.snapshot: Path | None = None  # to begin with
-        self.format = FORMAT  # of the record that was read last
-        self.is_old = False  # something that was read is of an earlier format
+        self.format: int = FORMAT  # of the record that was read last
+        self.is_old: bool = False  # something that was read is of an earlier format
 
         def is_wanted(found: Segment) -> bool:
             return (epoch is None or found[0] < epoch) and (until is None or found[:2] <= until)

@@ -29,14 +29,14 @@ class Source:
     def __init__(
         self, session_id: str, sequence: int, first_ticket: int, parts: Sequence[bytes], begun: int = 0
     ) -> None:
-        self.session_id = session_id
-        self.sequence = sequence
-        self.first_ticket = first_ticket
-        self.begun = begun  # operations that ran before, when it was interrupted
+        self.session_id: str = session_id
+        self.sequence: int = sequence
+        self.first_ticket: int = first_ticket
+        self.begun: int = begun  # operations that ran before, when it was interrupted
         self.refused: StoreError | None = None  # why none of it may change anything
-        self.parts = parts
-        self.record = 0  # number of the record that holds the bytes, once there is one
-        self.unwritten = 0  # items that ran since
+        self.parts: Sequence[bytes] = parts
+        self.record: int = 0  # number of the record that holds the bytes, once there is one
+        self.unwritten: int = 0  # items that ran since
 
 
 class Recorder:
@@ -44,7 +44,7 @@ class Recorder:
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.operations = 0  # written down
+        self.operations: int = 0  # written down
         self._source: Source | None = None
         self._step: Step | None = None
         self._minted = 0

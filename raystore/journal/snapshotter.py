@@ -25,7 +25,7 @@ from raystore.journal.files import SNAPSHOT, Directory
 from raystore.journal.recorder import Recorder
 from raystore.journal.writer import SEGMENT_BYTES
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 VERIFY_LAG = 2_000  #: so many rollouts are touched before the first of them is looked at: most have come to rest then
 VERIFY_AT_ONCE = 64
@@ -47,9 +47,9 @@ class Keeper:
         self._counted = 0  # of them, up to the segment that is being replaced
         self._to_verify = 0  # rollouts before the segment may be closed
         self._is_asked = False
-        self.made = 0  # snapshots
-        self.longest_seconds = 0.0  # that the store was held up for a digest
-        self.failed = ""  # why there will be no more
+        self.made: int = 0  # snapshots
+        self.longest_seconds: float = 0.0  # that the store was held up for a digest
+        self.failed: str = ""  # why there will be no more
         self.last: dict[str, Any] = {}  # what the last helper said
         self.on_done: Callable[[], None] = lambda: None
         self._bytes = 0  # closed since the last snapshot

@@ -31,7 +31,7 @@ from raystore.journal.failpoints import failpoint
 from raystore.journal.files import Directory
 from raystore.journal.format import Head, Record
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 SEGMENT_BYTES = 64 * 1024 * 1024  #: a segment that has grown beyond is followed by a new one
 SPACE_BYTES = 4 * 1024 * 1024  #: set aside at once, at least
@@ -66,8 +66,8 @@ class Log:
         self.directory = directory
         self.epoch = epoch
         self.failure: StoreError | None = None
-        self.last = first - 1  #: number of the newest record
-        self.durable = first - 1  #: everything up to here may be relied on
+        self.last: int = first - 1  #: number of the newest record
+        self.durable: int = first - 1  #: everything up to here may be relied on
         self._store_id = store_id
         self._syncs = durability == "power"
         self._waits = durability != "none"

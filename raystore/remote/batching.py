@@ -18,6 +18,7 @@ from typing import Any
 from raystore.client.pending import Call
 from raystore.core.verbs import CHANGING, HANDING
 from raystore.wire import frames
+from raystore.wire.frames import Packed
 
 BATCH_BYTES = 384 * 1024  #: of a batch
 BULK_BYTES = 1024 * 1024  #: of a batch once as much as this waits
@@ -35,15 +36,16 @@ class Operation(Call):
     def __init__(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> None:
         Call.__init__(self, verb, 0, awaited)
         self._pack(arguments)
-        self.arguments = arguments if "timeout" in arguments else None  # to wait on, should the session be renewed
-        self.issued = time.monotonic()
-        self.sent = False
-        self.abandoned = False
+        # to wait on, should the session be renewed
+        self.arguments: dict[str, Any] | None = arguments if "timeout" in arguments else None
+        self.issued: float = time.monotonic()
+        self.sent: bool = False
+        self.abandoned: bool = False
         self.cancels: int | None = None  # ticket of the parked call that this ends
 
     def _pack(self, arguments: dict[str, Any]) -> None:
-        self.packed = frames.pack_operation(self.verb, arguments)
-        self.size = len(self.packed.frame) + sum(map(len, self.packed.large))
+        self.packed: Packed = frames.pack_operation(self.verb, arguments)
+        self.size: int = len(self.packed.frame) + sum(map(len, self.packed.large))
 
     @property
     def changes(self) -> bool:
@@ -74,13 +76,15 @@ class Batch:
     __slots__ = ("failing_since", "header", "operations", "refs", "retries", "sequence", "session_id")
 
     def __init__(self, session_id: str, sequence: int, operations: list[Operation], header: list[Any]) -> None:
-        self.session_id = session_id
-        self.sequence = sequence
-        self.operations = operations
-        self.header = header  # what the actor's `Inbox.exchange` takes beside the operations
-        self.refs = {number: op.packed.refs for number, op in enumerate(operations) if op.packed.refs}
+        self.session_id: str = session_id
+        self.sequence: int = sequence
+        self.operations: list[Operation] = operations
+        self.header: list[Any] = header  # what the actor's `Inbox.exchange` takes beside the operations
+        self.refs: dict[int, list[Any]] = {
+            number: op.packed.refs for number, op in enumerate(operations) if op.packed.refs
+        }
         self.failing_since: float | None = None
-        self.retries = 0
+        self.retries: int = 0
 
     def parts(self, client: tuple[int, str], answered: int, ahead: Iterable[int]) -> list[bytes]:
         """The batch as it travels; up to where all answers have come, and which later ones."""

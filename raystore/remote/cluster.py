@@ -31,7 +31,7 @@ from raystore.remote.store import RayLightningStore, end, own
 from raystore.types import RolloutConfig, Span, StoreInfo
 from raystore.wire.convert import identifier
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 NAMESPACE = "raystore"
 

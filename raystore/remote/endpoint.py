@@ -26,7 +26,9 @@ SLOW_SECONDS = 0.1  #: an answer that waited for the disk for longer starts the 
 
 #: What stands in a batch's header behind the protocol: the client, its session, number of the batch, up to where it has
 #: all answers, which later ones, ticket of the first operation, claims that arrived, parked answers that arrived.
-is_header = checker(tuple[str, Id, int, int, list[int], int, list[tuple[Id, Id | Positive]], list[int]])
+is_header: Callable[[Any], bool] = checker(
+    tuple[str, Id, int, int, list[int], int, list[tuple[Id, Id | Positive]], list[int]]
+)
 
 
 class Front:

@@ -27,7 +27,7 @@ from raystore.types import StoreInfo
 
 CLIENT = (PROTOCOL, f"raystore {__version__}")  #: what this side of a session is
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 HANDSHAKE_SECONDS = 60.0  #: for a store to answer for the first time
 STANDSTILL_SECONDS = 60.0  #: for one that reads its journal to come on in it

@@ -17,7 +17,7 @@ from raystore.wire import frames
 if TYPE_CHECKING:
     from raystore.remote.session import Session
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 
 class Listening:

@@ -25,7 +25,7 @@ class ParkedCalls:
         self._hint = 0
         self._noticed = 0  # number of the newest notice that came; they count downwards
         self._wanted = False
-        self.listening = False  #: whether a listen call is under way
+        self.listening: bool = False  #: whether a listen call is under way
 
     def __len__(self) -> int:
         return len(self._waiting)

@@ -43,13 +43,13 @@ from raystore.remote.held import HeldObjects, HoldAgain
 from raystore.remote.lifeline import Lifeline
 from raystore.remote.listening import Listening
 from raystore.remote.parked import ParkedCalls
-from raystore.remote.processes import this_process
+from raystore.remote.processes import Process, this_process
 from raystore.remote.retries import Retries
 from raystore.remote.timer import SessionTimer
 from raystore.service.service import PROTOCOL
 from raystore.wire import frames
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 
 class Session:
@@ -59,21 +59,21 @@ class Session:
         """`machine` is where the store's process runs (`processes.here`)."""
         self.handle = handle
         self.store = store  # its name, for errors
-        self.epoch = epoch
+        self.epoch: int = epoch
         self.call_bytes = call_bytes
-        self.connection = ray_connection()
-        self.process = this_process()
-        self.session_id = secrets.token_hex(8)
+        self.connection: tuple[str, str] | None = ray_connection()
+        self.process: Process = this_process()
+        self.session_id: str = secrets.token_hex(8)
         self.users = 0
-        self.notices = Notices()
-        self.lock = threading.Lock()
-        self.parked = ParkedCalls()
+        self.notices: Notices = Notices()
+        self.lock: threading.Lock = threading.Lock()
+        self.parked: ParkedCalls = ParkedCalls()
         self.failure: Exception | None = None  # why no operation can succeed any more
-        self.retries = Retries()
-        self.sent_at = time.monotonic()
-        self.outgoing = Outgoing()
-        self.ledger = ClaimLedger()
-        self.held = HeldObjects()
+        self.retries: Retries = Retries()
+        self.sent_at: float = time.monotonic()
+        self.outgoing: Outgoing = Outgoing()
+        self.ledger: ClaimLedger = ClaimLedger()
+        self.held: HeldObjects = HeldObjects()
         self._is_to_hold_again = False  # another process is the store now
         self._under_way: dict[int, Batch] = {}
         self._next_sequence = 1
@@ -82,9 +82,9 @@ class Session:
         self._flushing: set[asyncio.AbstractEventLoop] = set()
         self._closing = False
         self._orphans: deque[Operation] = deque()
-        self.listening = Listening(self)
+        self.listening: Listening = Listening(self)
         self._lifeline = Lifeline(self, machine)
-        self.timer = SessionTimer(self)
+        self.timer: SessionTimer = SessionTimer(self)
 
     # -- taking operations -------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from raystore.remote.transport import ActorTransport
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import Origin
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 _attach_lock = threading.Lock()
 _owned: dict[bytes, Any] = {}  # handles of the stores that this process started and that end with it, by actor
@@ -94,8 +94,8 @@ class RayLightningStore(StoreClient):
         config: StoreConfig = known["config"]
         self._transport = ActorTransport(handle, known)
         self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
-        self.sync = SyncStore(self)
-        self.testing = Testing(self._transport)
+        self.sync: SyncStore = SyncStore(self)
+        self.testing: Testing = Testing(self._transport)
 
     @property
     def info(self) -> StoreInfo:

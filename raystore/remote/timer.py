@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from raystore.remote.session import Session
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 PENDING_SECONDS = 0.02  #: what no loop has sent for so long
 AWAKE_SECONDS = 0.5  #: after the last batch, to look by itself: waking a thread with every call would slow the caller

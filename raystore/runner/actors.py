@@ -26,7 +26,7 @@ from raystore.runner.told import last_line, portable, text_of
 from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, runner_id
 from raystore.values import pickler
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 NAMESPACE = "raystore-runners"  #: of Ray's, in which runners have their worker ids as names
 REPLACE_SECONDS = 1.0  #: after which a runner that died is replaced, although the store has not said what it had done

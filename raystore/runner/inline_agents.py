@@ -20,7 +20,7 @@ from raystore.runner.context import Context
 from raystore.runner.life import Life
 from raystore.runner.told import summary
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 CLOSE_SECONDS = 1.0  #: that the end of an agent may take whose call was abandoned
 

@@ -31,7 +31,7 @@ from raystore.runner.agents import Ending
 from raystore.runner.context import Context, apart
 from raystore.runner.told import add_note, text_of
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 NEEDS_MAIN_THREAD = (
     "this can be done in the main thread of a process only, and the agent runs in another one here; "
@@ -69,7 +69,7 @@ class Life:
     """
 
     def __init__(self, source: Any, concurrency: int = 1) -> None:
-        self.is_over = False
+        self.is_over: bool = False
         self._source = source
         self._is_ours = agents.is_class(source)
         self._is_async = agents.is_async(source)

@@ -21,7 +21,7 @@ from raystore.runner.inline_agents import InlineAgents
 from raystore.runner.told import last_line, report
 from raystore.runner.worker import EXPLAIN_SECONDS, STOP_SECONDS, Runner, RunnerOptions, runner_id
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 
 class RunnerThreads:

@@ -16,7 +16,7 @@ from raystore.spans import Span
 from raystore.tracing.dialects import CallsSeen
 from raystore.tracing.losses import Losses
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 FLUSH_BYTES = 64 * 1024  #: so much does not wait for the next flush by time
 _SPAN_BYTES = 300  # of a span without attributes, about

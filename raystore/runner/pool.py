@@ -104,7 +104,7 @@ class RunnerPool:
             max_agent_seconds=max_agent_seconds,
             isolation=isolation,
         )
-        self.pool_id = secrets.token_hex(4)
+        self.pool_id: str = secrets.token_hex(4)
         self._home: RunnerThreads | RunnerActors
         if isinstance(store, InMemoryLightningStore):
             self._home = RunnerThreads(store, agent, size, options, start_timeout, self.pool_id)

@@ -43,7 +43,7 @@ from raystore.spans import Span
 from raystore.types import ObjectResource
 from raystore.values import pickler
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 CLOSE_SECONDS = 1.0  #: that an agent's `close` may take
 REMEMBERED = 64  #: rollouts of a process whose late spans still find their way

@@ -43,7 +43,7 @@ from raystore.spans import Span, is_traced
 from raystore.tracing.losses import Losses
 from raystore.types import AttemptedRollout
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 EXPLAIN_SECONDS = 10.0  #: after which a pool that does not start says what it waits for
 STOP_SECONDS = 5.0  #: that rollouts which run are given to finish when their pool closes

@@ -11,7 +11,7 @@ from raystore.core import wanted
 from raystore.core.state import Pass, State
 from raystore.errors.words import meant
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 
 def eviction(done: Pass, seconds: float) -> None:

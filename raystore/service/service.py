@@ -40,6 +40,7 @@ from raystore.errors import (
 from raystore.journal.objects import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
+from raystore.journal.snapshotter import Keeper
 from raystore.journal.span_bodies import Bodies
 from raystore.journal.writer import FULL_SECONDS, Log
 from raystore.service import reports, shell
@@ -51,7 +52,7 @@ from raystore.service.shell import SHELL
 from raystore.service.waiters import Deliver, Waiter, Waiters
 from raystore.service.watches import Watches
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 PROTOCOL = 4  #: version of the session protocol; client and store refuse each other when it differs
 TICK_SECONDS = 1.0  #: between looks at the clock while there are deadlines, so that a standstill is measured
@@ -60,6 +61,9 @@ LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of th
 
 class Service:
     """One store."""
+
+    store_id: str
+    epoch: int
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class Service:
         self._recorder: Recorder | None = None
         self._bodies: Bodies | None = None
         if opened is None:
-            self.state = State(resolve(config, capacity_bytes))
+            self.state: State = State(resolve(config, capacity_bytes))
             wanted.introduce(self.state, self.state.settings)
             self.store_id, self.epoch, not_before = secrets.token_hex(8), time.time_ns(), 0.0
         else:
@@ -89,23 +93,23 @@ class Service:
             self._bodies = Bodies(opened.directory)
         self.objects: JournalObjects | None = None
         self.state.gather()
-        self.keeper = None if opened is None else opened.keeper
+        self.keeper: Keeper | None = None if opened is None else opened.keeper
         if self.keeper is not None and self._bodies is not None:
             self.keeper.on_done = self._bodies.forget_files
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
-        self.waiters = Waiters()
-        self.watches = Watches()
-        self.pools = Pools()
+        self.waiters: Waiters = Waiters()
+        self.watches: Watches = Watches()
+        self.pools: Pools = Pools()
         self._offers = Offers(self)
-        self.operations = 0
+        self.operations: int = 0
         self.actor_calls = 0
         self.spans_lost: Counter[str] = Counter()  # by reason, as runners tell this process
-        self.overloads = 0  # what was refused since there was too much of something
-        self.last_eviction_seconds = 0.0
+        self.overloads: int = 0  # what was refused since there was too much of something
+        self.last_eviction_seconds: float = 0.0
         self._eviction_seconds = 0.0  # of the pass that is under way
         self.on_notice: Callable[[str], None] = lambda session_id: None  # wakes the session's listen call
-        self.started = time.monotonic()
+        self.started: float = time.monotonic()
         self._lock = threading.RLock()
         self._alarm = alarm(self._ring)
         self._seeds = random.Random()  # seeded by the system; ids need to be different, not secret
@@ -118,7 +122,7 @@ class Service:
             self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
         self._withdrawals_seen = 0
-        self.probes = Probes()
+        self.probes: Probes = Probes()
         self._object_ids = reports.ObjectIds()
         self._deferred: deque[Callable[[], None]] = deque()
         self._unneeded: deque[list[str]] = deque()  # objects of the journal whose files may go now

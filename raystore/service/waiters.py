@@ -31,13 +31,13 @@ class Waiter:
         deadline: float | None,
         deliver: Deliver,
     ) -> None:
-        self.number = number
-        self.session_id = session_id
-        self.ticket = ticket
-        self.verb = verb
-        self.arguments = arguments
-        self.deadline = deadline  # on the store's clock
-        self.deliver = deliver
+        self.number: int = number
+        self.session_id: str = session_id
+        self.ticket: int = ticket
+        self.verb: str = verb
+        self.arguments: dict[str, Any] = arguments
+        self.deadline: float | None = deadline  # on the store's clock
+        self.deliver: Deliver = deliver
         self.missing: set[str] = set()  # rollouts still waited for
 
 
@@ -52,7 +52,7 @@ class Waiters:
         self._by_queue: dict[str, dict[int, Waiter]] = {}
         self._by_session: dict[str, dict[int, Waiter]] = {}
         self._by_verb: dict[str, dict[int, Waiter]] = {"completed": {}, "changes": {}, "take": {}}
-        self.by_changes = self._by_verb["changes"]  #: those that wait for changes, whatever they are
+        self.by_changes: dict[int, Waiter] = self._by_verb["changes"]  #: those that wait for changes, whatever they are
         self.deadlines: list[tuple[float, int]] = []  #: a heap; some may be answered
 
     def __len__(self) -> int:

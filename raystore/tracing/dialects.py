@@ -21,7 +21,7 @@ from raystore.tracing import semconv
 from raystore.tracing.losses import Losses
 from raystore.values.arrays import pack_floats, pack_integers
 
-logger = logging.getLogger("raystore.tracing")
+logger: logging.Logger = logging.getLogger("raystore.tracing")
 
 SHOWN = 3  #: spans that one line of the log names
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
-logger = logging.getLogger("raystore.tracing")
+logger: logging.Logger = logging.getLogger("raystore.tracing")
 
 Reason = Literal[
     "sampled_out",
