@@ -78,10 +78,12 @@ bench-peers: .venv-agentlightning/installed
 reference: .venv/installed
 	$(BIN)/python -m tools.reference
 
+# Also that every public name has a type that any type checker knows.
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@PATH="$(CURDIR)/$(BIN):$$PATH" basedpyright --verifytypes raystore --ignoreexternal > .venv/types || { cat .venv/types; exit 1; }
 
 .venv/installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
