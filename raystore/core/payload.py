@@ -29,8 +29,8 @@ class Payload:
     __slots__ = ("data", "refs")
 
     def __init__(self, data: bytes, refs: tuple[Any, ...]) -> None:
-        self.data = data
-        self.refs = refs
+        self.data: bytes = data
+        self.refs: tuple[Any, ...] = refs
 
 
 class OnDisk:
@@ -43,8 +43,8 @@ class OnDisk:
     RECORD = OPERATIONS * SPANS  #: from one record to the next
 
     def __init__(self, place: int, size: int) -> None:
-        self.place = place
-        self.size = size  # in bytes, once it is read
+        self.place: int = place
+        self.size: int = size  # in bytes, once it is read
 
     @staticmethod
     def place_of(record: int, operation: int, span: int) -> int:

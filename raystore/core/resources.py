@@ -46,7 +46,7 @@ class ResourceTable:
         self._references: dict[tuple[str, int], int] = {}
         self.latest_id: str | None = None
         self.policy_version: int | None = None
-        self.bytes = 0
+        self.bytes: int = 0
         self.object_ids: set[str] = set()  #: those whose newest version holds an object
         self._objects: dict[Version, list[Object]] = {}  # of versions that hold references
         self._addresses: dict[str, int] = {}  # in the journal: how many versions need each

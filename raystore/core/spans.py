@@ -97,9 +97,9 @@ class SpanTable:
         self._counters: dict[str, int] = {}
         self._unknown: OrderedDict[str, int] = OrderedDict()
         self.evicted: set[str] = set()
-        self.count = 0
-        self.bytes = 0
-        self.evicted_spans = 0
+        self.count: int = 0
+        self.bytes: int = 0
+        self.evicted_spans: int = 0
 
     # -- numbers -------------------------------------------------------------------------------------------------
 

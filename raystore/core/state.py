@@ -71,13 +71,13 @@ class Step:
     __slots__ = ("age", "minted", "now", "operation", "record", "seed", "session")
 
     def __init__(self, now: float, *, seed: int = 0, session: Session | None = None, age: float | None = None) -> None:
-        self.now = now
-        self.age = now if age is None else age  # claims and sessions age on a clock of their own (manual clocks)
-        self.seed = seed
-        self.session = session
-        self.minted = 0  # ids so far
-        self.record = 0  # number of the record of a journal that has the bytes of what runs; 0 without one
-        self.operation = 0  # and of the operation within it
+        self.now: float = now
+        self.age: float = now if age is None else age  # claims and sessions age on a clock of their own (manual clocks)
+        self.seed: int = seed
+        self.session: Session | None = session
+        self.minted: int = 0  # ids so far
+        self.record: int = 0  # number of the record of a journal that has the bytes of what runs; 0 without one
+        self.operation: int = 0  # and of the operation within it
 
     def mint(self, prefix: str, digits: int) -> str:
         """An id in the contract's format, the same at every replay of this step."""
@@ -100,7 +100,7 @@ class Chain:
     def __init__(self) -> None:
         self.notes: dict[str, Any] = {}
         self.refusal: StoreError | None = None
-        self.is_last = False  # the part that runs is the last one
+        self.is_last: bool = False  # the part that runs is the last one
 
 
 def _by_key(rows: list[Any]) -> dict[Any, Any]:
@@ -344,17 +344,17 @@ class State:
     """All tables of one store."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings: Settings = settings
         self.entries: dict[str, Entry] = {}
-        self.queues = Queues()
+        self.queues: Queues = Queues()
         self.suspects: dict[str, float] = {}  # suspects that wait for a session of their own, and since when
         self.drained: str | None = None  # the session that takes no work until it is idle, for a suspect
-        self.indexes = Indexes()
+        self.indexes: Indexes = Indexes()
         self.workers: dict[str, Worker] = {}
         self.consumers: dict[str, Consumer] = {}  # those that are known
         self.forgotten: dict[str, Consumer] = {}
-        self.resources = ResourceTable(settings.keep_resources)
-        self.spans = SpanTable(keep_duplicates=settings.keep_duplicates)
+        self.resources: ResourceTable = ResourceTable(settings.keep_resources)
+        self.spans: SpanTable = SpanTable(keep_duplicates=settings.keep_duplicates)
         self.sessions: dict[str, Session] = {}
         self.deleting: dict[str, Session] = {}  # those of which a long deletion is under way
         self.changes = ChangeFeed()
@@ -364,7 +364,7 @@ class State:
         self.claim_deadlines: Deadlines[tuple[str, HandedKey]] = Deadlines(self._claim_deadline)
         self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)
         self.patience_deadlines: Deadlines[Patience] = Deadlines(self._patience_deadline)
-        self.paused = 0.0  # seconds in which the store stood still, by which deadlines move
+        self.paused: float = 0.0  # seconds in which the store stood still, by which deadlines move
         self.rollouts_made = 0
         self.attempts_made = 0
         self.attempt_count = 0

@@ -60,7 +60,7 @@ class Directory:
     """The directory of one journal."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path: Path = Path(path).expanduser().absolute()
 
     def why_unusable(self, *, to_write: bool) -> str | None:
         """What was expected of the path and is not so, for an error message; None if a journal is or can be here."""

@@ -35,7 +35,7 @@ from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter, is_full
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 HOLD_AFTER = 2  #: processes that die at the same record; the next one serves the state before it, and takes no changes
 

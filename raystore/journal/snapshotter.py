@@ -27,7 +27,7 @@ from raystore.journal.files import SNAPSHOT, Directory
 from raystore.journal.recorder import Recorder
 from raystore.journal.writer import SEGMENT_BYTES
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 VERIFY_LAG = 2_000  #: so many rollouts are touched before the first of them is verified: most have come to rest then
 VERIFY_AT_ONCE = 64

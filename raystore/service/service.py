@@ -50,7 +50,7 @@ from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.pools import UNSERVED_SECONDS, Pools
 from raystore.tracing.losses import Reason
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 PROTOCOL = 4  #: version of the session protocol; client and store refuse each other when it differs
 TICK_SECONDS = 1.0  #: between looks at the clock while there are deadlines, so that a standstill is measured
@@ -61,6 +61,9 @@ LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of th
 
 class Service:
     """One store."""
+
+    store_id: str
+    epoch: int
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class Service:
         self._recorder: Recorder | None = None
         self._bodies: SpanBodies | None = None
         if opened is None:
-            self.state = State(resolve(config, capacity_bytes))
+            self.state: State = State(resolve(config, capacity_bytes))
             wanted.introduce(self.state, self.state.settings)
             self.store_id, self.epoch, not_before = secrets.token_hex(8), time.time_ns(), 0.0
         else:
@@ -102,11 +105,11 @@ class Service:
         self.operations = 0
         self.actor_calls = 0
         self.spans_lost: Counter[str] = Counter()  # by reason, as runners tell this process
-        self.overloads = 0  # what was refused since there was too much of something
-        self.last_eviction_seconds = 0.0
+        self.overloads: int = 0  # what was refused since there was too much of something
+        self.last_eviction_seconds: float = 0.0
         self._eviction_seconds = 0.0  # of the pass that is under way
         self.on_notice: Callable[[str], None] = lambda session_id: None  # wakes the session's listen call
-        self.started = time.monotonic()
+        self.started: float = time.monotonic()
         self._lock = threading.RLock()
         self._alarm = alarm(self._ring)
         self._seeds = random.Random()  # seeded by the system; ids need to be different, not secret
