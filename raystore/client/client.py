@@ -23,7 +23,7 @@ from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
 from raystore.client.pending import PendingCall
 from raystore.client.transport import Transport
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
-from raystore.core.verbs import Many
+from raystore.core.records import Many
 from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.calls import NOT_GIVEN, explain_methods, typed_as, unfit
 from raystore.tracing.losses import Reason
