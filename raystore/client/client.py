@@ -951,7 +951,7 @@ class StoreClient(RunnerStore):
     # -- ending --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop using the store: calls that wait are answered, and later ones raise `StoreClosedError`."""
+        """Stop using the store: calls that wait get what there is, and later ones raise `StoreClosedError`."""
         self._transport.close()
 
     def __enter__(self) -> Self:

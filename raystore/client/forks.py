@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
-pid = os.getpid()  #: of this process, kept here since the system takes longer to answer than a store to take its lock
+#: of this process, kept here since the system takes longer to answer than a store to take its lock
+pid: int = os.getpid()
 _has_inherited_ray = False
 
 

@@ -42,7 +42,7 @@ from raystore.remote.lifelines import this_process
 from raystore.remote.session_state import PENDING_SECONDS, Actions, Batch, Listen, Operation, SessionState, Version
 from raystore.wire import frames
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 AGAIN_SECONDS = 1.0  #: to the next look of the timer after an error that nobody foresaw
 CLOSE_SECONDS = 1.0  #: that the store is given to take a goodbye
@@ -141,12 +141,13 @@ class ClientSession:
                 raise
 
     def abandon(self, operation: Operation) -> None:
-        """The caller has gone: unsent, the operation is dropped; what it waits for or was handed is given back."""
+        """The caller has gone: see `SessionState.abandon`."""
         with self._lock:
-            self.state.abandon(operation, time.monotonic())
-        self._flush()
-        if self._is_asleep:
-            self.wake()
+            must_tell = self.state.abandon(operation, time.monotonic())
+        if must_tell:
+            self._flush()
+            if self._is_asleep:
+                self.wake()
 
     def _seen(self, keys: list[HandedKey], *, is_acknowledged: bool = False) -> None:
         with self._lock:
@@ -160,7 +161,8 @@ class ClientSession:
             self.state.held.hold(version, references)
             if again:
                 self.state.hold_again(time.monotonic())
-        self._flush()
+        if again:
+            self._flush()
 
     def close(self) -> None:
         """End the session: the store takes back what this process holds."""

@@ -314,8 +314,11 @@ class SessionState:
         self._sent_at = now
         return batch
 
-    def abandon(self, operation: Operation, now: float) -> None:
-        """The caller has gone: unsent, the operation is dropped; what it waits for or was handed is given back."""
+    def abandon(self, operation: Operation, now: float) -> bool:
+        """The caller has gone: an operation that has not left is dropped, a wait is cancelled, a claim given back.
+
+        Returns whether the store is to hear of it.
+        """
         operation.abandoned = True
         if not operation.sent:
             if operation in self._waiting:
@@ -323,8 +326,11 @@ class SessionState:
                 self._waiting_bytes -= operation.size
         elif keys := [key for key, (claimer, _) in self._arrived.items() if claimer is operation]:
             self._give_back(keys, now)
+            return True
         elif operation.ticket in self._parked:
             self._cancel_wait(operation, now)
+            return True
+        return False
 
     def hold_again(self, now: float) -> None:
         """Tell the store which objects this process has; it answers with those that nobody needs."""
@@ -395,7 +401,7 @@ class SessionState:
         notices = self._receive(later, answers, now) if later else ()
         if parked_before is not None:
             self._resume(parked_before, now)
-        listen = self._listen(now) if self._is_wanted or self._parked else None
+        listen = None if self._is_listening else self._listen(now)
         return Actions(answers, notices, lost, listen)
 
     def no_answer(self, batch: Batch, why: str, now: float) -> Actions:
@@ -550,7 +556,7 @@ class SessionState:
             self._sent_at = now
         if self._waiting and self._waiting[0].issued <= now - PENDING_SECONDS:
             batches += iter(lambda: self.next_batch(now), None)
-        listen = self._listen(now) if self._is_wanted or self._parked else None
+        listen = None if self._is_listening else self._listen(now)
         is_silent = not self._is_listening and (self._is_wanted or bool(self._parked))  # which would end the session
         oldest = min(self._acknowledgements.values(), default=None)
         is_overdue = oldest is not None and oldest <= now - ACKNOWLEDGE_SECONDS

@@ -132,7 +132,7 @@ def test_an_operation_that_was_abandoned_before_it_left_does_not_leave(peer: Pee
     peer.post("a")
     dropped = peer.post("b")
     peer.post("c")
-    peer.state.abandon(dropped, peer.now)
+    assert not peer.state.abandon(dropped, peer.now)  # the store need not hear of it
     first = peer.batch()
     assert [verb for verb, _ in told(first)] == ["a"]
     peer.reply(first, [frames.VALUE, None])
