@@ -10,13 +10,13 @@ import os
 from raystore._sync import SyncStore
 from raystore.client import StoreClient
 from raystore.client.transport import LocalTransport, origin_of
-from raystore.config import StoreConfig, memory_capacity
 from raystore.errors.calls import explained
 from raystore.journal.opening import open_for_reading
-from raystore.options import directory, make_encoder
+from raystore.options import StoreConfig, directory, memory_capacity
 from raystore.service.clock import NoAlarm
 from raystore.service.service import Service
 from raystore.values.objects import Origin
+from raystore.wire.convert import Encoder
 
 
 class RecoveredRun(StoreClient):
@@ -31,7 +31,7 @@ class RecoveredRun(StoreClient):
         opened = open_for_reading(path)
         self._service = Service(config, capacity_bytes=memory_capacity(), alarm=NoAlarm, opened=opened)
         self._transport = LocalTransport(self._service)
-        self._encoder = make_encoder(config.all_limits(), None)
+        self._encoder = Encoder(config.all_limits(), None)
         self.sync = SyncStore(self)
 
     def _origin_of_objects(self) -> Origin:

@@ -93,8 +93,7 @@ class RolloutMethods(Connection):
             try:
                 requests.append(self._encoder.request(request))
             except StoreError as error:
-                error.args = convert.within(f"rollouts[{index}]", *error.args)
-                raise
+                raise type(error)(*convert.within(f"rollouts[{index}]", *error.args)) from error.__cause__
         return await self._enqueue_all(requests)
 
     async def _enqueue_all(self, requests: list[dict[str, Any]]) -> list[Rollout]:

@@ -36,7 +36,7 @@ from raystore.core.rollouts import (
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Session, State, Step, Taken, is_live_attempt
 from raystore.core.verb import Verb
 from raystore.core.wanted import enter_retention, others, settle
-from raystore.errors import BatchConflictError, ConflictError, InvalidValueError, OverloadedError, StoreError, again
+from raystore.errors import BatchConflictError, ConflictError, InvalidValueError, OverloadedError, StoreError, copy_of
 
 # -- handing out -------------------------------------------------------------------------------------------------------
 
@@ -573,7 +573,7 @@ def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
     if is_last:
         del chains[chain_id]
     if chain.refusal is not None:
-        raise again(chain.refusal)
+        raise copy_of(chain.refusal)
     try:
         return spec.run(state, step, **(arguments | {"chain": chain}))
     except StoreError as refusal:

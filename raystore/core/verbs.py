@@ -48,7 +48,7 @@ from raystore.core.schema import (
 )
 from raystore.core.state import AttemptKey, BatchKey, Chain, Entry, HandedKey, Session, State, Step
 from raystore.core.verb import Verb
-from raystore.errors import InvalidValueError, SessionEndedError, SpansEvictedError, StoreError, again
+from raystore.errors import InvalidValueError, SessionEndedError, SpansEvictedError, StoreError, copy_of
 
 
 @dataclass(slots=True)
@@ -646,7 +646,7 @@ def _part(session: Session, given: tuple[int, bool], refuse: StoreError | None =
         chain.refusal = chain.refusal or refuse
         chain.notes.clear()
     elif chain.refusal is not None:
-        raise again(chain.refusal)
+        raise copy_of(chain.refusal)
     return chain
 
 

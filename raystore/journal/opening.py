@@ -11,7 +11,6 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from raystore.config import StoreConfig
 from raystore.core import format1, wanted, watchdog
 from raystore.core.state import Settings, State, Step
 from raystore.errors import (
@@ -33,6 +32,7 @@ from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
 from raystore.journal.snapshotter import Keeper
 from raystore.journal.writer import FULL_SECONDS, Log, is_full
+from raystore.options import StoreConfig
 
 logger = logging.getLogger("raystore.store")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from raystore.core.state import Step
 from raystore.core.verbs import CHANGING, is_part
-from raystore.errors import JournalFullError, OverloadedError, StoreError, again, to_record
+from raystore.errors import JournalFullError, OverloadedError, StoreError, copy_of, to_record
 from raystore.journal import records
 from raystore.journal.writer import Log
 from raystore.wire import frames
@@ -72,7 +72,7 @@ class Recorder:
         if source.refused is not None:
             if verb in CHANGING:
                 self._refuse_chain(source, arguments, source.refused)
-                raise again(source.refused)
+                raise copy_of(source.refused)
             return
         if step is not self._step:
             self._close()
@@ -98,7 +98,7 @@ class Recorder:
             del self._refused[next(iter(self._refused))]
         if is_last:
             self._refused.pop(key, None)
-        return again(refused) if refused is not None else None
+        return copy_of(refused) if refused is not None else None
 
     @property
     def position(self) -> int:

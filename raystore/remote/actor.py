@@ -26,11 +26,11 @@ from typing import Any
 import ray
 
 from raystore import __version__
-from raystore.config import StoreConfig, memory_capacity, resolve
 from raystore.core.state import Settings
 from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
 from raystore.journal.progress import Watch
+from raystore.options import StoreConfig, memory_capacity, resolve
 from raystore.remote.endpoint import Front
 from raystore.remote.lifelines import Lifelines
 from raystore.remote.processes import here

@@ -32,7 +32,7 @@ from raystore.errors import (
     ProtocolMismatchError,
     StoreClosedError,
     StoreUnavailableError,
-    again,
+    copy_of,
     from_record,
 )
 from raystore.remote import retries
@@ -101,7 +101,7 @@ class Session:
     def _post(self, operation: Operation) -> Operation:
         with self.lock:
             if self.failure is not None:
-                raise again(self.failure)
+                raise copy_of(self.failure)
             if self._closing and operation.verb != "close_session":
                 raise StoreClosedError(self.store)
             self.outgoing.append(operation)
@@ -479,7 +479,7 @@ class Session:
         self.hold_again()
 
     def _refuse(self, operation: Operation, error: Exception) -> None:
-        operation.put(None, again(error))
+        operation.put(None, copy_of(error))
         if operation.loop is not None:
             try:
                 operation.loop.call_soon_threadsafe(operation.wake)

@@ -17,18 +17,18 @@ from raystore.client import StoreClient, forks
 from raystore.client.pending import in_thread
 from raystore.client.resources import Boxed
 from raystore.client.testing import Testing
-from raystore.config import StoreConfig
 from raystore.core.payload import Opaque, Payload
 from raystore.errors import (
     StoreUnavailableError,
 )
-from raystore.options import make_encoder
+from raystore.options import StoreConfig
 from raystore.remote import boxing
 from raystore.remote.handshake import describe, find_actor, join_cluster_of, ray_connection, store_info
 from raystore.remote.session import Session
 from raystore.remote.transport import ActorTransport
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import Origin
+from raystore.wire.convert import Encoder
 
 logger = logging.getLogger("raystore")
 
@@ -93,7 +93,7 @@ class RayLightningStore(StoreClient):
         self._warned: set[tuple[str | None, str]] = set()  # of what does not survive
         config: StoreConfig = known["config"]
         self._transport = ActorTransport(handle, known)
-        self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
+        self._encoder = Encoder(config.all_limits(), config.estimator())
         self.sync = SyncStore(self)
         self.testing = Testing(self._transport)
 

@@ -22,7 +22,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
-from raystore.config import StoreConfig, resolve
 from raystore.core import bounds, check, claims, eviction, verbs, wanted, watchdog, workers
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED
 from raystore.core.state import HandedKey, Session, State, Step
@@ -35,13 +34,14 @@ from raystore.errors import (
     StoreClosedError,
     StoreCorruptError,
     StoreError,
-    again,
+    copy_of,
 )
 from raystore.journal.objects import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.journal.span_bodies import Bodies
 from raystore.journal.writer import FULL_SECONDS, Log
+from raystore.options import StoreConfig, resolve
 from raystore.service import reports, shell
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.liveness import Probes
@@ -210,7 +210,7 @@ class Service:
     def _perform(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
         self.operations += 1
         if self._failed is not None and verb in CHANGING:
-            raise again(self._failed)
+            raise copy_of(self._failed)
         state = self.state
         recorder, is_item = self._recorder, False
         if self.clock.is_manual:  # it may have been moved by the operation before
@@ -333,7 +333,7 @@ class Service:
 
     def _refuse_waiters(self, error: StoreError) -> None:
         for waiter in self.waiters.all():
-            self._offers.answer(waiter, again(error))
+            self._offers.answer(waiter, copy_of(error))
 
     def with_bodies(self, items: list[Any]) -> list[Any]:
         """Spans with those bodies that are on disk only; other records as they are."""

@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from raystore.config import resident_bytes
 from raystore.core import bounds, check, verbs
 from raystore.core.counts import counts
 from raystore.core.requests import Filters, Mode, Trainable
@@ -18,6 +17,7 @@ from raystore.core.schema import Id, Positive, Rule, Seconds, Tags, Text, Whole
 from raystore.core.state import State, Step
 from raystore.core.verb import Verb
 from raystore.errors import InvalidValueError
+from raystore.options import resident_bytes
 from raystore.service.clock import ManualClock
 from raystore.service.waiters import Deliver
 from raystore.tracing.losses import Reason

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raystore.config import StoreConfig
 from raystore.core import check
 from raystore.core.claims import JOB_ENDED
 from raystore.core.digest import digest
@@ -27,6 +26,7 @@ from raystore.journal import snapshotter
 from raystore.journal.files import Directory, Place
 from raystore.journal.opening import go_on
 from raystore.journal.replay import Replay
+from raystore.options import StoreConfig
 from raystore.remote import server_session
 from raystore.remote.endpoint import Front
 from raystore.service.clock import ManualClock, NoAlarm

@@ -10,10 +10,10 @@ import time
 import pytest
 
 import raystore as rs
-from raystore.config import StoreConfig
 from raystore.core import watchdog
 from raystore.core.verb import Verb
 from raystore.core.verbs import VERBS
+from raystore.options import StoreConfig
 from raystore.service.clock import Clock, ThreadAlarm
 from raystore.service.offers import Offers
 from raystore.service.service import Service
