@@ -91,7 +91,7 @@ async def single(scope: Scope) -> list[Line]:
 _OPEN = """
 import gc, sys, time
 gc.disable()
-from raystore.config import StoreConfig, resolve
+from raystore.options import StoreConfig, resolve
 from raystore.journal.opening import open_journal
 config = StoreConfig(journal=sys.argv[1])
 started = time.perf_counter()

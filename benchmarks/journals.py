@@ -9,13 +9,13 @@ import gc
 from dataclasses import asdict
 from pathlib import Path
 
-from raystore.config import StoreConfig, resolve
 from raystore.core import verbs
 from raystore.core.claims import open_session
 from raystore.core.state import Step
 from raystore.journal import format
 from raystore.journal.files import SNAPSHOT, Directory, JournalPosition
 from raystore.journal.replay import Replay
+from raystore.options import StoreConfig, resolve
 from raystore.wire.codec import encode
 
 CAPACITY = 2**34

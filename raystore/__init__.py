@@ -1,13 +1,17 @@
 """raystore: the LightningStore contract on Ray, the control plane for agent RL.
 
 `start` a store, pass it (or `store.actor`) to runners, drive it with plain async functions. See the README.
-Names are imported on first use, so that `import raystore` is quick and loads neither Ray nor pydantic.
+Names are imported on first use, so that `import raystore` is quick and loads neither Ray nor pydantic; only the errors,
+which need nothing, are there from the start.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from raystore.errors import *  # noqa: F403
+from raystore.errors import __all__ as _ERRORS
 
 __version__ = "0.1.0"
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.client.local import recover as recover
     from raystore.errors import *  # noqa: F403
     from raystore.integrations import otel as otel
+    from raystore.options import StoreOptions as StoreOptions
     from raystore.remote.cluster import start as start, connect as connect, list_stores as list_stores, stop as stop
     from raystore.remote.store import RayLightningStore as RayLightningStore
     from raystore.runner import RunnerPool as RunnerPool, Context as Context, current as current, run_one as run_one
@@ -40,10 +45,11 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.tracing.trajectories import triplets as triplets
     from raystore.types import *  # noqa: F403
 
-#: Where each public name lives.
+#: The module of each name that is imported on first use.
 _NAMES = {
     "raystore.api": "LightningStore",
     "raystore.client.local": "InMemoryLightningStore RecoveredRun recover",
+    "raystore.options": "StoreOptions",
     "raystore.remote.cluster": "start connect list_stores stop",
     "raystore.remote.store": "RayLightningStore",
     "raystore.runner": "RunnerPool Context current run_one",
@@ -61,24 +67,11 @@ _NAMES = {
         Span SpanContext SpanCoreFields TraceStatus StatusCode Event Link OtelResource AttributeValue
         find_final_reward estimate_model_size
     """,
-    "raystore.errors": """
-        StoreError InvalidValueError RolloutNotFoundError AttemptNotFoundError ResourcesNotFoundError ClaimLostError
-        NoSuchResourceError
-        ConflictError OverloadedError StoreOverloadedError CursorTooOldError SpansEvictedError PayloadLostError
-        PayloadTooLargeError PayloadNotPicklableError PayloadNotReadableError
-        StoreUnavailableError OutcomeUnknownError StoreClosedError ForkedError RayClientError
-        StoreCorruptError StoreNotFoundError StoreExistsError NotAStoreError ProtocolMismatchError
-        AgentNotPicklableError AgentProcessError PoolFailedError PoolStartError
-        JournalError JournalDamagedError JournalFormatError JournalMissingError JournalInUseError JournalFullError
-        JournalFailedError JournalHeldError FencedError SealedError BatchConflictError ReadOnlyError AnswerGoneError
-        BatchHeldError ConsumerFilterError SessionEndedError
-        Abort Drop
-    """,
 }
 _MODULES = {"otel": "raystore.integrations.otel", "semconv": "raystore.tracing.semconv"}
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_ERRORS, *_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 if not TYPE_CHECKING:  # which would take any name for one of these

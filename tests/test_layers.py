@@ -21,7 +21,6 @@ LAYERS = [
     ["tracing"],
     ["types"],
     ["api"],
-    ["config"],
     ["wire"],
     ["options"],
     ["journal"],

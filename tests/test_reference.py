@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 #: Of Python, Ray and others.
 FOREIGN = {
     "AbstractContextManager", "Any", "AsyncIterator", "BaseException", "Callable", "False", "Iterable", "Literal",
-    "Mapping", "NDArray", "None", "PathLike", "Sequence", "SpanProcessor", "T", "TracerProvider", "True",
+    "Mapping", "NDArray", "None", "PathLike", "Sequence", "Set", "SpanProcessor", "T", "TracerProvider", "True",
 }  # fmt: skip
 
 

@@ -43,8 +43,8 @@ GROUPS = [
         "Start and connect",
         "A store on Ray, or in this process.",
         """
-        start connect RayLightningStore InMemoryLightningStore list_stores stop recover RecoveredRun StoreInfo
-        Testing
+        start connect RayLightningStore InMemoryLightningStore StoreOptions list_stores stop recover RecoveredRun
+        StoreInfo Testing
         """,
     ),
     (
@@ -120,6 +120,11 @@ ALIASES = {
     "WorkerStatus": "what a worker does",
     "TaskInput": "the task of an agent: anything that can be pickled",
     "TagValue": "the value of a tag",
+    "DuplicateSpans": "what becomes of a span whose id its attempt has",
+    "OnMemoryFull": "what happens at the memory threshold",
+    "Clock": "the clock of a store",
+    "Durability": "when an answer may leave",
+    "Resume": "whether a store goes on with a run",
     "Agent": "a function, a class with `__call__`, or a `functools.partial` of one",
     "PendingCall": "an operation that is under way: await it, or block on its `result()`",
     "AnyRollout": "a rollout, with its latest attempt if it has one",
@@ -277,7 +282,7 @@ def default(value: ast.expr) -> str:
 
 def definition(name: str) -> str:
     """What a name of a type stands for, as it is written; empty if that is for machines."""
-    for module in ("raystore.types", "raystore.spans"):
+    for module in ("raystore.types", "raystore.spans", "raystore.options"):
         for node in reversed(list(ast.walk(parsed(module)[1]))):  # the last: not that for type checkers only
             if not isinstance(node, ast.Assign) or ast.unparse(node.targets[0]) != name:
                 continue

@@ -10,17 +10,22 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from time import monotonic
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
 from raystore._sync import SyncStore
 from raystore.api import NoticeHandler
 from raystore.client import forks
 from raystore.client.client import StoreClient, Testing
 from raystore.client.pending import PendingCall, this_thread
-from raystore.client.transport import NoticeHandlers, giving_back, handed_keys, with_time_left, without
-from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig, memory_capacity, resolve
+from raystore.client.transport import (
+    NoticeHandlers,
+    giving_back,
+    handed_keys,
+    with_time_left,
+    without,
+)
 from raystore.core.records import Many
 from raystore.core.state import Session
 from raystore.core.verbs import HANDING
@@ -32,15 +37,16 @@ from raystore.errors import (
     StoreCorruptError,
     StoreError,
 )
-from raystore.errors.calls import explained
+from raystore.errors.calls import explained, explained_with
 from raystore.journal.objects import OBJECTS
 from raystore.journal.opening import open_for_reading, open_journal
-from raystore.options import directory, make_config, make_encoder
+from raystore.options import OPTIONS, StoreConfig, StoreOptions, directory, make_config, memory_capacity, resolve
 from raystore.service.clock import NoAlarm, ThreadAlarm
 from raystore.service.parking import PARKED
 from raystore.service.service import Service
-from raystore.types import RolloutConfig, Span, StoreInfo
+from raystore.types import StoreInfo
 from raystore.values.objects import Origin
+from raystore.wire.convert import Encoder
 
 
 class LocalTransport:
@@ -199,62 +205,26 @@ def _origin_of(service: Service) -> Origin:
 class InMemoryLightningStore(StoreClient):
     """A LightningStore in this process.
 
-    Takes the options of `raystore.start`. The reference's `thread_safe`, `tracker` and `scan_debounce_seconds` are
+    Takes the options of `StoreOptions`. The reference's `thread_safe`, `tracker` and `scan_debounce_seconds` are
     accepted and have no effect: this store is always thread-safe, and time is watched by deadlines, not by scans.
     """
 
-    @explained
+    @explained_with(OPTIONS)
     def __init__(
         self,
         *,
-        eviction_memory_threshold: float | int | None = None,
-        safe_memory_threshold: float | int | None = None,
-        span_size_estimator: Callable[[Span], int] | None = None,
-        default_config: RolloutConfig | None = None,
-        duplicate_spans: str = "reject",
-        on_memory_full: str = "evict",
-        max_deliveries: int = 3,
-        suspect_patience_seconds: float = 10.0,
-        max_queued: int | None = None,
-        retention: float | int | dict[str, Any] | None = None,
-        keep_resources: int | None = None,
-        limits: dict[str, int] | None = None,
-        consumers: Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None = None,
-        clock: str = "system",
-        journal: str | None = None,
-        durability: str = "power",
-        resume: str = "auto",
-        journal_object_bytes: int = DEFAULT_JOURNAL_OBJECT_BYTES,
         thread_safe: bool = True,
         tracker: Any = None,
         scan_debounce_seconds: float = 10.0,
+        **options: Unpack[StoreOptions],
     ) -> None:
-        config = make_config(
-            eviction_memory_threshold=eviction_memory_threshold,
-            safe_memory_threshold=safe_memory_threshold,
-            span_size_estimator=span_size_estimator,
-            default_config=default_config,
-            duplicate_spans=duplicate_spans,
-            on_memory_full=on_memory_full,
-            max_deliveries=max_deliveries,
-            suspect_patience_seconds=suspect_patience_seconds,
-            max_queued=max_queued,
-            retention=retention,
-            keep_resources=keep_resources,
-            limits=limits,
-            consumers=consumers,
-            clock=clock,
-            journal=journal,
-            durability=durability,
-            resume=resume,
-            journal_object_bytes=journal_object_bytes,
-        )
+        config, resume = make_config(**options), options.get("resume", "auto")
         capacity = memory_capacity()
         settings = resolve(config, capacity)
         opened = open_journal(config, settings, name=None, resume=resume, now=time.time()) if config.journal else None
         self._service = Service(config, capacity_bytes=capacity, alarm=ThreadAlarm, opened=opened)
         self._transport = LocalTransport(self._service)
-        self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
+        self._encoder = Encoder(config.all_limits(), config.estimator())
         self.sync: SyncStore = SyncStore(self)
         self.testing: Testing = Testing(self._transport)
 
@@ -297,7 +267,7 @@ class RecoveredRun(StoreClient):
         opened = open_for_reading(path)
         self._service = Service(config, capacity_bytes=memory_capacity(), alarm=NoAlarm, opened=opened)
         self._transport = LocalTransport(self._service)
-        self._encoder = make_encoder(config.all_limits(), None)
+        self._encoder = Encoder(config.all_limits(), None)
         self.sync = SyncStore(self)
 
     def _origin_of_objects(self) -> Origin:

@@ -36,7 +36,13 @@ from raystore.core.snapshot import column
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Pair, Session, State, Step, Taken
 from raystore.core.verbs import Verb
 from raystore.core.wanted import enter_retention, others, settle
-from raystore.errors import BatchConflictError, InvalidValueError, OverloadedError, StoreError, again
+from raystore.errors import (
+    BatchConflictError,
+    InvalidValueError,
+    OverloadedError,
+    StoreError,
+    copy_of,
+)
 
 # -- handing out -------------------------------------------------------------------------------------------------------
 
@@ -490,7 +496,7 @@ def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
     if is_last:
         del chains[chain_id]
     if chain.refusal is not None:
-        raise again(chain.refusal)
+        raise copy_of(chain.refusal)
     try:
         return spec.run(state, step, **(arguments | {"chain": chain}))
     except StoreError as refusal:

@@ -18,7 +18,8 @@ from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple
 
 from raystore.core.payload import Payload
-from raystore.errors import InvalidValueError, shown
+from raystore.errors import InvalidValueError
+from raystore.errors.words import shown
 
 ID_LENGTH = 512
 

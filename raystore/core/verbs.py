@@ -29,7 +29,7 @@ from raystore.core.schema import (
     checker,
 )
 from raystore.core.state import Chain, Entry, HandedKey, Session, State, Step
-from raystore.errors import InvalidValueError, SessionEndedError, StoreError, again
+from raystore.errors import InvalidValueError, SessionEndedError, StoreError, copy_of
 
 WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes"]
 
@@ -139,7 +139,7 @@ def _part(session: Session, given: tuple[int, bool], refuse: StoreError | None =
         chain.refusal = chain.refusal or refuse
         chain.notes.clear()
     elif chain.refusal is not None:
-        raise again(chain.refusal)
+        raise copy_of(chain.refusal)
     return chain
 
 

@@ -1,50 +1,86 @@
-"""Every error raystore raises, and the two exceptions an agent may raise.
+"""Every error that raystore raises, and the two exceptions that an agent may raise.
 
-Each error carries facts positionally, so that it survives pickling and the trip through an actor (which sends
-the class name and `args`), and has a builtin as second base, so that an `except ValueError` written for the
-reference goes on working. Messages use the reference's words where it has some.
-Not here: errors of a journal (`journal`), and pydantic's `ValidationError`, which a model raises that a user makes of
-malformed values.
+A class names its facts, in the order in which it is constructed. Each fact is an attribute of the error, and all of
+them are its `args`: so an error survives pickling, and the trip through an actor or a journal as its class name and
+`args` (`to_record`). A message says what happened, the likely cause, and what to do. Many errors are also a builtin, so
+that an `except ValueError` written for the reference goes on working.
+Not here: pydantic's `ValidationError`, which a model raises whose user gives it malformed values.
 """
 
 from __future__ import annotations
 
-import reprlib
-from typing import Any
+import inspect
+from collections.abc import Sequence
+from inspect import Parameter, Signature
+from typing import Any, dataclass_transform
 
-from raystore.errors.base import StoreError as StoreError
-from raystore.errors.journal import FencedError as FencedError
-from raystore.errors.journal import JournalDamagedError as JournalDamagedError
-from raystore.errors.journal import JournalError as JournalError
-from raystore.errors.journal import JournalFailedError as JournalFailedError
-from raystore.errors.journal import JournalFormatError as JournalFormatError
-from raystore.errors.journal import JournalFullError as JournalFullError
-from raystore.errors.journal import JournalHeldError as JournalHeldError
-from raystore.errors.journal import JournalInUseError as JournalInUseError
-from raystore.errors.journal import JournalMissingError as JournalMissingError
-from raystore.errors.journal import ReadOnlyError as ReadOnlyError
+from raystore.errors.words import NAMED, quoted, shown
 
-NAMED = 5  #: things of one kind that an error names
-SHOWN = 100  #: characters of a value that an error shows
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = SHOWN
-
-
-def shown(value: Any) -> Any:
-    """A value as an error carries it: plain, and no longer than a line. Shown again, it stays the same."""
-    if value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < 2**63):
-        return value
-    if type(value) is str:
-        return value if len(value) <= SHOWN + 40 else f"{value[:SHOWN]}... ({len(value)} characters)"
-    return f"<{type(value).__name__} {_SHORT.repr(value)[:SHOWN]}>"
+__all__ = [
+    "Abort", "AgentNotPicklableError", "AgentProcessError", "AnswerGoneError", "AttemptNotFoundError",
+    "BatchConflictError", "BatchHeldError", "ClaimLostError", "ConflictError", "ConsumerFilterError",
+    "CursorTooOldError", "Drop", "FencedError", "ForkedError", "InvalidValueError", "JournalDamagedError",
+    "JournalError", "JournalFailedError", "JournalFormatError", "JournalFullError", "JournalHeldError",
+    "JournalInUseError", "JournalMissingError", "NoSuchResourceError", "NotAStoreError", "OutcomeUnknownError",
+    "OverloadedError", "PayloadLostError", "PayloadNotPicklableError", "PayloadNotReadableError",
+    "PayloadTooLargeError", "PoolFailedError", "PoolStartError", "ProtocolMismatchError", "RayClientError",
+    "ReadOnlyError", "ResourcesNotFoundError", "RolloutNotFoundError", "SealedError", "SessionEndedError",
+    "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError", "StoreExistsError",
+    "StoreNotFoundError", "StoreOverloadedError", "StoreUnavailableError",
+]  # fmt: skip
 
 
-class InvalidValueError(StoreError, ValueError):
+class StoreError(Exception):
+    """The root of raystore's errors."""
+
+
+@dataclass_transform(eq_default=False, frozen_default=True)
+class _Facts(StoreError):
+    """The base of errors with facts. A subclass annotates its facts, and names them in `_message`.
+
+    Like a dataclass, it is constructed with the facts of its base and its own; one with an `__init__` of its own calls
+    `_set` instead, with its facts in the order of `args`, and may have other facts than its base.
+    """
+
+    _message = ""
+    _signature = Signature()
+    __signature__: Signature | None  #: as `inspect` and `help` show it
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__init__ is not _Facts.__init__:
+            cls.__signature__ = None  # that of its `__init__`
+            return
+        parameters = [*cls._signature.parameters.values()]
+        for name, annotation in inspect.get_annotations(cls).items():
+            default = vars(cls).get(name, Parameter.empty)
+            parameters.append(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation))
+            if default is not Parameter.empty:
+                delattr(cls, name)  # Ray's subclass of it looks for what it does not have at the error that it wraps
+        cls.__signature__ = cls._signature = Signature(parameters)
+
+    def __init__(self, *facts: Any, **named: Any) -> None:
+        bound = self._signature.bind(*facts, **named)
+        bound.apply_defaults()
+        self._set(**bound.arguments)
+
+    def _set(self, **facts: Any) -> None:
+        vars(self).update(facts)
+        self.args = tuple(facts.values())
+
+    def __str__(self) -> str:
+        return self._message.format(**vars(self))
+
+
+class InvalidValueError(_Facts, ValueError):
     """An argument has a value that the store cannot accept; nothing was changed."""
 
+    name: str  #: of the argument, with the way to the value within it: `config.max_attempts`
+    value: Any  #: plain and short: a description in <> instead of an object
+    expected: str
+
     def __init__(self, name: str, value: Any, expected: str) -> None:
-        super().__init__(name, shown(value), expected)
+        self._set(name=name, value=shown(value), expected=expected)
 
     def __str__(self) -> str:
         name, value, expected = self.args
@@ -52,394 +88,359 @@ class InvalidValueError(StoreError, ValueError):
         return f"{name}={value if is_described else repr(value)} is not valid: expected {expected}"
 
 
-class RolloutNotFoundError(StoreError, ValueError):
-    """No rollout has this id: it was never enqueued here, or it has been deleted; nor any of the others, if told."""
+class RolloutNotFoundError(_Facts, ValueError):
+    """No rollout has this id: it was never enqueued here, or it has been deleted."""
+
+    rollout_id: str
+    others: tuple[str, ...]  #: ids that were not found either
 
     def __init__(self, rollout_id: str, *others: str) -> None:
-        super().__init__(rollout_id, *others)
+        self._set(rollout_id=rollout_id, others=others)
+        self.args = (rollout_id, *others)
 
     def __str__(self) -> str:
-        rollout_id, *others = self.args
-        said = f"Rollout {rollout_id} not found: Item does not exist with primary key(s): rollout_id='{rollout_id}'"
-        if others:
-            more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
-            said += f"; nor do {', '.join(map(repr, others[:NAMED]))}{more}"
+        ids, others = self.rollout_id, self.others
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         return (
-            f"{said}. What is not found was never enqueued in this store, or has been deleted (delete_rollouts, "
-            "retention=); ids are in what enqueue_rollout returned"
+            f"Rollout {ids} not found: Item does not exist with primary key(s): rollout_id='{ids}'"
+            f"{f'; nor do {quoted(others[:NAMED])}{more}' if others else ''}. What is not found was never enqueued in "
+            "this store, or has been deleted (delete_rollouts, retention=); ids are in what enqueue_rollout returned"
         )
 
 
-class AttemptNotFoundError(StoreError, ValueError):
-    """The rollout exists, the attempt does not; `attempt_id` is None when it has no attempt at all."""
+class AttemptNotFoundError(_Facts, ValueError):
+    """The rollout exists, the attempt does not."""
 
-    def __init__(self, rollout_id: str, attempt_id: str | None = None) -> None:
-        super().__init__(rollout_id, attempt_id)
+    rollout_id: str
+    attempt_id: str | None = None  #: None if the rollout has no attempt at all
 
     def __str__(self) -> str:
-        rollout_id, attempt_id = self.args
-        if attempt_id is None:
-            return f"No attempts found for rollout {rollout_id}"
-        return f"Attempt {attempt_id} not found for rollout {rollout_id}"
+        if self.attempt_id is None:
+            return f"No attempts found for rollout {self.rollout_id}"
+        return f"Attempt {self.attempt_id} not found for rollout {self.rollout_id}"
 
 
-class ResourcesNotFoundError(StoreError, ValueError):
+class ResourcesNotFoundError(_Facts, ValueError):
     """No resources have this id."""
 
-    def __init__(self, resources_id: str) -> None:
-        super().__init__(resources_id)
-
-    def __str__(self) -> str:
-        return f"Resources {self.args[0]} not found"
+    resources_id: str
+    _message = "Resources {resources_id} not found"
 
 
-class NoSuchResourceError(StoreError, KeyError):
-    """An agent's resources have none of this name; with the names that they have, and where they are from."""
+class NoSuchResourceError(_Facts, KeyError):
+    """An agent's resources have none of this name."""
+
+    name: Any
+    names: list[str]  #: that there are
+    source: str  #: where these resources are from
 
     def __init__(self, name: Any, names: list[str], source: str) -> None:
-        super().__init__(shown(name), names, source)
+        self._set(name=shown(name), names=names, source=source)
 
     def __str__(self) -> str:
-        name, names, source = self.args
-        has = f"It has {', '.join(map(repr, names))}" if names else "It is empty"
-        return f"ctx.resources has no {name!r}. {has}: {source}"
+        has = f"It has {quoted(self.names)}" if self.names else "It is empty"
+        return f"ctx.resources has no {self.name!r}. {has}: {self.source}"
 
 
-class ClaimLostError(StoreError, ValueError):
-    """The claim was not acknowledged in time and somebody else may have the rollout now."""
+class ClaimLostError(_Facts, ValueError):
+    """The claim was not acknowledged in time, and the rollout was offered again."""
 
-    def __init__(self, rollout_id: str, attempt_id: str) -> None:
-        super().__init__(rollout_id, attempt_id)
+    rollout_id: str
+    attempt_id: str
+    _message = (
+        "Claim of attempt {attempt_id} of rollout {rollout_id} was lost: it was not acknowledged in time, so the "
+        "rollout was offered again. Drop this work and claim the next rollout."
+    )
+
+
+class ConflictError(_Facts, ValueError):
+    """A caller-given `rollout_id` exists with other content; or, in subclasses, another conflict with what is kept."""
+
+    rollout_id: str | None  #: None if the conflict is about a batch
+    differing: Sequence[str]  #: names of the arguments that differ
 
     def __str__(self) -> str:
-        rollout_id, attempt_id = self.args
         return (
-            f"Claim of attempt {attempt_id} of rollout {rollout_id} was lost: it was not acknowledged in time, so the "
-            "rollout was offered again. Drop this work and claim the next rollout."
-        )
-
-
-class ConflictError(StoreError, ValueError):
-    """A caller-given `rollout_id` exists with other content."""
-
-    def __init__(self, rollout_id: str, differing: list[str]) -> None:
-        super().__init__(rollout_id, differing)
-
-    def __str__(self) -> str:
-        rollout_id, differing = self.args
-        return (
-            f"Rollout {rollout_id} exists already with other content ({', '.join(differing)} differ). Use another "
-            "rollout_id, or the same arguments to get the existing rollout."
+            f"Rollout {self.rollout_id} exists already with other content ({', '.join(self.differing)} differ). Use "
+            "another rollout_id, or the same arguments to get the existing rollout."
         )
 
 
 class SealedError(ConflictError):
     """A consumer has taken this rollout to train on it, so that its outcome stands."""
 
+    rollout_id: str
+    consumers: list[str]  #: that took it
+
     def __init__(self, rollout_id: str, consumers: list[str]) -> None:
-        super().__init__(rollout_id, consumers)
+        self._set(rollout_id=rollout_id, consumers=consumers)
+        vars(self).update(differing=())
 
     def __str__(self) -> str:
-        rollout_id, consumers = self.args
         return (
-            f"Rollout {rollout_id} has been taken by consumer {', '.join(map(repr, consumers))} and cannot be run "
-            "again or deleted: enqueue a new one, or give the batch back first (nack, rewind)."
+            f"Rollout {self.rollout_id} has been taken by consumer {quoted(self.consumers)} and cannot be run again or "
+            "deleted: enqueue a new one, or give the batch back first (nack, rewind)."
         )
 
 
 class BatchConflictError(ConflictError):
-    """A consumer said of a batch what cannot be true; nothing was changed."""
+    """What a consumer said of a batch cannot be true; nothing was changed."""
+
+    consumer: str
+    why: str
 
     def __init__(self, consumer: str, why: str) -> None:
-        super().__init__(consumer, why)  # type: ignore[arg-type]  # its arguments are its own
+        self._set(consumer=consumer, why=why)
+        vars(self).update(rollout_id=None, differing=())
 
     def __str__(self) -> str:
-        consumer, why = self.args
         return (
-            f"Consumer {consumer!r}: {why}. After a restart, say rewind(consumer, step) with the step of the model "
-            "that was loaded, and take again."
+            f"Consumer {self.consumer!r}: {self.why}. After a restart, say rewind(consumer, step) with the step of the "
+            "model that was loaded, and take again."
         )
 
 
 class BatchHeldError(BatchConflictError):
     """A consumer holds as many batches as it may, and has consumed none of them yet; nothing was taken."""
 
+    held: list[Any]  #: of each batch: its number, how many rollouts it has, and which session holds it
+    max_open: int  #: batches that may be open at once
+
     def __init__(self, consumer: str, held: list[Any], max_open: int) -> None:
-        """`held`: number, how many rollouts, and whose, of each batch."""
-        StoreError.__init__(self, consumer, held, max_open)
+        self._set(consumer=consumer, held=held, max_open=max_open)
+        vars(self).update(rollout_id=None, differing=(), why="it holds as many batches as it may")
 
     def __str__(self) -> str:
-        consumer, held, max_open = self.args
-        shown = ", ".join(f"batch {number} ({count} rollouts, {whose})" for number, count, whose in held[:5])
-        more = f", and {len(held) - 5} more" if len(held) > 5 else ""
+        batches = ", ".join(f"batch {number} ({count} rollouts, {whose})" for number, count, whose in self.held[:NAMED])
+        more = f", and {len(self.held) - NAMED} more" if len(self.held) > NAMED else ""
         return (
-            f"Consumer {consumer!r} holds {shown}{more} and has not said what became of it; max_open={max_open} "
-            "batches may be open at once. Say ack(batch, step=...) once a step has consumed it, nack(batch) to give it "
-            f"back, or rewind({consumer!r}, step) after a restart, and all that is held comes again. To hold several "
-            "at once, for several ranks or to fetch ahead: take(..., max_open=...)."
+            f"Consumer {self.consumer!r} holds {batches}{more} and has not said what became of it; "
+            f"max_open={self.max_open} batches may be open at once. Say ack(batch, step=...) once a step has consumed "
+            f"it, nack(batch) to give it back, or rewind({self.consumer!r}, step) after a restart, and all that is "
+            "held comes again. To hold several at once, for several ranks or to fetch ahead: take(..., max_open=...)."
         )
 
 
-def _brief(filters: dict[str, Any] | str) -> str:
-    text = str(filters)
-    return text if len(text) <= 400 else text[:400] + "..."
-
-
-class ConsumerFilterError(StoreError, ValueError):
+class ConsumerFilterError(_Facts, ValueError):
     """A consumer asks for something else than it did before; nothing was taken."""
 
+    consumer: str
+    known: str  #: the filter that is kept for it
+    asked: str  #: the filter of this call
+    _message = (
+        "Consumer {consumer!r} takes {known} since its first take, or since consumers= at the start of the store, "
+        "and now asks for {asked}. What a consumer awaits is kept for it, so that its filter stays: repeat it (or "
+        "leave it out), take with another name for something else, or say forget_consumer first to begin anew."
+    )
+
     def __init__(self, consumer: str, known: dict[str, Any] | str, asked: dict[str, Any] | str) -> None:
-        super().__init__(consumer, _brief(known), _brief(asked))
-
-    def __str__(self) -> str:
-        consumer, known, asked = self.args
-        return (
-            f"Consumer {consumer!r} takes {known} since its first take, or since consumers= at the start of the store, "
-            f"and now asks for {asked}. What a consumer awaits is kept for it, so that its filter stays: repeat it (or "
-            "leave it out), take with another name for something else, or say forget_consumer first to begin anew."
-        )
+        known, asked = (text if len(text) <= 400 else text[:400] + "..." for text in (str(known), str(asked)))
+        self._set(consumer=consumer, known=known, asked=asked)
 
 
-class OverloadedError(StoreError, RuntimeError):
+class OverloadedError(_Facts, RuntimeError):
     """The queue is full (`max_queued`), or the call is larger than it may be; nothing was enqueued."""
 
-    def __init__(self, queued: int, max_queued: int, retry_after_seconds: float, asked: int = 1) -> None:
-        super().__init__(queued, max_queued, retry_after_seconds, asked)
-        self.retry_after_seconds = retry_after_seconds
+    number: int  #: of rollouts that wait in queues; in `StoreOverloadedError` of `what` the store holds
+    bound: int  #: how many there may be (`max_queued`)
+    retry_after_seconds: float
+    asked: int  #: how many rollouts the call enqueues
+
+    def __init__(self, number: int, bound: int, retry_after_seconds: float, asked: int = 1) -> None:
+        self._set(number=number, bound=bound, retry_after_seconds=retry_after_seconds, asked=asked)
 
     def __str__(self) -> str:
-        queued, max_queued, retry_after, asked = self.args
-        if asked > max_queued:
+        if self.asked > self.bound:
             return (
-                f"One call enqueues {asked} rollouts and max_queued is {max_queued}, so it can never succeed. "
+                f"One call enqueues {self.asked} rollouts and max_queued is {self.bound}, so it can never succeed. "
                 "Cut it into smaller calls, or raise max_queued."
             )
         return (
-            f"The queue is full: {queued} rollouts wait and max_queued is {max_queued}. Runners are slower than the "
-            f"driver; wait for completions and try again in {retry_after:g} s, or raise max_queued."
+            f"The queue is full: {self.number} rollouts wait and max_queued is {self.bound}. Runners are slower than "
+            f"the driver; wait for completions and try again in {self.retry_after_seconds:g} s, or raise max_queued."
         )
 
 
 class StoreOverloadedError(OverloadedError):
     """Something of which a store holds only so much has reached its bound; nothing was changed."""
 
+    what: str  #: things that are counted, with their unit
+
     def __init__(self, what: str, number: int, bound: int, retry_after_seconds: float) -> None:
-        StoreError.__init__(self, what, number, bound, retry_after_seconds)
-        self.retry_after_seconds = retry_after_seconds
+        self._set(what=what, number=number, bound=bound, retry_after_seconds=retry_after_seconds)
+        vars(self).update(asked=1)
 
     def __str__(self) -> str:
-        what, number, bound, retry_after = self.args
         return (
-            f"The store holds {number} {what}, and its bound is {bound}: more is asked of it than it can do, or "
-            f"something leaks. Nothing was changed; try again in {retry_after:g} s, and look at `statistics()`."
+            f"The store holds {self.number} {self.what}, and its bound is {self.bound}: more is asked of it than it "
+            "can do, or something leaks. Nothing was changed; try again in "
+            f"{self.retry_after_seconds:g} s, and look at `statistics()`."
         )
 
 
-class CursorTooOldError(StoreError, LookupError):
+class CursorTooOldError(_Facts, LookupError):
     """The change feed no longer holds what follows this cursor."""
 
-    def __init__(self, cursor: int, oldest: int) -> None:
-        super().__init__(cursor, oldest)
-        self.oldest = oldest
+    cursor: int
+    oldest: int  #: entry that the feed holds
 
     def __str__(self) -> str:
-        cursor, oldest = self.args
         return (
-            f"Cursor {cursor} is too old: the change feed is bounded and its oldest entry is {oldest}. "
-            f"Continue with cursor={oldest - 1} (changes between are lost to you), and read more often."
+            f"Cursor {self.cursor} is too old: the change feed is bounded and its oldest entry is {self.oldest}. "
+            f"Continue with cursor={self.oldest - 1} (changes between are lost to you), and read more often."
         )
 
 
-class SpansEvictedError(StoreError, RuntimeError):
+class SpansEvictedError(_Facts, RuntimeError):
     """Spans of this rollout were evicted to stay below the memory threshold."""
 
-    def __init__(self, rollout_id: str) -> None:
-        super().__init__(rollout_id)
-
-    def __str__(self) -> str:
-        return f"Spans for rollout {self.args[0]} have been evicted"
+    rollout_id: str
+    _message = "Spans for rollout {rollout_id} have been evicted"
 
 
-class AnswerGoneError(StoreError, LookupError):
+class AnswerGoneError(_Facts, LookupError):
     """The rest of a long answer is gone: the store was restarted, or has had too many others to keep it."""
 
-    def __init__(self, token: int) -> None:
-        super().__init__(token)
-
-    def __str__(self) -> str:
-        return f"The rest of a long answer ({self.args[0]}) is gone; ask again"
+    token: int  #: by which the rest was asked for
+    _message = "The rest of a long answer ({token}) is gone; ask again"
 
 
-class PayloadLostError(StoreError, LookupError):
+class PayloadLostError(_Facts, LookupError):
     """The value behind a record is gone: its owner died, or a newer version replaced it."""
 
-    resources: tuple[str, int] | None = None  #: id and version, of an object of resources that was read
-
-    def __init__(self, what: str, why: str) -> None:
-        super().__init__(what, why)
-
-    def __str__(self) -> str:
-        what, why = self.args
-        return f"The value of {what} is lost: {why}"
+    what: str
+    why: str
+    resources: tuple[str, int] | None = None  #: id and version, if an object of resources was read
+    _message = "The value of {what} is lost: {why}"
 
 
-class PayloadNotReadableError(StoreError, RuntimeError):
-    """A value was stored and cannot be decoded in this process; the rest of its record can be read.
+class PayloadNotReadableError(_Facts, RuntimeError):
+    """A value was stored and cannot be decoded in this process; the rest of its record can be read."""
 
-    `module` is the name of the module that is missing here, None if it is something else.
-    """
-
-    def __init__(self, what: str, module: str | None, why: str) -> None:
-        super().__init__(what, module, why)
-        self.module = module
+    what: str
+    module: str | None  #: name of the module that is missing here; None if the cause is another one
+    why: str
 
     def __str__(self) -> str:
-        what, module, why = self.args
-        if module is None:
+        if self.module is None:
             do = "Was it written by another version of its class? Its writer can read it, or store plain data instead."
         else:
             do = (
-                f"Install the package of {module!r} here, or put its folder on this process's path (PYTHONPATH, "
+                f"Install the package of {self.module!r} here, or put its folder on this process's path (PYTHONPATH, "
                 "runtime_env of Ray); or store plain data, which needs no module."
             )
-        return f"The {what} cannot be read in this process ({why}). It is kept as it was stored. {do}"
+        return f"The {self.what} cannot be read in this process ({self.why}). It is kept as it was stored. {do}"
 
 
-class PayloadTooLargeError(StoreError, ValueError):
+class PayloadTooLargeError(_Facts, ValueError):
     """One value, span or call is larger than the store's limit for it."""
 
-    def __init__(self, what: str, size_bytes: int, limit_bytes: int) -> None:
-        super().__init__(what, size_bytes, limit_bytes)
-
-    def __str__(self) -> str:
-        what, size, limit = self.args
-        return (
-            f"{what} is {size} bytes and the limit is {limit}. Pass a reference instead (ObjectResource, "
-            "ray.put, or a path), or raise it with limits= when the store is started."
-        )
+    what: str
+    size_bytes: int
+    limit_bytes: int
+    _message = (
+        "{what} is {size_bytes} bytes and the limit is {limit_bytes}. Pass a reference instead (ObjectResource, "
+        "ray.put, or a path), or raise it with limits= when the store is started."
+    )
 
 
-class PayloadNotPicklableError(StoreError, TypeError):
+class PayloadNotPicklableError(_Facts, TypeError):
     """A value cannot be sent: it is neither plain data nor something that cloudpickle can pickle."""
 
-    def __init__(self, what: str, why: str) -> None:
-        super().__init__(what, why)
-
-    def __str__(self) -> str:
-        what, why = self.args
-        return (
-            f"{what} cannot be pickled ({why}); nothing was changed. Pass plain data, or what the value is made from: "
-            "a path, a name, or a reference (ObjectResource, ray.put)."
-        )
+    what: str
+    why: str
+    _message = (
+        "{what} cannot be pickled ({why}); nothing was changed. Pass plain data, or what the value is made from: "
+        "a path, a name, or a reference (ObjectResource, ray.put)."
+    )
 
 
-class StoreUnavailableError(StoreError, ConnectionError):
+class StoreUnavailableError(_Facts, ConnectionError):
     """The store cannot be reached: its actor is dead, or did not answer for as long as clients retry."""
 
-    def __init__(self, store: str, why: str) -> None:
-        super().__init__(store, why)
-
-    def __str__(self) -> str:
-        store, why = self.args
-        return f"Store {store} is unavailable: {why}"
+    store: str
+    why: str
+    _message = "Store {store} is unavailable: {why}"
 
 
 class OutcomeUnknownError(StoreUnavailableError):
     """A write may or may not have taken effect; read the record before you repeat it."""
 
 
-class SessionEndedError(StoreError, RuntimeError):
+class SessionEndedError(_Facts, RuntimeError):
     """The session of this operation ended before its turn came, so that it was not run."""
 
-    def __init__(self, session_id: str) -> None:
-        super().__init__(session_id)
-
-    def __str__(self) -> str:
-        return (
-            f"Session {self.args[0]} ended before this operation ran: its process was reported to have ended, or was "
-            "silent for too long. Nothing was changed by it; the next call opens a new session."
-        )
+    session_id: str
+    _message = (
+        "Session {session_id} ended before this operation ran: its process was reported to have ended, or was "
+        "silent for too long. Nothing was changed by it; the next call opens a new session."
+    )
 
 
-class StoreClosedError(StoreError, RuntimeError):
+class StoreClosedError(_Facts, RuntimeError):
     """This client, or the store behind it, has been closed."""
 
-    def __init__(self, store: str) -> None:
-        super().__init__(store)
-
-    def __str__(self) -> str:
-        return f"Store {self.args[0]} is closed; start or connect to a store again"
+    store: str
+    _message = "Store {store} is closed; start or connect to a store again"
 
 
-class ForkedError(StoreError, RuntimeError):
+class ForkedError(_Facts, RuntimeError):
     """This process was forked from one that had used the store, or was connected to Ray; neither survives a fork."""
 
-    def __init__(self, store: str) -> None:
-        super().__init__(store)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.args[0]} was used before this process was forked, and does not work in the child: its threads are "
-            "the parent's. Start the child by 'spawn' or 'forkserver' (multiprocessing.get_context('spawn'), "
-            "DataLoader(multiprocessing_context='spawn')) and pass it a store of rs.start() or rs.connect(), or leave "
-            "the store to the parent."
-        )
+    store: str  #: the store, or Ray
+    _message = (
+        "{store} was used before this process was forked, and does not work in the child: its threads are "
+        "the parent's. Start the child by 'spawn' or 'forkserver' (multiprocessing.get_context('spawn'), "
+        "DataLoader(multiprocessing_context='spawn')) and pass it a store of rs.start() or rs.connect(), or leave "
+        "the store to the parent."
+    )
 
 
-class RayClientError(StoreError, RuntimeError):
+class RayClientError(_Facts, RuntimeError):
     """This process reaches its cluster by Ray Client (ray://), over which a store cannot be used."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
-
-    def __str__(self) -> str:
-        return (
-            f"Ray Client ({self.args[0]}) is not supported: a store's driver takes part in the cluster itself. Submit "
-            "it with `ray job submit`, or run it on a node of the cluster with address='auto'."
-        )
+    address: str
+    _message = (
+        "Ray Client ({address}) is not supported: a store's driver takes part in the cluster itself. Submit "
+        "it with `ray job submit`, or run it on a node of the cluster with address='auto'."
+    )
 
 
-class StoreCorruptError(StoreError, RuntimeError):
+class StoreCorruptError(_Facts, RuntimeError):
     """The core failed where it must not: its state can no longer be trusted and takes no more writes."""
 
-    def __init__(self, verb: str, story: str, traceback: str) -> None:
-        super().__init__(verb, story, traceback)
-
-    def __str__(self) -> str:
-        verb, story, trace = self.args
-        return (
-            f"The store failed inside {verb} and takes no more writes, since its state can no longer be trusted. "
-            f"This is a bug in raystore; please report it with the following.\n{story}\n{trace}"
-        )
+    verb: str  #: operation that failed
+    story: str  #: newest changes of what it worked on
+    traceback: str
+    _message = (
+        "The store failed inside {verb} and takes no more writes, since its state can no longer be trusted. "
+        "This is a bug in raystore; please report it with the following.\n{story}\n{traceback}"
+    )
 
 
-class StoreNotFoundError(StoreError, LookupError):
+class StoreNotFoundError(_Facts, LookupError):
     """No store has this name in this namespace."""
 
-    def __init__(self, name: str | None, namespace: str, existing: list[str]) -> None:
-        super().__init__(name, namespace, existing)
+    name: str | None  #: None if none was asked for
+    namespace: str
+    existing: list[str]  #: names of the stores there
 
     def __str__(self) -> str:
         name, namespace, existing = self.args
-        there = f"stores there: {', '.join(map(repr, existing))}" if existing else "there is no store there"
+        there = f"stores there: {quoted(existing)}" if existing else "there is no store there"
         if name is None and existing:
             return f"Several stores run in namespace {namespace!r} ({there}). Say which: rs.connect({existing[0]!r})."
         wanted = "No store" if name is None else f"No store {name!r}"
-        do = (
-            f"Type rs.connect({existing[0]!r})"
-            if existing
-            else f"Start one: rs.start({name!r})"
-            if name
-            else ("Start one: rs.start()")
-        )
+        do = f"Type rs.connect({existing[0]!r})" if existing else f"Start one: rs.start({repr(name) if name else ''})"
         return f"{wanted} in namespace {namespace!r}; {there}. {do}, or pass another namespace= or address=."
 
 
-class StoreExistsError(StoreError, ValueError):
+class StoreExistsError(_Facts, ValueError):
     """A store of this name exists already, or exists with another configuration."""
 
-    def __init__(self, name: str, namespace: str, differing: list[str]) -> None:
-        super().__init__(name, namespace, differing)
+    name: str
+    namespace: str
+    differing: list[str]  #: options with another value, each as a sentence has it
 
     def __str__(self) -> str:
         name, namespace, differing = self.args
@@ -454,67 +455,54 @@ class StoreExistsError(StoreError, ValueError):
         )
 
 
-class NotAStoreError(StoreError, TypeError):
+class NotAStoreError(_Facts, TypeError):
     """An actor, handle or name does not belong to a raystore store."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.args[0]} is not a raystore store. Pass store.actor of a store made by rs.start(), "
-            "or find one by name: rs.list_stores(), rs.connect(name)."
-        )
+    what: str
+    _message = (
+        "{what} is not a raystore store. Pass store.actor of a store made by rs.start(), "
+        "or find one by name: rs.list_stores(), rs.connect(name)."
+    )
 
 
-class ProtocolMismatchError(StoreError, RuntimeError):
+class ProtocolMismatchError(_Facts, RuntimeError):
     """Client and store speak different versions of the session protocol."""
 
-    def __init__(self, client: str, store: str) -> None:
-        super().__init__(client, store)
-
-    def __str__(self) -> str:
-        client, store = self.args
-        return f"The client is {client} and the store is {store}: install the same raystore on both sides."
+    client: str  #: its version of raystore, and of the protocol
+    store: str  #: likewise
+    _message = "The client is {client} and the store is {store}: install the same raystore on both sides."
 
 
-class AgentNotPicklableError(StoreError, TypeError):
+class AgentNotPicklableError(_Facts, TypeError):
     """The agent cannot be sent to runner actors."""
 
-    def __init__(self, agent: str, why: str) -> None:
-        super().__init__(agent, why)
-
-    def __str__(self) -> str:
-        agent, why = self.args
-        return (
-            f"Agent {agent} cannot be pickled, so no runner was started: {why}. Create what cannot be pickled "
-            "(clients, locks, open files) inside the agent, or in setup() of an agent class."
-        )
+    agent: str
+    why: str
+    _message = (
+        "Agent {agent} cannot be pickled, so no runner was started: {why}. Create what cannot be pickled "
+        "(clients, locks, open files) inside the agent, or in setup() of an agent class."
+    )
 
 
-class AgentProcessError(StoreError, RuntimeError):
+class AgentProcessError(_Facts, RuntimeError):
     """No process could be made for an agent (`isolation="process"`)."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(why)
+    why: str
+    _message = "An agent's process could not be made: {why}"
+
+
+class PoolStartError(_Facts, RuntimeError):
+    """The runners of a pool did not start: they could not be made or scheduled in time, or their agent is slow."""
+
+    asked: str  #: runners and resources that the pool asks for
+    available: str  #: resources of the cluster
+    why: str | None = None  #: cause, if a runner could not be made; None if time ran out
+    setting_up: int = 0  #: runners that have started, and whose agent is not ready
 
     def __str__(self) -> str:
-        return f"An agent's process could not be made: {self.args[0]}"
-
-
-class PoolStartError(StoreError, RuntimeError):
-    """The runners of a pool did not start: they could not be made or scheduled in time, or their agent is slow.
-
-    `setting_up` is the number of runners that are there, and whose agent gets ready.
-    """
-
-    def __init__(self, asked: str, available: str, cause: str | None = None, setting_up: int = 0) -> None:
-        super().__init__(asked, available, cause, setting_up)
-
-    def __str__(self) -> str:
-        asked, available, cause, setting_up = self.args
-        if cause is not None:
-            return f"A runner could not be made: {cause}. Asked for: {asked}. The cluster has: {available}."
+        asked, available, why, setting_up = self.args
+        if why is not None:
+            return f"A runner could not be made: {why}. Asked for: {asked}. The cluster has: {available}."
         if setting_up:
             return (
                 f"Runners did not start in time, and not for want of resources: {setting_up} of them are there, and "
@@ -528,19 +516,123 @@ class PoolStartError(StoreError, RuntimeError):
         )
 
 
-class PoolFailedError(StoreError, RuntimeError):
-    """What a call waits for is never done: only a pool would do it whose runners fail before they are ready."""
+class PoolFailedError(_Facts, RuntimeError):
+    """A call waits for work that only one pool would do, and the runners of that pool fail before they are ready."""
 
-    def __init__(self, pool_id: str, failures: int, queues: list[str], cause: str) -> None:
-        super().__init__(pool_id, failures, queues, cause)
+    pool_id: str
+    failures: int  #: in a row
+    queues: list[str]  #: that only this pool works for
+    why: str  #: cause of the last failure
 
     def __str__(self) -> str:
-        pool_id, failures, queues, cause = self.args
         return (
-            f"Nobody works for the queues {', '.join(map(repr, queues))}: pool {pool_id} has failed {failures} times "
-            f"to make a runner, the last time with: {cause}. It goes on trying, less and less often; what waits in "
-            "its queues stays there. Mend the cause, or start a pool that works"
+            f"Nobody works for the queues {quoted(self.queues)}: pool {self.pool_id} has failed {self.failures} times "
+            f"to make a runner, the last time with: {self.why}. It goes on trying, less and less often; what waits "
+            "in its queues stays there. Mend the cause, or start a pool that works"
         )
+
+
+# -- journals ----------------------------------------------------------------------------------------------------------
+
+
+class JournalError(StoreError):
+    """The root of errors of a journal."""
+
+
+class JournalDamagedError(_Facts, JournalError, ValueError):
+    """A part of a journal cannot be read; nothing of the journal was changed."""
+
+    where: str  #: path of the file
+    offset: int  #: in bytes
+    why: str
+    _message = (
+        "The journal is damaged in {where} at byte {offset}: {why}. The store does not start, since what follows "
+        "would be built on a gap. Restore the file from a copy, or start in another directory."
+    )
+
+
+class JournalFormatError(_Facts, JournalError, ValueError):
+    """A journal was written by a newer raystore."""
+
+    where: str  #: path of the file
+    theirs: int  #: format of the journal
+    ours: int  #: newest format that this raystore reads
+    _message = (
+        "{where} is of journal format {theirs}, and this raystore reads up to format {ours}: install a newer one."
+    )
+
+
+class JournalMissingError(_Facts, JournalError, LookupError):
+    """A journal that should be there is not."""
+
+    path: str
+    why: str
+    _message = (
+        "There is no journal in {path}: {why}. The store does not start empty in its place; mount the directory "
+        "that the run was written to, or start a new run with resume='never' in an empty one."
+    )
+
+
+class JournalInUseError(_Facts, JournalError, ValueError):
+    """A journal belongs to another run, or to a store that is running."""
+
+    path: str
+    why: str
+    _message = "The journal in {path} is not to be used like this: {why}."
+
+
+class JournalFullError(_Facts, JournalError, OSError):
+    """The disk of the journal is full. Nothing was changed, and reads go on; changes do once there is space again."""
+
+    path: str
+    retry_after_seconds: float
+    _message = (
+        "The disk of the journal in {path} is full, so the store takes no changes; nothing was changed. Free some "
+        "space: the store goes on by itself. Try again in {retry_after_seconds:g} s."
+    )
+
+
+class JournalFailedError(_Facts, JournalError, OSError):
+    """The disk of the journal failed: what was not acknowledged may be lost, and nothing more is acknowledged."""
+
+    path: str
+    why: str
+    _message = "The journal in {path} could not be written ({why}), so the store has ended; start it again to go on."
+
+
+class ReadOnlyError(_Facts, RuntimeError):
+    """A run that was recovered for reading takes no changes."""
+
+    path: str
+    _message = (
+        "The run in {path} was opened for reading. To go on with it, start a store there: "
+        "rs.start(name, journal=...) or rs.InMemoryLightningStore(journal=...)."
+    )
+
+
+class JournalHeldError(ReadOnlyError):
+    """A record of the journal ends every process that reads it; the store serves what was before that record."""
+
+    record: int  #: number of the record
+    deaths: int  #: processes in a row that it ended
+    _message = (
+        "Record {record} of the journal in {path} ended {deaths} processes in a row that read it, so the store "
+        "goes no further: it serves what was before that record, and takes no changes. The process may have run "
+        "out of memory, or raystore has a fault; the logs of those processes say more. resume='must' tries again."
+    )
+
+
+class FencedError(_Facts, JournalError, RuntimeError):
+    """Another process writes this journal now."""
+
+    path: str
+    epoch: int  #: of this writer; the newer one has a higher
+    _message = (
+        "The journal in {path} has a newer writer than epoch {epoch}, so this store has ended. Use the newer one."
+    )
+
+
+# -- what an agent may raise -------------------------------------------------------------------------------------------
 
 
 class Abort(Exception):
@@ -551,26 +643,28 @@ class Drop(Exception):
     """Raised by an agent: this rollout is to be neither retried nor trained on."""
 
 
-#: What an actor may name in an error record; anything else would be a name that a peer made up.
-BY_NAME: dict[str, type[Exception]] = {
-    cls.__name__: cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, StoreError)
-} | {cls.__name__: cls for cls in (AssertionError, LookupError, RuntimeError, TypeError, ValueError)}
+# -- errors as records -------------------------------------------------------------------------------------------------
+
+#: Errors that a record may name; a peer may have made up any other name.
+BY_NAME: dict[str, type[Exception]] = {name: globals()[name] for name in __all__ if name.endswith("Error")} | {
+    cls.__name__: cls for cls in (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+}
 
 _PLAIN = (str, int, float, bool, type(None), list)
 
 
 def to_record(error: Exception) -> tuple[str, list[Any]]:
-    """Render an error as class name and plain positional arguments."""
+    """The class name and plain positional arguments of an error."""
     if type(error).__name__ not in BY_NAME:
         return "StoreError", [f"{type(error).__name__}: {error}"]
     return type(error).__name__, [arg if isinstance(arg, _PLAIN) else repr(arg) for arg in error.args]
 
 
-def again(error: Exception) -> Exception:
+def from_record(name: str, args: list[Any]) -> Exception:
+    """The error that a record stands for."""
+    return BY_NAME.get(name, StoreError)(*args)
+
+
+def copy_of(error: Exception) -> Exception:
     """The same error as a new object: one that is raised more than once would gather the tracebacks of all."""
     return type(error)(*error.args)
-
-
-def from_record(name: str, args: list[Any]) -> Exception:
-    """Build the error a record stands for, as a clean local exception."""
-    return BY_NAME.get(name, StoreError)(*args)

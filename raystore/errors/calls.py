@@ -27,42 +27,54 @@ _THE_REST = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 def explained(function: F) -> F:
     """The same function, of the same kind and signature; whoever calls it wrongly is told how it is called."""
-    called: Any
+
+    @wraps(function)
+    def called(*given: Any, **named: Any) -> Any:
+        try:
+            return function(*given, **named)
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is None:  # the function did not begin
+                raise _told(function, given, named, error) from None
+            raise
+
+    kind: Any = called
     if inspect.isasyncgenfunction(function):
 
         @wraps(function)
-        async def called(*given: Any, **named: Any) -> Any:
-            try:
-                items = function(*given, **named)
-            except TypeError as error:
-                raise _told(function, given, named, error) from None
-            async with aclosing(items):
+        async def kind(*given: Any, **named: Any) -> Any:
+            async with aclosing(called(*given, **named)) as items:
                 async for item in items:
                     yield item
 
     elif inspect.iscoroutinefunction(function):
 
         @wraps(function)
-        async def called(*given: Any, **named: Any) -> Any:
-            try:
-                return await function(*given, **named)
-            except TypeError as error:
-                if _is_of_the_call(error):
-                    raise _told(function, given, named, error) from None
-                raise
+        async def kind(*given: Any, **named: Any) -> Any:
+            return await called(*given, **named)
 
-    else:
+    return kind  # type: ignore[no-any-return]
+
+
+def explained_with(options: Iterable[Parameter]) -> Callable[[F], F]:
+    """Do the same to a function whose `**options` are these: its signature shows them, and it is given no others."""
+
+    def decorate(function: F) -> F:
+        own = inspect.signature(function)
+        fixed = [one for one in own.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        signature = own.replace(parameters=[*fixed, *options])
 
         @wraps(function)
         def called(*given: Any, **named: Any) -> Any:
             try:
-                return function(*given, **named)
+                signature.bind(*given, **named)
             except TypeError as error:
-                if _is_of_the_call(error):
-                    raise _told(function, given, named, error) from None
-                raise
+                raise _told(called, given, named, error) from None
+            return function(*given, **named)
 
-    return called  # type: ignore[no-any-return]
+        called.__signature__ = signature  # type: ignore[attr-defined]
+        return called  # type: ignore[return-value]
+
+    return decorate
 
 
 def explain_methods(cls: type, names: Iterable[str]) -> None:
@@ -94,11 +106,6 @@ def unfit(method: Callable[..., Any], unnamed: Sequence[Any], unknown: Mapping[s
     taken = [None for parameter in signature.parameters.values() if parameter.kind in _BY_POSITION]
     named = {} if unnamed else {name: value for name, value in required.items() if value is not NOT_GIVEN}
     return TypeError(_text(method.__name__, signature, [*taken, *unnamed] if unnamed else (), {**named, **unknown}))
-
-
-def _is_of_the_call(error: TypeError) -> bool:
-    """Whether the function did not begin, since its arguments did not fit."""
-    return error.__traceback__ is None or error.__traceback__.tb_next is None
 
 
 def _told(function: Callable[..., Any], given: Sequence[Any], named: Mapping[str, Any], error: TypeError) -> TypeError:

@@ -11,7 +11,6 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from raystore.config import StoreConfig
 from raystore.core import expiry, format1, wanted
 from raystore.core.state import Settings, State, Step
 from raystore.errors import (
@@ -34,6 +33,7 @@ from raystore.journal.replay import Replay, replay
 from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter, is_full
+from raystore.options import StoreConfig
 
 logger: logging.Logger = logging.getLogger("raystore.store")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from raystore.core.state import Step
 from raystore.core.verbs import CHANGING, is_part
-from raystore.errors import JournalFullError, OverloadedError, StoreError, again, to_record
+from raystore.errors import JournalFullError, OverloadedError, StoreError, copy_of, to_record
 from raystore.journal import format
 from raystore.journal.writer import JournalWriter
 from raystore.wire import frames
@@ -71,7 +71,7 @@ class Recorder:
         if source.refused is not None:
             if verb in CHANGING:
                 self._refuse_chain(source, arguments, source.refused)
-                raise again(source.refused)
+                raise copy_of(source.refused)
             return
         if step is not self._step:
             self.flush()
@@ -97,7 +97,7 @@ class Recorder:
             del self._refused[next(iter(self._refused))]
         if is_last:
             self._refused.pop(key, None)
-        return again(refused) if refused is not None else None
+        return copy_of(refused) if refused is not None else None
 
     @property
     def position(self) -> int:

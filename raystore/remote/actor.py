@@ -27,11 +27,11 @@ from typing import Any
 import ray
 
 from raystore import __version__
-from raystore.config import StoreConfig, memory_capacity, resolve
 from raystore.core.state import Settings
 from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
 from raystore.journal.reader import ReadingProgress
+from raystore.options import StoreConfig, memory_capacity, resolve
 from raystore.remote.endpoint import Endpoint
 from raystore.remote.lifelines import Lifelines, here
 from raystore.service.clock import LoopAlarm

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig
 from raystore.errors import (
     InvalidValueError,
     NotAStoreError,
@@ -19,13 +16,13 @@ from raystore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from raystore.errors.calls import explained
+from raystore.errors.calls import explained, explained_with
 from raystore.journal.opening import checked_directory
-from raystore.options import make_config
+from raystore.options import OPTIONS, StoreConfig, StoreOptions, make_config
 from raystore.remote.actor import StoreActor
 from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, store_info
 from raystore.remote.store import RayLightningStore, end, own
-from raystore.types import RolloutConfig, Span, StoreInfo
+from raystore.types import StoreInfo
 from raystore.wire.checks import identifier
 
 logger: logging.Logger = logging.getLogger("raystore")
@@ -35,33 +32,16 @@ NAMESPACE = "raystore"
 MAX_CONCURRENCY = 40_000  #: calls at once: a session may park a listen call and early batches; for 10,000 sessions
 
 
-@explained
+@explained_with(OPTIONS)
 def start(
     name: str | None = None,
     *,
     namespace: str = NAMESPACE,
     address: str | None = None,
     detached: bool = False,
-    exist: str = "error",
-    eviction_memory_threshold: float | int | None = None,
-    safe_memory_threshold: float | int | None = None,
-    span_size_estimator: Callable[[Span], int] | None = None,
-    default_config: RolloutConfig | None = None,
-    duplicate_spans: str = "reject",
-    on_memory_full: str = "evict",
-    max_deliveries: int = 3,
-    suspect_patience_seconds: float = 10.0,
-    max_queued: int | None = None,
-    retention: float | int | dict[str, Any] | None = None,
-    keep_resources: int | None = None,
-    limits: dict[str, int] | None = None,
-    consumers: Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None = None,
-    clock: str = "system",
-    journal: str | os.PathLike[str] | None = None,
-    durability: str = "power",
-    resume: str = "auto",
-    journal_object_bytes: int = DEFAULT_JOURNAL_OBJECT_BYTES,
+    exist: Literal["error", "attach"] = "error",
     actor_options: dict[str, Any] | None = None,
+    **options: Unpack[StoreOptions],
 ) -> RayLightningStore:
     """Start a store on Ray and return a client of it.
 
@@ -72,37 +52,9 @@ def start(
             is started. Without effect if this process is connected already.
         detached: let the store outlive this process, until `stop`. By default it ends with it.
         exist: what to do if the name exists: "error", or "attach" if the configuration is the same.
-        eviction_memory_threshold: above it whole rollouts lose their spans; a float is a ratio of the memory capacity,
-            an int is bytes. Default 0.7.
-        safe_memory_threshold: down to it; likewise. Default 0.8 of the eviction threshold.
-        span_size_estimator: counts bytes of a span, in the process that adds it; then only spans count.
-        default_config: of rollouts that are enqueued without one.
-        duplicate_spans: "reject" or "keep" a span whose id its attempt has already.
-        on_memory_full: "evict", or "pause": evict released rollouts only, and hand out no work until below the safe
-            threshold.
-        max_deliveries: how often a rollout may be aborted, or lost with its process and be to blame, before it fails.
-            To blame is what was lost alone, or, of what was lost together, what had been lost most often before.
-        suspect_patience_seconds: how long a rollout that was lost with its process waits for a process that runs
-            nothing else; then any gets it. A process takes no other work for one for as long at most.
-        max_queued: rollouts that may wait; above it, enqueuing raises `OverloadedError`.
-        retention: delete finished rollouts that were released or read: an age in seconds, or
-            {"max_age_seconds": ..., "max_rollouts": ...}.
-        keep_resources: newest resources ids to keep; older ones go when nobody refers to them. Default: all stay.
-        limits: bytes of one value, span and call: {"value_bytes", "span_bytes", "call_bytes"}.
-        consumers: names of those who will `take`, so that what they await is kept for them from the start; or of each
-            name its filter, as arguments of `take`: {"trainer": {"mode": "train"}}. Outside it nothing is kept for it.
-        clock: "system", or "manual" for tests (`store.testing.tick`).
-        journal: a directory, in which everything that happens is written down; a store that is started there again goes
-            on where it was, and an actor that dies is restarted by Ray and does the same. It must be reachable from
-            every node on which the actor may be placed.
-        durability: when an answer may leave: "power": once what it says is on disk; "process": once the system has it
-            (a crash of the process loses nothing, one of the machine the newest); "none": at once.
-        resume: "auto": go on with the run in `journal` if it is of a store of this name, else begin one; "must": go on
-            with the run that is there; "never": begin one, in an empty directory.
-        journal_object_bytes: objects of resources up to this size are kept in the journal, too, and outlive the process
-            that published them; of larger ones what waits for them is held back after a crash, until they are published
-            again. 0 keeps none.
         actor_options: for Ray, e.g. {"scheduling_strategy": ..., "runtime_env": ...}.
+        options: those of every store: memory, deliveries, retention, limits, consumers, the journal; `StoreOptions`
+            (`help(raystore.StoreOptions)`) describes each.
 
     Raises:
         StoreExistsError: the name exists, or exists with another configuration.
@@ -111,26 +63,7 @@ def start(
     """
     if exist not in ("error", "attach"):
         raise InvalidValueError("exist", exist, "'error' or 'attach'")
-    config = make_config(
-        eviction_memory_threshold=eviction_memory_threshold,
-        safe_memory_threshold=safe_memory_threshold,
-        span_size_estimator=span_size_estimator,
-        default_config=default_config,
-        duplicate_spans=duplicate_spans,
-        on_memory_full=on_memory_full,
-        max_deliveries=max_deliveries,
-        suspect_patience_seconds=suspect_patience_seconds,
-        max_queued=max_queued,
-        retention=retention,
-        keep_resources=keep_resources,
-        limits=limits,
-        consumers=consumers,
-        clock=clock,
-        journal=journal,
-        durability=durability,
-        resume=resume,
-        journal_object_bytes=journal_object_bytes,
-    )
+    config = make_config(**options)
     if name is not None:
         identifier("name", name)
     if config.journal is not None and not actor_options:  # else the store may be on a node that has other directories
@@ -141,7 +74,7 @@ def start(
     if (existing := find_actor(name, namespace)) is not None:
         return _take_existing(existing, name, namespace, exist, config)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "name": name,
         "namespace": namespace,
         "lifetime": "detached" if detached else None,
@@ -156,7 +89,8 @@ def start(
         "scheduling_strategy": here,
     } | (actor_options or {})
     try:
-        handle = ray.remote(StoreActor).options(**options).remote(config, name, namespace, resume=resume)
+        actor = ray.remote(StoreActor).options(**chosen)
+        handle = actor.remote(config, name, namespace, resume=options.get("resume", "auto"))
     except ValueError:  # somebody else started one of this name in the same moment
         existing = find_actor(name, namespace)
         if existing is None:

@@ -28,7 +28,7 @@ from raystore.errors import (
     ProtocolMismatchError,
     StoreClosedError,
     StoreUnavailableError,
-    again,
+    copy_of,
     from_record,
 )
 from raystore.wire import frames
@@ -257,7 +257,7 @@ class SessionState:
     def post(self, operation: Operation) -> bool:
         """Take an operation; whether its loop is to ask for a batch. Raises if none can succeed any more."""
         if self.failure is not None:
-            raise again(self.failure)
+            raise copy_of(self.failure)
         if self.is_closing and operation.verb != "close_session":
             raise StoreClosedError(self.store)
         self._append(operation)
@@ -429,7 +429,7 @@ class SessionState:
     def _drop(self, batch: Batch, why: Callable[[Operation], Exception], now: float) -> Actions:
         """Refuse the operations of a batch, which leaves a gap: what follows goes on in another session."""
         operations, batch.operations = batch.operations, []
-        refused: list[Answer] = [(operation, None, again(why(operation))) for operation in operations]
+        refused: list[Answer] = [(operation, None, copy_of(why(operation))) for operation in operations]
         return Actions([*refused, *self.renew(self.epoch, now).answers])
 
     def _take(self, operation: Operation, reply: list[Any], answers: list[Answer], now: float) -> None:
@@ -643,7 +643,7 @@ class SessionState:
         self._waiting_bytes = 0
         self._forget()
         self.held.clear()
-        return Actions([(operation, None, again(error)) for operation in operations])
+        return Actions([(operation, None, copy_of(error)) for operation in operations])
 
     def _forget(self) -> None:
         """Forget what belongs to this session, and not to its callers."""

@@ -20,14 +20,14 @@ from raystore._sync import SyncStore
 from raystore.client import forks
 from raystore.client.client import Boxed, StoreClient, Testing
 from raystore.client.pending import in_thread
-from raystore.config import StoreConfig
 from raystore.core.payload import Opaque, Payload
 from raystore.errors import JournalFailedError, StoreUnavailableError
-from raystore.options import make_encoder
+from raystore.options import StoreConfig
 from raystore.remote.handshake import describe, find_actor, join_cluster_of, ray_connection, store_info
 from raystore.remote.session import ActorTransport, ClientSession
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
+from raystore.wire.convert import Encoder
 
 logger: logging.Logger = logging.getLogger("raystore")
 
@@ -98,7 +98,7 @@ class RayLightningStore(StoreClient):
         self._warned: set[tuple[str | None, str]] = set()  # of these resources that they do not survive
         config: StoreConfig = known["config"]
         self._transport = ActorTransport(handle, known)
-        self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
+        self._encoder = Encoder(config.all_limits(), config.estimator())
         self.sync: SyncStore = SyncStore(self)
         self.testing: Testing = Testing(self._transport)
 

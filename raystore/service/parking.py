@@ -17,7 +17,7 @@ from raystore.core import bounds, training, waiting
 from raystore.core.lazyheap import LazyHeap
 from raystore.core.state import Pair, Session, State, Step
 from raystore.core.verbs import WaitsFor
-from raystore.errors import StoreError, again
+from raystore.errors import StoreError, copy_of
 from raystore.service.clock import Clock
 from raystore.service.liveness import LivenessChecks
 from raystore.service.pools import Pools
@@ -180,7 +180,7 @@ class Parking:
     def refuse(self, error: StoreError) -> None:
         """Answer all calls with an error."""
         for call in list(self._all.values()):
-            self._answer(call, again(error))
+            self._answer(call, copy_of(error))
 
     def _of_session(self, session_id: str) -> list[ParkedCall]:
         return list(self._by_session.get(session_id, {}).values())

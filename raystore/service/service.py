@@ -22,7 +22,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
-from raystore.config import StoreConfig, resident_bytes, resolve
 from raystore.core import bounds, check, claims, eviction, expiry, verbs, wanted, workers
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, Positive, Rule, Text, Whole
@@ -36,7 +35,7 @@ from raystore.errors import (
     StoreClosedError,
     StoreCorruptError,
     StoreError,
-    again,
+    copy_of,
 )
 from raystore.errors.words import meant
 from raystore.journal.objects import JournalObjects
@@ -44,6 +43,7 @@ from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
+from raystore.options import StoreConfig, resident_bytes, resolve
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.liveness import LivenessChecks
 from raystore.service.parking import Caller, Deliver, Parking
@@ -212,7 +212,7 @@ class Service:
     def _perform(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
         self.operations += 1
         if self._failed is not None and verb in CHANGING:
-            raise again(self._failed)
+            raise copy_of(self._failed)
         state = self.state
         recorder, is_item = self._recorder, False
         if self.clock.is_manual:  # it may have been moved by the operation before

@@ -255,6 +255,4 @@ class Source:
                 why = f"{why}; the file of the journal that keeps it is damaged ({self.kept.address})"
             except FileNotFoundError as error:
                 why = f"{why}; the journal does not have it either ({error})"
-        lost = PayloadLostError(what, why)
-        lost.resources = (self.resources_id, self.version)
-        raise lost
+        raise PayloadLostError(what, why, (self.resources_id, self.version))

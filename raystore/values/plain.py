@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from raystore.errors import InvalidValueError
@@ -72,6 +73,23 @@ def _has_plain_items(value: Any) -> bool:
 
 
 _REWARD = "one number, not NaN; True and False are 1 and 0. Where there is none, return None, or raise rs.Drop(why)"
+
+
+def number(name: str, value: Any, expected: str = "a number") -> float:
+    """A number that is neither NaN nor a bool, such as a time or a reward."""
+    found = scalar(value)
+    if type(found) in (int, float) and found == found:
+        with suppress(OverflowError):  # of an int beyond any float
+            return float(found)
+    raise InvalidValueError(name, value, expected)
+
+
+def whole(name: str, value: Any, *, at_least: int) -> int:
+    """A whole number, no bool."""
+    found = scalar(value)
+    if type(found) is not int or found < at_least:
+        raise InvalidValueError(name, value, f"a whole number, {at_least} or more")
+    return found
 
 
 def reward(name: str, value: Any) -> float:

@@ -7,7 +7,6 @@ numpy and torch, and recognise what a user is likely to pass by mistake (a recor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any, TypeVar, get_args, overload
 
@@ -18,7 +17,9 @@ from raystore.core.wanted import TRAINABLE
 from raystore.errors import InvalidValueError
 from raystore.types import AttemptStatus, RolloutConfig, RolloutMode, Span
 from raystore.values.models import refusal
+from raystore.values.plain import number as number
 from raystore.values.plain import scalar
+from raystore.values.plain import whole as whole
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
@@ -32,23 +33,6 @@ is_id: Callable[[Any], bool] = checker(Id)
 
 
 # -- numbers, texts, ids -----------------------------------------------------------------------------------------------
-
-
-def number(name: str, value: Any, expected: str = "a number") -> float:
-    """A number that is neither NaN nor a bool, such as a time or a reward."""
-    found = scalar(value)
-    if type(found) in (int, float) and found == found:
-        with suppress(OverflowError):  # of an int beyond any float
-            return float(found)
-    raise InvalidValueError(name, value, expected)
-
-
-def whole(name: str, value: Any, *, at_least: int) -> int:
-    """A whole number, no bool."""
-    found = scalar(value)
-    if type(found) is not int or found < at_least:
-        raise InvalidValueError(name, value, f"a whole number, {at_least} or more")
-    return found
 
 
 def duration(name: str, value: Any) -> float:

@@ -7,7 +7,6 @@ become a new store for each test, since the start of a process takes ten times a
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,13 +18,6 @@ from raystore.options import make_config
 from raystore.remote.actor import StoreActor
 
 KINDS = ["memory", "ray"]
-
-#: What `start` hands on to the store that it starts; the other options are Ray's, or those of a journal.
-OPTIONS = {
-    name: option.default
-    for name, option in inspect.signature(rs.start).parameters.items()
-    if name in inspect.signature(make_config).parameters
-}
 
 
 class Shared(StoreActor):
@@ -48,7 +40,7 @@ class Actors:
 
     def store(self, **options: Any) -> Any:
         """A store that nobody has used."""
-        config = make_config(**{**OPTIONS, **options})
+        config = make_config(**options)
         if not self._idle:
             name = f"shared-{self._made}"
             self._made += 1

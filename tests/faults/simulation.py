@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raystore.config import StoreConfig
 from raystore.core import check
 from raystore.core.claims import JOB_ENDED
 from raystore.core.digest import digest
@@ -31,6 +30,7 @@ from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay
 from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
+from raystore.options import StoreConfig
 from raystore.remote import server_session
 from raystore.remote.endpoint import Endpoint
 from raystore.service.clock import ManualClock, NoAlarm

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore.config import StoreConfig, resolve
 from raystore.core.digest import parts
 from raystore.journal.opening import open_journal, read_run
+from raystore.options import StoreConfig, resolve
 from raystore.remote.endpoint import Endpoint
 from raystore.service.clock import NoAlarm
 from raystore.service.service import PROTOCOL, Service

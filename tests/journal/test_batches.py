@@ -95,7 +95,7 @@ async def test_a_long_operation_that_was_cut_short_goes_on(path, monkeypatch):
 
 async def test_what_is_due_is_worked_off_before_a_long_operation_is_cut(path):
     """Retention takes rollouts of the group away in the same moment; a replay cuts as it was cut."""
-    store, peer = Store(path, retention=10), Peer("p")
+    store, peer = Store(path, retention={"max_age_seconds": 10}), Peer("p")
     done = [f"d{number}" for number in range(60)]
     waiting = [f"w{number}" for number in range(90)]
     await peer.call(store, "enqueue", requests=[request(rollout_id=i, group_id="g") for i in done + waiting])

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from raystore.config import StoreConfig
+from raystore.options import StoreConfig
 from raystore.remote.endpoint import Endpoint
 from raystore.remote.session import ClientSession
 from raystore.service.clock import LoopAlarm

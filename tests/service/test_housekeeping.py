@@ -13,10 +13,10 @@ import weakref
 import pytest
 
 import raystore as rs
-from raystore.config import StoreConfig
 from raystore.core import state as core_state
 from raystore.core.digest import digest
 from raystore.journal.opening import read_run
+from raystore.options import StoreConfig
 from raystore.service import clock
 from raystore.service.clock import LoopAlarm, NoAlarm, ThreadAlarm
 from raystore.service.service import Service

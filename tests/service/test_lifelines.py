@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from raystore.config import StoreConfig
+from raystore.options import StoreConfig
 from raystore.remote import lifelines
 from raystore.remote.lifelines import Cluster, Lifelines, Process, here, is_gone, process_of, this_process
 from raystore.service.clock import LoopAlarm

@@ -10,9 +10,9 @@ import time
 import pytest
 
 import raystore as rs
-from raystore.config import StoreConfig
 from raystore.core import expiry
 from raystore.core.verbs import VERBS, Verb
+from raystore.options import StoreConfig
 from raystore.service.clock import Clock, ThreadAlarm
 from raystore.service.parking import Parking
 from raystore.service.service import Service

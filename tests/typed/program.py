@@ -58,6 +58,10 @@ async def what_is_misspelt(store: rs.LightningStore) -> None:
     print(found.atempt)  # type: ignore[union-attr]
     print((await store.take(1, consumer="t")).rollouts[0].attempt.sttus)  # type: ignore[union-attr]
     print(rs.Rolout)  # type: ignore[attr-defined]
+    print(rs.to_record)  # type: ignore[attr-defined]
+    rs.start(durabilty="power")  # type: ignore[call-arg]
+    rs.InMemoryLightningStore(on_memory_full="wait")  # type: ignore[arg-type]
+    rs.ClaimLostError("ro-1")  # type: ignore[call-arg]
     rs.TraceStatus(status_code="FINE")  # type: ignore[arg-type]
 
 
@@ -70,6 +74,24 @@ async def the_rest(store: rs.LightningStore) -> None:
     await store.add_span(span)
     consumers = (await store.statistics())["consumers"]
     print(consumers["t"]["checkpoint"], (await store.statistics())["total_spans"])
+
+
+def facts_of_errors(error: rs.StoreError) -> str | None:
+    """What an error is about, without its text."""
+    match error:
+        case rs.JournalHeldError(path=path, record=record):
+            return f"{path}:{record + 1}"
+        case rs.OverloadedError() | rs.JournalFullError():
+            return f"in {error.retry_after_seconds:.1f} s"
+        case rs.ConflictError():
+            return error.rollout_id
+    return None
+
+
+def options_of_a_store() -> rs.InMemoryLightningStore:
+    """Written apart from the call."""
+    options: rs.StoreOptions = {"retention": {"max_rollouts": 3}, "consumers": ["t"], "limits": {"span_bytes": 2**20}}
+    return rs.InMemoryLightningStore(**options)
 
 
 async def any_store_will_do() -> None:

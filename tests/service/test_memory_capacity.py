@@ -7,34 +7,34 @@ import sys
 
 import pytest
 
-from raystore import config
+from raystore import options
 
 
 def test_capacity_is_capped_by_the_cgroup(tmp_path, monkeypatch):
     """A container's limit counts, by either cgroup version; "max", nothing, or more than the machine has does not."""
-    machine = config.memory_capacity()
+    machine = options.memory_capacity()
     v2, v1 = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
-    monkeypatch.setattr(config, "CGROUP_LIMIT_FILES", (v2, v1))
-    assert config.memory_capacity() >= machine
+    monkeypatch.setattr(options, "CGROUP_LIMIT_FILES", (v2, v1))
+    assert options.memory_capacity() >= machine
     v2.write_text("max\n")
     v1.write_text("9223372036854771712\n")
-    assert config.memory_capacity() >= machine
+    assert options.memory_capacity() >= machine
     v2.write_text("1000000\n")
-    assert config.memory_capacity() == 1_000_000
+    assert options.memory_capacity() == 1_000_000
     v1.write_text("500000\n")
-    assert config.memory_capacity(object_store_bytes=100_000) == 400_000
+    assert options.memory_capacity(object_store_bytes=100_000) == 400_000
 
 
 def test_capacity_without_psutil(monkeypatch, caplog, tmp_path):
     """8 GiB are assumed, and an error is logged."""
     monkeypatch.setitem(sys.modules, "psutil", None)
-    monkeypatch.setattr(config, "CGROUP_LIMIT_FILES", (tmp_path / "none",))
+    monkeypatch.setattr(options, "CGROUP_LIMIT_FILES", (tmp_path / "none",))
     with caplog.at_level(logging.ERROR):
-        assert config.memory_capacity() == 8 * 2**30
+        assert options.memory_capacity() == 8 * 2**30
     assert "psutil is not installed" in caplog.text
 
 
 def test_capacity_must_be_positive():
     """In the reference's words."""
     with pytest.raises(ValueError, match="Detected memory capacity must be positive"):
-        config.resolve_thresholds(config.StoreConfig(), 0)
+        options.resolve_thresholds(options.StoreConfig(), 0)
