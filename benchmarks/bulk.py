@@ -10,10 +10,10 @@ from contextlib import ExitStack, closing
 from ray.util.queue import Queue
 
 import raystore as rs
-from benchmarks import shapes
 from benchmarks.parties import Naive
 from benchmarks.scope import Scope
 from benchmarks.table import Line, alternate, at_least, compare
+from tests.support import shapes
 
 
 async def bulk(scope: Scope) -> list[Line]:

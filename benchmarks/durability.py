@@ -15,11 +15,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import raystore as rs
-from benchmarks import shapes
 from benchmarks.journals import write_snapshot
 from benchmarks.lifecycles import LIFECYCLE, lifecycle_rate
 from benchmarks.scope import Scope
 from benchmarks.table import Line, alternate, at_least, at_most, bound, compare
+from tests.support import shapes
 
 LEVELS = ("power", "process", "none")  #: of durability
 

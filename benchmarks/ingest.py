@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import raystore as rs
-from benchmarks import shapes
-from benchmarks.parties import Limit, Prober, killing
 from benchmarks.scope import Scope
-from benchmarks.table import Line, alternate, at_least, at_most, compare, percentile
+from benchmarks.table import Line, alternate, at_least, at_most, compare
+from tests.support import shapes
+from tests.support.actors import Limit, Prober, killing
+from tests.support.measure import percentile
 
 IN_FLIGHT = 4  #: callers at once, on both sides
 

@@ -49,9 +49,7 @@ def write_snapshot(path: Path, rollouts: int, *, spans: int = 8, unfinished: int
         verbs.run(state, step, "add_spans", ids | {"spans": rows})
         if number % unfinished:
             verbs.run(state, step, "update_attempt", ids | {"changes": {"status": "succeeded"}})
-        state.finished.clear()
-        state.noticed.clear()
-        state.queues_touched.clear()
+        state.take_effects()
     state.touched.clear()
     follower.last = rollouts + 1
     follower.write_snapshot(directory.segment(epoch, 1, SNAPSHOT), JournalPosition(epoch, 1, 0, rollouts + 1))

@@ -12,11 +12,13 @@ from typing import Any
 import ray
 
 import raystore as rs
-from benchmarks import shapes
 from benchmarks.ingest import frame_bytes
-from benchmarks.parties import Limit, Prober, enqueue, killing
+from benchmarks.parties import enqueue
 from benchmarks.scope import Scope
-from benchmarks.table import Line, alternate, at_most, bound, compare, percentile
+from benchmarks.table import Line, alternate, at_most, bound, compare
+from tests.support import shapes
+from tests.support.actors import Limit, Prober, killing
+from tests.support.measure import percentile
 
 
 async def single_call(scope: Scope) -> list[Line]:

@@ -9,10 +9,10 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import raystore as rs
-from benchmarks import shapes
 from benchmarks.parties import Agl, Naive, Program, Runners, enqueue, has_peers
 from benchmarks.scope import Scope
 from benchmarks.table import Line, Measure, alternate, at_least, at_most, bound, compare
+from tests.support import shapes
 
 LIFECYCLE = "claim, 8 spans of 1.6 KB, succeed"
 

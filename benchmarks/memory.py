@@ -16,11 +16,11 @@ import psutil
 import ray
 
 import raystore as rs
-from benchmarks import shapes
 from benchmarks.parties import Program, has_peers, in_own_process
 from benchmarks.scope import Scope
 from benchmarks.table import Line, at_most, bound, compare, figure
-from benchmarks.watch import forget_peak, longest_pause, peak_bytes, watch_loop
+from tests.support import shapes
+from tests.support.measure import forget_peak, longest_pause, peak_bytes, watch_loop
 
 ROLLOUTS, SPANS = 800, 10
 

@@ -16,7 +16,7 @@ from typing import Any
 from agentlightning import EnqueueRolloutRequest, InMemoryLightningStore, LightningStoreClient, LightningStoreServer
 from agentlightning.types import Span
 
-from benchmarks import shapes
+from tests.support import shapes
 
 
 async def serve(port: int) -> None:

@@ -19,8 +19,8 @@ from subprocess import PIPE
 import ray
 
 import raystore as rs
-from benchmarks import shapes
 from benchmarks.parties import enqueue
+from tests.support import shapes
 
 SECONDS, RATE = 4, 500
 ROLLOUTS = 4000

@@ -141,9 +141,3 @@ def bound(row: int, name: str, values: list[float], goal: Goal, *, did: str, aga
         row, name, figure(value, goal.unit), against, value, spread, str(goal), goal.is_met(value), did,
         {"ours": values},
     )  # fmt: skip
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """The value that so many percent of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)]

@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+# isort: off
+# fmt: off
+if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.api import LightningStore as LightningStore
     from raystore.client.local import InMemoryLightningStore as InMemoryLightningStore
     from raystore.client.local import RecoveredRun as RecoveredRun
     from raystore.client.local import recover as recover
     from raystore.errors import *  # noqa: F403
     from raystore.integrations import otel as otel
-    from raystore.remote.cluster import connect as connect
-    from raystore.remote.cluster import list_stores as list_stores
-    from raystore.remote.cluster import start as start
-    from raystore.remote.cluster import stop as stop
+    from raystore.remote.cluster import start as start, connect as connect, list_stores as list_stores, stop as stop
     from raystore.remote.store import RayLightningStore as RayLightningStore
-    from raystore.runner import Context as Context
-    from raystore.runner import RunnerPool as RunnerPool
-    from raystore.runner import current as current
-    from raystore.runner import run_one as run_one
-    from raystore.spans import *  # noqa: F403
+    from raystore.runner import RunnerPool as RunnerPool, Context as Context, current as current, run_one as run_one
+    from raystore.spans import (
+        Span as Span, SpanContext as SpanContext, SpanCoreFields as SpanCoreFields, TraceStatus as TraceStatus,
+        StatusCode as StatusCode, Event as Event, Link as Link, OtelResource as OtelResource,
+        AttributeValue as AttributeValue, find_final_reward as find_final_reward,
+        estimate_model_size as estimate_model_size,
+    )
     from raystore.tracing import semconv as semconv
     from raystore.tracing.calls import ModelCall as ModelCall
     from raystore.tracing.calls import model_calls as model_calls

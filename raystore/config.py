@@ -18,7 +18,7 @@ from raystore.core.state import Settings
 from raystore.errors import InvalidValueError
 from raystore.errors.words import either, meant
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
 DEFAULT_EVICTION_RATIO = 0.7  #: of the capacity

@@ -12,10 +12,10 @@ import sys
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PlainSerializer, PlainValidator
+from pydantic import BaseModel, Field, InstanceOf, PlainSerializer, PlainValidator
 
 from raystore.errors import InvalidValueError, PayloadNotReadableError
 from raystore.tracing import semconv
@@ -27,9 +27,14 @@ __all__ = [
     "TraceStatus", "estimate_model_size", "find_final_reward",
 ]  # fmt: skip
 
-PackedArray: TypeAlias = Annotated[InstanceOf[array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]  # type: ignore[type-arg]  # subscriptable from 3.12 on
+if TYPE_CHECKING:
+    _Array = array[Any]
+else:
+    _Array = array  # subscriptable from 3.12 on
+
+PackedArray = Annotated[InstanceOf[_Array], PlainSerializer(lambda packed: packed.tolist(), when_used="json")]
 #: A value of an attribute; sequences and mappings may hold each other, packed arrays (`array.array`) are sequences.
-AttributeValue: TypeAlias = PackedArray | str | bool | int | float | bytes | Sequence[Any] | Mapping[str, Any] | None
+AttributeValue = PackedArray | str | bool | int | float | bytes | Sequence[Any] | Mapping[str, Any] | None
 
 
 def attributes_of(values: Any) -> dict[str, AttributeValue]:
@@ -48,37 +53,31 @@ def attributes_of(values: Any) -> dict[str, AttributeValue]:
 
 
 #: Checked in Python: pydantic would try each member of the union, and make `1` of numpy's `True`.
-Attributes: TypeAlias = Annotated[
-    dict[str, AttributeValue], PlainValidator(attributes_of, json_schema_input_type=dict[str, Any])
-]
+Attributes = Annotated[dict[str, AttributeValue], PlainValidator(attributes_of, json_schema_input_type=dict[str, Any])]
 
-StatusCode: TypeAlias = Literal["UNSET", "OK", "ERROR"]
+StatusCode = Literal["UNSET", "OK", "ERROR"]
 
 VIRTUAL_SPAN: str = "agentlightning.virtual"  #: name of a span that was made from attributes alone
 _PRIMARY, (_OUTPUT, _OLDER_OUTPUT), _REWARD_SPANS = semconv.PRIMARY_REWARD, semconv.REWARD_OUTPUTS, semconv.REWARD_SPANS
 _NANOSECONDS_ABOVE = 1e12  # a time larger than this can only be in nanoseconds
 
 
-class TraceStatus(Model):
+class TraceStatus(Model, extra="allow"):
     """How the operation of a span ended: OpenTelemetry's code, and the text of an error. Unknown fields are kept."""
-
-    model_config = ConfigDict(extra="allow")
 
     status_code: StatusCode
     description: str | None = None
 
 
-class Event(Model):
+class Event(Model, extra="allow"):
     """Something that happened within a span, at `timestamp` (seconds). Unknown fields are kept."""
-
-    model_config = ConfigDict(extra="allow")
 
     name: str
     attributes: dict[str, Any] = Field(default_factory=dict)
     timestamp: float | None = None
 
 
-class SpanContext(Model):
+class SpanContext(Model, extra="allow"):
     """The identity of a span across processes. Unknown fields are kept.
 
     Attributes:
@@ -88,18 +87,14 @@ class SpanContext(Model):
         trace_state: W3C's `tracestate`, by vendor.
     """
 
-    model_config = ConfigDict(extra="allow")
-
     trace_id: str
     span_id: str
     is_remote: bool
     trace_state: dict[str, str]
 
 
-class Link(Model):
+class Link(Model, extra="allow"):
     """A reference to another span. Unknown fields are kept."""
-
-    model_config = ConfigDict(extra="allow")
 
     context: SpanContext
     attributes: dict[str, Any] | None = None
@@ -122,7 +117,7 @@ class SpanCoreFields(Model):
     end_time: float | None
 
 
-class Span(StoredModel):
+class Span(StoredModel, extra="allow", ser_json_bytes="base64"):  # not every attribute of bytes is text
     """One span of one attempt. Unknown fields are kept.
 
     Raises pydantic's `ValidationError` if a field is missing or wrong. Reading a field raises
@@ -146,8 +141,6 @@ class Span(StoredModel):
         parent: the identity of the enclosing span, if there is one and it is known.
         resource: OpenTelemetry's resource.
     """
-
-    model_config = ConfigDict(extra="allow", ser_json_bytes="base64")  # not every attribute of bytes is text
 
     rollout_id: str
     attempt_id: str

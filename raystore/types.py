@@ -13,12 +13,22 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeAlias, TypedDict, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    Self,
+    TypedDict,
+    TypeVar,
+    overload,
+)
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
@@ -52,11 +62,11 @@ __all__ = [
     "TaskInput", "Unset", "Worker", "WorkerStatus", "is_finished", "is_queuing", "is_running",
 ]  # fmt: skip
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
-RolloutMode: TypeAlias = Literal["train", "val", "test"]
-TaskInput: TypeAlias = Any  #: a rollout's input: anything that can be pickled
-TagValue: TypeAlias = str | bool | int | float
+RolloutMode = Literal["train", "val", "test"]
+TaskInput = Any  #: a rollout's input: anything that can be pickled
+TagValue = str | bool | int | float
 
 
 def _tag(value: Any) -> Any:
@@ -70,8 +80,8 @@ def _tag(value: Any) -> Any:
 _Tag = Annotated[TagValue, BeforeValidator(_tag)]
 _Seconds = Annotated[float, Field(ge=0), BeforeValidator(scalar)]  # which NaN is not
 _Whole = Annotated[int, BeforeValidator(scalar)]
-SortOrder: TypeAlias = Literal["asc", "desc"]
-FilterLogic: TypeAlias = Literal["and", "or"]
+SortOrder = Literal["asc", "desc"]
+FilterLogic = Literal["and", "or"]
 
 T = TypeVar("T")
 
@@ -89,7 +99,7 @@ class _UnsetType:
 
 
 UNSET: _UnsetType = _UnsetType()  #: an argument that leaves a field as it is, where None would clear it
-Unset: TypeAlias = _UnsetType
+Unset = _UnsetType
 
 
 def _get_unset() -> _UnsetType:
@@ -99,7 +109,7 @@ def _get_unset() -> _UnsetType:
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-class RolloutConfig(Model):
+class RolloutConfig(Model, extra="forbid"):
     """When an attempt of a rollout is given up, and what is tried again.
 
     A rollout is tried again only if the status of its attempt is in `retry_condition` *and* `max_attempts` allows
@@ -113,8 +123,6 @@ class RolloutConfig(Model):
         max_attempts: attempts in all, 1 or more; those lost with their process, or aborted, do not count.
         retry_condition: attempt statuses ("failed", "timeout", "unresponsive") after which it is tried again.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     timeout_seconds: _Seconds | None = None
     unresponsive_seconds: _Seconds | None = None
@@ -205,7 +213,10 @@ class Attempt(StoredModel):
         worker_id: name of the runner that claimed it.
         last_heartbeat_time: time of the last sign of life, spans included.
         metadata: any values of the runner or the driver.
-        outcome: why it ended; None before.
+        outcome: why it ended; None before. "agent_error": the agent raised; "infra": it raised `rs.Abort`, or it or its
+            resources could not be loaded; "runner_lost": the process that ran it died; "withdrawn": it was given back
+            unfinished, as by a runner that is stopped; "superseded": another attempt was started by hand; "dropped":
+            the agent raised `rs.Drop`; and "ok", "cancelled", "timeout", "unresponsive".
         error: what went wrong, as text; None if nothing did.
         resources_version: version of the resources when it was claimed.
         policy_version: version of the policy when it was claimed.
@@ -252,14 +263,12 @@ else:
     FoundRollout = AttemptedRollout | Rollout | None  # None for an id that does not exist
 
 
-class EnqueueRolloutRequest(Model):
+class EnqueueRolloutRequest(Model, extra="forbid"):
     """The arguments of `enqueue_rollout` for one of many rollouts; the fields mean what they mean in `Rollout`.
 
     Raises pydantic's `ValidationError`, also for an unknown field. With a `rollout_id` of your own the request can be
     repeated: it makes one rollout.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     input: TaskInput
     mode: RolloutMode | None = None
@@ -386,7 +395,7 @@ class PromptTemplate(Resource):
         return self.template.format(**values)
 
 
-class ObjectResource(Resource):
+class ObjectResource(Resource, arbitrary_types_allowed=True):
     """Weights and other large objects.
 
     `value` is anything picklable or a `ray.ObjectRef`. On a Ray store, a value above 64 KiB goes to Ray's object
@@ -395,8 +404,6 @@ class ObjectResource(Resource):
     process that published it and the store. A newer version of the same resources id frees the older object once no
     attempt uses it.
     """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     resource_type: Literal["object"] = "object"
     value: Any
@@ -475,10 +482,8 @@ class ObjectResource(Resource):
         return self._source.read(why)
 
 
-ResourceUnion: TypeAlias = Annotated[
-    LLM | ProxyLLM | PromptTemplate | ObjectResource, Field(discriminator="resource_type")
-]
-NamedResources: TypeAlias = dict[str, ResourceUnion]  #: resources by the names under which agents find them
+ResourceUnion = Annotated[LLM | ProxyLLM | PromptTemplate | ObjectResource, Field(discriminator="resource_type")]
+NamedResources = dict[str, ResourceUnion]  #: resources by the names under which agents find them
 
 
 class ResourcesUpdate(StoredModel):
@@ -538,7 +543,7 @@ class PaginatedResult(StoredModel, Sequence[T], Generic[T]):
             return list(self.items) == list(other)
         return super().__eq__(other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         first = repr(self.items[0]) if self.items else "empty"

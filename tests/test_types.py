@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from importlib import import_module
@@ -21,6 +22,13 @@ def test_a_program_of_a_user_is_clean_under_strict_mypy():
     command = [sys.executable, "-m", "mypy", "--strict", "--warn-unused-ignores", "tests/typed/program.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_checker_sees_the_public_names_and_no_others() -> None:
+    """What the package names for type checkers is what it gives at run time."""
+    seen = next(node for node in ast.parse(Path(rs.__file__).read_text()).body if isinstance(node, ast.If))
+    named = [name.asname for node in seen.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert sorted(map(str, named)) == rs.__all__
 
 
 async def test_statistics_are_those_of_the_type(make_memory_store):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 
-pid = os.getpid()  #: of this process; asking the system with every operation would cost more than the operation's lock
+#: of this process; asking the system with every operation would cost more than the operation's lock
+pid: int = os.getpid()
 _has_inherited_ray = False
 
 

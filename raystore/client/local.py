@@ -254,8 +254,8 @@ class InMemoryLightningStore(StoreClient):
         self._service = Service(config, capacity_bytes=capacity, alarm=ThreadAlarm, opened=opened)
         self._transport = LocalTransport(self._service)
         self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
-        self.sync = SyncStore(self)
-        self.testing = Testing(self._transport)
+        self.sync: SyncStore = SyncStore(self)
+        self.testing: Testing = Testing(self._transport)
 
     @property
     def info(self) -> StoreInfo:

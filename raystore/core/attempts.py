@@ -9,35 +9,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-from raystore.core import workers
-from raystore.core.lifecycle import (
-    ACTIVE,
-    AT_WORK,
-    CANCEL,
-    COMPLETED,
-    EVENT_OF_OUTCOME,
-    FINISHED,
-    HEARTBEAT,
-    LOSS,
-    OUTCOME_OF_EVENT,
-    OUTCOME_OF_STATUS,
-    QUEUED,
-    ROLLOUT_ON_HEARTBEAT,
-    ROLLOUT_ON_SPAN,
-    SETTLED,
-    SPAN,
-    UNCHARGED,
-    WITHDRAWAL,
-    attempt_after,
-    follows_attempts,
-    is_over,
-    rollout_after,
-    uses_delivery,
-)
+from raystore.core import lifecycle, workers
+from raystore.core.lifecycle import ACTIVE, AT_WORK, FINISHED, SPAN, attempt_after
 from raystore.core.payload import OnDisk
 from raystore.core.records import Attempt, Rollout, Span
 from raystore.core.rollouts import create, move, set_reward
-from raystore.core.spans import Written
+from raystore.core.spans import SpansWritten
 from raystore.core.state import Entry, State, Step
 from raystore.core.wanted import enter_eviction, reconsider
 from raystore.errors import AttemptNotFoundError, SealedError
@@ -116,13 +93,13 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
     changes = dict(changes)
     if status is not None:
         unsettled = None if is_latest else "superseded"
-        changes.setdefault("outcome", OUTCOME_OF_STATUS[status] if status in SETTLED else unsettled)
-        if status in COMPLETED:
+        changes.setdefault("outcome", lifecycle.OUTCOME_OF_STATUS[status] if status in lifecycle.SETTLED else unsettled)
+        if status in lifecycle.COMPLETED:
             changes["end_time"] = step.now
     after = before.evolve(**changes)
     if "worker_id" in changes:
         state.take_hold(entry, before.attempt_id, step.session)
-    hear_of(state, step, entry, before.attempt_id)
+    confirm_holder(state, step, entry, before.attempt_id)
     state.put_attempt(entry, index, after)
     if is_latest:
         beat = changes.get("last_heartbeat_time")
@@ -140,8 +117,8 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
     return entry.attempts[index]
 
 
-def hear_of(state: State, step: Step, entry: Entry, attempt_id: str) -> None:
-    """Somebody wrote to an attempt: its claim has arrived, and it has a holder again if its own had ended."""
+def confirm_holder(state: State, step: Step, entry: Entry, attempt_id: str) -> None:
+    """Acknowledge the claim of an attempt that was written to. If its holder has ended, this session holds it now."""
     holder = entry.holders.get(attempt_id)
     if holder is None:
         return
@@ -159,9 +136,9 @@ def _follow(state: State, step: Step, entry: Entry) -> None:
     """Let the rollout follow from its latest attempt; what is cancelled or sealed stays as it is."""
     attempt = entry.attempts[-1]
     rollout = entry.rollout
-    if entry.is_sealed or not follows_attempts(rollout.status):
+    if entry.is_sealed or not lifecycle.follows_attempts(rollout.status):
         return
-    status = rollout_after(
+    status = lifecycle.rollout_after(
         attempt.status,
         attempt.outcome,
         rollout.config,
@@ -170,7 +147,7 @@ def _follow(state: State, step: Step, entry: Entry) -> None:
     )
     if status != rollout.status:
         # Work that was lost or aborted gets its old place back: its agent did not fail.
-        move(state, step, entry, status, keep_place=attempt.outcome in UNCHARGED)
+        move(state, step, entry, status, keep_place=attempt.outcome in lifecycle.UNCHARGED)
     elif attempt.status in ACTIVE:
         state.deadlines.guard(rollout.rollout_id)
 
@@ -188,16 +165,16 @@ def settle(
     """Move the latest attempt by an event that ends it, with its rollout and worker.
 
     `is_charged` says of a loss that this rollout is to blame for it.
-    An `orderly` loss was reported by a runner that lives: it gives the work back, or knows what was lost with what.
+    An `orderly` loss was reported by a runner that still lives, so that the rollout does not become a suspect.
     """
     index = len(entry.attempts) - 1
     before = entry.attempts[index]
-    outcome = OUTCOME_OF_EVENT[event]
+    outcome = lifecycle.OUTCOME_OF_EVENT[event]
     after = before.evolve(status=attempt_after(before.status, event), outcome=outcome, error=error or before.error)
-    if after.status in COMPLETED:
+    if after.status in lifecycle.COMPLETED:
         after.end_time = step.now
-    entry.deliveries += uses_delivery(event, is_charged=is_charged)
-    if event == LOSS:
+    entry.deliveries += lifecycle.uses_delivery(event, is_charged=is_charged)
+    if event == lifecycle.LOSS:
         if not orderly:
             entry.suspect = True
             entry.losses += 1
@@ -214,18 +191,19 @@ def settle(
 
 def lose(state: State, step: Step, entry: Entry, attempt_id: str, *, is_charged: bool) -> None:
     """The process that ran an attempt has ended."""
-    _end(state, step, entry, attempt_id, LOSS, is_charged=is_charged)
+    _end(state, step, entry, attempt_id, lifecycle.LOSS, is_charged=is_charged)
 
 
 def withdraw(state: State, step: Step, entry: Entry, attempt_id: str, *, error: str | None = None) -> None:
-    """Whoever had an attempt run was stopped, or could not read its resources: that says nothing about the rollout,
-    which waits at its old place.
+    """End an attempt whose runner was stopped or could not read its resources.
+
+    The rollout is not to blame, and waits again at its old place.
     """
-    _end(state, step, entry, attempt_id, WITHDRAWAL, error=error)
+    _end(state, step, entry, attempt_id, lifecycle.WITHDRAWAL, error=error)
 
 
 def _end(state: State, step: Step, entry: Entry, attempt_id: str, event: str, **how: Any) -> None:
-    """An event that ends an attempt: its rollout follows if it waits for this attempt, and is never reopened by it."""
+    """End an attempt by an event. Its rollout follows if it waits for this attempt; a finished one stays so."""
     index = state.find_attempt(entry, attempt_id)
     attempt = entry.attempts[index]
     if attempt.status not in ACTIVE:
@@ -235,7 +213,7 @@ def _end(state: State, step: Step, entry: Entry, attempt_id: str, event: str, **
     else:
         ended = attempt.evolve(
             status=attempt_after(attempt.status, event),
-            outcome=attempt.outcome or OUTCOME_OF_EVENT[event],
+            outcome=attempt.outcome or lifecycle.OUTCOME_OF_EVENT[event],
             error=how.get("error") or attempt.error,
         )
         state.put_attempt(entry, index, ended)
@@ -253,14 +231,14 @@ def cancel(state: State, step: Step, rollout_ids: Iterable[str]) -> list[Rollout
         latest = entry.latest
         if latest is not None and latest.status in ACTIVE and entry.rollout.status in ACTIVE:
             state.notify(entry, latest.attempt_id, "cancelled")
-            settle(state, step, entry, CANCEL)
+            settle(state, step, entry, lifecycle.CANCEL)
         else:
             move(state, step, entry, "cancelled")
         cancelled.append(entry.rollout)
     return cancelled
 
 
-def add_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span]) -> Written:
+def add_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span]) -> SpansWritten:
     """Store spans of one attempt; they are its heartbeat. A call of only duplicates changes nothing."""
     entry = state.entry(rollout_id)
     if attempt_id == "latest":  # a span says whose it is: the newest attempt may be another's by now
@@ -287,7 +265,7 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
     """A sign of life from an attempt."""
     before = entry.attempts[index]
     is_latest = index == len(entry.attempts) - 1
-    hear_of(state, step, entry, before.attempt_id)
+    confirm_holder(state, step, entry, before.attempt_id)
     if reward is None and is_latest and before.status == entry.rollout.status == AT_WORK:  # nothing moves
         entry.attempts[index] = before.evolve(last_heartbeat_time=step.now)
         entry.clocks[-1].beat = step.now - state.paused
@@ -304,51 +282,51 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
     rollout = entry.rollout
     if after.status != before.status:
         state.deadlines.guard(rollout.rollout_id)
-    if after.status == AT_WORK and rollout.status in ROLLOUT_ON_SPAN:
-        if rollout.status in QUEUED:  # an attempt that goes on gets its time back from here
+    if after.status == AT_WORK and rollout.status in lifecycle.ROLLOUT_ON_SPAN:
+        if rollout.status in lifecycle.QUEUED:  # an attempt that goes on gets its time back from here
             state.changes.append(step.now, "retry_withdrawn", rollout.rollout_id, after.attempt_id)
-        move(state, step, entry, ROLLOUT_ON_SPAN[rollout.status])
+        move(state, step, entry, lifecycle.ROLLOUT_ON_SPAN[rollout.status])
     if reward is not None and not entry.is_sealed:
         set_reward(state, entry, reward)
 
 
 def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Signs of life for attempts that are worked on, stamped here; answers with those that are of no use any more.
+    """Note heartbeats of attempts; returns those that nobody needs any more, so that their runners can stop.
 
-    An unresponsive attempt whose rollout still waits is of use: its next span brings it back.
+    An unresponsive attempt whose rollout still waits for its retry is needed: the next span brings it back.
     """
-    useless = []
+    unneeded = []
     for rollout_id, attempt_id in keys:
         entry = state.entries.get(rollout_id)
         index = state.index_of(entry, attempt_id) if entry else None
         if entry is None or index is None:
-            useless.append((rollout_id, attempt_id))
+            unneeded.append((rollout_id, attempt_id))
             continue
         attempt = entry.attempts[index]
-        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or is_over(attempt):
-            useless.append((rollout_id, attempt_id))
+        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or lifecycle.is_over(attempt):
+            unneeded.append((rollout_id, attempt_id))
         if attempt.status not in ACTIVE:
             continue
-        hear_of(state, step, entry, attempt_id)
-        status = attempt_after(attempt.status, HEARTBEAT)
+        confirm_holder(state, step, entry, attempt_id)
+        status = attempt_after(attempt.status, lifecycle.HEARTBEAT)
         state.put_attempt(entry, index, attempt.evolve(status=status, last_heartbeat_time=step.now))
         if index == len(entry.attempts) - 1:
             entry.clocks[-1].beat = step.now - state.paused
-            if entry.rollout.status in ROLLOUT_ON_HEARTBEAT:
-                move(state, step, entry, ROLLOUT_ON_HEARTBEAT[entry.rollout.status])
-    return useless
+            if entry.rollout.status in lifecycle.ROLLOUT_ON_HEARTBEAT:
+                move(state, step, entry, lifecycle.ROLLOUT_ON_HEARTBEAT[entry.rollout.status])
+    return unneeded
 
 
 def finish(
     state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span], changes: Mapping[str, Any]
-) -> tuple[Attempt, Written]:
+) -> tuple[Attempt, SpansWritten]:
     """The last spans of an attempt and its final status as one step; a refused span refuses both."""
     entry = state.entry(rollout_id)
     state.find_attempt(entry, attempt_id, step.session)
     changes = dict(changes)
     died = changes.pop("died", False)  # the process that ran this attempt, and nothing else
-    written = add_spans(state, step, rollout_id, attempt_id, spans) if spans else Written([], 0, None)
-    event = EVENT_OF_OUTCOME.get(changes.get("outcome") or "")
+    written = add_spans(state, step, rollout_id, attempt_id, spans) if spans else SpansWritten([], 0, None)
+    event = lifecycle.EVENT_OF_OUTCOME.get(changes.get("outcome") or "")
     if event is None:
         return report(state, step, rollout_id, attempt_id, changes), written
     _end(state, step, entry, attempt_id, event, is_charged=died, orderly=True, error=changes.get("error"))

@@ -59,7 +59,7 @@ class BatchRun:
         self._state, self._session, self._kept, self._operations = state, session, kept, operations
         self._catch_up = catch_up
         self._ran: dict[int, Reply] = {}  # answers by number of the operation
-        self.next = len(kept.replies)  # operation
+        self.next: int = len(kept.replies)  # operation
         self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]
         if self._is_more:  # what is done already does not count twice
             self.next -= 1

@@ -27,7 +27,7 @@ class ChangeFeed:
 
     def __init__(self, length: int = FEED_LENGTH) -> None:
         self._kept: deque[Change] = deque(maxlen=length)
-        self.last = 0
+        self.last: int = 0
 
     def append(
         self, time: float, kind: str, rollout_id: str | None = None, attempt_id: str | None = None, **detail: Any
@@ -83,7 +83,7 @@ class CompletionLog:
         self._sequences: list[int] = []
         self._ids: list[str] = []
         self._place: dict[str, int] = {}
-        self.last = 0
+        self.last: int = 0
 
     def __len__(self) -> int:
         return len(self._place)

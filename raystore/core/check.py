@@ -9,23 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore.core import claims, training
+from raystore.core import claims, lifecycle, training
 from raystore.core.changes import FEED_LENGTH
 from raystore.core.lifecycle import (
     ACTIVE,
-    AT_WORK,
-    ATTEMPT,
-    ATTEMPT_STATUSES,
     FINISHED,
-    LOSS,
-    OUTCOME_OF_EVENT,
-    OUTCOMES,
     QUEUED,
     ROLLOUT_STATUSES,
-    TRAINABLE,
-    WORKER_STATUSES,
-    is_busy,
-    is_dropped,
     is_live,
 )
 from raystore.core.payload import of_attempt, of_rollout, size_of
@@ -68,12 +58,12 @@ def check(state: State) -> None:
     _check_sessions(state)
     ended = {session.session_id for session in state.sessions.values() if session.ended_at is not None}
     assert state.ended_sessions.keys() == ended, "ended sessions"
-    idle = {worker.worker_id for worker in state.workers.values() if not is_busy(worker)}
+    idle = {worker.worker_id for worker in state.workers.values() if not lifecycle.is_busy(worker)}
     assert state.idle_workers.keys() == idle, "workers that are not busy"
     _check_consumers(state)
     for worker in state.workers.values():
-        assert worker.status in WORKER_STATUSES, f"worker status {worker.status}"
-        assert (worker.current_attempt_id is None) == (not is_busy(worker)), f"worker {worker.worker_id}"
+        assert worker.status in lifecycle.WORKER_STATUSES, f"worker status {worker.status}"
+        assert (worker.current_attempt_id is None) == (not lifecycle.is_busy(worker)), f"worker {worker.worker_id}"
 
 
 def _check_entry(state: State, rollout_id: str) -> None:
@@ -83,14 +73,13 @@ def _check_entry(state: State, rollout_id: str) -> None:
     size += sum(of_attempt(attempt.metadata, attempt.error) for attempt in entry.attempts)
     assert entry.bytes == size, f"{rollout_id} counts {entry.bytes} bytes, and has {size}"
     assert entry.rollout.rollout_id == rollout_id
-    assert entry.rollout.status in ROLLOUT_STATUSES, f"rollout status {entry.rollout.status}"
+    assert entry.rollout.status in lifecycle.ROLLOUT_STATUSES, f"rollout status {entry.rollout.status}"
     sequences = [attempt.sequence_id for attempt in entry.attempts]
     assert sequences == list(range(1, len(sequences) + 1)), f"attempt numbers of {rollout_id}: {sequences}"
     for attempt in entry.attempts:
-        assert attempt.status in ATTEMPT_STATUSES, f"attempt status {attempt.status}"
-        assert attempt.outcome is None or attempt.outcome in OUTCOMES, f"outcome {attempt.outcome}"
-        is_lost = attempt.outcome == OUTCOME_OF_EVENT[LOSS]
-        assert not is_lost or attempt.status == ATTEMPT[AT_WORK, LOSS], "a lost attempt is unresponsive"
+        assert attempt.status in lifecycle.ATTEMPT_STATUSES, f"attempt status {attempt.status}"
+        assert attempt.outcome is None or attempt.outcome in lifecycle.OUTCOMES, f"outcome {attempt.outcome}"
+        assert lifecycle.is_possible(attempt), f"a lost attempt is {attempt.status}"
     for attempt in entry.attempts[:-1]:
         assert not is_live(attempt), f"attempt {attempt.attempt_id} is live and superseded"
     if entry.rollout.status in ACTIVE:
@@ -125,14 +114,10 @@ def _check_consumers(state: State) -> None:
     for name, known in state.consumers.items():
         expected = set()
         for rollout_id, entry in state.entries.items():
-            statuses = known.filter["status_in"] if known.filter is not None else TRAINABLE
+            statuses = known.filter["status_in"] if known.filter is not None else lifecycle.TRAINABLE
+            is_trainable = entry.rollout.status in statuses and not lifecycle.is_dropped(entry.latest)
             is_asked = fits(known.filter, entry.rollout)
-            if (
-                entry.rollout.status in statuses
-                and is_asked
-                and not is_dropped(entry.latest)
-                and name not in entry.taken
-            ):
+            if is_trainable and is_asked and name not in entry.taken:
                 expected.add(rollout_id)
             if known.coming is not None:
                 is_coming = is_asked and entry.rollout.status not in FINISHED

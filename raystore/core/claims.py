@@ -11,7 +11,7 @@ Not here: who waits for work (`waiters`), when acknowledgements are sent (`sessi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from raystore.core import attempts, bounds, held_back, training, workers
@@ -23,11 +23,9 @@ from raystore.core.state import AttemptKey, BatchKey, Entry, HandedKey, Session,
 
 Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
 
-SUSPICIOUS_WITHDRAWALS = 2  #: claims of a rollout that nobody acknowledged: the first says nothing about it
-JOB_ENDED = "job ended"  #: why a session ended whose driver is gone
-STOPPED = "stopped"  #: and why one whose pool has ended it
-CLOSED = "closed"  #: and why one that says itself that it ends
-STOPS = (JOB_ENDED, STOPPED, CLOSED)  #: these are no losses: nothing is charged, nobody is suspected
+SUSPICIOUS_WITHDRAWALS = 2  #: a rollout with so many claims that nobody acknowledged is a suspect
+# Why a session ended: its driver is gone; its pool has stopped it; it said so itself.
+JOB_ENDED, STOPPED, CLOSED = STOPS = ("job ended", "stopped", "closed")  #: no losses: nothing is charged or suspected
 LOST_CLAIMS_KEPT = 1_000  #: of a session, so that a late acknowledgement can be told what became of its claim
 
 
@@ -45,15 +43,9 @@ def claim(
         if entry is None:
             break
         is_alone = session is not None and not session.eternal and session.is_idle
-        attempt = attempts.begin(state, step, entry, worker_id=worker_id, kind="claimed")
+        hand_out(state, step, entry, worker_id)
         claimed.append(entry)
-        if session is None:
-            continue
-        key = (entry.rollout.rollout_id, attempt.attempt_id)
-        session.held.pop(key, None)
-        session.claims[key] = step.age
-        state.claim_deadlines.guard((session.session_id, key))
-        if entry.suspect and is_alone:
+        if session is not None and entry.suspect and is_alone:
             _reserve(state, step, session)
             break
     if not claimed and note_empty and worker_id is not None:
@@ -61,8 +53,19 @@ def claim(
     return claimed
 
 
+def hand_out(state: State, step: Step, entry: Entry, worker_id: str | None) -> None:
+    """Give a rollout an attempt, which the session that asks is to acknowledge."""
+    attempt = attempts.begin(state, step, entry, worker_id=worker_id, kind="claimed")
+    session = step.session
+    if session is not None:
+        key = (entry.rollout.rollout_id, attempt.attempt_id)
+        session.held.pop(key, None)
+        session.claims[key] = step.age
+        state.claim_deadlines.guard((session.session_id, key))
+
+
 def _next(state: State, step: Step, queues: list[str]) -> Entry | None:
-    """What the session that asks should do next, None if there is nothing for it."""
+    """The rollout that the session of a step gets next; None if there is none for it."""
     session = step.session
     lines: tuple[int, ...] = (PLAIN, OVERDUE)
     if session is None or session.eternal:  # a suspect can only end the store itself here
@@ -106,11 +109,11 @@ def _is_drained(state: State, step: Step) -> bool:
     return session is not None and session.ended_at is None and _is_reserved(state, step, session)
 
 
-def serve(state: State, rollout_id: str) -> None:
-    """A suspect has waited for a session of its own long enough: now any gets it, at its old place."""
+def offer_to_anybody(state: State, rollout_id: str) -> None:
+    """Let any session have a suspect, at its old place: it has waited long enough for a session of its own."""
     if rollout_id in state.suspects:
         stop_waiting(state, rollout_id)
-        state.queues_touched.add(state.queues.make_overdue(rollout_id))
+        state.effects.queues.add(state.queues.make_overdue(rollout_id))
 
 
 def acknowledge(state: State, step: Step, session: Session, keys: Sequence[HandedKey]) -> list[HandedKey]:
@@ -160,18 +163,28 @@ def is_claim(key: HandedKey) -> TypeGuard[AttemptKey]:
 def take_back(state: State, step: Step, session: Session, key: HandedKey, *, why: str, is_stop: bool = False) -> bool:
     """Undo a claim: the attempt disappears and the rollout stands in its old place. Whether there was one to undo.
 
-    `why` is "declined" (its caller had gone) or "withdrawn" (nobody acknowledged it). One that was withdrawn by a stop
-    says nothing about the rollout. A batch is given back, or left to whoever asks next.
+    `why` is "declined" (its caller had gone) or "withdrawn" (nobody acknowledged it; if that came of a stop, it says
+    nothing about the rollout). A batch is given back, or left to the session that asks next.
     """
     if is_batch(key):
         if why == "declined":
             return training.decline(state, step, session, key)
         training.leave(state, session, key)
         return True
-    return is_claim(key) and _undo(state, step, session, key, why, is_stop)
+    return is_claim(key) and undo(state, step, session, key, why, _spare if is_stop else _note_withdrawal)
 
 
-def _undo(state: State, step: Step, session: Session, key: AttemptKey, why: str, is_stop: bool) -> bool:
+def _note_withdrawal(entry: Entry) -> None:
+    entry.withdrawals += 1
+    entry.suspect = entry.suspect or entry.withdrawals >= SUSPICIOUS_WITHDRAWALS
+
+
+def _spare(entry: Entry) -> None:
+    """A stop says nothing about the rollout."""
+
+
+def undo(state: State, step: Step, session: Session, key: AttemptKey, why: str, blame: Callable[[Entry], None]) -> bool:
+    """Take an attempt back that nobody has worked on; `blame` draws the conclusions if it was withdrawn."""
     entry = state.entries.get(key[0])
     attempt = entry.latest if entry else None
     if (
@@ -190,10 +203,9 @@ def _undo(state: State, step: Step, session: Session, key: AttemptKey, why: str,
         session.lost[key] = attempt
         if len(session.lost) > LOST_CLAIMS_KEPT:
             del session.lost[next(iter(session.lost))]
-        if not is_stop:
-            entry.withdrawals += 1
-            entry.suspect = entry.suspect or entry.withdrawals >= SUSPICIOUS_WITHDRAWALS
+        blame(entry)
         state.withdrawals += 1
+        state.effects.has_withdrawn = True
     if entry.rollout.status == attempt.status:  # else somebody has decided otherwise meanwhile, by hand
         move(state, step, entry, entry.former, keep_place=True, kind=why)
     if attempt.worker_id is not None:
@@ -204,7 +216,7 @@ def _undo(state: State, step: Step, session: Session, key: AttemptKey, why: str,
 
 
 def claimed_again(state: State, session: Session, keys: Sequence[AttemptKey]) -> list[Claimed]:
-    """What a dequeue answered, as it is now; without what the session holds no longer."""
+    """What a dequeue answered, as it is now, without the claims that the session holds no longer."""
     claimed = []
     for key in keys:
         if key in session.claims or key in session.held:
@@ -214,9 +226,9 @@ def claimed_again(state: State, session: Session, keys: Sequence[AttemptKey]) ->
 
 
 def taken_over(state: State, session: Session, ticket: int) -> list[Claimed]:
-    """The claims that a parked dequeue was handed whose caller asks again, in a new operation that names its ticket.
+    """The claims that a parked dequeue was handed, for a new dequeue that names its ticket.
 
-    Empty if it was handed nothing, or holds nothing of that any more: then this is a dequeue like any other.
+    Empty if the parked one was handed nothing, or its session holds none of that any more: then the new one claims.
     """
     keys = session.replies.handed.pop(ticket, None)
     return claimed_again(state, session, [key for key in keys if is_claim(key)]) if keys else []
@@ -242,10 +254,10 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if session.ended_at is not None:
         return
     session.ended_at = step.age
-    state.ended.append(session.session_id)
+    state.effects.ended.append(session.session_id)
     state.ended_sessions[session.session_id] = None
     if len(state.ended_sessions) >= bounds.ENDED_SESSIONS + bounds.SURPLUS:
-        state.has_surplus = True
+        state.effects.has_surplus = True
     for batch in list(session.batches):
         training.leave(state, session, batch)
     held, claims = list(session.held), list(session.claims)
@@ -273,13 +285,14 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if state.drained == session.session_id:
         state.drained = None
     state.session_deadlines.guard(session.session_id)
-    state.queues_touched.update(state.queues.lengths())
+    state.offer_all()
 
 
 def _separate(state: State, rollout_ids: list[str]) -> None:
-    """Let what was lost together lose its patience one after the other, each time in another order.
+    """Let suspects that were lost together stop waiting for an idle session one after the other.
 
-    Where no session falls idle all of it would come to the next one together again, and again nobody would be to blame.
+    The order is another one each time. Else, where no session falls idle, the next session would get all of them at
+    once again, and its loss would not tell which one is to blame.
     """
     waiting = [i for i in rollout_ids if i in state.suspects]
     apart = state.settings.suspect_patience_seconds / max(len(waiting), 1)

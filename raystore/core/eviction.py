@@ -90,7 +90,10 @@ def _classes(state: State) -> list[tuple[int, int]]:
     if settings.pause_when_full:
         return [(RELEASED, safe), (CONSUMED, safe)]
     danger = settings.eviction_bytes + max(settings.eviction_bytes - safe, DANGER_BYTES)
-    return [*((number, safe) for number in (RELEASED, CONSUMED, READ, UNREAD, RUNNING)), (COMING, danger)]
+    return [
+        *((number, safe) for number in (RELEASED, CONSUMED, READ, UNREAD, RUNNING)),
+        (COMING, danger),
+    ]
 
 
 def _pause_or_go_on(state: State, step: Step) -> None:
@@ -102,11 +105,11 @@ def _pause_or_go_on(state: State, step: Step) -> None:
     if state.memory_full:
         if state.total_bytes <= settings.safe_bytes or not (settings.pause_when_full or is_wanted):
             state.memory_full, state.waits_for = False, None
-            state.queues_touched.update(state.queues.lengths())
+            state.offer_all()
         return
     if state.total_bytes > settings.eviction_bytes and (settings.pause_when_full or is_wanted):
         state.memory_full = True
-        state.came_back = True  # whoever waits for a batch gets what there is
+        state.effects.has_batches = True  # whoever waits for a batch gets what there is
         whose = in_the_way(state) if is_wanted else []
         state.waits_for = whose[0][0] if whose else None
         detail: dict[str, Any] = dict(zip(("consumer", "awaited", "held"), whose[0], strict=True)) if whose else {}

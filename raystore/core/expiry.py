@@ -1,9 +1,10 @@
-"""What time does: attempts that time out or fall silent, claims and sessions that age, retention.
+"""What time brings: attempts that time out or fall silent, claims and sessions that age, retention.
 
-What is `due` is worked off before every step, so that what a caller sees is never older than its call; it costs what
-has expired, not what exists. Many at once are worked off in slices, and a verb first settles the rollouts it names.
-Finding and working off are two: what was found is recorded, and a replay works off the same.
-Not here: reading a clock, being called when nobody calls (`service` arms one timer at `next_deadline`).
+What is `due` is worked off (`advance`) before every step, so that no caller sees a state older than its call. The cost
+is that of what has expired, not of what exists. Many at once are worked off in slices; a verb first has the rollouts
+worked off that it names. Finding and working off are two steps: what was found is recorded, and a replay works off the
+same.
+Not here: reading a clock; the timer for when nobody calls (`service`, at `next_deadline`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from raystore.core import bounds, retention
 from raystore.core.attempts import settle
-from raystore.core.claims import end_session, serve, take_back
+from raystore.core.claims import end_session, offer_to_anybody, take_back
 from raystore.core.lifecycle import ACTIVE, OUTCOME_OF_EVENT, SILENCE, TIMEOUT
 from raystore.core.state import Entry, HandedKey, State, Step
 
@@ -89,13 +90,13 @@ def advance(state: State, step: Step, due: Due) -> None:
         forget_session(state, session_id)
     retention.delete(state, step, due.deleted)
     for rollout_id in due.impatient:
-        serve(state, rollout_id)
+        offer_to_anybody(state, rollout_id)
     if due.released:  # what they wait for may have been there all the while
-        state.queues_touched.update(state.queues.lengths())
+        state.offer_all()
 
 
 def _is_due(state: State, rollout_id: str, active_now: float) -> bool:
-    deadline = state._attempt_deadline(rollout_id)
+    deadline = state.deadlines.deadline_of(rollout_id)
     return deadline is not None and active_now > deadline
 
 

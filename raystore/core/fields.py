@@ -3,7 +3,6 @@
 A class of the state is a slotted dataclass whose fields say with `declare` what becomes of them: whether a snapshot
 holds them, whether a replay must reproduce them, and how a value looks as plain data where it is none. A field that a
 snapshot does not have (of an earlier format) takes its default. What is not given to `__init__` is no such field.
-Not here: the file of a snapshot (`journal.snapshot_file`), what is compared (`digest`).
 """
 
 from __future__ import annotations
@@ -17,13 +16,31 @@ from typing import Any
 Change = Callable[[Any], Any]
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(slots=True, frozen=True)
+class Field:
+    """One declared field."""
+
+    name: str
+    default: Callable[[], Any] | None  # None: whoever makes the record gives it
+    pack: Change = _same
+    unpack: Change = _same
+    shows: Change = _same
+    stored_as: str = ""  # its name in a snapshot
+    in_snapshot: bool = True
+    in_digest: bool = True
+
+
 def declare(
     default: Any = MISSING,
     *,
     make: Callable[[], Any] | None = None,
-    pack: Change | None = None,
-    unpack: Change | None = None,
-    shows: Change | None = None,
+    pack: Change = _same,
+    unpack: Change = _same,
+    shows: Change = _same,
     name: str | None = None,
     in_snapshot: bool = True,
     in_digest: bool = True,
@@ -33,61 +50,29 @@ def declare(
     `make` makes a default that is not to be shared. `name` is its name in snapshots, if that is another. `pack` and
     `unpack` turn a value into plain data and back; `shows` says how it stands in a digest, if that is not what it is.
     """
-    said = {"name": name, "pack": pack, "unpack": unpack, "shows": shows, "snapshot": in_snapshot, "digest": in_digest}
-    declared = {"raystore": said}
+    how: dict[str, Any] = {"pack": pack, "unpack": unpack, "shows": shows}
+    how |= {"in_snapshot": in_snapshot, "in_digest": in_digest}
+    if name is not None:
+        how["stored_as"] = name
     if make is not None:
-        return dataclasses.field(default_factory=make, metadata=declared)
-    return dataclasses.field(default=default, metadata=declared)
-
-
-@dataclass(slots=True, frozen=True)
-class Field:
-    """One declared field."""
-
-    name: str
-    stored: str  # its name in a snapshot
-    default: Callable[[], Any] | None  # None: whoever makes the record gives it
-    pack: Change
-    unpack: Change
-    shows: Change
-    in_snapshot: bool
-    in_digest: bool
-
-
-def _same(value: Any) -> Any:
-    return value
+        return dataclasses.field(default_factory=make, metadata=how)
+    return dataclasses.field(default=default, metadata=how)
 
 
 @cache
 def declared(cls: Any) -> tuple[Field, ...]:
     """The fields of a class, in the order of their declaration."""
-    found = []
-    for field in dataclasses.fields(cls):
-        if not field.init:
-            continue
-        said = field.metadata.get("raystore", {})
-        default: Callable[[], Any] | None = None
-        if field.default_factory is not MISSING:
-            default = field.default_factory
-        elif field.default is not MISSING:
-            default = _always(field.default)
-        found.append(
-            Field(
-                field.name,
-                said.get("name") or field.name,
-                default,
-                said.get("pack") or _same,
-                said.get("unpack") or _same,
-                said.get("shows") or _same,
-                said.get("snapshot", True),
-                said.get("digest", True),
-            )
-        )
-    return tuple(found)
+    return tuple(
+        Field(field.name, _default(field), **{"stored_as": field.name, **field.metadata})
+        for field in dataclasses.fields(cls)
+        if field.init
+    )
 
 
-def _always(value: Any) -> Callable[[], Any]:
-    return lambda: value
+def _default(field: dataclasses.Field[Any]) -> Callable[[], Any] | None:
+    if field.default_factory is not MISSING:
+        return field.default_factory
+    return None if field.default is MISSING else lambda: field.default
 
 
 @cache
@@ -105,15 +90,15 @@ def digest_fields(cls: Any) -> tuple[Field, ...]:
 def packed(record: Any) -> dict[str, Any]:
     """A record as plain data, by field."""
     kind: Any = type(record)
-    return {field.stored: field.pack(getattr(record, field.name)) for field in snapshot_fields(kind)}
+    return {field.stored_as: field.pack(getattr(record, field.name)) for field in snapshot_fields(kind)}
 
 
 def unpacked(cls: Any, values: dict[str, Any]) -> Any:
     """A record of plain data; what is not there takes its default, what is not known any more is left out."""
     made: Any = object.__new__(cls)
     for field in declared(cls):
-        if field.stored in values and field.in_snapshot:
-            setattr(made, field.name, field.unpack(values[field.stored]))
+        if field.stored_as in values and field.in_snapshot:
+            setattr(made, field.name, field.unpack(values[field.stored_as]))
         elif field.default is not None:
             setattr(made, field.name, field.default())
     return made

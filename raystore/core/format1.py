@@ -9,33 +9,33 @@ Not here: which records are of that format (`journal.reader`); digests, which ar
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-from raystore.core import attempts, expiry, retention, verbs, workers
-from raystore.core.batches import Item, to_keep
-from raystore.core.claims import LOST_CLAIMS_KEPT, Claimed, taken_over
-from raystore.core.lifecycle import ACTIVE, FINISHED, OVER, TRAINABLE, is_dropped, is_live, is_untouched
-from raystore.core.payload import of_attempt, of_rollout, same_content, size_of
+from raystore.core import attempts, claims, expiry, retention, training, verbs, workers
+from raystore.core.batches import BatchRun, Item, to_keep
+from raystore.core.claims import Claimed, taken_over
+from raystore.core.lifecycle import ACTIVE, FINISHED, OVER, TRAINABLE, is_dropped, is_live
+from raystore.core.payload import of_attempt, of_rollout, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
-from raystore.core.replies import ERROR, PARTLY, VALUE, BatchReplies, Reply
+from raystore.core.replies import ERROR, PARTLY, VALUE, Reply
 from raystore.core.rollouts import (
     CONTENT,
     RETRY_AFTER_SECONDS,
     create,
     enter_queue,
-    move,
+    existing_of,
     release,
 )
 from raystore.core.snapshot import column
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Session, State, Step, Taken
 from raystore.core.verbs import Verb
 from raystore.core.wanted import enter_retention, others, settle
-from raystore.errors import BatchConflictError, ConflictError, InvalidValueError, OverloadedError, StoreError, again
+from raystore.errors import BatchConflictError, InvalidValueError, OverloadedError, StoreError, again
 
 # -- handing out -------------------------------------------------------------------------------------------------------
 
@@ -52,17 +52,12 @@ def claim(
         entry = _next(state, step.session, queues, claimed)
         if entry is None:
             break
-        attempt = attempts.begin(state, step, entry, worker_id=worker_id, kind="claimed")
+        claims.hand_out(state, step, entry, worker_id)
         claimed.append(entry)
         session = step.session
-        if session is not None:
-            key = (entry.rollout.rollout_id, attempt.attempt_id)
-            session.held.pop(key, None)
-            session.claims[key] = step.age
-            state.claim_deadlines.guard((session.session_id, key))
-            if entry.suspect and not session.eternal:
-                state.drained = None if state.drained == session.session_id else state.drained
-                break
+        if session is not None and entry.suspect and not session.eternal:
+            state.drained = None if state.drained == session.session_id else state.drained
+            break
     if not claimed and note_empty and worker_id is not None:
         workers.came_away_empty(state, step, worker_id)
     return claimed
@@ -99,37 +94,12 @@ def _runs_suspect(state: State, session: Session) -> bool:
 
 
 def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, why: str) -> bool:
-    """Undo a claim: the attempt disappears and the rollout stands in its old place. Whether there was one to undo.
+    """Undo a claim. One that nobody acknowledged counted as a loss in company."""
 
-    `why` is "declined" (its caller had gone) or "withdrawn" (nobody acknowledged it: counted as a loss in company).
-    """
-    entry = state.entries.get(key[0])
-    attempt = entry.latest if entry else None
-    if (
-        entry is None
-        or attempt is None
-        or attempt.attempt_id != key[1]
-        or not is_untouched(attempt)
-        or entry.holders.get(key[1]) != session.session_id
-    ):
-        session.claims.pop(key, None)
-        return False
-    state.remove_latest(entry)
-    session.claims.pop(key, None)
-    session.held.pop(key, None)
-    if why == "withdrawn":
-        session.lost[key] = attempt
-        if len(session.lost) > LOST_CLAIMS_KEPT:
-            del session.lost[next(iter(session.lost))]
+    def blame(entry: Entry) -> None:
         entry.suspect = True
-        state.withdrawals += 1
-    if entry.rollout.status == attempt.status:  # else somebody has decided otherwise meanwhile, by hand
-        move(state, step, entry, entry.former, keep_place=True, kind=why)
-    if attempt.worker_id is not None:
-        worker = state.workers.get(attempt.worker_id)
-        if worker is not None and worker.current_attempt_id == key[1]:
-            workers.came_away_empty(state, step, attempt.worker_id)
-    return True
+
+    return claims.undo(state, step, session, key, why, blame)
 
 
 def end_session(state: State, step: Step, session: Session, *, why: str) -> None:
@@ -137,7 +107,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if session.ended_at is not None:
         return
     session.ended_at = step.age
-    state.ended.append(session.session_id)
+    state.effects.ended.append(session.session_id)
     company = len(session.held) + len(session.claims)
     held, claims = list(session.held), list(session.claims)
     if held or claims:
@@ -154,7 +124,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     if state.drained == session.session_id:
         state.drained = None
     state.session_deadlines.guard(session.session_id)
-    state.queues_touched.update(state.queues.lengths())
+    state.offer_all()
 
 
 def _dequeue(
@@ -234,21 +204,11 @@ def _advance(state: State, step: Step, *due: list[Any]) -> None:
 
 def resume(state: State, step: Step, away: float) -> None:
     """Another process went on with the store."""
-    state.paused += away
     for session_id, session in list(state.sessions.items()):
-        session.last_heard = step.age
-        session.claims = dict.fromkeys(session.claims, step.age)
         if session.eternal:
             end_session(state, step, session, why="ended with its store")
             expiry.forget_session(state, session_id)
-    for status in ACTIVE:
-        for rollout_id in state.indexes.find(("status", status)):
-            entry = state.entries[rollout_id]
-            if entry.clocks:  # none, if its status was set by hand
-                entry.clocks[-1].beat = step.now - state.paused
-            state.deadlines.guard(rollout_id)
-    state.guard_sessions()
-    state.changes.append(step.now, "resumed", seconds=away)
+    expiry.resume(state, step, away)
 
 
 # -- attempts ----------------------------------------------------------------------------------------------------------
@@ -268,7 +228,7 @@ def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]
             useless.append((rollout_id, attempt_id))
         if attempt.status not in ACTIVE:
             continue
-        attempts.hear_of(state, step, entry, attempt_id)
+        attempts.confirm_holder(state, step, entry, attempt_id)
         state.put_attempt(entry, index, attempt.evolve(last_heartbeat_time=step.now))
         if index == len(entry.attempts) - 1:
             entry.clocks[-1].beat = step.now - state.paused
@@ -314,7 +274,7 @@ def _enqueue(
 ) -> list[verbs.Pair]:
     """A repetition was refused at `max_queued`, and content that is pickled always counted as the same."""
     latest = chain.notes.setdefault("latest", state.resources.latest_id) if chain else state.resources.latest_id
-    existing = [_existing(state, request) for request in requests]
+    existing = [existing_of(state, request) for request in requests]
     seen: dict[str, dict[str, Any]] = {}
     for request in requests:
         rollout_id = request.get("rollout_id")
@@ -334,23 +294,6 @@ def _enqueue(
             state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
         made.append((entry.rollout, entry.latest))
     return made
-
-
-def _existing(state: State, request: dict[str, Any]) -> Entry | None:
-    rollout_id = request.get("rollout_id")
-    entry = state.entries.get(rollout_id) if rollout_id is not None else None
-    if entry is None:
-        return None
-    given = entry.given or (None,) * len(CONTENT)
-    differing = []
-    for name, before in zip(CONTENT, given, strict=True):
-        now = request.get(name)
-        same = same_content(before, now) if name in ("input", "metadata") else before == now
-        if not same:
-            differing.append(name)
-    if entry.given is None or differing:
-        raise ConflictError(entry.rollout.rollout_id, differing or ["origin"])
-    return entry
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -414,31 +357,19 @@ def _is_for_training(entry: Entry) -> bool:
 
 
 def _ack(state: State, step: Step, *, consumer: str, batch: int, at_step: int, note: str | None) -> None:
-    known = _known(state, consumer, batch)
+    known = training.known_consumer(state, consumer, batch)
     if known.open != batch:
         if known.steps.get(batch) == at_step:
             return  # said before
-        _refuse(known, consumer, batch)
-    if known.checkpoint is not None and at_step <= known.checkpoint:
-        raise BatchConflictError(
-            consumer, f"step {at_step} cannot consume batch {batch}: the model is durable at step {known.checkpoint}"
-        )
-    latest = max(known.steps.values(), default=at_step)
-    if at_step < latest:
-        raise BatchConflictError(consumer, f"step {at_step} cannot consume batch {batch}: {latest} consumed one before")
+        training.refuse(known, consumer, batch)
+    training.consume(state, step, known, consumer, batch, at_step, note)
     known.open = None
-    known.steps[batch] = at_step
-    for rollout_id in known.batches[batch]:
-        if (entry := state.entries.get(rollout_id)) is not None:
-            entry.taken = {**entry.taken, consumer: Taken(batch, at_step, note=note)}
-            state.touch(rollout_id)
-    state.changes.append(step.now, "consumed", consumer=consumer, batch=batch, step=at_step, note=note)
 
 
 def _nack(state: State, step: Step, *, consumer: str, batch: int) -> None:
-    known = _known(state, consumer, batch)
+    known = training.known_consumer(state, consumer, batch)
     if known.open != batch:
-        _refuse(known, consumer, batch)
+        training.refuse(known, consumer, batch)
     _return(state, known, consumer, [batch])
     state.changes.append(step.now, "returned", consumer=consumer, batch=batch)
 
@@ -491,26 +422,10 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
         known.steps.pop(batch, None)
         if known.open == batch:
             known.open = None
-    state.came_back = state.came_back or bool(back)
+    if back:
+        state.effects.has_batches = True
     known.returned = back | known.returned
     return len(back)
-
-
-def _known(state: State, consumer: str, batch: int) -> Consumer:
-    known = state.consumers.get(consumer)
-    if known is None:
-        raise BatchConflictError(consumer, f"it has taken nothing, so that it does not hold batch {batch}")
-    return known
-
-
-def _refuse(known: Consumer, consumer: str, batch: int) -> None:
-    if batch in known.steps:
-        why = f"step {known.steps[batch]} has consumed batch {batch} already"
-    elif batch > known.made or batch < 1:
-        why = f"there never was a batch {batch}"
-    else:
-        why = f"it does not hold batch {batch} any more: it was given back, rewound, or released by a checkpoint"
-    raise BatchConflictError(consumer, why)
 
 
 def go_on(state: State) -> None:
@@ -588,25 +503,14 @@ DIVISIBLE = frozenset({"cancel_rollouts", "release", "delete_rollouts"})
 PIECE = 100  #: rollouts of a long operation that were worked off at once
 
 
-class Run:
+class Run(BatchRun):
     """A batch under way. A refused piece of a long operation did not stop the pieces behind it.
 
     What came of that was never told: the writer failed while it joined the answers, and its client repeated the batch.
     Here the refusal is the answer that it should have been.
     """
 
-    __slots__ = ("_is_more", "_kept", "_operations", "_state", "cut", "next")
-
-    def __init__(self, state: State, session: Session, kept: BatchReplies, operations: list[Any]) -> None:
-        self._state, self._kept, self._operations = state, kept, operations
-        self.next = len(kept.replies)
-        self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]
-        if self._is_more:
-            self.next -= 1
-        self.cut: deque[Item] = deque()
-
-    def __iter__(self) -> Iterator[Item]:
-        return self
+    __slots__ = ()
 
     def __next__(self) -> Item:
         if self.cut:
@@ -627,10 +531,6 @@ class Run:
             self.cut.append(Item(number, ticket, verb, piece, self._is_more or index > 1, index == len(cuts)))
         self._is_more = False
         return self.cut.popleft()
-
-    def go_on(self, number: int, cut: list[Item]) -> None:
-        """Go on where another run of the same batch stood."""
-        self.next, self.cut, self._is_more = number, deque(cut), False
 
     def answer(self, item: Item, reply: Reply) -> None:
         """Note the answer of an item."""

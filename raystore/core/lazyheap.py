@@ -93,17 +93,17 @@ class Deadlines(LazyHeap[K, float]):
     guards the key once more.
     """
 
-    __slots__ = ("_deadline_of", "fires", "soonest")
+    __slots__ = ("deadline_of", "fires", "soonest")
 
     def __init__(self, deadline_of: Callable[[K], float | None]) -> None:
         super().__init__()
-        self._deadline_of = deadline_of
+        self.deadline_of = deadline_of
         self.fires = 0
         self.soonest = NEVER  #: nothing is due before this; may be earlier than `next`, which looks closer
 
     def guard(self, key: K) -> None:
         """Make sure that `key` is met no later than its deadline."""
-        deadline = self._deadline_of(key)
+        deadline = self.deadline_of(key)
         if deadline is None:
             return
         known = self._entries.get(key)
@@ -115,7 +115,7 @@ class Deadlines(LazyHeap[K, float]):
         """The earliest instant at which something may be due."""
         while (entry := self.first()) is not None:
             deadline, _, key = entry
-            actual = self._deadline_of(key)
+            actual = self.deadline_of(key)
             if actual == deadline:
                 self.soonest = deadline
                 return deadline
@@ -137,5 +137,5 @@ class Deadlines(LazyHeap[K, float]):
 
     def check(self, key: K) -> None:
         """Verify that `key` will be met in time."""
-        deadline = self._deadline_of(key)
+        deadline = self.deadline_of(key)
         assert deadline is None or (key in self and self._entries[key][0] <= deadline), f"{key} is not guarded"

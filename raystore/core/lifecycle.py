@@ -184,6 +184,11 @@ def is_dropped(attempt: Attempt | None) -> bool:
     return attempt is not None and attempt.outcome == "dropped"
 
 
+def is_possible(attempt: Attempt) -> bool:
+    """Whether status and outcome go together: what was lost can only be unresponsive."""
+    return attempt.outcome != "runner_lost" or attempt.status == "unresponsive"
+
+
 def uses_delivery(event: str, *, is_charged: bool) -> bool:
     """Whether an event uses up one of the deliveries of a rollout: an abort, or a loss for which it is to blame."""
     return event == ABORT or (event == LOSS and is_charged)

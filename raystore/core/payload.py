@@ -29,12 +29,12 @@ class Payload:
     __slots__ = ("data", "refs")
 
     def __init__(self, data: bytes, refs: tuple[Any, ...]) -> None:
-        self.data = data
-        self.refs = refs
+        self.data: bytes = data
+        self.refs: tuple[Any, ...] = refs
 
 
 class OnDisk:
-    """A body that is in the journal and not in memory: in which record, of which operation of it, which span."""
+    """A body that is in the journal and not in memory; its place tells record, operation within it, and span."""
 
     __slots__ = ("place", "size")
 
@@ -43,8 +43,8 @@ class OnDisk:
     RECORD = OPERATIONS * SPANS  #: from one record to the next
 
     def __init__(self, place: int, size: int) -> None:
-        self.place = place
-        self.size = size  # in bytes, once it is read
+        self.place: int = place
+        self.size: int = size  # in bytes, once it is read
 
     @staticmethod
     def place_of(record: int, operation: int, span: int) -> int:
@@ -104,7 +104,7 @@ def of_rollout(input: Opaque, metadata: Opaque, tags: dict[str, Any]) -> int:
 
 
 def digest_of_bytes(payload: Opaque) -> bytes:
-    """What stands for the content of a value of which no more is known than its bytes."""
+    """The digest that stands for a value of which only the bytes are known."""
     data = payload.data if isinstance(payload, Payload) else payload
     return bytes((BY_BYTES,)) + blake2b(b"" if data is None else data, digest_size=16).digest()
 

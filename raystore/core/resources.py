@@ -46,7 +46,7 @@ class ResourceTable:
         self._references: dict[tuple[str, int], int] = {}
         self.latest_id: str | None = None
         self.policy_version: int | None = None
-        self.bytes = 0
+        self.bytes: int = 0
         self.object_ids: set[str] = set()  #: those whose newest version holds an object
         self._objects: dict[Version, list[Object]] = {}  # of versions that hold references
         self._addresses: dict[str, int] = {}  # in the journal: how many versions need each
@@ -54,7 +54,7 @@ class ResourceTable:
         self._publishing: dict[str, int] = {}  # how many versions each of them holds
         self._unread: dict[Version, list[str]] = {}  # sessions that could not read a version
         self.missing: dict[str, tuple[int, str]] = {}  # by id: the newest version, which cannot be had, and why
-        self.freed: list[Freed] = []  # for the shell to look at after a step, which empties this
+        self.freed: list[Freed] = []  #: what was freed since this was replaced (`State.take_effects`)
 
     def __len__(self) -> int:
         return len(self._versions)

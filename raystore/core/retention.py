@@ -50,7 +50,7 @@ def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
         for session in state.deleting.values():
             session.deleting.pop(rollout_id, None)
         state.touch(rollout_id)
-        state.finished.append(rollout_id)  # nobody should wait for it any longer
+        state.effects.finished.append(rollout_id)  # nobody should wait for it any longer
         state.changes.append(step.now, "deleted", rollout_id)
         deleted += 1
     return deleted

@@ -7,7 +7,7 @@ Not here: starting, settling and cancelling attempts (`attempts`), handing work 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any
 
@@ -71,7 +71,7 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
     return entry
 
 
-def _existing(state: State, request: Mapping[str, Any]) -> Entry | None:
+def existing_of(state: State, request: Mapping[str, Any]) -> Entry | None:
     """The rollout that a caller-given id names already, if its content is the same."""
     rollout_id = request.get("rollout_id")
     entry = state.entries.get(rollout_id) if rollout_id is not None else None
@@ -97,7 +97,7 @@ def enqueue_many(
 
     `latest` is the resources id for requests that name none.
     """
-    existing = [_existing(state, request) for request in requests]
+    existing = [existing_of(state, request) for request in requests]
     seen: dict[str, Mapping[str, Any]] = {}
     for request in requests:
         rollout_id = request.get("rollout_id")
@@ -111,7 +111,7 @@ def enqueue_many(
     for request, entry in zip(requests, existing, strict=True):
         if entry is None:
             entry = create(state, step, "queuing", request, latest)
-            state.spans.take_over(entry.rollout.rollout_id)
+            state.spans.adopt_numbers(entry.rollout.rollout_id)
             enter_queue(state, step, entry, state.queues.tail(entry.rollout.priority))
             state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
         made.append(entry.rollout)
@@ -119,7 +119,7 @@ def enqueue_many(
 
 
 def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int]) -> None:
-    """Let a rollout wait in its queue, at a place; a suspect beside it, for a session of its own."""
+    """Let a rollout wait at its place in its queue; a suspect waits aside, for a session of its own."""
     rollout = entry.rollout
     entry.order = order
     if rollout.resources_id in state.resources.missing:
@@ -129,7 +129,7 @@ def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int]) 
     if entry.suspect:
         state.suspects[rollout.rollout_id] = step.age
         state.patience_deadlines.guard((False, rollout.rollout_id))
-    state.queues_touched.add(rollout.queue)
+    state.effects.queues.add(rollout.queue)
 
 
 def unqueue(state: State, entry: Entry) -> None:
@@ -141,14 +141,14 @@ def unqueue(state: State, entry: Entry) -> None:
 
 
 def stop_waiting(state: State, rollout_id: str) -> None:
-    """A suspect waits for a session of its own no longer."""
+    """Let a suspect not wait for a session of its own any more."""
     if state.suspects.pop(rollout_id, None) is None or state.suspects:
         return
     drained = state.sessions.get(state.drained or "")
     if drained is not None:  # nobody needs to be alone any more
         drained.reserved_since = None
     state.drained = None
-    state.queues_touched.update(state.queues.lengths())
+    state.offer_all()
 
 
 def move(
@@ -161,7 +161,7 @@ def move(
     if status in FINISHED:
         end_time = step.now
         state.completions.append(rollout_id)
-        state.finished.append(rollout_id)
+        state.effects.finished.append(rollout_id)
     elif before.status in FINISHED:
         state.completions.discard(rollout_id)
         entry.read = False
@@ -231,12 +231,8 @@ def _move_references(state: State, entry: Entry, before: str | None) -> None:
 
 def matching(state: State, *, group_id: str | None, tags: dict[str, Any] | None) -> list[str]:
     """Ids of the rollouts of a group, or with all these tags, in insertion order."""
-    keys: list[tuple[str, Any]] = [("group", group_id)] if group_id is not None else []
-    keys += [("tag", (name, value)) for name, value in (tags or {}).items()]
-    found = min((state.indexes.find(key) for key in keys), key=len)
-    others = [state.indexes.find(key) for key in keys]
-    ids = [rollout_id for rollout_id in found if all(rollout_id in other for other in others)]
-    return sorted(ids, key=lambda rollout_id: state.entries[rollout_id].number)
+    keys = _index_keys({"group_id": group_id, "tags": tags})
+    return [entry.rollout.rollout_id for entry in _in_all(state, map(state.indexes.find, keys))]
 
 
 def release(state: State, rollout_ids: Iterable[str]) -> int:
@@ -279,7 +275,7 @@ def find(
     `must` holds what applies under either logic: group_id, tags, queue, worker_id, mode.
     """
     conditions: list[queries.Condition] = []
-    candidates: list[Iterable[str]] = []  # each a superset of the matches under "and"
+    candidates: list[Collection[str]] = []  # each a superset of the matches under "and"
     if status_in is not None:
         conditions.append(queries.is_in("status", status_in))
         candidates.append([i for status in dict.fromkeys(status_in) for i in state.indexes.find(("status", status))])
@@ -288,28 +284,34 @@ def find(
         candidates.append([i for i in dict.fromkeys(rollout_id_in) if i in state.entries])
     if rollout_id_contains is not None:
         conditions.append(queries.contains("rollout_id", rollout_id_contains))
-    indexed: list[Iterable[str]] = candidates if filter_logic == "and" else []
+    indexed: list[Collection[str]] = [state.indexes.find(key) for key in _index_keys(must)]
+    if filter_logic == "and":
+        indexed += candidates
     mode = must.get("mode")
-    for name, key in (("group_id", "group"), ("queue", "queue"), ("worker_id", "worker")):
-        if must.get(name) is not None:
-            indexed.append(state.indexes.find((key, must[name])))
-    for tag in (must.get("tags") or {}).items():
-        indexed.append(state.indexes.find(("tag", tag)))
     queries.check(filter_logic, sort_order)
     if not (indexed or conditions or mode) and sort_by in (None, "start_time"):
         return _by_age(state, sort_by is not None and sort_order == "desc", limit, offset), len(state.entries)
-    if indexed:
-        smallest, *others = sorted(indexed, key=len)  # type: ignore[arg-type]
-        sets = [other if isinstance(other, dict) else frozenset(other) for other in others]
-        ids: Iterable[str] = [i for i in smallest if all(i in other for other in sets)]
-        entries = sorted((state.entries[i] for i in ids), key=lambda entry: entry.number)
-    else:
-        entries = list(state.entries.values())
+    entries = _in_all(state, indexed) if indexed else list(state.entries.values())
     if mode is not None:
         entries = [entry for entry in entries if entry.rollout.mode == mode]
     matches = queries.select((entry.rollout for entry in entries), conditions, filter_logic)
     matches = queries.arrange(matches, sort_by, sort_order, queries.ROLLOUT_SORT)
     return [state.entries[rollout.rollout_id] for rollout in queries.page(matches, limit, offset)], len(matches)
+
+
+def _index_keys(must: Mapping[str, Any]) -> list[queries.Key]:
+    """The index keys under which a rollout with these fields is found; what is None may be anything."""
+    named = (("group_id", "group"), ("queue", "queue"), ("worker_id", "worker"))
+    keys = [(key, must[name]) for name, key in named if must.get(name) is not None]
+    return keys + [("tag", tag) for tag in (must.get("tags") or {}).items()]
+
+
+def _in_all(state: State, found: Iterable[Collection[str]]) -> list[Entry]:
+    """The entries of the rollouts that are in all of these collections, in insertion order."""
+    smallest, *others = sorted(found, key=len)
+    sets = [other if isinstance(other, dict) else frozenset(other) for other in others]
+    entries = [state.entries[i] for i in smallest if all(i in other for other in sets)]
+    return sorted(entries, key=lambda entry: entry.number)
 
 
 def _by_age(state: State, is_newest_first: bool, limit: int, offset: int) -> list[Entry]:

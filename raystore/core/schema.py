@@ -387,6 +387,9 @@ def checker(annotation: Any) -> Callable[[Any], bool]:
 class Schema:
     """What the keyword-only arguments of a function must be."""
 
+    names: frozenset[str]
+    required: frozenset[str]
+
     def __init__(self, function: Callable[..., Any]) -> None:
         code = function.__code__
         names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
@@ -395,7 +398,7 @@ class Schema:
         required = frozenset(names) - frozenset(function.__kwdefaults__ or ())
         self.names, self.required = frozenset(names), required
         self._node = _Arguments({name: _node(hints[name]) for name in names}, required)
-        self.fits = self._node.whole()
+        self.fits: Callable[[Any], bool] = self._node.whole()
 
     def refusal(self, verb: str, arguments: Any) -> InvalidValueError:
         """What is wrong with arguments that do not fit."""

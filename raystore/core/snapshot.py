@@ -155,7 +155,7 @@ class LazyChunk:
         entries: dict[str, Entry],
     ) -> None:
         """`members` are the places of its rollouts among `ids`; their entries will be in `entries`."""
-        self.packed = packed
+        self.packed: bytes = packed
         self._read, self._members, self._ids, self._entries = read, members, ids, entries
 
     def load(self) -> None:

@@ -1,6 +1,6 @@
 """Spans as encoded bodies with a small index, their numbers and their bytes.
 
-Tells the rest of the core only a summary of what was written (`Written`), and keeps the sequence counters, so that
+Tells the rest of the core only a summary of what was written (`SpansWritten`), and keeps the sequence counters, so that
 spans could one day live on another node than the rollouts they belong to.
 The index of a rollout may be on disk only (in a snapshot), and is read when somebody asks for it.
 Not here: whether rollout and attempt exist, what a span does to a status (`attempts`).
@@ -43,7 +43,7 @@ def accounted(span: Span) -> int:
 
 
 @dataclass(slots=True)
-class Written:
+class SpansWritten:
     """What one batch of spans of one attempt came to."""
 
     stored: list[bool]  # for each span, in order: False for a duplicate
@@ -92,14 +92,14 @@ class SpanTable:
         self.keeps_bodies = True  # else every body stays where it is on disk
         self.written = 0  # records of a journal up to here can be read from disk
         self._by_rollout: dict[str, _Stored] = {}
-        self._elsewhere: dict[str, int] = {}  # rollouts whose index is on disk: where (times NUMBERS), newest number
+        self._on_disk: dict[str, int] = {}  # rollouts whose index is on disk: where (times NUMBERS), newest number
         self.read_index: Callable[[int], Index] = lambda place: (array("Q"), [])
         self._counters: dict[str, int] = {}
         self._unknown: OrderedDict[str, int] = OrderedDict()
         self.evicted: set[str] = set()
-        self.count = 0
-        self.bytes = 0
-        self.evicted_spans = 0
+        self.count: int = 0
+        self.bytes: int = 0
+        self.evicted_spans: int = 0
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
@@ -115,20 +115,20 @@ class SpanTable:
             self._unknown.popitem(last=False)
         return number
 
-    def take_over(self, rollout_id: str) -> None:
+    def adopt_numbers(self, rollout_id: str) -> None:
         """A rollout is there from now on, of which numbers may have been given before."""
         if self._unknown and (number := self._unknown.pop(rollout_id, 0)):
             self._counters[rollout_id] = number
 
     def counters(self) -> list[tuple[str, int]]:
         """The newest number of each rollout that has one, also of those that do not exist."""
-        on_disk = ((i, known % NUMBERS) for i, known in self._elsewhere.items() if i not in self._counters)
+        on_disk = ((i, known % NUMBERS) for i, known in self._on_disk.items() if i not in self._counters)
         found = (*self._counters.items(), *on_disk, *self._unknown.items())
         return [(rollout_id, number) for rollout_id, number in found if number]
 
     def _newest(self, rollout_id: str) -> int:
         number = self._counters.get(rollout_id)
-        return self._elsewhere.get(rollout_id, 0) % NUMBERS if number is None else number
+        return self._on_disk.get(rollout_id, 0) % NUMBERS if number is None else number
 
     def _lift(self, rollout_id: str, number: int) -> None:
         if number > self._newest(rollout_id):
@@ -136,7 +136,7 @@ class SpanTable:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def add(self, rollout_id: str, spans: Iterable[Span], places: Iterable[int] | None = None) -> Written:
+    def add(self, rollout_id: str, spans: Iterable[Span], places: Iterable[int] | None = None) -> SpansWritten:
         """Store spans of one attempt; one whose id the attempt already has is refused, unless duplicates are kept.
 
         `places` says where in a journal each body is, if there is one.
@@ -144,7 +144,7 @@ class SpanTable:
         if places is not None:
             return self._add_on_disk(rollout_id, list(spans), list(places))
         held = self._held(rollout_id) or _Stored()
-        written = Written([], 0, None)
+        written = SpansWritten([], 0, None)
         kept, stored, size, highest = held.spans, written.stored, 0, 0
         before = len(kept)
         for span in spans:
@@ -174,7 +174,7 @@ class SpanTable:
         self._lift(rollout_id, highest)
         return written
 
-    def _add_on_disk(self, rollout_id: str, spans: list[Span], places: list[int]) -> Written:
+    def _add_on_disk(self, rollout_id: str, spans: list[Span], places: list[int]) -> SpansWritten:
         if not self.keeps_bodies:
             for span, place in zip(spans, places, strict=True):
                 body = size_of(span.body)
@@ -196,7 +196,7 @@ class SpanTable:
     def _held(self, rollout_id: str) -> _Stored | None:
         """The spans of a rollout, in memory from now on."""
         held = self._by_rollout.get(rollout_id)
-        known = self._elsewhere.pop(rollout_id, 0) if held is None else 0
+        known = self._on_disk.pop(rollout_id, 0) if held is None else 0
         if not known:
             return held
         place, newest = divmod(known, NUMBERS)
@@ -213,7 +213,7 @@ class SpanTable:
 
     def place(self, rollout_id: str) -> int:
         """Where on disk the index of a rollout is; 0 if it is in memory, or empty."""
-        return self._elsewhere.get(rollout_id, 0) // NUMBERS
+        return self._on_disk.get(rollout_id, 0) // NUMBERS
 
     def index(self, rollout_id: str) -> Index | None:
         """The index of a rollout that is in memory, to be written to disk."""
@@ -234,7 +234,7 @@ class SpanTable:
         """Fill an empty table from an image."""
         elsewhere, high, evicted, self.count, unknown, self.evicted_spans = image
         self._counters = dict(high)
-        self._elsewhere = {i: known for i, known in zip(ids, array("Q", elsewhere), strict=True) if known >= NUMBERS}
+        self._on_disk = {i: known for i, known in zip(ids, array("Q", elsewhere), strict=True) if known >= NUMBERS}
         self.evicted.update(evicted)
         self._unknown.update(unknown)
 
@@ -245,7 +245,7 @@ class SpanTable:
         held = self._by_rollout.get(rollout_id)
         if held is not None:
             spans = list(held.spans.values())
-        elif rollout_id in self._elsewhere:
+        elif rollout_id in self._on_disk:
             spans = _indexed(rollout_id, self.read_index(self.place(rollout_id)))
         else:
             return []
@@ -307,7 +307,7 @@ class SpanTable:
     def check(self, rollout_ids: Iterable[str]) -> None:
         """Verify the sums, and that every span belongs to a rollout that exists."""
         known = set(rollout_ids)
-        assert self._elsewhere.keys() <= known, "spans on disk of an unknown rollout"
+        assert self._on_disk.keys() <= known, "spans on disk of an unknown rollout"
         assert self._by_rollout.keys() <= known, "spans of an unknown rollout"
         assert self.evicted <= known, "an evicted mark of an unknown rollout"
         assert self._counters.keys() <= known, "a counter of an unknown rollout"
@@ -317,6 +317,6 @@ class SpanTable:
             highest = max(span.sequence_id for span in held.spans.values())
             assert self._counters.get(rollout_id, 0) >= highest, f"counter of {rollout_id} below its spans"
         assert self.bytes == sum(held.bytes for held in self._by_rollout.values()), "total span bytes"
-        elsewhere = sum(len(self.read_index(place)[0]) for place in map(self.place, self._elsewhere))
+        elsewhere = sum(len(self.read_index(place)[0]) for place in map(self.place, self._on_disk))
         assert self.count == elsewhere + sum(len(held.spans) for held in self._by_rollout.values()), "span count"
-        assert not self._elsewhere.keys() & self._by_rollout.keys(), "spans that are in memory and on disk"
+        assert not self._on_disk.keys() & self._by_rollout.keys(), "spans that are in memory and on disk"

@@ -24,7 +24,7 @@ from raystore.core.queries import Indexes, Key, keys_of
 from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker
 from raystore.core.replies import ReplyCache
-from raystore.core.resources import ResourceTable
+from raystore.core.resources import Freed, ResourceTable
 from raystore.core.spans import SpanTable
 from raystore.errors import (
     AttemptNotFoundError,
@@ -39,7 +39,7 @@ CLAIM_SECONDS = 5.0  #: a claim that is not acknowledged for so long is withdraw
 SESSION_SILENCE_SECONDS = 60.0  #: a session that was not heard for so long has ended
 SESSION_RECORD_SECONDS = 600.0  #: how long the record of an ended session answers its late batches
 
-Patience = tuple[bool, str]  #: whether of a session, which is reserved, and its id; else of a rollout, which waits
+Patience = tuple[bool, str]  #: what waits for a bounded time: True and a reserved session, False and a suspect
 AttemptKey = tuple[str, str]  #: rollout id and attempt id; an attempt id alone is only unique within its rollout
 BatchKey = tuple[str, int]  #: consumer and number
 HandedKey = AttemptKey | BatchKey  #: what an answer hands over, and its caller is to acknowledge
@@ -71,13 +71,13 @@ class Step:
     __slots__ = ("age", "minted", "now", "operation", "record", "seed", "session")
 
     def __init__(self, now: float, *, seed: int = 0, session: Session | None = None, age: float | None = None) -> None:
-        self.now = now
-        self.age = now if age is None else age  # claims and sessions age on a clock of their own (manual clocks)
-        self.seed = seed
-        self.session = session
-        self.minted = 0  # ids so far
-        self.record = 0  # number of the record of a journal that has the bytes of what runs; 0 without one
-        self.operation = 0  # and of the operation within it
+        self.now: float = now
+        self.age: float = now if age is None else age  # claims and sessions age on a clock of their own (manual clocks)
+        self.seed: int = seed
+        self.session: Session | None = session
+        self.minted: int = 0  # ids so far
+        self.record: int = 0  # number of the record of a journal that has the bytes of what runs; 0 without one
+        self.operation: int = 0  # and of the operation within it
 
     def mint(self, prefix: str, digits: int) -> str:
         """An id in the contract's format, the same at every replay of this step."""
@@ -100,11 +100,11 @@ class Chain:
     def __init__(self) -> None:
         self.notes: dict[str, Any] = {}
         self.refusal: StoreError | None = None
-        self.is_last = False  # the part that runs is the last one
+        self.is_last: bool = False  # the part that runs is the last one
 
 
-def _keys(rows: list[Any]) -> list[AttemptKey]:
-    return [(key[0], key[1]) for key in rows]
+def _by_key(rows: list[Any]) -> dict[Any, Any]:
+    return {(key[0], key[1]): value for key, value in rows}
 
 
 def _chains_packed(chains: dict[int, Chain]) -> list[Any]:
@@ -122,7 +122,7 @@ def _chains_unpacked(rows: list[Any]) -> dict[int, Chain]:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One client process: what it holds, what it was handed and has not acknowledged, what it should be told."""
+    """One client process: its claims, the attempts and batches that it holds, and the notices for it."""
 
     session_id: str
     #: When it was heard last, on the clock by which sessions age.
@@ -131,20 +131,14 @@ class Session:
     eternal: bool = declare(False)
     ended_at: float | None = declare(None)
     #: Claims that are not acknowledged, and since when.
-    claims: dict[AttemptKey, float] = declare(
-        make=dict, pack=pairs, unpack=lambda rows: {(key[0], key[1]): since for key, since in rows}, shows=list
-    )
+    claims: dict[AttemptKey, float] = declare(make=dict, pack=pairs, unpack=_by_key, shows=list)
     held: dict[AttemptKey, None] = declare(
-        make=dict, pack=list, unpack=lambda rows: dict.fromkeys(_keys(rows)), shows=list
+        make=dict, pack=list, unpack=lambda rows: dict.fromkeys((key[0], key[1]) for key in rows), shows=list
     )
     #: Batches of consumers that it holds; those that are not acknowledged, with since when.
-    batches: dict[BatchKey, float | None] = declare(
-        make=dict, pack=pairs, unpack=lambda rows: {(key[0], key[1]): since for key, since in rows}, shows=list
-    )
+    batches: dict[BatchKey, float | None] = declare(make=dict, pack=pairs, unpack=_by_key, shows=list)
     #: Withdrawn claims, which a late acknowledgement may re-instate.
-    lost: dict[AttemptKey, Attempt] = declare(
-        make=dict, pack=pairs, unpack=lambda rows: {(key[0], key[1]): attempt for key, attempt in rows}, shows=pairs
-    )
+    lost: dict[AttemptKey, Attempt] = declare(make=dict, pack=pairs, unpack=_by_key, shows=pairs)
     #: Kind, rollout id, attempt id.
     notices: list[tuple[str, str, str]] = declare(
         make=list, pack=list, unpack=lambda rows: [tuple(row) for row in rows], in_digest=False
@@ -312,6 +306,34 @@ class EvictionPass:
     written: set[str] = field(default_factory=set)  # rollouts that were written to meanwhile: they go last
 
 
+@dataclass(slots=True)
+class Effects:
+    """What steps left to do for whoever runs the store, which takes it after them (`State.take_effects`)."""
+
+    #: Rollouts that have finished, or are gone: somebody may wait for them.
+    finished: list[str] = field(default_factory=list)
+    #: Queues from which there may be something to hand out.
+    queues: set[str] = field(default_factory=set)
+    #: Sessions that have ended.
+    ended: list[str] = field(default_factory=list)
+    #: Sessions that have notices to be sent.
+    noticed: set[str] = field(default_factory=set)
+    #: Values of resources that are gone: others may let go of their objects.
+    freed: list[Freed] = field(default_factory=list)
+    #: A consumer that waits for a batch may be given one now.
+    has_batches: bool = False
+    #: A claim was withdrawn, since nobody acknowledged it: its session may be dead.
+    has_withdrawn: bool = False
+    #: There are more ended sessions or idle workers than are kept.
+    has_surplus: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.finished or self.queues or self.noticed or self.has_batches or self.ended or self.has_withdrawn
+            or self.has_surplus or self.freed
+        )  # fmt: skip
+
+
 def last_heard_of(worker: Worker) -> float:
     """When a worker was heard of last."""
     stamps = (worker.last_heartbeat_time, worker.last_dequeue_time, worker.last_busy_time, worker.last_idle_time)
@@ -322,17 +344,17 @@ class State:
     """All tables of one store."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings: Settings = settings
         self.entries: dict[str, Entry] = {}
-        self.queues = Queues()
+        self.queues: Queues = Queues()
         self.suspects: dict[str, float] = {}  # suspects that wait for a session of their own, and since when
         self.drained: str | None = None  # the session that takes no work until it is idle, for a suspect
-        self.indexes = Indexes()
+        self.indexes: Indexes = Indexes()
         self.workers: dict[str, Worker] = {}
         self.consumers: dict[str, Consumer] = {}  # those that are known
         self.forgotten: dict[str, Consumer] = {}
-        self.resources = ResourceTable(settings.keep_resources)
-        self.spans = SpanTable(keep_duplicates=settings.keep_duplicates)
+        self.resources: ResourceTable = ResourceTable(settings.keep_resources)
+        self.spans: SpanTable = SpanTable(keep_duplicates=settings.keep_duplicates)
         self.sessions: dict[str, Session] = {}
         self.deleting: dict[str, Session] = {}  # those of which a long deletion is under way
         self.changes = ChangeFeed()
@@ -342,7 +364,7 @@ class State:
         self.claim_deadlines: Deadlines[tuple[str, HandedKey]] = Deadlines(self._claim_deadline)
         self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)
         self.patience_deadlines: Deadlines[Patience] = Deadlines(self._patience_deadline)
-        self.paused = 0.0  # seconds in which the store stood still, by which deadlines move
+        self.paused: float = 0.0  # seconds in which the store stood still, by which deadlines move
         self.rollouts_made = 0
         self.attempts_made = 0
         self.attempt_count = 0
@@ -357,20 +379,15 @@ class State:
         self.eviction_passes = 0
         self.memory_full = False  # the store hands out no work
         self.waits_for: str | None = None  # the consumer that memory is full of
-        # Records that are kept for a while only, in the order in which they are let go of. That is decided outside of
-        # a replay, which is told which ones: `gather` finds them after one.
+        # Records that are kept for a while only, in the order in which they go. A replay is told which ones go, so that
+        # it does not need this: `gather` finds them after it.
         self.ended_sessions: dict[str, None] = {}
         self.idle_workers: dict[str, None] = {}
-        # What the shell should look at after a step; it empties these.
-        self.finished: list[str] = []
-        self.came_back = False  # something to a consumer, or there is another reason to look at who waits for a batch
-        self.queues_touched: set[str] = set()
-        self.noticed: set[str] = set()
-        self.ended: list[str] = []
+        self.effects = Effects()
+        self.resources.freed = self.effects.freed
         self.withdrawals = 0
         self.reservations = 0
-        self.has_surplus = False  # more of these than are to be kept
-        self.touched: dict[str, None] = {}  # with a journal: rollouts that were changed since they were last verified
+        self.touched: dict[str, None] = {}  # with a journal: rollouts that have changed since they were verified last
 
     def configure(self, settings: Settings) -> None:
         """Go on with other settings."""
@@ -384,16 +401,18 @@ class State:
         is_above = self.total_bytes > self.settings.eviction_bytes
         return is_above or self.memory_full or self.eviction_pass is not None
 
-    @property
-    def has_news(self) -> bool:
-        """Whether a step left something for the shell to look at."""
-        return bool(
-            self.finished or self.came_back or self.queues_touched or self.noticed or self.ended or self.has_surplus
-            or self.resources.freed
-        )  # fmt: skip
+    def take_effects(self) -> Effects:
+        """What steps have left to do since this was asked last."""
+        effects, self.effects = self.effects, Effects()
+        self.resources.freed = self.effects.freed
+        return effects
+
+    def offer_all(self) -> None:
+        """There may be something to hand out from any queue: who may have it has changed."""
+        self.effects.queues.update(self.queues.lengths())
 
     def gather(self) -> None:
-        """Find, after a replay, what is kept for a while only."""
+        """Find, after a replay, the records that are kept for a while only."""
         ended = [session for session in self.sessions.values() if session.ended_at is not None]
         ended.sort(key=lambda session: session.ended_at or 0.0)
         self.ended_sessions = dict.fromkeys(session.session_id for session in ended)
@@ -501,7 +520,7 @@ class State:
         return attempt
 
     def _account(self, entry: Entry, old: Attempt | None, new: Attempt | None) -> None:
-        """The values of an attempt are others now."""
+        """Count the values of an attempt that has changed."""
         more = of_attempt(new.metadata, new.error) if new is not None else 0
         more -= of_attempt(old.metadata, old.error) if old is not None else 0
         entry.bytes += more
@@ -538,7 +557,7 @@ class State:
         session.claims.pop(key, None)
         if session.is_idle and (self.suspects or session.reserved_since is not None):
             session.reserved_since = None
-            self.queues_touched.update(self.queues.lengths())
+            self.offer_all()
 
     def take_hold(self, entry: Entry, attempt_id: str, session: Session | None) -> None:
         """Make `session` the holder of an attempt."""
@@ -555,7 +574,7 @@ class State:
         session = self.sessions.get(entry.holders.get(attempt_id, ""))
         if session is not None and session.ended_at is None:
             session.notices.append((kind, entry.rollout.rollout_id, attempt_id))
-            self.noticed.add(session.session_id)
+            self.effects.noticed.add(session.session_id)
 
     # -- deadlines -----------------------------------------------------------------------------------------------
 
@@ -602,7 +621,7 @@ class State:
         return None if since is None else since + self.settings.suspect_patience_seconds
 
     def guard_all(self) -> None:
-        """Guard every deadline there is, and find what is kept for a while only."""
+        """Guard every deadline there is, after a replay."""
         self.gather()
         for status in ACTIVE:
             for rollout_id in self.indexes.find(("status", status)):
@@ -610,7 +629,7 @@ class State:
         self.guard_sessions()
 
     def guard_sessions(self) -> None:
-        """Guard the deadlines of sessions and claims, and those of who waits for a session of its own."""
+        """Guard the deadlines of sessions, claims, and suspects that wait for a session of their own."""
         for rollout_id in self.suspects:
             self.patience_deadlines.guard((False, rollout_id))
         for session in self.sessions.values():

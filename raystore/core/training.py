@@ -12,7 +12,7 @@ Not here: waiting for enough to take (`shell`).
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 from raystore.core.state import BatchKey, Consumer, Session, State, Step, Taken
 from raystore.core.wanted import USUAL, Filter, check_filter, follow, know, let_go, may_still_come, others, settle
@@ -100,9 +100,9 @@ def take(state: State, step: Step, consumer: str, count: int) -> tuple[int, list
 
 def rollouts_of(state: State, consumer: str, batch: int) -> list[str]:
     """The rollouts of a batch that a consumer holds."""
-    known = _known(state, consumer, batch)
+    known = known_consumer(state, consumer, batch)
     if batch not in known.holders:
-        _refuse(known, consumer, batch)
+        refuse(known, consumer, batch)
     return [i for i in known.batches[batch] if i in state.entries]
 
 
@@ -121,7 +121,7 @@ def _hand(state: State, step: Step, known: Consumer, consumer: str, number: int)
 
 
 def _free(state: State, known: Consumer, consumer: str, number: int) -> None:
-    """A batch is open no longer."""
+    """Close a batch: nobody holds it any more."""
     whose = known.holders.pop(number, None)
     known.inherited.pop(number, None)
     if whose is not None and (session := state.sessions.get(whose)) is not None:
@@ -129,7 +129,7 @@ def _free(state: State, known: Consumer, consumer: str, number: int) -> None:
 
 
 def received(state: State, session: Session, key: BatchKey) -> bool:
-    """The caller has a batch; whether it is its own still, or again if nobody took it meanwhile."""
+    """A session acknowledges a batch; whether it holds it (again, if nobody took it meanwhile)."""
     known = state.consumers.get(key[0])
     if known is None or key[1] not in known.holders or known.holders[key[1]] not in (None, session.session_id):
         return False
@@ -139,16 +139,16 @@ def received(state: State, session: Session, key: BatchKey) -> bool:
 
 
 def leave(state: State, session: Session, key: BatchKey) -> None:
-    """The session of a batch has ended, or its caller never got it: it comes again before anything else."""
+    """Leave a batch to the session that asks next: its own has ended, or never acknowledged it."""
     session.batches.pop(key, None)
     known = state.consumers.get(key[0])
     if known is not None and known.holders.get(key[1]) == session.session_id:
         known.holders[key[1]] = None
-        state.came_back = True
+        state.effects.has_batches = True
 
 
 def decline(state: State, step: Step, session: Session, key: BatchKey) -> bool:
-    """The caller of a take had gone when its answer came; whether there was something to give back."""
+    """Give a batch back whose caller had gone when the answer came; whether there was one to give back."""
     known = state.consumers.get(key[0])
     if known is None or known.holders.get(key[1]) != session.session_id:
         return False
@@ -157,7 +157,7 @@ def decline(state: State, step: Step, session: Session, key: BatchKey) -> bool:
 
 
 def _mine(state: State, step: Step, known: Consumer, consumer: str, batch: int) -> None:
-    """Refuse what is said of a batch that another session took over; its word counts as having received it."""
+    """Refuse a session whose batch another one has taken over. What the holder says of a batch acknowledges it."""
     whose = known.holders.get(batch)
     session = step.session
     if session is None or whose is None:
@@ -176,17 +176,25 @@ def unreserve(state: State, session: Session) -> None:
     """A long deletion has ended. What it did not reach may be taken again."""
     if state.deleting.pop(session.session_id, None) is not None:
         session.deleting = {}
-        state.came_back = True
+        state.effects.has_batches = True
 
 
 def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: int, note: str | None) -> None:
     """A step of the model has consumed a batch; it is kept until the model is durable."""
-    known = _known(state, consumer, batch)
+    known = known_consumer(state, consumer, batch)
     if batch not in known.holders:
         if known.steps.get(batch) == at_step:
             return  # said before
-        _refuse(known, consumer, batch)
+        refuse(known, consumer, batch)
     _mine(state, step, known, consumer, batch)
+    consume(state, step, known, consumer, batch, at_step, note)
+    _free(state, known, consumer, batch)
+
+
+def consume(
+    state: State, step: Step, known: Consumer, consumer: str, batch: int, at_step: int, note: str | None
+) -> None:
+    """Note which step consumed a batch that is open; steps only grow."""
     if known.checkpoint is not None and at_step <= known.checkpoint:
         raise BatchConflictError(
             consumer, f"step {at_step} cannot consume batch {batch}: the model is durable at step {known.checkpoint}"
@@ -194,7 +202,6 @@ def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: in
     latest = max(known.steps.values(), default=at_step)
     if at_step < latest:
         raise BatchConflictError(consumer, f"step {at_step} cannot consume batch {batch}: {latest} consumed one before")
-    _free(state, known, consumer, batch)
     known.steps[batch] = at_step
     for rollout_id in known.batches[batch]:
         if (entry := state.entries.get(rollout_id)) is not None:
@@ -205,9 +212,9 @@ def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: in
 
 def give_back(state: State, step: Step, consumer: str, batch: int) -> None:
     """A batch is not consumed: its rollouts come again, before all others."""
-    known = _known(state, consumer, batch)
+    known = known_consumer(state, consumer, batch)
     if batch not in known.holders:
-        _refuse(known, consumer, batch)
+        refuse(known, consumer, batch)
     _mine(state, step, known, consumer, batch)
     _return(state, known, consumer, [batch])
     state.changes.append(step.now, "returned", consumer=consumer, batch=batch)
@@ -257,7 +264,7 @@ def forget(state: State, step: Step, consumer: str) -> int:
     for number in list(known.holders):
         _free(state, known, consumer, number)
     count = len(let_go(state, consumer))
-    state.came_back = True  # whoever waits for its next batch
+    state.effects.has_batches = True  # whoever waits for its next batch
     state.changes.append(step.now, "consumer_forgotten", consumer=consumer, rollouts=count)
     return count
 
@@ -276,7 +283,8 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
                     settle(state, entry)
         known.steps.pop(batch, None)
         _free(state, known, consumer, batch)
-    state.came_back = state.came_back or bool(back)
+    if back:
+        state.effects.has_batches = True
     for rollout_id in reversed(back):  # these were taken before what came back earlier and was not taken again
         if rollout_id in known.awaiting:
             known.awaiting.move_to_end(rollout_id, last=False)
@@ -284,14 +292,16 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
     return len(back)
 
 
-def _known(state: State, consumer: str, batch: int) -> Consumer:
+def known_consumer(state: State, consumer: str, batch: int) -> Consumer:
+    """The consumer that is said to hold a batch."""
     known = state.consumers.get(consumer)
     if known is None:
         raise BatchConflictError(consumer, f"it has taken nothing, so that it does not hold batch {batch}")
     return known
 
 
-def _refuse(known: Consumer, consumer: str, batch: int) -> None:
+def refuse(known: Consumer, consumer: str, batch: int) -> NoReturn:
+    """Say why a consumer does not hold a batch."""
     if batch in known.steps:
         why = f"step {known.steps[batch]} has consumed batch {batch} already"
     elif batch == 0:

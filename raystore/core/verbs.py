@@ -685,7 +685,8 @@ LONG_BYTES = 512 * 1024  #: and one with more bytes
 
 CHAINS_KEPT = 64  #: bulk calls of a session of which the last part has not come
 
-is_part = checker(Part)  #: whether something says of an operation which part of a bulk call it is
+#: whether something says of an operation which part of a bulk call it is
+is_part: Callable[[Any], bool] = checker(Part)
 
 
 def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:

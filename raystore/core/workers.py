@@ -79,7 +79,7 @@ def _put(state: State, before: Worker, **changes: Any) -> Worker:
     if not is_busy(worker):
         idle[worker.worker_id] = None  # behind all others
         if len(idle) >= bounds.IDLE_WORKERS + bounds.SURPLUS:
-            state.has_surplus = True
+            state.effects.has_surplus = True
     return worker
 
 

@@ -24,8 +24,8 @@ try:
     from opentelemetry import context as tracing
     from opentelemetry import trace
     from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, Tracer, TracerProvider
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}. raystore.otel needs the OpenTelemetry SDK: install raystore[otel]") from error
+except ModuleNotFoundError as _why:
+    raise ModuleNotFoundError(f"{_why}. raystore.otel needs the OpenTelemetry SDK: install raystore[otel]") from _why
 
 from raystore.errors import InvalidValueError
 from raystore.runner.agent_errors import summary

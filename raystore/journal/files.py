@@ -60,7 +60,7 @@ class Directory:
     """The directory of one journal."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path: Path = Path(path).expanduser().absolute()
 
     def why_unusable(self, *, to_write: bool) -> str | None:
         """What was expected of the path and is not so, for an error message; None if a journal is or can be here."""
@@ -111,11 +111,9 @@ class Directory:
                 break
             except FileExistsError:  # another process became the writer at the same moment
                 epoch += 1
-        try:
-            os.write(fd, writer)
+        with open(fd, "wb", buffering=0) as file:
+            file.write(writer)
             os.fsync(fd)
-        finally:
-            os.close(fd)
         for left in self.path.glob(f"*{RECORDS}.new"):  # of writers that died or are fenced now
             left.unlink(missing_ok=True)
         self.sync()
@@ -127,11 +125,7 @@ class Directory:
 
     def sync(self) -> None:
         """Make names of files durable."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(self.path)
 
     def running_writer(self) -> str | None:
         """The process on this machine that has the newest segment open, for an error message; None if none has."""
@@ -145,6 +139,15 @@ class Directory:
                 epoch = self.path / EPOCH.format(segments[-1].epoch)
                 return epoch.read_text() if epoch.exists() else "another process"
         return None
+
+
+def sync(path: Path) -> None:
+    """Make durable what was written to a file, or the names in a directory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

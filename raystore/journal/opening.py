@@ -35,7 +35,7 @@ from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter, is_full
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 HOLD_AFTER = 2  #: processes that die at the same record; the next one serves the state before it, and takes no changes
 
@@ -109,13 +109,9 @@ def open_journal(
             failed=differences[-1] if differences else "",  # the evidence is kept
         )  # fmt: skip
         journal_writer = JournalWriter(
-            directory,
-            store_id=info["store_id"],
-            epoch=epoch,
-            first=reader.position.record + 1,
-            durability=config.durability,
-            on_segment_closed=snapshotter.segment_closed,
-        )
+            directory, store_id=info["store_id"], epoch=epoch, first=reader.position.record + 1,
+            durability=config.durability, on_segment_closed=snapshotter.segment_closed,
+        )  # fmt: skip
         resume_writing(replayed, journal_writer, settings, info=info, after=reader.position, now=now)
     except OSError as error:
         if is_full(error):
@@ -146,11 +142,7 @@ def _make(directory: Directory) -> None:
 
 
 def _read(
-    directory: Directory,
-    epoch: int,
-    marker: CrashMarker,
-    progress: ReadingProgress | None,
-    stop_at: int | None = None,
+    directory: Directory, epoch: int, marker: CrashMarker, progress: ReadingProgress | None, stop_at: int | None = None
 ) -> tuple[JournalReader, Replay]:
     """Replay what the writers of earlier epochs wrote, or only up to the record before `stop_at`."""
 

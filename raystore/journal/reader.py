@@ -19,17 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from raystore.errors import JournalDamagedError
-from raystore.journal import format, snapshot_file
-from raystore.journal.files import (
-    SNAPSHOT,
-    Directory,
-    JournalFile,
-    JournalPosition,
-    TornTail,
-    read_head,
-    read_segment,
-    torn_tail,
-)
+from raystore.journal import files, format, snapshot_file
+from raystore.journal.files import SNAPSHOT, Directory, JournalFile, JournalPosition, TornTail
 from raystore.journal.format import FORMAT, START, Chunks, WriterInfo
 
 logger = logging.getLogger("raystore.store")
@@ -97,7 +88,7 @@ class JournalReader:
     @property
     def known_last(self) -> int:
         """A record up to which the journal goes at least, known before its records are read."""
-        return read_head(self._segments[-1].path).first if self._segments else self.position.record
+        return files.read_head(self._segments[-1].path).first if self._segments else self.position.record
 
     def __iter__(self) -> Iterator[tuple[int, Chunks]]:
         """Number and chunks of each record behind the snapshot."""
@@ -107,7 +98,7 @@ class JournalReader:
             if limit is not None and number > limit.segment:
                 continue  # its writer did not know yet that it had a successor
             is_limited = limit is not None and number == limit.segment
-            head, found = read_segment(path, limit.offset if limit is not None and is_limited else None)
+            head, found = files.read_segment(path, limit.offset if limit is not None and is_limited else None)
             if head.first != expected or (head.epoch, head.number) != (epoch, number):
                 raise JournalDamagedError(str(path), 0, f"it begins with record {head.first}, and {expected} is next")
             self.format = head.format
@@ -122,23 +113,19 @@ class JournalReader:
             if limit is not None and is_limited and expected - 1 != limit.record:
                 why = f"its records end at {expected - 1}, and not at {limit.record}"
                 raise JournalDamagedError(str(path), end, why)
-            if path is self._segments[-1].path and (torn := torn_tail(path, end)) is not None:
+            if path is self._segments[-1].path and (torn := files.torn_tail(path, end)) is not None:
                 self.torn_tails.append(torn)
 
     def sync(self) -> None:
         """Make durable what was read; only the last segment may not be."""
         if self._segments:
-            fd = os.open(self._segments[-1].path, os.O_RDWR)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            files.sync(self._segments[-1].path)
 
 
 def _beginning(segments: list[JournalFile]) -> tuple[WriterInfo, JournalPosition] | None:
     """The writer of an epoch, and up to where it had read when it began; None if it wrote no record."""
     path = segments[0].path
-    frame = next(read_segment(path)[1], None)
+    frame = next(files.read_segment(path)[1], None)
     if frame is None:
         return None
     head = format.unpack_record_head(next(frame.records())[0])

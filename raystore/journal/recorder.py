@@ -74,7 +74,7 @@ class Recorder:
                 raise again(source.refused)
             return
         if step is not self._step:
-            self._flush()
+            self.flush()
             self._step, self._minted = step, step.minted
         source.unwritten += 1
         self._is_due = self._is_due or (verb in CHANGING and not (is_refused and "chain" not in arguments))
@@ -104,13 +104,9 @@ class Recorder:
         """Number of the record that holds, or will hold, the newest change."""
         return self.writer.last + self._is_due
 
-    def end(self) -> None:
-        """A slice ends."""
-        self._flush()
-
     def change(self, kind: str, step: Step, minted: int, arguments: Sequence[Any]) -> None:
         """A step was done that is no operation."""
-        self._flush()
+        self.flush()
         self.operations += 1
         session_id = step.session.session_id if step.session else None
         self.writer.append([format.pack_record_head(kind, step, minted, session_id, arguments)])
@@ -128,13 +124,13 @@ class Recorder:
             self._is_due = False
             return
         self._is_due = self._is_due and (source.unwritten > 0 or not source.record)
-        self._flush()
+        self.flush()
         arguments = [source.sequence, *to_record(error)]
         head = format.pack_record_head(format.LEFT_OUT, step, step.minted, source.session_id, arguments)
         self.writer.append([head])
 
-    def _flush(self) -> None:
-        """Record the items that ran since the last record."""
+    def flush(self) -> None:
+        """Record the items that ran since the last record; called at the end of a slice."""
         if not self._is_due:
             return
         source, step = self._source, self._step

@@ -211,17 +211,12 @@ class Replay:
 
     def _drop_news(self) -> None:
         """Nobody waits for news during a replay."""
-        state = self.state
-        state.finished.clear()
-        state.came_back = False
-        state.queues_touched.clear()
-        state.ended.clear()
-        state.resources.freed.clear()
-        for session_id in state.noticed:
-            session = state.sessions.get(session_id)
+        if not self.state.effects:
+            return
+        for session_id in self.state.take_effects().noticed:
+            session = self.state.sessions.get(session_id)
             if session is not None:
                 del session.notices[:-NOTICES_KEPT]
-        state.noticed.clear()
 
 
 def _with_pairs(head: RecordHead) -> list[Any]:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from subprocess import DEVNULL, PIPE
 from typing import Any, cast
 
 from raystore.core.digest import verify
@@ -26,7 +27,7 @@ from raystore.journal.files import SNAPSHOT, Directory
 from raystore.journal.recorder import Recorder
 from raystore.journal.writer import SEGMENT_BYTES
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 VERIFY_LAG = 2_000  #: so many rollouts are touched before the first of them is verified: most have come to rest then
 VERIFY_AT_ONCE = 64
@@ -131,15 +132,10 @@ class Snapshotter:
             with self._lock:
                 if self._is_closed:
                     return
+                # Ray ends a worker with its process group, and the helper is to finish. In a session of its own the
+                # system would count it apart, and its low priority would have no effect.
                 helper = self._helper = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    env=environment,
-                    # Ray ends a worker with its process group, and the helper is to finish. In a session of its own the
-                    # system would count it apart, and its low priority would have no effect.
-                    process_group=0,
+                    command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=environment, process_group=0
                 )
             outcome = _outcome(*helper.communicate(), helper.returncode)
             if "bytes" in outcome and not self._is_there(number):

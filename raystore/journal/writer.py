@@ -31,7 +31,7 @@ from raystore.journal.failpoints import failpoint
 from raystore.journal.files import Directory
 from raystore.journal.format import FileHead, Record
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 SEGMENT_BYTES = 64 * 1024 * 1024  #: a segment that has grown beyond is followed by a new one
 SPACE_BYTES = 4 * 1024 * 1024  #: allocated at once, at least
@@ -60,13 +60,9 @@ class _Group(NamedTuple):
 
     records: list[Record]
     size: int
-    first: int  # number of its first record, or of the next one to come
+    last: int  # number of its last record, or of the last one before it
     rotates: bool  # a new segment was asked for
     closes: bool  # the writer is to close
-
-    @property
-    def last(self) -> int:
-        return self.first + len(self.records) - 1
 
 
 class JournalWriter:
@@ -235,7 +231,8 @@ class JournalWriter:
         group = self._gather()
         if group.records:
             failpoint("writer.gathered")
-            self._write(format.pack_frame(group.records, group.first, self._safe))
+            first = group.last - len(group.records) + 1
+            self._write(format.pack_frame(group.records, first, self._safe))
             self._unsynced = True
         # A segment is closed with all of it on disk, before there is a next one, or a tail that is lost would be a gap;
         # and before this writer looks for its successor, who then finds all of it on whatever file system.
@@ -260,8 +257,7 @@ class JournalWriter:
             if not self._pending and not self._closing and not self._rotates:
                 self._work.wait(IDLE_SECONDS)
             records, self._pending = self._pending, []
-            first = self.last - len(records) + 1
-            return _Group(records, self._pending_bytes, first, self._rotates, self._closing)
+            return _Group(records, self._pending_bytes, self.last, self._rotates, self._closing)
 
     def _write(self, chunks: list[bytes | memoryview]) -> None:
         left = [memoryview(chunk) for chunk in chunks if chunk]

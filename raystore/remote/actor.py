@@ -38,7 +38,7 @@ from raystore.service.clock import LoopAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 #: Records form no cycles. So the collector hardly ever looks at old objects, which would only pause the loop.
 COLLECTOR_THRESHOLDS = (3_000, 2, 250_000)

@@ -28,7 +28,7 @@ from raystore.remote.store import RayLightningStore, end, own
 from raystore.types import RolloutConfig, Span, StoreInfo
 from raystore.wire.checks import identifier
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 NAMESPACE = "raystore"
 

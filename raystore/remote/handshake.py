@@ -24,7 +24,7 @@ from raystore.types import StoreInfo
 
 CLIENT = (PROTOCOL, f"raystore {__version__}")  #: protocol and version of this side of a session
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 HANDSHAKE_SECONDS = 60.0  #: to wait for the first answer of a store
 STANDSTILL_SECONDS = 60.0  #: to wait for a store that reads its journal and does not get on with it

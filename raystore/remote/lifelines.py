@@ -30,7 +30,7 @@ from raystore.core.claims import JOB_ENDED
 from raystore.core.state import Session
 from raystore.service.service import Service
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 LOOK_SECONDS = 1.0  #: between looks at the processes of sessions
 AGAIN_SECONDS = 0.5  #: to the next look when a process is gone: by then Ray knows whether its job has ended

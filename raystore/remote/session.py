@@ -42,7 +42,7 @@ from raystore.remote.lifelines import this_process
 from raystore.remote.session_state import PENDING_SECONDS, Actions, Batch, Listen, Operation, SessionState, Version
 from raystore.wire import frames
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 AGAIN_SECONDS = 1.0  #: to the next look of the timer after an error that nobody foresaw
 CLOSE_SECONDS = 1.0  #: that the store is given to take a goodbye

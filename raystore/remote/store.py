@@ -29,7 +29,7 @@ from raystore.remote.session import ActorTransport, ClientSession
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 BOXED_FROM_BYTES = 64 * 1024  #: larger objects in resources go to Ray's object store
 FETCH_SECONDS = 60.0  #: to fetch an object that is to be written to the journal, or to send a piece of it
@@ -99,8 +99,8 @@ class RayLightningStore(StoreClient):
         config: StoreConfig = known["config"]
         self._transport = ActorTransport(handle, known)
         self._encoder = make_encoder(config.all_limits(), config.span_size_estimator)
-        self.sync = SyncStore(self)
-        self.testing = Testing(self._transport)
+        self.sync: SyncStore = SyncStore(self)
+        self.testing: Testing = Testing(self._transport)
 
     @property
     def info(self) -> StoreInfo:

@@ -22,7 +22,7 @@ from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.runner.agent_errors import last_line, portable, text_of
 from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 NAMESPACE = "raystore-runners"  #: Ray's namespace in which the runners' worker ids are the names of their actors
 REPLACE_SECONDS = 1.0  #: after which a dead runner is replaced, even if the store has not said whether it was useful

@@ -22,7 +22,7 @@ from raystore.client import forks
 from raystore.errors import InvalidValueError, NoSuchResourceError
 from raystore.errors.words import meant
 from raystore.runner.agent_errors import report, summary, text_of
-from raystore.spans import Event, Span, TraceStatus, attributes_of
+from raystore.spans import AttributeValue, Event, Span, TraceStatus, attributes_of
 from raystore.tracing import semconv
 from raystore.tracing.calls import CallCounter
 from raystore.tracing.losses import Losses, Reason
@@ -132,10 +132,10 @@ class OpenSpan:
 
     def __init__(self, name: str, attributes: dict[str, Any]) -> None:
         self.name = name
-        self.span_id = token_hex(8)
-        self.attributes = attributes_of(attributes)
+        self.span_id: str = token_hex(8)
+        self.attributes: dict[str, AttributeValue] = attributes_of(attributes)
         self.events: list[Event] = []
-        self.status = TraceStatus(status_code="OK")
+        self.status: TraceStatus = TraceStatus(status_code="OK")
 
     def set(self, key: str, value: Any) -> None:
         """Set one attribute."""
@@ -198,7 +198,7 @@ class Context:
         lose: Callable[[Reason, str, str], None],
     ) -> None:
         self.rollout = rollout
-        self.resources = _Resources(resources, _source_of(rollout, worker_id))
+        self.resources: _Resources = _Resources(resources, _source_of(rollout, worker_id))
         self.worker_id = worker_id
         self._trace_id = token_hex(16)
         self._cancelled: str | None = None

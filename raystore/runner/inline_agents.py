@@ -19,7 +19,7 @@ from raystore.runner.agents import Agent, Ending, retry_delays
 from raystore.runner.context import Context
 from raystore.runner.life import Life
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 CLOSE_SECONDS = 1.0  #: that an agent may take to end after one of its calls was abandoned
 

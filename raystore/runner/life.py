@@ -31,7 +31,7 @@ from raystore.runner.agent_errors import add_note, text_of, with_causes
 from raystore.runner.agents import Agent, Ending
 from raystore.runner.context import Context, outside_rollouts
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 NEEDS_MAIN_THREAD = (
     "this can be done in the main thread of a process only, and the agent runs in another one here; "

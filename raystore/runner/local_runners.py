@@ -16,7 +16,7 @@ from raystore.runner.agents import Agent
 from raystore.runner.context import outside_rollouts
 from raystore.runner.worker import EXPLAIN_SECONDS, STOP_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 
 class _Member:

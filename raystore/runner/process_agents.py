@@ -27,7 +27,7 @@ from raystore.runner.fork_server import Exit, ForkServer
 from raystore.spans import Span
 from raystore.types import ObjectResource
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 CLOSE_SECONDS = 1.0  #: that an agent's `close` may take
 LAST_MESSAGES_SECONDS = 0.2  #: that the last messages of a process that has ended may take to arrive

@@ -45,7 +45,7 @@ from raystore.tracing.losses import Losses
 from raystore.types import Attempt, AttemptedRollout
 from raystore.values import pickler
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 EXPLAIN_SECONDS = 10.0  #: after which a pool that has not started logs what it waits for
 STOP_SECONDS = 5.0  #: that rollouts have to finish when their pool closes

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 AGAIN_SECONDS = 1.0  #: after a ring that failed
 IDLE_SECONDS = 30.0  #: how often a thread with nothing to wait for looks whether its store is still there

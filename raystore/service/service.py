@@ -24,7 +24,7 @@ from typing import Annotated, Any, NoReturn
 
 from raystore.config import StoreConfig, resident_bytes, resolve
 from raystore.core import bounds, check, claims, eviction, expiry, verbs, wanted, workers
-from raystore.core.resources import FREED, OBJECT_IDS_WARNED
+from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, Positive, Rule, Text, Whole
 from raystore.core.state import EvictionPass, HandedKey, Session, State, Step
 from raystore.core.verbs import CHANGING, STEPS, VERBS, Verb
@@ -50,7 +50,7 @@ from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.pools import UNSERVED_SECONDS, Pools
 from raystore.tracing.losses import Reason
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 PROTOCOL = 4  #: version of the session protocol; client and store refuse each other when it differs
 TICK_SECONDS = 1.0  #: between looks at the clock while there are deadlines, so that a standstill is measured
@@ -61,6 +61,9 @@ LATE_SECONDS = 1.0  #: an armed deadline found later than this was a pause of th
 
 class Service:
     """One store."""
+
+    store_id: str
+    epoch: int
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class Service:
         self._recorder: Recorder | None = None
         self._bodies: SpanBodies | None = None
         if opened is None:
-            self.state = State(resolve(config, capacity_bytes))
+            self.state: State = State(resolve(config, capacity_bytes))
             wanted.introduce(self.state, self.state.settings)
             self.store_id, self.epoch, not_before = secrets.token_hex(8), time.time_ns(), 0.0
         else:
@@ -102,11 +105,11 @@ class Service:
         self.operations = 0
         self.actor_calls = 0
         self.spans_lost: Counter[str] = Counter()  # by reason, as runners tell this process
-        self.overloads = 0  # what was refused since there was too much of something
-        self.last_eviction_seconds = 0.0
+        self.overloads: int = 0  # what was refused since there was too much of something
+        self.last_eviction_seconds: float = 0.0
         self._eviction_seconds = 0.0  # of the pass that is under way
         self.on_notice: Callable[[str], None] = lambda session_id: None  # wakes the session's listen call
-        self.started = time.monotonic()
+        self.started: float = time.monotonic()
         self._lock = threading.RLock()
         self._alarm = alarm(self._ring)
         self._seeds = random.Random()  # seeded by the system; ids need to be different, not secret
@@ -118,7 +121,6 @@ class Service:
         elif opened is not None:
             self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
-        self._withdrawals_seen = 0
         self._has_warned_of_object_ids = False
         self._deferred: deque[Callable[[], None]] = deque()
         self._unneeded: deque[list[str]] = deque()  # objects of the journal whose files may go now
@@ -190,7 +192,7 @@ class Service:
         if self._unneeded:
             self._remove_objects()
         if self._recorder is not None:
-            self._recorder.end()
+            self._recorder.flush()
             if self.snapshotter is not None:
                 self.snapshotter.after_step(self._recorder, self.state, self.clock.now())
         if len(self.state.resources.object_ids) > OBJECT_IDS_WARNED:
@@ -244,8 +246,7 @@ class Service:
                 raise
             self._fail(verb, arguments, is_item=is_item)
         finally:
-            is_news = state.has_news or state.withdrawals != self._withdrawals_seen
-            if is_news or state.is_full or self.parking.changes:
+            if state.effects or state.is_full or self.parking.changes:
                 rollout_id = arguments.get("rollout_id")
                 self._settle(rollout_id if isinstance(rollout_id, str) else None)
 
@@ -386,49 +387,45 @@ class Service:
         if self._failed is not None:
             return
         state = self.state
-        if state.resources.freed:
-            self._let_go_of_objects()
         if state.is_full:
             if self._recorder is not None:
                 state.spans.written = self._recorder.writer.durable
             self._evict(writing)
+        noticed: set[str] = set()
         while True:
-            if state.withdrawals != self._withdrawals_seen:
-                self._withdrawals_seen = state.withdrawals
+            effects = state.take_effects()
+            if effects.freed:
+                self._let_go_of_objects(effects.freed)
+            if effects.has_withdrawn:
                 self._suspend()
-            if state.has_surplus:
+            if effects.has_surplus:
                 self._forget()
-            ended, state.ended = state.ended, []
-            for session_id in ended:
+            for session_id in effects.ended:
                 self._forget_session(session_id)
                 self.on_notice(session_id)
             self.parking.expire(self.clock.now())
-            if state.finished or state.came_back:
-                finished, state.finished, state.came_back = state.finished, [], False
-                self.parking.finished(finished)
-            elif state.queues_touched:
-                touched, state.queues_touched = state.queues_touched, set()
-                if not self.pools.are_served(touched):
-                    self._wait_in(touched)
-                self.parking.work_came(touched)
-            else:
+            if effects.finished or effects.has_batches:
+                self.parking.finished(effects.finished)
+            if effects.queues:
+                if not self.pools.are_served(effects.queues):
+                    self._wait_in(effects.queues)
+                self.parking.work_came(effects.queues)
+            noticed |= effects.noticed
+            if not state.effects:
                 break
         if self.pools.at is not None and self.pools.at <= self.clock.age():
             self._name_unserved()
         self.parking.changed()
-        noticed, state.noticed = state.noticed, set()
         for session_id in noticed:
             self.on_notice(session_id)
 
-    def _let_go_of_objects(self) -> None:
+    def _let_go_of_objects(self, freed: list[Freed]) -> None:
         """Values were freed: tell who holds their objects, and delete files once that is as durable as they were."""
-        state = self.state
-        freed, state.resources.freed = state.resources.freed, []
         for one in freed:
-            session = state.sessions.get(one.publisher or "")
+            session = self.state.sessions.get(one.publisher or "")
             if session is not None and session.ended_at is None and not session.eternal:
                 session.notices.append((FREED, one.resources_id, str(one.version)))
-                state.noticed.add(session.session_id)
+                self.state.effects.noticed.add(session.session_id)
         unneeded = [address for one in freed for address in one.addresses]
         if unneeded and self.objects is not None:
             if not self.when_safe(lambda error: None if error is not None else self._unneeded.append(unneeded)):
@@ -444,7 +441,6 @@ class Service:
     def _forget(self) -> None:
         """Let go of records that nobody needs any more, once there are too many of them."""
         state = self.state
-        state.has_surplus = False
         if surplus := expiry.surplus(state):
             self.do("advance", self.step(), *surplus.lists())
         if gone := workers.surplus(state):
@@ -539,7 +535,7 @@ class Service:
                 if self._closed:
                     raise StoreClosedError(self.name or self.store_id)
                 lost: list[HandedKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
-                if lost or self.state.has_news or self.parking.changes:
+                if lost or self.state.effects or self.parking.changes:
                     self._settle()
                 self._arm()
                 return lost

@@ -19,9 +19,9 @@ from raystore.tracing import semconv
 from raystore.tracing.dialects import CallFacts, is_model_call, tool_call
 from raystore.tracing.losses import Losses
 
-logger = logging.getLogger("raystore.tracing")
+logger: logging.Logger = logging.getLogger("raystore.tracing")
 
-SHOWN = 3  #: spans that one line of the log names
+SHOWN: int = 3  #: spans that one line of the log names
 
 
 @dataclass(frozen=True, slots=True)

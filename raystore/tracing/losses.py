@@ -9,11 +9,11 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import Literal
 
-logger = logging.getLogger("raystore.tracing")
+logger: logging.Logger = logging.getLogger("raystore.tracing")
 
-Reason: TypeAlias = Literal[
+Reason = Literal[
     "sampled_out",
     "sdk_disabled",
     "no_context",

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-logger = logging.getLogger("raystore.tracing")
+logger: logging.Logger = logging.getLogger("raystore.tracing")
 
-UNKNOWN_VERSION = -1  #: in place of a policy version, where a token was not generated or its version is not known
+UNKNOWN_VERSION: int = -1  #: in place of a policy version, where a token was not generated or its version is not known
 
 
 def _final_rewards(spans: Iterable[Span]) -> dict[tuple[str, str], float | None]:

@@ -91,7 +91,7 @@ class ObjectFiles:
     """The files of the objects of one store."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
 
     def sees(self, token: str) -> bool:
         """Whether this directory, as this process sees it, has the token of the store."""

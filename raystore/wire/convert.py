@@ -65,7 +65,7 @@ class Encoder:
     def __init__(self, limits: Mapping[str, int], estimator: Callable[[Span], Any] | None) -> None:
         self._value_bytes = limits["value_bytes"]
         self._span_bytes = limits["span_bytes"]
-        self.call_bytes = limits["call_bytes"]
+        self.call_bytes: int = limits["call_bytes"]
         self._estimator = estimator
 
     def value(self, what: str, value: Any) -> Opaque:

@@ -319,9 +319,9 @@ def test_queues_are_looked_at_again_when_a_suspect_is_done(core):
     assert key[0] == suspect
     core.enqueue("next")
     assert core.claim(runner) == []
-    core.state.queues_touched.clear()
+    core.state.take_effects()
     core.report(key, "succeeded", runner)
-    assert "default" in core.state.queues_touched
+    assert "default" in core.state.effects.queues
     assert len(core.claim(runner, 5)) == 2
     assert core.claim(drained) == []
 

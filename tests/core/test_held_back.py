@@ -135,14 +135,14 @@ def test_what_is_freed_is_told(core):
     a, b, c = (letter * 40 for letter in "abc")
     for addresses in ([a, b], [b, c], [c]):
         publish(core, driver, objects=[(address, 100) for address in addresses])
-    freed = core.state.resources.freed
+    freed = core.state.take_effects().freed
     assert [(one.version, one.publisher, one.addresses) for one in freed] == [
         (1, "driver", [a]),
         (2, "driver", [b]),
     ]
     assert sorted(core.state.resources.addresses) == [c]
     core.run("delete_resources", resources_id="w")
-    assert [one.addresses for one in freed[2:]] == [[c]]
+    assert [one.addresses for one in core.state.take_effects().freed] == [[c]]
     assert not core.state.resources.is_publishing("driver")
 
 

@@ -157,8 +157,7 @@ def few_records(monkeypatch):
 
 def work_off(core):
     """What a service does when there is a surplus."""
-    if core.state.has_surplus:
-        core.state.has_surplus = False
+    if core.state.take_effects().has_surplus:
         expiry.advance(core.state, core.step(), expiry.surplus(core.state))
         STEPS["forget_workers"](core.state, core.step(), workers.surplus(core.state))
 

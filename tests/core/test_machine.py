@@ -153,7 +153,8 @@ class Machine(RuleBasedStateMachine):
             self.core.run("take", session=self.session, consumer=name, count=1, status_in=list(consumer.statuses))
 
     def _catch_up(self) -> None:
-        """Every operation sees what has become due before it."""
+        """Every operation sees what has become due before it, and so does one that the rules then do not ask for."""
+        self.core.tick(0)
         self.model.advance(self.core.now)
 
     def _known(self, key: tuple[str, str]) -> ModelAttempt | None:

@@ -57,7 +57,7 @@ def test_a_suspect_waits_for_an_idle_session_for_so_long_and_no_longer(core):
     core.tick(PATIENCE - 1)
     assert core.claim(busy) == []  # it is drained
     core.tick(1.5)
-    assert "default" in core.state.queues_touched  # so that whoever waits is looked at
+    assert "default" in core.state.effects.queues  # so that whoever waits is looked at
     assert ids(core.claim(busy, 2)) == [suspect, later]
 
 
@@ -69,9 +69,9 @@ def test_an_idle_session_has_a_suspect_at_once_and_takes_nothing_else_for_so_lon
     assert ids(core.hold(idle, 5)) == [suspect]
     core.tick(PATIENCE - 1)
     assert core.claim(idle) == []
-    core.state.queues_touched.clear()
+    core.state.take_effects()
     core.tick(1.5)
-    assert "default" in core.state.queues_touched
+    assert "default" in core.state.effects.queues
     assert ids(core.claim(idle)) == [later]
 
 

@@ -16,14 +16,13 @@ import pytest
 import ray
 
 import raystore as rs
-from benchmarks.parties import Limit, Prober, killing
-from benchmarks.table import percentile
-from benchmarks.watch import forget_peak, longest_pause, peak_bytes, watch_loop
 from raystore.core import bounds
 from raystore.remote.session import ClientSession
 from tests.conftest import IS_LONG, SLACK
 from tests.faults.processes import describe
 from tests.helpers import make_span, until
+from tests.support.actors import Limit, Prober, killing
+from tests.support.measure import forget_peak, longest_pause, peak_bytes, percentile, watch_loop
 
 MIB = 2**20
 

@@ -13,7 +13,7 @@ import raystore as rs
 from raystore.journal import snapshotter, span_bodies, writer
 from raystore.journal.files import BODIES, RECORDS, Directory
 from tests.helpers import make_span
-from tests.journal.test_compaction import newest, of, until_snapshot
+from tests.journal.test_compaction import newest, snapshotter_of, until_snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ async def test_bodies_are_found_while_the_writer_goes_on_and_helpers_replace_fil
             before = newest(path)
             monkeypatch.setattr(snapshotter, "SEGMENT_BYTES", 1)
             made |= await record(store, range(1_000 * round_ + 500, 1_000 * round_ + 510))
-            while of(store)._thread:
+            while snapshotter_of(store)._thread:
                 await read(store, made, dice.sample(sorted(made), 3))
             monkeypatch.setattr(snapshotter, "SEGMENT_BYTES", 10**12)
             await until_snapshot(store, path, before)

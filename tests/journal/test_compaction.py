@@ -52,7 +52,7 @@ async def until(happened, what, seconds=30):
         await asyncio.sleep(0.02)
 
 
-def of(store):
+def snapshotter_of(store):
     return store._service.journal.snapshotter
 
 
@@ -61,9 +61,17 @@ def newest(path):
     return max((found[:2] for found in Directory(path).segments(SNAPSHOT)), default=(0, 0))
 
 
+def assert_replaced(path):
+    """There is one snapshot, no segment that it replaces, and nothing that a helper has not finished."""
+    directory = Directory(path)
+    (snapshot,) = directory.segments(SNAPSHOT)
+    assert all(segment[:2] > snapshot[:2] for segment in directory.segments())
+    assert not list(path.glob("*.snapshot.*.new")) and not list(path.glob("*.bodies.*.new"))
+
+
 async def until_snapshot(store, path, before=(0, 0), what="no snapshot was made"):
     """Wait until there is a snapshot that goes further, and its helper has ended."""
-    await until(lambda: newest(path) > before and not of(store)._thread, what)
+    await until(lambda: newest(path) > before and not snapshotter_of(store)._thread, what)
 
 
 async def test_a_snapshot_takes_the_place_of_segments(tmp_path):
@@ -79,11 +87,11 @@ async def test_a_snapshot_takes_the_place_of_segments(tmp_path):
     before = digest(store._service.state)
     assert digest(read_run(path).state) == before
     directory = Directory(path)
-    await until(lambda: not of(store)._thread, "a helper that was at work did not end")
-    assert len(directory.segments(SNAPSHOT)) == 1
-    assert of(store).snapshots_made >= 2
+    await until(lambda: not snapshotter_of(store)._thread, "a helper that was at work did not end")
+    assert_replaced(path)
+    assert newest(path) > first and snapshotter_of(store).snapshots_made >= 2
     assert len(directory.segments()) <= 2
-    assert of(store).operations < 1_000
+    assert snapshotter_of(store).operations < 1_000
     store.close()
     again = store_of(path)
     assert again._service.state.entries.keys() == set(made)
@@ -99,18 +107,22 @@ async def test_deleted_rollouts_leave_the_disk(tmp_path, monkeypatch):
     """Retention bounds the disk: bodies of what was deleted are dropped with the segment, or by a copy without them."""
     path = tmp_path / "j"
     store = store_of(path, retention={"max_rollouts": 20})
+    made = []
     for _ in range(6):
-        made = await work(store, 150)
-        await store.release(made)
+        made += await work(store, 150)
+        await store.release(made[-150:])
     await store.statistics()
     await until_snapshot(store, path)
-    first = newest(path)
-    await work(store, 200)
-    await until_snapshot(store, path, first, "no further snapshot was made")
-    kept = sum(p.stat().st_size for _, _, p in Directory(path).segments(BODIES))
-    assert store._service.state.spans.count < 700  # of 2,200: those that are running, or were since
-    assert kept < 700 * 700, f"{kept} bytes are kept"
-    for rollout in await store.query_rollouts():
+    made += await until_made(store, path, newest(path))
+    await until(lambda: not snapshotter_of(store)._thread, "a helper that was at work did not end")
+    left = await store.query_rollouts()
+    gone = set(made) - {rollout.rollout_id for rollout in left}
+    assert len(gone) > 700  # of 900 that were released, but for 20 and those that still run
+    assert_replaced(path)
+    kept = b"".join(file.path.read_bytes() for file in Directory(path).segments(BODIES))
+    on_disk = [rollout_id for rollout_id in gone if rollout_id.encode() in kept]
+    assert len(on_disk) <= len(left), "files of which less than half is needed are copied without the rest"
+    for rollout in left:
         assert len(await store.query_spans(rollout.rollout_id)) == 2
     store.close()
 
@@ -122,12 +134,15 @@ async def test_a_helper_that_dies_leaves_everything(tmp_path):
     kills = 0
     for round_ in range(40):
         await work(store, 40)
-        helper = of(store)._helper
+        helper = snapshotter_of(store)._helper
         if helper is not None and round_ < 30:
             await asyncio.sleep(0.01 * (round_ % 12))
             helper.send_signal(signal.SIGKILL)
             kills += 1
-    await until(lambda: of(store)._thread is None, "a helper hangs")
+            if kills % 5 == 1:
+                await until(lambda: snapshotter_of(store)._thread is None, "a helper hangs")
+                assert digest(read_run(path).state) == digest(store._service.state)
+    await until(lambda: snapshotter_of(store)._thread is None, "a helper hangs")
     assert kills > 2
     await until_made(store, path, newest(path))
     assert digest(read_run(path).state) == digest(store._service.state)
@@ -145,7 +160,7 @@ async def test_a_helper_on_a_full_disk_leaves_nothing_behind(tmp_path, monkeypat
     store = store_of(path, retention={"max_rollouts": 20})
     await store.release(await work(store, 300))
     await until(lambda: f"failpoint {point}" in caplog.text, "it did not fail")
-    await until(lambda: not of(store)._thread, "a helper hangs")
+    await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
     assert not list(path.glob("*.snapshot.*.new")) and not list(path.glob("*.bodies.*.new"))
     monkeypatch.delenv("RAYSTORE_FAILPOINTS")
     await until_made(store, path, newest(path))
@@ -162,11 +177,11 @@ async def test_a_helper_that_is_killed_is_no_snapshot(tmp_path, monkeypatch, cap
     for tries in range(1, 4):
         for _ in range(60):
             await work(store, 40)
-            await until(lambda: not of(store)._thread, "a helper hangs")
+            await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
             if caplog.text.count("SIGKILL") == tries:
                 break
         assert caplog.text.count("no snapshot was made (the helper was ended by SIGKILL") == tries
-        assert of(store).operations >= snapshotter.OPERATIONS << (tries - 1)
+        assert snapshotter_of(store).operations >= snapshotter.OPERATIONS << (tries - 1)
     assert newest(path) == (0, 0)
     told = (await store.statistics())["journal"]
     assert (told["snapshots"], told["snapshot_bytes"], told["failed"]) == (0, 0, "")
@@ -200,21 +215,22 @@ async def test_what_a_helper_says_is_believed_only_with_a_snapshot(tmp_path, mon
     monkeypatch.setattr(snapshotter.sys, "executable", str(python))
     for _ in range(40):
         await work(store, 40)
-        await until(lambda: not of(store)._thread, "a helper hangs")
+        await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
         if why in caplog.text:
             break
     assert f"no snapshot was made ({'' if why == 'no room' else 'the helper'}" in caplog.text and why in caplog.text
-    assert of(store).snapshots_made == 0 and of(store).last == {} and newest(path) == (0, 0)
+    assert snapshotter_of(store).snapshots_made == 0 and snapshotter_of(store).last == {} and newest(path) == (0, 0)
     store.close()
 
 
 async def until_made(store, path, before):
-    """Work until another snapshot is there."""
+    """Work until another snapshot is there; ids of the rollouts."""
+    made = []
     for _ in range(40):
         if newest(path) > before:
-            return
-        await work(store, 100)
-        await until(lambda: not of(store)._thread, "a helper hangs")
+            return made
+        made += await work(store, 100)
+        await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
     raise AssertionError("no snapshot was made")
 
 
@@ -226,7 +242,7 @@ async def test_a_state_that_differs_deletes_nothing(tmp_path, monkeypatch, caplo
     store = store_of(path)
     await work(store, 200)
     await until(lambda: "differs" in caplog.text, "nobody noticed")
-    assert of(store).failed
+    assert snapshotter_of(store).failed
     assert not Directory(path).segments(SNAPSHOT)
     store.close()
     found = read_run(path)
@@ -264,9 +280,9 @@ from raystore.journal import snapshotter
 snapshotter.OPERATIONS = snapshotter.VERIFY_LAG = 100
 async def main():
     store = tests.store_of(sys.argv[1])
-    while tests.of(store)._helper is None:
+    while tests.snapshotter_of(store)._helper is None:
         await tests.work(store, 10)
-    print(tests.of(store)._helper.pid, flush=True)
+    print(tests.snapshotter_of(store)._helper.pid, flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())
 """
@@ -293,7 +309,7 @@ async def test_a_helper_outlives_the_store_that_began_it(tmp_path, monkeypatch):
     assert not directory.segments(SNAPSHOT), "it was too fast to show anything"
     await until(lambda: directory.segments(SNAPSHOT), "the helper died with its store")
     assert digest(read_run(path).state) == before
-    assert of(store).snapshots_made == 0
+    assert snapshotter_of(store).snapshots_made == 0
     store.close()
 
 
@@ -374,10 +390,12 @@ async def test_a_journal_of_many_processes_is_compacted(tmp_path):
         store = store_of(path)
         assert store._service.state.entries.keys() == set(made)
         made += await work(store, 120)
-        await until(lambda store=store: of(store)._thread is None, "a helper hangs")
+        made += await until_made(store, path, (store.info.epoch, 0))
+        await until(lambda store=store: snapshotter_of(store)._thread is None, "a helper hangs")
         store.close()
+    assert newest(path)[0] == store.info.epoch
     store = store_of(path)
-    assert len(Directory(path).segments()) < 6
+    assert_replaced(path)
     assert {r.rollout_id for r in await store.query_rollouts()} == set(made)
     spans = await store.query_many_spans(made, attempt_id=None)
     assert sum(map(len, spans.values())) == 2 * len(made)
@@ -389,11 +407,12 @@ async def test_what_else_a_helper_prints_is_not_taken_for_its_outcome(tmp_path, 
     """A customized Python that greets, and one that says good-bye."""
     (tmp_path / "sitecustomize.py").write_text("import atexit; print('hello'); atexit.register(print, 'good-bye')")
     monkeypatch.syspath_prepend(tmp_path)
-    store = store_of(tmp_path / "j")
-    while not of(store).snapshots_made:
-        await work(store, 50)
-        await asyncio.sleep(0.05)
-        assert not of(store)._failures
+    path = tmp_path / "j"
+    store = store_of(path)
+    await until_made(store, path, newest(path))
+    await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
+    assert not snapshotter_of(store)._failures and snapshotter_of(store).snapshots_made == 1
+    assert_replaced(path)
     store.close()
 
 

@@ -44,7 +44,7 @@ def sizes(store):
         "sessions": len(state.sessions),
         "inboxes": len(store.endpoint._sessions),
         "workers": len(state.workers),
-        "session deadlines": len(state.session_deadlines._earliest),
+        "session deadlines": len(state.session_deadlines),
         "their heap": len(state.session_deadlines._heap) // 4,
         "waiting sessions": len(store.service.parking._by_session),
     }

@@ -7,11 +7,11 @@ import asyncio
 import msgpack
 import ray
 
-from benchmarks import shapes
 from raystore.core.spans import SPAN_OVERHEAD_BYTES
 from raystore.types import EnqueueRolloutRequest, Span
 from raystore.wire import frames
 from tests.helpers import until
+from tests.support import shapes
 
 
 async def calls_of(store, shape, workers, rollouts):

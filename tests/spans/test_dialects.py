@@ -100,6 +100,9 @@ def test_messages_as_events():
         "gen_ai.input.messages": json.dumps(parts(MESSAGES)),
         "gen_ai.output.messages": json.dumps(parts([TURN.answer])),
     }
+    odd = rs.Event(name="gen_ai.user.message", attributes={"0.x": 1, "1": 2})
+    (call,) = rs.model_calls([made.model_copy(update={"events": [odd, *events]})])
+    assert call.messages[-4:] == MESSAGES and call.answer == [TURN.answer]
     details = rs.Event(name="gen_ai.client.inference.operation.details", attributes=body)
     (call,) = rs.model_calls([made.model_copy(update={"events": [details]})])
     assert (call.messages, call.answer) == (MESSAGES, [TURN.answer])

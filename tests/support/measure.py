@@ -1,4 +1,4 @@
-"""What a process took at most, and for how long its loop stood still: looked at from outside, or from within an actor.
+"""What is measured: the memory of a process, how long its loop stood still, and percentiles.
 
 Not here: what the store itself counts (`statistics`).
 """
@@ -39,3 +39,9 @@ def longest_pause(actor: Any) -> float:
     """In the actor: seconds since `watch_loop`, which ends."""
     actor.watching.cancel()
     return float(actor.longest_pause)
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """The value that so many percent of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)]
