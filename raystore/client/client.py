@@ -23,7 +23,7 @@ from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
 from raystore.client.pending import PendingCall
 from raystore.client.transport import Transport
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
-from raystore.core.verbs import Many
+from raystore.core.records import Many
 from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.calls import NOT_GIVEN, explain_methods, typed_as, unfit
 from raystore.tracing.losses import Reason
@@ -101,11 +101,15 @@ class Boxed:
     resources: NamedResources
     objects: list[Kept] = field(default_factory=list)  # one for each object that travels as a reference
     files: list[tuple[str, Parts]] = field(default_factory=list)  # address and bytes of those that the journal keeps
-    asked: Any = None  # which process was the store's before
+    asked: tuple[int, str] | None = None  # the store's process and our session there, before they were published
 
 
 class StoreClient(RunnerStore):
-    """A store, reached over a transport."""
+    """A store, reached over a transport; may be used with `with` and `async with`, which close it.
+
+    Attributes:
+        sync: the methods as blocking calls, in order with the calls that are awaited.
+    """
 
     sync: SyncStore
     _transport: Transport
@@ -210,7 +214,7 @@ class StoreClient(RunnerStore):
         return await self._enqueue_all([request] * n)
 
     def _request(self, **fields: Any) -> dict[str, Any]:
-        """What makes a rollout, of the arguments of a call."""
+        """The checked and encoded request for a rollout, of the arguments of a call."""
         return self._encoder.request(model_of(EnqueueRolloutRequest, "", fields))
 
     async def _enqueue_all(self, requests: list[dict[str, Any]]) -> list[Rollout]:
@@ -769,14 +773,14 @@ class StoreClient(RunnerStore):
         )
 
     async def _boxed(self, resources_id: str | None, resources: NamedResources) -> Boxed:
-        """The resources as they should travel; a store on Ray moves large objects to the object store."""
+        """The resources as they travel; a store on Ray moves large objects to Ray's object store."""
         return Boxed(resources)
 
     async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:
-        """Do what is left to do for objects, now that the store has the version."""
+        """Called once the store has the version, for what must be done with its objects then."""
 
     def _origin_of_objects(self) -> Origin:
-        """Where objects may be found that are in no object store any more."""
+        """Where to find objects that are not in Ray's object store any more."""
         return Origin()
 
     def _opened(self, answer: convert.Row, payload: Opaque = None) -> ResourcesUpdate:
@@ -947,7 +951,7 @@ class StoreClient(RunnerStore):
     # -- ending --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop using the store; calls that wait are answered with what there is, later ones are told."""
+        """Stop using the store: calls that wait get what there is, and later ones raise `StoreClosedError`."""
         self._transport.close()
 
     def __enter__(self) -> Self:

@@ -1,8 +1,7 @@
-"""Whether this process is a child that was forked, and what it must leave alone for that reason.
+"""Whether this process was forked, and what it must not use for that reason.
 
-A fork copies neither the threads of a store nor Ray's: a lock that one of them held is held for ever, and an answer
-never comes. So what was used before a fork raises in the child, at once.
-Not here: agents' processes, which are forked from a process that uses neither (`runner.fork_server`).
+A fork copies neither the threads of a store nor Ray's: a lock that one of them held stays locked, and an answer never
+comes. So stores that were used before the fork raise `ForkedError` in the child, at once.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-#: of this process; asking the system with every operation would cost more than the operation's lock
+#: of this process, kept here since the system takes longer to answer than a store to take its lock
 pid: int = os.getpid()
 _has_inherited_ray = False
 

@@ -21,8 +21,9 @@ from raystore.client.client import StoreClient, Testing
 from raystore.client.pending import PendingCall, this_thread
 from raystore.client.transport import NoticeHandlers, giving_back, handed_keys, with_time_left, without
 from raystore.config import DEFAULT_JOURNAL_OBJECT_BYTES, StoreConfig, memory_capacity, resolve
+from raystore.core.records import Many
 from raystore.core.state import Session
-from raystore.core.verbs import HANDING, Many
+from raystore.core.verbs import HANDING
 from raystore.errors import (
     BatchConflictError,
     ForkedError,

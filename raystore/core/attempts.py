@@ -6,16 +6,18 @@ Not here: the tables (`lifecycle`), claims that await acknowledgement (`claims`)
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
-from raystore.core import lifecycle, workers
+from raystore.core import lifecycle, queries, workers
 from raystore.core.lifecycle import ACTIVE, AT_WORK, FINISHED, SPAN, attempt_after
-from raystore.core.payload import OnDisk
-from raystore.core.records import Attempt, Rollout, Span
-from raystore.core.rollouts import create, move, set_reward
+from raystore.core.payload import OnDisk, bounded_error
+from raystore.core.records import Attempt, Many, Span
+from raystore.core.requests import AttemptChanges, FinalChanges, Request, SpanRow
+from raystore.core.rollouts import chosen_among, create, move, set_reward
+from raystore.core.schema import Id, SortOrder, Tags
 from raystore.core.spans import SpansWritten
-from raystore.core.state import Entry, State, Step
+from raystore.core.state import Entry, InChain, Pair, State, Step
 from raystore.core.wanted import enter_eviction, reconsider
 from raystore.errors import AttemptNotFoundError, SealedError
 
@@ -64,24 +66,31 @@ def attempt_ids(entry: Entry) -> Container[str]:
     return {attempt.attempt_id for attempt in entry.attempts}
 
 
-def start_rollout(state: State, step: Step, request: Mapping[str, Any], worker_id: str | None) -> Entry:
+def start_rollout(state: State, step: Step, *, request: Request, worker_id: Id | None) -> Pair:
     """Make a rollout with its first attempt; it was never in a queue."""
+    workers.admit(state, worker_id)
     entry = create(state, step, "preparing", request, state.resources.latest_id)
     begin(state, step, entry, worker_id=worker_id, kind="started")
-    return entry
+    return entry.pair
 
 
-def start_attempt(state: State, step: Step, rollout_id: str, worker_id: str | None) -> Entry:
+def start_attempt(state: State, step: Step, *, rollout_id: Id, worker_id: Id | None) -> Pair:
     """Start another attempt by hand, from whatever status."""
+    workers.admit(state, worker_id)
     entry = state.entry(rollout_id)
     if entry.is_sealed:
         raise SealedError(rollout_id, sorted(entry.taken))
     begin(state, step, entry, worker_id=worker_id, kind="started")
-    return entry
+    return entry.pair
 
 
-def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: Mapping[str, Any]) -> Attempt:
-    """`update_attempt`: set fields by hand, and let rollout and worker follow."""
+def update(state: State, step: Step, *, rollout_id: Id, attempt_id: Id, changes: AttemptChanges) -> Attempt:
+    """Set fields of an attempt by hand, and let rollout and worker follow."""
+    workers.admit(state, changes.get("worker_id"))
+    return _report(state, step, rollout_id, attempt_id, changes)
+
+
+def _report(state: State, step: Step, rollout_id: str, attempt_id: str, given: Mapping[str, Any]) -> Attempt:
     entry = state.entry(rollout_id)
     try:
         index = state.find_attempt(entry, attempt_id, step.session)
@@ -89,8 +98,8 @@ def report(state: State, step: Step, rollout_id: str, attempt_id: str, changes: 
         raise AttemptNotFoundError(rollout_id, attempt_id if entry.attempts else None) from None
     before = entry.attempts[index]
     is_latest = index == len(entry.attempts) - 1
+    changes = dict(given)
     status = changes.get("status")
-    changes = dict(changes)
     if status is not None:
         unsettled = None if is_latest else "superseded"
         changes.setdefault("outcome", lifecycle.OUTCOME_OF_STATUS[status] if status in lifecycle.SETTLED else unsettled)
@@ -221,10 +230,12 @@ def _end(state: State, step: Step, entry: Entry, attempt_id: str, event: str, **
             reconsider(state, entry)
 
 
-def cancel(state: State, step: Step, rollout_ids: Iterable[str]) -> list[Rollout]:
-    """Cancel what has not finished; running attempts fail with outcome "cancelled" and their holders are told."""
+def cancel(
+    state: State, step: Step, *, rollout_ids: list[Id] | None, group_id: Id | None, tags: Tags | None
+) -> list[Pair]:
+    """Cancel rollouts that have not finished; running attempts fail with outcome "cancelled", holders are told."""
     cancelled = []
-    for rollout_id in rollout_ids:
+    for rollout_id in chosen_among(state, rollout_ids, group_id, tags):
         entry = state.entries.get(rollout_id)
         if entry is None or entry.rollout.status in FINISHED:
             continue
@@ -234,11 +245,26 @@ def cancel(state: State, step: Step, rollout_ids: Iterable[str]) -> list[Rollout
             settle(state, step, entry, lifecycle.CANCEL)
         else:
             move(state, step, entry, "cancelled")
-        cancelled.append(entry.rollout)
+        cancelled.append(entry.pair)
     return cancelled
 
 
-def add_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span]) -> SpansWritten:
+def add_spans(
+    state: State,
+    step: Step,
+    *,
+    rollout_id: Id,
+    attempt_id: Id,
+    spans: list[SpanRow],
+    chain: InChain | None = None,
+) -> list[tuple[bool, int]]:
+    """Store spans of one attempt; of each whether it is stored, or was before, and its number."""
+    made = [Span(rollout_id, attempt_id, *row) for row in spans]
+    written = put_spans(state, step, rollout_id, attempt_id, made)
+    return [(stored, span.sequence_id) for stored, span in zip(written.stored, made, strict=True)]
+
+
+def put_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span]) -> SpansWritten:
     """Store spans of one attempt; they are its heartbeat. A call of only duplicates changes nothing."""
     entry = state.entry(rollout_id)
     if attempt_id == "latest":  # a span says whose it is: the newest attempt may be another's by now
@@ -290,13 +316,13 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
         set_reward(state, entry, reward)
 
 
-def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[Id, Id]]) -> list[tuple[str, str]]:
     """Note heartbeats of attempts; returns those that nobody needs any more, so that their runners can stop.
 
     An unresponsive attempt whose rollout still waits for its retry is needed: the next span brings it back.
     """
     unneeded = []
-    for rollout_id, attempt_id in keys:
+    for rollout_id, attempt_id in attempts_alive:
         entry = state.entries.get(rollout_id)
         index = state.index_of(entry, attempt_id) if entry else None
         if entry is None or index is None:
@@ -318,16 +344,42 @@ def heartbeat(state: State, step: Step, keys: Iterable[tuple[str, str]]) -> list
 
 
 def finish(
-    state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span], changes: Mapping[str, Any]
+    state: State, step: Step, *, rollout_id: Id, attempt_id: Id, spans: list[SpanRow], changes: FinalChanges
+) -> tuple[Attempt, list[bool]]:
+    """The last spans of an attempt and its final status as one step; of each span whether it is stored."""
+    made = [Span(rollout_id, attempt_id, *row) for row in spans]
+    error = changes.get("error")
+    given = changes if error is None else {**changes, "error": bounded_error(error)}
+    attempt, written = end(state, step, rollout_id, attempt_id, made, given)
+    return attempt, written.stored
+
+
+def end(
+    state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span], given: Mapping[str, Any]
 ) -> tuple[Attempt, SpansWritten]:
     """The last spans of an attempt and its final status as one step; a refused span refuses both."""
     entry = state.entry(rollout_id)
     state.find_attempt(entry, attempt_id, step.session)
-    changes = dict(changes)
+    changes = dict(given)
     died = changes.pop("died", False)  # the process that ran this attempt, and nothing else
-    written = add_spans(state, step, rollout_id, attempt_id, spans) if spans else SpansWritten([], 0, None)
+    written = put_spans(state, step, rollout_id, attempt_id, spans) if spans else SpansWritten([], 0, None)
     event = lifecycle.EVENT_OF_OUTCOME.get(changes.get("outcome") or "")
     if event is None:
-        return report(state, step, rollout_id, attempt_id, changes), written
+        return _report(state, step, rollout_id, attempt_id, changes), written
     _end(state, step, entry, attempt_id, event, is_charged=died, orderly=True, error=changes.get("error"))
     return entry.attempts[state.find_attempt(entry, attempt_id)], written
+
+
+def latest(state: State, step: Step, *, rollout_id: Id) -> Attempt | None:
+    """The latest attempt of a rollout; None if it has none, or does not exist."""
+    entry = state.entries.get(rollout_id)
+    return entry.latest if entry else None
+
+
+def query(
+    state: State, step: Step, *, rollout_id: Id, sort_by: str | None, sort_order: SortOrder, limit: int, offset: int
+) -> Many:
+    """One page of the attempts of a rollout; none of one that does not exist."""
+    entry = state.entries.get(rollout_id)
+    found = queries.arrange(entry.attempts if entry else [], sort_by, sort_order, queries.ATTEMPT_SORT)
+    return Many(queries.page(found, limit, offset), len(found))

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from raystore.core.replies import AGAIN, ERROR, PARTLY, VALUE, BatchReplies, Reply
 from raystore.core.retention import held_among
+from raystore.core.rollouts import chosen_among
 from raystore.core.state import Session, State
 from raystore.core.training import unreserve
-from raystore.core.verbs import CHANGING, VERBS, chosen_among, handed_again, hands_over
+from raystore.core.verbs import CHANGING, VERBS, handed_again, hands_over
 
 DIVISIBLE = frozenset({"cancel_rollouts", "release", "delete_rollouts"})
 RESERVING = frozenset({"delete_rollouts"})  #: of these, what a consumer who takes a rollout would refuse

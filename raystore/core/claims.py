@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
-from raystore.core import attempts, bounds, held_back, training, workers
+from raystore.core import attempts, bounds, publishing, training, workers
 from raystore.core.lifecycle import is_untouched
 from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
 from raystore.core.rollouts import move, stop_waiting, unqueue
+from raystore.core.schema import Id, Positive, Seconds
 from raystore.core.state import AttemptKey, BatchKey, Entry, HandedKey, Session, State, Step
 
 Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
@@ -27,6 +28,26 @@ SUSPICIOUS_WITHDRAWALS = 2  #: a rollout with so many claims that nobody acknowl
 # Why a session ended: its driver is gone; its pool has stopped it; it said so itself.
 JOB_ENDED, STOPPED, CLOSED = STOPS = ("job ended", "stopped", "closed")  #: no losses: nothing is charged or suspected
 LOST_CLAIMS_KEPT = 1_000  #: of a session, so that a late acknowledgement can be told what became of its claim
+
+
+def dequeue(
+    state: State,
+    step: Step,
+    *,
+    queues: list[Id],
+    limit: int,
+    worker_id: Id | None,
+    timeout: Seconds = 0.0,
+    of: int | None = None,
+) -> list[Claimed] | None:
+    """Claim work; None if there is none and the caller waits. `of` asks for what a parked call was handed."""
+    if of is not None and step.session is not None and (handed := taken_over(state, step.session, of)):
+        return handed
+    workers.admit(state, worker_id)
+    claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id)
+    if not claimed and timeout > 0 and limit > 0:
+        return None
+    return [(entry.rollout, entry.attempts[-1], entry.is_watched) for entry in claimed]
 
 
 def claim(
@@ -114,6 +135,19 @@ def offer_to_anybody(state: State, rollout_id: str) -> None:
     if rollout_id in state.suspects:
         stop_waiting(state, rollout_id)
         state.effects.queues.add(state.queues.make_overdue(rollout_id))
+
+
+def decline(state: State, step: Step, *, rollout_id: Id, attempt_id: Id) -> bool:
+    """The caller of a dequeue had gone when its answer came; whether there was a claim to give back."""
+    assert step.session is not None
+    return take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
+
+
+def confirm(state: State, step: Step, *, keys: list[tuple[Id, Id | Positive]]) -> list[HandedKey]:
+    """The callers of this session have these claims and batches; returns those that came too late and are lost."""
+    assert step.session is not None
+    handed: list[Any] = [(key[0], key[1]) for key in keys]
+    return acknowledge(state, step, step.session, handed)
 
 
 def acknowledge(state: State, step: Step, session: Session, keys: Sequence[HandedKey]) -> list[HandedKey]:
@@ -276,7 +310,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
             attempts.lose(state, step, entry, key[1], is_charged=key == to_blame)
     _separate(state, [key[0] for key in held])
     if why != CLOSED:  # a process that only stops using the store still has what it published
-        held_back.publisher_gone(state, step, session)
+        publishing.publisher_gone(state, step, session)
     session.held.clear()
     session.claims.clear()
     session.notices.clear()
@@ -308,3 +342,34 @@ def _lost_most_often(state: State, keys: list[AttemptKey]) -> AttemptKey | None:
     most = max(losses.values(), default=0)
     often = [key for key, count in losses.items() if count == most]
     return often[0] if len(often) == 1 else None
+
+
+def report_session(
+    state: State, step: Step, *, session_id: Id | None, worker_id: Id | None = None, stopped: bool = False
+) -> bool:
+    """End the session of a process that somebody saw end, or has `stopped`; whether there was a live one.
+
+    If the session is not known, end those that hold work of its worker.
+    """
+    session = state.sessions.get(session_id or "")
+    sessions = [session] if session is not None else _sessions_of_worker(state, worker_id)
+    live = [session for session in sessions if session.ended_at is None and not session.eternal]
+    for session in live:
+        end_session(state, step, session, why=STOPPED if stopped else "reported")
+    return bool(live)
+
+
+def _sessions_of_worker(state: State, worker_id: str | None) -> list[Session]:
+    """The sessions that hold an attempt of a worker; by what they hold, since a worker's past may be long."""
+
+    def is_of_worker(key: AttemptKey) -> bool:
+        latest = state.entries[key[0]].latest
+        return latest is not None and latest.attempt_id == key[1] and latest.worker_id == worker_id
+
+    if worker_id is None:
+        return []
+    return [
+        session
+        for session in state.sessions.values()
+        if any(map(is_of_worker, session.held)) or any(map(is_of_worker, session.claims))
+    ]

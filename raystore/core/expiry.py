@@ -88,7 +88,7 @@ def advance(state: State, step: Step, due: Due) -> None:
         end_session(state, step, state.sessions[session_id], why="silence")
     for session_id in due.forgotten:
         forget_session(state, session_id)
-    retention.delete(state, step, due.deleted)
+    retention.delete(state, step, rollout_ids=due.deleted)
     for rollout_id in due.impatient:
         offer_to_anybody(state, rollout_id)
     if due.released:  # what they wait for may have been there all the while

@@ -26,13 +26,14 @@ from raystore.core.replies import ERROR, PARTLY, VALUE, Reply
 from raystore.core.rollouts import (
     CONTENT,
     RETRY_AFTER_SECONDS,
+    chosen_among,
     create,
     enter_queue,
     existing_of,
     release,
 )
 from raystore.core.snapshot import column
-from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Session, State, Step, Taken
+from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Pair, Session, State, Step, Taken
 from raystore.core.verbs import Verb
 from raystore.core.wanted import enter_retention, others, settle
 from raystore.errors import BatchConflictError, InvalidValueError, OverloadedError, StoreError, again
@@ -199,7 +200,7 @@ def _advance(state: State, step: Step, *due: list[Any]) -> None:
         end_session(state, step, state.sessions[session_id], why="silence")
     for session_id in found.forgotten:
         expiry.forget_session(state, session_id)
-    retention.delete(state, step, found.deleted)
+    retention.delete(state, step, rollout_ids=found.deleted)
 
 
 def resume(state: State, step: Step, away: float) -> None:
@@ -247,7 +248,7 @@ def _add_spans(
     """Spans of the attempt "latest" were those of the newest."""
     attempt_id = _meant(state, rollout_id, attempt_id)
     made = [Span(rollout_id, attempt_id, *row) for row in spans]
-    written = attempts.add_spans(state, step, rollout_id, attempt_id, made)
+    written = attempts.put_spans(state, step, rollout_id, attempt_id, made)
     return [(stored, span.sequence_id) for stored, span in zip(written.stored, made, strict=True)]
 
 
@@ -257,7 +258,7 @@ def _finish(
     """The same; and an error was kept as long as it was."""
     attempt_id = _meant(state, rollout_id, attempt_id)
     made = [Span(rollout_id, attempt_id, *row) for row in spans]
-    attempt, written = attempts.finish(state, step, rollout_id, attempt_id, made, changes)
+    attempt, written = attempts.end(state, step, rollout_id, attempt_id, made, changes)
     return attempt, written.stored
 
 
@@ -271,7 +272,7 @@ def _meant(state: State, rollout_id: str, attempt_id: str) -> str:
 
 def _enqueue(
     state: State, step: Step, *, requests: list[dict[str, Any]], admit: int | None = None, chain: Chain | None = None
-) -> list[verbs.Pair]:
+) -> list[Pair]:
     """A repetition was refused at `max_queued`, and content that is pickled always counted as the same."""
     latest = chain.notes.setdefault("latest", state.resources.latest_id) if chain else state.resources.latest_id
     existing = [existing_of(state, request) for request in requests]
@@ -301,11 +302,11 @@ def _enqueue(
 
 def _take(
     state: State, step: Step, *, consumer: str, count: int, timeout: float = 0.0
-) -> tuple[list[verbs.Pair], int] | None:
+) -> tuple[list[Pair], int] | None:
     return _take_now(state, step, consumer, count, timeout <= 0)
 
 
-def _take_now(state: State, step: Step, consumer: str, count: int, must: bool) -> tuple[list[verbs.Pair], int] | None:
+def _take_now(state: State, step: Step, consumer: str, count: int, must: bool) -> tuple[list[Pair], int] | None:
     """A consumer held one batch at most, and was given it again; failed rollouts were taken as well."""
     known = state.consumers.get(consumer)
     if known is not None and known.open is not None:
@@ -334,7 +335,7 @@ def _take_now(state: State, step: Step, consumer: str, count: int, must: bool) -
     return [_pair(state, i) for i in chosen], known.made
 
 
-def _pair(state: State, rollout_id: str) -> verbs.Pair:
+def _pair(state: State, rollout_id: str) -> Pair:
     entry = state.entries[rollout_id]
     return entry.rollout, entry.latest
 
@@ -393,7 +394,7 @@ def _checkpoint(state: State, step: Step, *, consumer: str, at_step: int) -> int
             if not entry.is_held:
                 enter_retention(state, entry)
                 released.append(rollout_id)
-    release(state, released)
+    release(state, step, rollout_ids=released)
     state.changes.append(step.now, "checkpoint", consumer=consumer, step=at_step, rollouts=count)
     return count
 
@@ -548,7 +549,7 @@ def _pieces(state: State, verb: str, arguments: dict[str, Any]) -> list[dict[str
     try:
         _require_names(VERBS[verb], verb, arguments)
         if verb == "cancel_rollouts":
-            ids, rest = verbs.chosen_among(state, **arguments), {"group_id": None, "tags": None}
+            ids, rest = chosen_among(state, **arguments), {"group_id": None, "tags": None}
         else:
             ids, rest = arguments["rollout_ids"], {}
         cuts = [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)]

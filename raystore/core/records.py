@@ -155,3 +155,11 @@ class Change(Record):
     rollout_id: str | None
     attempt_id: str | None
     detail: dict[str, Any] | None
+
+
+@dataclass(slots=True)
+class Many:
+    """A page of records with the number of all matches; long ones are sent in parts."""
+
+    items: list[Any]
+    total: int

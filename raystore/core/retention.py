@@ -8,10 +8,9 @@ Not here: freeing spans only (`eviction`), resources (`resources`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from raystore.core.lifecycle import is_live
 from raystore.core.rollouts import unqueue
+from raystore.core.schema import Id
 from raystore.core.state import State, Step
 from raystore.core.wanted import forget, is_wanted
 from raystore.errors import SealedError
@@ -19,10 +18,9 @@ from raystore.errors import SealedError
 FEW = 200  #: rollouts that are looked at one by one
 
 
-def delete(state: State, step: Step, rollout_ids: Iterable[str]) -> int:
+def delete(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
     """Delete rollouts with all that belongs to them; holders of running attempts are told. Unknown ids are skipped."""
     deleted = 0
-    rollout_ids = list(rollout_ids)
     if (held := held_among(state, rollout_ids)) is not None:
         raise SealedError(held, sorted(state.entries[held].taken))
     for rollout_id in rollout_ids:

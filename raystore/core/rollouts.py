@@ -12,14 +12,23 @@ from itertools import groupby, islice
 from typing import Any
 
 from raystore.core import queries
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, is_live, notice_of
-from raystore.core.payload import digest_of_bytes, is_digest, of_rollout, same_content
+from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, RolloutStatus, is_live, notice_of
+from raystore.core.payload import digest_of_bytes, is_digest, of_rollout, same_content, size_of
 from raystore.core.queries import keys_of
 from raystore.core.queues import ASIDE, PLAIN
-from raystore.core.records import Config, Rollout
-from raystore.core.state import Entry, State, Step
+from raystore.core.records import Config, Many, Rollout, Span
+from raystore.core.requests import Must, Request, RolloutChanges, SpanTexts
+from raystore.core.schema import Id, Logic, SortOrder, Whole
+from raystore.core.state import Entry, InChain, Pair, State, Step
 from raystore.core.wanted import enter_eviction, enter_retention, follow, reconsider, settle
-from raystore.errors import ConflictError, InvalidValueError, OverloadedError, SealedError
+from raystore.errors import (
+    ConflictError,
+    InvalidValueError,
+    OverloadedError,
+    SealedError,
+    SessionEndedError,
+    SpansEvictedError,
+)
 
 RETRY_AFTER_SECONDS = 1.0
 
@@ -27,6 +36,9 @@ RETRY_AFTER_SECONDS = 1.0
 CONTENT = ("input", "mode", "resources_id", "config", "metadata", "group_id", "queue", "priority", "tags")
 
 _VALUES = ("input", "metadata")  # a user's: of these the digests are compared, which the request brings
+
+LONG_ITEMS = 512  #: an answer to a bulk call with more rollouts is a long one,
+LONG_BYTES = 512 * 1024  #: and one with more bytes
 
 
 def _content(request: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -88,6 +100,32 @@ def existing_of(state: State, request: Mapping[str, Any]) -> Entry | None:
     if entry.given is None or differing:
         raise ConflictError(entry.rollout.rollout_id, differing or ["origin"])
     return entry
+
+
+def enqueue(
+    state: State, step: Step, *, requests: list[Request], admit: Whole | None = None, chain: InChain | None = None
+) -> list[Pair] | tuple[list[Pair], int]:
+    """All of them or none, also if they come in parts: those wait for the last one, which is answered for all.
+
+    `admit` says how many there are in all, so that a part that is missing is noticed.
+    """
+    latest = state.resources.latest_id
+    if chain is not None:
+        latest = chain.notes.setdefault("latest", latest)  # what it was for the first part
+        before: list[Request] = chain.notes.setdefault("requests", [])
+        if not chain.is_last:
+            before.extend(requests)
+            return []
+        requests = [*before, *requests]
+        if admit and len(requests) != admit:
+            assert step.session is not None
+            raise SessionEndedError(step.session.session_id)  # the one that the parts before came in
+    made = enqueue_many(state, step, requests, latest=latest)
+    pairs = [state.entries[rollout.rollout_id].pair for rollout in made]
+    is_long = chain is not None and (
+        len(pairs) > LONG_ITEMS or sum(size_of(r.input) + size_of(r.metadata) for r in made) > LONG_BYTES
+    )
+    return (pairs, len(pairs)) if is_long else pairs  # a long answer is sent in parts
 
 
 def enqueue_many(
@@ -184,19 +222,19 @@ def move(
         state.deadlines.guard(rollout_id)
 
 
-def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]) -> Rollout:
+def update(state: State, step: Step, *, rollout_id: Id, changes: RolloutChanges) -> Pair:
     """Set fields of a rollout by hand; attempts and workers stay as they are."""
     entry = state.entry(rollout_id)
-    changes = dict(changes)
-    status = changes.pop("status", None)
+    fields: dict[str, Any] = {**changes}
+    status = fields.pop("status", None)
     if status is not None and entry.is_sealed:
         raise SealedError(rollout_id, sorted(entry.taken))
-    config = changes.pop("config", None)
+    config = fields.pop("config", None)
     if config is not None:
-        changes["config"] = Config(*config)
-    if changes:
+        fields["config"] = Config(*config)
+    if fields:
         before = entry.rollout
-        state.put_rollout(entry, before.evolve(**changes))
+        state.put_rollout(entry, before.evolve(**fields))
         more = of_rollout(entry.rollout.input, entry.rollout.metadata, entry.rollout.tags)
         more -= of_rollout(before.input, before.metadata, before.tags)
         state.payload_bytes += more
@@ -215,7 +253,7 @@ def update(state: State, step: Step, rollout_id: str, changes: Mapping[str, Any]
         if status in FINISHED and latest is not None and latest.status in ACTIVE:
             state.notify(entry, latest.attempt_id, notice_of(status))
         move(state, step, entry, status)
-    return entry.rollout
+    return entry.pair
 
 
 def _move_references(state: State, entry: Entry, before: str | None) -> None:
@@ -235,7 +273,7 @@ def matching(state: State, *, group_id: str | None, tags: dict[str, Any] | None)
     return [entry.rollout.rollout_id for entry in _in_all(state, map(state.indexes.find, keys))]
 
 
-def release(state: State, rollout_ids: Iterable[str]) -> int:
+def release(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
     """Mark rollouts as done with: first to be evicted or deleted. Unknown ids are skipped."""
     released = 0
     for rollout_id in rollout_ids:
@@ -257,20 +295,27 @@ def mark_read(state: State, entry: Entry) -> None:
     settle(state, entry)
 
 
-def find(
+def get(state: State, step: Step, *, rollout_id: Id) -> Pair | None:
+    """A rollout, if there is one of this id."""
+    entry = state.entries.get(rollout_id)
+    return entry.pair if entry else None
+
+
+def query(
     state: State,
+    step: Step,
     *,
-    status_in: Sequence[str] | None,
-    rollout_id_in: list[str] | None,
+    status_in: list[RolloutStatus] | None,
+    rollout_id_in: list[Id] | None,
     rollout_id_contains: str | None,
-    filter_logic: str,
-    must: Mapping[str, Any],
+    filter_logic: Logic,
+    must: Must,
     sort_by: str | None,
-    sort_order: str,
+    sort_order: SortOrder,
     limit: int,
     offset: int,
-) -> tuple[list[Entry], int]:
-    """The entries of one page, and how many match in all.
+) -> Many:
+    """One page of rollouts, and how many match in all.
 
     `must` holds what applies under either logic: group_id, tags, queue, worker_id, mode.
     """
@@ -290,13 +335,15 @@ def find(
     mode = must.get("mode")
     queries.check(filter_logic, sort_order)
     if not (indexed or conditions or mode) and sort_by in (None, "start_time"):
-        return _by_age(state, sort_by is not None and sort_order == "desc", limit, offset), len(state.entries)
+        newest_first = sort_by is not None and sort_order == "desc"
+        return Many([e.pair for e in _by_age(state, newest_first, limit, offset)], len(state.entries))
     entries = _in_all(state, indexed) if indexed else list(state.entries.values())
     if mode is not None:
         entries = [entry for entry in entries if entry.rollout.mode == mode]
     matches = queries.select((entry.rollout for entry in entries), conditions, filter_logic)
     matches = queries.arrange(matches, sort_by, sort_order, queries.ROLLOUT_SORT)
-    return [state.entries[rollout.rollout_id] for rollout in queries.page(matches, limit, offset)], len(matches)
+    page = queries.page(matches, limit, offset)
+    return Many([state.entries[rollout.rollout_id].pair for rollout in page], len(matches))
 
 
 def _index_keys(must: Mapping[str, Any]) -> list[queries.Key]:
@@ -322,6 +369,73 @@ def _by_age(state: State, is_newest_first: bool, limit: int, offset: int) -> lis
         newest = groupby(reversed(state.entries.values()), key=lambda entry: entry.rollout.start_time)
         entries = (entry for _, instant in newest for entry in reversed(list(instant)))
     return list(islice(entries, offset, None if limit == -1 else offset + limit))
+
+
+def chosen_among(
+    state: State, rollout_ids: list[str] | None, group_id: str | None, tags: dict[str, Any] | None
+) -> list[str]:
+    """Ids of the rollouts that are named (None: any), in the group, and carry the tags, as far as these are given."""
+    if group_id is None and not tags:
+        return rollout_ids or []
+    found = matching(state, group_id=group_id, tags=tags)
+    named = None if rollout_ids is None else set(rollout_ids)
+    return found if named is None else [i for i in found if i in named]
+
+
+# -- their spans -------------------------------------------------------------------------------------------------------
+
+
+def next_numbers(state: State, step: Step, *, rollout_ids: list[Id]) -> list[int]:
+    return [state.spans.next_number(i, known=i in state.entries) for i in rollout_ids]
+
+
+def query_spans(
+    state: State,
+    step: Step,
+    *,
+    rollout_id: Id,
+    attempt_id: Id | None,
+    equal: SpanTexts,
+    containing: SpanTexts,
+    filter_logic: Logic,
+    sort_by: str | None,
+    sort_order: SortOrder,
+    limit: int,
+    offset: int,
+    allow_partial: bool,
+) -> Many:
+    conditions = [queries.equals(name, value) for name, value in equal.items()]
+    conditions += [queries.contains(name, str(part)) for name, part in containing.items()]
+    found = queries.select(_spans_of(state, rollout_id, attempt_id, allow_partial), conditions, filter_logic)
+    found = queries.arrange(found, sort_by, sort_order, queries.SPAN_SORT)
+    return Many(queries.page(found, limit, offset), len(found))
+
+
+def query_many_spans(
+    state: State, step: Step, *, rollout_ids: list[Id], attempt_id: Id | None, allow_partial: bool
+) -> Many:
+    spans = [
+        span
+        for rollout_id in dict.fromkeys(rollout_ids)
+        for span in queries.arrange(
+            _spans_of(state, rollout_id, attempt_id, allow_partial), "sequence_id", "asc", queries.SPAN_SORT
+        )
+    ]
+    return Many(spans, len(spans))
+
+
+def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_partial: bool) -> list[Span]:
+    if rollout_id in state.spans.evicted and not allow_partial:
+        raise SpansEvictedError(rollout_id)
+    entry = state.entries.get(rollout_id)
+    if entry is None:
+        return []
+    mark_read(state, entry)
+    if attempt_id == "latest":
+        if entry.latest is None:
+            return []
+        attempt_id = entry.latest.attempt_id
+    return state.spans.of(rollout_id, attempt_id)
 
 
 def set_reward(state: State, entry: Entry, reward: float) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha1
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from raystore.core.changes import ChangeFeed, CompletionLog, WatchSets
 from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
@@ -25,6 +25,7 @@ from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker
 from raystore.core.replies import ReplyCache
 from raystore.core.resources import Freed, ResourceTable
+from raystore.core.schema import As, Part
 from raystore.core.spans import SpanTable
 from raystore.errors import (
     AttemptNotFoundError,
@@ -92,6 +93,9 @@ class Step:
         return made
 
 
+Pair = tuple[Rollout, Attempt | None]  #: a rollout with its latest attempt
+
+
 class Chain:
     """What the parts of one bulk call share."""
 
@@ -105,6 +109,9 @@ class Chain:
 
 def _by_key(rows: list[Any]) -> dict[Any, Any]:
     return {(key[0], key[1]): value for key, value in rows}
+
+
+InChain = Annotated[Chain, As(Part)]  #: given as its id, and whether this is its last part
 
 
 def _chains_packed(chains: dict[int, Chain]) -> list[Any]:
@@ -280,6 +287,11 @@ class Entry:
     def is_held(self) -> bool:
         """Whether somebody may have to train on it again."""
         return any(not taken.is_durable for taken in self.taken.values())
+
+    @property
+    def pair(self) -> Pair:
+        """The rollout with its latest attempt."""
+        return self.rollout, self.latest
 
     @property
     def latest(self) -> Attempt | None:

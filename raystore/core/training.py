@@ -14,9 +14,25 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, NoReturn
 
-from raystore.core.state import BatchKey, Consumer, Session, State, Step, Taken
-from raystore.core.wanted import USUAL, Filter, check_filter, follow, know, let_go, may_still_come, others, settle
+from raystore.core.records import Many
+from raystore.core.requests import Mode, Trainable
+from raystore.core.schema import Id, Positive, Seconds, Tags, Text, Whole
+from raystore.core.state import BatchKey, Consumer, Pair, Session, State, Step, Taken
+from raystore.core.wanted import (
+    USUAL,
+    Filter,
+    check_filter,
+    follow,
+    know,
+    let_go,
+    make_filter,
+    may_still_come,
+    others,
+    settle,
+)
 from raystore.errors import BatchConflictError, BatchHeldError
+
+Batch = tuple[list[Pair], int]  #: rollouts, and its number
 
 
 def prepare(state: State, step: Step, consumer: str, asked: Filter | None, max_open: int) -> Consumer:
@@ -68,10 +84,37 @@ def has_something(state: State, known: Consumer) -> bool:
     return _left_behind(known) is not None or bool(_next(state, known, 1))
 
 
-def take(state: State, step: Step, consumer: str, count: int) -> tuple[int, list[str]]:
-    """Number and rollouts of the batch that a consumer holds from now on: one that was left behind, if there is one.
+def take(
+    state: State,
+    step: Step,
+    *,
+    consumer: Id,
+    count: Positive,
+    timeout: Seconds = 0.0,
+    mode: Mode | None = None,
+    tags: Tags | None = None,
+    queue: Id | None = None,
+    group_id: Id | None = None,
+    status_in: list[Trainable] | None = None,
+    max_open: Positive = 1,
+    of: int | None = None,
+) -> Batch | None:
+    """A batch; None if waiting may bring a better one. `of` asks for what a parked call was handed."""
+    asked = make_filter(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in)
+    if of is not None and step.session is not None:
+        for key in step.session.replies.handed.pop(of, []):
+            if isinstance(key[1], int) and (found := batch_again(state, step.session, key)) is not None:
+                return found
+    known = prepare(state, step, consumer, asked, max_open)
+    if timeout > 0 and not is_ready(state, known, count):
+        return None
+    return take_now(state, step, consumer, count)
 
-    Number 0 with no rollouts if there is nothing to take.
+
+def take_now(state: State, step: Step, consumer: str, count: int) -> Batch:
+    """The batch that a consumer holds from now on: one that was left behind, if there is one.
+
+    No rollouts and number 0 if there is nothing to take.
     """
     known = know(state, consumer)
     number = _left_behind(known)
@@ -80,10 +123,10 @@ def take(state: State, step: Step, consumer: str, count: int) -> tuple[int, list
         chosen = [i for i in known.batches[number] if i in state.entries]
         _hand(state, step, known, consumer, number)
         state.changes.append(step.now, "taken", consumer=consumer, batch=number, rollouts=len(chosen), again=True)
-        return number, chosen
+        return [state.entries[i].pair for i in chosen], number
     chosen = _next(state, known, count)
     if not chosen:
-        return 0, []
+        return [], 0
     known.made += 1
     number = known.made
     known.batches[number] = chosen
@@ -95,7 +138,21 @@ def take(state: State, step: Step, consumer: str, count: int) -> tuple[int, list
         state.touch(rollout_id)
     _hand(state, step, known, consumer, number)
     state.changes.append(step.now, "taken", consumer=consumer, batch=number, rollouts=len(chosen))
-    return number, chosen
+    return [state.entries[i].pair for i in chosen], number
+
+
+def batch_again(state: State, session: Session, key: BatchKey) -> Batch | None:
+    """A batch as it is now, for the session that holds it; None if it does no longer."""
+    known = state.consumers.get(key[0])
+    if known is None or known.holders.get(key[1]) != session.session_id:
+        return None
+    return [state.entries[i].pair for i in known.batches[key[1]] if i in state.entries], key[1]
+
+
+def get_batch(state: State, step: Step, *, consumer: Id, batch: int) -> Many:
+    """What is in a batch that is open, for a caller that has lost a part of its answer."""
+    found = [state.entries[i].pair for i in rollouts_of(state, consumer, batch)]
+    return Many(found, batch)
 
 
 def rollouts_of(state: State, consumer: str, batch: int) -> list[str]:
@@ -152,7 +209,7 @@ def decline(state: State, step: Step, session: Session, key: BatchKey) -> bool:
     known = state.consumers.get(key[0])
     if known is None or known.holders.get(key[1]) != session.session_id:
         return False
-    give_back(state, step, *key)
+    nack(state, step, consumer=key[0], batch=key[1])
     return True
 
 
@@ -179,7 +236,7 @@ def unreserve(state: State, session: Session) -> None:
         state.effects.has_batches = True
 
 
-def acknowledge(state: State, step: Step, consumer: str, batch: int, at_step: int, note: str | None) -> None:
+def ack(state: State, step: Step, *, consumer: Id, batch: int, at_step: Whole, note: Text | None) -> None:
     """A step of the model has consumed a batch; it is kept until the model is durable."""
     known = known_consumer(state, consumer, batch)
     if batch not in known.holders:
@@ -210,7 +267,7 @@ def consume(
     state.changes.append(step.now, "consumed", consumer=consumer, batch=batch, step=at_step, note=note)
 
 
-def give_back(state: State, step: Step, consumer: str, batch: int) -> None:
+def nack(state: State, step: Step, *, consumer: Id, batch: int) -> None:
     """A batch is not consumed: its rollouts come again, before all others."""
     known = known_consumer(state, consumer, batch)
     if batch not in known.holders:
@@ -220,7 +277,7 @@ def give_back(state: State, step: Step, consumer: str, batch: int) -> None:
     state.changes.append(step.now, "returned", consumer=consumer, batch=batch)
 
 
-def checkpoint(state: State, step: Step, consumer: str, at_step: int) -> int:
+def checkpoint(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int:
     """The model is durable at a step: what it consumed up to there is needed for it no longer; how many rollouts."""
     known = state.consumers.get(consumer)
     if known is not None and known.checkpoint is not None and at_step < known.checkpoint:
@@ -243,7 +300,7 @@ def checkpoint(state: State, step: Step, consumer: str, at_step: int) -> int:
     return count
 
 
-def rewind(state: State, step: Step, consumer: str, at_step: int) -> int:
+def rewind(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int:
     """The model is at an earlier step again: what was consumed later, or taken and not consumed, comes again."""
     known = state.consumers.get(consumer)
     if known is not None and known.checkpoint is not None and at_step < known.checkpoint:
@@ -256,7 +313,7 @@ def rewind(state: State, step: Step, consumer: str, at_step: int) -> int:
     return count
 
 
-def forget(state: State, step: Step, consumer: str) -> int:
+def forget_consumer(state: State, step: Step, *, consumer: Id) -> int:
     """Nothing is kept for a consumer any more; how many rollouts it awaited or held."""
     known = state.consumers.get(consumer)
     if known is None:
@@ -313,14 +370,14 @@ def refuse(known: Consumer, consumer: str, batch: int) -> NoReturn:
     raise BatchConflictError(consumer, why)
 
 
-def ledger(state: State, consumer: str) -> list[tuple[str, int, int | None, bool, str | None]]:
+def ledger(state: State, step: Step, *, consumer: Id) -> Many:
     """What a consumer took of what is still here: rollout, batch, step, whether the model is durable, note."""
     rows = []
     for rollout_id, entry in state.entries.items():
         taken = entry.taken.get(consumer)
         if taken is not None:
             rows.append((rollout_id, taken.batch, taken.step, taken.is_durable, taken.note))
-    return sorted(rows, key=lambda row: row[1])
+    return Many(sorted(rows, key=lambda row: row[1]), len(rows))
 
 
 def describe(state: State) -> dict[str, dict[str, Any]]:

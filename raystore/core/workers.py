@@ -8,14 +8,16 @@ Not here: sessions, which are processes and hold attempts (`claims`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 from raystore.core import bounds, queries
-from raystore.core.lifecycle import ACTIVE, is_busy, is_idle, worker_after
+from raystore.core.lifecycle import ACTIVE, WorkerStatus, is_busy, is_idle, worker_after
 from raystore.core.payload import size_of
-from raystore.core.records import Attempt, Worker
+from raystore.core.records import Attempt, Many, Worker
+from raystore.core.requests import WorkerChanges
+from raystore.core.schema import Id, Logic, SortOrder
 from raystore.core.state import State, Step
 
 
@@ -25,8 +27,9 @@ def admit(state: State, worker_id: str | None) -> None:
         bounds.admit("workers", len(state.workers), bounds.WORKERS)
 
 
-def update(state: State, step: Step, worker_id: str, changes: Mapping[str, Any]) -> Worker:
+def update(state: State, step: Step, *, worker_id: Id, changes: WorkerChanges) -> Worker:
     """A heartbeat of a worker, with statistics if given; never changes its status."""
+    admit(state, worker_id)
     worker = state.workers.get(worker_id) or Worker(worker_id)
     return _put(state, worker, last_heartbeat_time=step.now, **changes)
 
@@ -98,17 +101,23 @@ def forget(state: State, worker_ids: Iterable[str]) -> None:
             state.payload_bytes -= size_of(worker.heartbeat_stats)
 
 
-def find(
+def get(state: State, step: Step, *, worker_id: Id) -> Worker | None:
+    """The record of a worker, if there is one."""
+    return state.workers.get(worker_id)
+
+
+def query(
     state: State,
+    step: Step,
     *,
-    status_in: Sequence[str] | None,
+    status_in: list[WorkerStatus] | None,
     worker_id_contains: str | None,
-    filter_logic: str,
+    filter_logic: Logic,
     sort_by: str | None,
-    sort_order: str,
+    sort_order: SortOrder,
     limit: int,
     offset: int,
-) -> tuple[list[Worker], int]:
+) -> Many:
     """One page of workers, and how many match in all."""
     conditions = []
     if status_in is not None:
@@ -117,4 +126,4 @@ def find(
         conditions.append(queries.contains("worker_id", worker_id_contains))
     matches = queries.select(state.workers.values(), conditions, filter_logic)
     matches = queries.arrange(matches, sort_by, sort_order, queries.WORKER_SORT)
-    return queries.page(matches, limit, offset), len(matches)
+    return Many(queries.page(matches, limit, offset), len(matches))

@@ -16,10 +16,10 @@ from typing import Any
 from raystore.core.batches import BatchRun, Item, repeat
 from raystore.core.claims import CLOSED
 from raystore.core.payload import OnDisk, Payload, size_of
-from raystore.core.records import Record
+from raystore.core.records import Many, Record
 from raystore.core.replies import VALUE, BatchReplies, Reply
 from raystore.core.state import HandedKey, Session
-from raystore.core.verbs import HANDING, Many, Verb, handed_again
+from raystore.core.verbs import HANDING, Verb, handed_again
 from raystore.errors import AnswerGoneError, StoreError, to_record
 from raystore.journal.recorder import Source
 from raystore.service.parking import PARKED, Deliver

@@ -13,9 +13,9 @@ from heapq import merge
 from operator import attrgetter
 from typing import Any
 
-from raystore.core import bounds, training, verbs
+from raystore.core import bounds, training, waiting
 from raystore.core.lazyheap import LazyHeap
-from raystore.core.state import Session, State, Step
+from raystore.core.state import Pair, Session, State, Step
 from raystore.core.verbs import WaitsFor
 from raystore.errors import StoreError, again
 from raystore.service.clock import Clock
@@ -127,7 +127,7 @@ class Parking:
             self._made, caller.session_id, caller.ticket, waits_for, arguments, deadline, caller.deliver, set()
         )
         if waits_for == "rollouts":
-            call.missing.update(verbs.unfinished_among(self._state, arguments["rollout_ids"]))
+            call.missing.update(waiting.unfinished_among(self._state, arguments["rollout_ids"]))
         elif waits_for == "completions":
             call.cursor, call.among = arguments["cursor"], self._state.watched.find(arguments.get("among"))
             self._completed(call)
@@ -223,7 +223,7 @@ class Parking:
     def what_there_is(self, call: ParkedCall) -> Any:
         """The answer of a call, a batch apart, that waits no longer."""
         if call.waits_for == "rollouts":
-            return verbs.finished_by_now(self._state, call.arguments["rollout_ids"])
+            return waiting.finished_by_now(self._state, call.arguments["rollout_ids"])
         return [] if call.waits_for == "work" else ([], call.cursor)
 
     def answer_of(self, caller: Caller, waits_for: WaitsFor, arguments: dict[str, Any]) -> Any:
@@ -245,7 +245,7 @@ class Parking:
                 self._answer(call, (items, call.cursor))
 
     def _answer_wait(self, call: ParkedCall) -> None:
-        missing = verbs.unfinished_among(self._state, call.arguments["rollout_ids"])
+        missing = waiting.unfinished_among(self._state, call.arguments["rollout_ids"])
         if not missing:
             self._answer(call, self.what_there_is(call))
             return
@@ -253,9 +253,9 @@ class Parking:
             call.missing.add(rollout_id)
             self._by_rollout.setdefault(rollout_id, {})[call.number] = call
 
-    def _completed(self, call: ParkedCall) -> list[verbs.Pair]:
+    def _completed(self, call: ParkedCall) -> list[Pair]:
         asked = call.arguments
-        items, call.cursor = verbs.completed_after(
+        items, call.cursor = waiting.completed_after(
             self._state, call.cursor, asked["limit"], asked["filters"], call.among
         )
         return items
@@ -267,7 +267,7 @@ class Parking:
                 self._answer(call, (items, call.cursor))
 
     def _changed(self, call: ParkedCall) -> list[Any]:
-        items, call.cursor = verbs.changes_after(
+        items, call.cursor = waiting.changes_after(
             self._state, call.cursor, call.arguments["kinds"], call.arguments["limit"]
         )
         return items

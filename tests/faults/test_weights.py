@@ -161,7 +161,7 @@ NOTHING_IS_HELD_BACK = """
 import os, tempfile
 folder = tempfile.mkdtemp()
 open(os.path.join(folder, "sitecustomize.py"), "w").write(
-    "from raystore.core import held_back; held_back.hold_back = lambda *arguments: False")
+    "from raystore.core import publishing; publishing.hold_back = lambda *arguments: False")
 paths = os.pathsep.join([folder, *filter(None, sys.path)])
 options = {"actor_options": {"runtime_env": {"env_vars": {"PYTHONPATH": paths}}}}
 """
