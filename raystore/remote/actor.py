@@ -254,7 +254,7 @@ def _this_node() -> tuple[str, int]:
 
 
 def _end_when_told() -> None:
-    """Let SIGTERM end this process at once, as SIGKILL would; nothing that was acknowledged is lost.
+    """Let SIGTERM end this process at once, as SIGKILL would; nothing that was answered is lost.
 
     Ray sets a handler in Python, which runs once the main thread runs Python. In an actor it seldom does, and a busy
     store would go on for half a minute. Python sets handlers from the main thread only, which this is not; C does not.

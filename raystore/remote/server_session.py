@@ -120,7 +120,9 @@ class ServerSession:
         kept = cache.begin(sequence, first_ticket)
         before = BatchReplies(first_ticket, list(kept.replies))  # of a process that ran this store before
         run = BatchRun(self.service.state, self.session, kept, operations, self.service.catch_up)
-        source = Source(self.session.session_id, sequence, first_ticket, parts, len(kept.replies))
+        source = None
+        if self.service.journal is not None:
+            source = Source(self.session.session_id, sequence, first_ticket, parts, len(kept.replies))
         is_done = False
         while not is_done:
             until = time.perf_counter() + SLICE_SECONDS

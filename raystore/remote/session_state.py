@@ -37,27 +37,27 @@ BATCH_BYTES = 384 * 1024  #: of a batch, which Ray carries inline
 BULK_BYTES = 1024 * 1024  #: of a batch once as much as this waits
 BATCH_OPERATIONS = 512
 WINDOW = 2  #: batches under way at once
-WORTH_OPERATIONS = 32  #: that must wait for a second batch beside the first: each costs a millisecond ...
-WORTH_BYTES = 48 * 1024  #: ... of two processes, whatever it carries
+WORTH_OPERATIONS = 32  #: a second batch leaves beside the first if so many operations wait ...
+WORTH_BYTES = 48 * 1024  #: ... or so many bytes: each batch costs two processes a millisecond, whatever it carries
 
-RETRY_SECONDS = 60.0  #: for so long a batch is sent again when the actor does not answer
+RETRY_SECONDS = 60.0  #: for so long a batch without an answer is sent again
 PAUSE_SECONDS = 0.1  #: before a batch is sent again; doubled each time ...
 PAUSE_MOST_SECONDS = 2.0  #: ... up to this, so that a claim is asked for before it is withdrawn
 LISTEN_RETRY_SECONDS = 0.5  #: after a listen call that got no answer
 
-PENDING_SECONDS = 0.02  #: after which an operation leaves although its loop has not sent it
-AWAKE_SECONDS = 0.5  #: after a batch, during which the timer looks by itself: waking it with every call would cost more
-ACKNOWLEDGE_SECONDS = 0.5  #: for so long an acknowledgement waits for a batch to ride on
-KEEP_ALIVE_SECONDS = 10.0  #: of silence, when no listen call can be parked
+PENDING_SECONDS = 0.02  #: after which an operation leaves although its loop has not asked for a batch
+AWAKE_SECONDS = 0.5  #: after a batch, in which the timer looks at short intervals: waking it with each call costs more
+ACKNOWLEDGE_SECONDS = 0.5  #: for so long an acknowledgement waits for operations to leave with
+KEEP_ALIVE_SECONDS = 10.0  #: of silence, while no listen call can be parked
 
-FREED_EARLY_KEPT = 1_000  #: notices that overtook the answer they are about
+FREED_EARLY_KEPT = 1_000  #: versions whose "freed" came before the answer to the call that published them
 
 Version = tuple[str, int]  #: of resources: id and version
 _NOTHING = bytes([PLAIN, 0xC0])  # the encoded None
 
 
 class Operation(PendingCall):
-    """One operation of a session, packed. The state reads whether its caller is there, and wakes nobody."""
+    """One operation, packed, and the place of its answer. The state looks at its caller, and never wakes it."""
 
     __slots__ = ("abandoned", "changes", "hands", "issued", "packed", "sent", "size", "then")
 
@@ -70,11 +70,11 @@ class Operation(PendingCall):
         awaited: bool = True,
         then: Callable[[Any], None] | None = None,
     ) -> None:
-        """`then` is called with the answer, within the state."""
+        """`then` is called with the value that answers it, before anybody else has it."""
         PendingCall.__init__(self, verb, 0, awaited)
         self.packed = packed = frames.pack_operation(verb, arguments)
         self.size = len(packed.frame) + sum(map(len, packed.large))
-        self.arguments = arguments if "timeout" in arguments else None  # of one that may have to wait anew
+        self.arguments = arguments if "timeout" in arguments else None  # kept of one that may have to wait anew
         self.issued = now
         self.then = then
         self.changes = verb in CHANGING  # running it twice would be wrong
@@ -83,7 +83,7 @@ class Operation(PendingCall):
         self.abandoned = False
 
     def repack(self, now: float, **more: Any) -> None:
-        """Let one that waits wait for what is left of its time, with more arguments."""
+        """Pack a call that waits anew: its timeout is what is left of it by now. `more`: further arguments."""
         if self.arguments is None:
             return
         timeout = self.arguments.get("timeout")
@@ -100,7 +100,7 @@ class Operation(PendingCall):
 
     @property
     def is_caller_running(self) -> bool:
-        """Whether its caller will come to its answer: it is a thread, or its loop runs."""
+        """Whether its caller will take the answer sooner or later: it is a thread, or its loop runs."""
         return self.loop is None or self.loop.is_running()
 
 
@@ -195,7 +195,7 @@ class HeldObjects:
 
 
 class SessionState:
-    """One client's session. Its owner holds a lock around every call, and does what the answers say without it."""
+    """The session of one client process. Its owner holds a lock around every call, and acts without it."""
 
     def __init__(
         self,
@@ -208,9 +208,16 @@ class SessionState:
         make_id: Callable[[], str],
         jitter: Callable[[], float],
     ) -> None:
-        """`store`: its name, for errors. `client`: protocol and version of this side. `process`: which one this is.
+        """Begin a session.
 
-        `jitter` gives a factor for each pause, so that a thousand clients do not come back at once.
+        Args:
+            store: its name, for errors.
+            epoch: number of the store's process.
+            client: protocol and version of this side.
+            process: which process this is, as it is told to the store.
+            now: the time.
+            make_id: gives an id for each session.
+            jitter: gives a factor for each pause, so that a thousand clients do not come back at once.
         """
         self.store = store
         self.epoch = epoch
@@ -233,7 +240,7 @@ class SessionState:
         self._under_way: dict[int, Batch] = {}
         self._answered = 0  # all batches up to here have their answers
         self._answered_ahead: set[int] = set()  # and these
-        self._again: list[tuple[float, Batch]] = []  # batches to send again, and when
+        self._repeats: list[tuple[float, Batch]] = []  # when to send which batch again
         # Parked calls by ticket, and the listen call for them.
         self._parked: dict[int, Operation] = {}
         self._early: dict[int, list[Any]] = {}  # answers that came before the word that their call is parked
@@ -255,12 +262,18 @@ class SessionState:
         return bool(self._waiting or self._under_way)
 
     def post(self, operation: Operation) -> bool:
-        """Take an operation; whether its loop is to ask for a batch. Raises if none can succeed any more."""
+        """Take an operation. Whether its loop must ask for a batch; it asks once for all it posts meanwhile.
+
+        Raises `failure`, and `StoreClosedError` while the session closes.
+        """
         if self.failure is not None:
             raise copy_of(self.failure)
         if self.is_closing and operation.verb != "close_session":
             raise StoreClosedError(self.store)
-        self._append(operation)
+        operation.ticket = self._next_ticket
+        self._next_ticket += 1
+        self._waiting.append(operation)
+        self._waiting_bytes += operation.size
         loop = operation.loop
         if loop is None or loop in self._loops:
             return False
@@ -270,9 +283,13 @@ class SessionState:
     def next_batch(
         self, now: float, loop: Any = None, *, awake: Collection[Any] = (), is_needed: bool = False
     ) -> Batch | None:
-        """The batch that should leave now, if one should; `loop` is the one that asks.
+        """The batch that should leave now, if one should.
 
-        `awake`: loops that were woken, and will ask behind their callers. `is_needed`: even without operations.
+        Args:
+            now: the time.
+            loop: the one that asks, if it is one.
+            awake: loops that will ask, once their callers have run: what waits for them first leaves then.
+            is_needed: whether a batch should leave even without operations, as the window allows.
         """
         self._loops.discard(loop)
         waiting, under_way = self._waiting, len(self._under_way)
@@ -337,26 +354,20 @@ class SessionState:
         if len(self.held):
             self._tell("hold_objects", {"versions": self.held.told()}, now, self.held.free)
 
-    def _append(self, operation: Operation) -> None:
-        operation.ticket = self._next_ticket
-        self._next_ticket += 1
-        self._waiting.append(operation)
-        self._waiting_bytes += operation.size
-
     def _put_back(self, operations: Iterable[Operation]) -> None:
         """Let operations that were sent in vain wait again, before all others; everything gets a new ticket."""
-        waiting = [*operations, *self._waiting]
-        self._waiting.clear()
-        self._waiting_bytes = 0
-        for operation in waiting:
-            self._append(operation)
+        self._waiting = deque([*operations, *self._waiting])
+        self._waiting_bytes = sum(operation.size for operation in self._waiting)
+        for operation in self._waiting:
+            operation.ticket = self._next_ticket
+            self._next_ticket += 1
 
     def _tell(
         self, verb: str, arguments: dict[str, Any], now: float, then: Callable[[Any], None] | None = None
     ) -> None:
         """Post what nobody waits for; a session that has ended, or is about to, gives back everything anyway."""
         if self.failure is None and not self.is_closing:
-            self._append(Operation(verb, arguments, now, awaited=False, then=then))
+            self.post(Operation(verb, arguments, now, awaited=False, then=then))
 
     # -- answers to batches ------------------------------------------------------------------------------------------
 
@@ -414,7 +425,7 @@ class SessionState:
             return self.give_up(batch, f"no answer for {RETRY_SECONDS:g} s. {why}", now)
         pause = min(PAUSE_SECONDS * 2**batch.retries, PAUSE_MOST_SECONDS)
         batch.retries += 1
-        self._again.append((now + pause * self._jitter(), batch))
+        self._repeats.append((now + pause * self._jitter(), batch))
         return Actions()
 
     def give_up(self, batch: Batch, why: str, now: float) -> Actions:
@@ -548,9 +559,9 @@ class SessionState:
         if self._arrived:
             self._answer_for_busy_callers(now)
             times.append(now + ACKNOWLEDGE_SECONDS / 2)
-        batches = [batch for when, batch in self._again if when <= now]
-        self._again = [(when, batch) for when, batch in self._again if when > now]
-        times += [when for when, _ in self._again]
+        batches = [batch for when, batch in self._repeats if when <= now]
+        self._repeats = [(when, batch) for when, batch in self._repeats if when > now]
+        times += [when for when, _ in self._repeats]
         for batch in batches:
             batch.header[4:6] = self._answered, list(self._answered_ahead)
             self._sent_at = now
@@ -648,7 +659,7 @@ class SessionState:
     def _forget(self) -> None:
         """Forget what belongs to this session, and not to its callers."""
         self._under_way.clear()
-        self._again.clear()
+        self._repeats.clear()
         self._parked.clear()
         self._early.clear()
         self._received.clear()

@@ -146,7 +146,7 @@ async def test_the_store_is_given_references_again(make_ray_store, tmp_path):
     """A store that is killed has the objects of a living publisher again, and tells it when they are freed."""
     store = make_ray_store(journal=tmp_path, journal_object_bytes=0)
     await store.update_resources("w", {"w": ObjectResource(value=np.ones(MIB, dtype=np.uint8))})
-    held = store._session().held
+    held = store._session().state.held
     assert len(held) == 1
     os.kill((await store.actor.describe.remote())["pid"], signal.SIGKILL)
     rollout = await store.enqueue_rollout("x")
