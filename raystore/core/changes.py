@@ -3,7 +3,6 @@
 Cursors are sequence numbers: "give me what follows this one". Sequence numbers only grow, so a reader that comes
 back resumes exactly. The feed is bounded and says so (`CursorTooOldError`); the completion log has one entry for
 each finished rollout and keeps it as long as the rollout.
-Not here: deciding that something happened.
 """
 
 from __future__ import annotations

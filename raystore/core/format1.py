@@ -4,7 +4,7 @@ A replay must decide as its writer did. Where a rule has changed since, its old 
 in `VERBS`, steps in `STEPS`, the start of a process in `resume`, batches in `Run`, and what a snapshot of that format
 held in `section`. What is not here is as it was. Only a replay comes here, and what goes on after it follows the rules
 of today.
-Not here: which records are of that format (`journal.reading`); digests, which are not compared across formats.
+Not here: which records are of that format (`journal.reader`); digests, which are not compared across formats.
 """
 
 from __future__ import annotations

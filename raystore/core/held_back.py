@@ -5,7 +5,6 @@ newest version of an id is *missing*, what waits for that id is held back: it co
 as those of everything that is queued do. A newer version releases it, or the process that had the objects coming back.
 It is known if the process that held the objects is gone, if the store was started again without them, or if two
 sessions could not read them; that one could not is no proof, since the fault may be its own.
-Not here: which versions there are (`resources`), the queues (`queues`).
 """
 
 from __future__ import annotations

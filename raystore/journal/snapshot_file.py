@@ -3,7 +3,7 @@
 The file begins like a segment. Then comes the index of the spans of each rollout, which is read when somebody asks for
 it, then the sections of the image in frames, and last where these begin. It has its name only once it is whole and on
 disk; what it says of bodies is where they are in the segments.
-Not here: what is in an image (`core.image`), when one is made (`keeper`), which segments it replaces (`compaction`).
+Not here: what is in an image (`core.snapshot`), when one is made (`keeper`), which segments it replaces (`compaction`).
 """
 
 from __future__ import annotations
