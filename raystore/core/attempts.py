@@ -1,7 +1,6 @@
 """Verbs of attempts: start, report, spans, heartbeat, settle, cancel.
 
 An attempt changes, then its rollout follows (`_follow`) if it is the latest, then its worker.
-Not here: the tables (`lifecycle`), claims that await acknowledgement (`claims`).
 """
 
 from __future__ import annotations
@@ -211,19 +210,29 @@ def withdraw(state: State, step: Step, entry: Entry, attempt_id: str, *, error: 
     _end(state, step, entry, attempt_id, lifecycle.WITHDRAWAL, error=error)
 
 
-def _end(state: State, step: Step, entry: Entry, attempt_id: str, event: str, **how: Any) -> None:
+def _end(
+    state: State,
+    step: Step,
+    entry: Entry,
+    attempt_id: str,
+    event: str,
+    *,
+    is_charged: bool = False,
+    orderly: bool = False,
+    error: str | None = None,
+) -> None:
     """End an attempt by an event. Its rollout follows if it waits for this attempt; a finished one stays so."""
     index = state.find_attempt(entry, attempt_id)
     attempt = entry.attempts[index]
     if attempt.status not in ACTIVE:
         return
     if index == len(entry.attempts) - 1 and entry.rollout.status not in FINISHED:
-        settle(state, step, entry, event, **how)
+        settle(state, step, entry, event, is_charged=is_charged, orderly=orderly, error=error)
     else:
         ended = attempt.evolve(
             status=attempt_after(attempt.status, event),
             outcome=attempt.outcome or lifecycle.OUTCOME_OF_EVENT[event],
-            error=how.get("error") or attempt.error,
+            error=error or attempt.error,
         )
         state.put_attempt(entry, index, ended)
         if state.consumers:

@@ -2,7 +2,6 @@
 
 `check` is for tests and debugging: it walks everything and raises AssertionError at the first thing that cannot be.
 `story` is for people: what is still known of how a rollout came to be where it is.
-Not here: repairing anything.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 Everything that a replay must reproduce counts. What only a process itself knows does not: what was read, who was heard
 when, which bodies are in memory, what waits to be sent.
-Not here: comparing (`journal`), the invariants of one state (`check`).
 """
 
 from __future__ import annotations

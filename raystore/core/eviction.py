@@ -7,7 +7,6 @@ raises. What a consumer awaits or holds is not evicted: if nothing else is left 
 and says for whom, until it is below the safe threshold or nobody awaits or holds anything. What runs and will be
 awaited goes only if memory itself is in danger. With a journal only the bodies of spans leave the memory, and are read
 from disk when asked for; so that everything may go, and nothing pauses.
-Not here: measuring the machine and resolving thresholds (`config`).
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class LazyHeap(Generic[K, P]):
         return self._entries[key][0]
 
     def priorities(self) -> list[tuple[K, P]]:
-        """All keys with their priorities, in the order in which they were put."""
+        """All keys with their priorities."""
         return [(key, priority) for priority, _, key in self._entries.values()]
 
     def fill(self, priorities: Iterable[tuple[K, P]]) -> None:

@@ -3,7 +3,6 @@
 One order key per waiting rollout, `(-priority, arrival)`; with defaults everywhere that is the contract's FIFO. A
 rollout keeps its key for life, so that one that comes back keeps its place. What is *held back* waits as well, and is
 nobody's next until it is put in line.
-Not here: whether a rollout may wait at all (`lifecycle`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from raystore.core.payload import Payload, size_of
+from raystore.core.payload import Opaque, Payload, size_of
 from raystore.core.records import Resources
 from raystore.errors import PayloadLostError, ResourcesNotFoundError
 
@@ -65,7 +65,7 @@ class ResourceTable:
     def publish(
         self,
         resources_id: str,
-        payload: Any,
+        payload: Opaque,
         *,
         now: float,
         policy_version: int | None,

@@ -8,7 +8,7 @@ import pytest
 
 from raystore.core import expiry
 from raystore.core.changes import ChangeFeed, CompletionLog
-from raystore.core.lazyheap import Deadlines
+from raystore.core.lazyheap import Deadlines, LazyHeap
 from raystore.core.queues import Queues
 from raystore.core.replies import ReplyCache
 from raystore.core.state import Step
@@ -33,6 +33,27 @@ def test_queue_keeps_places_through_any_traffic():
         assert queues.first("q") == expected and queues.length("q") == len(model)
         if number % 500 == 0:
             queues.check()
+
+
+def test_a_lazy_heap_is_a_dictionary_that_knows_its_first():
+    """Whatever was put, put again and discarded: the lowest priority comes first, of equal ones what was put first."""
+    rng, heap, model = random.Random(2), LazyHeap(), {}
+    for number in range(3000):
+        key, priority = rng.randrange(100), rng.randrange(20)
+        if rng.random() < 0.5:
+            heap.discard(key)
+            model.pop(key, None)
+        elif (heap.put(key, priority), model.get(key, (None,))[0] != priority)[1]:
+            model[key] = (priority, number)
+        first = heap.first()
+        assert (first and first[2]) == min(model, key=model.get, default=None)
+        assert len(heap) == len(model) and sum(1 for _ in heap) == len(model)
+        if first and rng.random() < 0.1:
+            assert heap.pop() == first[2]
+            del model[first[2]]
+    other = LazyHeap()
+    other.fill(heap.priorities())
+    assert dict(other.priorities()) == {key: priority for key, (priority, _) in model.items()}
 
 
 def test_deadlines_fire_strictly_after_and_only_when_really_due():
