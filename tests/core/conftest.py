@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -81,7 +81,7 @@ class Core:
 
 
 @pytest.fixture
-def make_core() -> Iterator[Any]:
+def make_core() -> Iterator[Callable[..., Core]]:
     """Makes cores with any settings."""
     made: list[Core] = []
 
@@ -95,6 +95,6 @@ def make_core() -> Iterator[Any]:
 
 
 @pytest.fixture
-def core(make_core: Any) -> Core:
+def core(make_core: Callable[..., Core]) -> Core:
     """A core with default settings."""
     return make_core()

@@ -11,7 +11,7 @@ from raystore.core import lifecycle
 from raystore.core.records import Config
 
 
-def test_statuses_are_those_of_the_public_types():
+def test_statuses_are_those_of_the_public_types() -> None:
     """The tables and the types name the same words."""
     assert types.RolloutStatus.__args__ == lifecycle.ROLLOUT_STATUSES
     assert types.AttemptStatus.__args__ == lifecycle.ATTEMPT_STATUSES
@@ -20,7 +20,7 @@ def test_statuses_are_those_of_the_public_types():
     assert types.RolloutMode.__args__ == lifecycle.MODES
 
 
-def test_events_lead_to_known_statuses_and_never_leave_a_settled_one():
+def test_events_lead_to_known_statuses_and_never_leave_a_settled_one() -> None:
     """Only a span may bring an unresponsive attempt back; a heartbeat does no more than a span would."""
     for (status, event), after in lifecycle.ATTEMPT.items():
         assert status in lifecycle.ATTEMPT_STATUSES and after in lifecycle.ATTEMPT_STATUSES
@@ -47,19 +47,19 @@ def test_events_lead_to_known_statuses_and_never_leave_a_settled_one():
         ("failed", "cancelled", 1, True, "cancelled"),
     ],
 )
-def test_rollout_after(status, outcome, charged, left, expected):
+def test_rollout_after(status: str, outcome: str | None, charged: int, left: bool, expected: str) -> None:
     """Which status follows from the latest attempt, with two attempts and a retry of failures."""
     config = Config(max_attempts=2, retry_condition=("failed",))
     assert lifecycle.rollout_after(status, outcome, config, charged=charged, deliveries_left=left) == expected
 
 
-def test_rollout_after_an_unknown_status():
+def test_rollout_after_an_unknown_status() -> None:
     """An attempt status that does not exist is an error, not a guess."""
     with pytest.raises(ValueError, match="Invalid attempt status: queuing"):
         lifecycle.rollout_after("queuing", None, Config(), charged=1, deliveries_left=True)
 
 
-def test_every_event_has_an_answer_for_every_status():
+def test_every_event_has_an_answer_for_every_status() -> None:
     """What is not listed stays as it is."""
     events = {event for _, event in lifecycle.ATTEMPT}
     for status, event in product(lifecycle.ATTEMPT_STATUSES, events):

@@ -67,7 +67,7 @@ arguments = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(arguments)
-def test_what_does_not_fit_is_named(given):
+def test_what_does_not_fit_is_named(given: Any) -> None:
     """The quick look and the slow one agree, and neither fails, whatever comes in."""
     refusal = SCHEMA.refusal("verb", given)
     if SCHEMA.fits(given):
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_named(given):
     ],
     ids=str,
 )
-def test_what_is_said(wrong, named):
+def test_what_is_said(wrong: Any, named: str) -> None:
     """Argument, value, and expectation."""
     assert not SCHEMA.fits(GOOD | wrong)
     with pytest.raises(InvalidValueError) as raised:
@@ -107,7 +107,7 @@ def test_what_is_said(wrong, named):
     assert named in str(raised.value)
 
 
-def test_a_value_is_shown_briefly_and_once():
+def test_a_value_is_shown_briefly_and_once() -> None:
     """An error that crosses to a client and back says the same, and carries no megabytes."""
     for value in ("x" * 10**6, ["x" * 10**6] * 8, {"a": {"b": ["c" * 10**5]}}, 2**70, b"x" * 10**6, object()):
         error = InvalidValueError("name", value, "another")
@@ -115,7 +115,7 @@ def test_a_value_is_shown_briefly_and_once():
         assert InvalidValueError(*error.args).args == error.args
 
 
-def test_words_are_those_of_the_lifecycle_and_of_the_public_types():
+def test_words_are_those_of_the_lifecycle_and_of_the_public_types() -> None:
     """Statuses, modes and outcomes are said in three places for three readers, and are the same."""
     for annotation, words, public in (
         (requests.RolloutStatus, lifecycle.ROLLOUT_STATUSES, types.RolloutStatus),
@@ -127,14 +127,14 @@ def test_words_are_those_of_the_lifecycle_and_of_the_public_types():
         assert set(get_args(annotation)) == set(words) == set(get_args(public))
 
 
-def test_a_row_of_a_span_is_its_record():
+def test_a_row_of_a_span_is_its_record() -> None:
     """In the order of the record, behind rollout and attempt."""
     (row,) = requests.SpanRow.__metadata__
     assert [name for name, _ in row.columns] == [*Span.__dataclass_fields__][2:]
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() & SHELL.keys()))
-def test_what_may_wait_asks_for_the_same_as_the_verb_itself(verb):
+def test_what_may_wait_asks_for_the_same_as_the_verb_itself(verb: str) -> None:
     """A replay knows only the latter."""
     assert SHELL[verb].run.__kwdefaults__ == VERBS[verb].run.__kwdefaults__
     asked = [
@@ -143,7 +143,7 @@ def test_what_may_wait_asks_for_the_same_as_the_verb_itself(verb):
     assert asked[0] == asked[1]
 
 
-def test_every_argument_of_every_verb_says_what_it_must_be():
+def test_every_argument_of_every_verb_says_what_it_must_be() -> None:
     """None is left open: what the annotation does not say nobody checks."""
     open_ones = [
         (verb, name)
