@@ -116,3 +116,22 @@ def test_example_as_a_client_and_as_a_submitted_job(tmp_path: Path) -> None:
         assert done.returncode == 0 and "it learnt" in done.stdout, done.stdout + done.stderr
     finally:
         subprocess.run(["pkill", "-9", "-f", temporary], check=False)
+
+
+def glossary() -> list[tuple[str, str]]:
+    """Terms of docs/glossary.md, with the files that own them."""
+    text = (ROOT / "docs/glossary.md").read_text()
+    return re.findall(r"^\| (\w[\w ]*) \| .* \| \[[\w/.]+\]\(\.\./(\S+)\) \|$", text, re.MULTILINE)
+
+
+def test_glossary_names_files_that_use_its_terms() -> None:
+    """Each term once, and in the file that owns it, as a whole or in the form of a name."""
+    terms = glossary()
+    assert len(terms) > 30 and len(dict(terms)) == len(terms)
+    missing = []
+    for term, file in terms:
+        source = (ROOT / file).read_text().lower().replace("_", " ")
+        stem = term.removesuffix("ing").removesuffix("ed").removesuffix("ion")
+        if stem not in source:
+            missing.append((term, file))
+    assert missing == []

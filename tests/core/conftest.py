@@ -50,7 +50,7 @@ class Core:
         got = self.run("dequeue", session=session, queues=["default"], limit=limit, worker_id=worker_id)
         return [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in got]
 
-    def acknowledge(self, session: Session, keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def acknowledge(self, session: Session, keys: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         return acknowledge(self.state, self.step(session), session, keys)
 
     def hold(self, session: Session, limit: int = 1) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raystore.core import eviction, training
-from raystore.core.state import CLAIM_SECONDS
+from raystore.core.state import CLAIM_SECONDS, Session
 from raystore.core.wanted import COMING, WANTED, eviction_class
 from raystore.errors import BatchConflictError, BatchHeldError
 from tests.core.conftest import Core
@@ -22,7 +22,7 @@ def finish(core: Core, count: int = 1, status: str = "succeeded", **request: Any
     return done
 
 
-def take(core: Core, session: Any, count: int = 9, **more: Any) -> Any:
+def take(core: Core, session: Session, count: int = 9, **more: Any) -> tuple[list[str], int]:
     pairs, number = core.run("take", session=session, consumer="t", count=count, **more)
     return [rollout.rollout_id for rollout, _ in pairs], number
 

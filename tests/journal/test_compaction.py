@@ -238,8 +238,8 @@ async def test_a_state_that_differs_deletes_nothing(
 ) -> None:
     """A replay that does not find what the writer found is an alarm, and the evidence stays."""
     path = tmp_path / "j"
-    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (keeper_verify(state, count), "another")[1])
     keeper_verify = compaction.replay.__globals__["verify"]
+    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (keeper_verify(state, count), "another")[1])
     store = store_of(path)
     await work(store, 200)
     await until(lambda: "differs" in caplog.text, "nobody noticed")

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,7 @@ class Place:
         """A pool there."""
         return rs.RunnerPool(self.store, agent, size=1, isolation=self.isolation, **options)
 
-    async def run(
-        self, agent: Any, tasks: list[Any] | range | list[str] | Iterator[int], **options: Any
-    ) -> list[Seen] | list[Any]:
+    async def run(self, agent: Any, tasks: Iterable[Any], **options: Any) -> list[Seen]:
         """Run an agent on tasks; where there is no pool, each has a life of its own, outside of any event loop."""
         if self.name == "run_one":
             return [await asyncio.to_thread(seen_alone, agent, task) for task in tasks]
@@ -420,7 +418,7 @@ async def test_how_calls_end(place: Place, agent: Callable[..., Any] | Callable[
 
 
 @pytest.mark.parametrize("place", ["memory", "actor", "process"], indirect=True)
-async def test_errors_of_setup_are_told_as_they_are(place: str) -> None:
+async def test_errors_of_setup_are_told_as_they_are(place: Place) -> None:
     """By their class, whether or not they have a text or can be pickled; and the remedy, where a thread is to blame."""
     from tests.runners import test_lives
 
@@ -496,7 +494,7 @@ def test_run_one_runs_in_the_main_thread() -> None:
 
 
 @pytest.mark.parametrize("place", ["memory", "process"], indirect=True)
-async def test_a_life_that_is_over_is_followed_by_another(place: str, tmp_path: Path) -> None:
+async def test_a_life_that_is_over_is_followed_by_another(place: Place, tmp_path: Path) -> None:
     """A task group of `setup` fails, the loop is closed, or a task in the background exits: a new instance works on."""
 
     class Agent:
@@ -545,7 +543,7 @@ async def test_a_plain_agent_may_close_its_loop(make_memory_store: MakeMemorySto
 
 
 @pytest.mark.parametrize("place", ["memory", "process"], indirect=True)
-async def test_an_awaitable_that_an_agent_gave_is_cancelled(place: str) -> None:
+async def test_an_awaitable_that_an_agent_gave_is_cancelled(place: Place) -> None:
     """As an async agent is; and the life goes on, with the same instance."""
 
     class Agent:

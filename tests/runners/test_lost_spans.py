@@ -462,7 +462,7 @@ async def test_odd_spans_of_tracers_fail_nothing(
     """Whatever is odd about them they are named, and all others are there; what the agent says itself is required."""
     store, provider = make_memory_store(limits={"span_bytes": 100_000}), TracerProvider()
 
-    def spoil(span: rs.Span, **wrong: Any) -> None:
+    def spoil(span: Any, **wrong: Any) -> None:
         for name, value in wrong.items():
             setattr(span, f"_{name}", value)
         span.end()
@@ -476,10 +476,11 @@ async def test_odd_spans_of_tracers_fail_nothing(
         spoil(tracer.start_span("odd parent"), parent="me")
         spoil(tracer.start_span("odd time"), start_time="noon")
         tracer.start_span("last").end()
-        if task == "own":
-            wrong = rs.Span.from_attributes(attributes={})
-            wrong.trace_id = ""
-            return [wrong]
+        if task != "own":
+            return []
+        wrong = rs.Span.from_attributes(attributes={})
+        wrong.trace_id = ""
+        return [wrong]
 
     made = [await store.enqueue_rollout(task) for task in ("fine", "own")]
     async with rs.RunnerPool(store, agent, size=1, flush_seconds=flush_seconds):

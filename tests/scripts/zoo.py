@@ -90,7 +90,7 @@ class Holder(pydantic.BaseModel, typing.Generic[T]):
 
 class Abstract(abc.ABC):
     @abc.abstractmethod
-    def own_class(self) -> None: ...
+    def own_class(self) -> type[Abstract]: ...
 
 
 class Concrete(Abstract):
