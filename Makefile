@@ -20,7 +20,7 @@ FAULTS := tests/faults
 EXAMPLES := tests/test_examples.py
 
 test: lint
-	$(PYTEST) $(TWO) --ignore $(FAULTS) --ignore $(EXAMPLES)
+	$(PYTEST) $(TWO) --durations 20 --ignore $(FAULTS) --ignore $(EXAMPLES)
 
 # The fault suite in its short form. What has bounds of milliseconds runs alone.
 QUIET := $(FAULTS)/test_load.py

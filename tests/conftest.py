@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ os.environ["RAY_ADDRESS"] = "local"  # a cluster that someone else runs here is 
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import raystore as rs
+from tests.helpers import AnyStore
 
-MakeStore = Callable[..., Any]
+MakeMemoryStore = Callable[..., rs.InMemoryLightningStore]
+MakeRayStore = Callable[..., rs.RayLightningStore]
 
 IS_LONG = os.environ.get("FAULTS") == "long"
 SLACK = 1 if IS_LONG else 5  #: of bounds on time, in the form that runs beside anything
@@ -31,11 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def make_memory_store() -> Iterator[MakeStore]:
+def make_memory_store() -> Iterator[MakeMemoryStore]:
     """Makes stores in this process; checks their invariants and closes them after the test."""
-    made: list[Any] = []
+    made: list[rs.InMemoryLightningStore] = []
 
-    def make(**options: Any) -> Any:
+    def make(**options: Any) -> rs.InMemoryLightningStore:
         made.append(rs.InMemoryLightningStore(**options))
         return made[-1]
 
@@ -43,7 +45,7 @@ def make_memory_store() -> Iterator[MakeStore]:
     _check_and_close(made)
 
 
-def _check_and_close(stores: list[Any]) -> None:
+def _check_and_close(stores: Sequence[AnyStore]) -> None:
     for store in stores:
         with contextlib.suppress(rs.StoreClosedError):  # the test closed it
             store.sync.check()
@@ -61,11 +63,11 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_ray_store(cluster: None) -> Iterator[MakeStore]:
+def make_ray_store(cluster: None) -> Iterator[MakeRayStore]:
     """Makes stores on Ray; checks their invariants and ends them after the test."""
-    made: list[Any] = []
+    made: list[rs.RayLightningStore] = []
 
-    def make(start: MakeStore = rs.start, **options: Any) -> Any:
+    def make(start: MakeRayStore = rs.start, **options: Any) -> rs.RayLightningStore:
         made.append(start(**options))
         return made[-1]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import raystore as rs
 from raystore.types import AttemptedRollout, RolloutConfig, Span
 
 #: For tests of what is the same code on both stores: on Ray, where a runner takes a second to start, in the long form.
@@ -21,6 +22,9 @@ QUICK_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
     "health_check_failure_threshold": 2,
 }  # fmt: skip
+
+
+AnyStore = rs.InMemoryLightningStore | rs.RayLightningStore
 
 
 def make_span(rollout: Any, sequence_id: int = 1, *, attempt_id: str | None = None, **more: Any) -> Span:
@@ -37,14 +41,14 @@ def make_span(rollout: Any, sequence_id: int = 1, *, attempt_id: str | None = No
     )
 
 
-async def claim(store: Any, *, worker_id: str | None = None, **config: Any) -> AttemptedRollout:
+async def claim(store: AnyStore, *, worker_id: str | None = None, **config: Any) -> AttemptedRollout:
     """A rollout that was enqueued and claimed; keywords make its configuration."""
     await store.enqueue_rollout("task", config=RolloutConfig(**config) if config else None)
     claimed: AttemptedRollout = await store.dequeue_rollout(worker_id)
     return claimed
 
 
-async def status_of(store: Any, rollout: Any) -> str:
+async def status_of(store: AnyStore, rollout: Any) -> str:
     """The status of a rollout now."""
     found = await store.get_rollout_by_id(rollout if isinstance(rollout, str) else rollout.rollout_id)
     return str(found.status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -12,7 +13,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 
-def known(required=(), **fields):
+def known(required: tuple[Any] | list[str] = (), **fields: Any) -> dict[str, Any]:
     """A JSON schema of an object that has these fields and no others."""
     return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
 
@@ -88,19 +89,19 @@ RAY_JOB = known(
 )
 
 
-def ray_job():
+def ray_job() -> Any:
     """The manifest that ships."""
     return yaml.safe_load((ROOT / "deploy/rayjob.yaml").read_text())
 
 
-def test_cluster_yaml_is_valid():
+def test_cluster_yaml_is_valid() -> None:
     """By Ray's own functions of its cluster launcher."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     validate_config(prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text())))
 
 
-def test_rayjob_has_the_documented_fields():
+def test_rayjob_has_the_documented_fields() -> None:
     """None that KubeRay does not know, none missing; replicas within their bounds, one image and version everywhere."""
     job = ray_job()
     jsonschema.validate(job, RAY_JOB)
@@ -116,7 +117,7 @@ def test_rayjob_has_the_documented_fields():
 
 
 @pytest.mark.parametrize("where", [[], ["rayClusterSpec"], ["rayClusterSpec", "headGroupSpec"]], ids=str)
-def test_the_schema_refuses_what_is_not_documented(where):
+def test_the_schema_refuses_what_is_not_documented(where: list[object] | list[str]) -> None:
     """A misspelt field is found at every level."""
     job = ray_job()
     part = job["spec"]

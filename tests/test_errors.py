@@ -30,7 +30,7 @@ FACTS: list[tuple[rs.StoreError, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("error", "facts"), FACTS, ids=lambda one: type(one).__name__)
-def test_facts_are_attributes(error, facts):
+def test_facts_are_attributes(error: Exception, facts: dict[str, Any]) -> None:
     """Of the error itself, of its copies, and of what comes out of a record."""
     ways = [error, copy.copy(error), pickle.loads(pickle.dumps(error)), errors.copy_of(error)]
     ways.append(errors.from_record(*errors.to_record(error)))
@@ -40,7 +40,7 @@ def test_facts_are_attributes(error, facts):
     assert len({*ways}) == len(ways)  # each is itself only
 
 
-def test_an_error_is_constructed_like_a_dataclass():
+def test_an_error_is_constructed_like_a_dataclass() -> None:
     """By position or by name, with all facts; the signature shows them."""
     assert rs.ClaimLostError(attempt_id="at", rollout_id="ro").args == ("ro", "at")
     assert list(inspect.signature(rs.JournalHeldError).parameters) == ["path", "record", "deaths"]
@@ -50,14 +50,14 @@ def test_an_error_is_constructed_like_a_dataclass():
             wrong()
 
 
-def test_errors_of_users_own():
+def test_errors_of_users_own() -> None:
     """Derived from raystore's, they are constructed as they say."""
 
     class Mine(rs.StoreError):
         pass
 
     class Gone(rs.RolloutNotFoundError):
-        def __init__(self, number):
+        def __init__(self, number: int) -> None:
             super().__init__(f"ro-{number}")
             self.number = number
 
@@ -65,7 +65,7 @@ def test_errors_of_users_own():
     assert (Gone(1).rollout_id, Gone(1).number) == ("ro-1", 1)
 
 
-def test_the_package_shows_the_errors_and_nothing_else_of_theirs():
+def test_the_package_shows_the_errors_and_nothing_else_of_theirs() -> None:
     """So does it to a type checker, which reads the same list."""
     assert {*errors.__all__} <= {*rs.__all__}
     assert not {"to_record", "from_record", "copy_of", "BY_NAME", "shown"} & {*dir(rs)}

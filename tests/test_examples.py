@@ -13,9 +13,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+
+from raystore.remote.lifelines import Process
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(1000)
@@ -23,7 +26,7 @@ PATIENCE = 900  #: seconds for one example; on a quiet machine none takes two mi
 ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local"}
 
 
-def example(name, *arguments, cwd):
+def example(name: Any, *arguments: Any, cwd: Path) -> Any:
     """Run an example on a local Ray of its own; its output, which must be quiet, and its metrics."""
     command = [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=ENVIRONMENT)
@@ -33,19 +36,19 @@ def example(name, *arguments, cwd):
 
 
 @pytest.fixture
-def ran(request, tmp_path):
+def ran(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """What an example said and wrote, where, and in how many steps."""
     name, steps = request.param
     return *example(name, "--steps", steps, cwd=tmp_path), steps
 
 
-def short_and_long(name, short, long):
+def short_and_long(name: str, short: int, long: int) -> Any:
     """A test of an example with so many steps; in `make test-long` also with more."""
     forms = [(name, short), pytest.param((name, long), marks=pytest.mark.long)]
     return pytest.mark.parametrize("ran", forms, indirect=True, ids=[f"{name}-{short}", f"{name}-{long}"])
 
 
-def check(done, metrics, cwd, *, steps):
+def check(done: Any, metrics: Any, cwd: Any, *, steps: Any) -> None:
     """It succeeded, said nothing else (but that runners of a busy machine come late), and drew its curve."""
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line for line in done.stderr.splitlines() if not line.startswith("Still waiting for ")]
@@ -55,7 +58,7 @@ def check(done, metrics, cwd, *, steps):
     assert curve.read_text().startswith("<svg")
 
 
-def test_prompt_bandit_learns_and_is_reproducible(tmp_path):
+def test_prompt_bandit_learns_and_is_reproducible(tmp_path: Path) -> None:
     """Two runs with one seed, on different numbers of runners, write the same metrics but for times."""
     without_times = []
     for runners in (2, 3):
@@ -70,7 +73,13 @@ def test_prompt_bandit_learns_and_is_reproducible(tmp_path):
 
 
 @pytest.mark.parametrize(("result", "status"), [(True, 0), (False, 1), (KeyboardInterrupt(), "stopped")])
-def test_the_exit_status_says_whether_it_did_what_it_says(tmp_path, monkeypatch, capsys, result, status):
+def test_the_exit_status_says_whether_it_did_what_it_says(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    result: bool | KeyboardInterrupt,
+    status: int | str,
+) -> None:
     """An example that did not learn fails, and one that was interrupted says so."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     harness = importlib.import_module("harness")
@@ -78,7 +87,7 @@ def test_the_exit_status_says_whether_it_did_what_it_says(tmp_path, monkeypatch,
     monkeypatch.setattr(harness.ray, "init", lambda **options: None)
     monkeypatch.setattr(sys, "argv", ["example.py", "--steps", "7"])
 
-    async def main(run):
+    async def main(run: Any) -> bool:
         assert (run.steps, run.runners, run.seed) == (7, 4, 0)
         if isinstance(result, BaseException):
             raise result
@@ -90,7 +99,7 @@ def test_the_exit_status_says_whether_it_did_what_it_says(tmp_path, monkeypatch,
 
 
 @short_and_long("02_grpo_tools", 30, 60)
-def test_grpo_learns_through_kills(ran):
+def test_grpo_learns_through_kills(ran: Any) -> None:
     """Undisturbed and with a runner killed at each step: both reach 0.9, and nothing is lost or trained on twice."""
     done, metrics, folder, steps = ran
     check(done, metrics, folder, steps=2 * steps)
@@ -102,7 +111,7 @@ def test_grpo_learns_through_kills(ran):
 
 
 @short_and_long("05_crash_and_resume", 17, 24)
-def test_everything_dies_and_is_trained_exactly_once(ran):
+def test_everything_dies_and_is_trained_exactly_once(ran: Any) -> None:
     """Store, runners and trainer are killed, the latter at each point between a step and its checkpoint."""
     done, metrics, folder, steps = ran
     check(done, metrics, folder, steps=2 * steps)
@@ -117,7 +126,7 @@ def test_everything_dies_and_is_trained_exactly_once(ran):
 
 
 @short_and_long("03_otel_agent", 6, 12)
-def test_an_agent_of_opentelemetry_is_trained(ran):
+def test_an_agent_of_opentelemetry_is_trained(ran: Any) -> None:
     """Its file does not know raystore; every span of it arrives."""
     assert "import raystore" not in (ROOT / "examples/calculator.py").read_text()
     done, metrics, folder, steps = ran
@@ -126,7 +135,7 @@ def test_an_agent_of_opentelemetry_is_trained(ran):
 
 
 @short_and_long("04_many_agents", 3, 6)
-def test_many_agents_wait_at_once(ran):
+def test_many_agents_wait_at_once(ran: Any) -> None:
     """2,000 agents over four processes: a step takes hardly longer than the longest wait."""
     done, metrics, folder, steps = ran
     check(done, metrics, folder, steps=steps)
@@ -134,14 +143,14 @@ def test_many_agents_wait_at_once(ran):
     assert all(line["calls_per_rollout"] < 1 for line in metrics)
 
 
-def family(process):
+def family(process: Process) -> list[Any]:
     """A process with all that it started: Ray's processes, runners, and theirs."""
     return [process, *process.children(recursive=True)]
 
 
 @pytest.mark.parametrize(("name", "kills"), [("01_prompt_bandit", False), ("02_grpo_tools", True)])
 @pytest.mark.long
-def test_examples_stop_quietly(tmp_path, name, kills):
+def test_examples_stop_quietly(tmp_path: Path, name: str, kills: bool) -> None:
     """Ctrl+C in mid-run: back at the prompt within 5 s, no traceback, and no process is left."""
     command = [sys.executable, "-u", ROOT / "examples" / f"{name}.py", "--steps", "6" if kills else "500"]
     running = subprocess.Popen(

@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 import ray
@@ -14,9 +16,10 @@ import ray
 import raystore as rs
 from raystore.remote import handshake
 from raystore.remote.store import _rebuild
+from tests.conftest import MakeMemoryStore, MakeRayStore
 
 
-def in_child(*functions):
+def in_child(*functions: Any) -> Any:
     """What functions give in a forked child, or the class of what they raise, each within some seconds."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -38,15 +41,15 @@ def in_child(*functions):
     return seen
 
 
-def test_a_store_in_process_after_a_fork(make_memory_store):
+def test_a_store_in_process_after_a_fork(make_memory_store: MakeMemoryStore) -> None:
     """Used before, it raises at once and is the parent's; not used, each has its own."""
     used, unused = make_memory_store(), make_memory_store()
     made = used.sync.enqueue_rollout("x")
 
-    async def dequeue():
+    async def dequeue() -> rs.AttemptedRollout | None:
         return await used.dequeue_rollout()
 
-    def run(coroutine):
+    def run(coroutine: Coroutine[Any, Any, Any]) -> StopIteration:
         with pytest.raises(StopIteration) as stop:
             coroutine.send(None)
         return stop.value
@@ -64,7 +67,7 @@ def test_a_store_in_process_after_a_fork(make_memory_store):
     assert unused.sync.dequeue_rollout() is None
 
 
-def test_a_store_on_ray_after_a_fork(make_ray_store):
+def test_a_store_on_ray_after_a_fork(make_ray_store: MakeRayStore) -> None:
     """Whatever a child calls raises at once, and says what to do; the parent goes on."""
     store = make_ray_store()
     other = pickle.loads(pickle.dumps(store))
@@ -90,7 +93,7 @@ os.waitpid(pid, 0)
 """
 
 
-def test_a_store_that_was_not_used_connects_in_the_child(make_ray_store):
+def test_a_store_that_was_not_used_connects_in_the_child(make_ray_store: MakeRayStore) -> None:
     """To its own cluster, which it was told of, whatever Ray would choose."""
     store = make_ray_store()
     command = [sys.executable, "-c", FORKS, pickle.dumps(store).hex()]
@@ -99,7 +102,7 @@ def test_a_store_that_was_not_used_connects_in_the_child(make_ray_store):
     assert [rollout.input for rollout in store.sync.query_rollouts()] == ["of a child"]
 
 
-def test_it_has_ended_is_said_of_the_dead_only(make_ray_store):
+def test_it_has_ended_is_said_of_the_dead_only(make_ray_store: MakeRayStore) -> None:
     """Of a store in another cluster it is said where it is."""
     info = make_ray_store().info
     here = ray.get_runtime_context().gcs_address
@@ -112,11 +115,11 @@ def test_it_has_ended_is_said_of_the_dead_only(make_ray_store):
         assert "192.0.2.99:6379" in str(raised.value) and here in str(raised.value)
 
 
-async def test_an_agents_process_joins_the_cluster_of_its_runner(make_ray_store):
+async def test_an_agents_process_joins_the_cluster_of_its_runner(make_ray_store: MakeRayStore) -> None:
     """Ray, and a store that it was given, work there."""
     store = make_ray_store()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         assert ray.get(ray.put(task)) == task
         assert store.sync.get_rollout_by_id(ctx.rollout.rollout_id).input == task
         with ctx.span("where", cluster=ray.get_runtime_context().gcs_address):
@@ -142,13 +145,13 @@ with rs.InMemoryLightningStore() as store:
 """
 
 
-def test_no_cluster_is_started_unasked_in_an_agents_process():
+def test_no_cluster_is_started_unasked_in_an_agents_process() -> None:
     """Where its runner has none: Ray says that it was not started."""
     ran = subprocess.run([sys.executable, "-c", NO_RAY], capture_output=True, text=True, timeout=90)
     assert "SEEN" in ran.stdout and "ray.init()" in ran.stdout, (ran.stdout, ran.stderr)
 
 
-def test_ray_client_is_refused_by_its_name(monkeypatch):
+def test_ray_client_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """By an argument, by RAY_ADDRESS, and where it is connected already."""
     monkeypatch.setattr(handshake.ray, "is_initialized", lambda: False)
     for address in ("ray://head:10001", None):

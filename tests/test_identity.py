@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -22,7 +23,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
 COUNT = len(zoo.values())
 
 
-def run(*arguments, folder=None, **environment):
+def run(*arguments: Any, folder: Path | None = None, **environment: Any) -> str:
     """What a script prints."""
     root = str(SCRIPTS.parent.parent)
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
@@ -35,14 +36,14 @@ def run(*arguments, folder=None, **environment):
 
 
 @pytest.fixture(scope="module")
-def journal(tmp_path_factory):
+def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A journal into which the script has put everything."""
     path = tmp_path_factory.mktemp("zoo") / "journal"
     run(SCRIPTS / "zoo.py", path, "put")
     return path
 
 
-def copy_of(journal, tmp_path):
+def copy_of(journal: Any, tmp_path: Path) -> Path:
     """So that a test may add to it."""
     for suffix in ("", ".agent"):
         source = Path(f"{journal}{suffix}")
@@ -50,32 +51,32 @@ def copy_of(journal, tmp_path):
     return tmp_path / "j"
 
 
-def test_the_script_again_and_what_it_spawned(journal, tmp_path):
+def test_the_script_again_and_what_it_spawned(journal: Path, tmp_path: Path) -> None:
     """After a restart values are of the script's own classes, also in a process that multiprocessing spawned."""
     assert f"{COUNT} values" in run(SCRIPTS / "zoo.py", copy_of(journal, tmp_path), "spawn")
 
 
-def test_another_script_and_back(journal, tmp_path):
+def test_another_script_and_back(journal: Path, tmp_path: Path) -> None:
     """Elsewhere there is one copy in the process, without an import, and what goes back is the script's own."""
     copied = copy_of(journal, tmp_path)
     run(SCRIPTS / "onlooker.py", copied, "none")
     assert f"{COUNT} values" in run("-m", "zoo", copied, "get", folder=SCRIPTS)
 
 
-def test_a_script_that_moved(journal, tmp_path):
+def test_a_script_that_moved(journal: Path, tmp_path: Path) -> None:
     """At another path, as on another machine, it is known by its name and by what its classes consist of."""
     moved = shutil.copy(SCRIPTS / "zoo.py", tmp_path)
     assert f"{COUNT} values" in run(moved, copy_of(journal, tmp_path), "get")
 
 
-def test_without_a_file(tmp_path):
+def test_without_a_file(tmp_path: Path) -> None:
     """As in a notebook: by what the classes consist of."""
     code = f"exec(open({str(SCRIPTS / 'zoo.py')!r}).read())"
     run("-c", code, tmp_path / "j", "put")
     assert f"{COUNT} values" in run("-c", code, tmp_path / "j", "get")
 
 
-def test_a_script_that_was_edited(tmp_path):
+def test_a_script_that_was_edited(tmp_path: Path) -> None:
     """Its own classes of today are used; of one that is gone there is the copy. An agent's classes are its tasks'."""
     script = tmp_path / "edited.py"
     text = (SCRIPTS / "zoo.py").read_text()
@@ -87,7 +88,7 @@ def test_a_script_that_was_edited(tmp_path):
     assert "reward 1.0" in run(SCRIPTS / "onlooker.py", tmp_path / "j", tmp_path / "j.agent")
 
 
-def test_runners_on_ray(cluster, tmp_path):
+def test_runners_on_ray(cluster: None, tmp_path: Path) -> None:
     """An agent of the script knows its tasks, and what it enqueues is of the script's classes to the driver."""
     address = ray.get_runtime_context().gcs_address
     assert f"{COUNT} values came back" in run(SCRIPTS / "zoo.py", tmp_path, "runners", RAY_ADDRESS=address)
@@ -104,14 +105,14 @@ lHV9lIaUhpSGUjApgZR9lIwGbnVtYmVylEsHc2JoGGUu
 """
 
 
-def test_what_journals_hold_is_read():
+def test_what_journals_hold_is_read() -> None:
     """The functions of `pickler` that a pickle names are part of the format, whatever becomes of the others."""
     payload = base64.b64decode(KEPT)
     (task, kind), (_, again) = codec.decode(payload), codec.decode(payload)
     assert type(task) is kind is again and (task.kind, task.number) == ("math", 7)
 
 
-def test_objects_in_journals_of_the_first_version_are_read():
+def test_objects_in_journals_of_the_first_version_are_read() -> None:
     """Resources in journals name the module in which their classes were then."""
     source = Source(Kept("ab", 3), Origin("/objects"), "r", 1)
     written = pickle.dumps(source, 2).replace(b"raystore.values.objects", b"raystore.objects")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,14 +39,14 @@ LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 PURE = {"asyncio", "logging", "msgpack", "psutil", "pydantic", "random", "ray", "threading", "time"}
 
 
-def modules():
+def modules() -> Iterator[Any]:
     """Every module with its dotted name below the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         yield name.removesuffix(".__init__"), path
 
 
-def imports(path):
+def imports(path: Any) -> Iterator[str]:
     """Modules that a file imports, at the top or inside functions; not those for type checkers only."""
     tree = ast.parse(path.read_text())
     skipped = {
@@ -64,13 +66,13 @@ def imports(path):
                 yield full if is_module(full) else node.module
 
 
-def is_module(dotted):
+def is_module(dotted: str) -> bool:
     """Whether a dotted name is that of a module or folder of the package."""
     path = PACKAGE.parent / dotted.replace(".", "/")
     return path.is_dir() or path.with_suffix(".py").exists()
 
 
-def level_of(name):
+def level_of(name: Any) -> int | None:
     """The layer of a module, by its longest known prefix."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
@@ -79,13 +81,13 @@ def level_of(name):
     return None
 
 
-def test_every_module_has_a_layer():
+def test_every_module_has_a_layer() -> None:
     """A new module is put into the picture."""
     unplaced = [name for name, _ in modules() if level_of(name) is None and name != "__init__"]
     assert unplaced == []
 
 
-def test_imports_go_downwards_only():
+def test_imports_go_downwards_only() -> None:
     """Nothing imports from a layer that stands on it."""
     upward = []
     for name, path in modules():
@@ -98,7 +100,7 @@ def test_imports_go_downwards_only():
     assert upward == []
 
 
-def test_the_core_is_pure():
+def test_the_core_is_pure() -> None:
     """Standard library only, and nothing that waits, sleeps, draws lots or reads a clock."""
     impure = [
         f"{name} -> {imported}"
@@ -110,13 +112,13 @@ def test_the_core_is_pure():
     assert impure == []
 
 
-def run(code):
+def run(code: str) -> str:
     """What a new interpreter prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.strip()
 
 
-def test_import_is_quick_and_light():
+def test_import_is_quick_and_light() -> None:
     """`import raystore` takes less than 0.6 s, best of five, and loads neither Ray nor what is heavier."""
     code = """
 import sys, time
@@ -129,7 +131,7 @@ assert not loaded, loaded
     assert min(float(run(code)) for _ in range(5)) < 0.6
 
 
-def test_the_actor_imports_no_pydantic():
+def test_the_actor_imports_no_pydantic() -> None:
     """The actor process starts with the core and the service only."""
     code = """
 import sys
@@ -139,7 +141,7 @@ assert "pydantic" not in sys.modules and "raystore.types" not in sys.modules
     run(code)
 
 
-def test_memory_store_needs_no_ray():
+def test_memory_store_needs_no_ray() -> None:
     """Plain tasks in process work without Ray being loaded."""
     code = """
 import sys, raystore as rs
@@ -152,7 +154,7 @@ assert "ray" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["start", "Rollout", "InMemoryLightningStore", "find_final_reward", "Abort"])
-def test_public_names(name):
+def test_public_names(name: str) -> None:
     """Names are there when asked for, and listed."""
     import raystore
 
@@ -161,7 +163,7 @@ def test_public_names(name):
         raystore.nothing  # noqa: B018
 
 
-def test_public_names_are_not_hidden_by_modules():
+def test_public_names_are_not_hidden_by_modules() -> None:
     """Importing a module sets its name on the package: a public function must not have that name."""
     import raystore
 

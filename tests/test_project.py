@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
@@ -17,19 +19,19 @@ import raystore as rs
 ROOT = Path(__file__).parent.parent
 
 
-def script(path, *arguments, cwd):
+def script(path: Path, *arguments: Any, cwd: Path) -> CompletedProcess[str]:
     """Run a program on a local Ray of its own."""
     command = [sys.executable, path, *map(str, arguments)]
     environment = os.environ | {"RAY_ADDRESS": "local"}
     return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=cwd, env=environment)
 
 
-def readme_examples():
+def readme_examples() -> list[Any]:
     """The Python blocks of the README."""
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_readme_example_runs(tmp_path):
+def test_readme_example_runs(tmp_path: Path) -> None:
     """As it stands, in at most 25 lines of code."""
     code = readme_examples()[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
@@ -39,7 +41,7 @@ def test_readme_example_runs(tmp_path):
     assert done.stdout.strip().endswith("[0.0, 0.5, 1.0]")
 
 
-async def test_readme_driver_keeps_rollouts_in_flight():
+async def test_readme_driver_keeps_rollouts_in_flight() -> None:
     """Never more than n, and all of them in the end, also on a store with a past."""
     most, done = 0, []
     with rs.InMemoryLightningStore() as store:
@@ -55,19 +57,19 @@ async def test_readme_driver_keeps_rollouts_in_flight():
     assert sorted(done) == list(range(50)) and 0 < most <= 7
 
 
-def test_no_tracked_link_leaves_the_tree():
+def test_no_tracked_link_leaves_the_tree() -> None:
     """A link to a folder of one machine is a dead end on every other."""
     tracked = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     links = [ROOT / line.split("\t", 1)[1] for line in tracked.splitlines() if line.startswith("120000")]
     assert [link for link in links if not link.resolve().is_relative_to(ROOT)] == []
 
 
-def test_state_diagrams_are_drawn_from_the_tables():
+def test_state_diagrams_are_drawn_from_the_tables() -> None:
     """`python docs/draw_states.py` writes docs/states.md; it is up to date, and so is the README."""
     subprocess.run([sys.executable, ROOT / "docs/draw_states.py", "--check"], check=True)
 
 
-def test_conformance_names_tests_that_exist():
+def test_conformance_names_tests_that_exist() -> None:
     """Every test that docs/conformance.md names is there."""
     text = (ROOT / "docs/conformance.md").read_text()
     named = set(re.findall(r"`(test_\w+)`", text))
@@ -78,7 +80,7 @@ def test_conformance_names_tests_that_exist():
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-def test_example_as_a_client_and_as_a_submitted_job(tmp_path):
+def test_example_as_a_client_and_as_a_submitted_job(tmp_path: Path) -> None:
     """On a cluster started with `ray start --head`: with RAY_ADDRESS, and with `ray job submit`."""
     ray = Path(sys.executable).with_name("ray")
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -114,3 +116,22 @@ def test_example_as_a_client_and_as_a_submitted_job(tmp_path):
         assert done.returncode == 0 and "it learnt" in done.stdout, done.stdout + done.stderr
     finally:
         subprocess.run(["pkill", "-9", "-f", temporary], check=False)
+
+
+def glossary() -> list[tuple[str, str]]:
+    """Terms of docs/glossary.md, with the files that own them."""
+    text = (ROOT / "docs/glossary.md").read_text()
+    return re.findall(r"^\| (\w[\w ]*) \| .* \| \[[\w/.]+\]\(\.\./(\S+)\) \|$", text, re.MULTILINE)
+
+
+def test_glossary_names_files_that_use_its_terms() -> None:
+    """Each term once, and in the file that owns it, as a whole or in the form of a name."""
+    terms = glossary()
+    assert len(terms) > 30 and len(dict(terms)) == len(terms)
+    missing = []
+    for term, file in terms:
+        source = (ROOT / file).read_text().lower().replace("_", " ")
+        stem = term.removesuffix("ing").removesuffix("ed").removesuffix("ion")
+        if stem not in source:
+            missing.append((term, file))
+    assert missing == []

@@ -7,19 +7,22 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import raystore as rs
 from raystore.types import LightningStoreStatistics
+from tests.conftest import MakeMemoryStore
 from tests.helpers import claim
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_program_of_a_user_is_clean_under_strict_mypy():
+def test_a_program_of_a_user_is_clean_under_strict_mypy() -> None:
     """Also the mistakes in it are found: an ignored error that is none would be an error."""
-    command = [sys.executable, "-m", "mypy", "--strict", "--warn-unused-ignores", "tests/typed/program.py"]
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"]
+    command += ["--warn-unused-ignores", "tests/typed/program.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -35,13 +38,13 @@ def test_a_checker_sees_the_public_names_and_no_others() -> None:
     assert sorted(named) == rs.__all__
 
 
-async def test_statistics_are_those_of_the_type(make_memory_store):
+async def test_statistics_are_those_of_the_type(make_memory_store: MakeMemoryStore) -> None:
     """No number that the type does not know, and none in the type that is not given."""
     store = make_memory_store()
     assert (await store.statistics()).keys() == LightningStoreStatistics.__annotations__.keys()
 
 
-async def test_every_way_to_a_rollout_gives_its_attempt(make_memory_store):
+async def test_every_way_to_a_rollout_gives_its_attempt(make_memory_store: MakeMemoryStore) -> None:
     """One that was attempted is an AttemptedRollout wherever it comes from; one that was not is a plain Rollout."""
     store = make_memory_store(clock="manual")
     made = await claim(store)
@@ -72,7 +75,7 @@ async def test_every_way_to_a_rollout_gives_its_attempt(make_memory_store):
         assert type(plain) is rs.Rollout and not hasattr(plain, "attempt")
 
 
-def test_a_batch_keeps_its_attempts_as_json():
+def test_a_batch_keeps_its_attempts_as_json() -> None:
     """A batch that was written down is read again with the attempts of its rollouts."""
     attempt = rs.Attempt(rollout_id="r", attempt_id="a", sequence_id=1, start_time=0.0)
     rollouts = [
@@ -92,7 +95,9 @@ def test_a_batch_keeps_its_attempts_as_json():
         (["a", "b"], 2, 1, 5, "<PaginatedResult (1:3 of 5) ['a', ...]>"),
     ],
 )
-def test_a_page_shows_itself_as_the_references(items, limit, offset, total, text):
+def test_a_page_shows_itself_as_the_references(
+    items: list[Any] | list[str], limit: int, offset: int, total: int, text: str
+) -> None:
     """Which part of how many, and the first item."""
     assert repr(rs.PaginatedResult(items=items, limit=limit, offset=offset, total=total)) == text
 

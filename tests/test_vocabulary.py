@@ -8,6 +8,7 @@ import time
 from array import array
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -20,6 +21,7 @@ from raystore.core import records
 from raystore.core.payload import Payload
 from raystore.wire import convert
 from raystore.wire.codec import decode, describe, encode
+from tests.conftest import MakeMemoryStore
 from tools.generate_sync import generate
 
 
@@ -31,23 +33,23 @@ from tools.generate_sync import generate
     ],
     ids=lambda c: c.__module__,
 )  # fmt: skip
-def test_records_and_models_have_the_same_fields(record, model):
+def test_records_and_models_have_the_same_fields(record: Any, model: Any) -> None:
     """In the same order, since a record travels as its row."""
     assert [field.name for field in fields(record)] == list(model.model_fields)
 
 
-def test_span_record_carries_the_index_of_a_span():
+def test_span_record_carries_the_index_of_a_span() -> None:
     """What queries filter and sort by is beside the body."""
     names = {field.name for field in fields(records.Span)}
     assert names - {"body", "size", "reward"} <= set(types.Span.model_fields)
 
 
-def test_sync_twin_is_generated_from_the_contract():
+def test_sync_twin_is_generated_from_the_contract() -> None:
     """`_sync.py` is what `python tools/generate_sync.py` writes."""
     assert Path(_sync.__file__).read_text() == generate()
 
 
-def test_the_client_has_the_signatures_of_the_contract():
+def test_the_client_has_the_signatures_of_the_contract() -> None:
     """Every method, with the same parameters and defaults."""
     for name, method in {**vars(api.LightningStore), **vars(api.RunnerStore)}.items():
         if not name.startswith("_") and inspect.isfunction(method):
@@ -56,7 +58,7 @@ def test_the_client_has_the_signatures_of_the_contract():
             assert method.__doc__, name
 
 
-def test_models_built_without_validation_equal_validated_ones(make_memory_store):
+def test_models_built_without_validation_equal_validated_ones(make_memory_store: MakeMemoryStore) -> None:
     """Answers are built by hand; validating their dump again gives equal objects."""
     store = make_memory_store()
     config = rs.RolloutConfig(timeout_seconds=9, max_attempts=2, retry_condition=["failed"])
@@ -79,20 +81,20 @@ def test_models_built_without_validation_equal_validated_ones(make_memory_store)
         assert repr(again) == repr(answer)
 
 
-def test_attempted_rollout_belongs_together():
+def test_attempted_rollout_belongs_together() -> None:
     """An attempt of another rollout is refused."""
     attempt = types.Attempt(rollout_id="a", attempt_id="x", sequence_id=1, start_time=0.0)
     with pytest.raises(ValidationError, match="does not belong"):
         types.AttemptedRollout(rollout_id="b", input=1, start_time=0.0, attempt=attempt)
 
 
-def test_unset_is_one_object():
+def test_unset_is_one_object() -> None:
     """Also after pickling; a reader sees what it is."""
     assert pickle.loads(pickle.dumps(types.UNSET)) is types.UNSET
     assert repr(types.UNSET) == "UNSET" and isinstance(types.UNSET, types.Unset)
 
 
-def test_paginated_result_is_a_sequence():
+def test_paginated_result_is_a_sequence() -> None:
     """It has a length, items, slices, and equals a list of the same items."""
     page = types.PaginatedResult(items=["a", "b", "c", "d"], limit=4, offset=1, total=9)
     assert page == ["a", "b", "c", "d"] and page != ["a"] and page[1:3] == ["b", "c"] and list(page) == page.items
@@ -101,7 +103,7 @@ def test_paginated_result_is_a_sequence():
     assert empty == [] and not empty
 
 
-def test_estimate_model_size_counts_as_the_reference():
+def test_estimate_model_size_counts_as_the_reference() -> None:
     """Recursive getsizeof: values but not keys, extras not counted, shared objects each time."""
     import sys
 
@@ -116,7 +118,7 @@ def test_estimate_model_size_counts_as_the_reference():
     ) + sys.getsizeof(6)
 
 
-def test_span_from_a_mock_and_its_times():
+def test_span_from_a_mock_and_its_times() -> None:
     """Nanoseconds become seconds, 0 and None mean unknown; what else the source carries is kept as text."""
     context = Mock(trace_id=1, span_id=2, is_remote=False, trace_state={})
     source = Mock(
@@ -134,7 +136,7 @@ def test_span_from_a_mock_and_its_times():
     assert "extra_thing" in span.__pydantic_extra__
 
 
-def test_span_from_core_fields():
+def test_span_from_core_fields() -> None:
     """What an agent says of a span, and ids made up for the rest; one without a start started now."""
     status = types.TraceStatus(status_code="ERROR", description="d")
     core = types.SpanCoreFields(name="n", status=status, attributes={"a": 1}, start_time=1.0, end_time=None)
@@ -156,20 +158,20 @@ def test_span_from_core_fields():
 
 
 @pytest.mark.parametrize("code", ["FINE", "ok", "", None, 1])
-def test_a_status_is_one_of_opentelemetrys(code):
+def test_a_status_is_one_of_opentelemetrys(code: str | int | None) -> None:
     """UNSET, OK or ERROR, and no other text."""
     with pytest.raises(ValidationError, match="status_code"):
         types.TraceStatus(status_code=code)
 
 
-def test_prompt_templates():
+def test_prompt_templates() -> None:
     """Only f-strings are built in."""
     assert rs.PromptTemplate(template="{a}", engine="f-string").format(a=1) == "1"
     with pytest.raises(NotImplementedError, match="jinja"):
         rs.PromptTemplate(template="x", engine="jinja").format()
 
 
-def test_proxy_llm_urls(caplog):
+def test_proxy_llm_urls(caplog: pytest.LogCaptureFixture) -> None:
     """The ids go before /v1; one of them alone is a mistake; reading the bare endpoint warns."""
     proxy = rs.ProxyLLM(endpoint="http://h:1/v1", model="m")
     assert proxy.get_base_url("r", "a") == "http://h:1/rollout/r/attempt/a/v1"
@@ -191,14 +193,14 @@ def test_proxy_llm_urls(caplog):
     ],
     ids=repr,
 )  # fmt: skip
-def test_payloads_round_trip_with_their_types(value, plain):
+def test_payloads_round_trip_with_their_types(value: Any, plain: bool) -> None:
     """Plain data travels as msgpack, everything else pickled; both come back as they were."""
     payload = encode(value, "value", 10**6)
     assert describe(payload).startswith("<plain" if plain else "<pickled")
     assert decode(payload) == value and type(decode(payload)) is type(value)
 
 
-def test_deep_values_are_pickled():
+def test_deep_values_are_pickled() -> None:
     """A nesting that msgpack would refuse still works."""
     deep: list = []
     for _ in range(100):
@@ -206,20 +208,20 @@ def test_deep_values_are_pickled():
     assert decode(encode(deep, "value", 10**6)) == deep
 
 
-def test_a_payload_of_another_version_says_so():
+def test_a_payload_of_another_version_says_so() -> None:
     """An unknown tag is an error, not a guess."""
     with pytest.raises(ValueError, match="another version"):
         decode(b"\x07x")
     assert describe(None) == "none" and describe(Payload(b"\x02x", ())) == "<pickled, 2 bytes>"
 
 
-def test_rows_and_records_decode_alike():
+def test_rows_and_records_decode_alike() -> None:
     """A record, and its row from the wire, give the same public object."""
     record = records.Attempt("r", "a", 1, 0.0, None, "running", None, None, None, None, None, None, None, None)
     assert convert.to_attempt(record) == convert.to_attempt(list(record.row()))
 
 
-def test_every_method_of_a_store_says_what_it_does():
+def test_every_method_of_a_store_says_what_it_does() -> None:
     """`help` on a store's method gives the contract's words."""
     silent = [
         f"{cls.__name__}.{name}"

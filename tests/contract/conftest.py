@@ -7,7 +7,7 @@ become a new store for each test, since the start of a process takes ten times a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import ray
 import raystore as rs
 from raystore.options import make_config
 from raystore.remote.actor import StoreActor
+from tests.helpers import AnyStore
 
 KINDS = ["memory", "ray"]
 
@@ -38,7 +39,7 @@ class Actors:
         self._idle: list[Any] = []
         self._made = 0
 
-    def store(self, **options: Any) -> Any:
+    def store(self, **options: Any) -> rs.RayLightningStore:
         """A store that nobody has used."""
         config = make_config(**options)
         if not self._idle:
@@ -50,7 +51,7 @@ class Actors:
         ray.get(actor.become.remote(config))
         return rs.RayLightningStore(actor)
 
-    def check_and_take_back(self, stores: list[Any]) -> None:
+    def check_and_take_back(self, stores: list[rs.RayLightningStore]) -> None:
         """The tests of these stores have ended."""
         for store in stores:
             with contextlib.suppress(rs.StoreClosedError):  # the test closed it
@@ -66,11 +67,11 @@ def actors(cluster: None) -> Actors:
 
 
 @pytest.fixture
-def make_shared_store(actors: Actors) -> Iterator[Any]:
+def make_shared_store(actors: Actors) -> Iterator[Callable[..., rs.RayLightningStore]]:
     """Makes stores on Ray; checks their invariants after the test."""
-    made: list[Any] = []
+    made: list[rs.RayLightningStore] = []
 
-    def make(**options: Any) -> Any:
+    def make(**options: Any) -> rs.RayLightningStore:
         made.append(actors.store(**options))
         return made[-1]
 
@@ -79,13 +80,13 @@ def make_shared_store(actors: Actors) -> Iterator[Any]:
 
 
 @pytest.fixture(params=KINDS)
-def make_store(request: pytest.FixtureRequest) -> Any:
+def make_store(request: pytest.FixtureRequest) -> Callable[..., AnyStore]:
     """Makes stores of one kind, with any options."""
     make = request.getfixturevalue("make_shared_store" if request.param == "ray" else "make_memory_store")
     return lambda **options: make(**{"clock": "manual", **options})
 
 
 @pytest.fixture
-def store(make_store: Any) -> Any:
+def store(make_store: Callable[..., AnyStore]) -> AnyStore:
     """A store with default options."""
     return make_store()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import raystore as rs
-from tests.helpers import claim, make_span, status_of
+from tests.helpers import AnyStore, claim, make_span, status_of
 
 RETRY = {"max_attempts": 3, "retry_condition": ["failed", "timeout", "unresponsive"]}
 
@@ -21,7 +21,7 @@ RETRY = {"max_attempts": 3, "retry_condition": ["failed", "timeout", "unresponsi
         ("unresponsive", "failed"),
     ],
 )
-async def test_rollout_follows_its_latest_attempt(store, status, expected):
+async def test_rollout_follows_its_latest_attempt(store: AnyStore, status: str, expected: str) -> None:
     """Without a retry condition a failure of any kind fails the rollout."""
     rollout = await claim(store)
     await store.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status=status)
@@ -29,7 +29,7 @@ async def test_rollout_follows_its_latest_attempt(store, status, expected):
 
 
 @pytest.mark.parametrize("status", ["failed", "timeout", "unresponsive"])
-async def test_retry_until_max_attempts(store, status):
+async def test_retry_until_max_attempts(store: AnyStore, status: str) -> None:
     """A status in the retry condition queues the rollout until the attempts are used up."""
     rollout = await claim(store, **RETRY)
     for _ in range(2):
@@ -40,7 +40,7 @@ async def test_retry_until_max_attempts(store, status):
     assert await status_of(store, rollout) == "failed"
 
 
-async def test_attempts_started_by_hand_use_up_the_budget(store):
+async def test_attempts_started_by_hand_use_up_the_budget(store: AnyStore) -> None:
     """As in the reference, `start_attempt` ignores `max_attempts` and counts towards it."""
     rollout = await claim(store, max_attempts=2, retry_condition=["failed"])
     await store.start_attempt(rollout.rollout_id)
@@ -49,7 +49,7 @@ async def test_attempts_started_by_hand_use_up_the_budget(store):
     assert await status_of(store, rollout) == "failed"
 
 
-async def test_end_times(store):
+async def test_end_times(store: AnyStore) -> None:
     """succeeded and failed stamp the attempt's end, timeout does not; the rollout ends no earlier than its attempt."""
     rollout = await claim(store)
     store.testing.tick(3)
@@ -61,7 +61,7 @@ async def test_end_times(store):
     assert (await store.update_attempt(other.rollout_id, "latest", status="timeout")).end_time is None
 
 
-async def test_only_what_is_set_changes(store):
+async def test_only_what_is_set_changes(store: AnyStore) -> None:
     """Metadata, worker and heartbeat change alone, and do not move the rollout."""
     rollout = await claim(store)
     await store.update_attempt(rollout.rollout_id, "latest", status="running")
@@ -75,7 +75,7 @@ async def test_only_what_is_set_changes(store):
     assert (await store.update_attempt(rollout.rollout_id, "latest", worker_id=None)).worker_id is None
 
 
-async def test_errors_of_update_attempt(store):
+async def test_errors_of_update_attempt(store: AnyStore) -> None:
     """Each thing that is missing is named in the reference's words."""
     with pytest.raises(rs.RolloutNotFoundError, match="Rollout nope not found"):
         await store.update_attempt("nope", "latest", status="running")
@@ -93,13 +93,13 @@ async def test_errors_of_update_attempt(store):
     assert (await store.get_latest_attempt(waiting.rollout_id)).metadata is None
 
 
-async def test_errors_of_start_attempt(store):
+async def test_errors_of_start_attempt(store: AnyStore) -> None:
     """Starting an attempt needs a rollout."""
     with pytest.raises(ValueError, match="not found"):
         await store.start_attempt("nope")
 
 
-async def test_start_attempt_from_a_finished_rollout(store):
+async def test_start_attempt_from_a_finished_rollout(store: AnyStore) -> None:
     """A finished rollout can be tried again; it is no longer finished then."""
     rollout = await claim(store)
     await store.update_attempt(rollout.rollout_id, "latest", status="failed")
@@ -107,7 +107,7 @@ async def test_start_attempt_from_a_finished_rollout(store):
     assert (again.status, again.end_time, again.attempt.sequence_id) == ("preparing", None, 2)
 
 
-async def test_start_attempt_supersedes_what_runs(store):
+async def test_start_attempt_supersedes_what_runs(store: AnyStore) -> None:
     """The attempt that ran keeps its status and says that it was superseded; its late reports mark only itself."""
     rollout = await claim(store)
     await store.add_span(make_span(rollout))
@@ -120,7 +120,7 @@ async def test_start_attempt_supersedes_what_runs(store):
     assert (await store.query_attempts(rollout.rollout_id))[0].status == "succeeded"
 
 
-async def test_late_success_wins_and_withdraws_the_retry(store):
+async def test_late_success_wins_and_withdraws_the_retry(store: AnyStore) -> None:
     """A success after a failure that waits for its retry ends the rollout; the retry is not handed out."""
     rollout = await claim(store, **RETRY)
     await store.update_attempt(rollout.rollout_id, "latest", status="timeout")
@@ -130,7 +130,7 @@ async def test_late_success_wins_and_withdraws_the_retry(store):
     assert await store.dequeue_rollout() is None
 
 
-async def test_late_success_of_a_superseded_attempt_marks_only_itself(store):
+async def test_late_success_of_a_superseded_attempt_marks_only_itself(store: AnyStore) -> None:
     """Once the retry is claimed, the old attempt decides nothing."""
     rollout = await claim(store, **RETRY)
     await store.update_attempt(rollout.rollout_id, "latest", status="timeout")
@@ -139,7 +139,7 @@ async def test_late_success_of_a_superseded_attempt_marks_only_itself(store):
     assert await status_of(store, rollout) == "preparing"
 
 
-async def test_query_attempts(store):
+async def test_query_attempts(store: AnyStore) -> None:
     """By sequence id; pages and sorts; unknown rollouts have none."""
     rollout = await claim(store)
     for _ in range(3):
@@ -152,7 +152,7 @@ async def test_query_attempts(store):
     assert await store.get_latest_attempt("nope") is None
 
 
-async def test_outcomes_say_why_an_attempt_ended(store):
+async def test_outcomes_say_why_an_attempt_ended(store: AnyStore) -> None:
     """The store fills in an outcome where the report only gives a status."""
     outcomes = {}
     for status in ("succeeded", "failed", "timeout", "unresponsive"):
@@ -163,7 +163,7 @@ async def test_outcomes_say_why_an_attempt_ended(store):
     }  # fmt: skip
 
 
-async def test_story_tells_what_happened(store):
+async def test_story_tells_what_happened(store: AnyStore) -> None:
     """The story of a rollout names its changes in order and where it stands now."""
     rollout = await claim(store)
     await store.update_attempt(rollout.rollout_id, "latest", status="failed")
@@ -175,7 +175,7 @@ async def test_story_tells_what_happened(store):
 
 
 @pytest.mark.parametrize("length", [100, 100_000, 5_000_000])
-async def test_an_error_of_any_length_is_kept_in_part(store, length):
+async def test_an_error_of_any_length_is_kept_in_part(store: AnyStore, length: int) -> None:
     """A runner whose agent fails with ten megabytes of text reports all the same; both ends of it stay."""
     rollout = await claim(store)
     error = "Traceback\n" + "x" * length + "\nValueError: in the end"

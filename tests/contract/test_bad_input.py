@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
 from raystore.errors import InvalidValueError
 from raystore.types import EnqueueRolloutRequest, RolloutConfig
+from tests.helpers import AnyStore
 
 
 @pytest.mark.parametrize(
@@ -29,14 +33,16 @@ from raystore.types import EnqueueRolloutRequest, RolloutConfig
     ],
     ids=str,
 )
-async def test_enqueue_refuses(store, arguments, error, named):
+async def test_enqueue_refuses(
+    store: AnyStore, arguments: Any, error: type[InvalidValueError] | type[ValueError], named: str
+) -> None:
     """A bad argument is named and nothing is enqueued, also in bulk."""
     with pytest.raises(error, match=named):
         await store.enqueue_rollout("x", **arguments)
     assert (await store.statistics())["total_rollouts"] == 0
 
 
-async def test_bulk_enqueue_is_validated_as_a_whole(store):
+async def test_bulk_enqueue_is_validated_as_a_whole(store: AnyStore) -> None:
     """One bad request refuses all of them."""
     good = EnqueueRolloutRequest(input=1)
     with pytest.raises(InvalidValueError):
@@ -51,7 +57,7 @@ async def test_bulk_enqueue_is_validated_as_a_whole(store):
 @pytest.mark.parametrize(
     "bad", [{"timeout_seconds": float("nan")}, {"unresponsive_seconds": -1}, {"max_attempts": 0}], ids=str
 )
-async def test_config_refuses(store, bad):
+async def test_config_refuses(store: AnyStore, bad: dict[str, float] | dict[str, int]) -> None:
     """A configuration with a value that is no duration or no count cannot be made, nor smuggled in later."""
     with pytest.raises(ValidationError):
         RolloutConfig(**bad)
@@ -62,19 +68,19 @@ async def test_config_refuses(store, bad):
         await store.enqueue_rollout("x", config=config)
 
 
-async def test_unknown_retry_condition(store):
+async def test_unknown_retry_condition(store: AnyStore) -> None:
     """Only attempt statuses can be retried."""
     with pytest.raises(InvalidValueError, match="retry_condition"):
         await store.enqueue_rollout("x", config={"retry_condition": ["queuing"]})
 
 
-async def test_requests_refuse_fields_that_do_not_exist(store):
+async def test_requests_refuse_fields_that_do_not_exist(store: AnyStore) -> None:
     """A misspelt field would otherwise be dropped in silence."""
     with pytest.raises(ValidationError, match="moode"):
         EnqueueRolloutRequest(input=1, moode="train")
 
 
-async def test_rollouts_are_no_ids(store):
+async def test_rollouts_are_no_ids(store: AnyStore) -> None:
     """The likeliest mistake gets a hint."""
     rollout = await store.enqueue_rollout("x")
     with pytest.raises(ValueError, match="pass its rollout_id"):
@@ -85,7 +91,7 @@ async def test_rollouts_are_no_ids(store):
         await store.dequeue_rollout(queues=[])
 
 
-async def test_a_text_is_no_list_of_ids(store):
+async def test_a_text_is_no_list_of_ids(store: AnyStore) -> None:
     """A single id where a list is expected would otherwise be taken letter by letter."""
     for call in (
         store.release("ro-1"), store.delete_rollouts("ro-1"), store.query_rollouts(rollout_id_in="ro-1"),
@@ -106,20 +112,23 @@ async def test_a_text_is_no_list_of_ids(store):
     ],
     ids=str,
 )  # fmt: skip
-async def test_store_options_are_checked(make_store, option):
+async def test_store_options_are_checked(
+    make_store: Callable[..., AnyStore],
+    option: dict[str, str] | dict[str, int] | dict[str, float] | dict[str, dict[str, int]],
+) -> None:
     """A bad option is named before anything is made."""
     with pytest.raises(ValueError, match=next(iter(option))):
         make_store(**option)
 
 
-async def test_capabilities(store):
+async def test_capabilities(store: AnyStore) -> None:
     """What the store allows; there is no OTLP endpoint."""
     assert store.capabilities == {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
     with pytest.raises(NotImplementedError):
         store.otlp_traces_endpoint()
 
 
-async def test_statistics(store):
+async def test_statistics(store: AnyStore) -> None:
     """Counts, and an uptime that grows."""
     first = await store.statistics()
     assert first["name"] == type(store).__name__
@@ -127,7 +136,7 @@ async def test_statistics(store):
     assert (await store.statistics())["uptime"] > first["uptime"]
 
 
-async def test_a_store_is_true_and_has_no_length(store):
+async def test_a_store_is_true_and_has_no_length(store: AnyStore) -> None:
     """Code that asks `if store` gets yes, whatever the store holds."""
     assert store
     assert not hasattr(store, "__len__")

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import raystore as rs
-from tests.helpers import claim, make_span
+from tests.helpers import AnyStore, claim, make_span
 
 SIZE = 1000
 
 
-def sized(span):
+def sized(span: Any) -> int:
     """An estimator that finds every span 1,000 bytes large."""
     return SIZE
 
 
 @pytest.fixture
-def small(make_store):
+def small(make_store: Callable[..., AnyStore]) -> AnyStore:
     """A store that holds four spans and evicts down to two."""
     return make_store(eviction_memory_threshold=4 * SIZE, safe_memory_threshold=2 * SIZE, span_size_estimator=sized)
 
 
-async def add(store, rollout, number=1):
+async def add(store: Any, rollout: Any, number: int = 1) -> None:
     await store.add_span(make_span(rollout, number))
 
 
-async def is_evicted(store, rollout):
+async def is_evicted(store: Any, rollout: Any) -> bool:
     try:
         await store.query_spans(rollout.rollout_id)
     except RuntimeError:
@@ -35,7 +37,7 @@ async def is_evicted(store, rollout):
     return False
 
 
-async def fill(store, count):
+async def fill(store: Any, count: int) -> list[Any]:
     """Rollouts with a span each, the oldest first."""
     made = []
     for _ in range(count):
@@ -45,7 +47,7 @@ async def fill(store, count):
     return made
 
 
-async def test_oldest_start_first_down_to_the_safe_threshold(small):
+async def test_oldest_start_first_down_to_the_safe_threshold(small: AnyStore) -> None:
     """Crossing the threshold drops whole rollouts, oldest first; rollouts and attempts stay."""
     made = await fill(small, 5)
     assert [await is_evicted(small, r) for r in made] == [True, True, True, False, False]
@@ -53,14 +55,14 @@ async def test_oldest_start_first_down_to_the_safe_threshold(small):
         assert (await small.get_rollout_by_id(rollout.rollout_id)).attempt.attempt_id == rollout.attempt.attempt_id
 
 
-async def test_exactly_the_threshold_does_not_evict(small):
+async def test_exactly_the_threshold_does_not_evict(small: AnyStore) -> None:
     """The comparison is strict."""
     made = await fill(small, 4)
     assert (await small.statistics())["total_span_bytes"] == 4 * SIZE
     assert not await is_evicted(small, made[0])
 
 
-async def test_evicted_spans_raise_for_ever(small):
+async def test_evicted_spans_raise_for_ever(small: AnyStore) -> None:
     """Reading what was evicted raises, also when later spans arrived, unless a part is asked for."""
     made = await fill(small, 5)
     with pytest.raises(rs.SpansEvictedError, match=f"Spans for rollout {made[0].rollout_id} have been evicted"):
@@ -74,7 +76,7 @@ async def test_evicted_spans_raise_for_ever(small):
     assert [span.sequence_id for span in part] == [2]
 
 
-async def test_classes_go_in_order(small):
+async def test_classes_go_in_order(small: AnyStore) -> None:
     """Released first, then finished and read, then finished, then running; age decides within a class only."""
     running, unread, read, released = await fill(small, 4)
     for rollout in (unread, read, released):
@@ -86,7 +88,7 @@ async def test_classes_go_in_order(small):
     assert not await is_evicted(small, made[0])
 
 
-async def test_the_rollout_being_written_goes_last(small):
+async def test_the_rollout_being_written_goes_last(small: AnyStore) -> None:
     """Though the oldest, it keeps its spans if another can go; alone, it cannot."""
     old, *others = await fill(small, 4)
     await add(small, old, 2)
@@ -98,7 +100,7 @@ async def test_the_rollout_being_written_goes_last(small):
     assert (await small.statistics())["total_span_bytes"] == 0
 
 
-async def test_statistics_count_evictions(small):
+async def test_statistics_count_evictions(small: AnyStore) -> None:
     """What is gone is counted apart from what is there."""
     await fill(small, 5)
     found = await small.statistics()
@@ -110,7 +112,7 @@ async def test_statistics_count_evictions(small):
     assert kinds == ["evicted"]
 
 
-async def test_pause_hands_out_no_work_until_memory_is_free(make_store):
+async def test_pause_hands_out_no_work_until_memory_is_free(make_store: Callable[..., AnyStore]) -> None:
     """With on_memory_full="pause" only released rollouts are evicted, and work waits."""
     store = make_store(
         eviction_memory_threshold=4 * SIZE, safe_memory_threshold=2 * SIZE,
@@ -128,7 +130,7 @@ async def test_pause_hands_out_no_work_until_memory_is_free(make_store):
     assert not await is_evicted(store, made[4])
 
 
-async def test_without_an_estimator_everything_counts(make_store):
+async def test_without_an_estimator_everything_counts(make_store: Callable[..., AnyStore]) -> None:
     """Encoded bytes of spans with an overhead for each, and inputs and resources; spans alone are evicted."""
     store = make_store(eviction_memory_threshold=200_000, safe_memory_threshold=100_000)
     rollout = await claim(store)
@@ -144,10 +146,10 @@ async def test_without_an_estimator_everything_counts(make_store):
     assert await is_evicted(store, rollout)
 
 
-async def test_estimator_runs_in_the_caller_and_its_error_is_the_callers(make_store):
+async def test_estimator_runs_in_the_caller_and_its_error_is_the_callers(make_store: Callable[..., AnyStore]) -> None:
     """An estimator that raises stores nothing; its result is taken as a whole number, 0 or more."""
 
-    def picky(span):
+    def picky(span: Any) -> float:
         if span.name == "bad":
             raise ZeroDivisionError("no size")
         return -5 if span.name == "negative" else 7.9
@@ -177,13 +179,15 @@ async def test_estimator_runs_in_the_caller_and_its_error_is_the_callers(make_st
         ("1G", None, "eviction_memory_threshold='1G' must be a ratio"),
     ],
 )
-async def test_threshold_errors(make_store, eviction, safe, message):
+async def test_threshold_errors(
+    make_store: Callable[..., AnyStore], eviction: float | bool | str, safe: float | None, message: str
+) -> None:
     """Each bad threshold is named, and no store is made."""
     with pytest.raises(ValueError, match=message):
         make_store(eviction_memory_threshold=eviction, safe_memory_threshold=safe)
 
 
-async def test_threshold_defaults_and_ratios(make_store):
+async def test_threshold_defaults_and_ratios(make_store: Callable[..., AnyStore]) -> None:
     """70 % of the capacity and 80 % of that; an int is bytes, a float a ratio of the capacity."""
     default = await make_store().statistics()
     capacity = default["memory_capacity_bytes"]
@@ -201,10 +205,10 @@ async def test_threshold_defaults_and_ratios(make_store):
 
 
 @pytest.fixture
-def make_small(make_store):
+def make_small(make_store: Callable[..., AnyStore]) -> Callable[..., Any]:
     """Makes stores that hold four spans and evict down to two."""
 
-    def make(**options):
+    def make(**options: Any) -> AnyStore:
         return make_store(
             eviction_memory_threshold=4 * SIZE, safe_memory_threshold=2 * SIZE, span_size_estimator=sized, **options
         )
@@ -212,12 +216,14 @@ def make_small(make_store):
     return make
 
 
-async def finish(store, made, **more):
+async def finish(store: Any, made: list[Any], **more: Any) -> None:
     for rollout in made:
         await store.update_attempt(rollout.rollout_id, "latest", status="succeeded", **more)
 
 
-async def test_memory_full_of_what_a_consumer_awaits_makes_the_store_wait_for_it(make_small):
+async def test_memory_full_of_what_a_consumer_awaits_makes_the_store_wait_for_it(
+    make_small: Callable[..., Any],
+) -> None:
     """Though a monitor has read all of it; nothing is evicted, the consumer is named, and gets a short batch."""
     store = make_small(consumers=["t"])
     made = await fill(store, 5)  # running ones, which it will await
@@ -240,7 +246,7 @@ async def test_memory_full_of_what_a_consumer_awaits_makes_the_store_wait_for_it
     assert (await store.statistics())["waits_for_consumer"] is None
 
 
-async def test_a_take_that_waits_gets_what_there_is_once_memory_is_full(make_small):
+async def test_a_take_that_waits_gets_what_there_is_once_memory_is_full(make_small: Callable[..., Any]) -> None:
     """Else both would wait for each other."""
     store = make_small()
     waiting = asyncio.ensure_future(store.take(100, consumer="t", timeout=600))
@@ -254,7 +260,7 @@ async def test_a_take_that_waits_gets_what_there_is_once_memory_is_full(make_sma
     assert [rollout.rollout_id for rollout in batch.rollouts] == [made[0].rollout_id]
 
 
-async def test_who_does_not_come_again_is_forgotten(make_small):
+async def test_who_does_not_come_again_is_forgotten(make_small: Callable[..., Any]) -> None:
     """Then what it awaited and held may go, and the store goes on."""
     store = make_small(consumers=["t", "gone"])
     made = await fill(store, 5)
@@ -268,7 +274,7 @@ async def test_who_does_not_come_again_is_forgotten(make_small):
     assert not found["memory_full"] and found["total_span_bytes"] == 2 * SIZE
 
 
-async def test_what_no_consumer_awaits_goes_first_and_in_its_order(make_store):
+async def test_what_no_consumer_awaits_goes_first_and_in_its_order(make_store: Callable[..., AnyStore]) -> None:
     """Released, consumed, read, not read, running, whatever their age; what is awaited or held stays."""
     store = make_store(
         eviction_memory_threshold=8 * SIZE + SIZE // 2, safe_memory_threshold=8 * SIZE + SIZE // 10,

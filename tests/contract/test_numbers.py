@@ -8,43 +8,47 @@ from __future__ import annotations
 import datetime
 import enum
 import fractions
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import raystore as rs
+from tests.conftest import MakeMemoryStore
+from tests.helpers import AnyStore
 
 
 class Tensor:
     """What raystore looks at in a tensor of torch, which is too large to be installed for a test."""
 
-    def __init__(self, value, dtype="float32"):
+    def __init__(self, value: float | list[float] | list[int], dtype: str = "float32") -> None:
         self._array = np.array(value, dtype)
         self.dtype = f"torch.{dtype}"
         self.ndim, self.shape = self._array.ndim, self._array.shape
 
-    def item(self):
+    def item(self) -> Any:
         return self._array.item()
 
-    def tolist(self):
+    def tolist(self) -> Any:
         return self._array.tolist()
 
 
 class Bare:
     """The least that such a thing can do."""
 
-    def __init__(self, value):
+    def __init__(self, value: float | list[float] | bool) -> None:
         self._value = value
 
-    def item(self):
+    def item(self) -> float | bool:
         if isinstance(self._value, list):
             (one,) = self._value
             return one
         return self._value
 
-    def tolist(self):
+    def tolist(self) -> float | list[float] | bool:
         return self._value
 
 
@@ -81,7 +85,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-def same(one, other):
+def same(one: Any, other: Any) -> Any:
     """Equal, and of the same types all through."""
     if isinstance(one, dict):
         return isinstance(other, dict) and list(one) == list(other) and all(same(one[k], other[k]) for k in one)
@@ -90,10 +94,10 @@ def same(one, other):
     return type(one) is type(other) and one == other
 
 
-def through_the_context(value):
+def through_the_context(value: Any) -> list[Any]:
     """An attribute given to `ctx.span`, one set on the open span, and one of `ctx.llm`."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         with ctx.span("s", first=value) as span:
             span.set("second", value)
             span.update({"third": value})
@@ -103,14 +107,14 @@ def through_the_context(value):
     return [*run.spans[0].attributes.values(), run.spans[1].attributes["fourth"]]
 
 
-def through_a_span(value):
+def through_a_span(value: Any) -> list[Any]:
     """An attribute of a span that is made directly, and one that is made from attributes."""
     span = rs.Span.from_attributes(attributes={"x": value})
     again = rs.Span.model_validate(span.model_dump() | {"attributes": {"x": value}})
     return [span.attributes["x"], again.attributes["x"]]
 
 
-def through_opentelemetry(value):
+def through_opentelemetry(value: Any) -> list[Any]:
     """An attribute of a span of OpenTelemetry, past what its SDK checks."""
     from opentelemetry.sdk.trace import TracerProvider
 
@@ -125,7 +129,7 @@ WAYS = [through_the_context, through_a_span, through_opentelemetry]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("value", "kept"), SCALARS + NESTED, ids=lambda value: type(value).__name__)
-def test_attributes_are_kept_exactly(way, value, kept):
+def test_attributes_are_kept_exactly(way: Callable[..., list[Any]], value: Any, kept: Any) -> None:
     """As plain numbers, lists and mappings."""
     for found in way(value):
         assert same(found, kept)
@@ -133,13 +137,13 @@ def test_attributes_are_kept_exactly(way, value, kept):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("value", REFUSED, ids=lambda value: type(value).__name__)
-def test_attributes_without_a_plain_form_are_refused_by_name(way, value):
+def test_attributes_without_a_plain_form_are_refused_by_name(way: Callable[..., list[Any]], value: Any) -> None:
     """They do not become their text."""
     with pytest.raises(ValueError, match=r"attribute (x|first)"):
         way(value)
 
 
-def test_attributes_are_copies():
+def test_attributes_are_copies() -> None:
     """What the caller does to its list later changes no span."""
     given = {"list": [1], "nested": {"a": [1]}}
     span = rs.Span.from_attributes(attributes=given)
@@ -148,7 +152,7 @@ def test_attributes_are_copies():
     assert span.attributes == {"list": [1], "nested": {"a": [1]}}
 
 
-async def test_a_span_that_was_changed_after_it_was_made(store):
+async def test_a_span_that_was_changed_after_it_was_made(store: AnyStore) -> None:
     """Numbers of numpy that came in since are stored as plain ones; what has no plain form comes back as it was."""
     started = await store.start_rollout("x")
     span = rs.Span.from_attributes(
@@ -162,7 +166,7 @@ async def test_a_span_that_was_changed_after_it_was_made(store):
     assert same(stored.events[0].attributes, {"n": [0, 1]})
 
 
-async def test_tags(store):
+async def test_tags(store: AnyStore) -> None:
     """As an argument, in a request, in the metadata, and as a filter."""
     for number, (value, kept) in enumerate(SCALARS):
         name = f"t{number}"
@@ -174,7 +178,7 @@ async def test_tags(store):
         assert (await store.query_rollouts(tags={name: value})).total == 3, value
 
 
-async def test_tags_without_a_plain_form_are_refused_by_name(store):
+async def test_tags_without_a_plain_form_are_refused_by_name(store: AnyStore) -> None:
     """Not kept as their text."""
     for value in REFUSED:
         with pytest.raises(rs.InvalidValueError, match=r"tags\['t'\]"):
@@ -190,17 +194,17 @@ REWARDS = [
 ]  # fmt: skip
 
 
-def returned(value):
+def returned(value: Any) -> Any:
     """What the agent returns."""
     return rs.run_one(lambda task, ctx: value, "x")
 
 
-def emitted(value):
+def emitted(value: Any) -> Any:
     """What the agent gives to `ctx.reward`, with a dimension."""
     return rs.run_one(lambda task, ctx: ctx.reward(value, other=value), "x")
 
 
-def as_a_span(value):
+def as_a_span(value: Any) -> Any:
     """A reward in a span that was made elsewhere."""
     attributes = {"agentlightning.reward.0.value": value}
     span = rs.Span.from_attributes(attributes=attributes, name="agentlightning.annotation")
@@ -208,7 +212,7 @@ def as_a_span(value):
 
 
 @pytest.mark.parametrize("way", [returned, emitted, as_a_span])
-def test_rewards(way):
+def test_rewards(way: Callable[..., Any]) -> None:
     """A bool is a reward, and so is the one number of an array; in a span, where it is kept as a list, it is none."""
     for value, reward in REWARDS:
         run = way(value)
@@ -220,7 +224,7 @@ def test_rewards(way):
 @pytest.mark.parametrize(
     "value", [*REFUSED, "1", np.arange(2), Tensor([1, 2]), float("nan")], ids=lambda value: type(value).__name__
 )
-def test_what_is_no_reward_is_refused_by_name(way, value):
+def test_what_is_no_reward_is_refused_by_name(way: Callable[..., Any], value: Any) -> None:
     """The agent fails and says so."""
     with pytest.raises((rs.InvalidValueError, TypeError), match=r"^reward=|^the agent returned"):
         way(value)
@@ -230,7 +234,7 @@ WHOLE = [np.int64(1), np.uint8(1), np.array(1), Tensor(1, "int64"), Level.HIGH]
 NOT_WHOLE = [True, np.bool_(True), 1.0, np.float64(1.0), "1", Decimal(1), None, [1], np.array([1, 2]), 1j]
 
 
-def places_for_whole_numbers(store):
+def places_for_whole_numbers(store: AnyStore) -> Callable[..., Any]:
     """Every argument that is a whole number, as a call."""
     return {
         "limit of dequeue": lambda n: store.dequeue_many_rollouts(limit=n),
@@ -251,7 +255,7 @@ def places_for_whole_numbers(store):
     }
 
 
-async def test_whole_numbers_as_arguments(store):
+async def test_whole_numbers_as_arguments(store: AnyStore) -> None:
     """Taken everywhere, and never for less than they are."""
     for place, call in places_for_whole_numbers(store).items():
         for value in WHOLE:
@@ -263,7 +267,7 @@ async def test_whole_numbers_as_arguments(store):
                     await call(value)
 
 
-async def test_seconds_as_arguments(store):
+async def test_seconds_as_arguments(store: AnyStore) -> None:
     """Durations and times too."""
     for value in (np.float32(0), np.int64(0), np.array(0.0), Tensor(0.0), 0):
         assert await store.dequeue_rollout(timeout=value) is None
@@ -282,7 +286,7 @@ async def test_seconds_as_arguments(store):
             await store.wait_for_rollouts(rollout_ids=[], timeout=value)
 
 
-def test_options_of_a_store(make_memory_store):
+def test_options_of_a_store(make_memory_store: MakeMemoryStore) -> None:
     """Numbers of a configuration, too."""
     store = make_memory_store(
         max_queued=np.int64(1), max_deliveries=np.int32(2), retention={"max_rollouts": np.int64(3)},

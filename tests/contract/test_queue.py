@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
 import raystore as rs
 from raystore.types import EnqueueRolloutRequest, RolloutConfig
-from tests.helpers import claim, make_span, status_of
+from tests.helpers import AnyStore, claim, make_span, status_of
 
 
-async def test_fifo(store):
+async def test_fifo(store: AnyStore) -> None:
     """First in, first out."""
     for i in range(5):
         await store.enqueue_rollout(i)
@@ -19,7 +20,7 @@ async def test_fifo(store):
     assert await store.dequeue_rollout() is None
 
 
-async def test_concurrent_claims_are_distinct(store):
+async def test_concurrent_claims_are_distinct(store: AnyStore) -> None:
     """30 concurrent claims of 20 rollouts: 20 distinct ones and 10 Nones."""
     for i in range(20):
         await store.enqueue_rollout(i)
@@ -28,7 +29,7 @@ async def test_concurrent_claims_are_distinct(store):
     assert len(got) == len(set(got)) == 20
 
 
-async def test_a_claim_makes_an_attempt(store):
+async def test_a_claim_makes_an_attempt(store: AnyStore) -> None:
     """A claimed rollout is preparing with a preparing attempt; sequence ids count up."""
     rollout = await claim(store, worker_id="w", max_attempts=2, retry_condition=["failed"])
     assert (rollout.status, rollout.attempt.status, rollout.attempt.sequence_id) == ("preparing", "preparing", 1)
@@ -39,7 +40,7 @@ async def test_a_claim_makes_an_attempt(store):
     assert again.attempt.attempt_id != rollout.attempt.attempt_id
 
 
-async def test_dequeue_many(store):
+async def test_dequeue_many(store: AnyStore) -> None:
     """Up to `limit`, in order, as a plain list; a limit of 0 gives none."""
     await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i) for i in range(3)])
     assert [r.input for r in await store.dequeue_many_rollouts(limit=2, worker_id="w")] == [0, 1]
@@ -48,7 +49,7 @@ async def test_dequeue_many(store):
     assert await store.dequeue_many_rollouts() == []
 
 
-async def test_queues_are_tried_in_the_order_given(store):
+async def test_queues_are_tried_in_the_order_given(store: AnyStore) -> None:
     """A rollout waits in its own queue only."""
     await store.enqueue_rollout("d")
     await store.enqueue_rollout("s", queue="slow")
@@ -57,14 +58,14 @@ async def test_queues_are_tried_in_the_order_given(store):
     assert (await store.dequeue_rollout()).input == "d"
 
 
-async def test_priority_comes_before_arrival(store):
+async def test_priority_comes_before_arrival(store: AnyStore) -> None:
     """A higher priority is claimed first; equal ones by arrival."""
     for name, priority in (("a", 0), ("b", 5), ("c", 5), ("d", -1)):
         await store.enqueue_rollout(name, priority=priority)
     assert [r.input for r in await store.dequeue_many_rollouts(limit=4)] == ["b", "c", "a", "d"]
 
 
-async def test_retry_by_condition_goes_to_the_tail(store):
+async def test_retry_by_condition_goes_to_the_tail(store: AnyStore) -> None:
     """A failed attempt named by the retry condition queues its rollout behind the others."""
     config = RolloutConfig(max_attempts=2, retry_condition=["failed"])
     await store.enqueue_rollout("first", config=config)
@@ -75,7 +76,7 @@ async def test_retry_by_condition_goes_to_the_tail(store):
     assert [r.input for r in await store.dequeue_many_rollouts(limit=2)] == ["second", "first"]
 
 
-async def test_start_attempt_takes_the_rollout_out_of_line(store):
+async def test_start_attempt_takes_the_rollout_out_of_line(store: AnyStore) -> None:
     """A rollout that somebody starts by hand is not handed out as well."""
     rollout = await store.enqueue_rollout("x")
     started = await store.start_attempt(rollout.rollout_id, worker_id="w")
@@ -86,7 +87,7 @@ async def test_start_attempt_takes_the_rollout_out_of_line(store):
     assert await store.dequeue_rollout() is None
 
 
-async def test_max_queued_refuses_as_a_whole(make_store):
+async def test_max_queued_refuses_as_a_whole(make_store: Callable[..., AnyStore]) -> None:
     """A full queue refuses with a time to try again, enqueues nothing, and never refuses a re-queue."""
     store = make_store(max_queued=3)
     first = await store.enqueue_rollout("x", config=RolloutConfig(max_attempts=2, retry_condition=["failed"]))
@@ -106,7 +107,7 @@ async def test_max_queued_refuses_as_a_whole(make_store):
     assert (await store.statistics())["queue_length"] == 4
 
 
-async def test_long_poll_gets_work_when_it_comes(store):
+async def test_long_poll_gets_work_when_it_comes(store: AnyStore) -> None:
     """A waiting claim is answered by the enqueue, longest waiting first; one that runs out of time gets None."""
     waiting = [asyncio.ensure_future(store.dequeue_rollout(f"w{i}", timeout=50)) for i in range(2)]
     await asyncio.sleep(0)
@@ -119,7 +120,7 @@ async def test_long_poll_gets_work_when_it_comes(store):
     assert await late is None
 
 
-async def test_long_poll_of_another_queue_is_not_answered(store):
+async def test_long_poll_of_another_queue_is_not_answered(store: AnyStore) -> None:
     """A claim waits for its own queues only."""
     task = asyncio.ensure_future(store.dequeue_rollout(timeout=50, queues=["other"]))
     await asyncio.sleep(0)
@@ -130,7 +131,7 @@ async def test_long_poll_of_another_queue_is_not_answered(store):
 
 
 @pytest.mark.parametrize("moment", ["while waiting", "in the instant of the answer"])
-async def test_a_cancelled_claim_loses_nothing(store, moment):
+async def test_a_cancelled_claim_loses_nothing(store: AnyStore, moment: str) -> None:
     """A caller that stops waiting gives the rollout back at its old place, and its attempt was never there."""
     waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=50))
     await asyncio.sleep(0)
@@ -149,7 +150,7 @@ async def test_a_cancelled_claim_loses_nothing(store, moment):
     assert [a.sequence_id for a in await store.query_attempts(rollout.rollout_id)] == [1]
 
 
-async def test_rollout_requeued_by_hand_can_be_stopped_by_a_span(store):
+async def test_rollout_requeued_by_hand_can_be_stopped_by_a_span(store: AnyStore) -> None:
     """A span of the running attempt of a rollout that was queued by hand takes it out of line."""
     rollout = await claim(store)
     await store.update_rollout(rollout.rollout_id, status="queuing")
@@ -159,13 +160,13 @@ async def test_rollout_requeued_by_hand_can_be_stopped_by_a_span(store):
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), "soon"])
-async def test_a_bad_timeout_is_refused(store, timeout):
+async def test_a_bad_timeout_is_refused(store: AnyStore, timeout: float | str) -> None:
     """Claims cannot wait for a negative time, or NaN."""
     with pytest.raises(ValueError, match="timeout"):
         await store.dequeue_rollout(timeout=timeout)
 
 
-async def test_priority_and_queue_are_kept_by_a_retry(store):
+async def test_priority_and_queue_are_kept_by_a_retry(store: AnyStore) -> None:
     """A retry waits in the queue and with the priority of its rollout."""
     config = RolloutConfig(max_attempts=2, retry_condition=["failed"])
     await store.enqueue_rollout("x", config=config, queue="q", priority=2)

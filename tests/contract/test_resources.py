@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 import raystore as rs
 from raystore.types import LLM, AttemptedRollout, ObjectResource, PromptTemplate, ProxyLLM
-from tests.helpers import claim
+from tests.helpers import AnyStore, claim
 
 PROMPT = PromptTemplate(template="hi {x}", engine="f-string")
 
 
-async def test_add_resources_becomes_latest(store):
+async def test_add_resources_becomes_latest(store: AnyStore) -> None:
     """A new id each time, version 1, and the latest."""
     first = await store.add_resources({"p": PROMPT}, policy_version=3)
     assert first.resources_id.startswith("rs-") and len(first.resources_id) == 15
@@ -22,7 +24,7 @@ async def test_add_resources_becomes_latest(store):
     assert await store.get_resources_by_id(first.resources_id) == first
 
 
-async def test_update_resources_is_an_upsert(store):
+async def test_update_resources_is_an_upsert(store: AnyStore) -> None:
     """An unknown id starts at version 1; each update counts up, keeps the creation time and becomes the latest."""
     first = await store.update_resources("default", {"p": PROMPT})
     await store.add_resources({})
@@ -34,7 +36,7 @@ async def test_update_resources_is_an_upsert(store):
     assert await store.get_resources_by_id("default", version=1) == first
 
 
-async def test_unknown_resources(store):
+async def test_unknown_resources(store: AnyStore) -> None:
     """Reads are lenient, deletion is not."""
     assert await store.get_latest_resources() is None
     assert await store.get_resources_by_id("nope") is None
@@ -43,7 +45,7 @@ async def test_unknown_resources(store):
         await store.delete_resources("nope")
 
 
-async def test_query_resources(store):
+async def test_query_resources(store: AnyStore) -> None:
     """The newest version of each id, in the order in which the ids came."""
     for name in ("a1", "b", "a2", "a1"):
         await store.update_resources(name, {})
@@ -54,7 +56,7 @@ async def test_query_resources(store):
     assert (by_version[0].resources_id, by_version.total) == ("a1", 3)
 
 
-async def test_resources_of_every_kind_round_trip(store):
+async def test_resources_of_every_kind_round_trip(store: AnyStore) -> None:
     """The union is validated and comes back with its classes."""
     resources = {
         "llm": LLM(endpoint="http://x/v1", model="m", sampling_parameters={"t": 1}),
@@ -76,7 +78,7 @@ async def test_resources_of_every_kind_round_trip(store):
     assert (await store.statistics())["total_resources"] == 1
 
 
-async def test_version_and_policy_are_stamped_at_the_claim(store):
+async def test_version_and_policy_are_stamped_at_the_claim(store: AnyStore) -> None:
     """An attempt carries the version that was newest when it was claimed, not when it was enqueued."""
     await store.update_resources("w", {}, policy_version=1)
     await store.enqueue_rollout("x")
@@ -87,7 +89,7 @@ async def test_version_and_policy_are_stamped_at_the_claim(store):
     assert unknown.attempt.resources_version is None
 
 
-async def test_a_lower_policy_version_is_noted(store):
+async def test_a_lower_policy_version_is_noted(store: AnyStore) -> None:
     """A model may be rolled back; the change feed says so."""
     await store.update_resources("w", {}, policy_version=5)
     await store.update_resources("w", {}, policy_version=4)
@@ -95,7 +97,7 @@ async def test_a_lower_policy_version_is_noted(store):
     assert [change.detail.get("lower_than") for change in page.items] == [None, 5]
 
 
-async def test_old_versions_go_unless_somebody_uses_them(store):
+async def test_old_versions_go_unless_somebody_uses_them(store: AnyStore) -> None:
     """Of an id the last 8 versions stay, and those of attempts that run."""
     await store.update_resources("w", {"p": PROMPT})
     rollout = await claim(store)
@@ -108,7 +110,7 @@ async def test_old_versions_go_unless_somebody_uses_them(store):
     assert await store.get_resources_by_id("w", version=1) is None
 
 
-async def test_superseded_object_is_freed_once_nobody_uses_it(store):
+async def test_superseded_object_is_freed_once_nobody_uses_it(store: AnyStore) -> None:
     """Weights of an older version go with the last attempt that uses them; the record stays and says so."""
     await store.update_resources("w", {"o": ObjectResource(value=[1])})
     rollout = await claim(store)
@@ -120,7 +122,7 @@ async def test_superseded_object_is_freed_once_nobody_uses_it(store):
     assert (await store.get_resources_by_id("w")).resources["o"].get() == [2]
 
 
-async def test_keep_resources(make_store):
+async def test_keep_resources(make_store: Callable[..., AnyStore]) -> None:
     """Only the newest ids stay, and those that an attempt uses."""
     store = make_store(keep_resources=2)
     first = await store.add_resources({})
@@ -132,7 +134,7 @@ async def test_keep_resources(make_store):
     assert {u.resources_id for u in await store.query_resources()} == {made[1].resources_id, made[2].resources_id}
 
 
-async def test_delete_resources(store):
+async def test_delete_resources(store: AnyStore) -> None:
     """A deleted id is gone; the latest is then what was updated last of the others."""
     first = await store.add_resources({}, policy_version=1)
     store.testing.tick(1)
@@ -142,7 +144,7 @@ async def test_delete_resources(store):
     assert (await store.get_latest_resources()).resources_id == first.resources_id
 
 
-async def test_arguments_are_taken_by_value(store):
+async def test_arguments_are_taken_by_value(store: AnyStore) -> None:
     """Changing a resource after publishing it changes nothing in the store."""
     prompt = PromptTemplate(template="a", engine="f-string")
     await store.add_resources({"p": prompt})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 import raystore as rs
 from raystore.types import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
-from tests.helpers import claim, make_span, status_of
+from tests.helpers import AnyStore, claim, make_span, status_of
 
 
-async def test_enqueue_gives_a_queuing_rollout(store):
+async def test_enqueue_gives_a_queuing_rollout(store: AnyStore) -> None:
     """An enqueued rollout waits, has no attempt, and carries what it was given."""
     rollout = await store.enqueue_rollout(
         {"q": 1}, "train", None, RolloutConfig(max_attempts=2, retry_condition=["failed"]), {"a": 1}
@@ -21,12 +23,12 @@ async def test_enqueue_gives_a_queuing_rollout(store):
     assert rollout.end_time is None
 
 
-async def test_metadata_defaults_to_an_empty_dict(store):
+async def test_metadata_defaults_to_an_empty_dict(store: AnyStore) -> None:
     """Stores always write a dict."""
     assert (await store.enqueue_rollout("x")).metadata == {}
 
 
-async def test_start_rollout_is_preparing_and_never_queued(store):
+async def test_start_rollout_is_preparing_and_never_queued(store: AnyStore) -> None:
     """A started rollout has its first attempt and cannot be dequeued."""
     rollout = await store.start_rollout("x", worker_id="w")
     assert type(rollout) is AttemptedRollout
@@ -37,7 +39,7 @@ async def test_start_rollout_is_preparing_and_never_queued(store):
     assert await store.dequeue_rollout() is None
 
 
-async def test_enqueue_many_keeps_order_and_latest_resources(store):
+async def test_enqueue_many_keeps_order_and_latest_resources(store: AnyStore) -> None:
     """Answers are in the order of the requests, also across parts; the latest resources are resolved once."""
     update = await store.add_resources({})
     requests = [EnqueueRolloutRequest(input=i) for i in range(1200)]
@@ -49,7 +51,7 @@ async def test_enqueue_many_keeps_order_and_latest_resources(store):
     assert [rollout.input for rollout in claimed] == list(range(1200))
 
 
-async def test_enqueue_group_shares_a_group(store):
+async def test_enqueue_group_shares_a_group(store: AnyStore) -> None:
     """A group is n rollouts of one prompt under one id."""
     group = await store.enqueue_group("prompt", 4, tags={"level": 3})
     assert len(group) == 4 and len({rollout.group_id for rollout in group}) == 1
@@ -58,7 +60,7 @@ async def test_enqueue_group_shares_a_group(store):
     assert (await store.query_rollouts(tags={"level": 3})).total == 4
 
 
-async def test_group_and_tags_are_lifted_from_metadata(store):
+async def test_group_and_tags_are_lifted_from_metadata(store: AnyStore) -> None:
     """A well-formed group id and tags in the metadata count when the arguments are absent; nothing that steers does."""
     lifted = await store.enqueue_rollout(
         "x", metadata={"group_id": "g", "tags": {"a": 1}, "queue": "other", "priority": 9}
@@ -70,14 +72,14 @@ async def test_group_and_tags_are_lifted_from_metadata(store):
     assert given.group_id == "h"
 
 
-async def test_resources_id_defaults_to_the_latest_only_for_none(store):
+async def test_resources_id_defaults_to_the_latest_only_for_none(store: AnyStore) -> None:
     """None means latest; an empty-looking or unknown id is taken as it is."""
     update = await store.add_resources({})
     assert (await store.enqueue_rollout("x")).resources_id == update.resources_id
     assert (await store.enqueue_rollout("x", resources_id="unknown")).resources_id == "unknown"
 
 
-async def test_same_rollout_id_and_content_returns_the_rollout(store):
+async def test_same_rollout_id_and_content_returns_the_rollout(store: AnyStore) -> None:
     """A repeated enqueue with a caller-given id happens once."""
     first = await store.enqueue_rollout({"q": 1}, rollout_id="mine", tags={"a": 1})
     await store.add_resources({})
@@ -86,7 +88,7 @@ async def test_same_rollout_id_and_content_returns_the_rollout(store):
     assert (await store.query_rollouts()).total == 1
 
 
-async def test_same_rollout_id_and_other_content_conflicts(store):
+async def test_same_rollout_id_and_other_content_conflicts(store: AnyStore) -> None:
     """Other content under a caller-given id is refused and changes nothing."""
     await store.enqueue_rollout({"q": 1}, rollout_id="mine")
     with pytest.raises(rs.ConflictError, match="mine.*input"):
@@ -94,7 +96,7 @@ async def test_same_rollout_id_and_other_content_conflicts(store):
     assert (await store.get_rollout_by_id("mine")).input == {"q": 1}
 
 
-async def test_get_and_query_return_exact_types(store):
+async def test_get_and_query_return_exact_types(store: AnyStore) -> None:
     """Rollouts with attempts come as AttemptedRollout, others as Rollout."""
     waiting = await store.enqueue_rollout("a")
     started = await store.start_rollout("b")
@@ -104,7 +106,7 @@ async def test_get_and_query_return_exact_types(store):
     assert await store.get_rollout_by_id("unknown") is None
 
 
-async def test_query_filters(store):
+async def test_query_filters(store: AnyStore) -> None:
     """Filters are joined by and, or by or; an empty list matches nothing; the 0.2 names work."""
     a, b, c = [await store.enqueue_rollout(i) for i in "abc"]
     await store.update_rollout(b.rollout_id, status="failed")
@@ -120,7 +122,7 @@ async def test_query_filters(store):
     assert [r.input for r in await store.query_rollouts(filter_logic="or")] == ["a", "b", "c"]
 
 
-async def test_query_by_what_raystore_adds(store):
+async def test_query_by_what_raystore_adds(store: AnyStore) -> None:
     """Queue, worker, mode and tags always apply, also with or."""
     await store.enqueue_rollout("a", "val", queue="slow", tags={"x": 1, "y": "z"})
     await store.enqueue_rollout("b", "train", tags={"x": 1})
@@ -134,7 +136,7 @@ async def test_query_by_what_raystore_adds(store):
     assert [r.input for r in found] == ["a"]
 
 
-async def test_query_pages_and_sorts(store):
+async def test_query_pages_and_sorts(store: AnyStore) -> None:
     """`total` counts all matches; limit 0 gives none, an offset past the end an empty page; missing times sort last."""
     made = [await store.enqueue_rollout(i, priority=-i) for i in range(5)]
     page = await store.query_rollouts(limit=2, offset=1)
@@ -161,14 +163,14 @@ async def test_query_pages_and_sorts(store):
     [{"limit": -2}, {"offset": -1}, {"sort_by": "colour"}, {"sort_order": "up"}, {"filter_logic": "xor"}],
     ids=str,
 )
-async def test_query_refuses_nonsense(store, bad):
+async def test_query_refuses_nonsense(store: AnyStore, bad: dict[str, int] | dict[str, str]) -> None:
     """What cannot be meant is refused by name."""
     await store.enqueue_rollout("x")
     with pytest.raises(ValueError, match=next(iter(bad))):
         await store.query_rollouts(**bad)
 
 
-async def test_update_changes_only_what_is_set(store):
+async def test_update_changes_only_what_is_set(store: AnyStore) -> None:
     """UNSET leaves a field, None is a value."""
     rollout = await store.enqueue_rollout("x", "train", metadata={"a": 1})
     updated = await store.update_rollout(rollout.rollout_id, mode=None, metadata={"b": (2,)})
@@ -178,7 +180,7 @@ async def test_update_changes_only_what_is_set(store):
 
 
 @pytest.mark.parametrize("status", ["failed", "succeeded", "cancelled"])
-async def test_update_to_a_finished_status_sets_end_time(store, status):
+async def test_update_to_a_finished_status_sets_end_time(store: AnyStore, status: str) -> None:
     """Finishing stamps the end; doing so again stamps it again."""
     rollout = await store.enqueue_rollout("x")
     ended = await store.update_rollout(rollout.rollout_id, status=status)
@@ -188,7 +190,7 @@ async def test_update_to_a_finished_status_sets_end_time(store, status):
     assert await store.dequeue_rollout() is None
 
 
-async def test_requeued_rollout_goes_to_the_tail_and_clears_end_time(store):
+async def test_requeued_rollout_goes_to_the_tail_and_clears_end_time(store: AnyStore) -> None:
     """Any status may follow any other; a rollout that finished can be queued again."""
     first = await store.enqueue_rollout("first")
     await store.update_rollout(first.rollout_id, status="succeeded")
@@ -198,7 +200,7 @@ async def test_requeued_rollout_goes_to_the_tail_and_clears_end_time(store):
     assert [r.input for r in await store.dequeue_many_rollouts(limit=3)] == ["second", "first"]
 
 
-async def test_update_of_a_queued_rollout_keeps_its_place(store):
+async def test_update_of_a_queued_rollout_keeps_its_place(store: AnyStore) -> None:
     """Setting queuing on a rollout that waits does not move it."""
     first = await store.enqueue_rollout("first")
     await store.enqueue_rollout("second")
@@ -206,7 +208,7 @@ async def test_update_of_a_queued_rollout_keeps_its_place(store):
     assert (await store.dequeue_rollout()).input == "first"
 
 
-async def test_rollout_moved_to_running_leaves_the_queue(store):
+async def test_rollout_moved_to_running_leaves_the_queue(store: AnyStore) -> None:
     """A status set by hand takes the rollout out of line."""
     rollout = await store.enqueue_rollout("x")
     await store.update_rollout(rollout.rollout_id, status="running")
@@ -215,7 +217,7 @@ async def test_rollout_moved_to_running_leaves_the_queue(store):
     assert (await store.dequeue_rollout()).rollout_id == rollout.rollout_id
 
 
-async def test_update_of_an_unknown_rollout(store):
+async def test_update_of_an_unknown_rollout(store: AnyStore) -> None:
     """The message matches what either generation of the reference says."""
     with pytest.raises(ValueError, match="Rollout nonexistent not found") as caught:
         await store.update_rollout("nonexistent", status="failed")
@@ -224,7 +226,9 @@ async def test_update_of_an_unknown_rollout(store):
 
 
 @pytest.mark.parametrize("bad", [{"status": None}, {"status": "done"}, {"config": None}, {"mode": "prod"}], ids=str)
-async def test_update_refuses_bad_values_and_changes_nothing(store, bad):
+async def test_update_refuses_bad_values_and_changes_nothing(
+    store: AnyStore, bad: dict[str, None] | dict[str, str]
+) -> None:
     """Validation comes before any change."""
     rollout = await store.enqueue_rollout("x", "train")
     with pytest.raises(rs.InvalidValueError):
@@ -233,7 +237,7 @@ async def test_update_refuses_bad_values_and_changes_nothing(store, bad):
     assert (await store.dequeue_rollout()).input == "x"
 
 
-async def test_cancel_settles_the_attempt_and_is_not_resurrected(store):
+async def test_cancel_settles_the_attempt_and_is_not_resurrected(store: AnyStore) -> None:
     """A cancelled rollout's attempt fails as cancelled; late reports stay on the attempt."""
     rollout = await claim(store, worker_id="w")
     (cancelled,) = await store.cancel_rollouts([rollout.rollout_id])
@@ -249,7 +253,7 @@ async def test_cancel_settles_the_attempt_and_is_not_resurrected(store):
     assert await status_of(store, rollout) == "preparing"
 
 
-async def test_cancel_by_group_and_tags(store):
+async def test_cancel_by_group_and_tags(store: AnyStore) -> None:
     """What is given must all match; finished ones and unknown ids are skipped."""
     a = await store.enqueue_rollout("a", group_id="g", tags={"t": 1})
     await store.enqueue_rollout("b", group_id="g", tags={"t": 2})
@@ -261,7 +265,7 @@ async def test_cancel_by_group_and_tags(store):
         await store.cancel_rollouts()
 
 
-async def test_update_to_cancelled_leaves_the_attempt(store):
+async def test_update_to_cancelled_leaves_the_attempt(store: AnyStore) -> None:
     """`update_rollout` never changes attempts; a later report does not resurrect the rollout."""
     rollout = await claim(store)
     await store.update_rollout(rollout.rollout_id, status="cancelled")
@@ -271,7 +275,7 @@ async def test_update_to_cancelled_leaves_the_attempt(store):
     assert await status_of(store, rollout) == "cancelled"
 
 
-async def test_deleted_rollout_leaves_nothing(store):
+async def test_deleted_rollout_leaves_nothing(store: AnyStore) -> None:
     """Deletion frees the rollout, its attempts, spans and counters; unknown ids are skipped."""
     rollout = await claim(store)
     await store.add_span(make_span(rollout, 7))
@@ -286,7 +290,7 @@ async def test_deleted_rollout_leaves_nothing(store):
         await store.add_span(make_span(rollout))
 
 
-async def test_retention_by_count_never_deletes_what_nobody_read(make_store):
+async def test_retention_by_count_never_deletes_what_nobody_read(make_store: Callable[..., AnyStore]) -> None:
     """Released rollouts go first, then read ones; unread ones stay whatever the rule says."""
     store = make_store(retention={"max_rollouts": 1})
     ids = [(await claim(store)).rollout_id for _ in range(4)]
@@ -297,7 +301,7 @@ async def test_retention_by_count_never_deletes_what_nobody_read(make_store):
     assert {r.rollout_id for r in await store.query_rollouts()} == {ids[1], ids[3]}
 
 
-async def test_retention_by_age(make_store):
+async def test_retention_by_age(make_store: Callable[..., AnyStore]) -> None:
     """An age deletes finished rollouts that were read or released, once they are that old."""
     store = make_store(retention=60)
     old, unread = [(await claim(store)).rollout_id for _ in range(2)]
@@ -311,14 +315,14 @@ async def test_retention_by_age(make_store):
     assert [r.rollout_id for r in await store.query_rollouts()] == [unread]
 
 
-async def test_default_config_of_the_store(make_store):
+async def test_default_config_of_the_store(make_store: Callable[..., AnyStore]) -> None:
     """A rollout without a configuration has the store's."""
     store = make_store(default_config=RolloutConfig(max_attempts=3, retry_condition=["failed"]))
     assert (await store.enqueue_rollout("x")).config.max_attempts == 3
     assert (await store.enqueue_rollout("x", config=RolloutConfig())).config.max_attempts == 1
 
 
-async def test_answers_are_snapshots_and_arguments_are_copied(store):
+async def test_answers_are_snapshots_and_arguments_are_copied(store: AnyStore) -> None:
     """Mutating an answer, or an argument afterwards, never changes the store."""
     task, metadata = {"q": [1]}, {"a": [1]}
     config = RolloutConfig()

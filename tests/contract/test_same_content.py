@@ -16,7 +16,9 @@ import sys
 import types
 import uuid
 from array import array
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -25,6 +27,9 @@ import pytest
 import raystore as rs
 from raystore.core.payload import BY_BYTES, CANONICAL
 from raystore.values.content import digest
+from tests.conftest import MakeMemoryStore
+from tests.contract.test_numbers import Tensor
+from tests.helpers import AnyStore
 
 
 @dataclasses.dataclass
@@ -48,14 +53,14 @@ class Open(pydantic.BaseModel):
 
 
 class Plain:
-    def __init__(self, **values):
+    def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
 
 
 class Slots:
     __slots__ = ("a", "b")
 
-    def __init__(self, **values):
+    def __init__(self, **values: Any) -> None:
         for name, value in values.items():
             setattr(self, name, value)
 
@@ -77,38 +82,38 @@ class MyDict(dict):
 Pair = collections.namedtuple("Pair", "a b")
 
 
-def add(a, b):
+def add(a: Any, b: Any) -> Any:
     return a + b
 
 
-def subtract(a, b):
+def subtract(a: Any, b: Any) -> Any:
     return a - b
 
 
-def adder(number):
+def adder(number: int) -> Callable[..., Any]:
     return lambda x: x + number
 
 
-def endless(*items):
+def endless(*items: Any) -> list[Any]:
     """A list that holds itself."""
     made = list(items)
     made.append(made)
     return made
 
 
-def twins(shared):
+def twins(shared: bool) -> list[list[int]]:
     """Two of the same, as one object or as two."""
     item = [1, 2]
     return [item, item] if shared else [item, [1, 2]]
 
 
-def deep(leaf, levels=100):
+def deep(leaf: dict[str, int], levels: int = 100) -> dict[str, int]:
     for _ in range(levels):
         leaf = [leaf]
     return leaf
 
 
-def tangled():
+def tangled() -> list[int] | list[list[int] | list[Any]]:
     """A small value of which a walk would visit very much if it forgot where it has been."""
     made = [0]
     for _ in range(200):
@@ -184,7 +189,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", SAME)
-async def test_the_same_content(make_memory_store, name):
+async def test_the_same_content(make_memory_store: MakeMemoryStore, name: str) -> None:
     """As input and within metadata, in any order of keys: one rollout."""
     one, other = SAME[name]
     store = make_memory_store()
@@ -197,7 +202,7 @@ async def test_the_same_content(make_memory_store, name):
 
 
 @pytest.mark.parametrize("name", OTHER)
-async def test_other_content(make_memory_store, name):
+async def test_other_content(make_memory_store: MakeMemoryStore, name: str) -> None:
     """Each two differ, and each equals itself; the conflict names what differs and changes nothing."""
     store = make_memory_store()
     for number, value in enumerate(OTHER[name]):
@@ -213,7 +218,7 @@ async def test_other_content(make_memory_store, name):
     assert (await store.query_rollouts()).total == len(OTHER[name])
 
 
-async def test_on_every_store(store):
+async def test_on_every_store(store: AnyStore) -> None:
     """Also in bulk, after the input was changed, and beside what is no value of the user's."""
     request = rs.EnqueueRolloutRequest(input={"a": {1, 2}, "b": Point(1)}, rollout_id="mine", tags={"t": 1, "u": 2})
     (first,) = await store.enqueue_many_rollouts([request])
@@ -225,7 +230,7 @@ async def test_on_every_store(store):
             await store.enqueue_rollout(**others, rollout_id="mine", tags={"u": 2, "t": 1})
 
 
-async def test_after_a_restart(make_memory_store, tmp_path):
+async def test_after_a_restart(make_memory_store: MakeMemoryStore, tmp_path: Path) -> None:
     """A journal and its snapshot keep what a repetition is compared with."""
     journal = tmp_path / "journal"
     store = make_memory_store(journal=journal)
@@ -240,16 +245,16 @@ async def test_after_a_restart(make_memory_store, tmp_path):
 class Unformed:
     """Only pickling itself can take this apart."""
 
-    def __init__(self, number):
+    def __init__(self, number: int) -> None:
         self.number = number
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         if protocol == 4:
             raise TypeError("no form")
         return Unformed, (self.number,)
 
 
-async def test_where_no_form_can_be_made_the_bytes_decide(make_memory_store):
+async def test_where_no_form_can_be_made_the_bytes_decide(make_memory_store: MakeMemoryStore) -> None:
     """Equal bytes are the same content, others are not."""
     store = make_memory_store()
     assert digest(Unformed(1), b"\x02x")[0] == BY_BYTES and digest([1], b"\x01x")[0] == CANONICAL
@@ -259,7 +264,7 @@ async def test_where_no_form_can_be_made_the_bytes_decide(make_memory_store):
         await store.enqueue_rollout(Unformed(2), rollout_id="mine")
 
 
-def test_a_cycle_of_many_parts_is_bounded():
+def test_a_cycle_of_many_parts_is_bounded() -> None:
     """What refers back all over takes no exponential time."""
     nodes = [[] for _ in range(20)]
     for node in nodes:
@@ -267,29 +272,29 @@ def test_a_cycle_of_many_parts_is_bounded():
     assert digest(nodes, b"\x02x")[0] == BY_BYTES
 
 
-def test_tensors_of_torch(monkeypatch):
+def test_tensors_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """By dtype, shape and bytes; torch itself is too large to be installed for this, so something stands in for it."""
 
     class Tensor:
-        def __init__(self, values, dtype="float32"):
+        def __init__(self, values: Any, dtype: str = "float32") -> None:
             self.values, self.dtype = np.array(values, dtype), dtype
             self.shape = self.values.shape
 
-        def detach(self):
+        def detach(self) -> Any:
             return self
 
         cpu = contiguous = detach
 
-        def reshape(self, _):
+        def reshape(self, _: int) -> Tensor:
             return Tensor(self.values.reshape(-1), self.dtype)
 
-        def view(self, _):
+        def view(self, _: str) -> Tensor:
             return Tensor(self.values.view("uint8"), "uint8")
 
-        def numpy(self):
+        def numpy(self) -> Any:
             return self.values
 
-        def __reduce_ex__(self, protocol):
+        def __reduce_ex__(self, protocol: Any) -> None:
             raise TypeError("goes by its bytes")
 
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Tensor, uint8="uint8"))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import raystore as rs
 from raystore.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
-from tests.helpers import claim, make_span, status_of
+from tests.helpers import AnyStore, claim, make_span, status_of
 
 
-async def test_numbers_count_per_rollout(store):
+async def test_numbers_count_per_rollout(store: AnyStore) -> None:
     """One counter for each rollout, whatever the attempt; unknown rollouts count too."""
     rollout = await claim(store)
     numbers = [await store.get_next_span_sequence_id(rollout.rollout_id, a) for a in ("x", "y", "x")]
@@ -23,7 +25,7 @@ async def test_numbers_count_per_rollout(store):
     assert await store.get_many_span_sequence_ids([]) == []
 
 
-async def test_explicit_number_lifts_the_counter(store):
+async def test_explicit_number_lifts_the_counter(store: AnyStore) -> None:
     """The counter continues behind the highest number written; a refused span does not lift it."""
     rollout = await claim(store)
     await store.add_span(make_span(rollout, 10))
@@ -37,7 +39,7 @@ async def test_explicit_number_lifts_the_counter(store):
     assert await store.get_next_span_sequence_id(rollout.rollout_id, "x") == 13
 
 
-async def test_add_span_returns_the_callers_object(store):
+async def test_add_span_returns_the_callers_object(store: AnyStore) -> None:
     """And stores an equal one, with everything on it."""
     rollout = await claim(store)
     context = SpanContext(trace_id="t" * 32, span_id="s" * 16, is_remote=True, trace_state={"k": "v"})
@@ -69,7 +71,7 @@ async def test_add_span_returns_the_callers_object(store):
         ("succeeded", "succeeded", "succeeded"),
     ],
 )
-async def test_what_a_span_does(store, before, attempt_after, rollout_after):
+async def test_what_a_span_does(store: AnyStore, before: str, attempt_after: str, rollout_after: str) -> None:
     """A span is a heartbeat; it starts a preparing attempt, revives an unresponsive one, and ends nothing."""
     rollout = await claim(store)
     await store.update_attempt(rollout.rollout_id, "latest", status=before)
@@ -85,7 +87,7 @@ async def test_what_a_span_does(store, before, attempt_after, rollout_after):
     ("status", "after", "claimable"),
     [("unresponsive", "running", False), ("timeout", "requeuing", True), ("failed", "requeuing", True)],
 )
-async def test_late_span_and_a_waiting_retry(store, status, after, claimable):
+async def test_late_span_and_a_waiting_retry(store: AnyStore, status: str, after: str, claimable: bool) -> None:
     """An unresponsive attempt that comes back withdraws its retry; a failed or timed out one does not."""
     rollout = await claim(store, max_attempts=2, retry_condition=["failed", "timeout", "unresponsive"])
     await store.update_attempt(rollout.rollout_id, "latest", status=status)
@@ -94,7 +96,7 @@ async def test_late_span_and_a_waiting_retry(store, status, after, claimable):
     assert (await store.dequeue_rollout() is not None) == claimable
 
 
-async def test_span_of_an_old_attempt_marks_only_that_attempt(store):
+async def test_span_of_an_old_attempt_marks_only_that_attempt(store: AnyStore) -> None:
     """Late spans are kept and do not move the rollout."""
     rollout = await claim(store)
     await store.start_attempt(rollout.rollout_id)
@@ -105,7 +107,7 @@ async def test_span_of_an_old_attempt_marks_only_that_attempt(store):
     assert (await store.query_spans(rollout.rollout_id)).total == 1
 
 
-async def test_errors_of_add_span(store):
+async def test_errors_of_add_span(store: AnyStore) -> None:
     """Rollout first, then attempt, in the reference's words."""
     rollout = await claim(store)
     with pytest.raises(ValueError, match="Rollout nope not found"):
@@ -119,7 +121,7 @@ async def test_errors_of_add_span(store):
         await store.add_span(make_span(waiting.rollout_id, attempt_id="at-x"))
 
 
-async def test_a_span_names_its_attempt(store):
+async def test_a_span_names_its_attempt(store: AnyStore) -> None:
     """ "latest" is no attempt's id, however spans are added: by then the newest may be somebody else's."""
     rollout = await claim(store)
     span = make_span(rollout, attempt_id="latest")
@@ -129,7 +131,7 @@ async def test_a_span_names_its_attempt(store):
     assert [kept.attempt_id for kept in await store.query_spans(rollout.rollout_id)] == [rollout.attempt.attempt_id]
 
 
-async def test_duplicates_are_refused(store, caplog):
+async def test_duplicates_are_refused(store: AnyStore, caplog: pytest.LogCaptureFixture) -> None:
     """A span id the attempt already has gives None and an ERROR log, and is no heartbeat."""
     rollout = await claim(store)
     span = make_span(rollout)
@@ -145,7 +147,7 @@ async def test_duplicates_are_refused(store, caplog):
     assert await store.add_span(same_id) is same_id
 
 
-async def test_duplicates_are_kept_if_asked(make_store):
+async def test_duplicates_are_kept_if_asked(make_store: Callable[..., AnyStore]) -> None:
     """`duplicate_spans="keep"` stores every span, as the 0.2 reference did."""
     store = make_store(duplicate_spans="keep")
     rollout = await claim(store)
@@ -155,7 +157,7 @@ async def test_duplicates_are_kept_if_asked(make_store):
     assert (await store.query_spans(rollout.rollout_id)).total == 30
 
 
-async def test_add_many_spans_groups_and_returns_the_stored(store):
+async def test_add_many_spans_groups_and_returns_the_stored(store: AnyStore) -> None:
     """Groups in order of first appearance; the first of duplicates wins; a part holds at most 512."""
     a, b = await claim(store), await claim(store)
     spans = [make_span(a, 1), make_span(b, 1), make_span(a, 2)]
@@ -166,7 +168,7 @@ async def test_add_many_spans_groups_and_returns_the_stored(store):
     assert [s.sequence_id for s in await store.query_spans(a.rollout_id)] == list(range(1, 1503))
 
 
-async def test_a_failing_group_stops_the_later_ones(store):
+async def test_a_failing_group_stops_the_later_ones(store: AnyStore) -> None:
     """Earlier groups stay stored, later ones are not tried."""
     a, b = await claim(store), await claim(store)
     spans = [make_span(a, 1), make_span("nope", attempt_id="at"), make_span(b, 1)]
@@ -176,7 +178,7 @@ async def test_a_failing_group_stops_the_later_ones(store):
     assert (await store.query_spans(b.rollout_id)).total == 0
 
 
-async def test_query_spans_order_and_filters(store):
+async def test_query_spans_order_and_filters(store: AnyStore) -> None:
     """By sequence number unless asked otherwise; filters never leak other rollouts."""
     rollout, other = await claim(store), await claim(store)
     await store.add_span(make_span(other, 1, name="b"))
@@ -184,7 +186,7 @@ async def test_query_spans_order_and_filters(store):
         await store.add_span(make_span(rollout, number, name=name, trace_id=f"t{number}", parent_id=f"p{number}"))
     rollout_id = rollout.rollout_id
 
-    async def names(**filters):
+    async def names(**filters: Any) -> list[Any]:
         return [span.name for span in await store.query_spans(rollout_id, **filters)]
 
     assert await names() == ["b", "ab", "a"]
@@ -201,7 +203,7 @@ async def test_query_spans_order_and_filters(store):
         await store.query_spans(rollout_id, sort_by="colour")
 
 
-async def test_query_spans_by_attempt(store):
+async def test_query_spans_by_attempt(store: AnyStore) -> None:
     """ "latest" is the newest attempt, with or without spans."""
     first = await claim(store)
     await store.add_span(make_span(first, 1))
@@ -217,7 +219,7 @@ async def test_query_spans_by_attempt(store):
     assert await store.query_spans("nope", "latest") == []
 
 
-async def test_query_many_spans(store):
+async def test_query_many_spans(store: AnyStore) -> None:
     """Spans of many rollouts in one call, by sequence number; unknown ids give an empty list."""
     a, b = await claim(store), await claim(store)
     for rollout in (a, b):
@@ -228,7 +230,7 @@ async def test_query_many_spans(store):
     assert found["nope"] == []
 
 
-async def test_reward_is_lifted(store):
+async def test_reward_is_lifted(store: AnyStore) -> None:
     """The primary reward of a reward span shows on attempt and rollout."""
     rollout = await claim(store)
     reward = {"agentlightning.reward.0.name": "r", "agentlightning.reward.0.value": 0.25}
@@ -238,7 +240,7 @@ async def test_reward_is_lifted(store):
     assert rs.find_final_reward(await store.query_spans(rollout.rollout_id)) == 0.25
 
 
-async def test_add_otel_span(store):
+async def test_add_otel_span(store: AnyStore) -> None:
     """A span of the OpenTelemetry SDK is stored with the next number, or the given one."""
     from opentelemetry.sdk.trace import TracerProvider
 
@@ -262,7 +264,7 @@ async def test_add_otel_span(store):
     assert await store.add_otel_span(*ids, inner) is None
 
 
-async def test_payloads_of_any_class_round_trip(store):
+async def test_payloads_of_any_class_round_trip(store: AnyStore) -> None:
     """Tasks, metadata and attributes come back as they were, types included."""
     task = {
         "tuple": (1, 2),
@@ -279,11 +281,11 @@ async def test_payloads_of_any_class_round_trip(store):
     assert rollout.metadata == {"t": (1,)}
 
 
-async def test_a_class_nobody_can_import_round_trips(store):
+async def test_a_class_nobody_can_import_round_trips(store: AnyStore) -> None:
     """A task of a class that lives only in this function works: the store never opens payloads."""
 
     class Task:
-        def __init__(self, x):
+        def __init__(self, x: int) -> None:
             self.x = x
 
     await store.enqueue_rollout(Task(5))
@@ -291,7 +293,7 @@ async def test_a_class_nobody_can_import_round_trips(store):
     assert claimed.input.x == 5
 
 
-async def test_payload_limits(make_store):
+async def test_payload_limits(make_store: Callable[..., AnyStore]) -> None:
     """A value beyond its limit is refused with what to do, and nothing is changed."""
     store = make_store(limits={"value_bytes": 1000, "span_bytes": 1000})
     with pytest.raises(rs.PayloadTooLargeError, match="input is .* bytes and the limit is 1000"):

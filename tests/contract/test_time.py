@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+import raystore as rs
 from raystore.types import RolloutConfig
-from tests.helpers import claim, make_span, status_of
+from tests.helpers import AnyStore, claim, make_span, status_of
 
 RETRY = {"max_attempts": 2, "retry_condition": ["timeout", "unresponsive"]}
 
 
-async def latest(store, rollout):
+async def latest(store: AnyStore, rollout: rs.AttemptedRollout) -> rs.Attempt | None:
     return await store.get_latest_attempt(rollout.rollout_id)
 
 
-async def test_timeout_counts_from_the_start_of_the_attempt(store):
+async def test_timeout_counts_from_the_start_of_the_attempt(store: AnyStore) -> None:
     """Strictly more than timeout_seconds after its start an attempt has timed out, heartbeats or not."""
     rollout = await claim(store, worker_id="w", timeout_seconds=10)
     store.testing.tick(6)
@@ -28,7 +31,7 @@ async def test_timeout_counts_from_the_start_of_the_attempt(store):
     assert (await store.get_worker_by_id("w")).status == "unknown"
 
 
-async def test_silence_counts_from_the_last_heartbeat(store):
+async def test_silence_counts_from_the_last_heartbeat(store: AnyStore) -> None:
     """A span or an explicit heartbeat moves the deadline; without any it counts from the start."""
     rollout = await claim(store, unresponsive_seconds=5)
     store.testing.tick(4)
@@ -45,7 +48,7 @@ async def test_silence_counts_from_the_last_heartbeat(store):
     assert (await latest(store, silent)).status == "unresponsive"
 
 
-async def test_a_runners_heartbeat_says_that_its_agent_is_at_work(store):
+async def test_a_runners_heartbeat_says_that_its_agent_is_at_work(store: AnyStore) -> None:
     """A claimed rollout is running from then on, with its attempt; nothing that ended or waits comes back by it."""
     rollout = await claim(store, unresponsive_seconds=5, **RETRY)
     key = (rollout.rollout_id, rollout.attempt.attempt_id)
@@ -65,7 +68,7 @@ async def test_a_runners_heartbeat_says_that_its_agent_is_at_work(store):
     assert await status_of(store, again) == "succeeded"
 
 
-async def test_retries_after_timeouts(store):
+async def test_retries_after_timeouts(store: AnyStore) -> None:
     """A timed-out attempt is retried if the condition says so, and its clock starts anew."""
     rollout = await claim(store, timeout_seconds=5, **RETRY)
     store.testing.tick(6)
@@ -77,21 +80,21 @@ async def test_retries_after_timeouts(store):
     assert await status_of(store, rollout) == "failed"
 
 
-async def test_time_passes_before_a_claim(store):
+async def test_time_passes_before_a_claim(store: AnyStore) -> None:
     """A dequeue sees what has become due before it."""
     rollout = await claim(store, timeout_seconds=5, **RETRY)
     store.testing.tick(6)
     assert (await store.dequeue_rollout()).rollout_id == rollout.rollout_id
 
 
-async def test_a_queued_rollout_never_times_out(store):
+async def test_a_queued_rollout_never_times_out(store: AnyStore) -> None:
     """Only attempts have clocks."""
     rollout = await store.enqueue_rollout("x", config=RolloutConfig(timeout_seconds=1, unresponsive_seconds=1))
     store.testing.tick(100)
     assert await status_of(store, rollout) == "queuing"
 
 
-async def test_old_attempts_are_not_watched(store):
+async def test_old_attempts_are_not_watched(store: AnyStore) -> None:
     """Only the latest attempt of a rollout can time out."""
     rollout = await claim(store, timeout_seconds=5)
     store.testing.tick(3)
@@ -102,7 +105,7 @@ async def test_old_attempts_are_not_watched(store):
     assert await status_of(store, rollout) == "preparing"
 
 
-async def test_changed_config_moves_the_deadline(store):
+async def test_changed_config_moves_the_deadline(store: AnyStore) -> None:
     """A shorter timeout counts at once."""
     rollout = await claim(store, timeout_seconds=100)
     store.testing.tick(10)
@@ -110,7 +113,7 @@ async def test_changed_config_moves_the_deadline(store):
     assert await status_of(store, rollout) == "failed"
 
 
-async def test_older_heartbeat_moves_the_deadline_earlier(store):
+async def test_older_heartbeat_moves_the_deadline_earlier(store: AnyStore) -> None:
     """A heartbeat time is stored as given; an older one may be past the limit at once, a future one counts as now."""
     rollout = await claim(store, unresponsive_seconds=5)
     start = rollout.attempt.start_time
@@ -124,7 +127,7 @@ async def test_older_heartbeat_moves_the_deadline_earlier(store):
     assert (await latest(store, other)).status == "unresponsive"
 
 
-async def test_waiters_wake_when_time_is_up_for_an_attempt(store):
+async def test_waiters_wake_when_time_is_up_for_an_attempt(store: AnyStore) -> None:
     """A wait ends with the timeout of the attempt it waits for, although nobody else calls."""
     rollout = await claim(store, timeout_seconds=5)
     import asyncio
@@ -135,7 +138,7 @@ async def test_waiters_wake_when_time_is_up_for_an_attempt(store):
     assert [r.status for r in await task] == ["failed"]
 
 
-async def test_many_due_at_once(store):
+async def test_many_due_at_once(store: AnyStore) -> None:
     """More deadlines than one slice: a verb settles the rollouts it names, and all are settled soon."""
     config = RolloutConfig(timeout_seconds=5)
     made = [r for _ in range(3) for r in await store.enqueue_group("x", 500, config=config)]
@@ -147,7 +150,7 @@ async def test_many_due_at_once(store):
     assert counts == {"failed": 1500}
 
 
-async def test_the_system_clock_cannot_be_moved(make_store):
+async def test_the_system_clock_cannot_be_moved(make_store: Callable[..., AnyStore]) -> None:
     """Only a manual clock ticks."""
     store = make_store(clock="system")
     with pytest.raises(ValueError, match="clock='manual'"):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import raystore as rs
-from tests.helpers import make_span
+from tests.helpers import AnyStore, make_span
 
 
-async def start(store, **request):
+async def start(store: AnyStore, **request: Any) -> Any:
     """A rollout that runs."""
     if not request:
         return await store.start_rollout("x")
@@ -18,7 +20,9 @@ async def start(store, **request):
     return await store.start_attempt(made.rollout_id)
 
 
-async def finish(store, count=1, status="succeeded", keep=False, **request):
+async def finish(
+    store: AnyStore, count: int = 1, status: str = "succeeded", keep: bool = False, **request: Any
+) -> list[Any]:
     """Ids of rollouts that have run, in the order in which they finished; `keep` lets all start before one finishes."""
     done = []
     started = [await start(store, **request) for _ in range(count)] if keep else []
@@ -29,11 +33,11 @@ async def finish(store, count=1, status="succeeded", keep=False, **request):
     return done
 
 
-def ids(batch):
+def ids(batch: rs.Batch | BaseException) -> list[Any]:
     return [rollout.rollout_id for rollout in batch.rollouts]
 
 
-async def test_each_finished_rollout_comes_once_in_completion_order(store):
+async def test_each_finished_rollout_comes_once_in_completion_order(store: AnyStore) -> None:
     """Failed ones if they are asked for; cancelled and dropped ones never; each consumer on its own."""
     first = await finish(store, 2)
     cancelled = await store.enqueue_rollout("x")
@@ -52,7 +56,7 @@ async def test_each_finished_rollout_comes_once_in_completion_order(store):
     assert (empty.rollouts, empty.number) == ([], 0)
 
 
-async def test_who_holds_a_batch_gets_no_other(store):
+async def test_who_holds_a_batch_gets_no_other(store: AnyStore) -> None:
     """Named: the batch, whose it is, and what to do. As many as are allowed are given, and none twice."""
     done = await finish(store, 5)
     first = await store.take(2, consumer="t")
@@ -74,7 +78,7 @@ async def test_who_holds_a_batch_gets_no_other(store):
     await store.ack(first, step=1)
 
 
-async def test_two_that_wait_are_given_different_ones(store):
+async def test_two_that_wait_are_given_different_ones(store: AnyStore) -> None:
     """With room for two batches both get one; with room for one the other is told who has it."""
     waiting = [asyncio.ensure_future(store.take(2, consumer="t", timeout=60, max_open=2)) for _ in range(2)]
     await asyncio.sleep(0)
@@ -82,10 +86,10 @@ async def test_two_that_wait_are_given_different_ones(store):
     assert sorted([ids(await one) for one in waiting]) == sorted([done[:2], done[2:]])
     other = [asyncio.ensure_future(store.take(2, consumer="other", timeout=60)) for _ in range(2)]
     found = await asyncio.gather(*other, return_exceptions=True)
-    assert sorted(type(one) for one in found if isinstance(one, Exception)) == [rs.BatchHeldError]
+    assert [type(one) for one in found if isinstance(one, Exception)] == [rs.BatchHeldError]
 
 
-async def test_take_waits_until_there_are_enough_and_then_gives_what_there_is(store):
+async def test_take_waits_until_there_are_enough_and_then_gives_what_there_is(store: AnyStore) -> None:
     """The third completion ends the wait; the end of the time ends another."""
     more = await store.enqueue_rollout("more may come")
     waiting = asyncio.ensure_future(store.take(3, consumer="t", timeout=60))
@@ -106,7 +110,7 @@ async def test_take_waits_until_there_are_enough_and_then_gives_what_there_is(st
 
 
 @pytest.mark.parametrize("end", ["finish", "fail", "cancel", "delete"])
-async def test_a_take_ends_once_nothing_can_make_it_longer(store, end):
+async def test_a_take_ends_once_nothing_can_make_it_longer(store: AnyStore, end: str) -> None:
     """Whatever becomes of the last that waits or runs; what its filter leaves out does not count."""
     await store.enqueue_rollout("of another mode", mode="val")
     (done,) = await finish(store, mode="train")
@@ -129,7 +133,7 @@ async def test_a_take_ends_once_nothing_can_make_it_longer(store, end):
     assert ids(await store.take(1, consumer="u", timeout=600)) == [done]
 
 
-async def test_with_nothing_in_hand_a_take_waits_its_time(store):
+async def test_with_nothing_in_hand_a_take_waits_its_time(store: AnyStore) -> None:
     """Somebody may enqueue meanwhile."""
     waiting = asyncio.ensure_future(store.take(2, consumer="t", timeout=5))
     await asyncio.sleep(0)
@@ -146,7 +150,7 @@ async def test_with_nothing_in_hand_a_take_waits_its_time(store):
     assert (await waiting).number == 0
 
 
-async def test_a_consumer_takes_what_its_filter_says(store):
+async def test_a_consumer_takes_what_its_filter_says(store: AnyStore) -> None:
     """Mode, tags, queue, group and status, also together; it is fixed by the first take."""
     plain = await finish(store, 1)
     train = await finish(store, 1, mode="train")
@@ -177,7 +181,7 @@ async def test_a_consumer_takes_what_its_filter_says(store):
         await store.take(1, consumer="all", status_in=["failed"])
 
 
-async def test_a_filter_may_be_given_at_the_start(make_store):
+async def test_a_filter_may_be_given_at_the_start(make_store: Callable[..., AnyStore]) -> None:
     """Then it is awaited from the beginning, and a take need not repeat it; one without a filter fixes it later."""
     store = make_store(consumers={"trainer": {"mode": "train"}, "other": None}, retention={"max_rollouts": 0})
     train = await finish(store, 1, mode="train")
@@ -194,7 +198,7 @@ async def test_a_filter_may_be_given_at_the_start(make_store):
     assert failed
 
 
-async def test_a_consumer_is_forgotten(make_store):
+async def test_a_consumer_is_forgotten(make_store: Callable[..., AnyStore]) -> None:
     """What it awaited or held can go; who waits in its name gets nothing; with a new filter it begins anew."""
     store = make_store(retention={"max_rollouts": 0}, consumers=["t"])
     held = await finish(store, 2)
@@ -221,7 +225,7 @@ async def test_a_consumer_is_forgotten(make_store):
     assert ids(await store.take(1, consumer="t", mode="val")) == done
 
 
-async def test_what_is_given_back_comes_first_and_wakes_whoever_waits(store):
+async def test_what_is_given_back_comes_first_and_wakes_whoever_waits(store: AnyStore) -> None:
     """In the order in which it was taken, before what finished since."""
     first = await finish(store, 2)
     batch = await store.take(2, consumer="t")
@@ -230,7 +234,7 @@ async def test_what_is_given_back_comes_first_and_wakes_whoever_waits(store):
     assert ids(await store.take(3, consumer="t")) == first + later
 
 
-async def test_a_cancelled_take_leaves_nothing_behind(store):
+async def test_a_cancelled_take_leaves_nothing_behind(store: AnyStore) -> None:
     """Neither a call that waits nor a batch that nobody has."""
     waiting = asyncio.ensure_future(store.take(1, consumer="t", timeout=60))
     await asyncio.sleep(0)
@@ -248,7 +252,7 @@ async def test_a_cancelled_take_leaves_nothing_behind(store):
     assert ids(answer if waiting.done() and not waiting.cancelled() else await store.take(1, consumer="t")) == done
 
 
-async def test_a_model_that_goes_back_to_its_checkpoint_sees_what_it_had_not_seen(store):
+async def test_a_model_that_goes_back_to_its_checkpoint_sees_what_it_had_not_seen(store: AnyStore) -> None:
     """Consumed after the checkpoint, or taken and not consumed: all of that, in the order in which it was taken."""
     done = await finish(store, 8)
     for step in (1, 2, 3):
@@ -268,7 +272,7 @@ async def test_a_model_that_goes_back_to_its_checkpoint_sees_what_it_had_not_see
         await store.checkpoint("t", 0)
 
 
-async def test_a_rewind_to_where_one_is_gives_back_what_is_held(store):
+async def test_a_rewind_to_where_one_is_gives_back_what_is_held(store: AnyStore) -> None:
     """Said after each start of a trainer: also after the first, and after one in which nothing went wrong."""
     assert await store.rewind("t", 0) == 0
     done = await finish(store, 2)
@@ -278,7 +282,7 @@ async def test_a_rewind_to_where_one_is_gives_back_what_is_held(store):
     assert ids(await store.take(1, consumer="t")) == done[1:]
 
 
-async def test_an_acknowledgement_may_be_said_again_and_no_other_may(store):
+async def test_an_acknowledgement_may_be_said_again_and_no_other_may(store: AnyStore) -> None:
     """The same step is no news; another step, a batch that went back, and one that never was are conflicts."""
     await finish(store, 3)
     batch = await store.take(1, consumer="t")
@@ -302,7 +306,7 @@ async def test_an_acknowledgement_may_be_said_again_and_no_other_may(store):
         await store.ack(third, step=7)
 
 
-async def test_what_is_in_a_batch_is_sealed(store):
+async def test_what_is_in_a_batch_is_sealed(store: AnyStore) -> None:
     """Late reports stay on their attempts; it is not run again, not deleted, and freed when all have trained on it."""
     (rollout_id,) = await finish(store, status="failed")
     (attempt,) = await store.query_attempts(rollout_id)
@@ -325,7 +329,9 @@ async def test_what_is_in_a_batch_is_sealed(store):
     assert (await store.take(1, consumer="t")).rollouts == []
 
 
-async def test_a_rollout_is_released_when_all_that_took_it_have_a_checkpoint(make_store):
+async def test_a_rollout_is_released_when_all_that_took_it_have_a_checkpoint(
+    make_store: Callable[..., AnyStore],
+) -> None:
     """Until then it counts as unread: the retention rule lets it be."""
     store = make_store(retention={"max_rollouts": 0})
     (rollout_id,) = await finish(store)
@@ -358,14 +364,14 @@ async def test_a_rollout_is_released_when_all_that_took_it_have_a_checkpoint(mak
     lambda store: store.rewind("t", 1.5),
     lambda store: store.ack("batch", step=1),
 ])  # fmt: skip
-async def test_bad_input_is_named_and_changes_nothing(store, call):
+async def test_bad_input_is_named_and_changes_nothing(store: AnyStore, call: Callable[..., Any]) -> None:
     """As everywhere."""
     with pytest.raises((ValueError, TypeError)):
         await call(store)
     assert (await store.statistics())["consumers"] == {}
 
 
-def test_the_blocking_twins_do_the_same(store):
+def test_the_blocking_twins_do_the_same(store: AnyStore) -> None:
     """As everywhere."""
     rollout = store.sync.start_rollout("x")
     store.sync.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")

@@ -12,7 +12,7 @@ import pytest
 
 import raystore as rs
 from raystore.client import pending
-from tests.conftest import MakeStore
+from tests.conftest import MakeMemoryStore
 from tests.helpers import make_span
 
 Loop = Callable[[Any, rs.AttemptedRollout, int], Awaitable[Any]]
@@ -39,7 +39,7 @@ async def refused(call: Awaitable[Any]) -> None:
 
 @pytest.mark.parametrize(("name", "has_journal"), [*((name, False) for name in LOOPS), ("read", True)])
 async def test_a_loop_of_calls_lets_other_tasks_run(
-    make_memory_store: MakeStore, tmp_path: Path, name: str, has_journal: bool
+    make_memory_store: MakeMemoryStore, tmp_path: Path, name: str, has_journal: bool
 ) -> None:
     """They wait no longer than a turn, or a call that is longer."""
     store = make_memory_store(journal=str(tmp_path) if has_journal else None)
@@ -70,7 +70,7 @@ def gives_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_claims_of_a_call_that_is_cancelled_in_between_go_back(
-    make_memory_store: MakeStore, gives_way_at_once: None
+    make_memory_store: MakeMemoryStore, gives_way_at_once: None
 ) -> None:
     """To their old places, and nothing else is lost or done twice."""
     store = make_memory_store()
@@ -88,7 +88,7 @@ async def test_claims_of_a_call_that_is_cancelled_in_between_go_back(
 
 
 async def test_a_batch_of_a_call_that_is_cancelled_in_between_goes_back(
-    make_memory_store: MakeStore, gives_way_at_once: None
+    make_memory_store: MakeMemoryStore, gives_way_at_once: None
 ) -> None:
     """It comes to the next take."""
     store = make_memory_store()
@@ -104,7 +104,7 @@ async def test_a_batch_of_a_call_that_is_cancelled_in_between_goes_back(
 
 
 async def test_calls_take_effect_in_the_order_in_which_they_were_issued(
-    make_memory_store: MakeStore, gives_way_at_once: None
+    make_memory_store: MakeMemoryStore, gives_way_at_once: None
 ) -> None:
     """Also when they are awaited together and let each other run."""
     store = make_memory_store()

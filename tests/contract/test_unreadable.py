@@ -6,10 +6,14 @@ import copy
 import pickle
 import sys
 import types
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import raystore as rs
+from tests.conftest import MakeMemoryStore
+from tests.helpers import AnyStore
 
 MODULE = "users_tasks"
 
@@ -17,30 +21,30 @@ MODULE = "users_tasks"
 class Tasks:
     """A module that some processes have and others have not."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.module = types.ModuleType(MODULE)
         self.module.Task = type("Task", (), {"__module__": MODULE, "__eq__": lambda self, other: True})
         self.come()
 
-    def come(self):
+    def come(self) -> None:
         sys.modules[MODULE] = self.module
 
-    def go(self):
+    def go(self) -> None:
         sys.modules.pop(MODULE, None)
 
-    def one(self):
+    def one(self) -> Any:
         return self.module.Task()
 
 
 @pytest.fixture
-def tasks():
+def tasks() -> Iterator[Tasks]:
     """Here at first."""
     made = Tasks()
     yield made
     made.go()
 
 
-def reads(record, name, what):
+def reads(record: Any, name: str, what: str) -> bool:
     """That reading this field says what is missing, each time, and that it is no lack of an attribute."""
     for _ in range(2):
         with pytest.raises(rs.PayloadNotReadableError, match=rf"{what}.*{MODULE}.*Install the package") as caught:
@@ -52,7 +56,7 @@ def reads(record, name, what):
 
 
 @pytest.fixture
-def unreadable(store, tasks):
+def unreadable(store: AnyStore, tasks: Tasks) -> AnyStore:
     """A store whose records hold such values in every place, read by a process without the module."""
     sync = store.sync
     task = tasks.one()
@@ -73,7 +77,7 @@ def unreadable(store, tasks):
     return store
 
 
-async def test_no_query_raises(unreadable):
+async def test_no_query_raises(unreadable: AnyStore) -> None:
     """Whatever is asked for comes, and the good records with it."""
     store = unreadable
     page = await store.query_rollouts()
@@ -104,7 +108,7 @@ async def test_no_query_raises(unreadable):
     assert [r.rollout_id async for r in store.as_completed(["mine", "other"], timeout=5)] == ["mine", "other"]
 
 
-async def test_such_a_record_can_be_shown_and_copied(unreadable):
+async def test_such_a_record_can_be_shown_and_copied(unreadable: AnyStore) -> None:
     """`repr` shows the problem, a dump raises it, copies and pickles have it too, and two readings are equal."""
     store = unreadable
     one, two = await store.get_rollout_by_id("mine"), await store.get_rollout_by_id("mine")
@@ -128,7 +132,9 @@ async def test_such_a_record_can_be_shown_and_copied(unreadable):
         one.nothing  # noqa: B018
 
 
-async def test_such_a_span_can_be_added_where_it_can_be_read(unreadable, make_memory_store, tasks):
+async def test_such_a_span_can_be_added_where_it_can_be_read(
+    unreadable: AnyStore, make_memory_store: MakeMemoryStore, tasks: Tasks
+) -> None:
     """A copy into another store says what is missing, or copies all of it."""
     (span,) = await unreadable.query_spans("mine")
     other = make_memory_store()
@@ -142,7 +148,7 @@ async def test_such_a_span_can_be_added_where_it_can_be_read(unreadable, make_me
     assert stored == copied and stored.attributes == {"task": tasks.one()} and stored.extra_field == 5
 
 
-async def test_it_is_read_as_soon_as_it_can_be(unreadable, tasks):
+async def test_it_is_read_as_soon_as_it_can_be(unreadable: AnyStore, tasks: Tasks) -> None:
     """The module may come later; then a record is like any other."""
     store = unreadable
     rollout, (span,) = await store.get_rollout_by_id("mine"), await store.query_spans("mine")
@@ -153,7 +159,7 @@ async def test_it_is_read_as_soon_as_it_can_be(unreadable, tasks):
     assert rollout.model_dump()["input"] == tasks.one()
 
 
-async def test_a_hand_written_runner_gets_the_record(store, tasks):
+async def test_a_hand_written_runner_gets_the_record(store: AnyStore, tasks: Tasks) -> None:
     """It can say itself what becomes of the attempt."""
     await store.enqueue_rollout(tasks.one())
     tasks.go()
@@ -163,7 +169,7 @@ async def test_a_hand_written_runner_gets_the_record(store, tasks):
     assert (await store.get_rollout_by_id(claimed.rollout_id)).status == "failed"
 
 
-async def test_a_runner_fails_what_it_cannot_read(make_memory_store, tasks):
+async def test_a_runner_fails_what_it_cannot_read(make_memory_store: MakeMemoryStore, tasks: Tasks) -> None:
     """What nobody can decode fails in the end, as a fault of the infrastructure, which says what is missing."""
     store = make_memory_store()
     bad, good = await store.enqueue_many_rollouts(
@@ -179,7 +185,7 @@ async def test_a_runner_fails_what_it_cannot_read(make_memory_store, tasks):
     assert attempt.outcome == "infra" and MODULE in attempt.error
 
 
-async def test_a_value_that_raises_for_another_reason(store):
+async def test_a_value_that_raises_for_another_reason(store: AnyStore) -> None:
     """Its own error is named."""
     await store.enqueue_rollout(Spiteful())
     (rollout,) = await store.query_rollouts()
@@ -191,9 +197,9 @@ async def test_a_value_that_raises_for_another_reason(store):
 class Spiteful:
     """Cannot be unpickled."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return _raise, ()
 
 
-def _raise():
+def _raise() -> None:
     raise ZeroDivisionError("not today")

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 import raystore as rs
 from raystore.core.changes import ChangeFeed
 from raystore.wire import convert
-from tests.helpers import claim, until
+from tests.conftest import MakeMemoryStore
+from tests.helpers import AnyStore, claim, until
 
 
-async def finish(store, rollout, status="succeeded"):
+async def finish(store: AnyStore, rollout: rs.AttemptedRollout | rs.Rollout, status: str = "succeeded") -> None:
     await store.update_rollout(rollout.rollout_id, status=status)
 
 
-async def started(coroutine):
+async def started(coroutine: Any) -> Any:
     """A task that has issued its operation."""
     task = asyncio.ensure_future(coroutine)
     await asyncio.sleep(0)
     return task
 
 
-async def test_snapshot(store):
+async def test_snapshot(store: AnyStore) -> None:
     """timeout <= 0 returns what is finished now, in the order given, with attempts; duplicates twice."""
     a, b = await claim(store), await claim(store)
     await finish(store, b)
@@ -39,7 +41,7 @@ async def test_snapshot(store):
 
 
 @pytest.mark.parametrize("timeout", [None, 100])
-async def test_wait_until_all_are_finished(store, timeout):
+async def test_wait_until_all_are_finished(store: AnyStore, timeout: int | None) -> None:
     """Answered by the completion, in the order given; unknown ids are skipped at once."""
     a, b = await claim(store), await claim(store)
     task = await started(store.wait_for_rollouts(rollout_ids=[b.rollout_id, "nope", a.rollout_id], timeout=timeout))
@@ -51,7 +53,7 @@ async def test_wait_until_all_are_finished(store, timeout):
     assert await store.wait_for_rollouts(rollout_ids=[]) == []
 
 
-async def test_wait_returns_what_is_finished_when_time_is_up(store):
+async def test_wait_returns_what_is_finished_when_time_is_up(store: AnyStore) -> None:
     """A part of the rollouts, if not all finish in time."""
     a, b = await claim(store), await claim(store)
     task = await started(store.wait_for_rollouts(rollout_ids=[a.rollout_id, b.rollout_id], timeout=10))
@@ -60,7 +62,7 @@ async def test_wait_returns_what_is_finished_when_time_is_up(store):
     assert [r.rollout_id for r in await task] == [b.rollout_id]
 
 
-async def test_wait_can_be_cancelled(store):
+async def test_wait_can_be_cancelled(store: AnyStore) -> None:
     """A cancelled wait raises and leaves nothing behind."""
     rollout = await claim(store)
     task = await started(store.wait_for_rollouts(rollout_ids=[rollout.rollout_id]))
@@ -72,7 +74,7 @@ async def test_wait_can_be_cancelled(store):
     assert (await store.statistics())["waiters"] == 0
 
 
-async def test_requeued_rollout_is_waited_for_again(store):
+async def test_requeued_rollout_is_waited_for_again(store: AnyStore) -> None:
     """A rollout that finished and was queued again is not finished."""
     a, b = await claim(store), await claim(store)
     task = await started(store.wait_for_rollouts(rollout_ids=[a.rollout_id, b.rollout_id]))
@@ -85,7 +87,7 @@ async def test_requeued_rollout_is_waited_for_again(store):
     assert len(await task) == 2
 
 
-async def test_deleted_rollout_is_waited_for_no_longer(store):
+async def test_deleted_rollout_is_waited_for_no_longer(store: AnyStore) -> None:
     """Nobody waits for what cannot come."""
     rollout = await claim(store)
     task = await started(store.wait_for_rollouts(rollout_ids=[rollout.rollout_id]))
@@ -93,7 +95,7 @@ async def test_deleted_rollout_is_waited_for_no_longer(store):
     assert await task == []
 
 
-async def test_many_waiters_of_many_rollouts(store):
+async def test_many_waiters_of_many_rollouts(store: AnyStore) -> None:
     """Each waiting call is answered by its own completions."""
     made = [await claim(store) for _ in range(20)]
     tasks = [await started(store.wait_for_rollout(r.rollout_id)) for r in made]
@@ -102,13 +104,13 @@ async def test_many_waiters_of_many_rollouts(store):
     assert await store.wait_for_rollout("nope") is None
 
 
-async def test_as_completed(store):
+async def test_as_completed(store: AnyStore) -> None:
     """Rollouts come as they finish; a timeout says how many did not."""
     made = [await claim(store) for _ in range(3)]
     await finish(store, made[1])
     seen = []
 
-    async def collect():
+    async def collect() -> None:
         async for rollout in store.as_completed([r.rollout_id for r in made]):
             seen.append(rollout.rollout_id)
 
@@ -125,7 +127,7 @@ async def test_as_completed(store):
             pass
 
 
-async def test_completed_with_cursor(store):
+async def test_completed_with_cursor(store: AnyStore) -> None:
     """Completion order, resumable; one that finishes again comes again, at the tail."""
     made = [await store.enqueue_rollout(i, group_id="g" if i % 2 else None) for i in range(4)]
     for rollout in (made[2], made[0], made[3]):
@@ -142,7 +144,7 @@ async def test_completed_with_cursor(store):
     assert [r.input for r in (await store.completed(group_id="g")).items] == [3]
 
 
-async def test_completed_waits(store):
+async def test_completed_waits(store: AnyStore) -> None:
     """A waiting read is answered by the next completion that fits, or by an empty page in the end."""
     a, b = await store.enqueue_rollout("a"), await store.enqueue_rollout("b", tags={"t": 1})
     task = await started(store.completed(timeout=50, tags={"t": 1}))
@@ -156,7 +158,7 @@ async def test_completed_waits(store):
     assert (await late).items == []
 
 
-async def test_changes_feed(store):
+async def test_changes_feed(store: AnyStore) -> None:
     """One monotone sequence of what happened; kinds filter, the cursor resumes."""
     rollout = await claim(store)
     await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
@@ -173,7 +175,7 @@ async def test_changes_feed(store):
     assert [c.kind for c in (await task).items] == ["enqueued"]
 
 
-async def test_a_cursor_that_is_too_old(make_memory_store, monkeypatch):
+async def test_a_cursor_that_is_too_old(make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The feed is bounded; an old cursor is told what the oldest entry is."""
     monkeypatch.setattr(ChangeFeed.__init__, "__defaults__", (1_000,))
     store = make_memory_store()
@@ -188,19 +190,23 @@ async def test_a_cursor_that_is_too_old(make_memory_store, monkeypatch):
 
 @pytest.mark.parametrize("method", ["completed", "changes"])
 @pytest.mark.parametrize("bad", [{"timeout": -1}, {"timeout": float("nan")}, {"limit": 0}, {"cursor": -1}], ids=str)
-async def test_bad_arguments_of_reads_with_a_cursor(store, method, bad):
+async def test_bad_arguments_of_reads_with_a_cursor(
+    store: AnyStore, method: str, bad: dict[str, int] | dict[str, float]
+) -> None:
     """Negative times, NaN and senseless numbers are refused by name."""
     with pytest.raises(ValueError, match=next(iter(bad))):
         await getattr(store, method)(**bad)
 
 
-async def test_as_completed_ends_when_what_is_left_does_not_exist(store, monkeypatch):
+async def test_as_completed_ends_when_what_is_left_does_not_exist(
+    store: AnyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rollouts that are deleted meanwhile are skipped, as they are by wait_for_rollouts."""
     monkeypatch.setattr("raystore.client.client.LOOK_AGAIN_SECONDS", 5.0)
     made = [await claim(store) for _ in range(2)]
     seen = []
 
-    async def collect():
+    async def collect() -> None:
         async for rollout in store.as_completed([r.rollout_id for r in made]):
             seen.append(rollout.rollout_id)
 
@@ -214,7 +220,7 @@ async def test_as_completed_ends_when_what_is_left_does_not_exist(store, monkeyp
     assert seen == [made[1].rollout_id]
 
 
-async def test_as_completed_refuses_what_never_existed(store):
+async def test_as_completed_refuses_what_never_existed(store: AnyStore) -> None:
     """All that is unknown is named at once, before anything is given: it would be missed in silence otherwise."""
     done = await claim(store)
     await finish(store, done)
@@ -227,7 +233,7 @@ async def test_as_completed_refuses_what_never_existed(store):
     assert seen == [] and caught.value.args == tuple(f"n-{n}" for n in range(8))
 
 
-async def test_as_completed_is_told_only_of_what_it_waits_for(store, monkeypatch):
+async def test_as_completed_is_told_only_of_what_it_waits_for(store: AnyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """What others finish does not travel to it, however much that is; its own comes one by one, in order."""
     mine = [await claim(store) for _ in range(5)]
     others = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input="other", queue="o") for _ in range(300)])
@@ -235,7 +241,7 @@ async def test_as_completed_is_told_only_of_what_it_waits_for(store, monkeypatch
     monkeypatch.setattr(convert, "to_any_rollout", lambda answer: (decoded.append(answer), before(answer))[1])
     seen = []
 
-    async def collect():
+    async def collect() -> None:
         async for rollout in store.as_completed([r.rollout_id for r in mine]):
             seen.append(rollout.rollout_id)
 
@@ -246,7 +252,7 @@ async def test_as_completed_is_told_only_of_what_it_waits_for(store, monkeypatch
         assert len(seen) == number
         await finish(store, rollout)
 
-        async def is_told(number=number):
+        async def is_told(number: int = number) -> bool:
             return len(seen) > number
 
         await until(is_told)

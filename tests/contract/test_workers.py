@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers import claim, make_span
+import raystore as rs
+from tests.helpers import AnyStore, claim, make_span
 
 
-async def worker(store, worker_id="w"):
+async def worker(store: AnyStore, worker_id: str = "w") -> rs.Worker | None:
     return await store.get_worker_by_id(worker_id)
 
 
-async def test_update_worker_is_an_upsert_and_never_changes_status(store):
+async def test_update_worker_is_an_upsert_and_never_changes_status(store: AnyStore) -> None:
     """A heartbeat stamps the time and replaces statistics if given."""
     first = await store.update_worker("w", {"cpu": 1})
     assert (first.status, first.heartbeat_stats, first.last_heartbeat_time is not None) == ("unknown", {"cpu": 1}, True)
@@ -25,7 +26,7 @@ async def test_update_worker_is_an_upsert_and_never_changes_status(store):
     assert await worker(store, "nope") is None
 
 
-async def test_claim_makes_busy_and_report_makes_idle(store):
+async def test_claim_makes_busy_and_report_makes_idle(store: AnyStore) -> None:
     """A worker is busy with what it claimed until it succeeds or fails; heartbeat data survives."""
     await store.update_worker("w", {"cpu": 1})
     rollout = await claim(store, worker_id="w")
@@ -42,7 +43,7 @@ async def test_claim_makes_busy_and_report_makes_idle(store):
 
 
 @pytest.mark.parametrize("status", ["timeout", "unresponsive"])
-async def test_a_lost_attempt_makes_its_worker_unknown(store, status):
+async def test_a_lost_attempt_makes_its_worker_unknown(store: AnyStore, status: str) -> None:
     """Nobody knows what a worker does whose attempt timed out."""
     rollout = await claim(store, worker_id="w")
     await store.update_attempt(rollout.rollout_id, "latest", status=status)
@@ -50,7 +51,7 @@ async def test_a_lost_attempt_makes_its_worker_unknown(store, status):
     assert (found.status, found.current_attempt_id) == ("unknown", None)
 
 
-async def test_empty_dequeue_makes_idle_and_clears(store):
+async def test_empty_dequeue_makes_idle_and_clears(store: AnyStore) -> None:
     """A worker that comes away empty is idle, and busy with nothing; an idle one only stamps the time."""
     await store.dequeue_rollout("w")
     first = await worker(store)
@@ -69,7 +70,7 @@ async def test_empty_dequeue_makes_idle_and_clears(store):
     assert (await store.query_workers()).total == 3
 
 
-async def test_start_with_a_worker_makes_busy_without_a_dequeue_stamp(store):
+async def test_start_with_a_worker_makes_busy_without_a_dequeue_stamp(store: AnyStore) -> None:
     """start_rollout and start_attempt are no dequeues."""
     rollout = await store.start_rollout("x", worker_id="w")
     assert (await worker(store)).status == "busy" and (await worker(store)).last_dequeue_time is None
@@ -77,7 +78,7 @@ async def test_start_with_a_worker_makes_busy_without_a_dequeue_stamp(store):
     assert (await worker(store, "v")).current_rollout_id == rollout.rollout_id
 
 
-async def test_update_attempt_names_a_worker(store):
+async def test_update_attempt_names_a_worker(store: AnyStore) -> None:
     """Naming a worker makes it busy; metadata and heartbeats alone do not touch it."""
     rollout = await claim(store)
     await store.update_attempt(rollout.rollout_id, "latest", metadata={"x": 1}, last_heartbeat_time=1.0)
@@ -88,7 +89,7 @@ async def test_update_attempt_names_a_worker(store):
     assert (await worker(store)).status == "busy"
 
 
-async def test_late_report_of_an_old_attempt_leaves_a_worker_that_moved_on(store):
+async def test_late_report_of_an_old_attempt_leaves_a_worker_that_moved_on(store: AnyStore) -> None:
     """A worker that is busy with something else stays so."""
     old = await claim(store, worker_id="w")
     new = await claim(store, worker_id="w")
@@ -96,7 +97,7 @@ async def test_late_report_of_an_old_attempt_leaves_a_worker_that_moved_on(store
     assert ((await worker(store)).status, (await worker(store)).current_rollout_id) == ("busy", new.rollout_id)
 
 
-async def test_dequeue_many_tracks_the_last(store):
+async def test_dequeue_many_tracks_the_last(store: AnyStore) -> None:
     """All attempts carry the worker; its row names the last one."""
     for i in range(3):
         await store.enqueue_rollout(i)
@@ -105,7 +106,7 @@ async def test_dequeue_many_tracks_the_last(store):
     assert (await worker(store)).current_rollout_id == claimed[-1].rollout_id
 
 
-async def test_query_workers(store):
+async def test_query_workers(store: AnyStore) -> None:
     """Filters, sorting, pages; insertion order by default."""
     for name in ("b1", "a1", "b2"):
         await store.update_worker(name)

@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,7 @@ def check(error: Any, known: Known, method: str, argument: str, value: Any) -> b
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-async def test_every_wrong_argument(method):
+async def test_every_wrong_argument(method: str) -> None:
     """The caller is told by name, or answered; nothing has changed when it was an error."""
     with rs.InMemoryLightningStore(clock="manual") as store:
         known = Known()
@@ -181,7 +182,7 @@ async def test_every_wrong_argument(method):
 
 
 @pytest.mark.timeout(300)
-async def test_every_wrong_argument_through_an_actor(make_shared_store):
+async def test_every_wrong_argument_through_an_actor(make_shared_store: Callable[..., rs.RayLightningStore]) -> None:
     """The same from another process, beside another client, all values at once; then those again that were refused."""
     store = make_shared_store(clock="manual")
     other = rs.RayLightningStore(store.actor)
@@ -189,7 +190,9 @@ async def test_every_wrong_argument_through_an_actor(make_shared_store):
         known = Known()
         await known.fill(store)
 
-        async def refused(values, known=known, method=method):
+        async def refused(
+            values: list[tuple[str, Any]] | list[Any], known: Known = known, method: str = method
+        ) -> list[Any]:
             """Those of these (argument, value) that are refused."""
             calls = (outcome(store, method, known.right(method) | {argument: value}) for argument, value in values)
             errors = await asyncio.gather(*calls)
@@ -198,7 +201,7 @@ async def test_every_wrong_argument_through_an_actor(make_shared_store):
         values = [(name, value) for name in known.right(method) for value in values_for(known, method, name)]
         values = await refused(values)
 
-        async def nobody_waits():  # any more: calls that gave up are withdrawn a moment later
+        async def nobody_waits() -> bool:  # any more: calls that gave up are withdrawn a moment later
             return (await store.statistics())["waiters"] == 0
 
         await until(nobody_waits)
@@ -220,7 +223,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("field", BROKEN)
-async def test_what_is_stored_can_be_read(field):
+async def test_what_is_stored_can_be_read(field: str) -> None:
     """A span that was changed or made without validation is refused, or stands in a trace that everybody can read."""
     with rs.InMemoryLightningStore(clock="manual") as store:
         claimed = await store.start_rollout(1)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -23,7 +24,8 @@ from raystore.client.client import StoreClient
 from raystore.errors import InvalidValueError
 from raystore.errors.calls import explained
 from raystore.values.models import Model, refusal
-from tests.helpers import claim
+from tests.conftest import MakeMemoryStore
+from tests.helpers import AnyStore, claim
 
 REQUEST = rs.EnqueueRolloutRequest(input=1)
 ROLLOUT = rs.Rollout(rollout_id="ro-1", input=1, start_time=0.0)
@@ -191,7 +193,9 @@ async def said(store: Any, call: Call, *, blocking: bool) -> Exception | None:
 
 @pytest.mark.parametrize("blocking", [False, True], ids=["await", "sync"])
 @pytest.mark.parametrize(("calls", "kind"), [(VALUES, InvalidValueError), (FORMS, TypeError)], ids=["values", "forms"])
-async def test_a_wrong_call_says_what_to_write(store, calls, kind, blocking):
+async def test_a_wrong_call_says_what_to_write(
+    store: AnyStore, calls: list[Call], kind: type[InvalidValueError] | type[TypeError], blocking: bool
+) -> None:
     """Value and remedy are in the message, which is of a line; nothing has changed."""
     for call in calls:
         error = await said(store, call, blocking=blocking)
@@ -201,7 +205,7 @@ async def test_a_wrong_call_says_what_to_write(store, calls, kind, blocking):
     assert {(await store.statistics())[f"total_{what}"] for what in ("rollouts", "resources", "spans")} == {0}
 
 
-def test_what_is_wrong_in_a_model_is_said_by_pydantic_in_better_words():
+def test_what_is_wrong_in_a_model_is_said_by_pydantic_in_better_words() -> None:
     """Who catches pydantic's error still does; the likely field, or what is missing, is in it."""
     wrong = [
         (lambda: rs.RolloutConfig(timeout=60), "did you mean 'timeout_seconds'?", "input_value=60"),
@@ -269,7 +273,7 @@ TYPES_OF_USERS = [
 
 
 @pytest.mark.parametrize(("annotation", "value", "words"), TYPES_OF_USERS, ids=str)
-def test_a_users_own_types_in_a_record_are_pydantics_to_refuse(annotation, value, words):
+def test_a_users_own_types_in_a_record_are_pydantics_to_refuse(annotation: Any, value: Any, words: Any) -> None:
     """Whatever a field of a subclass is: a better word where there is one, and never another error than pydantic's."""
 
     class Mine(rs.Resource):
@@ -293,7 +297,7 @@ def test_a_users_own_types_in_a_record_are_pydantics_to_refuse(annotation, value
         (Field(validation_alias=AliasPath("lens", 0)), "lens"),
     ],
 )
-def test_a_field_under_another_name_is_said_by_that(alias, words):
+def test_a_field_under_another_name_is_said_by_that(alias: Any, words: str) -> None:
     """A record of a user's with aliases: they are what is given, so they are what is told."""
 
     class Mine(Model, extra="forbid"):
@@ -307,7 +311,7 @@ def test_a_field_under_another_name_is_said_by_that(alias, words):
 
 
 @pytest.mark.parametrize("make", [rs.RolloutConfig, lambda **fields: rs.EnqueueRolloutRequest(input=1, config=fields)])
-def test_half_of_a_retry_is_warned_of(make):
+def test_half_of_a_retry_is_warned_of(make: type[rs.RolloutConfig] | Callable[..., rs.EnqueueRolloutRequest]) -> None:
     """Where the user makes it, and not where both are said, nor where a store answers with one."""
     with pytest.warns(UserWarning, match=r"max_attempts=3.*retry_condition=\['failed', 'timeout'") as warned:
         make(max_attempts=3)
@@ -345,7 +349,7 @@ class Counted(rs.RolloutConfig):
         super().__init__(max_attempts=n, retry_condition=["failed"])
 
 
-def test_a_retry_that_a_subclass_completes_is_not_warned_of(make_memory_store):
+def test_a_retry_that_a_subclass_completes_is_not_warned_of(make_memory_store: MakeMemoryStore) -> None:
     """What was made is looked at, not what was given; a subclass that is half of one is still told."""
     store = make_memory_store()
     made = [
@@ -366,7 +370,7 @@ def test_a_retry_that_a_subclass_completes_is_not_warned_of(make_memory_store):
             make()
 
 
-def test_what_a_model_hides_stays_hidden():
+def test_what_a_model_hides_stays_hidden() -> None:
     """A user's own with secrets in it: better words show no value that pydantic would not."""
 
     class Secret(Model, extra="forbid", hide_input_in_errors=True):
@@ -381,7 +385,9 @@ def test_what_a_model_hides_stays_hidden():
 @pytest.mark.parametrize(
     ("field", "value"), [("max_attempts", "x"), ("timeout_seconds", -5), ("retry_condition", "failed")]
 )
-def test_a_config_that_was_changed_is_checked_wherever_it_goes(make_memory_store, cls, field, value):
+def test_a_config_that_was_changed_is_checked_wherever_it_goes(
+    make_memory_store: MakeMemoryStore, cls: type[rs.RolloutConfig] | type[Patient], field: str, value: str | int
+) -> None:
     """Assignment takes anything, so each way in looks again, a store's default among them."""
     config = cls(max_attempts=2, retry_condition=["failed"])
     setattr(config, field, value)
@@ -402,7 +408,7 @@ def test_a_config_that_was_changed_is_checked_wherever_it_goes(make_memory_store
         assert other.sync.enqueue_rollout(1).config == rs.RolloutConfig(**config.model_dump())
 
 
-def test_functions_say_how_they_are_called(make_memory_store):
+def test_functions_say_how_they_are_called(make_memory_store: MakeMemoryStore) -> None:
     """Stores, pools and the ways to them, likewise."""
     store = make_memory_store()
     wrong = [
@@ -422,7 +428,7 @@ def test_functions_say_how_they_are_called(make_memory_store):
         assert words in str(caught.value) and "It is called as" in str(caught.value)
 
 
-def test_methods_stay_what_they_are():
+def test_methods_stay_what_they_are() -> None:
     """Kind, signature and text of each method are the contract's, whatever it costs to explain a wrong call."""
     for name in METHODS:
         ours, theirs = getattr(StoreClient, name), getattr(LightningStore, name)
@@ -432,18 +438,18 @@ def test_methods_stay_what_they_are():
 
 
 @pytest.mark.parametrize("model", [rs.RolloutConfig, rs.EnqueueRolloutRequest, rs.LLM, Leveled, Mine, Counted])
-def test_models_show_the_fields_that_they_take(model):
+def test_models_show_the_fields_that_they_take(model: Any) -> None:
     """By name, and nothing else; one with arguments of its own shows those."""
     shown = inspect.signature(model).parameters
     assert list(shown) == (["n"] if model is Counted else list(model.model_fields))
     assert model is Counted or {one.kind for one in shown.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-def test_an_error_of_the_function_itself_stays():
+def test_an_error_of_the_function_itself_stays() -> None:
     """Only a call that never began is explained."""
 
     @explained
-    def function(values):
+    def function(values: list[Any]) -> Any:
         return values + 1
 
     with pytest.raises(TypeError, match="can only concatenate"):
@@ -452,7 +458,7 @@ def test_an_error_of_the_function_itself_stays():
         function()
 
 
-async def test_a_remedy_is_given_where_it_helps(make_memory_store):
+async def test_a_remedy_is_given_where_it_helps(make_memory_store: MakeMemoryStore) -> None:
     """What is wrong within an item is no matter of wrapping it, or giving it a name."""
     for call in DEEP:
         error = await said(make_memory_store(), call, blocking=False)
@@ -461,17 +467,19 @@ async def test_a_remedy_is_given_where_it_helps(make_memory_store):
         assert "wrap each task" not in str(error) and "give each its name" not in str(error), str(error)
 
 
-async def test_an_empty_batch_is_no_batch(store):
+async def test_an_empty_batch_is_no_batch(store: AnyStore) -> None:
     """What is said of it fits: nothing was taken."""
     batch = await store.take(1, consumer="c")
     with pytest.raises(rs.BatchConflictError, match=r"if batch\.rollouts"):
         await store.ack(batch, step=1)
 
 
-async def test_a_resource_that_is_not_there(make_memory_store, caplog):
+async def test_a_resource_that_is_not_there(
+    make_memory_store: MakeMemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """The agent is told which there are, and how there would be others; a KeyError it is."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> Any:
         return ctx.resources["prompt"]
 
     with pytest.raises(KeyError, match="'promt'.*pass resources=.*did you mean 'promt'") as caught:
@@ -492,16 +500,18 @@ async def test_a_resource_that_is_not_there(make_memory_store, caplog):
     assert f"{__file__}:" in caplog.text  # where the agent asked
 
 
-async def test_a_success_without_a_reward_is_told_once(make_memory_store, caplog):
+async def test_a_success_without_a_reward_is_told_once(
+    make_memory_store: MakeMemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """With how to give one; whatever way a reward was given, nothing is said."""
 
-    def none(task, ctx):
+    def none(task: Any, ctx: rs.Context) -> None:
         return None
 
-    def given(task, ctx):
+    def given(task: Any, ctx: rs.Context) -> None:
         ctx.reward(0.5)
 
-    def sent(task, ctx):
+    def sent(task: Any, ctx: rs.Context) -> None:
         with ctx.span("graded", **{"agentlightning.reward.0.value": 0.5}):
             pass
 
@@ -515,7 +525,7 @@ async def test_a_success_without_a_reward_is_told_once(make_memory_store, caplog
     assert "ctx.reward(x)" in caplog.text and "rs.Drop" in caplog.text
 
 
-async def test_as_completed_of_what_never_existed_blocking(store):
+async def test_as_completed_of_what_never_existed_blocking(store: AnyStore) -> None:
     """The blocking twin raises it, too."""
     done = await claim(store)
     await store.update_rollout(done.rollout_id, status="succeeded")
@@ -523,7 +533,7 @@ async def test_as_completed_of_what_never_existed_blocking(store):
         list(store.sync.as_completed([done.rollout_id, "nope"]))
 
 
-def test_a_journal_that_cannot_be(tmp_path):
+def test_a_journal_that_cannot_be(tmp_path: Path) -> None:
     """A file in the place of the directory, or of one above it, and what is no path: told before anything is made."""
     file = tmp_path / "run.journal"
     file.write_text("mine")
@@ -541,7 +551,7 @@ def test_a_journal_that_cannot_be(tmp_path):
 
 
 @pytest.mark.parametrize("refused", [0o500, 0o000], ids=["no writing", "nothing"])
-def test_a_journal_without_permission(tmp_path, monkeypatch, refused):
+def test_a_journal_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
     """Whose directory it is not is told so; root may do anything, so that the system's answer is made up."""
     rights = {"/": 7, str(tmp_path): refused >> 6}
     monkeypatch.setattr("os.access", lambda path, mode: (rights.get(str(path), 7) & mode) == mode)
@@ -550,11 +560,11 @@ def test_a_journal_without_permission(tmp_path, monkeypatch, refused):
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_store_of_ones_own_hears_of_the_form_of_the_contract():
+async def test_a_store_of_ones_own_hears_of_the_form_of_the_contract() -> None:
     """Whatever form its method has, which hands on what it is given."""
 
     class Logged(rs.InMemoryLightningStore):
-        async def enqueue_rollout(self, *given, **named):
+        async def enqueue_rollout(self, *given: Any, **named: Any) -> rs.Rollout:
             return await super().enqueue_rollout(*given, **named)
 
     with Logged() as store:

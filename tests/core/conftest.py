@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -50,7 +50,7 @@ class Core:
         got = self.run("dequeue", session=session, queues=["default"], limit=limit, worker_id=worker_id)
         return [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in got]
 
-    def acknowledge(self, session: Session, keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def acknowledge(self, session: Session, keys: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         return acknowledge(self.state, self.step(session), session, keys)
 
     def hold(self, session: Session, limit: int = 1) -> list[tuple[str, str]]:
@@ -81,7 +81,7 @@ class Core:
 
 
 @pytest.fixture
-def make_core() -> Iterator[Any]:
+def make_core() -> Iterator[Callable[..., Core]]:
     """Makes cores with any settings."""
     made: list[Core] = []
 
@@ -95,6 +95,6 @@ def make_core() -> Iterator[Any]:
 
 
 @pytest.fixture
-def core(make_core: Any) -> Core:
+def core(make_core: Callable[..., Core]) -> Core:
     """A core with default settings."""
     return make_core()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from raystore.core.state import CLAIM_SECONDS, SESSION_SILENCE_SECONDS
 from raystore.core.verbs import VERBS
 from raystore.errors import ClaimLostError, InvalidValueError
 from raystore.service.service import PROCESS_VERBS
+from tests.core.conftest import Core
 
 
-def test_unacknowledged_claim_is_withdrawn_without_a_trace(core):
+def test_unacknowledged_claim_is_withdrawn_without_a_trace(core: Core) -> None:
     """The attempt never was: its number is used again, the place kept, nothing charged; the story keeps a line."""
     session, other = core.open("a"), core.open("b")
     first, second = core.enqueue("first"), core.enqueue("second")
@@ -30,7 +33,7 @@ def test_unacknowledged_claim_is_withdrawn_without_a_trace(core):
     assert key[1] != got[0][1]
 
 
-def test_withdrawn_worker_goes_back_to_idle(core):
+def test_withdrawn_worker_goes_back_to_idle(core: Core) -> None:
     """Its row no longer names the attempt."""
     session = core.open("a")
     core.enqueue()
@@ -40,7 +43,7 @@ def test_withdrawn_worker_goes_back_to_idle(core):
     assert (worker.status, worker.current_attempt_id) == ("idle", None)
 
 
-def test_late_acknowledgement_reinstates_if_nobody_has_it(core):
+def test_late_acknowledgement_reinstates_if_nobody_has_it(core: Core) -> None:
     """The same attempt comes back, with its number."""
     session = core.open("a")
     rollout_id = core.enqueue()
@@ -52,7 +55,7 @@ def test_late_acknowledgement_reinstates_if_nobody_has_it(core):
     assert core.status(rollout_id) == "succeeded"
 
 
-def test_late_acknowledgement_of_a_taken_rollout_is_lost(core):
+def test_late_acknowledgement_of_a_taken_rollout_is_lost(core: Core) -> None:
     """It and every write of that attempt get ClaimLostError."""
     session, other = core.open("a"), core.open("b")
     rollout_id = core.enqueue()
@@ -65,7 +68,7 @@ def test_late_acknowledgement_of_a_taken_rollout_is_lost(core):
     assert core.status(rollout_id) == "preparing"
 
 
-def test_a_write_is_as_good_as_an_acknowledgement(core):
+def test_a_write_is_as_good_as_an_acknowledgement(core: Core) -> None:
     """An attempt that was written to is no longer a claim."""
     session = core.open("a")
     rollout_id = core.enqueue()
@@ -75,7 +78,7 @@ def test_a_write_is_as_good_as_an_acknowledgement(core):
     assert core.status(rollout_id) == "running"
 
 
-def test_declined_claim_goes_back_at_once_and_counts_for_nothing(core):
+def test_declined_claim_goes_back_at_once_and_counts_for_nothing(core: Core) -> None:
     """Also just after its acknowledgement; the rollout is no suspect."""
     session = core.open("a")
     first = core.enqueue()
@@ -89,7 +92,7 @@ def test_declined_claim_goes_back_at_once_and_counts_for_nothing(core):
     assert not core.decline(session, key)
 
 
-def test_a_claim_that_was_written_to_cannot_be_declined(core):
+def test_a_claim_that_was_written_to_cannot_be_declined(core: Core) -> None:
     """It is work that somebody does."""
     session = core.open("a")
     core.enqueue()
@@ -98,7 +101,7 @@ def test_a_claim_that_was_written_to_cannot_be_declined(core):
     assert not core.decline(session, key)
 
 
-def test_retry_that_is_declined_is_requeuing_again(core):
+def test_retry_that_is_declined_is_requeuing_again(core: Core) -> None:
     """A rollout gets back the status it had."""
     session = core.open("a")
     rollout_id = core.enqueue(config=[None, None, 2, ["failed"]])
@@ -109,7 +112,7 @@ def test_retry_that_is_declined_is_requeuing_again(core):
     assert core.status(rollout_id) == "requeuing"
 
 
-def test_session_that_ends_gives_everything_back(core):
+def test_session_that_ends_gives_everything_back(core: Core) -> None:
     """Claims never were, attempts are lost; both stand at their old place, before what came later."""
     session, other = core.open("a"), core.open("b")
     held, claimed = core.enqueue("held"), core.enqueue("claimed")
@@ -127,7 +130,7 @@ def test_session_that_ends_gives_everything_back(core):
     assert order == [b"held", b"claimed", b"later"]
 
 
-def test_session_that_is_not_heard_has_ended(core):
+def test_session_that_is_not_heard_has_ended(core: Core) -> None:
     """Silence for a minute ends a session; its record answers late batches and goes in the end."""
     session = core.open("a")
     rollout_id = core.enqueue()
@@ -140,7 +143,7 @@ def test_session_that_is_not_heard_has_ended(core):
     assert "a" not in core.state.sessions
 
 
-def test_started_rollout_of_a_dead_process_goes_to_the_tail(core):
+def test_started_rollout_of_a_dead_process_goes_to_the_tail(core: Core) -> None:
     """It was never in the queue, so it has no old place."""
     session, other = core.open("a"), core.open("b")
     core.run("start_rollout", session=session, request={"input": b"s", "metadata": None}, worker_id=None)
@@ -152,7 +155,7 @@ def test_started_rollout_of_a_dead_process_goes_to_the_tail(core):
     assert len(core.state.queues) == 1
 
 
-def test_losses_alone_are_charged_and_neighbours_are_not(core):
+def test_losses_alone_are_charged_and_neighbours_are_not(core: Core) -> None:
     """A rollout that kills its runner is found in 1 + max_deliveries losses; the one beside it goes on."""
     deadly, innocent = core.enqueue("deadly"), core.enqueue("innocent")
     first = core.open("s0")
@@ -175,7 +178,7 @@ def test_losses_alone_are_charged_and_neighbours_are_not(core):
     assert set(core.outcomes(deadly)) == {"runner_lost"}
 
 
-def test_a_busy_session_is_drained_for_a_suspect(core):
+def test_a_busy_session_is_drained_for_a_suspect(core: Core) -> None:
     """While a suspect waits, one busy session takes nothing else, and the suspect when it is idle."""
     busy, dying = core.open("busy"), core.open("dying")
     core.enqueue("long")
@@ -193,7 +196,7 @@ def test_a_busy_session_is_drained_for_a_suspect(core):
     assert [rollout_id for rollout_id, _ in core.claim(busy)] == [suspect]
 
 
-def test_infra_is_delivered_again_up_to_the_limit(make_core):
+def test_infra_is_delivered_again_up_to_the_limit(make_core: Callable[..., Core]) -> None:
     """An agent that aborts does not use up attempts, only deliveries; a drop ends it."""
     core = make_core(max_deliveries=2)
     session = core.open("a")
@@ -210,7 +213,7 @@ def test_infra_is_delivered_again_up_to_the_limit(make_core):
     assert (core.status(dropped), core.outcomes(dropped)) == ("failed", ["dropped"])
 
 
-def test_lost_attempts_do_not_use_up_max_attempts(core):
+def test_lost_attempts_do_not_use_up_max_attempts(core: Core) -> None:
     """`max_attempts` counts charged attempts only."""
     rollout_id = core.enqueue(config=[None, None, 2, ["failed"]])
     dying = core.open("dying")
@@ -223,7 +226,7 @@ def test_lost_attempts_do_not_use_up_max_attempts(core):
         assert core.status(rollout_id) == expected
 
 
-def test_a_report_from_another_session_moves_the_attempt_only_with_a_worker_id(core):
+def test_a_report_from_another_session_moves_the_attempt_only_with_a_worker_id(core: Core) -> None:
     """Spans and statuses from elsewhere do not make a holder; naming a worker does."""
     runner, proxy = core.open("runner"), core.open("proxy")
     rollout_id = core.enqueue()
@@ -239,7 +242,7 @@ def test_a_report_from_another_session_moves_the_attempt_only_with_a_worker_id(c
     assert core.status(rollout_id) == "requeuing"
 
 
-def test_superseded_holder_is_told(core):
+def test_superseded_holder_is_told(core: Core) -> None:
     """Notices reach the session that holds the attempt: superseded, cancelled, timed out."""
     runner, other = core.open("runner"), core.open("other")
     rollout_id = core.enqueue(config=[5.0, None, 2, ["timeout"]])
@@ -251,7 +254,7 @@ def test_superseded_holder_is_told(core):
     assert [notice[0] for notice in other.notices] == ["cancelled"]
 
 
-def test_every_verb_checks_its_arguments():
+def test_every_verb_checks_its_arguments() -> None:
     """A peer's nonsense is refused before it can fail inside the core."""
     for name, verb in (VERBS | PROCESS_VERBS).items():
         if not name.startswith(("query_rollouts", "query_workers")):  # which hand on what they get, and change nothing
@@ -259,7 +262,7 @@ def test_every_verb_checks_its_arguments():
                 verb.require(name, {"nonsense": 1})
 
 
-def test_a_claim_given_back_does_not_resurrect_what_was_decided_meanwhile(core):
+def test_a_claim_given_back_does_not_resurrect_what_was_decided_meanwhile(core: Core) -> None:
     """A rollout that was cancelled by hand between claim and acknowledgement stays cancelled."""
     session = core.open("a")
     for end in ("withdraw", "decline"):
@@ -273,7 +276,7 @@ def test_a_claim_given_back_does_not_resurrect_what_was_decided_meanwhile(core):
         assert core.status(rollout_id) == "cancelled"
 
 
-def test_a_silent_process_that_comes_back_holds_its_work_again(core):
+def test_a_silent_process_that_comes_back_holds_its_work_again(core: Core) -> None:
     """Its span revives the attempt in its new session, whose end is then noticed too."""
     old = core.open("old")
     rollout_id = core.enqueue()
@@ -287,7 +290,7 @@ def test_a_silent_process_that_comes_back_holds_its_work_again(core):
     assert core.status(rollout_id) == "requeuing"
 
 
-def test_a_runner_that_stops_gives_its_work_back_unblamed(core):
+def test_a_runner_that_stops_gives_its_work_back_unblamed(core: Core) -> None:
     """An orderly loss is not charged and makes no suspect."""
     session = core.open("a")
     rollout_id = core.enqueue()
@@ -297,7 +300,7 @@ def test_a_runner_that_stops_gives_its_work_back_unblamed(core):
     assert (core.status(rollout_id), entry.deliveries, entry.suspect) == ("requeuing", 0, False)
 
 
-def test_a_process_is_reported_by_the_worker_that_it_was(core):
+def test_a_process_is_reported_by_the_worker_that_it_was(core: Core) -> None:
     """Also when its session is another one by now."""
     session = core.open("renewed")
     rollout_id = core.enqueue()
@@ -308,7 +311,7 @@ def test_a_process_is_reported_by_the_worker_that_it_was(core):
     assert not core.run("report_session", session_id="forgotten", worker_id="w")
 
 
-def test_queues_are_looked_at_again_when_a_suspect_is_done(core):
+def test_queues_are_looked_at_again_when_a_suspect_is_done(core: Core) -> None:
     """A session that ran a suspect may claim again, and so may one that was drained for it."""
     dying, runner, drained = core.open("dying"), core.open("runner"), core.open("drained")
     suspect = core.enqueue("suspect")
@@ -326,7 +329,7 @@ def test_queues_are_looked_at_again_when_a_suspect_is_done(core):
     assert core.claim(drained) == []
 
 
-def test_a_superseded_attempt_holds_no_resources_to_move(core):
+def test_a_superseded_attempt_holds_no_resources_to_move(core: Core) -> None:
     """Naming other resources by hand moves the references of live attempts only."""
     session = core.open("a")
     core.run("put_resources", resources_id="R", resources=b"r", policy_version=None, holds_objects=True)
@@ -340,7 +343,7 @@ def test_a_superseded_attempt_holds_no_resources_to_move(core):
     assert core.status(second) == "preparing"
 
 
-def test_an_agent_process_that_dies_is_charged_and_no_suspect(core):
+def test_an_agent_process_that_dies_is_charged_and_no_suspect(core: Core) -> None:
     """The runner knows what died with the process: it counts as a delivery, and nobody is drained for it."""
     session = core.open("s")
     core.enqueue()
@@ -355,7 +358,7 @@ def test_an_agent_process_that_dies_is_charged_and_no_suspect(core):
             break
 
 
-def test_a_heartbeat_tells_what_is_of_no_use_any_more(core):
+def test_a_heartbeat_tells_what_is_of_no_use_any_more(core: Core) -> None:
     """Superseded, cancelled, timed out or gone; not what only looked dead and may come back."""
     session, other = core.open("s"), core.open("other")
     config = [5.0, 3.0, 2, ["unresponsive"]]
@@ -373,7 +376,7 @@ def test_a_heartbeat_tells_what_is_of_no_use_any_more(core):
 @pytest.mark.parametrize(
     ("status", "outcome"), [("failed", "infra"), ("failed", "dropped"), ("unresponsive", "runner_lost")]
 )
-def test_a_report_of_a_settled_attempt_does_not_reopen_its_rollout(core, status, outcome):
+def test_a_report_of_a_settled_attempt_does_not_reopen_its_rollout(core: Core, status: str, outcome: str) -> None:
     """A rollout that has ended stays so, whatever its runner still says of it."""
     session = core.open("s")
     core.enqueue(config=[5.0, None, 1, []])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from raystore.core import eviction, training
-from raystore.core.state import CLAIM_SECONDS
+from raystore.core.state import CLAIM_SECONDS, Session
 from raystore.core.wanted import COMING, WANTED, eviction_class
 from raystore.errors import BatchConflictError, BatchHeldError
+from tests.core.conftest import Core
 
 
-def finish(core, count=1, status="succeeded", **request):
+def finish(core: Core, count: int = 1, status: str = "succeeded", **request: Any) -> list[Any]:
     """Ids of finished rollouts."""
     done = [core.enqueue(**request) for _ in range(count)]
     for rollout_id in done:
@@ -18,12 +22,12 @@ def finish(core, count=1, status="succeeded", **request):
     return done
 
 
-def take(core, session, count=9, **more):
+def take(core: Core, session: Session, count: int = 9, **more: Any) -> tuple[list[str], int]:
     pairs, number = core.run("take", session=session, consumer="t", count=count, **more)
     return [rollout.rollout_id for rollout, _ in pairs], number
 
 
-def test_a_batch_of_an_ended_session_comes_again_before_anything_else(core):
+def test_a_batch_of_an_ended_session_comes_again_before_anything_else(core: Core) -> None:
     """In its order, under its number, to whoever asks next; then what is new."""
     done, (one, two) = finish(core, 4), (core.open("one"), core.open("two"))
     assert take(core, one, 2, max_open=2) == (done[:2], 1)
@@ -38,7 +42,7 @@ def test_a_batch_of_an_ended_session_comes_again_before_anything_else(core):
     assert take(core, two, 9, max_open=3) == (done[3:], 3)
 
 
-def test_who_was_only_silent_has_no_say_in_a_batch_that_another_took_over(core):
+def test_who_was_only_silent_has_no_say_in_a_batch_that_another_took_over(core: Core) -> None:
     """Else both would train on it. As long as nobody took it, its word still counts."""
     done, (one, two) = finish(core, 2), (core.open("one"), core.open("two"))
     take(core, one, 1)
@@ -55,7 +59,7 @@ def test_who_was_only_silent_has_no_say_in_a_batch_that_another_took_over(core):
     core.run("ack", session=two, consumer="t", batch=2, at_step=2, note=None)
 
 
-def test_a_batch_that_is_not_acknowledged_comes_to_the_next(core):
+def test_a_batch_that_is_not_acknowledged_comes_to_the_next(core: Core) -> None:
     """Its caller may be gone; one that was only slow has it again if nobody took it, and is told if somebody did."""
     done, (one, two) = finish(core, 2), (core.open("one"), core.open("two"))
     take(core, one, 1)
@@ -77,7 +81,7 @@ def test_a_batch_that_is_not_acknowledged_comes_to_the_next(core):
         take(core, core.open("three"), 1)
 
 
-def test_an_acknowledged_batch_is_its_sessions_for_as_long_as_that_lives(core):
+def test_an_acknowledged_batch_is_its_sessions_for_as_long_as_that_lives(core: Core) -> None:
     """A step of training may take hours."""
     finish(core, 1)
     session = core.open("one")
@@ -90,7 +94,7 @@ def test_an_acknowledged_batch_is_its_sessions_for_as_long_as_that_lives(core):
     assert session.batches == {}
 
 
-def test_a_declined_batch_comes_again_first(core):
+def test_a_declined_batch_comes_again_first(core: Core) -> None:
     """The caller of a take had gone when its answer came."""
     done, session = finish(core, 2), core.open("one")
     take(core, session, 1)
@@ -99,7 +103,7 @@ def test_a_declined_batch_comes_again_first(core):
     assert take(core, session) == (done, 2)
 
 
-def test_what_was_dropped_is_awaited_by_nobody(core):
+def test_what_was_dropped_is_awaited_by_nobody(core: Core) -> None:
     """Unless somebody says by hand that it failed like any other."""
     rollout_id, session = core.enqueue(), core.open("one")
     core.run("checkpoint", consumer="t", at_step=0)
@@ -110,7 +114,7 @@ def test_what_was_dropped_is_awaited_by_nobody(core):
     assert take(core, session, status_in=["failed"])[0] == [rollout_id]
 
 
-def test_a_mode_that_is_set_later_counts(core):
+def test_a_mode_that_is_set_later_counts(core: Core) -> None:
     """For what is awaited, and for what may still come."""
     rollout_id, other, session = core.enqueue(mode="val"), core.enqueue(mode="train"), core.open("one")
     assert core.run("take", session=session, consumer="t", count=1, mode="train", timeout=5.0) is None
@@ -123,7 +127,9 @@ def test_a_mode_that_is_set_later_counts(core):
     assert take(core, session)[0] == [rollout_id]
 
 
-def test_what_will_be_awaited_goes_only_if_memory_is_in_danger(make_core, monkeypatch):
+def test_what_will_be_awaited_goes_only_if_memory_is_in_danger(
+    make_core: Callable[..., Core], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What runs for a consumer stays beyond the threshold, as far as one call may bring."""
     monkeypatch.setattr(eviction, "DANGER_BYTES", 20_000)
     core = make_core(eviction_bytes=10_000, safe_bytes=8_000, spans_only=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -75,11 +77,11 @@ NOT_IN_DIGESTS = {
 }  # fmt: skip
 
 
-def named(value):
+def named(value: Any) -> Any:
     return value.__name__ if isinstance(value, type) else value
 
 
-def made_state(kind=None, name=None, value=None):
+def made_state(kind: Any = None, name: Any = None, value: Any = None) -> State:
     """A small state, in which one field of one record has another value."""
     state = State(Settings(eviction_bytes=10**9, safe_bytes=10**8, on_disk=True))
     entry = state.entries["mine"] = Entry(
@@ -108,7 +110,7 @@ def made_state(kind=None, name=None, value=None):
     return state
 
 
-def restored(state, path):
+def restored(state: State, path: Path) -> State:
     """The state that a snapshot of a state makes."""
     snapshot_file.write(path, FileHead("s", 1, 1, 1, more={}), state, None, {})
     found = State(state.settings)
@@ -116,7 +118,7 @@ def restored(state, path):
     return found
 
 
-def value_in(state, kind, name):
+def value_in(state: State, kind: Any, name: Any) -> Any:
     """The value of a field, as plain as a snapshot has it."""
     entry = state.entries["mine"]
     if kind is Span:
@@ -130,7 +132,7 @@ def value_in(state, kind, name):
     return next(field.pack(value) for field in declared(kind) if field.name == name)
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """For comparing: records as rows, clocks and the like as their fields, tuples as lists."""
     if isinstance(value, OnDisk):
         return value.size
@@ -143,7 +145,7 @@ def plain(value):
     return value
 
 
-def test_every_field_has_a_sample():
+def test_every_field_has_a_sample() -> None:
     """Whoever adds a field adds a value for it here, and it is looked for everywhere."""
     missing = [
         (kind.__name__, field.name)
@@ -155,7 +157,7 @@ def test_every_field_has_a_sample():
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in SAMPLES for name in SAMPLES[kind]], ids=named)
-def test_a_field_is_in_snapshots_and_digests(kind, name, tmp_path):
+def test_a_field_is_in_snapshots_and_digests(kind: Any, name: Any, tmp_path: Path) -> None:
     """What a snapshot holds comes back as it was; what a replay must reproduce makes another digest."""
     state = made_state(kind, name, SAMPLES[kind][name])
     usual = made_state()
@@ -165,7 +167,7 @@ def test_a_field_is_in_snapshots_and_digests(kind, name, tmp_path):
     assert (digest(state) != digest(usual)) == ((kind, name) not in NOT_IN_DIGESTS)
 
 
-def test_a_field_that_a_snapshot_lacks_takes_its_default(tmp_path):
+def test_a_field_that_a_snapshot_lacks_takes_its_default(tmp_path: Path) -> None:
     """So does one that was added since; and what is there no longer is left out."""
     values = packed(Consumer(made=3)) | {"no such field": 1}
     del values["checkpoint"]
@@ -173,7 +175,7 @@ def test_a_field_that_a_snapshot_lacks_takes_its_default(tmp_path):
     assert (consumer.made, consumer.checkpoint) == (3, None)
 
 
-def test_rows_have_all_fields_in_order():
+def test_rows_have_all_fields_in_order() -> None:
     """A record crosses as its row, and comes back from it."""
     for kind in (Rollout, Attempt, Span):
         record = kind(*range(len(declared(kind))))

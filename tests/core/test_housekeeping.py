@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +20,13 @@ from tests.core.conftest import Core
 
 
 @pytest.fixture
-def few_ids(monkeypatch):
+def few_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids are minted of one digit, so that most of them are taken."""
     before = Step.mint
     monkeypatch.setattr(Step, "mint", lambda self, prefix, digits: before(self, prefix, 1))
 
 
-def test_ids_are_minted_until_nobody_has_them(core, few_ids):
+def test_ids_are_minted_until_nobody_has_them(core: Core, few_ids: None) -> None:
     """Of rollouts, of the attempts of each, and of resources; the next one is as good as the first."""
     session = core.open("s")
     made = [core.enqueue(str(number)) for number in range(50)]
@@ -37,7 +40,7 @@ def test_ids_are_minted_until_nobody_has_them(core, few_ids):
     assert core.claim(session, limit=100)[0][0] == made[1]
 
 
-def test_the_same_step_mints_the_same_ids(make_core, few_ids):
+def test_the_same_step_mints_the_same_ids(make_core: Callable[..., Core], few_ids: None) -> None:
     """Also where it had to look for another one."""
     states = []
     for core in (make_core(), make_core()):
@@ -49,13 +52,13 @@ def test_the_same_step_mints_the_same_ids(make_core, few_ids):
     assert states[0] == states[1]
 
 
-def add(core, rollout_id, attempt_id, *numbers):
+def add(core: Core, rollout_id: str, attempt_id: str, *numbers: Any) -> None:
     rows = [[n, f"s{i}-{core.seed}", "t", None, "n", 1.0, 2.0, None, b"\x01x", -1] for i, n in enumerate(numbers)]
     core.run("add_spans", rollout_id=rollout_id, attempt_id=attempt_id, spans=rows)
 
 
 @pytest.mark.parametrize("asked", [0, 1, 7])
-def test_span_numbers_are_given_once_also_before_there_is_the_rollout(core, asked):
+def test_span_numbers_are_given_once_also_before_there_is_the_rollout(core: Core, asked: int) -> None:
     """The counter of a rollout that does not exist is the one that it begins with; deletion ends it."""
     session = core.open("s")
     given = [core.run("next_numbers", rollout_ids=["mine", "other"])[0] for _ in range(asked)]
@@ -71,7 +74,9 @@ def test_span_numbers_are_given_once_also_before_there_is_the_rollout(core, aske
 
 
 @pytest.mark.parametrize("numbers", [(0,), (0, 0), (3,), ()])
-def test_a_counter_of_zero_is_none(make_core, tmp_path, numbers):
+def test_a_counter_of_zero_is_none(
+    make_core: Callable[..., Core], tmp_path: Path, numbers: tuple[int] | tuple[int, int] | tuple[Any]
+) -> None:
     """A snapshot cannot tell them apart, so nobody does."""
     core = make_core(on_disk=True)
     session = core.open("s")
@@ -96,7 +101,7 @@ def test_a_counter_of_zero_is_none(make_core, tmp_path, numbers):
 
 @pytest.mark.parametrize("text", ["x", "ü", "€", "\ud800", "𐍈"])
 @pytest.mark.parametrize("length", [0, 10, 16_384, 65_536, 65_537, 300_001])
-def test_an_error_is_bounded_and_says_so(text, length):
+def test_an_error_is_bounded_and_says_so(text: str, length: int) -> None:
     """Whatever it is made of: a short one is kept as it is, of a long one the beginning and the end."""
     error = "the first line\n" + text * length + "\nValueError: the last line"
     kept = bounded_error(error)
@@ -108,12 +113,12 @@ def test_an_error_is_bounded_and_says_so(text, length):
         assert bounded_error(kept) == kept
 
 
-def test_every_value_of_a_user_is_in_the_sums(core):
+def test_every_value_of_a_user_is_in_the_sums(core: Core) -> None:
     """Of rollouts, attempts, workers: as it comes, is replaced, is taken back, and goes."""
     session = core.open("s")
     sums = core.state
 
-    def grown(verb, **arguments):
+    def grown(verb: str, **arguments: Any) -> int:
         before = sums.total_bytes
         core.run(verb, session=session, **arguments)
         check.check(core.state)
@@ -149,20 +154,22 @@ def test_every_value_of_a_user_is_in_the_sums(core):
 
 
 @pytest.fixture
-def few_records(monkeypatch):
+def few_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "IDLE_WORKERS", 20)
     monkeypatch.setattr(bounds, "ENDED_SESSIONS", 20)
     monkeypatch.setattr(bounds, "SURPLUS", 5)
 
 
-def work_off(core):
+def work_off(core: Core) -> None:
     """What a service does when there is a surplus."""
     if core.state.take_effects().has_surplus:
         expiry.advance(core.state, core.step(), expiry.surplus(core.state))
         STEPS["forget_workers"](core.state, core.step(), workers.surplus(core.state))
 
 
-def test_workers_that_were_not_heard_of_for_the_longest_time_go_and_busy_ones_stay(core, few_records):
+def test_workers_that_were_not_heard_of_for_the_longest_time_go_and_busy_ones_stay(
+    core: Core, few_records: None
+) -> None:
     """Whatever order they came in; who comes back is a worker again."""
     dice, heard = random.Random(1), {}
     session = core.open("s")
@@ -186,7 +193,7 @@ def test_workers_that_were_not_heard_of_for_the_longest_time_go_and_busy_ones_st
         assert set(list(heard)[-20:]) <= set(there)
 
 
-def test_records_of_ended_sessions_are_bounded_in_number(core, few_records):
+def test_records_of_ended_sessions_are_bounded_in_number(core: Core, few_records: None) -> None:
     """The one that ended first goes first; those that live are counted without walking all."""
     living = [core.open(f"living-{number}") for number in range(5)]
     for number in range(300):

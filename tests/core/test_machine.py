@@ -6,7 +6,9 @@ show the same, and every invariant of the core must hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -178,7 +180,7 @@ class Machine(RuleBasedStateMachine):
         max_attempts=st.integers(1, 3),
         retry=st.lists(st.sampled_from(["failed", "timeout", "unresponsive"]), unique=True),
     )
-    def enqueue(self, priority, timeout, silence, max_attempts, retry):
+    def enqueue(self, priority: Any, timeout: Any, silence: Any, max_attempts: Any, retry: Any) -> None:
         self._catch_up()
         rollout_id = self.core.enqueue(priority=priority, config=[timeout, silence, max_attempts, retry])
         rollout = ModelRollout(rollout_id, priority, timeout, silence, max_attempts, retry)
@@ -186,7 +188,7 @@ class Machine(RuleBasedStateMachine):
         self.model.to_tail(rollout)
 
     @rule(target=attempts, limit=st.integers(1, 3), acknowledge=st.booleans())
-    def claim(self, limit, acknowledge):
+    def claim(self, limit: Any, acknowledge: Any) -> Any:
         self._catch_up()
         expected = self.model.queue()[:limit]
         keys = self.core.claim(self.session, limit)
@@ -204,7 +206,7 @@ class Machine(RuleBasedStateMachine):
         return multiple()
 
     @rule(target=attempts, number=st.integers(0, 99))
-    def start_attempt(self, number):
+    def start_attempt(self, number: Any) -> Any:
         self._catch_up()
         rollout = self._pick(number)
         if rollout is None:
@@ -219,7 +221,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         key=attempts, status=st.sampled_from(["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"])
     )
-    def report(self, key, status):
+    def report(self, key: Any, status: Any) -> None:
         attempt = self._known(key)
         if attempt is None:
             return
@@ -231,7 +233,7 @@ class Machine(RuleBasedStateMachine):
             self.model.follow(rollout)
 
     @rule(key=attempts)
-    def span(self, key):
+    def span(self, key: Any) -> None:
         attempt = self._known(key)
         if attempt is None:
             return
@@ -247,7 +249,7 @@ class Machine(RuleBasedStateMachine):
             self.model.move(rollout, "running")
 
     @rule(number=st.integers(0, 99), status=st.sampled_from([*QUEUED, *ACTIVE, *FINISHED]))
-    def update_rollout(self, number, status):
+    def update_rollout(self, number: Any, status: Any) -> None:
         self._catch_up()
         rollout = self._pick(number)
         if rollout is None:
@@ -260,7 +262,7 @@ class Machine(RuleBasedStateMachine):
         self.model.move(rollout, status)
 
     @rule(number=st.integers(0, 99))
-    def cancel(self, number):
+    def cancel(self, number: Any) -> None:
         self._catch_up()
         rollout = self._pick(number)
         if rollout is None:
@@ -273,7 +275,7 @@ class Machine(RuleBasedStateMachine):
         self.model.move(rollout, "cancelled")
 
     @rule(number=st.integers(0, 99))
-    def delete(self, number):
+    def delete(self, number: Any) -> None:
         self._catch_up()
         rollout = self._pick(number)
         if rollout is None:
@@ -292,7 +294,7 @@ class Machine(RuleBasedStateMachine):
                 consumer.awaiting.remove(rollout.id)
 
     @rule(name=st.sampled_from("cd"), count=st.integers(1, 3), max_open=st.integers(1, 2))
-    def take(self, name, count, max_open):
+    def take(self, name: Any, count: Any, max_open: Any) -> None:
         self._catch_up()
         consumer = self.model.consumers[name]
         arguments = {"consumer": name, "count": count, "max_open": max_open, "status_in": list(consumer.statuses)}
@@ -314,7 +316,7 @@ class Machine(RuleBasedStateMachine):
         self.core.acknowledge(self.session, [(name, number)])
 
     @rule(name=st.sampled_from("cd"), first=st.booleans(), further=st.integers(-1, 2))
-    def ack(self, name, first, further):
+    def ack(self, name: Any, first: Any, further: Any) -> None:
         self._catch_up()
         consumer = self.model.consumers[name]
         if not consumer.open:
@@ -333,7 +335,7 @@ class Machine(RuleBasedStateMachine):
         consumer.steps[batch] = step
 
     @rule(name=st.sampled_from("cd"))
-    def nack(self, name):
+    def nack(self, name: Any) -> None:
         self._catch_up()
         consumer = self.model.consumers[name]
         if consumer.open:
@@ -342,7 +344,7 @@ class Machine(RuleBasedStateMachine):
             consumer.give_back([batch])
 
     @rule(name=st.sampled_from("cd"), step=st.integers(0, 4), back=st.booleans())
-    def checkpoint_or_rewind(self, name, step, back):
+    def checkpoint_or_rewind(self, name: Any, step: Any, back: Any) -> None:
         self._catch_up()
         consumer = self.model.consumers[name]
         call = ("rewind" if back else "checkpoint", {"consumer": name, "at_step": step})
@@ -360,7 +362,7 @@ class Machine(RuleBasedStateMachine):
             consumer.durable.update(consumer.batches.pop(batch))
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 4.0, 30.0]))
-    def tick(self, seconds):
+    def tick(self, seconds: Any) -> None:
         # Several deadlines within one tick would be worked off in their own order: the model knows only "all at once".
         due = {r.id for r in self.model.rollouts.values()}
         self.core.tick(seconds)
@@ -369,7 +371,7 @@ class Machine(RuleBasedStateMachine):
         if len(due) > 1:
             self._adopt_order(before)
 
-    def _adopt_order(self, before):
+    def _adopt_order(self, before: tuple[list[str], list[str]]) -> None:
         """Take over the core's order among those that became due in the same tick."""
         new = [i for i in self.model.queue() if i not in before[0]]
         orders = sorted(self.model.rollouts[i].place for i in new)
@@ -387,7 +389,7 @@ class Machine(RuleBasedStateMachine):
             consumer.awaiting.sort(key=lambda i: order.index(i) if i in ended else -1)
 
     @invariant()
-    def same(self):
+    def same(self) -> None:
         entries = self.core.state.entries
         assert {i: e.rollout.status for i, e in entries.items()} == {
             i: r.status for i, r in self.model.rollouts.items()
@@ -404,7 +406,7 @@ class Machine(RuleBasedStateMachine):
             assert (list(known.holders), known.batches) == (consumer.open, consumer.batches)
 
     @invariant()
-    def sound(self):
+    def sound(self) -> None:
         steps_checked.append(None)
         check(self.core.state)
 
@@ -423,7 +425,7 @@ def run(examples: int, steps: int) -> None:
 
 @pytest.mark.fault
 @pytest.mark.timeout(3000)
-def test_core_and_model_agree(report, amount):
+def test_core_and_model_agree(report: Callable[..., None], amount: Callable[[int, int], int]) -> None:
     """Random calls, after each of which everything is compared; a divergence comes with the shortest way to it."""
     steps_checked.clear()
     while len(steps_checked) < amount(2_500, 1_000_000):

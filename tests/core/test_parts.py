@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -13,9 +14,10 @@ from raystore.core.queues import Queues
 from raystore.core.replies import ReplyCache
 from raystore.core.state import Step
 from raystore.errors import CursorTooOldError
+from tests.core.conftest import Core
 
 
-def test_queue_keeps_places_through_any_traffic():
+def test_queue_keeps_places_through_any_traffic() -> None:
     """Against a sorted list: put, discard, put back at the old place."""
     rng, queues, model = random.Random(1), Queues(), {}
     orders = {}
@@ -35,7 +37,7 @@ def test_queue_keeps_places_through_any_traffic():
             queues.check()
 
 
-def test_a_lazy_heap_is_a_dictionary_that_knows_its_first():
+def test_a_lazy_heap_is_a_dictionary_that_knows_its_first() -> None:
     """Whatever was put, put again and discarded: the lowest priority comes first, of equal ones what was put first."""
     rng, heap, model = random.Random(2), LazyHeap(), {}
     for number in range(3000):
@@ -56,7 +58,7 @@ def test_a_lazy_heap_is_a_dictionary_that_knows_its_first():
     assert dict(other.priorities()) == {key: priority for key, (priority, _) in model.items()}
 
 
-def test_deadlines_fire_strictly_after_and_only_when_really_due():
+def test_deadlines_fire_strictly_after_and_only_when_really_due() -> None:
     """What moved later is met again; what moved earlier is met in time."""
     due = {"a": 5.0, "b": 7.0}
     deadlines = Deadlines(due.get)
@@ -72,7 +74,7 @@ def test_deadlines_fire_strictly_after_and_only_when_really_due():
     assert deadlines.next() is None
 
 
-def test_change_feed_is_bounded_and_resumes():
+def test_change_feed_is_bounded_and_resumes() -> None:
     """Cursors are sequence numbers; too old a one is told the oldest."""
     feed = ChangeFeed(length=3)
     for number in range(5):
@@ -86,7 +88,7 @@ def test_change_feed_is_bounded_and_resumes():
     assert feed.after(5, None, 1) == ([], 5)
 
 
-def test_completion_log_stays_small():
+def test_completion_log_stays_small() -> None:
     """Entries without meaning are dropped, order is kept."""
     log = CompletionLog()
     for number in range(1000):
@@ -97,7 +99,7 @@ def test_completion_log_stays_small():
     assert "r3" not in log and len(log) == 9
 
 
-def test_ids_follow_from_the_seed():
+def test_ids_follow_from_the_seed() -> None:
     """A step that is replayed mints the same ids, in the contract's formats."""
     first, again, other = (Step(0.0, seed=seed) for seed in (7, 7, 8))
     ids = [first.mint("ro-", 12), first.mint("at-", 8)]
@@ -106,7 +108,7 @@ def test_ids_follow_from_the_seed():
     assert [len(i) for i in ids] == [15, 11]
 
 
-def test_a_pause_moves_deadlines_claims_and_sessions(core):
+def test_a_pause_moves_deadlines_claims_and_sessions(core: Core) -> None:
     """Time in which the store stood still counts for nobody."""
     session = core.open("a")
     timed = core.enqueue(config=[10.0, None, 1, []])
@@ -124,7 +126,7 @@ def test_a_pause_moves_deadlines_claims_and_sessions(core):
     assert core.status(timed) == "failed"
 
 
-def test_refused_verbs_change_nothing(core):
+def test_refused_verbs_change_nothing(core: Core) -> None:
     """A verb is one step: all of it happens, or it raises and nothing did."""
     core.enqueue("a", rollout_id="mine")
     before = core.state.rollouts_made
@@ -134,7 +136,7 @@ def test_refused_verbs_change_nothing(core):
     assert core.state.rollouts_made == before and len(core.state.queues) == 1
 
 
-def test_eviction_does_not_sort_everything(make_core):
+def test_eviction_does_not_sort_everything(make_core: Callable[..., Core]) -> None:
     """A pass costs what it evicts: the next pass finds the next oldest."""
     core = make_core(eviction_bytes=50_000, safe_bytes=40_000, spans_only=True)
     session = core.open("a")
@@ -154,12 +156,12 @@ class Counted(dict):
 
     looks = 0
 
-    def __contains__(self, key):
+    def __contains__(self, key: object) -> bool:
         self.looks += 1
         return super().__contains__(key)
 
 
-def test_handing_work_to_many_parked_calls_looks_at_each_only_now_and_then():
+def test_handing_work_to_many_parked_calls_looks_at_each_only_now_and_then() -> None:
     """What was handed is forgotten once it is acknowledged, at a price that does not grow with what is open."""
     line, claims, count = ReplyCache(), Counted(), 5_000
     for ticket in range(count):
@@ -178,7 +180,7 @@ def test_handing_work_to_many_parked_calls_looks_at_each_only_now_and_then():
     assert len(line.handed) <= 65
 
 
-def test_a_full_store_resumes_once_it_is_below_the_safe_threshold(make_core):
+def test_a_full_store_resumes_once_it_is_below_the_safe_threshold(make_core: Callable[..., Core]) -> None:
     """Paused for memory: releasing rollouts one by one evicts each of them, until work is handed out again."""
     core = make_core(eviction_bytes=10_000, safe_bytes=8_000, spans_only=True, pause_when_full=True)
     session = core.open("a")
@@ -196,7 +198,7 @@ def test_a_full_store_resumes_once_it_is_below_the_safe_threshold(make_core):
     assert not core.state.memory_full and len(core.claim(session)) == 1
 
 
-def test_heaps_do_not_grow_with_what_is_gone(core):
+def test_heaps_do_not_grow_with_what_is_gone(core: Core) -> None:
     """Rollouts that were deleted leave nothing in the eviction heaps."""
     session = core.open("a")
     for _ in range(3000):
@@ -211,7 +213,7 @@ def test_heaps_do_not_grow_with_what_is_gone(core):
     assert core.state.total_bytes == 0
 
 
-def test_reading_what_is_new_does_not_walk_the_feed():
+def test_reading_what_is_new_does_not_walk_the_feed() -> None:
     """From either end the same changes come, in order."""
     feed = ChangeFeed(length=1000)
     for number in range(2500):

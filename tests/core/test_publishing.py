@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from raystore.core import check
@@ -9,11 +12,17 @@ from raystore.core.digest import parts
 from raystore.core.payload import Payload
 from raystore.core.state import State
 from raystore.core.verbs import STEPS
+from tests.core.conftest import Core
 
 PUBLISHED = Payload(b"\x02x", ("reference",))
 
 
-def publish(core, session=None, resources_id="w", objects=((None, 100_000),)):
+def publish(
+    core: Core,
+    session: Any = None,
+    resources_id: str = "w",
+    objects: tuple[tuple[None, int]] | list[tuple[str, int]] | list[Any] = ((None, 100_000),),
+) -> Any:
     """A new version of resources with objects, which no journal keeps unless an address is given."""
     made = core.run(
         "put_resources", session=session, resources_id=resources_id, resources=PUBLISHED, policy_version=None,
@@ -22,12 +31,12 @@ def publish(core, session=None, resources_id="w", objects=((None, 100_000),)):
     return made.version
 
 
-def hold_back(core, resources_id="w", version=1, why="it is gone"):
+def hold_back(core: Core, resources_id: str = "w", version: int = 1, why: str = "it is gone") -> Any:
     """What is known of the world outside comes as a step."""
     return STEPS["hold_back"](core.state, core.step(), resources_id, version, why)
 
 
-def test_what_is_held_back_keeps_its_place_and_is_passed_over(core):
+def test_what_is_held_back_keeps_its_place_and_is_passed_over(core: Core) -> None:
     """Others are handed out; a newer version puts it in line again where it stood."""
     driver, runner = core.open("driver"), core.open("runner")
     publish(core, driver)
@@ -48,7 +57,7 @@ def test_what_is_held_back_keeps_its_place_and_is_passed_over(core):
     assert kinds.count("held_back") == kinds.count("offered_again") == 1
 
 
-def test_it_counts_as_queued(make_core):
+def test_it_counts_as_queued(make_core: Callable[..., Core]) -> None:
     """`max_queued` counts it, and it can be cancelled and given other resources."""
     core = make_core(max_queued=2)
     publish(core, core.open("driver"))
@@ -62,14 +71,14 @@ def test_it_counts_as_queued(make_core):
     assert core.claim(core.open("runner"))[0][0] == second
 
 
-def test_one_report_is_no_proof_and_two_sessions_are(core):
+def test_one_report_is_no_proof_and_two_sessions_are(core: Core) -> None:
     """An attempt that could not read its resources goes back without a charge, however often."""
     core.open("driver")
     publish(core, core.state.sessions["driver"])
     rollout_id = core.enqueue()
     one, two = core.open("one"), core.open("two")
 
-    def fail(session):
+    def fail(session: Any) -> None:
         ((_, attempt_id),) = core.hold(session)
         names = {"rollout_id": rollout_id, "attempt_id": attempt_id, "resources_id": "w", "version": 1}
         core.run("unread", session=session, **names, error="lost")
@@ -86,7 +95,9 @@ def test_one_report_is_no_proof_and_two_sessions_are(core):
 
 
 @pytest.mark.parametrize(("why", "held"), [("closed", False), ("silence", True), ("reported", True)])
-def test_the_end_of_the_publisher_is_proof_unless_it_only_stops_using_the_store(core, why, held):
+def test_the_end_of_the_publisher_is_proof_unless_it_only_stops_using_the_store(
+    core: Core, why: str, held: bool
+) -> None:
     """A process that closes its client still has its objects; one that is gone has not."""
     publish(core, core.open("driver"))
     rollout_id = core.enqueue()
@@ -104,7 +115,7 @@ def test_the_end_of_the_publisher_is_proof_unless_it_only_stops_using_the_store(
     assert core.claim(runner)[0][0] == rollout_id
 
 
-def test_objects_that_the_journal_keeps_are_not_missing(core):
+def test_objects_that_the_journal_keeps_are_not_missing(core: Core) -> None:
     """The end of who published them changes nothing."""
     publish(core, core.open("driver"), objects=[("a" * 40, 100)])
     core.enqueue()
@@ -112,7 +123,7 @@ def test_objects_that_the_journal_keeps_are_not_missing(core):
     assert core.state.resources.missing == {}
 
 
-def test_a_suspect_that_is_held_back_drains_nobody(core):
+def test_a_suspect_that_is_held_back_drains_nobody(core: Core) -> None:
     """While it cannot be handed out, no session waits for it."""
     publish(core, core.open("driver"))
     rollout_id = core.enqueue("suspect")
@@ -129,7 +140,7 @@ def test_a_suspect_that_is_held_back_drains_nobody(core):
     assert list(core.state.suspects) == [rollout_id]
 
 
-def test_what_is_freed_is_told(core):
+def test_what_is_freed_is_told(core: Core) -> None:
     """Of each version whose value goes: who held it, and the objects of the journal that nobody needs any more."""
     driver = core.open("driver")
     a, b, c = (letter * 40 for letter in "abc")
@@ -146,7 +157,7 @@ def test_what_is_freed_is_told(core):
     assert not core.state.resources.is_publishing("driver")
 
 
-def test_deleting_what_is_missing_offers_the_rollouts_again(core):
+def test_deleting_what_is_missing_offers_the_rollouts_again(core: Core) -> None:
     """As for every rollout whose resources were deleted, their attempts have no version."""
     publish(core, core.open("driver"))
     rollout_id = core.enqueue()
@@ -156,7 +167,7 @@ def test_deleting_what_is_missing_offers_the_rollouts_again(core):
     assert found == rollout_id and core.state.entries[found].attempts[0].resources_version is None
 
 
-def test_it_is_in_a_snapshot(core):
+def test_it_is_in_a_snapshot(core: Core) -> None:
     """Lines, reasons, reports, publishers and addresses come back as they were."""
     driver, runner = core.open("driver"), core.open("runner")
     publish(core, driver, "w")

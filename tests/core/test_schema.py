@@ -66,7 +66,7 @@ arguments = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(arguments)
-def test_what_does_not_fit_is_named(given):
+def test_what_does_not_fit_is_named(given: Any) -> None:
     """The quick look and the slow one agree, and neither fails, whatever comes in."""
     refusal = SCHEMA.refusal("verb", given)
     if SCHEMA.fits(given):
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_named(given):
     ],
     ids=str,
 )
-def test_what_is_said(wrong, named):
+def test_what_is_said(wrong: Any, named: str) -> None:
     """Argument, value, and expectation."""
     assert not SCHEMA.fits(GOOD | wrong)
     with pytest.raises(InvalidValueError) as raised:
@@ -106,7 +106,7 @@ def test_what_is_said(wrong, named):
     assert named in str(raised.value)
 
 
-def test_a_value_is_shown_briefly_and_once():
+def test_a_value_is_shown_briefly_and_once() -> None:
     """An error that crosses to a client and back says the same, and carries no megabytes."""
     for value in ("x" * 10**6, ["x" * 10**6] * 8, {"a": {"b": ["c" * 10**5]}}, 2**70, b"x" * 10**6, object()):
         error = InvalidValueError("name", value, "another")
@@ -114,18 +114,18 @@ def test_a_value_is_shown_briefly_and_once():
         assert InvalidValueError(*error.args).args == error.args
 
 
-def test_a_row_of_a_span_is_its_record():
+def test_a_row_of_a_span_is_its_record() -> None:
     """In the order of the record, behind rollout and attempt."""
     (row,) = requests.SpanRow.__metadata__
     assert [name for name, _ in row.columns] == [*Span.__dataclass_fields__][2:]
 
 
-def test_a_verb_is_in_one_table():
+def test_a_verb_is_in_one_table() -> None:
     """Those of the process are none of the state."""
     assert not VERBS.keys() & PROCESS_VERBS.keys()
 
 
-def test_every_argument_of_every_verb_says_what_it_must_be():
+def test_every_argument_of_every_verb_says_what_it_must_be() -> None:
     """None is left open: what the annotation does not say nobody checks."""
     open_ones = [
         (verb, name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -11,15 +13,16 @@ from raystore.core import check, expiry
 from raystore.core.claims import JOB_ENDED, end_session
 from raystore.core.queues import OVERDUE
 from raystore.core.state import CLAIM_SECONDS
+from tests.core.conftest import Core
 
 PATIENCE = 10.0
 
 
-def ids(keys):
+def ids(keys: list[tuple[str, str]]) -> list[Any]:
     return [rollout_id for rollout_id, _ in keys]
 
 
-def a_suspect(core, task="suspect"):
+def a_suspect(core: Core, task: str = "suspect") -> Any:
     """A rollout that was lost with its process once."""
     dying = core.open(f"dying of {task}")
     request = {"input": task.encode(), "metadata": None}
@@ -29,7 +32,7 @@ def a_suspect(core, task="suspect"):
     return made.rollout_id
 
 
-def a_busy_session(core, name="busy"):
+def a_busy_session(core: Core, name: str = "busy") -> Any:
     """A session that runs something, and goes on with it."""
     session = core.open(name)
     core.enqueue("long")
@@ -37,7 +40,7 @@ def a_busy_session(core, name="busy"):
     return session
 
 
-def test_the_second_withdrawn_claim_makes_a_suspect(core):
+def test_the_second_withdrawn_claim_makes_a_suspect(core: Core) -> None:
     """Whoever dies before it acknowledges may have died of the work, but twice is no chance."""
     first, second = core.open("a"), core.open("b")
     made = core.enqueue()
@@ -49,7 +52,7 @@ def test_the_second_withdrawn_claim_makes_a_suspect(core):
     assert entry.deliveries == 0 and core.outcomes(made) == []
 
 
-def test_a_suspect_waits_for_an_idle_session_for_so_long_and_no_longer(core):
+def test_a_suspect_waits_for_an_idle_session_for_so_long_and_no_longer(core: Core) -> None:
     """Then any caller that lives gets it, at its old place, be it as busy as it may."""
     busy = a_busy_session(core)
     suspect = a_suspect(core)
@@ -61,7 +64,7 @@ def test_a_suspect_waits_for_an_idle_session_for_so_long_and_no_longer(core):
     assert ids(core.claim(busy, 2)) == [suspect, later]
 
 
-def test_an_idle_session_has_a_suspect_at_once_and_takes_nothing_else_for_so_long(core):
+def test_an_idle_session_has_a_suspect_at_once_and_takes_nothing_else_for_so_long(core: Core) -> None:
     """It runs alone, so that a loss tells; but one that runs for hours does not keep the other places empty."""
     idle = core.open("idle")
     suspect = a_suspect(core)
@@ -75,7 +78,7 @@ def test_an_idle_session_has_a_suspect_at_once_and_takes_nothing_else_for_so_lon
     assert ids(core.claim(idle)) == [later]
 
 
-def test_no_session_is_drained_for_longer_however_many_suspects_come(core):
+def test_no_session_is_drained_for_longer_however_many_suspects_come(core: Core) -> None:
     """Others that come meanwhile do not begin its time anew; and it is served until it was idle."""
     busy = a_busy_session(core)
     first = a_suspect(core, "first")
@@ -91,7 +94,7 @@ def test_no_session_is_drained_for_longer_however_many_suspects_come(core):
     assert ids(core.hold(busy)) == [third]  # the second suspect waits on
 
 
-def test_a_drain_ends_with_the_last_suspect(core):
+def test_a_drain_ends_with_the_last_suspect(core: Core) -> None:
     """It was for nothing: somebody else fell idle sooner."""
     busy, idle = a_busy_session(core), core.open("idle")
     suspect = a_suspect(core)
@@ -101,7 +104,7 @@ def test_a_drain_ends_with_the_last_suspect(core):
     assert ids(core.claim(busy)) == [later]
 
 
-def test_without_patience_nobody_waits(make_core):
+def test_without_patience_nobody_waits(make_core: Callable[..., Core]) -> None:
     """A store whose processes run one thing each has no use for it."""
     core = make_core(suspect_patience_seconds=0.0)
     busy = a_busy_session(core)
@@ -110,7 +113,7 @@ def test_without_patience_nobody_waits(make_core):
     assert ids(core.claim(busy)) == [suspect]
 
 
-def lose_together(core, *rollout_ids):
+def lose_together(core: Core, *rollout_ids: Any) -> None:
     """One process has all of these, and ends."""
     session = core.open(f"session {core.seed}")
     for rollout_id in rollout_ids:
@@ -118,11 +121,11 @@ def lose_together(core, *rollout_ids):
     core.end(session)
 
 
-def test_what_was_lost_most_often_is_to_blame(core):
+def test_what_was_lost_most_often_is_to_blame(core: Core) -> None:
     """Of what is lost together one is charged at most: a tie charges nobody."""
     one, other, fresh = core.enqueue("one"), core.enqueue("other"), core.enqueue("fresh")
 
-    def charged():
+    def charged() -> list[Any]:
         return [core.state.entries[i].deliveries for i in (one, other, fresh)]
 
     lose_together(core, one, other)
@@ -137,7 +140,7 @@ def test_what_was_lost_most_often_is_to_blame(core):
     assert charged() == [2, 1, 0]
 
 
-def test_a_claim_that_was_lost_most_often_is_not_charged(core):
+def test_a_claim_that_was_lost_most_often_is_not_charged(core: Core) -> None:
     """Nobody acknowledged it; what was lost beside it is not to blame either."""
     suspect = a_suspect(core)
     session = core.open("a")
@@ -149,7 +152,7 @@ def test_a_claim_that_was_lost_most_often_is_not_charged(core):
 
 
 @pytest.mark.parametrize("is_known", [False, True])
-def test_what_a_stopped_job_held_is_withdrawn(core, is_known):
+def test_what_a_stopped_job_held_is_withdrawn(core: Core, is_known: bool) -> None:
     """It waits at its old place, neither charged nor suspected, whether its claim was acknowledged or not."""
     session = core.open("a")
     held, claimed, later = (core.enqueue(task) for task in ("held", "claimed", "later"))
@@ -166,7 +169,7 @@ def test_what_a_stopped_job_held_is_withdrawn(core, is_known):
     assert entries[0].charged == 1  # the one that runs
 
 
-def test_a_pause_is_nobodys_patience(core):
+def test_a_pause_is_nobodys_patience(core: Core) -> None:
     """A store that stood still could serve nobody: what waits goes on waiting."""
 
     busy = a_busy_session(core)
@@ -183,14 +186,14 @@ def test_a_pause_is_nobodys_patience(core):
 class Crowd:
     """Sessions that claim, work and die at random, some of what they run being poison."""
 
-    def __init__(self, core, seed, *, places=3, processes=3):
+    def __init__(self, core: Core, seed: int, *, places: int = 3, processes: int = 3) -> None:
         self.core, self.lots, self.places = core, random.Random(seed), places
         self.names = (f"p{number}" for number in itertools.count())
         self.sessions = [core.open(next(self.names)) for _ in range(processes)]
         self.poison = set()
         self.empty_since = {}
 
-    def turn(self, *, kills=0.0, never_idle=False):
+    def turn(self, *, kills: float = 0.0, never_idle: bool = False) -> None:
         """A second passes."""
         core = self.core
         core.tick(1.0)
@@ -215,7 +218,7 @@ class Crowd:
                 self.empty_since.pop(session.session_id, None)
         check.check(core.state)
 
-    def came_away_empty(self, session):
+    def came_away_empty(self, session: Any) -> None:
         """A call is parked only while nothing it may claim is queued: no exception but the patience."""
         queues = self.core.state.queues
         assert queues.first("default", (OVERDUE,)) is None, "what has waited for long enough is for anybody"
@@ -227,7 +230,7 @@ class Crowd:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_live_caller_never_waits_longer_than_the_patience(core, seed):
+def test_a_live_caller_never_waits_longer_than_the_patience(core: Core, seed: int) -> None:
     """Whatever dies around it, and however many suspects there are."""
     crowd = Crowd(core, seed)
     for number in range(120):
@@ -238,7 +241,7 @@ def test_a_live_caller_never_waits_longer_than_the_patience(core, seed):
 
 @pytest.mark.parametrize("never_idle", [False, True])
 @pytest.mark.parametrize("seed", range(10))
-def test_poison_ends_and_its_neighbours_do_not(core, seed, never_idle):
+def test_poison_ends_and_its_neighbours_do_not(core: Core, seed: int, never_idle: bool) -> None:
     """Also where no session ever falls idle; what only stood beside it is done in the end."""
     crowd = Crowd(core, seed)
     if never_idle:

@@ -12,17 +12,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
+from raystore.remote.lifelines import Process
+from tests.conftest import MakeRayStore
 from tests.faults.processes import ROOT, broken, describe, later
 from tests.helpers import until
 
 
 @contextlib.asynccontextmanager
-async def caller(kind, store_name, *more, address=None):
+async def caller(kind: str, store_name: str | None, *more: Any, address: str | None = None) -> AsyncIterator[Process]:
     """A process that does something with a store, killed at the end; and what it says, line by line."""
     address = address or ray.get_runtime_context().gcs_address
     process = await asyncio.create_subprocess_exec(
@@ -37,7 +42,7 @@ async def caller(kind, store_name, *more, address=None):
         await process.wait()
 
 
-async def said(process):
+async def said(process: Process) -> Any:
     """The next line of a caller."""
     async with asyncio.timeout(90):
         line = await process.stdout.readline()
@@ -48,7 +53,7 @@ async def said(process):
 # -- raw callers -------------------------------------------------------------------------------------------------------
 
 
-async def kill_raw_callers(store, times):
+async def kill_raw_callers(store: rs.RayLightningStore, times: int) -> Any:
     """How long each rollout took to be in other hands than those of a dead caller; None if it never was."""
     busy, delays = rs.RayLightningStore(store.actor), []
     await busy.start_rollout("unfinished")
@@ -70,7 +75,9 @@ async def kill_raw_callers(store, times):
 
 
 @pytest.mark.timeout(900)
-async def test_a_raw_caller_is_killed_beside_a_busy_one(make_ray_store, report, amount):
+async def test_a_raw_caller_is_killed_beside_a_busy_one(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Its dequeue waits; a rollout comes; another process, which has unfinished work, gets it soon."""
     times = amount(1, 10)
     slowest = await kill_raw_callers(make_ray_store(), times)
@@ -80,14 +87,16 @@ async def test_a_raw_caller_is_killed_beside_a_busy_one(make_ray_store, report, 
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_row_61_finds_a_rollout_that_waits_for_an_idle_process(make_ray_store, tmp_path):
+async def test_row_61_finds_a_rollout_that_waits_for_an_idle_process(
+    make_ray_store: MakeRayStore, tmp_path: Path
+) -> None:
     """A claim that was withdrawn once makes it a suspect, and it waits for ever."""
     code = "from raystore.core import claims; claims.SUSPICIOUS_WITHDRAWALS = 1"
     store = make_ray_store(suspect_patience_seconds=3600, **broken(tmp_path, code))
     assert await kill_raw_callers(store, 1) is None
 
 
-async def kill_holders(store, times, kind="hold"):
+async def kill_holders(store: rs.RayLightningStore, times: int, kind: str = "hold") -> Any:
     """How long what a dead process held took to be offered again, None: too long; and whether a frozen one kept it."""
     delays, is_kept = [], True
     async with caller(kind, store.info.name) as frozen:
@@ -112,7 +121,9 @@ async def kill_holders(store, times, kind="hold"):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["hold", "hold_elsewhere"])
-async def test_a_process_that_is_gone_is_noticed(make_ray_store, report, amount, kind):
+async def test_a_process_that_is_gone_is_noticed(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int], kind: str
+) -> None:
     """What a killed process held is offered again within seconds; one that is frozen as long keeps it."""
     times = amount(1, 10)
     slowest, is_kept = await kill_holders(make_ray_store(), times, kind)
@@ -123,7 +134,7 @@ async def test_a_process_that_is_gone_is_noticed(make_ray_store, report, amount,
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_row_62_finds_a_store_that_does_not_look(make_ray_store, tmp_path):
+async def test_row_62_finds_a_store_that_does_not_look(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """Then only the silence of a minute tells."""
     code = "from raystore.remote import lifelines; lifelines.is_gone = lambda process: False"
     assert await kill_holders(make_ray_store(**broken(tmp_path, code)), 1) == (None, True)
@@ -132,7 +143,7 @@ async def test_row_62_finds_a_store_that_does_not_look(make_ray_store, tmp_path)
 # -- drivers -----------------------------------------------------------------------------------------------------------
 
 
-async def kill_drivers(store, times):
+async def kill_drivers(store: rs.RayLightningStore, times: int) -> Any:
     """How long it took until what the runners of a dead driver held was offered again, and how much was charged."""
     delays, wrong = [], 0
     for _ in range(times):
@@ -141,7 +152,7 @@ async def kill_drivers(store, times):
             os.kill(pid, signal.SIGKILL)
             killed = time.monotonic()
 
-            async def offered(rollout_ids=tuple(ids)):
+            async def offered(rollout_ids: tuple[Any, ...] = tuple(ids)) -> bool:
                 found = await store.query_rollouts(rollout_ids=list(rollout_ids))
                 return all(rollout.status == "requeuing" for rollout in found)
 
@@ -156,7 +167,9 @@ async def kill_drivers(store, times):
 
 
 @pytest.mark.timeout(300)
-async def test_a_driver_is_killed_beside_its_store(make_ray_store, report, amount):
+async def test_a_driver_is_killed_beside_its_store(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """What its runners held is withdrawn at once: queued again at its old place, uncharged and unsuspected."""
     times = amount(1, 5)
     slowest, wrong = await kill_drivers(make_ray_store(), times)
@@ -167,14 +180,14 @@ async def test_a_driver_is_killed_beside_its_store(make_ray_store, report, amoun
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_row_63_finds_a_store_that_does_not_ask_for_the_job(make_ray_store, tmp_path):
+async def test_row_63_finds_a_store_that_does_not_ask_for_the_job(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """Then the end of a driver looks like that of each of its runners."""
     code = "from raystore.remote import lifelines; lifelines._has_job_ended = lambda process, cluster: False"
     _, wrong = await kill_drivers(make_ray_store(**broken(tmp_path, code)), 1)
     assert wrong
 
 
-async def kill_drivers_with_stores(path, times, *, patience=60):
+async def kill_drivers_with_stores(path: Path, times: int, *, patience: int = 60) -> Any:
     """How long after its start a store offered again what runners had held in the one before, None: too long."""
     delays, wrong = [], 0
     for number in range(times):
@@ -192,7 +205,9 @@ async def kill_drivers_with_stores(path, times, *, patience=60):
 
 
 @pytest.mark.timeout(600)
-async def test_a_driver_is_killed_with_its_store_and_resumed(tmp_path, report, amount):
+async def test_a_driver_is_killed_with_its_store_and_resumed(
+    tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Driver, runners and store end together; another driver goes on with the journal, and is offered all of it."""
     times = amount(1, 5)
     slowest, wrong = await kill_drivers_with_stores(tmp_path, times)
@@ -203,7 +218,9 @@ async def test_a_driver_is_killed_with_its_store_and_resumed(tmp_path, report, a
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_row_64_finds_a_store_that_does_not_know_who_was_there(tmp_path, monkeypatch):
+async def test_row_64_finds_a_store_that_does_not_know_who_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Then what was held stays with the dead for the grace of a restart."""
     code = "from raystore.remote import endpoint; endpoint.process_of = lambda told: None"
     monkeypatch.setenv("PYTHONPATH", broken(tmp_path, code)["actor_options"]["runtime_env"]["env_vars"]["PYTHONPATH"])
@@ -217,11 +234,11 @@ async def test_row_64_finds_a_store_that_does_not_know_who_was_there(tmp_path, m
 class Busy:
     """A process that keeps a store busy, and counts what was acknowledged."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: Any) -> None:
         self.store, self.made, self.is_over = rs.RayLightningStore(handle), [], False
 
-    async def work(self):
-        async def one(number):
+    async def work(self) -> list[Any]:
+        async def one(number: int) -> None:
             while not self.is_over:
                 with contextlib.suppress(rs.OutcomeUnknownError):  # of a store that took longer than a minute
                     made = await self.store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input="x" * 100)] * 20)
@@ -230,11 +247,11 @@ class Busy:
         await asyncio.gather(*(one(number) for number in range(16)))
         return self.made
 
-    async def stop(self):
+    async def stop(self) -> None:
         self.is_over = True
 
 
-async def tell_to_end(store, times):
+async def tell_to_end(store: rs.RayLightningStore, times: int) -> Any:
     """How long the process of a busy store took to end, and how much was acknowledged and is lost."""
     delays = []
     workers = [Busy.remote(store.actor) for _ in range(2)]
@@ -247,7 +264,7 @@ async def tell_to_end(store, times):
         os.kill(known["pid"], signal.SIGTERM)
         told = time.monotonic()
 
-        async def ended(pid=known["pid"]):
+        async def ended(pid: Any = known["pid"]) -> bool:
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
@@ -265,7 +282,9 @@ async def tell_to_end(store, times):
 
 
 @pytest.mark.timeout(300)
-async def test_a_store_is_told_to_end_under_load(make_ray_store, tmp_path, report, amount):
+async def test_a_store_is_told_to_end_under_load(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """SIGTERM: its process is gone soon, whatever it has to do, and what it had acknowledged is there afterwards."""
     times = amount(1, 10)
     slowest, lost, made = await tell_to_end(make_ray_store(journal=tmp_path / "j"), times)
@@ -276,7 +295,7 @@ async def test_a_store_is_told_to_end_under_load(make_ray_store, tmp_path, repor
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_row_65_finds_a_store_that_leaves_it_to_ray(make_ray_store, tmp_path):
+async def test_row_65_finds_a_store_that_leaves_it_to_ray(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """It ends when its main thread comes by and the calls that wait have come back."""
     code = "from raystore.remote import actor; actor._end_when_told = lambda: None"
     store = make_ray_store(journal=tmp_path / "j", **broken(tmp_path, code))

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +32,7 @@ from tests.journal.test_resume import some_work
 ROOT = Path(__file__).parent.parent.parent
 
 
-def busy(path, seed, *, count=40, failpoints="", **environment):
+def busy(path: Path, seed: int, *, count: int = 40, failpoints: str = "", **environment: Any) -> Any:
     """Let a process work; what it said, and how it ended."""
     chosen = {"RAYSTORE_FAILPOINTS": failpoints} | {name: str(value) for name, value in environment.items()}
     done = subprocess.run(
@@ -40,7 +42,7 @@ def busy(path, seed, *, count=40, failpoints="", **environment):
     return [json.loads(line) for line in done.stdout.splitlines()], done
 
 
-def is_there(state, kind, *what):
+def is_there(state: Any, kind: Any, *what: Any) -> Any:
     """Whether something that was acknowledged is in a state."""
     if kind == "consumed":
         return all("t" in state.entries[rollout_id].taken for rollout_id in what[0])
@@ -56,12 +58,12 @@ def is_there(state, kind, *what):
     return entry.rollout.status == "succeeded"
 
 
-def missing(state, said):
+def missing(state: Any, said: Any) -> list[Any]:
     """What was acknowledged and is not there."""
     return [line for line in said if not is_there(state, *line)]
 
 
-def doubled(state):
+def doubled(state: Any) -> int:
     """Inputs that are there more than once."""
     inputs = [entry.rollout.input for entry in state.entries.values()]
     return len(inputs) - len(set(inputs))
@@ -81,7 +83,9 @@ OF_HELPERS = {
 
 
 @pytest.mark.timeout(900)
-def test_a_process_dies_at_a_chosen_point(tmp_path, report, amount):
+def test_a_process_dies_at_a_chosen_point(
+    tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """At each of them the journal opens again, with everything that was acknowledged, once."""
     lots = random.Random(9)
     died, lost, twice, unopened = 0, 0, 0, 0
@@ -113,7 +117,9 @@ def test_a_process_dies_at_a_chosen_point(tmp_path, report, amount):
 
 
 @pytest.mark.timeout(900)
-def test_a_helper_dies_at_a_chosen_point(tmp_path, report, amount):
+def test_a_helper_dies_at_a_chosen_point(
+    tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """At each of them the journal opens again, and another helper goes on."""
     lots = random.Random(10)
     base = tmp_path / "base"
@@ -146,7 +152,7 @@ def test_a_helper_dies_at_a_chosen_point(tmp_path, report, amount):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MiB; needs the right to mount one."""
     path = tmp_path / "disk"
     path.mkdir()
@@ -157,7 +163,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", path], check=True)
 
 
-async def test_a_full_disk(small_disk, report, amount):
+async def test_a_full_disk(small_disk: Path, report: Callable[..., None], amount: Callable[[int, int], int]) -> None:
     """Changes are refused by name, reads go on, nothing that was acknowledged is lost, and it goes on by itself."""
     path, rounds = small_disk / "j", amount(3, 40)
     made, resumed = [], []
@@ -192,7 +198,7 @@ async def test_a_full_disk(small_disk, report, amount):
     report(26, "disk full", figure=figure, bar="0 lost, ≤ 1 s", met=max(resumed) <= 1, did=f"{rounds} times")
 
 
-def test_an_error_of_fsync(tmp_path, report, amount):
+def test_an_error_of_fsync(tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]) -> None:
     """The process ends, nothing is acknowledged that is not there, and the next one goes on."""
     lots, false, rounds = random.Random(27), 0, amount(2, 60)
     for number in range(rounds):
@@ -206,20 +212,22 @@ def test_an_error_of_fsync(tmp_path, report, amount):
            did=f"{rounds} times (a failpoint, in place of the system call)")  # fmt: skip
 
 
-async def test_a_slow_disk(tmp_path, report, amount, monkeypatch):
+async def test_a_slow_disk(
+    tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loop does not stall: reads of what is safe answer at once, changes when the disk has them."""
     delay, figures = 0.2, {}
     monkeypatch.setattr(os, "fdatasync", lambda fd, before=os.fdatasync: (time.sleep(delay), before(fd))[1])
     store = rs.InMemoryLightningStore(journal=tmp_path / "j")
     ticks, acks = [], []
 
-    async def tick():
+    async def tick() -> None:
         while True:
             before = time.monotonic()
             await asyncio.sleep(0.005)
             ticks.append(time.monotonic() - before - 0.005)
 
-    async def change(number):
+    async def change(number: int) -> None:
         before = time.monotonic()
         await store.enqueue_rollout(number)
         acks.append(time.monotonic() - before)
@@ -239,7 +247,7 @@ async def test_a_slow_disk(tmp_path, report, amount, monkeypatch):
     report(28, "fsync takes 200 ms", figure=figures, bar=bar, met=met, did=f"{len(acks)} changes")
 
 
-def test_a_log_cut_anywhere(tmp_path, report, amount):
+def test_a_log_cut_anywhere(tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]) -> None:
     """A valid prefix, of which the rest is told, at every length of a file."""
     directory = Directory(tmp_path / "j")
     directory.path.mkdir()
@@ -262,7 +270,7 @@ def test_a_log_cut_anywhere(tmp_path, report, amount):
            did=f"cut at {len(data) + 1 - first} places")  # fmt: skip
 
 
-def test_flipped_bits(tmp_path, report, amount):
+def test_flipped_bits(tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]) -> None:
     """Every flip is found: refused, or a tail that is told, or nothing that counts."""
     directory = Directory(tmp_path / "j")
     directory.path.mkdir()
@@ -287,7 +295,9 @@ def test_flipped_bits(tmp_path, report, amount):
 
 
 @pytest.mark.parametrize("durability", ["power", "process"])
-def test_a_disk_that_forgets(tmp_path, report, amount, durability):
+def test_a_disk_that_forgets(
+    tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int], durability: str
+) -> None:
     """Power is lost: of what was not synced any pages may be there. All that was, is; else a part from the start."""
     directory = Directory(tmp_path / "j")
     made = JournalWriter(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability=durability)
@@ -320,7 +330,9 @@ def test_a_disk_that_forgets(tmp_path, report, amount, durability):
 
 
 @pytest.mark.timeout(900)
-async def test_a_replay_is_the_state(tmp_path, report, amount):
+async def test_a_replay_is_the_state(
+    tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """After calls of all kinds, drawn by lot, and what time brings."""
     differing, seeds = 0, amount(12, 300)
     for seed in range(seeds):
@@ -334,7 +346,7 @@ async def test_a_replay_is_the_state(tmp_path, report, amount):
            did=f"{seeds} seeds of 80 calls")  # fmt: skip
 
 
-def test_journals_of_all_formats(tmp_path, report):
+def test_journals_of_all_formats(tmp_path: Path, report: Callable[..., None]) -> None:
     """What an earlier release wrote is opened and goes on; what a later one wrote is refused by name."""
     opened = []
     for archive in sorted((Path(__file__).parent.parent / "journal" / "golden").glob("format-*/*.tar.gz")):
@@ -355,7 +367,7 @@ def test_journals_of_all_formats(tmp_path, report):
            met=len(opened) >= 16)  # fmt: skip
 
 
-def test_a_journal_that_is_not_there(tmp_path, report):
+def test_a_journal_that_is_not_there(tmp_path: Path, report: Callable[..., None]) -> None:
     """A run that should go on does not begin empty."""
     path = tmp_path / "j"
     store = rs.InMemoryLightningStore(journal=path)

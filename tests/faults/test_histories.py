@@ -8,21 +8,25 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
+from tests.conftest import MakeRayStore
 from tests.faults.histories import NEVER, Call, is_register, wrong_in_queue
 from tests.faults.processes import kill
 from tests.helpers import until
 
 
-def put(value, start, end=NEVER):
+def put(value: int, start: int, end: float = NEVER) -> Call:
     return Call("put", value, start, end)
 
 
-def get(value, start, end):
+def get(value: int | None, start: int, end: int) -> Call:
     return Call("get", value, start, end)
 
 
@@ -35,7 +39,7 @@ def get(value, start, end):
     ([put(1, 0, 1), get(None, 2, 3)], "empty"),
     ([put(1, 4, 5), get(1, 2, 3)], "before it went in"),
 ])  # fmt: skip
-def test_a_queue_that_is_wrong_is_found_out(calls, pattern):
+def test_a_queue_that_is_wrong_is_found_out(calls: list[Call], pattern: str) -> None:
     """Each of the four patterns."""
     assert any(pattern in line for line in wrong_in_queue(calls))
 
@@ -47,16 +51,16 @@ def test_a_queue_that_is_wrong_is_found_out(calls, pattern):
     [put(1, 0, 1), get(None, 2, 6), get(1, 4, 5)],
     [put(1, 0), put(2, 1, 2), get(2, 3, 4)],  # of an outcome that nobody knows
 ])  # fmt: skip
-def test_a_queue_that_is_right_is_not(calls):
+def test_a_queue_that_is_right_is_not(calls: list[Call]) -> None:
     """Overlapping calls may be in either order."""
     assert wrong_in_queue(calls) == []
 
 
-def write(value, start, end=NEVER):
+def write(value: int, start: int, end: float = NEVER) -> Call:
     return Call("write", value, start, end)
 
 
-def read(value, start, end):
+def read(value: int | None, start: float, end: float) -> Call:
     return Call("read", value, start, end)
 
 
@@ -70,7 +74,7 @@ def read(value, start, end):
     ([write(1, 0), read(None, 1, 2), read(1, 8, 9)], True),  # took effect late
     ([write(1, 0), write(2, 1, 2), read(2, 3, 4)], True),
 ])  # fmt: skip
-def test_registers_are_told_apart(calls, is_right):
+def test_registers_are_told_apart(calls: list[Call], is_right: bool) -> None:
     """Histories that could have happened, and that could not."""
     assert is_register(calls) is is_right
 
@@ -79,14 +83,14 @@ def test_registers_are_told_apart(calls, is_right):
 class Client:
     """A process that calls and remembers when."""
 
-    def __init__(self, handle, name, seed):
+    def __init__(self, handle: Any, name: str, seed: int) -> None:
         self.store, self.name, self.lots = rs.RayLightningStore(handle), name, random.Random(seed)
 
-    async def queue(self, coroutines, count):
+    async def queue(self, coroutines: int, count: int) -> list[Any]:
         """Put and get, with what came of it."""
         calls = []
 
-        async def one(number):
+        async def one(number: Any) -> None:
             for step in range(count):
                 start = time.monotonic()
                 if self.lots.random() < 0.5:
@@ -100,11 +104,11 @@ class Client:
         await asyncio.gather(*(one(number) for number in range(coroutines)))
         return calls
 
-    async def registers(self, ids, coroutines, count):
+    async def registers(self, ids: list[Any], coroutines: int, count: int) -> dict[Any, list[Any]]:
         """Read and write the modes of rollouts."""
         calls = {rollout_id: [] for rollout_id in ids}
 
-        async def one(number):
+        async def one(number: Any) -> None:
             for step in range(count):
                 rollout_id, start = self.lots.choice(ids), time.monotonic()
                 if self.lots.random() < 0.5:
@@ -121,7 +125,9 @@ class Client:
 
 
 @pytest.mark.timeout(900)
-async def test_a_queue_is_linearizable(make_ray_store, tmp_path, report, amount):
+async def test_a_queue_is_linearizable(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """First in, first out, for whoever looks, also over the death of the store."""
     store = make_ray_store(journal=tmp_path / "j")
     clients = [Client.remote(store.actor, f"c{number}", number) for number in range(4)]
@@ -140,16 +146,18 @@ async def test_a_queue_is_linearizable(make_ray_store, tmp_path, report, amount)
     assert sum(call.end > killed for call in calls) > len(calls) / 5
 
 
-async def _have_come(store, count):
+async def _have_come(store: rs.RayLightningStore, count: int) -> bool:
     return sum((await store.statistics())["rollouts_by_status"].values()) >= count
 
 
-async def _are_written(store):
+async def _are_written(store: rs.RayLightningStore) -> bool:
     return all(rollout.metadata for rollout in await store.query_rollouts())
 
 
 @pytest.mark.timeout(900)
-async def test_each_rollout_is_linearizable(make_ray_store, tmp_path, report, amount):
+async def test_each_rollout_is_linearizable(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """What is read of a rollout is what was written last, for whoever looks, also over the death of the store."""
     store = make_ray_store(journal=tmp_path / "j")
     ids = [(await store.enqueue_rollout("x")).rollout_id for _ in range(amount(20, 400))]

@@ -8,12 +8,16 @@ import random
 import signal
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
 from raystore.journal.opening import read_run
+from tests.conftest import MakeRayStore
 from tests.faults.processes import describe, later
 from tests.helpers import make_span, until
 
@@ -28,14 +32,14 @@ ENDS = {
 class Worker:
     """A process that works, and remembers what the store acknowledged."""
 
-    def __init__(self, handle, name):
+    def __init__(self, handle: Any, name: str) -> None:
         self.store, self.name = rs.RayLightningStore(handle), name
         self.enqueued, self.finished, self.spans = [], [], []
         self.withdrawn = self.unknown = 0
         self.is_over = False
 
-    async def work(self, concurrency):
-        async def one(number):
+    async def work(self, concurrency: int) -> Any:
+        async def one(number: int) -> None:
             while not self.is_over:
                 try:
                     await self.turn(number)
@@ -47,7 +51,7 @@ class Worker:
         await asyncio.gather(*(one(number) for number in range(concurrency)))
         return self.enqueued, self.finished, self.spans, self.withdrawn, self.unknown
 
-    async def turn(self, number):
+    async def turn(self, number: int) -> None:
         asked = f"{self.name}/{number}/{len(self.enqueued)}/{time.monotonic_ns()}"
         rollout = await self.store.enqueue_rollout(asked)
         self.enqueued.append((rollout.rollout_id, asked))
@@ -60,7 +64,7 @@ class Worker:
         await self.store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
         self.finished.append(claimed.rollout_id)
 
-    async def stop(self):
+    async def stop(self) -> None:
         self.is_over = True
 
 
@@ -70,7 +74,14 @@ class Worker:
     [pytest.param(8, ["SIGKILL"], marks=pytest.mark.long), (10, list(ENDS))],  # of which SIGKILL is one
     ids=["sigkill", "three-ways"],
 )
-async def test_a_store_that_is_killed_loses_nothing(make_ray_store, tmp_path, report, amount, row, ends):
+async def test_a_store_that_is_killed_loses_nothing(
+    make_ray_store: MakeRayStore,
+    tmp_path: Path,
+    report: Callable[..., None],
+    amount: Callable[[int, int], int],
+    row: int,
+    ends: list[str],
+) -> None:
     """What was acknowledged is there, once; what was not may be there or not, and at most once."""
     seed = 8_000 + row
     lots = random.Random(seed)

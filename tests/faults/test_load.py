@@ -10,6 +10,11 @@ import gc
 import random
 import statistics
 import time
+from asyncio import AbstractEventLoop
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +23,7 @@ import ray
 import raystore as rs
 from raystore.core import bounds
 from raystore.remote.session import ClientSession
-from tests.conftest import IS_LONG, SLACK
+from tests.conftest import IS_LONG, SLACK, MakeRayStore
 from tests.faults.processes import describe
 from tests.helpers import make_span, until
 from tests.support.actors import Limit, Prober, killing
@@ -27,17 +32,19 @@ from tests.support.measure import forget_peak, longest_pause, peak_bytes, percen
 MIB = 2**20
 
 
-async def waiting(store, count):
+async def waiting(store: rs.RayLightningStore, count: int) -> None:
     """Wait until so many calls wait in the store."""
     await until(lambda: _waiters(store, count), within=120)
 
 
-async def _waiters(store, count):
+async def _waiters(store: rs.RayLightningStore, count: int) -> Any:
     return (await store.statistics())["waiters"] == count
 
 
 @pytest.mark.timeout(900)
-async def test_ten_times_the_memory(make_ray_store, report, amount):
+async def test_ten_times_the_memory(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Spans of several times the threshold: the oldest go, in time; what runs is left alone, and the loss is told."""
     threshold, times = amount(64, 512) * MIB, amount(2, 10)
     store = make_ray_store(eviction_memory_threshold=threshold)
@@ -50,7 +57,7 @@ async def test_ten_times_the_memory(make_ray_store, report, amount):
     await store.actor.__ray_call__.remote(watch_loop)
     text = "".join(random.Random(36).choices("abcdefghij ", k=1500))
 
-    async def feed(number):
+    async def feed(number: int) -> str:
         rollout = await store.start_rollout("bulk")
         spans = [make_span(rollout, n + 1, attributes={"text": f"{number}/{n} {text}"}) for n in range(64)]
         await store.add_many_spans(spans)
@@ -79,7 +86,9 @@ async def test_ten_times_the_memory(make_ray_store, report, amount):
 
 
 @pytest.mark.timeout(300)
-async def test_many_waiters_wake_at_once(make_ray_store, report, amount):
+async def test_many_waiters_wake_at_once(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """One event ends what thousands wait for; all hear of it, and others are served meanwhile."""
     store, many = make_ray_store(), amount(2_000, 10_000)
     requests = [rs.EnqueueRolloutRequest(input=number, group_id="g") for number in range(many)]
@@ -87,7 +96,7 @@ async def test_many_waiters_wake_at_once(make_ray_store, report, amount):
     process = psutil.Process((await describe(store))["pid"])
     before = process.memory_info().rss
 
-    async def wait(rollout_id):
+    async def wait(rollout_id: str) -> float:
         await store.wait_for_rollout(rollout_id)
         return time.monotonic()
 
@@ -114,11 +123,13 @@ async def test_many_waiters_wake_at_once(make_ray_store, report, amount):
 
 
 @pytest.mark.timeout(300)
-async def test_more_waiters_than_there_is_room_for(make_ray_store, report, amount):
+async def test_more_waiters_than_there_is_room_for(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Twice as many as a store takes: the rest are refused with a type, control calls go on, and nobody hangs."""
     store, room = make_ray_store(), amount(1_000, bounds.WAITERS)
 
-    def make_room(actor, room=room):
+    def make_room(actor: Any, room: int = room) -> None:
         bounds.WAITERS = room
 
     await store.actor.__ray_call__.remote(make_room)
@@ -140,12 +151,12 @@ async def test_more_waiters_than_there_is_room_for(make_ray_store, report, amoun
 class Cancelling:
     """An actor handle whose calls are cancelled now and then, as `ray.cancel` does it."""
 
-    def __init__(self, handle, lots, loop):
+    def __init__(self, handle: Any, lots: Random, loop: AbstractEventLoop) -> None:
         self.handle, self.lots, self.cancelled = handle, lots, 0
         self.listen, self.exchange = handle.listen, self
         self.loop = loop
 
-    def remote(self, *parts, **more):
+    def remote(self, *parts: Any, **more: Any) -> Any:
         reference = self.handle.exchange.remote(*parts, **more)
         if self.lots.random() < 0.1:
             self.cancelled += 1
@@ -153,18 +164,23 @@ class Cancelling:
             self.loop.call_soon_threadsafe(self.loop.call_later, wait, ray.cancel, reference)
         return reference
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: Any) -> Any:
         return getattr(self.handle, name)
 
 
 @pytest.mark.timeout(600)
-async def test_a_storm_of_cancellations(make_ray_store, report, amount, monkeypatch):
+async def test_a_storm_of_cancellations(
+    make_ray_store: MakeRayStore,
+    report: Callable[..., None],
+    amount: Callable[[int, int], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Calls of all kinds cancelled at any moment: nothing leaks, nothing is lost, nothing happens twice."""
     store, lots, count = make_ray_store(), random.Random(39), amount(600, 10_000)
     before = len(asyncio.all_tasks())
     asked, done = {}, set()
 
-    async def one(number):
+    async def one(number: Any) -> None:
         rollout_id = f"ro-{number}"
         asked[rollout_id] = number
         await store.enqueue_rollout(number, rollout_id=rollout_id)
@@ -196,16 +212,21 @@ async def test_a_storm_of_cancellations(make_ray_store, report, amount, monkeypa
            did=f"{count} callers, {len(done)} of which came to their end")  # fmt: skip
 
 
-async def _tasks(before):
+async def _tasks(before: int) -> bool:
     return len(asyncio.all_tasks()) <= before
 
 
-async def test_calls_of_a_session_are_cancelled(make_ray_store, report, amount, monkeypatch):
+async def test_calls_of_a_session_are_cancelled(
+    make_ray_store: MakeRayStore,
+    report: Callable[..., None],
+    amount: Callable[[int, int], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """`ray.cancel` strikes the calls that carry batches: they are sent again, and each operation runs once."""
     store, lots, count = make_ray_store(), random.Random(139), amount(600, 5_000)
     cancelling, loop = [], asyncio.get_running_loop()
 
-    def send(session, batch, send=ClientSession.send):
+    def send(session: Any, batch: Any, send: Callable[..., None] = ClientSession.send) -> None:
         if not cancelling:
             cancelling.append(Cancelling(session.handle, lots, loop))
             monkeypatch.setattr(session, "handle", cancelling[0])
@@ -213,7 +234,7 @@ async def test_calls_of_a_session_are_cancelled(make_ray_store, report, amount, 
 
     monkeypatch.setattr(ClientSession, "send", send)
 
-    async def one(number):
+    async def one(number: Any) -> list[Any]:
         return [await store.get_next_span_sequence_id(f"r{number}", "a") for _ in range(count // 20)]
 
     told = await asyncio.gather(*(one(number) for number in range(20)))
@@ -225,7 +246,9 @@ async def test_calls_of_a_session_are_cancelled(make_ray_store, report, amount, 
 
 
 @pytest.mark.timeout(300)
-async def test_a_slow_reader(make_ray_store, report, amount):
+async def test_a_slow_reader(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Pages of a long rollout, read slowly: the store holds none of them for its reader."""
     store, count, page = make_ray_store(), amount(10_000, 100_000), 1_000
     rollout = await store.start_rollout("long")
@@ -252,13 +275,13 @@ async def test_a_slow_reader(make_ray_store, report, amount):
 class Greedy:
     """A client process that has ten thousand calls under way, all the time."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: Any) -> None:
         self.store, self.is_over = rs.RayLightningStore(handle), False
 
-    async def work(self):
+    async def work(self) -> int:
         self.is_over = False
 
-        async def one(number):
+        async def one(number: Any) -> int:
             done = 0
             while not self.is_over:
                 await self.store.get_rollout_by_id(f"ro-{number}")
@@ -267,7 +290,7 @@ class Greedy:
 
         return sum(await asyncio.gather(*(one(number) for number in range(10_000))))
 
-    async def stop(self):
+    async def stop(self) -> None:
         self.is_over = True
 
 
@@ -275,10 +298,10 @@ class Greedy:
 class Other:
     """A process that calls a store and an actor that does nothing in turn, and remembers how long each took."""
 
-    def __init__(self, handle, empty):
+    def __init__(self, handle: Any, empty: Any) -> None:
         self.store, self.empty = rs.RayLightningStore(handle), empty
 
-    async def calls(self, count):
+    async def calls(self, count: int) -> list[float]:
         taken = []
         for _ in range(count):
             begun = time.perf_counter()
@@ -290,7 +313,9 @@ class Other:
 
 
 @pytest.mark.timeout(300)
-async def test_a_greedy_client(make_ray_store, report, amount):
+async def test_a_greedy_client(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """One client with ten thousand calls under way: the others are served beside it.
 
     Such a client and the store keep two cores busy. What that alone does to a call tells an actor that does nothing.
@@ -318,21 +343,23 @@ async def test_a_greedy_client(make_ray_store, report, amount):
 # -- hours -------------------------------------------------------------------------------------------------------------
 
 
-def slope(samples):
+def slope(samples: list[Any]) -> float:
     """MiB an hour, by least squares, of (seconds, bytes)."""
     found = statistics.linear_regression([at for at, _ in samples], [size for _, size in samples])
     return found.slope * 3600 / MIB
 
 
 @pytest.mark.timeout(1800)
-async def test_soak(make_ray_store, tmp_path, report, amount):
+async def test_soak(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """A store at 70 % of what it can do, with a journal and retention: nothing grows."""
     seconds = amount(12, 1_200)
     store = make_ray_store(journal=tmp_path / "j", durability="process", retention={"max_rollouts": 1_000})
     process = psutil.Process((await describe(store))["pid"])
     pause, done = 0.0, 0
 
-    async def work(until):
+    async def work(until: Any) -> None:
         nonlocal done
         while time.monotonic() < until:
             started = time.monotonic()
@@ -344,10 +371,10 @@ async def test_soak(make_ray_store, tmp_path, report, amount):
             done += 1
             await asyncio.sleep(pause * (time.monotonic() - started))
 
-    def held():
+    def held() -> dict[str, int]:
         return {"files": process.num_fds(), "threads": process.num_threads()}
 
-    async def tasks():
+    async def tasks() -> Any:
         return await store.actor.__ray_call__.remote(lambda actor: len(asyncio.all_tasks(actor._service._alarm._loop)))
 
     started = time.monotonic()

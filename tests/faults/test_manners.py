@@ -12,19 +12,22 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
-from tests.conftest import IS_LONG
+from tests.conftest import IS_LONG, MakeRayStore
 from tests.faults.processes import ROOT, describe, program
 
 # -- poison ------------------------------------------------------------------------------------------------------------
 
 
-async def agent(task, ctx):
+async def agent(task: Any, ctx: rs.Context) -> float:
     """Half a tenth of a second; one task ends its process."""
     if task == "poison":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -34,7 +37,9 @@ async def agent(task, ctx):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("isolation", ["process", pytest.param("actor", marks=pytest.mark.long)])
-async def test_a_task_that_kills_its_runner(make_ray_store, report, amount, isolation):
+async def test_a_task_that_kills_its_runner(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int], isolation: str
+) -> None:
     """It ends as failed after `max_deliveries`, and takes nothing else with it."""
     store, count, seconds = make_ray_store(max_deliveries=3), amount(40, 1_500), {True: [], False: []}
     async with rs.RunnerPool(store, agent, size=2, concurrency=2, isolation=isolation):
@@ -68,21 +73,21 @@ async def test_a_task_that_kills_its_runner(make_ray_store, report, amount, isol
 class Hostile:
     """A value that ends whichever process opens it."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return os._exit, (1,)
 
 
 class Raises:
     """A value that cannot be written down."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> None:
         raise SystemError("not me")
 
 
 class Unknown:
     """A value of a class that the store's process cannot import."""
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "Unknown()"
 
 
@@ -90,14 +95,14 @@ Unknown.__module__ = "a_module_that_nobody_has"
 sys.modules["a_module_that_nobody_has"] = sys.modules[__name__]
 
 
-def nested(depth):
+def nested(depth: int) -> list[list[list[list[Any]]]]:
     value = []
     for _ in range(depth):
         value = [value]
     return value
 
 
-def odd_value(lots, depth=0):
+def odd_value(lots: Any, depth: int = 0) -> Any:
     """Something that a user may pass: any type, any text, any depth."""
     kind = lots.randrange(13 if depth < 6 else 9)
     if kind < 9:
@@ -117,7 +122,9 @@ def odd_value(lots, depth=0):
 
 
 @pytest.mark.timeout(600)
-async def test_odd_values(make_ray_store, report, amount):
+async def test_odd_values(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Nothing looks into a payload: what is within the limits comes back as it was, what is not is refused."""
     store, lots, count = make_ray_store(), random.Random(42), amount(400, 20_000)
     pid = (await describe(store))["pid"]
@@ -132,7 +139,7 @@ async def test_odd_values(make_ray_store, report, amount):
     assert hostile.rollout_id == "hostile"
     await store.enqueue_rollout({"open": "me"}, metadata={"value": "\ud800"}, queue="hostile")
 
-    async def store_hostile():  # its answer has the value in it, so it is a process of its own that asks for it
+    async def store_hostile() -> None:  # its answer has the value in it, so it is a process of its own that asks for it
         asking = Asking.remote(store.actor)
         with pytest.raises(ray.exceptions.RayActorError):
             await asking.enqueue.remote()
@@ -160,10 +167,10 @@ async def test_odd_values(make_ray_store, report, amount):
 class Asking:
     """A process that opens what it should not have."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: Any) -> None:
         self.store = rs.RayLightningStore(handle)
 
-    async def enqueue(self):
+    async def enqueue(self) -> Any:
         return (await self.store.enqueue_rollout(Hostile(), queue="hostile")).input
 
 
@@ -174,8 +181,8 @@ class Asking:
 class Creator:
     """A process that starts a store from many threads at once."""
 
-    def create(self, name, threads, other):
-        def one(number):
+    def create(self, name: str, threads: int, other: int | None) -> list[str]:
+        def one(number: Any) -> str:
             try:
                 options = {"max_queued": 7} if number == other else {}
                 store = rs.start(name, detached=True, exist="attach", **options)
@@ -189,7 +196,9 @@ class Creator:
 
 
 @pytest.mark.timeout(900)
-async def test_many_create_one_store_at_once(cluster, report, amount):
+async def test_many_create_one_store_at_once(
+    cluster: None, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """One store, the same for all; whoever asked for another configuration hears of it."""
     extra = unnoticed = 0
     processes, rounds = amount(3, 5), amount(1, 60)
@@ -214,7 +223,7 @@ async def test_many_create_one_store_at_once(cluster, report, amount):
            did=f"{rounds} times 10 threads of {processes} processes each, one with another configuration")  # fmt: skip
 
 
-def test_nothing_is_left(tmp_path, report):
+def test_nothing_is_left(tmp_path: Path, report: Callable[..., None]) -> None:
     """After `close` and `stop`: no process, name, thread, file or shared memory more than before."""
     found = program("leftovers", tmp_path)
     assert found.pop("seen while it worked") >= 6
@@ -222,7 +231,7 @@ def test_nothing_is_left(tmp_path, report):
            met=not any(found.values()), did=f"two stores and pools, {found}")  # fmt: skip
 
 
-def pythons():
+def pythons() -> Iterator[str]:
     """This Python, and in the long form the others at hand, each with the project in an environment of its own."""
     yield sys.executable
     names = [f"python3.{minor}" for minor in range(11, 15) if minor != sys.version_info.minor]
@@ -233,7 +242,7 @@ def pythons():
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
-def test_calls_leak_nothing(tmp_path, report, amount):
+def test_calls_leak_nothing(tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]) -> None:
     """As many calls as a long run makes: memory of store and client is what it was."""
     for number, python in enumerate(pythons()):
         if number:

@@ -10,40 +10,44 @@ import contextlib
 import os
 import random
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import raystore as rs
 from raystore.runner import actors
 from raystore.runner.actors import RunnerActors
+from tests.conftest import MakeRayStore
 from tests.faults.processes import broken
 from tests.helpers import until
 
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-async def patient(task, ctx):
+async def patient(task: Any, ctx: rs.Context) -> None:
     """Goes on for longer than anybody waits."""
     with ctx.span("begun"):
         pass
     await asyncio.sleep(1000)
 
 
-async def brief(task, ctx):
+async def brief(task: Any, ctx: rs.Context) -> float:
     """Takes a moment."""
     with ctx.span("turn"):
         await asyncio.sleep(0.3)
     return 1.0
 
 
-async def stop_pools(store, stops):
+async def stop_pools(store: rs.RayLightningStore, stops: int) -> Any:
     """Stop pools in the middle of their work, beside one that does not notice: what went wrong, what was withdrawn."""
     lots = random.Random(72)
     steady = await store.enqueue_rollout("steady", queue="b")
     other = rs.RunnerPool(store, patient, size=1, queues=["b"], flush_seconds=0.05)
     async with other:
 
-        async def is_running():
+        async def is_running() -> Any:
             return (await store.get_rollout_by_id(steady.rollout_id)).status == "running"
 
         await until(is_running)
@@ -67,7 +71,9 @@ async def stop_pools(store, stops):
 
 
 @pytest.mark.timeout(900)
-async def test_pools_are_stopped_beside_another(make_ray_store, report, amount):
+async def test_pools_are_stopped_beside_another(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Over and over, in the middle of their work: nothing is lost or charged, and the other pool does not notice."""
     stops = amount(2, 50)
     figure, withdrawn = await stop_pools(make_ray_store(max_deliveries=1), stops)
@@ -78,7 +84,9 @@ async def test_pools_are_stopped_beside_another(make_ray_store, report, amount):
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_row_72_finds_a_stop_that_counts_as_a_death(make_ray_store, monkeypatch):
+async def test_row_72_finds_a_stop_that_counts_as_a_death(
+    make_ray_store: MakeRayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Runners are ended without being asked, and their end is reported as any other."""
     report = RunnerActors._report_end
     monkeypatch.setattr(actors, "stop_all", lambda members, **seconds: None)
@@ -90,7 +98,7 @@ async def test_row_72_finds_a_stop_that_counts_as_a_death(make_ray_store, monkey
 # -- killing -----------------------------------------------------------------------------------------------------------
 
 
-async def telling(task, ctx):
+async def telling(task: Any, ctx: rs.Context) -> float:
     """Its reward says what it was given."""
     with ctx.span("begun"):
         pass
@@ -98,7 +106,7 @@ async def telling(task, ctx):
     return float(task)
 
 
-async def kill_runners(store, kills):
+async def kill_runners(store: rs.RayLightningStore, kills: int) -> Any:
     """Kill runners of two pools, one after the other: what came of their work."""
     lots = random.Random(73)
     killed = set()
@@ -113,7 +121,7 @@ async def kill_runners(store, kills):
             requests = [rs.EnqueueRolloutRequest(input=task, queue="ab"[task % 2]) for task in inputs]
             made += [rollout.rollout_id for rollout in await store.enqueue_many_rollouts(requests)]
 
-            async def at_work(pool=pool):
+            async def at_work(pool: rs.RunnerPool = pool) -> list[Any]:
                 found = await store.query_rollouts(status_in=["running"])
                 return sorted({r.attempt.worker_id for r in found} & {*pool.worker_ids} - killed)
 
@@ -135,7 +143,9 @@ async def kill_runners(store, kills):
 
 
 @pytest.mark.timeout(900)
-async def test_two_pools_are_killed(make_ray_store, report, amount):
+async def test_two_pools_are_killed(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Only what a dead runner held is tried again; each pool fills its own places, and all ends well."""
     kills = amount(3, 50)
     store = make_ray_store(max_deliveries=kills + 1)  # what is killed so often is not to be taken for poison
@@ -147,17 +157,19 @@ async def test_two_pools_are_killed(make_ray_store, report, amount):
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_row_73_finds_an_end_that_is_reported_of_the_wrong_runner(make_ray_store, monkeypatch):
+async def test_row_73_finds_an_end_that_is_reported_of_the_wrong_runner(
+    make_ray_store: MakeRayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when runners of two pools had the same names: another one's work is given away."""
     report = RunnerActors._report_end
     everybody = []
     start = RunnerActors._start_member
 
-    def started(pool, number):
+    def started(pool: Any, number: Any) -> Any:
         everybody.append(start(pool, number))
         return everybody[-1]
 
-    def wrong(pool, member, *, stopped):
+    def wrong(pool: Any, member: Any, *, stopped: Any) -> None:
         others = [other for other in everybody if other.session_id is not None and not other.ended.is_set()]
         for other in others:
             report(pool, other, stopped=stopped)
@@ -173,24 +185,24 @@ async def test_row_73_finds_an_end_that_is_reported_of_the_wrong_runner(make_ray
 PATTERN = "nnnyyy"  #: of one start after the other: half of them fail, three in a row, after which a pool tells of it
 
 
-def make_shaky(folder):
+def make_shaky(folder: Path) -> type[Any]:
     """A class of agents whose setup fails half the time."""
 
     class Shaky:
-        def setup(self):
+        def setup(self) -> None:
             number = len(list(folder.iterdir()))
             (folder / f"{number}-{os.getpid()}").touch()
             if number >= 3 and PATTERN[(number - 3) % len(PATTERN)] == "n":  # the first three have to come up
                 raise ConnectionError("no model server")
 
-        async def __call__(self, task, ctx):
+        async def __call__(self, task: Any, ctx: rs.Context) -> float:
             await asyncio.sleep(0.5)
             return 1.0
 
     return Shaky
 
 
-async def kill_the_shaky(store, folder, kills):
+async def kill_the_shaky(store: rs.RayLightningStore, folder: Path, kills: int) -> Any:
     """Kill runners whose successors come up half the time: what became of their work, and what the driver was told."""
     starts, killed = folder / "starts", set()
     starts.mkdir()
@@ -198,7 +210,7 @@ async def kill_the_shaky(store, folder, kills):
         made = [rollout.rollout_id for rollout in await store.enqueue_group("x", 60 * kills)]
         last = asyncio.ensure_future(store.wait_for_rollout(made[-1], timeout=60 + 30 * kills))  # all the time
 
-        async def two_live():
+        async def two_live() -> list[Any] | None:
             ids = {*pool.worker_ids} - killed
             workers = await store.query_workers()
             found = [w for w in workers if w.worker_id in ids and "pid" in (w.heartbeat_stats or {})]
@@ -222,7 +234,9 @@ async def kill_the_shaky(store, folder, kills):
 
 
 @pytest.mark.timeout(900)
-async def test_a_setup_that_fails_half_the_time(make_ray_store, tmp_path, report, amount):
+async def test_a_setup_that_fails_half_the_time(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Those who come up do all of it; as long as one of them lives, nobody hears that there is none."""
     kills = amount(3, 30)
     figure, starts = await kill_the_shaky(make_ray_store(), tmp_path, kills)
@@ -232,7 +246,7 @@ async def test_a_setup_that_fails_half_the_time(make_ray_store, tmp_path, report
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-async def test_row_74_finds_a_store_that_forgets_who_works(make_ray_store, tmp_path):
+async def test_row_74_finds_a_store_that_forgets_who_works(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """Then three failures in a row look like the end, whoever else asks for work."""
     code = "from raystore import pools; pools.Pools.asked = lambda self, session_id, queues: None"
     figure, _ = await kill_the_shaky(make_ray_store(**broken(tmp_path, code)), tmp_path, 3)

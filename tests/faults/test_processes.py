@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +21,7 @@ import ray
 import raystore as rs
 from raystore.remote.session_state import SessionState
 from tests.channel import CODE
-from tests.conftest import SLACK
+from tests.conftest import SLACK, MakeRayStore
 from tests.faults.processes import describe, kill, later, program
 from tests.helpers import make_span, until
 
@@ -33,19 +35,21 @@ HERE = Path(__file__).parent
 class Claimer:
     """A process whose dequeue waits."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: Any) -> None:
         self.store = rs.RayLightningStore(handle)
 
-    async def park(self):
+    async def park(self) -> str | None:
         claimed = await self.store.dequeue_rollout(timeout=60)
         return claimed.rollout_id if claimed else None
 
-    async def pid(self):
+    async def pid(self) -> int:
         return os.getpid()
 
 
 @pytest.mark.timeout(900)
-async def test_a_runner_is_killed_while_its_dequeue_waits(make_ray_store, report, amount):
+async def test_a_runner_is_killed_while_its_dequeue_waits(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Nothing is handed to the dead and lost: it is offered again within 8 s, as if it had never been handed out."""
     store, batch, lost, delays, kills = make_ray_store(), amount(4, 10), 0, [], amount(4, 200)
     for _ in range(kills // batch):
@@ -70,11 +74,13 @@ async def test_a_runner_is_killed_while_its_dequeue_waits(make_ray_store, report
            met=not lost and max(delays) <= 8 * SLACK)  # fmt: skip
 
 
-async def _waiters(store, count):
+async def _waiters(store: rs.RayLightningStore, count: int) -> bool:
     return (await store.statistics())["waiters"] >= count
 
 
-async def test_callers_that_give_up(make_ray_store, report, amount):
+async def test_callers_that_give_up(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Time-outs of a call, `wait_for`, and cancellation around the answer: nothing is lost, no slot is held."""
     store, lots, lost, count = make_ray_store(), random.Random(13), 0, amount(60, 3_000)
     for number in range(count):
@@ -99,7 +105,7 @@ async def test_callers_that_give_up(make_ray_store, report, amount):
            bar="0; 0 after 2 s", met=not lost, seed=13, did=f"{count} calls")  # fmt: skip
 
 
-async def _nobody_waits(store):
+async def _nobody_waits(store: rs.RayLightningStore) -> bool:
     return (await store.statistics())["waiters"] == 0
 
 
@@ -149,7 +155,7 @@ asyncio.run(main())
 )
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_replies_are_lost(tmp_path, report, amount):
+def test_replies_are_lost(tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]) -> None:
     """Ray drops a part of its replies: every operation has its effect exactly once, and all succeed."""
     script = tmp_path / "losing.py"
     script.write_text(LOSING)
@@ -165,13 +171,13 @@ def test_replies_are_lost(tmp_path, report, amount):
         report(14, f"{percent} % of replies lost", figure=figure, bar="0", met=found["wrong"] == 0, did=did)
 
 
-async def test_a_store_without_a_journal_dies_loudly(make_ray_store, report):
+async def test_a_store_without_a_journal_dies_loudly(make_ray_store: MakeRayStore, report: Callable[..., None]) -> None:
     """Every call and every waiter gets a typed error soon; nobody is told that there is nothing."""
     store = make_ray_store()
     rollout = await store.enqueue_rollout("x", queue="other")
     told = {}
 
-    async def call(name, coroutine):
+    async def call(name: str, coroutine: Any) -> None:
         try:
             told[name] = ("answered", await coroutine)
         except rs.StoreError as error:
@@ -217,7 +223,7 @@ asyncio.run(main())
 )
 
 
-async def test_the_driver_is_killed(cluster, report):
+async def test_the_driver_is_killed(cluster: None, report: Callable[..., None]) -> None:
     """A detached store is there for the next driver with all it had; of an owned one nothing is left."""
     address, figure = ray.get_runtime_context().gcs_address, {}
     for kind in ("detached", "owned"):
@@ -240,7 +246,7 @@ async def test_the_driver_is_killed(cluster, report):
            met=figure == {"lost": 0, "left": []})  # fmt: skip
 
 
-async def _is_gone(pid):
+async def _is_gone(pid: Any) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -249,7 +255,9 @@ async def _is_gone(pid):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_the_node_of_the_store_is_killed(tmp_path, report, amount):
+def test_the_node_of_the_store_is_killed(
+    tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """With a shared directory the store moves to another node, and nothing is lost."""
     found = program("nodes", tmp_path / "j", amount(1, 5), timeout=800)
     met = found["lost"] == 0 and found["slowest"] <= 6 * SLACK
@@ -258,7 +266,9 @@ def test_the_node_of_the_store_is_killed(tmp_path, report, amount):
            did=f"{found['kills']} nodes of three; Ray was told to look every 0.5 s")  # fmt: skip
 
 
-async def test_two_incarnations(make_ray_store, tmp_path, report, amount):
+async def test_two_incarnations(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """One is frozen and believed dead; when it wakes up it acknowledges nothing more, and ends."""
     late, backwards, slowest, slowest_word, rounds = 0, 0, 0.0, 0.0, amount(1, 12)
     for number in range(rounds):
@@ -293,7 +303,7 @@ async def test_two_incarnations(make_ray_store, tmp_path, report, amount):
 
 
 @pytest.mark.timeout(300)
-def test_the_whole_cluster_is_killed(tmp_path, report):
+def test_the_whole_cluster_is_killed(tmp_path: Path, report: Callable[..., None]) -> None:
     """A new cluster goes on with the same directory: all that was acknowledged is there."""
     found = program("whole_cluster", tmp_path)
     report(20, "whole cluster killed", figure={"lost": found["lost"]}, bar="0", met=not found["lost"],
@@ -301,7 +311,9 @@ def test_the_whole_cluster_is_killed(tmp_path, report):
 
 
 @pytest.mark.timeout(300)
-async def test_the_store_stands_still(make_ray_store, report, amount):
+async def test_the_store_stands_still(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Frozen for longer than any deadline: nobody is to blame, and nothing expires when it wakes up."""
     store, seconds = make_ray_store(), amount(6, 60)
     config = rs.RolloutConfig(unresponsive_seconds=5, timeout_seconds=20, max_attempts=3, retry_condition=["timeout"])
@@ -322,7 +334,7 @@ async def test_the_store_stands_still(make_ray_store, report, amount):
            did=f"{seconds} s with 10 attempts that are silent for too long after 5 s")  # fmt: skip
 
 
-async def test_a_crash_loop(make_ray_store, tmp_path, report):
+async def test_a_crash_loop(make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None]) -> None:
     """A record that ends every process that reads it: after two the store serves what was before, and says which."""
     points = {"env_vars": {"RAYSTORE_FAILPOINTS": "replay.record=kill@12"}}
     store = make_ray_store(journal=tmp_path / "j", actor_options={"runtime_env": points})
@@ -346,19 +358,19 @@ async def test_a_crash_loop(make_ray_store, tmp_path, report):
 class Crowd:
     """A client process with many callers, which counts how often it sends again what got no answer."""
 
-    def __init__(self, handle, count):
+    def __init__(self, handle: Any, count: int) -> None:
         self.store, self.count = rs.RayLightningStore(handle), count
         self.is_over, self.done, self.slowest, self.again = False, 0, 0.0, 0
         no_answer = SessionState.no_answer
 
-        def counted(state, *arguments):
+        def counted(state: Any, *arguments: Any) -> Any:
             self.again += 1
             return no_answer(state, *arguments)
 
         SessionState.no_answer = counted
 
-    async def work(self):
-        async def one():
+    async def work(self) -> Any:
+        async def one() -> None:
             while not self.is_over:
                 started = time.monotonic()
                 await self.store.enqueue_rollout("x")
@@ -369,12 +381,14 @@ class Crowd:
         await asyncio.gather(*(one() for _ in range(self.count)))
         return self.done, self.slowest, self.again
 
-    async def stop(self):
+    async def stop(self) -> None:
         self.is_over = True
 
 
 @pytest.mark.timeout(300)
-async def test_a_restart_under_many_clients(make_ray_store, tmp_path, report, amount):
+async def test_a_restart_under_many_clients(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """No stampede: what got no answer is sent again with pauses, and everybody is served again soon."""
     store, processes, callers = make_ray_store(journal=tmp_path / "j"), amount(3, 24), 50
     crowds = [Crowd.remote(store.actor, callers) for _ in range(processes)]
@@ -396,5 +410,5 @@ async def test_a_restart_under_many_clients(make_ray_store, tmp_path, report, am
            did=f"{processes} client processes with {callers} callers each")  # fmt: skip
 
 
-async def _rollouts(store, count):
+async def _rollouts(store: rs.RayLightningStore, count: int) -> bool:
     return (await store.statistics())["total_rollouts"] >= count

@@ -6,10 +6,14 @@ A failing seed is run again by `python -m tests.faults.test_simulated SEED`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from raystore.core import batches
+from raystore.core.batches import Item
+from raystore.core.state import Step
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay
 from tests.faults import simulation
@@ -20,7 +24,7 @@ NOTHING = dict.fromkeys(
 )
 
 
-def run(seeds, **how):
+def run(seeds: range | Item, **how: Any) -> Any:
     """The sum of the counts, the number of kills, and the first seed that failed."""
     total, kills, failed = dict(NOTHING), 0, None
     for seed in seeds:
@@ -38,7 +42,13 @@ def run(seeds, **how):
     (6, "every call may come twice", {"loss": 0.0, "twice": 1.0, "crashes": 0.0}),
     (7, "calls reordered and lost", {"loss": 0.3, "crashes": 0.0}),
 ])  # fmt: skip
-def test_nothing_is_lost_or_done_twice(report, amount, row, what, how):
+def test_nothing_is_lost_or_done_twice(
+    report: Callable[..., None],
+    amount: Callable[[int, int], int],
+    row: int,
+    what: str,
+    how: dict[Any, Any] | dict[str, float],
+) -> None:
     """Whatever the way and the disk do to it."""
     seeds = range(1_000_000 * row, 1_000_000 * row + amount(20, 4_000 if row == 5 else 1_000))
     total, kills, failed = run(seeds, **how)
@@ -47,25 +57,25 @@ def test_nothing_is_lost_or_done_twice(report, amount, row, what, how):
     assert (kills > len(seeds)) == (row == 5)
 
 
-def acknowledge_early(monkeypatch):
+def acknowledge_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers leave before what they say is on disk."""
     monkeypatch.setattr(SimulatedWriter, "when_durable", lambda log, number, told: False)
 
 
-def forget_answers(monkeypatch):
+def forget_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that comes again runs again."""
 
-    def again(state, session, kept, operations, run):
+    def again(state: Any, session: Any, kept: Any, operations: Any, run: Any) -> list[Any]:
         return [run(batches.Item(n, kept.first_ticket + n, *o)) for n, o in enumerate(operations)]
 
     monkeypatch.setattr("raystore.remote.server_session.repeat", again)
 
 
-def look_for_no_successor(monkeypatch):
+def look_for_no_successor(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that has been replaced goes on acknowledging."""
     before = SimulatedWriter.commit
 
-    def commit(log, upto):
+    def commit(log: Any, upto: Any) -> None:
         if log.is_newest:
             return before(log, upto)
         waiting, log._waiting = log._waiting, []
@@ -75,12 +85,12 @@ def look_for_no_successor(monkeypatch):
     monkeypatch.setattr(SimulatedWriter, "commit", commit)
 
 
-def lose_what_was_committed(monkeypatch):
+def lose_what_was_committed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that says it has what it has not."""
     monkeypatch.setattr(simulation.Disk, "crash", lambda disk, lots: disk.records.__delitem__(slice(-2, None)))
 
 
-def record_no_acknowledgements(monkeypatch):
+def record_no_acknowledgements(monkeypatch: pytest.MonkeyPatch) -> None:
     """A change without a record."""
     before = Recorder.change
     monkeypatch.setattr(
@@ -88,7 +98,7 @@ def record_no_acknowledgements(monkeypatch):
     )
 
 
-def record_no_hand_overs(monkeypatch):
+def record_no_hand_overs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work given to calls that wait, without a record."""
     before = Recorder.change
     monkeypatch.setattr(
@@ -96,7 +106,7 @@ def record_no_hand_overs(monkeypatch):
     )
 
 
-def record_no_ends_of_sessions(monkeypatch):
+def record_no_ends_of_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that are gone, without a record."""
     before = Recorder.change
     monkeypatch.setattr(
@@ -104,7 +114,7 @@ def record_no_ends_of_sessions(monkeypatch):
     )
 
 
-def lose_patience_without_a_record(monkeypatch):
+def lose_patience_without_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """What time brings, without a record: suspects that waited for long enough."""
     before = Recorder.change
     monkeypatch.setattr(
@@ -112,11 +122,11 @@ def lose_patience_without_a_record(monkeypatch):
     )
 
 
-def mint_other_ids(monkeypatch):
+def mint_other_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay that does not use the seeds that were recorded."""
     before = Replay._step
 
-    def step(replay, head):
+    def step(replay: Any, head: Any) -> Step:
         made = before(replay, head)
         made.seed += 1
         return made
@@ -124,11 +134,11 @@ def mint_other_ids(monkeypatch):
     monkeypatch.setattr(Replay, "_step", step)
 
 
-def count_one_less(monkeypatch):
+def count_one_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """The record of a batch says that less of it ran."""
     before = Recorder.flush
 
-    def close(pen):
+    def close(pen: Any) -> None:
         if pen._source is not None and pen._source.unwritten > 1:
             pen._source.unwritten -= 1
         before(pen)
@@ -136,13 +146,13 @@ def count_one_less(monkeypatch):
     monkeypatch.setattr(Recorder, "flush", close)
 
 
-def take_other_time(monkeypatch):
+def take_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay with a clock of its own."""
     before = Replay._step
     monkeypatch.setattr(Replay, "_step", lambda replay, head: before(replay, head._replace(now=head.now + 1)))
 
 
-def forget_what_was_handed(monkeypatch):
+def forget_what_was_handed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that goes on does not know what parked calls were handed, so that nobody holds it."""
     monkeypatch.setattr("raystore.remote.server_session.handed_again", lambda state, session, keys: [])
 
@@ -156,7 +166,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("breaks", BROKEN, ids=lambda breaks: breaks.__name__)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_store_that_is_broken_is_found_out(monkeypatch, breaks):
+def test_a_store_that_is_broken_is_found_out(monkeypatch: pytest.MonkeyPatch, breaks: Callable[..., None]) -> None:
     """Each of these, within a hundred seeds."""
     breaks(monkeypatch)
     for seed in range(100):

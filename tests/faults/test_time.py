@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import ray
 
 import raystore as rs
+from tests.conftest import MakeRayStore
 from tests.faults.processes import kill, later
 from tests.helpers import make_span, status_of, until
 
@@ -22,13 +26,13 @@ time.time = lambda: _real() + float(_by.read_text())
 """
 
 
-def shifted_clock(directory, seconds=0.0):
+def shifted_clock(directory: Path, seconds: float = 0.0) -> Any:
     """A runtime environment whose processes read a wall clock that is off; and what sets it anew."""
     directory.mkdir()
     (directory / "sitecustomize.py").write_text(SHIFTED)
     new, file = directory / "new", directory / "seconds"
 
-    def shift(seconds):
+    def shift(seconds: float) -> None:
         new.write_text(str(seconds))
         new.replace(file)
 
@@ -36,7 +40,9 @@ def shifted_clock(directory, seconds=0.0):
     return {"env_vars": {"PYTHONPATH": str(directory)}}, shift
 
 
-async def test_the_wall_clock_jumps(make_ray_store, tmp_path, report, amount):
+async def test_the_wall_clock_jumps(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """An hour or a year, forth and back, in the store's process: timers go by time that passed."""
     environment, shift = shifted_clock(tmp_path / "clock")
     store = make_ray_store(actor_options={"runtime_env": environment})
@@ -65,7 +71,9 @@ async def test_the_wall_clock_jumps(make_ray_store, tmp_path, report, amount):
            met=not early and not missed, did=f"{rounds} jumps of ±1 h and ±1 year, 10 attempts each")  # fmt: skip
 
 
-async def test_a_store_that_was_down_for_hours(make_ray_store, tmp_path, report, amount):
+async def test_a_store_that_was_down_for_hours(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Attempts that ran when it died get a full period from when it is back; then they are dealt with."""
     environment, shift = shifted_clock(tmp_path / "clock")
     store = make_ray_store(journal=tmp_path / "j", actor_options={"runtime_env": environment})
@@ -96,10 +104,10 @@ async def test_a_store_that_was_down_for_hours(make_ray_store, tmp_path, report,
 class Off:
     """A runner whose wall clock is off."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: Any) -> None:
         self.store = rs.RayLightningStore(handle)
 
-    async def write(self, rollout_id, attempt_id):
+    async def write(self, rollout_id: str, attempt_id: str) -> Any:
         number = await self.store.get_next_span_sequence_id(rollout_id, attempt_id)
         now = time.time()
         await self.store.add_span(
@@ -108,7 +116,9 @@ class Off:
         return number, now
 
 
-async def test_clocks_of_runners_disagree(make_ray_store, tmp_path, report, amount):
+async def test_clocks_of_runners_disagree(
+    make_ray_store: MakeRayStore, tmp_path: Path, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Spans of one attempt come from processes ten minutes apart: their order is that of their sequence ids."""
     store, count = make_ray_store(), amount(60, 5_000)
     writers = [
@@ -134,11 +144,13 @@ async def test_clocks_of_runners_disagree(make_ray_store, tmp_path, report, amou
 class Empty:
     """What Ray takes for an actor that does nothing."""
 
-    async def cpu_seconds(self):
+    async def cpu_seconds(self) -> float:
         return time.process_time()
 
 
-async def test_nobody_calls(make_ray_store, report, amount):
+async def test_nobody_calls(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Deadlines are met without any client's help, and an idle store uses next to no processor."""
     store, empty, seconds = make_ray_store(), Empty.remote(), amount(4, 300)
     rollout = await store.start_rollout("x", config=rs.RolloutConfig(timeout_seconds=seconds / 2))

@@ -6,23 +6,25 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
-from tests.conftest import SLACK
+from tests.conftest import SLACK, MakeRayStore
 from tests.helpers import until
 
 
-async def agent(task, ctx):
+async def agent(task: Any, ctx: rs.Context) -> float:
     """Its span is a twelfth of the store's memory."""
     with ctx.span("w", text="x" * 5_000):
         await asyncio.sleep(0.001)
     return 1.0
 
 
-async def train_slowly(count, seconds=60, retention=3):
+async def train_slowly(count: int, seconds: int = 60, retention: int | None = 3) -> dict[str, int]:
     """What became of so many rollouts in a small store beside a trainer that checkpoints every other step."""
     store = rs.InMemoryLightningStore(
         eviction_memory_threshold=60_000, safe_memory_threshold=30_000, consumers=["t"],
@@ -60,12 +62,14 @@ async def train_slowly(count, seconds=60, retention=3):
     }  # fmt: skip
 
 
-def is_met(figure):
+def is_met(figure: dict[str, int]) -> bool:
     return not figure["not trained"] and not figure["trained twice"] and not figure["without spans"]
 
 
 @pytest.mark.timeout(300)
-async def test_memory_is_full_beside_a_slow_trainer(report, amount):
+async def test_memory_is_full_beside_a_slow_trainer(
+    report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """Everything is trained on once, with all its spans; the store has waited for its trainer instead."""
     count = amount(60, 2_000)
     figure = await train_slowly(count, amount(60, 250))
@@ -74,7 +78,7 @@ async def test_memory_is_full_beside_a_slow_trainer(report, amount):
 
 
 @pytest.mark.parametrize("broken", ["reading counts", "memory counts"])
-async def test_a_store_that_lets_go_too_early_is_found_out(monkeypatch, broken):
+async def test_a_store_that_lets_go_too_early_is_found_out(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """What somebody has read is deleted; or what a consumer awaits or holds goes once memory is full."""
     if broken == "reading counts":
         monkeypatch.setattr("raystore.core.wanted.is_wanted", lambda state, entry: entry.is_held)
@@ -92,18 +96,20 @@ async def test_a_store_that_lets_go_too_early_is_found_out(monkeypatch, broken):
 class Taker:
     """A process whose take waits."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: Any) -> None:
         self.store = rs.RayLightningStore(handle)
 
-    async def park(self, count):
+    async def park(self, count: int) -> list[Any]:
         return [rollout.rollout_id for rollout in (await self.store.take(count, consumer="t", timeout=120)).rollouts]
 
-    async def pid(self):
+    async def pid(self) -> int:
         return os.getpid()
 
 
 @pytest.mark.timeout(600)
-async def test_a_trainer_is_killed_while_its_take_waits(make_ray_store, report, amount):
+async def test_a_trainer_is_killed_while_its_take_waits(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """What the dead one would have had comes to the next, first and in its order; nothing is lost or given twice."""
     store, kills, delays, given, made = make_ray_store(), amount(3, 40), [], [], []
     for number in range(kills):
@@ -135,5 +141,5 @@ async def test_a_trainer_is_killed_while_its_take_waits(make_ray_store, report, 
            did=f"{kills} kills")  # fmt: skip
 
 
-async def _waits(store):
+async def _waits(store: rs.RayLightningStore) -> bool:
     return (await store.statistics())["waiters"] >= 1

@@ -8,7 +8,10 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import ray
 
 import raystore as rs
 from tests.channel import CODE
+from tests.conftest import MakeRayStore
 from tests.faults.processes import kill
 from tests.helpers import until
 
@@ -94,7 +98,7 @@ class Driver:
             os.kill(self.process.pid, signal.SIGKILL)
         await self.process.wait()
 
-    async def says(self, condition, within=120.0):
+    async def says(self, condition: Callable[..., Any] | Callable[..., bool], within: float = 120.0) -> Any:
         """What it says once that fulfils a condition; the last thing it said if nothing does in time."""
         said = {}
         try:
@@ -114,11 +118,11 @@ class Driver:
         await self.process.stdin.drain()
 
 
-def _done(said):
+def _done(said: Any) -> Any:
     return said["status"].get("succeeded", 0)
 
 
-async def driver_killed(journal, name, number, *, mutation="", within=120.0):
+async def driver_killed(journal: Path, name: str, number: int, *, mutation: str = "", within: float = 120.0) -> Any:
     """Kill a driver in the middle of its rollouts, and go on with the next; what that says before and after it has
     published again, if it has to.
     """
@@ -133,7 +137,9 @@ async def driver_killed(journal, name, number, *, mutation="", within=120.0):
     return before, resumed, later, after
 
 
-async def test_a_driver_is_killed_with_small_weights(cluster, report, tmp_path):
+async def test_a_driver_is_killed_with_small_weights(
+    cluster: None, report: Callable[..., None], tmp_path: Path
+) -> None:
     """Weights of 1 MB are in the journal: the next driver's runners go on with them, and nobody publishes again."""
     before, resumed, later, after = await driver_killed(tmp_path / "j", "small-weights", 125_000)
     figure = {"done before": _done(before), "held back": resumed["held_back"], "succeeded": _done(later),
@@ -144,7 +150,9 @@ async def test_a_driver_is_killed_with_small_weights(cluster, report, tmp_path):
 
 
 @pytest.mark.long
-async def test_a_driver_is_killed_with_large_weights(cluster, report, tmp_path):
+async def test_a_driver_is_killed_with_large_weights(
+    cluster: None, report: Callable[..., None], tmp_path: Path
+) -> None:
     """Weights of 100 MB are above the bound: what waits for them is not tried until they are published again."""
     before, resumed, later, after = await driver_killed(tmp_path / "j", "large-weights", 12_500_000)
     figure = {"done before": _done(before), "held back": resumed["held_back"],
@@ -168,14 +176,14 @@ options = {"actor_options": {"runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
 
 
 @pytest.mark.long
-async def test_weights_that_are_not_written_would_be_noticed(cluster, tmp_path):
+async def test_weights_that_are_not_written_would_be_noticed(cluster: None, tmp_path: Path) -> None:
     """Row 66 finds a publisher that says that its weights are in the journal, and has not put them there."""
     _, resumed, later, _ = await driver_killed(tmp_path / "j", "unwritten", 125_000, mutation=NOTHING_IS_KEPT)
     assert resumed["held_back"] and _done(later) < ROLLOUTS
 
 
 @pytest.mark.long
-async def test_rollouts_that_are_not_held_back_would_be_noticed(cluster, tmp_path):
+async def test_rollouts_that_are_not_held_back_would_be_noticed(cluster: None, tmp_path: Path) -> None:
     """Row 66 finds a store that hands out what cannot run."""
     async with Driver(tmp_path / "j", "unheld", 12_500_000) as driver:
         await driver.says(lambda said: _done(said) >= 5)
@@ -185,13 +193,13 @@ async def test_rollouts_that_are_not_held_back_would_be_noticed(cluster, tmp_pat
     assert said["attempts"] > first["attempts"]
 
 
-async def agent(task, ctx):
+async def agent(task: Any, ctx: rs.Context) -> float:
     weights = ctx.resources["policy"].get()
     await asyncio.sleep(0.05)
     return float(weights.sum() >= 0)
 
 
-async def store_killed(store, count):
+async def store_killed(store: rs.RayLightningStore, count: int) -> Counter:
     """Kill a store in the middle of rollouts with weights of 400 KB; what became of them."""
     weights = rs.ObjectResource(value=np.zeros(50_000))
     await store.update_resources("policy", {"policy": weights}, policy_version=0)
@@ -205,7 +213,14 @@ async def store_killed(store, count):
 
 
 @pytest.mark.parametrize(("what", "options"), [("in the journal", {}), ("held", {"journal_object_bytes": 0})])
-async def test_the_store_is_killed_with_weights(make_ray_store, report, amount, tmp_path, what, options):
+async def test_the_store_is_killed_with_weights(
+    make_ray_store: MakeRayStore,
+    report: Callable[..., None],
+    amount: Callable[[int, int], int],
+    tmp_path: Path,
+    what: str,
+    options: dict[Any, Any] | dict[str, int],
+) -> None:
     """Weights of 400 KB: its journal has them, or who published them gives them to the next process."""
     count = amount(100, 200)
     found = await store_killed(make_ray_store(journal=tmp_path / "j", **options), count)
@@ -214,7 +229,9 @@ async def test_the_store_is_killed_with_weights(make_ray_store, report, amount, 
 
 
 @pytest.mark.long
-async def test_weights_that_are_not_given_again_would_be_noticed(make_ray_store, tmp_path, monkeypatch):
+async def test_weights_that_are_not_given_again_would_be_noticed(
+    make_ray_store: MakeRayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Row 67 finds a process that does not tell the next process of the store what it holds."""
     monkeypatch.setattr("raystore.remote.session_state.SessionState.hold_again", lambda *arguments: None)
     monkeypatch.setattr("raystore.remote.store.keep", lambda *arguments: None)
@@ -223,13 +240,13 @@ async def test_weights_that_are_not_given_again_would_be_noticed(make_ray_store,
     assert found["held_back"] > 0
 
 
-async def _partly(store):
+async def _partly(store: rs.RayLightningStore) -> Any:
     weights = rs.ObjectResource(value=np.zeros(50_000))
     await store.update_resources("policy", {"policy": weights}, policy_version=0)
     await store.enqueue_rollout("x")
     await kill(store)
 
-    async def statistics():
+    async def statistics() -> rs.LightningStoreStatistics:
         return await store.statistics()
 
     return await until(statistics)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -16,16 +18,18 @@ from tests.journal.peers import Peer, Store, enqueue, request
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     return tmp_path / "journal"
 
 
-def inputs(store):
+def inputs(store: Store) -> list[Any]:
     return [entry.rollout.input[2:].decode() for entry in store.state.entries.values()]
 
 
 @pytest.mark.parametrize("beside", [["more", {"token": "none"}], ["close_session", {}], ["statistics", {}]])
-async def test_writes_beside_anything_are_replayed(path, beside):
+async def test_writes_beside_anything_are_replayed(
+    path: Path, beside: list[dict[str, str] | str] | list[str | dict[Any, Any]]
+) -> None:
     """Also behind operations that are none of the service's."""
     store, peer = Store(path), Peer("p")
     await peer.send(store, peer.batch(enqueue("a"), beside, enqueue("b"), beside))
@@ -44,7 +48,7 @@ async def test_writes_beside_anything_are_replayed(path, beside):
     "nothing",
     [1, {}],
 ])  # fmt: skip
-async def test_nonsense_is_refused_and_does_not_break_the_replay(path, nonsense):
+async def test_nonsense_is_refused_and_does_not_break_the_replay(path: Path, nonsense: Any) -> None:
     """What was refused is refused again, and what stood beside it is done."""
     store, peer = Store(path), Peer("p")
     replies = await peer.send(store, peer.batch(enqueue("a"), nonsense, enqueue("b")))
@@ -58,7 +62,9 @@ async def test_nonsense_is_refused_and_does_not_break_the_replay(path, nonsense)
     ["delete_rollouts", {"rollout_ids": ["r"]}],
     ["cancel_rollouts", {"rollout_ids": None, "group_id": "g", "tags": None}],
 ])  # fmt: skip
-async def test_a_long_operation_that_has_run_does_not_run_again(path, operation):
+async def test_a_long_operation_that_has_run_does_not_run_again(
+    path: Path, operation: list[dict[str, list[str]] | str] | list[dict[str, str | None] | str]
+) -> None:
     """A client repeats it after a restart; what others did since stands, and the answer is the one it had."""
     store, peer, other = Store(path), Peer("p"), Peer("o")
     await other.call(store, "enqueue", requests=[request(rollout_id="r", group_id="g")])
@@ -75,7 +81,7 @@ async def test_a_long_operation_that_has_run_does_not_run_again(path, operation)
     assert store.difference() == []
 
 
-async def test_a_long_operation_that_was_cut_short_goes_on(path, monkeypatch):
+async def test_a_long_operation_that_was_cut_short_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process died between two pieces: the rest runs, and the answer is of the whole."""
     monkeypatch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
     store, peer = Store(path), Peer("p")
@@ -93,7 +99,7 @@ async def test_a_long_operation_that_was_cut_short_goes_on(path, monkeypatch):
     assert store.difference() == []
 
 
-async def test_what_is_due_is_worked_off_before_a_long_operation_is_cut(path):
+async def test_what_is_due_is_worked_off_before_a_long_operation_is_cut(path: Path) -> None:
     """Retention takes rollouts of the group away in the same moment; a replay cuts as it was cut."""
     store, peer = Store(path, retention={"max_age_seconds": 10}), Peer("p")
     done = [f"d{number}" for number in range(60)]
@@ -109,7 +115,7 @@ async def test_what_is_due_is_worked_off_before_a_long_operation_is_cut(path):
     assert len(store.follow().state.entries) == 90
 
 
-async def test_a_batch_does_not_wait_for_one_that_the_client_has(path):
+async def test_a_batch_does_not_wait_for_one_that_the_client_has(path: Path) -> None:
     """Of two batches under way the later one's answer came: it does not come again, and the next one runs."""
     store, peer = Store(path), Peer("p")
     first, second = peer.batch(enqueue("a")), peer.batch(["statistics", {}], answered=0)
@@ -126,7 +132,7 @@ async def test_a_batch_does_not_wait_for_one_that_the_client_has(path):
     assert store.difference() == []
 
 
-async def test_a_long_read_never_goes_on_with_another_one(path, monkeypatch):
+async def test_a_long_read_never_goes_on_with_another_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a restart what was left of it is gone, which is said; the client begins again."""
     monkeypatch.setattr("raystore.remote.server_session.PAGE_BYTES", 300)
     store, peer = Store(path), Peer("p")
@@ -144,7 +150,7 @@ async def test_a_long_read_never_goes_on_with_another_one(path, monkeypatch):
     assert (await peer.call(store, "more", token=other))[0] == frames.VALUE
 
 
-async def test_notices_of_another_process_are_others(path):
+async def test_notices_of_another_process_are_others(path: Path) -> None:
     """An acknowledgement of one that came before the restart does not hide one that comes after it."""
     store, peer = Store(path), Peer("p")
     numbers = []
@@ -160,7 +166,7 @@ async def test_notices_of_another_process_are_others(path):
     assert len(set(numbers)) == len(numbers) >= 2
 
 
-async def test_a_payload_whose_references_are_gone_says_so(path):
+async def test_a_payload_whose_references_are_gone_says_so(path: Path) -> None:
     """A journal keeps no objects: the rollout is handed out, and reading its value raises by name."""
     lost = Payload(b"\x02pickled", ("an object reference",))
     store, peer = Store(path), Peer("p")
@@ -174,21 +180,23 @@ async def test_a_payload_whose_references_are_gone_says_so(path):
     assert (rollout[1].data, rollout[1].refs) == (lost.data, ())
 
 
-def test_reading_lost_references_raises_by_name():
+def test_reading_lost_references_raises_by_name() -> None:
     """Not an IndexError of a pickle."""
     whole = encode([ray.ObjectRef.nil()], "x", 1000)
     with pytest.raises(rs.PayloadLostError, match="journal"):
         decode(Payload(whole.data, ()))
 
 
-async def test_a_bulk_call_of_which_a_part_found_no_room_is_refused(path, monkeypatch):
+async def test_a_bulk_call_of_which_a_part_found_no_room_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The parts that found room too: nothing of it is enqueued, and a replay says the same."""
     store, peer = Store(path), Peer("p")
 
-    def part(value, is_last):
+    def part(value: str, is_last: bool) -> list[Any]:
         return ["enqueue", {"requests": [request(value)], "admit": 0, "chain": [7, is_last]}]
 
-    def refuse(size):
+    def refuse(size: Any) -> None:
         raise rs.JournalFullError("p", 0.1)
 
     assert (await peer.send(store, peer.batch(part("1", False))))[0][0] == frames.VALUE
@@ -206,7 +214,7 @@ async def test_a_bulk_call_of_which_a_part_found_no_room_is_refused(path, monkey
     assert (await peer.send(store, peer.batch(enqueue("new"))))[0][0] == frames.VALUE
 
 
-async def test_a_rollout_that_was_set_running_by_hand_and_never_ran(path):
+async def test_a_rollout_that_was_set_running_by_hand_and_never_ran(path: Path) -> None:
     """It has no attempt whose time could start anew, and the journal opens all the same."""
     store, peer = Store(path), Peer("p")
     await peer.send(store, peer.batch(enqueue("x", rollout_id="r")))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.journal.test_compaction import newest, snapshotter_of, until_snapshot
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of a few records, indexes of a few frames, and a snapshot only when a test asks for one."""
     monkeypatch.setattr(writer, "SEGMENT_BYTES", 3_000)
     monkeypatch.setattr(span_bodies, "SPARSE_BYTES", 500)
@@ -25,11 +26,11 @@ def short(monkeypatch):
     monkeypatch.setattr(snapshotter, "SEGMENT_BYTES", 10**12)
 
 
-def store_of(path, **options):
+def store_of(path: Path, **options: Any) -> rs.InMemoryLightningStore:
     return rs.InMemoryLightningStore(journal=path, durability="process", **options)
 
 
-async def record(store, numbers):
+async def record(store: rs.InMemoryLightningStore, numbers: range) -> dict[str, Any]:
     """A rollout with three spans for each number; their ids."""
     made = {}
     for number in numbers:
@@ -42,14 +43,14 @@ async def record(store, numbers):
     return made
 
 
-async def read(store, made, numbers):
+async def read(store: rs.InMemoryLightningStore, made: dict[str, Any], numbers: list[int] | list[Any]) -> None:
     """Read the spans of these, and compare."""
     for number in numbers:
         found = await store.query_spans(made[number])
         assert [span.attributes["body"] for span in found] == [f"{number}/{n}" * 30 for n in (1, 2, 3)], number
 
 
-def open_files(path):
+def open_files(path: Path) -> int:
     """How many files of records this process has open for reading."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
@@ -61,7 +62,7 @@ def open_files(path):
     return len(found)
 
 
-def evict(store):
+def evict(store: rs.InMemoryLightningStore) -> None:
     """Let every body be on disk only."""
     state = store._service.state
     state.spans.written = store._service._recorder.writer.durable
@@ -70,7 +71,7 @@ def evict(store):
             state.spans.evict(rollout_id)
 
 
-async def test_few_files_are_open_and_few_are_looked_at(tmp_path, monkeypatch):
+async def test_few_files_are_open_and_few_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of hundreds of segments: all bodies in any order, and the directory is not listed for each."""
     path = tmp_path / "j"
     with store_of(path) as store:
@@ -89,7 +90,9 @@ async def test_few_files_are_open_and_few_are_looked_at(tmp_path, monkeypatch):
     assert open_files(path) == 0
 
 
-async def test_bodies_are_found_while_the_writer_goes_on_and_helpers_replace_files(tmp_path, monkeypatch):
+async def test_bodies_are_found_while_the_writer_goes_on_and_helpers_replace_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In new segments, in those that a helper renamed, copied or dropped, and those of another process."""
     path, dice, made = tmp_path / "j", random.Random(2), {}
     for round_ in range(2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,7 +84,9 @@ operations = st.one_of(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(STATES), min_size=12, max_size=12), st.lists(operations, max_size=3), st.integers(1, 5))
-def test_pieces_answer_as_the_whole(tmp_path_factory, states, operations, piece):
+def test_pieces_answer_as_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, states: Any, operations: Any, piece: Any
+) -> None:
     """In pieces of any size, with slices of one piece, the answer and the state are those of the whole."""
 
     async def run(size: int, slice_seconds: float) -> tuple[Any, Any]:
@@ -107,7 +110,9 @@ def test_pieces_answer_as_the_whole(tmp_path_factory, states, operations, piece)
     st.integers(0, 6),
     st.lists(st.sampled_from(["take", "wait", "nack", "delete", "enqueue", "end", "restart"]), max_size=4),
 )
-def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, piece, stop, between):
+def test_others_come_in_between_and_the_process_dies(
+    tmp_path_factory: pytest.TempPathFactory, states: Any, piece: Any, stop: Any, between: Any
+) -> None:
     """A deletion that was admitted reaches all that was there, whatever consumers do; the rest is still taken."""
 
     async def run() -> None:
@@ -178,7 +183,9 @@ def test_others_come_in_between_and_the_process_dies(tmp_path_factory, states, p
     asyncio.run(run())
 
 
-async def test_who_was_past_a_reserved_rollout_gets_it_after_all(tmp_path, monkeypatch):
+async def test_who_was_past_a_reserved_rollout_gets_it_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The deletion ended with its session: what a consumer passed over is not lost to it."""
     monkeypatch.setattr("raystore.core.batches.PIECE", 2)
     monkeypatch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
@@ -203,7 +210,7 @@ def chain(number: int, requests: list[Any], *, is_last: bool, admit: int) -> lis
     return ["enqueue", {"requests": requests, "admit": admit, "chain": [number, is_last]}]
 
 
-async def test_a_bulk_call_in_parts_is_enqueued_as_a_whole(tmp_path):
+async def test_a_bulk_call_in_parts_is_enqueued_as_a_whole(tmp_path: Path) -> None:
     """Nothing before its last part, which is answered for all; a process may die in between."""
     store, peer = Store(tmp_path / "journal"), Peer("p")
     first = [request(n, rollout_id=f"m{n}") for n in range(3)]
@@ -225,7 +232,9 @@ async def test_a_bulk_call_in_parts_is_enqueued_as_a_whole(tmp_path):
     [request(1) for _ in range(9)],
 ])  # fmt: skip
 @pytest.mark.parametrize("place", [0, 1, 2])
-async def test_a_refusal_in_any_part_refuses_all(tmp_path, bad, place):
+async def test_a_refusal_in_any_part_refuses_all(
+    tmp_path: Path, bad: list[dict[str, Any]] | list[dict[str, bytes]], place: int
+) -> None:
     """A conflict, an id twice, a wrong value, no room: nothing of the call is enqueued, and a replay says the same."""
     store, peer = Store(tmp_path / "journal", max_queued=9), Peer("p")
     await peer.send(store, peer.batch(enqueue("x", rollout_id="there")))
@@ -240,7 +249,7 @@ async def test_a_refusal_in_any_part_refuses_all(tmp_path, bad, place):
     assert store.difference() == []
 
 
-async def test_a_bulk_call_can_be_repeated_when_the_queue_is_full(tmp_path):
+async def test_a_bulk_call_can_be_repeated_when_the_queue_is_full(tmp_path: Path) -> None:
     """What exists does not count, in one part or in many."""
     store, peer = Store(tmp_path / "journal", max_queued=4), Peer("p")
     requests = [request(n, rollout_id=f"m{n}") for n in range(4)]
@@ -255,7 +264,7 @@ async def test_a_bulk_call_can_be_repeated_when_the_queue_is_full(tmp_path):
     assert store.difference() == []
 
 
-async def test_parts_without_the_first_are_refused(tmp_path):
+async def test_parts_without_the_first_are_refused(tmp_path: Path) -> None:
     """It was dropped, or came in a session that has ended: half a call is not enqueued."""
     store, peer = Store(tmp_path / "journal"), Peer("p")
     (reply,) = await peer.send(store, peer.batch(chain(1, [request()], is_last=True, admit=3)))
@@ -263,7 +272,7 @@ async def test_parts_without_the_first_are_refused(tmp_path):
     assert not store.state.entries
 
 
-async def test_chains_do_not_grow(tmp_path):
+async def test_chains_do_not_grow(tmp_path: Path) -> None:
     """A bulk call whose caller has gone is ended by its client; of those that nobody ends a few are kept."""
     store, peer = Store(tmp_path / "journal"), Peer("p")
     await peer.send(store, peer.batch(chain(1, [request()], is_last=False, admit=2)))
@@ -278,7 +287,7 @@ async def test_chains_do_not_grow(tmp_path):
     assert not store.state.sessions["p"].chains
 
 
-async def test_a_session_that_ends_in_its_own_batch_claims_nothing_more(tmp_path):
+async def test_a_session_that_ends_in_its_own_batch_claims_nothing_more(tmp_path: Path) -> None:
     """What comes behind the operation that ended it is refused by name, and changes nothing; reads are answered too."""
     store, peer, other = Store(tmp_path / "journal"), Peer("p"), Peer("o")
     await other.send(store, other.batch(*(enqueue(n, rollout_id=f"r{n}") for n in range(4))))

@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,17 +23,17 @@ from tests.helpers import make_span
 
 
 @pytest.fixture(autouse=True)
-def often(monkeypatch):
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot every few hundred operations, and digests nearly at once."""
     monkeypatch.setattr(snapshotter, "OPERATIONS", 300)
     monkeypatch.setattr(snapshotter, "VERIFY_LAG", 20)
 
 
-def store_of(path, **options):
+def store_of(path: Path, **options: Any) -> rs.InMemoryLightningStore:
     return rs.InMemoryLightningStore(journal=path, durability="process", **options)
 
 
-async def work(store, count, *, text="x"):
+async def work(store: rs.InMemoryLightningStore, count: int, *, text: str = "x") -> list[Any]:
     """Rollouts with two spans each, most of them finished; their ids."""
     made = []
     for number in range(count):
@@ -44,7 +47,11 @@ async def work(store, count, *, text="x"):
     return made
 
 
-async def until(happened, what, seconds=30):
+async def until(
+    happened: Callable[..., Any] | Callable[..., bool] | Callable[..., list[tuple[int, int, Path]]],
+    what: str,
+    seconds: int = 30,
+) -> None:
     """Wait for a helper."""
     end = time.monotonic() + seconds
     while not happened():
@@ -52,16 +59,16 @@ async def until(happened, what, seconds=30):
         await asyncio.sleep(0.02)
 
 
-def snapshotter_of(store):
+def snapshotter_of(store: Any) -> Any:
     return store._service.journal.snapshotter
 
 
-def newest(path):
+def newest(path: Path) -> tuple[int, int]:
     """Up to which segment the newest snapshot on the disk goes; it is whole, or it would not have its name."""
     return max((found[:2] for found in Directory(path).segments(SNAPSHOT)), default=(0, 0))
 
 
-def assert_replaced(path):
+def assert_replaced(path: Path) -> None:
     """There is one snapshot, no segment that it replaces, and nothing that a helper has not finished."""
     directory = Directory(path)
     (snapshot,) = directory.segments(SNAPSHOT)
@@ -69,12 +76,14 @@ def assert_replaced(path):
     assert not list(path.glob("*.snapshot.*.new")) and not list(path.glob("*.bodies.*.new"))
 
 
-async def until_snapshot(store, path, before=(0, 0), what="no snapshot was made"):
+async def until_snapshot(
+    store: rs.InMemoryLightningStore, path: Path, before: tuple[int, int] = (0, 0), what: str = "no snapshot was made"
+) -> None:
     """Wait until there is a snapshot that goes further, and its helper has ended."""
     await until(lambda: newest(path) > before and not snapshotter_of(store)._thread, what)
 
 
-async def test_a_snapshot_takes_the_place_of_segments(tmp_path):
+async def test_a_snapshot_takes_the_place_of_segments(tmp_path: Path) -> None:
     """The journal is short, the state is the same, and bodies are read from where the helper left them."""
     path = tmp_path / "j"
     store = store_of(path)
@@ -103,7 +112,7 @@ async def test_a_snapshot_takes_the_place_of_segments(tmp_path):
     again.close()
 
 
-async def test_deleted_rollouts_leave_the_disk(tmp_path, monkeypatch):
+async def test_deleted_rollouts_leave_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retention bounds the disk: bodies of what was deleted are dropped with the segment, or by a copy without them."""
     path = tmp_path / "j"
     store = store_of(path, retention={"max_rollouts": 20})
@@ -127,7 +136,7 @@ async def test_deleted_rollouts_leave_the_disk(tmp_path, monkeypatch):
     store.close()
 
 
-async def test_a_helper_that_dies_leaves_everything(tmp_path):
+async def test_a_helper_that_dies_leaves_everything(tmp_path: Path) -> None:
     """SIGKILL at any moment of a helper: the journal is whole, and another one finishes."""
     path = tmp_path / "j"
     store = store_of(path)
@@ -153,7 +162,9 @@ async def test_a_helper_that_dies_leaves_everything(tmp_path):
 
 
 @pytest.mark.parametrize("point", ["snapshot.written", "bodies.written"])
-async def test_a_helper_on_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, caplog, point):
+async def test_a_helper_on_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, point: str
+) -> None:
     """What it could not finish takes no room; the store goes on, and the next helper makes a snapshot."""
     path = tmp_path / "j"
     monkeypatch.setenv("RAYSTORE_FAILPOINTS", f"{point}=full")  # read by the helper, this process being at work already
@@ -169,7 +180,9 @@ async def test_a_helper_on_a_full_disk_leaves_nothing_behind(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("point", ["snapshot.written", "snapshot.synced"])
-async def test_a_helper_that_is_killed_is_no_snapshot(tmp_path, monkeypatch, caplog, point):
+async def test_a_helper_that_is_killed_is_no_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, point: str
+) -> None:
     """As by a system without memory: it is told, tried less and less often, and not counted."""
     path = tmp_path / "j"
     monkeypatch.setenv("RAYSTORE_FAILPOINTS", f"{point}=kill")  # read by the helper, this process being at work already
@@ -205,7 +218,9 @@ async def test_a_helper_that_is_killed_is_no_snapshot(tmp_path, monkeypatch, cap
         ('print(\'{"error": "no room"}\'); raise SystemExit(1)', "no room"),
     ],
 )
-async def test_what_a_helper_says_is_believed_only_with_a_snapshot(tmp_path, monkeypatch, caplog, script, why):
+async def test_what_a_helper_says_is_believed_only_with_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str, why: str
+) -> None:
     """Whatever it ends with: a failure is told, and counts as none made."""
     path = tmp_path / "j"
     python = tmp_path / "python"  # in the place of the interpreter that runs the helper
@@ -223,7 +238,7 @@ async def test_what_a_helper_says_is_believed_only_with_a_snapshot(tmp_path, mon
     store.close()
 
 
-async def until_made(store, path, before):
+async def until_made(store: rs.InMemoryLightningStore, path: Path, before: tuple[int, int]) -> list[str]:
     """Work until another snapshot is there; ids of the rollouts."""
     made = []
     for _ in range(40):
@@ -234,11 +249,13 @@ async def until_made(store, path, before):
     raise AssertionError("no snapshot was made")
 
 
-async def test_a_state_that_differs_deletes_nothing(tmp_path, monkeypatch, caplog):
+async def test_a_state_that_differs_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A replay that does not find what the writer found is an alarm, and the evidence stays."""
     path = tmp_path / "j"
-    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (the_verify(state, count), "another")[1])
     the_verify = compaction.replay.__globals__["verify"]
+    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (the_verify(state, count), "another")[1])
     store = store_of(path)
     await work(store, 200)
     await until(lambda: "differs" in caplog.text, "nobody noticed")
@@ -250,7 +267,7 @@ async def test_a_state_that_differs_deletes_nothing(tmp_path, monkeypatch, caplo
     assert digest(found.state) == digest(store._service.state)
 
 
-async def test_a_helper_of_an_earlier_writer_finishes_what_it_began(tmp_path):
+async def test_a_helper_of_an_earlier_writer_finishes_what_it_began(tmp_path: Path) -> None:
     """What it read was closed before anybody else began, so the state of the later writer can begin with it."""
     path = tmp_path / "j"
     store = store_of(path)
@@ -288,7 +305,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_helper_outlives_the_store_that_began_it(tmp_path, monkeypatch):
+async def test_a_helper_outlives_the_store_that_began_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were each to die with its store, one that is killed over and over would never have a snapshot."""
     monkeypatch.setattr(snapshotter, "OPERATIONS", 10**9)
     path = tmp_path / "j"
@@ -313,7 +330,7 @@ async def test_a_helper_outlives_the_store_that_began_it(tmp_path, monkeypatch):
     store.close()
 
 
-async def test_helpers_work_one_after_another(tmp_path):
+async def test_helpers_work_one_after_another(tmp_path: Path) -> None:
     """A second one is told to come later; one that is late finds that there is nothing to do."""
     path = tmp_path / "j"
     for _ in range(3):
@@ -336,7 +353,9 @@ async def test_helpers_work_one_after_another(tmp_path):
     assert not directory.segments() and not list(path.glob("*.new"))
 
 
-async def test_a_reading_begins_anew_if_files_are_replaced_while_it_lists_them(tmp_path, monkeypatch):
+async def test_a_reading_begins_anew_if_files_are_replaced_while_it_lists_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A snapshot that it did not see, and segments that it no longer sees, would look like damage."""
     path = tmp_path / "j"
     store = store_of(path)
@@ -348,7 +367,7 @@ async def test_a_reading_begins_anew_if_files_are_replaced_while_it_lists_them(t
     list_them = Directory.segments
     asked = []
 
-    def replaced_meanwhile(self, *kinds):
+    def replaced_meanwhile(self: Any, *kinds: Any) -> list[tuple[int, int, Path]]:
         listed = list_them(self, *kinds)
         asked.append(kinds)
         if len(asked) == 2:  # of the check whether anything is there, then of the snapshots
@@ -360,7 +379,7 @@ async def test_a_reading_begins_anew_if_files_are_replaced_while_it_lists_them(t
     assert asked[1] == (SNAPSHOT,)
 
 
-async def test_a_torn_snapshot_is_refused(tmp_path):
+async def test_a_torn_snapshot_is_refused(tmp_path: Path) -> None:
     """A snapshot that cannot be read is damage, wherever it is."""
     path = tmp_path / "j"
     store = store_of(path)
@@ -382,7 +401,7 @@ async def test_a_torn_snapshot_is_refused(tmp_path):
     read_run(path)
 
 
-async def test_a_journal_of_many_processes_is_compacted(tmp_path):
+async def test_a_journal_of_many_processes_is_compacted(tmp_path: Path) -> None:
     """Each process goes on with the snapshot of another, and makes its own."""
     path = tmp_path / "j"
     made = []
@@ -403,7 +422,9 @@ async def test_a_journal_of_many_processes_is_compacted(tmp_path):
     store.close()
 
 
-async def test_what_else_a_helper_prints_is_not_taken_for_its_outcome(tmp_path, monkeypatch):
+async def test_what_else_a_helper_prints_is_not_taken_for_its_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A customized Python that greets, and one that says good-bye."""
     (tmp_path / "sitecustomize.py").write_text("import atexit; print('hello'); atexit.register(print, 'good-bye')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -416,7 +437,7 @@ async def test_what_else_a_helper_prints_is_not_taken_for_its_outcome(tmp_path, 
     store.close()
 
 
-def test_the_helper_is_a_command(tmp_path):
+def test_the_helper_is_a_command(tmp_path: Path) -> None:
     """It says what is wrong, and ends with a code that tells."""
     told = subprocess.run(
         [sys.executable, "-m", "raystore.journal.compaction", str(tmp_path / "none"), "1", "1"],

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import os
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +19,16 @@ from tests.journal.peers import Peer, Store, enqueue
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     return tmp_path / "journal"
 
 
 @pytest.fixture
-def slow_disk(monkeypatch):
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every commit takes a moment."""
     before = os.fdatasync
 
-    def slowly(fd):
+    def slowly(fd: Any) -> None:
         time.sleep(0.2)
         before(fd)
 
@@ -34,7 +36,9 @@ def slow_disk(monkeypatch):
 
 
 @pytest.mark.parametrize("timeout", [0.0, 30.0])
-async def test_a_dequeue_that_is_cancelled_while_it_waits_for_the_disk_gives_its_claim_back(path, slow_disk, timeout):
+async def test_a_dequeue_that_is_cancelled_while_it_waits_for_the_disk_gives_its_claim_back(
+    path: Path, slow_disk: None, timeout: float
+) -> None:
     """Its caller never had it."""
     with rs.InMemoryLightningStore(journal=path) as store:
         made = await store.enqueue_rollout("x")
@@ -46,7 +50,9 @@ async def test_a_dequeue_that_is_cancelled_while_it_waits_for_the_disk_gives_its
         await store.check()
 
 
-async def test_a_parked_dequeue_that_is_cancelled_while_it_waits_for_the_disk_gives_its_claim_back(path, slow_disk):
+async def test_a_parked_dequeue_that_is_cancelled_while_it_waits_for_the_disk_gives_its_claim_back(
+    path: Path, slow_disk: None
+) -> None:
     """The same for one that was handed its work while it waited."""
     with rs.InMemoryLightningStore(journal=path) as store:
         waiting = asyncio.ensure_future(store.dequeue_rollout("w", timeout=30))
@@ -59,7 +65,7 @@ async def test_a_parked_dequeue_that_is_cancelled_while_it_waits_for_the_disk_gi
         await store.check()
 
 
-async def test_calls_after_the_end_are_told_so(path):
+async def test_calls_after_the_end_are_told_so(path: Path) -> None:
     """Also when time has brought something since."""
     store = rs.InMemoryLightningStore(journal=path)
     rollout = await store.start_rollout("x", config=rs.RolloutConfig(timeout_seconds=0.1))
@@ -70,14 +76,14 @@ async def test_calls_after_the_end_are_told_so(path):
             await asyncio.wait_for(call, 5)
 
 
-async def test_those_who_wait_are_told_when_the_disk_fails(path, monkeypatch):
+async def test_those_who_wait_are_told_when_the_disk_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that cannot be made durable is never acknowledged, and nothing is after it."""
     store = rs.InMemoryLightningStore(journal=path)
     rollout = await store.enqueue_rollout("x")
     waiting = asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60))
     await asyncio.sleep(0.01)
 
-    def fail(fd):
+    def fail(fd: Any) -> None:
         raise OSError(errno.EIO, "the disk is gone")
 
     monkeypatch.setattr(writer.os, "fdatasync", fail)
@@ -92,13 +98,15 @@ async def test_those_who_wait_are_told_when_the_disk_fails(path, monkeypatch):
     assert rs.recover(path).sync.get_rollout_by_id(rollout.rollout_id).input == "x"
 
 
-async def test_a_writer_that_failed_before_its_store_was_used_says_so(path, monkeypatch):
+async def test_a_writer_that_failed_before_its_store_was_used_says_so(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another one has begun meanwhile: the first call is told."""
     store = rs.InMemoryLightningStore(journal=path)
     service = store._service
     newer = rs.InMemoryLightningStore(journal=path, resume="must")
 
-    async def has_failed():
+    async def has_failed() -> rs.StoreError | None:
         return service._recorder.writer.failure
 
     await until(has_failed)
@@ -112,7 +120,7 @@ async def test_a_writer_that_failed_before_its_store_was_used_says_so(path, monk
 
 
 @pytest.mark.parametrize("durability", ["power", "none"])
-async def test_a_step_that_fails_ends_the_process(path, monkeypatch, durability):
+async def test_a_step_that_fails_ends_the_process(path: Path, monkeypatch: pytest.MonkeyPatch, durability: str) -> None:
     """What has half happened has no record: nobody goes on from it, whoever asked for the step, a read included."""
     ended = []
     store, peer = Store(path, durability=durability), Peer("p")
@@ -121,21 +129,21 @@ async def test_a_step_that_fails_ends_the_process(path, monkeypatch, durability)
     await peer.call(store, "dequeue", queues=["default"], limit=1, worker_id=None, timeout=0.0)
     store.service.clock._ticked += 5
 
-    def fail(state, step, *due):
+    def fail(state: Any, step: Any, *due: Any) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setitem(STEPS, "advance", fail)
     reply = await peer.call(store, "get_latest_resources")
     assert reply[1] == "StoreCorruptError"
 
-    async def has_ended():
+    async def has_ended() -> list[Any]:
         return ended
 
     await until(has_ended)
     assert isinstance(ended[0], rs.StoreCorruptError)
 
 
-async def test_a_recovered_run_does_not_wait(path):
+async def test_a_recovered_run_does_not_wait(path: Path) -> None:
     """Nothing will ever change in it."""
     with rs.InMemoryLightningStore(journal=path) as store:
         rollout = await store.enqueue_rollout("x")
@@ -144,7 +152,7 @@ async def test_a_recovered_run_does_not_wait(path):
         assert (await asyncio.wait_for(run.completed(timeout=60), 5)).items == []
 
 
-async def test_retention_lets_a_released_rollout_be_that_a_consumer_holds(path):
+async def test_retention_lets_a_released_rollout_be_that_a_consumer_holds(path: Path) -> None:
     """Released before it was taken, or after: it goes once the model is durable."""
     for first in ("release", "take"):
         with rs.InMemoryLightningStore(journal=path / first, clock="manual", retention=10) as store:

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +22,22 @@ from raystore.journal.reader import JournalReader
 from raystore.journal.writer import JournalWriter
 
 
-def start_record(after=(0, 0, 0, 0)):
+def start_record(after: tuple[int, int, int, int] = (0, 0, 0, 0)) -> list[bytes]:
     """What begins an epoch."""
     return [format.pack_record_head(format.START, Step(1.0), 0, None, [{"store_id": "s"}, {}, list(after)])]
 
 
-def write(directory, count, *, epoch=None, first=1, after=(0, 0, 0, 0), each=1, durability="power", size=40):
+def write(
+    directory: Directory,
+    count: int,
+    *,
+    epoch: int | None = None,
+    first: int = 1,
+    after: tuple[int, int, int, int] = (0, 0, 0, 0),
+    each: int = 1,
+    durability: str = "power",
+    size: int = 40,
+) -> Any:
     """A writer's records, `each` in a group; the writer is closed."""
     epoch = directory.begin_epoch() if epoch is None else epoch
     made = JournalWriter(directory, store_id="s", epoch=epoch, first=first, durability=durability)
@@ -39,12 +51,12 @@ def write(directory, count, *, epoch=None, first=1, after=(0, 0, 0, 0), each=1, 
     return epoch
 
 
-def wait(made, number=None):
+def wait(made: JournalWriter, number: Any = None) -> None:
     """Until a record may be relied on."""
     done = threading.Event()
     failed = []
 
-    def told(error):
+    def told(error: Any) -> None:
         failed.append(error)
         done.set()
 
@@ -54,26 +66,26 @@ def wait(made, number=None):
             raise failed[0]
 
 
-def bodies(directory, epoch=None):
+def bodies(directory: Directory, epoch: int | None = None) -> list[bytes]:
     """The second chunk of each record but those that begin an epoch."""
     return [bytes(record[1]) for _, record in JournalReader(directory, epoch) if len(record) > 1]
 
 
 @pytest.fixture
-def directory(tmp_path):
+def directory(tmp_path: Path) -> Directory:
     """An empty journal."""
     made = Directory(tmp_path / "journal")
     made.path.mkdir()
     return made
 
 
-def test_what_is_written_is_read(directory):
+def test_what_is_written_is_read(directory: Directory) -> None:
     """In order, over segments, in groups of any size."""
     write(directory, 500, each=7)
     assert bodies(directory) == [b"%06d" % n for n in range(1, 500)]
 
 
-def test_segments_follow_each_other(directory, monkeypatch):
+def test_segments_follow_each_other(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long journal is many files; what is behind the last frame of one is nothing."""
     monkeypatch.setattr(writer, "SEGMENT_BYTES", 4_000)
     write(directory, 300)
@@ -83,7 +95,7 @@ def test_segments_follow_each_other(directory, monkeypatch):
     assert reading.torn_tails == []
 
 
-def test_a_newer_format_is_refused_by_name(directory):
+def test_a_newer_format_is_refused_by_name(directory: Directory) -> None:
     """What a later raystore wrote is not guessed at."""
     write(directory, 3)
     path = directory.segments()[0][2]
@@ -93,7 +105,7 @@ def test_a_newer_format_is_refused_by_name(directory):
         bodies(directory)
 
 
-def test_a_missing_segment_is_found(directory, monkeypatch):
+def test_a_missing_segment_is_found(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle, and one that a later writer has read."""
     monkeypatch.setattr(writer, "SEGMENT_BYTES", 2_000)
     write(directory, 100)
@@ -104,7 +116,7 @@ def test_a_missing_segment_is_found(directory, monkeypatch):
         bodies(directory)
 
 
-def test_a_writer_stops_before_its_answers_leave_once_there_is_a_newer_one(directory):
+def test_a_writer_stops_before_its_answers_leave_once_there_is_a_newer_one(directory: Directory) -> None:
     """What it commits after that was acknowledged by nobody, and is read by nobody."""
     first = directory.begin_epoch()
     old = JournalWriter(directory, store_id="s", epoch=first, first=1, durability="power")
@@ -125,7 +137,7 @@ def test_a_writer_stops_before_its_answers_leave_once_there_is_a_newer_one(direc
     assert bodies(directory) == [b"acknowledged", b"000001", b"000002"]
 
 
-def test_an_idle_writer_ends_within_three_seconds(directory):
+def test_an_idle_writer_ends_within_three_seconds(directory: Directory) -> None:
     """It looks every second whether there is a newer one."""
     old = JournalWriter(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
     ended = threading.Event()
@@ -138,7 +150,7 @@ def test_an_idle_writer_ends_within_three_seconds(directory):
     assert time.monotonic() - started < 3
 
 
-def test_an_epoch_that_never_began_is_passed_over(directory):
+def test_an_epoch_that_never_began_is_passed_over(directory: Directory) -> None:
     """A process that died before its first record was on disk has acknowledged nothing."""
     write(directory, 5)
     torn = directory.begin_epoch()
@@ -149,7 +161,7 @@ def test_an_epoch_that_never_began_is_passed_over(directory):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB; needs the right to mount one."""
     path = tmp_path / "disk"
     path.mkdir()
@@ -160,7 +172,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", path], check=True)
 
 
-def test_a_full_disk_refuses_changes_and_takes_them_again(small_disk):
+def test_a_full_disk_refuses_changes_and_takes_them_again(small_disk: Path) -> None:
     """Before anything was changed; what was accepted before is committed; with space again it goes on by itself."""
     directory = Directory(small_disk / "journal")
     made = JournalWriter(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
@@ -187,19 +199,21 @@ def test_a_full_disk_refuses_changes_and_takes_them_again(small_disk):
     assert len(bodies(directory)) == taken + 1
 
 
-def test_a_copy_of_a_journal_is_a_journal(directory, tmp_path):
+def test_a_copy_of_a_journal_is_a_journal(directory: Directory, tmp_path: Path) -> None:
     """Nothing in it depends on where it is."""
     write(directory, 50)
     shutil.copytree(directory.path, tmp_path / "copy")
     assert bodies(Directory(tmp_path / "copy")) == bodies(directory)
 
 
-def test_a_writer_that_dies_while_it_makes_a_segment_leaves_a_journal(directory, monkeypatch):
+def test_a_writer_that_dies_while_it_makes_a_segment_leaves_a_journal(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At any moment of it: the next one goes on, and tidies up."""
     write(directory, 5)
     for call in ("posix_fallocate", "pwrite", "fsync", "rename"):
 
-        def die(*_, call=call):
+        def die(*_: Any, call: str = call) -> None:
             raise KeyboardInterrupt(call)
 
         epoch = directory.begin_epoch()
@@ -213,7 +227,7 @@ def test_a_writer_that_dies_while_it_makes_a_segment_leaves_a_journal(directory,
     assert list(directory.path.glob("*.new")) == []
 
 
-def test_a_reader_is_not_hurt_by_a_writer_that_goes_on(directory, monkeypatch):
+def test_a_reader_is_not_hurt_by_a_writer_that_goes_on(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments lose the space they did not need while somebody reads them."""
     monkeypatch.setattr(writer, "SEGMENT_BYTES", 20_000)
     made = JournalWriter(directory, store_id="s", epoch=directory.begin_epoch(), first=1, durability="power")
@@ -231,7 +245,7 @@ def test_a_reader_is_not_hurt_by_a_writer_that_goes_on(directory, monkeypatch):
     made.close()
 
 
-def test_what_was_let_in_before_a_rotation_has_its_place(small_disk, monkeypatch):
+def test_what_was_let_in_before_a_rotation_has_its_place(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rotation on a disk that is nearly full does not break off what waits."""
     monkeypatch.setattr(writer, "SEGMENT_BYTES", 1_000_000)
     directory = Directory(small_disk / "journal")

@@ -20,7 +20,7 @@ JOURNALS = sorted(GOLDEN.glob("format-*/*.tar.gz"))
 
 
 @pytest.fixture(params=JOURNALS, ids=lambda path: f"{path.parent.name}/{path.name.removesuffix('.tar.gz')}")
-def golden(request, tmp_path):
+def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """A journal as it was written, and the facts of its store."""
     with tarfile.open(request.param) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -97,7 +97,7 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Any]:
     return []
 
 
-def test_a_journal_is_read_by_the_rules_of_its_format(golden):
+def test_a_journal_is_read_by_the_rules_of_its_format(golden: Any) -> None:
     """Every rollout, attempt, batch and session is what it was, whatever the rules are today."""
     path, told = golden
     found = read_run(path)
@@ -105,7 +105,7 @@ def test_a_journal_is_read_by_the_rules_of_its_format(golden):
     assert found.differences == []
 
 
-def test_a_store_goes_on_with_a_journal_of_any_format(golden):
+def test_a_store_goes_on_with_a_journal_of_any_format(golden: Any) -> None:
     """From then on all of it is of today's format, and what another process finds there is the same."""
     path, told = golden
     store = rs.InMemoryLightningStore(journal=path, resume="must", clock="manual")
@@ -129,7 +129,7 @@ def test_a_store_goes_on_with_a_journal_of_any_format(golden):
     assert again.differences == []
 
 
-def test_a_newer_format_is_refused_by_name(golden):
+def test_a_newer_format_is_refused_by_name(golden: Any) -> None:
     """What a later release wrote is not guessed at."""
     path, _ = golden
     store = rs.InMemoryLightningStore(journal=path, resume="must", clock="manual")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue
 
 
-async def live_and_die(store, number):
+async def live_and_die(store: Store | SimpleNamespace, number: int) -> None:
     """A short session: a process with a worker of its own that does a rollout, or asks for one in vain, and ends."""
     peer = Peer(f"p-{number}")
     worker = f"worker-{number}"
@@ -37,7 +38,7 @@ async def live_and_die(store, number):
     await store.endpoint.exchange(peer.parts(sequence), None)
 
 
-def sizes(store):
+def sizes(store: Store | SimpleNamespace) -> dict[str, int]:
     """How many of each thing there are that come with a session."""
     state = store.state
     return {
@@ -50,7 +51,7 @@ def sizes(store):
     }
 
 
-async def test_short_sessions_leave_nothing_that_grows(tmp_path, monkeypatch):
+async def test_short_sessions_leave_nothing_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the newest records; with a journal, whose replay lets go of the same, and for the process that goes on."""
     monkeypatch.setattr(bounds, "ENDED_SESSIONS", 100)
     monkeypatch.setattr(bounds, "IDLE_WORKERS", 80)
@@ -73,7 +74,7 @@ async def test_short_sessions_leave_nothing_that_grows(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-async def test_three_hundred_thousand_short_sessions_are_flat():
+async def test_three_hundred_thousand_short_sessions_are_flat() -> None:
     """In memory and in time, with the bounds as they are."""
     service = Service(StoreConfig(), capacity_bytes=2**33, alarm=NoAlarm)
     store = SimpleNamespace(service=service, endpoint=Endpoint(service), state=service.state)
@@ -91,7 +92,9 @@ async def test_three_hundred_thousand_short_sessions_are_flat():
 
 
 @pytest.mark.parametrize("digits", [1, 2])
-async def test_ids_that_were_taken_are_others_in_a_replay_too(tmp_path, monkeypatch, digits):
+async def test_ids_that_were_taken_are_others_in_a_replay_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: int
+) -> None:
     """A journal holds no ids, only what they are made of."""
     before = Step.mint
     monkeypatch.setattr(Step, "mint", lambda self, prefix, _: before(self, prefix, digits))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,18 +15,18 @@ from raystore.journal.objects import OBJECTS, JournalObjects
 from raystore.values.objects import Kept, ObjectFiles, Origin, Source, address_of, pickled, unpickled
 
 
-def whole(parts):
+def whole(parts: list[bytes | memoryview[int]] | None) -> bytes:
     """An object as one piece of bytes."""
     return b"".join(bytes(memoryview(part).cast("B")) for part in parts)
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path: Path) -> ObjectFiles:
     """The files of a journal's objects."""
     return ObjectFiles(tmp_path)
 
 
-def test_an_object_comes_back_as_it_was(files):
+def test_an_object_comes_back_as_it_was(files: ObjectFiles) -> None:
     """Arrays of any order beside plain values; what is the same has one file."""
     value = {"a": np.arange(1000.0), "f": np.ones((3, 4), order="F"), "rest": [1, "x", None]}
     parts = pickled(value)
@@ -37,7 +40,7 @@ def test_an_object_comes_back_as_it_was(files):
     assert not found["a"].flags.writeable and found["a"].flags.aligned
 
 
-def test_an_object_that_comes_in_pieces_is_whole_or_not_there(files):
+def test_an_object_that_comes_in_pieces_is_whole_or_not_there(files: ObjectFiles) -> None:
     """Pieces in order make the file; a gap, or other bytes, are noticed."""
     data = whole(pickled(np.arange(5000.0)))
     address = address_of([data])
@@ -55,7 +58,7 @@ def test_an_object_that_comes_in_pieces_is_whole_or_not_there(files):
 
 
 @pytest.mark.parametrize("address", ["../../etc/passwd", "", "a" * 39, "/" * 40, "é" * 40])
-def test_only_addresses_name_files(files, address):
+def test_only_addresses_name_files(files: ObjectFiles, address: Any) -> None:
     """Whatever a peer says, nothing outside of the directory is read or written."""
     with pytest.raises(ValueError, match="no address"):
         files.read_piece(address, 0)
@@ -63,7 +66,7 @@ def test_only_addresses_name_files(files, address):
         files.write_piece("ab", address, 0, 1, b"x")
 
 
-def test_a_damaged_file_is_not_taken_for_an_object(files):
+def test_a_damaged_file_is_not_taken_for_an_object(files: ObjectFiles) -> None:
     """Its digest tells; the error says that it is lost, and of which version."""
     parts = pickled(np.arange(1000.0))
     address = address_of(parts)
@@ -78,7 +81,7 @@ def test_a_damaged_file_is_not_taken_for_an_object(files):
     assert raised.value.resources == ("w", 3)
 
 
-def test_a_reader_sees_the_directory_if_it_finds_the_token(tmp_path):
+def test_a_reader_sees_the_directory_if_it_finds_the_token(tmp_path: Path) -> None:
     """The same path on another machine has no token, or another one."""
     objects = JournalObjects(Directory(tmp_path), needed=[], bound=100)
     told = objects.description()
@@ -88,7 +91,7 @@ def test_a_reader_sees_the_directory_if_it_finds_the_token(tmp_path):
     assert Origin(str(tmp_path / "elsewhere"), told["token"]).files() is None
 
 
-def test_what_a_crash_left_is_cleared_away(tmp_path):
+def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
     """Objects that no version refers to, and those that were never finished; nothing else."""
     first = JournalObjects(Directory(tmp_path), needed=[], bound=100)
     token = first.description()["token"]
@@ -101,13 +104,13 @@ def test_what_a_crash_left_is_cleared_away(tmp_path):
     assert second.description()["token"] == token
 
 
-async def publish(store, address):
+async def publish(store: rs.InMemoryLightningStore, address: str) -> Any:
     """A version that refers to an object of the journal, as a client on Ray makes it."""
     call = {"resources_id": "w", "resources": Payload(b"\x02x", ("reference",)), "policy_version": None}
     return await store._transport.call("put_resources", call | {"holds_objects": True, "objects": [(address, 6)]})
 
 
-async def test_files_go_once_no_version_refers_to_them(tmp_path):
+async def test_files_go_once_no_version_refers_to_them(tmp_path: Path) -> None:
     """Two versions of the same object keep it; the file of a superseded one goes when that is durable."""
     store = rs.InMemoryLightningStore(journal=tmp_path)
     files = store._service.objects
@@ -126,7 +129,7 @@ async def test_files_go_once_no_version_refers_to_them(tmp_path):
     store.close()
 
 
-async def test_a_restart_holds_back_what_no_file_keeps(tmp_path):
+async def test_a_restart_holds_back_what_no_file_keeps(tmp_path: Path) -> None:
     """References lead nowhere then; with its file a version is there, without it what waits is held back."""
     address = address_of([b"one"])
     store = rs.InMemoryLightningStore(journal=tmp_path)
@@ -152,7 +155,7 @@ async def test_a_restart_holds_back_what_no_file_keeps(tmp_path):
     store.close()
 
 
-async def test_an_object_in_process_survives_a_restart_exactly(tmp_path):
+async def test_an_object_in_process_survives_a_restart_exactly(tmp_path: Path) -> None:
     """There it travels within the resource, and so it is in the journal."""
     store = rs.InMemoryLightningStore(journal=tmp_path)
     await store.update_resources("w", {"o": rs.ObjectResource(value=np.arange(200_000.0))}, policy_version=3)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
@@ -16,17 +20,17 @@ from tests.helpers import make_span
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     """Where the journal is."""
     return tmp_path / "journal"
 
 
 @pytest.fixture
-def open_store(path):
+def open_store(path: Path) -> Iterator[Callable[..., Any]]:
     """Opens the store of the journal, and closes it in the end."""
     stores = []
 
-    def make(**options):
+    def make(**options: Any) -> Any:
         stores.append(rs.InMemoryLightningStore(**{"journal": path, "clock": "manual", **options}))
         return stores[-1]
 
@@ -35,7 +39,7 @@ def open_store(path):
         store.close()
 
 
-def assert_same(live, path):
+def assert_same(live: Any, path: Any) -> None:
     """The journal says exactly what the store holds."""
     replayed = read_run(path).state
     differing = [(a, b) for a, b in zip(parts(live), parts(replayed), strict=True) if a != b]
@@ -49,7 +53,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-async def some_work(store, lots, count=60):
+async def some_work(store: Any, lots: Random, count: int = 60) -> None:
     """Calls of all kinds, drawn by lot."""
     claimed = []
     for number in range(count):
@@ -106,7 +110,7 @@ async def some_work(store, lots, count=60):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_replay_is_the_same_state_bit_for_bit(open_store, path, seed):
+def test_a_replay_is_the_same_state_bit_for_bit(open_store: Callable[..., Any], path: Path, seed: int) -> None:
     """Whatever was asked, refused, timed out or waited for: the journal makes the same state of it."""
     store = open_store(durability="process")
     asyncio.run(some_work(store, random.Random(seed), 200))
@@ -115,7 +119,7 @@ def test_a_replay_is_the_same_state_bit_for_bit(open_store, path, seed):
     assert_same(store._service.state, path)
 
 
-def test_a_store_goes_on_where_it_was(open_store, path):
+def test_a_store_goes_on_where_it_was(open_store: Callable[..., Any], path: Path) -> None:
     """Queue, finished work, spans and resources are there; what ran is offered again, since its process has ended."""
     store = open_store()
     first, second, third = (store.sync.enqueue_rollout(i) for i in range(3))
@@ -141,7 +145,7 @@ def test_a_store_goes_on_where_it_was(open_store, path):
     assert_same(again._service.state, path)
 
 
-def test_a_store_goes_on_whose_rollouts_have_statuses_set_by_hand(open_store, path):
+def test_a_store_goes_on_whose_rollouts_have_statuses_set_by_hand(open_store: Callable[..., Any], path: Path) -> None:
     """Whatever the contract lets be set: running without an attempt, waiting with one, finished and queued again."""
     store, untried = open_store(), {}
     for status in ("preparing", "running", "failed", "succeeded", "cancelled", "requeuing", "queuing"):
@@ -157,7 +161,7 @@ def test_a_store_goes_on_whose_rollouts_have_statuses_set_by_hand(open_store, pa
     assert_same(again._service.state, path)
 
 
-def test_resume_says_what_is_asked_for(open_store, path):
+def test_resume_says_what_is_asked_for(open_store: Callable[..., Any], path: Path) -> None:
     """ "must" needs a run, "never" an empty directory, and nobody writes where a living store does."""
     with pytest.raises(JournalMissingError, match="resume='must'"):
         open_store(resume="must")
@@ -172,7 +176,7 @@ def test_resume_says_what_is_asked_for(open_store, path):
         open_store(resume="perhaps")
 
 
-async def fill(store, rollouts=40, spans=8):
+async def fill(store: Any, rollouts: int = 40, spans: int = 8) -> list[Any]:
     """Ids of rollouts with spans of 1.6 KB each."""
     made = []
     for number in range(rollouts):
@@ -184,18 +188,18 @@ async def fill(store, rollouts=40, spans=8):
     return made
 
 
-def texts(spans):
+def texts(spans: Any) -> list[Any]:
     return [span.attributes["text"][:-1500] for span in spans]
 
 
 @pytest.fixture(params=["memory", pytest.param("ray", marks=pytest.mark.timeout(60))])
-def make_any(request, path):
+def make_any(request: pytest.FixtureRequest, path: Path) -> Callable[..., Any]:
     """Makes stores of either kind with the journal."""
     make = request.getfixturevalue(f"make_{request.param}_store")
     return lambda **options: make(**{"journal": path, **options})
 
 
-async def test_evicted_spans_are_read_from_disk(make_any):
+async def test_evicted_spans_are_read_from_disk(make_any: Callable[..., Any]) -> None:
     """With a journal eviction frees memory and loses nothing: whole traces, pages of them, and filters."""
     store = make_any(eviction_memory_threshold=200_000, safe_memory_threshold=100_000)
     made = await fill(store)
@@ -210,7 +214,7 @@ async def test_evicted_spans_are_read_from_disk(make_any):
     assert [len(spans) for spans in many.values()] == [8] * 40
 
 
-async def test_spans_are_on_disk_after_a_restart(open_store):
+async def test_spans_are_on_disk_after_a_restart(open_store: Callable[..., Any]) -> None:
     """No body is loaded by a replay, and each is found, also in segments of earlier processes."""
     store = open_store()
     first = await fill(store, 5)
@@ -225,7 +229,7 @@ async def test_spans_are_on_disk_after_a_restart(open_store):
     await store.check()
 
 
-def test_a_run_is_opened_for_reading(open_store, path):
+def test_a_run_is_opened_for_reading(open_store: Callable[..., Any], path: Path) -> None:
     """While it runs, and when it has ended: everything is there, nothing can be changed, nobody is disturbed."""
     store = open_store()
     rollout = store.sync.start_rollout({"task": 1})
@@ -246,23 +250,25 @@ def test_a_run_is_opened_for_reading(open_store, path):
         rs.recover(path / "elsewhere")
 
 
-def test_a_session_that_is_reserved_while_it_waits_is_in_the_journal(open_store, path):
+def test_a_session_that_is_reserved_while_it_waits_is_in_the_journal(
+    open_store: Callable[..., Any], path: Path
+) -> None:
     """A waiting call that is offered nothing may be reserved for a suspect, and that must come back."""
     store = open_store()
     service = store._service
     busy = service.open_session("busy")
 
-    def call(session, verb, **arguments):
+    def call(session: Any, verb: str, **arguments: Any) -> Any:
         return service.call(session, 1, verb, arguments, lambda ticket, value: True)
 
-    def lose(queue):
+    def lose(queue: str) -> None:
         dying = service.open_session(f"dying of {queue}")
         request = {"input": b"\x01\xa1s", "metadata": None, "queue": queue}
         rollout, _ = call(dying, "start_rollout", request=request, worker_id=None)
         service.end_session(dying, why="test")
         assert rollout.rollout_id in service.state.suspects
 
-    def start():
+    def start() -> Any:
         request = {"input": b"\x01\xa1l", "metadata": None}
         return call(busy, "start_rollout", request=request, worker_id=None)[1]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tarfile
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,16 +16,18 @@ from tests.journal.test_resume import assert_same
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     """Where the journal is."""
     return tmp_path / "journal"
 
 
-def open_store(path, **options):
+def open_store(path: Any, **options: Any) -> rs.InMemoryLightningStore:
     return rs.InMemoryLightningStore(journal=path, clock="manual", **options)
 
 
-def finish(store, count, status="succeeded", mode=None):
+def finish(
+    store: rs.InMemoryLightningStore, count: int, status: str = "succeeded", mode: str | None = None
+) -> list[Any]:
     done = []
     for _ in range(count):
         made = store.sync.start_rollout("x", mode)
@@ -32,11 +36,11 @@ def finish(store, count, status="succeeded", mode=None):
     return done
 
 
-def ids(batch):
+def ids(batch: rs.Batch) -> list[Any]:
     return [rollout.rollout_id for rollout in batch.rollouts]
 
 
-def test_a_trainer_goes_on_after_a_restart_of_its_store(path):
+def test_a_trainer_goes_on_after_a_restart_of_its_store(path: Path) -> None:
     """Held batches come again first, in their order; filters, steps and what was forgotten stay what they were."""
     named = {"consumers": {"named": {"mode": "val"}, "gone": None}}
     with open_store(path, **named) as store:
@@ -68,7 +72,7 @@ def test_a_trainer_goes_on_after_a_restart_of_its_store(path):
     assert_same(state, path)
 
 
-def test_a_store_that_starts_with_another_filter_keeps_what_that_awaits(path):
+def test_a_store_that_starts_with_another_filter_keeps_what_that_awaits(path: Path) -> None:
     """The option wins: it is said anew; what was consumed stays consumed."""
     with open_store(path, consumers={"t": {"mode": "train"}}) as store:
         train, val = finish(store, 2, mode="train"), finish(store, 1, mode="val")
@@ -78,7 +82,7 @@ def test_a_store_that_starts_with_another_filter_keeps_what_that_awaits(path):
         check(store._service.state)
 
 
-def test_a_batch_that_was_held_in_format_1_comes_again(tmp_path):
+def test_a_batch_that_was_held_in_format_1_comes_again(tmp_path: Path) -> None:
     """And failed ones, which were taken then, may be asked for."""
     with tarfile.open(GOLDEN / "format-1" / "open-batches.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")

@@ -31,7 +31,9 @@ codes = st.sampled_from(["OK", "ERROR", "UNSET", "FINE", ""])
 
 
 @given(attributes, names, names, names, names, st.sampled_from([None, 0, 3]), times, times, codes)
-def test_spans_from_attributes(given, name, rollout, attempt, parent, number, start, end, code) -> None:
+def test_spans_from_attributes(
+    given: Any, name: Any, rollout: Any, attempt: Any, parent: Any, number: Any, start: Any, end: Any, code: Any
+) -> None:
     """The same span, or the same refusal, for any of the arguments; ids that are made up have the same form."""
     made = []
     for module in (ours, theirs):
@@ -52,7 +54,7 @@ def test_spans_from_attributes(given, name, rollout, attempt, parent, number, st
 
 
 @given(attributes, times, times)
-def test_spans_from_core_fields(given, start, end) -> None:
+def test_spans_from_core_fields(given: Any, start: Any, end: Any) -> None:
     """A span that says no start started now."""
     made = []
     for module in (ours, theirs):
@@ -93,7 +95,7 @@ def test_spans_of_the_opentelemetry_sdk() -> None:
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=3), st.sampled_from([-1, 0, 2]), st.integers(0, 3))
-def test_pages(items, limit, offset) -> None:
+def test_pages(items: Any, limit: Any, offset: Any) -> None:
     """They show themselves and are gone through alike; only ours equals a list."""
     one, other = (m.PaginatedResult(items=items, limit=limit, offset=offset, total=9) for m in (ours, theirs))
     assert repr(one) == repr(other) and list(one) == list(other) and len(one) == len(other) and one[:1] == other[:1]
@@ -101,7 +103,7 @@ def test_pages(items, limit, offset) -> None:
 
 
 @pytest.mark.parametrize("status", ours.RolloutStatus.__args__)  # type: ignore[attr-defined]
-def test_predicates(status) -> None:
+def test_predicates(status: Any) -> None:
     """Which statuses wait, run and have ended."""
     one, other = (m.Rollout(rollout_id="r", input=1, start_time=0.0, status=status) for m in (ours, theirs))
     for name in ("is_queuing", "is_running", "is_finished"):
@@ -109,7 +111,7 @@ def test_predicates(status) -> None:
 
 
 @given(attributes)
-def test_the_estimate_of_a_size(given) -> None:
+def test_the_estimate_of_a_size(given: Any) -> None:
     """To the byte, for what is the same object."""
     assert rs.estimate_model_size(given) == estimate_model_size(given)
 

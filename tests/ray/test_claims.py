@@ -7,11 +7,14 @@ import os
 import signal
 import threading
 import time
+from asyncio import Task
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
+from tests.conftest import MakeRayStore
 from tests.helpers import until
 
 
@@ -19,43 +22,43 @@ from tests.helpers import until
 class Claimer:
     """A process that claims; it is told what to do with itself."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: Any) -> None:
         self.handle = handle
         self.claimed = []
 
-    async def park(self, timeout=60.0):
+    async def park(self, timeout: float = 60.0) -> str | None:
         """Wait for work; what came is remembered."""
         self.store = rs.RayLightningStore(self.handle)
         claimed = await self.store.dequeue_rollout(timeout=timeout)
         self.claimed.append(claimed)
         return claimed.rollout_id if claimed else None
 
-    async def pid(self):
+    async def pid(self) -> int:
         return os.getpid()
 
-    async def leave(self):
+    async def leave(self) -> None:
         ray.actor.exit_actor()
 
 
-def freeze_and_kill(pid):
+def freeze_and_kill(pid: Any) -> None:
     """SIGKILL: the process has no chance to say anything."""
     os.kill(pid, signal.SIGKILL)
 
 
-async def parked(store, count):
-    async def enough():
+async def parked(store: Any, count: Any) -> None:
+    async def enough() -> Any:
         return (await store.statistics())["waiters"] >= count
 
     await until(enough)
 
 
-async def test_a_loop_that_is_blocked_keeps_its_claim(make_ray_store):
+async def test_a_loop_that_is_blocked_keeps_its_claim(make_ray_store: MakeRayStore) -> None:
     """An agent that blocks its loop for longer than a claim may wait for acknowledgement loses nothing."""
     store = make_ray_store()
     got = []
 
-    def run():
-        async def claim_and_block():
+    def run() -> None:
+        async def claim_and_block() -> None:
             waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=30))
             await asyncio.sleep(0.2)
             time.sleep(7)  # noqa: ASYNC251 - the answer comes meanwhile
@@ -73,12 +76,12 @@ async def test_a_loop_that_is_blocked_keeps_its_claim(make_ray_store):
     await store.update_attempt(made.rollout_id, got[0].attempt.attempt_id, status="succeeded")
 
 
-async def test_a_loop_that_has_ended_gives_its_claim_back(make_ray_store):
+async def test_a_loop_that_has_ended_gives_its_claim_back(make_ray_store: MakeRayStore) -> None:
     """Work handed to a loop that ended meanwhile is offered again at once."""
     store = make_ray_store()
 
-    def run():
-        async def claim_and_end():
+    def run() -> None:
+        async def claim_and_end() -> Task[rs.AttemptedRollout | None]:
             task = asyncio.ensure_future(store.dequeue_rollout(timeout=30))
             await asyncio.sleep(0.1)
             return task
@@ -91,7 +94,7 @@ async def test_a_loop_that_has_ended_gives_its_claim_back(make_ray_store):
     assert claimed.rollout_id == made.rollout_id
 
 
-async def test_an_unacknowledged_claim_is_withdrawn(make_ray_store):
+async def test_an_unacknowledged_claim_is_withdrawn(make_ray_store: MakeRayStore) -> None:
     """A process that is killed with claims in its hands leaves no trace on them; the story tells."""
     store = make_ray_store()
     made = await store.enqueue_rollout("x")
@@ -106,7 +109,7 @@ async def test_an_unacknowledged_claim_is_withdrawn(make_ray_store):
     del parked_ref
 
 
-async def _claimed(store, rollout_id):
+async def _claimed(store: rs.RayLightningStore, rollout_id: str) -> Any:
     return (await store.get_rollout_by_id(rollout_id)).status == "preparing"
 
 
@@ -114,19 +117,19 @@ async def _claimed(store, rollout_id):
 class SyncClaimer:
     """A runner that people wrote themselves, without async."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: Any) -> None:
         self.store = rs.RayLightningStore(handle)
 
-    def claim(self):
+    def claim(self) -> str:
         rollout = self.store.sync.dequeue_rollout(timeout=10)
         time.sleep(1.0)  # acknowledged meanwhile by the session's own thread
         return rollout.rollout_id
 
-    def leave(self):
+    def leave(self) -> None:
         self.store.close()
 
 
-async def test_a_process_that_closes_gives_back_what_it_runs(make_ray_store):
+async def test_a_process_that_closes_gives_back_what_it_runs(make_ray_store: MakeRayStore) -> None:
     """A runner with no timeout configured: `close` says goodbye, and its attempt is withdrawn and offered again."""
     store = make_ray_store()
     made = await store.enqueue_rollout("x")
@@ -140,7 +143,7 @@ async def test_a_process_that_closes_gives_back_what_it_runs(make_ray_store):
 
 
 @pytest.mark.long
-async def test_a_killed_process_is_found_by_its_silence(make_ray_store):
+async def test_a_killed_process_is_found_by_its_silence(make_ray_store: MakeRayStore) -> None:
     """With no timeout configured and nobody to report it, a SIGKILLed runner gives back its attempt after 60 s."""
     store = make_ray_store()
     made = await store.enqueue_rollout("x")

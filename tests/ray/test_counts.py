@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgpack
 import ray
 
+import raystore as rs
 from raystore.core.spans import SPAN_OVERHEAD_BYTES
 from raystore.types import EnqueueRolloutRequest, Span
 from raystore.wire import frames
+from tests.conftest import MakeMemoryStore, MakeRayStore
 from tests.helpers import until
 from tests.support import shapes
 
 
-async def calls_of(store, shape, workers, rollouts):
+async def calls_of(store: rs.RayLightningStore, shape: str, workers: int, rollouts: int) -> float:
     """Actor calls for each of so many rollouts of a shape."""
     await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=number) for number in range(rollouts)])
     before = await store.statistics()
@@ -24,22 +27,22 @@ async def calls_of(store, shape, workers, rollouts):
     return (after["actor_calls"] - before["actor_calls"] - 1) / rollouts
 
 
-async def test_a_sequential_runner_makes_two_calls_for_a_rollout(make_ray_store):
+async def test_a_sequential_runner_makes_two_calls_for_a_rollout(make_ray_store: MakeRayStore) -> None:
     """One for the claim, one for the spans, the status and the acknowledgement."""
     assert await calls_of(make_ray_store(), "gathered", 1, 50) <= 2.05  # a listen call may end in between
 
 
-async def test_concurrent_runners_share_calls(make_ray_store):
+async def test_concurrent_runners_share_calls(make_ray_store: MakeRayStore) -> None:
     """64 coroutines, each awaiting every one of its 10 operations: about 30 operations travel together."""
     assert await calls_of(make_ray_store(), "lifecycle", 64, 640) <= 0.5
 
 
-async def test_few_coroutines_share_calls(make_ray_store):
+async def test_few_coroutines_share_calls(make_ray_store: MakeRayStore) -> None:
     """A batch that is small waits for the one under way: 16 coroutines fill one, not two halves of one."""
     assert await calls_of(make_ray_store(), "lifecycle", 16, 160) <= 1.0
 
 
-async def test_bytes_of_a_span(make_memory_store):
+async def test_bytes_of_a_span(make_memory_store: MakeMemoryStore) -> None:
     """On the wire a span is its attributes and its index, and little else; stored, what is accounted beside them."""
     store = make_memory_store()
     rollout = await store.start_rollout("task")
@@ -57,12 +60,12 @@ async def test_bytes_of_a_span(make_memory_store):
     assert (await store.statistics())["total_span_bytes"] - before <= attributes + index + SPAN_OVERHEAD_BYTES + 100
 
 
-def parked_calls(actor):
+def parked_calls(actor: Any) -> int:
     """In the actor: how many calls have not returned; Ray makes a task of each."""
     return len(asyncio.all_tasks(actor._service._alarm._loop)) - 1  # but for the one that looks for ended processes
 
 
-async def test_a_process_parks_one_call(make_ray_store):
+async def test_a_process_parks_one_call(make_ray_store: MakeRayStore) -> None:
     """However many of its coroutines wait, for work, rollouts, completions or changes."""
     store = make_ray_store()
     rollouts = await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=n, queue="idle") for n in range(100)])
@@ -70,7 +73,7 @@ async def test_a_process_parks_one_call(make_ray_store):
     waiting += [asyncio.create_task(store.dequeue_rollout(timeout=30)) for _ in range(100)]
     waiting += [asyncio.create_task(store.completed(timeout=30)), asyncio.create_task(store.changes(10**6, timeout=30))]
 
-    async def parked():
+    async def parked() -> bool:
         return (await store.statistics())["waiters"] == len(waiting)
 
     await until(parked)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from concurrent.futures import Future
+from threading import Thread
+from typing import Any
 
 import pytest
 import ray
@@ -25,13 +27,13 @@ UNAVAILABLE = ray.exceptions.ActorUnavailableError("no answer", b"\x00" * 16)
 class Handle:
     """What a session needs of an actor handle: each call is answered by the next of a script."""
 
-    def __init__(self, *script):
+    def __init__(self, *script: Any) -> None:
         self.script = list(script)
         self.batches = []
         self.exchange = self
         self.listen = self
 
-    def remote(self, frame, *more):
+    def remote(self, frame: Any, *more: Any) -> Any:
         answer = Future()
         if frame[0] == 1:  # a batch of one part, not a listen call
             self.batches.append(tuple(frames.split([frame], None)[0][2:4]))
@@ -49,12 +51,14 @@ class Handle:
 HINTS = itertools.count(1)
 
 
-def answered(*replies, later=(), wanted=False, epoch=1):
+def answered(
+    *replies: Any, later: tuple[Any] | list[list[Any]] = (), wanted: bool = False, epoch: int = 1
+) -> bytes | tuple[bytes, list[Any]]:
     """The answer to a batch."""
     return frames.pack_answer(epoch, frames.DONE, replies, later, [], [next(HINTS), wanted])
 
 
-def done(*values, **more):
+def done(*values: Any, **more: Any) -> bytes | tuple[bytes, list[Any]]:
     """The answer to a batch whose operations succeeded."""
     return answered(*([frames.VALUE, value] for value in values), **more)
 
@@ -62,7 +66,7 @@ def done(*values, **more):
 ENDED = frames.pack_answer(1, frames.ENDED)
 
 
-async def test_a_failed_batch_is_sent_again_with_the_same_identity():
+async def test_a_failed_batch_is_sent_again_with_the_same_identity() -> None:
     """An error that leaves the outcome open is no error for the caller."""
     handle = Handle(UNAVAILABLE, UNAVAILABLE, done([7]))
     session = ClientSession(handle, "s", 1, 10**6)
@@ -71,7 +75,7 @@ async def test_a_failed_batch_is_sent_again_with_the_same_identity():
     session.fail(rs.StoreClosedError("s"))
 
 
-async def test_a_write_that_was_repeated_into_an_ended_session_has_an_unknown_outcome():
+async def test_a_write_that_was_repeated_into_an_ended_session_has_an_unknown_outcome() -> None:
     """It may have run the first time; reads simply run again in the new session."""
     handle = Handle(UNAVAILABLE, ENDED, done(None))
     session = ClientSession(handle, "s", 1, 10**6)
@@ -86,7 +90,7 @@ async def test_a_write_that_was_repeated_into_an_ended_session_has_an_unknown_ou
     session.fail(rs.StoreClosedError("s"))
 
 
-async def test_a_batch_that_was_sent_once_is_sent_again_in_a_new_session():
+async def test_a_batch_that_was_sent_once_is_sent_again_in_a_new_session() -> None:
     """An ended session executes nothing, so the write cannot have run: unseen."""
     handle = Handle(ENDED, done([1]))
     session = ClientSession(handle, "s", 1, 10**6)
@@ -94,7 +98,7 @@ async def test_a_batch_that_was_sent_once_is_sent_again_in_a_new_session():
     session.fail(rs.StoreClosedError("s"))
 
 
-async def test_clients_give_up_in_the_end(monkeypatch):
+async def test_clients_give_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the time for retries, a write has an unknown outcome and a read says that the store is unavailable."""
     monkeypatch.setattr(session_state, "RETRY_SECONDS", 0.3)
     handle = Handle(*[UNAVAILABLE] * 50)
@@ -107,7 +111,7 @@ async def test_clients_give_up_in_the_end(monkeypatch):
     session.fail(rs.StoreClosedError("s"))
 
 
-async def test_an_answer_of_an_older_incarnation_is_not_accepted():
+async def test_an_answer_of_an_older_incarnation_is_not_accepted() -> None:
     """A process was replaced and does not know it: the operation is repeated, and the newer one's answer counts."""
     handle = Handle(done([99], epoch=0), done([1], epoch=2))
     session = ClientSession(handle, "s", 1, 10**6)
@@ -116,7 +120,7 @@ async def test_an_answer_of_an_older_incarnation_is_not_accepted():
     session.fail(rs.StoreClosedError("s"))
 
 
-async def test_an_answer_may_overtake_the_word_that_its_call_is_parked(monkeypatch):
+async def test_an_answer_may_overtake_the_word_that_its_call_is_parked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replies of two batches come in either order; the answer of a parked call is not lost by that."""
     monkeypatch.setattr(session_state, "WORTH_OPERATIONS", 1)
     handle = Handle()
@@ -138,7 +142,7 @@ async def test_an_answer_may_overtake_the_word_that_its_call_is_parked(monkeypat
     session.fail(rs.StoreClosedError("s"))
 
 
-async def test_a_dead_actor_fails_at_once():
+async def test_a_dead_actor_fails_at_once() -> None:
     """Nothing can come any more: everybody who waits is told, and everybody who comes."""
     handle = Handle(ray.exceptions.ActorDiedError())
     session = ClientSession(handle, "s", 1, 10**6)
@@ -146,13 +150,13 @@ async def test_a_dead_actor_fails_at_once():
         with pytest.raises(rs.StoreUnavailableError, match="its actor has died"):
             await session.call("next_numbers", {"rollout_ids": ["r"]})
 
-    async def ended():
+    async def ended() -> bool:
         return not any(t.name == "raystore-session" and t is session._thread for t in _threads())
 
     await until(ended)
 
 
-def _threads():
+def _threads() -> list[Thread]:
     import threading
 
     return [thread for thread in threading.enumerate() if thread.is_alive()]

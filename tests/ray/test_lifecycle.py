@@ -8,16 +8,19 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
 from raystore.service.service import PROTOCOL
+from tests.conftest import MakeRayStore
 from tests.helpers import until
 
 
-async def test_names(make_ray_store):
+async def test_names(make_ray_store: MakeRayStore) -> None:
     """Without a name a store gets one of its own; `info` says who it is."""
     a, b = make_ray_store(), make_ray_store()
     assert a.info.name != b.info.name and a.info.store_id != b.info.store_id
@@ -29,7 +32,7 @@ async def test_names(make_ray_store):
     assert (await b.query_rollouts()).total == 0
 
 
-async def test_a_name_that_exists(make_ray_store):
+async def test_a_name_that_exists(make_ray_store: MakeRayStore) -> None:
     """An error says what exists; attaching works if the configuration is the same, else it says what differs."""
     store = make_ray_store(name="taken", max_queued=5)
     with pytest.raises(rs.StoreExistsError, match=r"'taken' exists already.*rs.connect\('taken'\)"):
@@ -44,7 +47,7 @@ async def test_a_name_that_exists(make_ray_store):
         rs.start("taken", exist="maybe")
 
 
-async def test_connect(make_ray_store):
+async def test_connect(make_ray_store: MakeRayStore) -> None:
     """By name, or to the only one; an error lists what there is."""
     store = make_ray_store(name="one", namespace="mine")
     assert rs.connect("one", namespace="mine").info == store.info
@@ -58,7 +61,7 @@ async def test_connect(make_ray_store):
         rs.connect(namespace="mine")
 
 
-async def test_stop_ends_a_detached_store(make_ray_store):
+async def test_stop_ends_a_detached_store(make_ray_store: MakeRayStore) -> None:
     """A detached store outlives its clients and is ended by name."""
     store = make_ray_store(name="kept", detached=True)
     store.close()
@@ -66,7 +69,7 @@ async def test_stop_ends_a_detached_store(make_ray_store):
     await again.enqueue_rollout("x")
     rs.stop("kept")
 
-    async def gone():
+    async def gone() -> bool:
         return "kept" not in {info.name for info in rs.list_stores()}
 
     await until(gone)
@@ -78,7 +81,7 @@ async def test_stop_ends_a_detached_store(make_ray_store):
         await store.enqueue_rollout("z")
 
 
-async def test_close_ends_what_this_process_started(cluster):
+async def test_close_ends_what_this_process_started(cluster: None) -> None:
     """`with` ends the store; a closed client says so; other clients see that the store has died."""
     with rs.start() as store:
         other = rs.RayLightningStore(store.actor)
@@ -94,12 +97,12 @@ async def test_close_ends_what_this_process_started(cluster):
         assert (await store.statistics())["total_rollouts"] == 0
 
 
-async def test_not_a_store(cluster):
+async def test_not_a_store(cluster: None) -> None:
     """A handle, or a name, of something else is refused by what it is."""
 
     @ray.remote(num_cpus=0)
     class Other:
-        def describe(self):
+        def describe(self) -> int:
             return 5
 
     actor = Other.options(name="other", namespace="raystore").remote()
@@ -113,12 +116,12 @@ async def test_not_a_store(cluster):
     ray.kill(actor)
 
 
-async def test_clients_travel(make_ray_store):
+async def test_clients_travel(make_ray_store: MakeRayStore) -> None:
     """A client may be pickled, passed to tasks, and made from the handle there; store.actor is what to pass on."""
     store = make_ray_store(span_size_estimator=lambda span: 7)
 
     @ray.remote(num_cpus=0)
-    def use(client, handle):
+    def use(client: rs.RayLightningStore, handle: Any) -> Any:
         client.sync.enqueue_rollout("by client")
         made = rs.RayLightningStore(handle)
         rollout = made.sync.dequeue_rollout()
@@ -135,13 +138,13 @@ async def test_clients_travel(make_ray_store):
     assert ray.cloudpickle.loads(ray.cloudpickle.dumps(copy)).info == store.info
 
 
-async def test_memory_store_refuses_to_be_pickled():
+async def test_memory_store_refuses_to_be_pickled() -> None:
     """And says what to do instead."""
     with rs.InMemoryLightningStore() as store, pytest.raises(TypeError, match=r"raystore.start\(\)"):
         pickle.dumps(store)
 
 
-async def test_errors_survive_a_real_call(cluster):
+async def test_errors_survive_a_real_call(cluster: None) -> None:
     """Every error can be raised in an actor and caught by its own class."""
     examples = [
         rs.InvalidValueError("a", 1, "b"), rs.RolloutNotFoundError("r"), rs.AttemptNotFoundError("r", "a"),
@@ -163,7 +166,7 @@ async def test_errors_survive_a_real_call(cluster):
     ]  # fmt: skip
 
     @ray.remote(num_cpus=0)
-    def fail(error):
+    def fail(error: Any) -> None:
         raise error
 
     from raystore import errors
@@ -178,7 +181,7 @@ async def test_errors_survive_a_real_call(cluster):
         assert str(errors.from_record(*errors.to_record(example))) == str(example)
 
 
-async def test_start_says_what_it_runs_with(make_ray_store, caplog):
+async def test_start_says_what_it_runs_with(make_ray_store: MakeRayStore, caplog: pytest.LogCaptureFixture) -> None:
     """Capacity and thresholds are logged."""
     with caplog.at_level(logging.INFO, "raystore"):
         make_ray_store(eviction_memory_threshold=1000)
@@ -186,7 +189,7 @@ async def test_start_says_what_it_runs_with(make_ray_store, caplog):
 
 
 @pytest.mark.long
-def test_a_client_outlives_a_restart_of_ray_in_its_process(tmp_path):
+def test_a_client_outlives_a_restart_of_ray_in_its_process(tmp_path: Path) -> None:
     """After ray.shutdown() calls say so and start no Ray of their own; connected again, the client finds its store."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -218,7 +221,7 @@ def test_a_client_outlives_a_restart_of_ray_in_its_process(tmp_path):
 
 
 @pytest.mark.long
-def test_owned_store_dies_with_its_driver_and_leaves_nothing(tmp_path):
+def test_owned_store_dies_with_its_driver_and_leaves_nothing(tmp_path: Path) -> None:
     """A script that ends without closing prints no traceback and leaves no process behind."""
     script = tmp_path / "script.py"
     script.write_text(

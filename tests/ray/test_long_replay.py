@@ -7,18 +7,21 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import raystore as rs
 from raystore.remote import handshake
+from tests.conftest import MakeRayStore
 from tests.helpers import until
 
 POINTS = "RAYSTORE_FAILPOINTS"
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     """A journal of some hundred records."""
     store = rs.InMemoryLightningStore(journal=tmp_path / "journal", durability="process")
     for number in range(120):
@@ -28,16 +31,18 @@ def path(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handshake, "STANDSTILL_SECONDS", 3.0)
     monkeypatch.setattr(handshake, "LOG_SECONDS", 1.0)
 
 
-def with_points(points):
+def with_points(points: Any) -> dict[str, dict[str, dict[str, Any]]]:
     return {"runtime_env": {"env_vars": {POINTS: points}}}
 
 
-async def test_a_long_replay_is_waited_for_at_the_start_and_when_the_store_comes_back(make_ray_store, path, caplog):
+async def test_a_long_replay_is_waited_for_at_the_start_and_when_the_store_comes_back(
+    make_ray_store: MakeRayStore, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """By whoever starts it, connects, or was a client before; a list of stores does not wait."""
     caplog.set_level(logging.INFO, "raystore")
     started = time.monotonic()
@@ -46,7 +51,7 @@ async def test_a_long_replay_is_waited_for_at_the_start_and_when_the_store_comes
     )
     starting = asyncio.ensure_future(starting)
 
-    async def is_reading():
+    async def is_reading() -> bool:
         return "reads its journal: at record" in caplog.text
 
     await until(is_reading)
@@ -62,13 +67,13 @@ async def test_a_long_replay_is_waited_for_at_the_start_and_when_the_store_comes
     assert time.monotonic() - started > 4 * handshake.STANDSTILL_SECONDS
 
 
-async def test_a_replay_that_stands_still_is_not_waited_for(make_ray_store, path):
+async def test_a_replay_that_stands_still_is_not_waited_for(make_ray_store: MakeRayStore, path: Path) -> None:
     """The error says where it stands."""
     with pytest.raises(rs.StoreUnavailableError, match="not come on in its journal for 3 s, at record 30 of"):
         await asyncio.to_thread(make_ray_store, journal=path, actor_options=with_points("replay.record=sleep:60@30"))
 
 
-async def test_a_journal_that_cannot_be_read_is_refused_by_name(make_ray_store, path):
+async def test_a_journal_that_cannot_be_read_is_refused_by_name(make_ray_store: MakeRayStore, path: Path) -> None:
     """Whoever starts the store is told at once, as it was when nobody else could ask."""
     (segment,) = path.glob("*.journal")
     segment.write_bytes(b"nothing of ours" + segment.read_bytes())

@@ -12,7 +12,7 @@ import pytest
 
 @pytest.mark.long
 @pytest.mark.timeout(200)
-def test_three_nodes_one_killed():
+def test_three_nodes_one_killed() -> None:
     """The store is on the driver's node, runners are spread, and a killed node costs no work."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import ray
 from ray._private.internal_api import memory_summary
 
 import raystore as rs
 from raystore.types import ObjectResource
+from tests.conftest import MakeRayStore
 from tests.helpers import claim, until
 
 MIB = 2**20
 
 
-def is_referred_to(name):
+def is_referred_to(name: str) -> bool:
     """Whether any process refers to an object, by Ray's table of references."""
     address = ray.get_runtime_context().gcs_address
     return name in memory_summary(address=address, stats_only=False)
 
 
-async def test_a_reference_is_freed_with_its_resource(make_ray_store):
+async def test_a_reference_is_freed_with_its_resource(make_ray_store: MakeRayStore) -> None:
     """A 50 MiB object that a resource refers to goes when a newer version replaces it and nobody uses it."""
     store = make_ray_store()
     ref = ray.put(np.zeros(50 * MIB, dtype=np.uint8))
@@ -37,13 +41,13 @@ async def test_a_reference_is_freed_with_its_resource(make_ray_store):
     assert is_referred_to(name)
     await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
 
-    async def freed():
+    async def freed() -> bool:
         return not is_referred_to(name)
 
     await until(freed)
 
 
-async def test_a_large_value_moves_to_the_object_store(make_ray_store):
+async def test_a_large_value_moves_to_the_object_store(make_ray_store: MakeRayStore) -> None:
     """The store holds a reference; get() gives the object, in another process too."""
     store = make_ray_store()
     weights = np.arange(100_000, dtype=np.float64)
@@ -51,20 +55,20 @@ async def test_a_large_value_moves_to_the_object_store(make_ray_store):
     assert (await store.statistics())["payload_bytes"] < 10_000
 
     @ray.remote(num_cpus=0)
-    def read(handle):
+    def read(handle: Any) -> float:
         update = rs.RayLightningStore(handle).sync.get_latest_resources()
         return float(update.resources["w"].get().sum())
 
     assert await read.remote(store.actor) == weights.sum()
 
 
-async def test_a_dead_owner_gives_payload_lost(make_ray_store):
+async def test_a_dead_owner_gives_payload_lost(make_ray_store: MakeRayStore) -> None:
     """An object whose owner died raises PayloadLostError, which says what to do."""
     store = make_ray_store()
 
     @ray.remote(num_cpus=0)
     class Publisher:
-        def publish(self, handle):
+        def publish(self, handle: Any) -> None:
             value = np.zeros(MIB, dtype=np.uint8)
             rs.RayLightningStore(handle).sync.add_resources({"w": ObjectResource(value=value)})
 
@@ -72,7 +76,7 @@ async def test_a_dead_owner_gives_payload_lost(make_ray_store):
     await publisher.publish.remote(store.actor)
     ray.kill(publisher)
 
-    async def lost():
+    async def lost() -> str:
         update = await store.get_latest_resources()
         try:
             update.resources["w"].get(timeout=1)
@@ -85,7 +89,7 @@ async def test_a_dead_owner_gives_payload_lost(make_ray_store):
     assert "owner" in await until(lost)
 
 
-async def test_references_in_tasks_travel_beside_the_bytes(make_ray_store):
+async def test_references_in_tasks_travel_beside_the_bytes(make_ray_store: MakeRayStore) -> None:
     """A reference in a task arrives as a reference."""
     store = make_ray_store()
     ref = ray.put([1, 2, 3])
@@ -95,13 +99,13 @@ async def test_references_in_tasks_travel_beside_the_bytes(make_ray_store):
     assert (await store.query_rollouts())[0].input["data"] == ref
 
 
-async def test_objects_go_to_the_journal_and_outlive_their_owner(make_ray_store, tmp_path):
+async def test_objects_go_to_the_journal_and_outlive_their_owner(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """Written by who publishes them; read from their file once the owner is dead, by others and after a restart."""
     store = make_ray_store(journal=tmp_path)
 
     @ray.remote(num_cpus=0)
     class Publisher:
-        def publish(self, handle):
+        def publish(self, handle: Any) -> None:
             value = {"w": np.ones(MIB, dtype=np.uint8)}
             rs.RayLightningStore(handle).sync.update_resources("w", {"w": ObjectResource(value=value)})
 
@@ -113,14 +117,16 @@ async def test_objects_go_to_the_journal_and_outlive_their_owner(make_ray_store,
     assert (await update.resources["w"].aget())["w"].sum() == MIB
     await store.update_resources("w", {"w": ObjectResource(value=1)})
 
-    async def gone():
+    async def gone() -> bool:
         await store.statistics()
         return not (tmp_path / "objects" / address).exists()
 
     await until(gone)
 
 
-async def test_a_client_that_does_not_see_the_journal_uses_the_store(make_ray_store, tmp_path, monkeypatch):
+async def test_a_client_that_does_not_see_the_journal_uses_the_store(
+    make_ray_store: MakeRayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pieces go through the actor, both ways; what is too large is told once, and works as long as its owner lives."""
     monkeypatch.setattr("raystore.values.objects.Origin.files", lambda origin: None)
     monkeypatch.setattr("raystore.values.objects.PIECE_BYTES", 300_000)
@@ -132,7 +138,9 @@ async def test_a_client_that_does_not_see_the_journal_uses_the_store(make_ray_st
     assert len(list((tmp_path / "objects").iterdir())) == 2  # the object, and the token
 
 
-async def test_a_large_object_is_said_not_to_survive(make_ray_store, tmp_path, caplog):
+async def test_a_large_object_is_said_not_to_survive(
+    make_ray_store: MakeRayStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Once, with its size, the bound, and what to do; and the value is there."""
     store = make_ray_store(journal=tmp_path, journal_object_bytes=MIB // 2)
     for _ in range(2):
@@ -142,7 +150,7 @@ async def test_a_large_object_is_said_not_to_survive(make_ray_store, tmp_path, c
     assert (await store.get_latest_resources()).resources["w"].get().sum() == MIB
 
 
-async def test_the_store_is_given_references_again(make_ray_store, tmp_path):
+async def test_the_store_is_given_references_again(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """A store that is killed has the objects of a living publisher again, and tells it when they are freed."""
     store = make_ray_store(journal=tmp_path, journal_object_bytes=0)
     await store.update_resources("w", {"w": ObjectResource(value=np.ones(MIB, dtype=np.uint8))})
@@ -156,7 +164,7 @@ async def test_the_store_is_given_references_again(make_ray_store, tmp_path):
     await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
     await store.update_resources("w", {})
 
-    async def let_go():
+    async def let_go() -> bool:
         return not len(held)
 
     await until(let_go)

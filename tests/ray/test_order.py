@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 
+from tests.conftest import MakeRayStore
 from tests.helpers import claim, make_span
 
 RUNS = [pytest.param(run, marks=[] if run < 2 else pytest.mark.long) for run in range(20)]
 
 
 @pytest.mark.parametrize("run", RUNS)
-async def test_unawaited_operations_of_mixed_sizes_keep_their_order(make_ray_store, run):
+async def test_unawaited_operations_of_mixed_sizes_keep_their_order(make_ray_store: MakeRayStore, run: Any) -> None:
     """2,000 operations, from a few bytes to more than Ray carries inline, gathered without awaiting any."""
     store = make_ray_store()
     rng = random.Random(run)
@@ -36,7 +38,7 @@ async def test_unawaited_operations_of_mixed_sizes_keep_their_order(make_ray_sto
     assert found["operations"] > 2000 > 10 * found["actor_calls"]
 
 
-async def test_spans_and_status_gathered_are_one_call(make_ray_store):
+async def test_spans_and_status_gathered_are_one_call(make_ray_store: MakeRayStore) -> None:
     """Eight spans and the final status, un-awaited and gathered, are one actor call and correct."""
     store = make_ray_store()
     rollout = await claim(store)
@@ -49,7 +51,7 @@ async def test_spans_and_status_gathered_are_one_call(make_ray_store):
     assert after["total_spans"] == 8 and after["rollouts_by_status"] == {"succeeded": 1}
 
 
-async def test_an_operation_that_fails_does_not_disturb_the_others(make_ray_store):
+async def test_an_operation_that_fails_does_not_disturb_the_others(make_ray_store: MakeRayStore) -> None:
     """Each operation of a batch has its own answer; errors are clean local exceptions."""
     store = make_ray_store()
     rollout = await claim(store)
@@ -63,7 +65,7 @@ async def test_an_operation_that_fails_does_not_disturb_the_others(make_ray_stor
     assert answers[1].__cause__ is None and "Traceback" not in str(answers[1])
 
 
-async def test_an_operation_cancelled_before_it_leaves_is_dropped(make_ray_store):
+async def test_an_operation_cancelled_before_it_leaves_is_dropped(make_ray_store: MakeRayStore) -> None:
     """Cancelled in the tick in which it was issued, an operation never reaches the store."""
     store = make_ray_store()
     await store.enqueue_rollout("first")
@@ -75,7 +77,7 @@ async def test_an_operation_cancelled_before_it_leaves_is_dropped(make_ray_store
     assert [r.input for r in await store.query_rollouts()] == ["first"]
 
 
-async def test_long_answers_come_in_parts(make_ray_store):
+async def test_long_answers_come_in_parts(make_ray_store: MakeRayStore) -> None:
     """More than 8 MiB of spans are read in parts, unseen, and are complete."""
     store = make_ray_store()
     rollout = await claim(store)

@@ -7,6 +7,9 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -14,26 +17,27 @@ import ray
 import raystore as rs
 from raystore.service.service import PROTOCOL
 from raystore.wire import frames
+from tests.conftest import MakeRayStore
 from tests.helpers import make_span, until
 
 
-async def process_of(store):
+async def process_of(store: Any) -> Any:
     """The process that the store's actor is now."""
     return (await store.actor.describe.remote())["pid"]
 
 
-async def kill(store):
+async def kill(store: Any) -> None:
     """End the store's process as the kernel would when memory runs out."""
     os.kill(await process_of(store), signal.SIGKILL)
 
 
 @pytest.fixture
-def make_durable(make_ray_store, tmp_path):
+def make_durable(make_ray_store: MakeRayStore, tmp_path: Path) -> Callable[..., Any]:
     """Makes stores with a journal."""
     return lambda **options: make_ray_store(**{"journal": tmp_path / "journal", **options})
 
 
-async def test_clients_ride_through_the_death_of_the_store(make_durable):
+async def test_clients_ride_through_the_death_of_the_store(make_durable: Callable[..., Any]) -> None:
     """Calls, parked claims and waits of before, and claims that were acknowledged: nothing is lost, nobody is told."""
     store = make_durable()
     first = await store.enqueue_rollout("first")
@@ -54,7 +58,7 @@ async def test_clients_ride_through_the_death_of_the_store(make_durable):
     assert (await store.statistics())["total_attempts"] == 2
 
 
-async def test_a_trainer_rides_through_the_death_of_the_store(make_durable):
+async def test_a_trainer_rides_through_the_death_of_the_store(make_durable: Callable[..., Any]) -> None:
     """A take that waits, and a batch that is held; a long one comes in parts, whichever process sends them."""
     store = make_durable()
     held = [await store.start_rollout("x" * 60_000) for _ in range(40)]
@@ -76,11 +80,11 @@ async def test_a_trainer_rides_through_the_death_of_the_store(make_durable):
     assert [r.rollout_id for r in (await store.take(1, consumer="t")).rollouts] == [later.rollout_id]
 
 
-async def _waiters(store, count):
+async def _waiters(store: Any, count: int) -> Any:
     return (await store.statistics())["waiters"] == count
 
 
-async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_durable):
+async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_durable: Callable[..., Any]) -> None:
     """The answer is the one it had: ids, claims and refusals; reads run again; what had not run runs now."""
     store = make_durable()
     handle = store.actor
@@ -93,7 +97,7 @@ async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_d
     ]
     packed = [frames.pack_operation(*operation).frame for operation in operations]
 
-    async def send():
+    async def send() -> Any:
         epoch = (await handle.describe.remote())["epoch"]
         parts = frames.join([PROTOCOL, "test", "session", 1, 0, [], 1, [], []], packed, [])
         answered, outcome, replies, *_ = frames.unpack_answer(await handle.exchange.remote(*parts))
@@ -112,18 +116,20 @@ async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_d
     await until(lambda: _queued(store, 2), within=15)
 
 
-async def _answers(handle):
+async def _answers(handle: Any) -> Any:
     try:
         return await handle.describe.remote()
     except ray.exceptions.ActorUnavailableError:
         return False
 
 
-async def _queued(store, count):
+async def _queued(store: Any, count: int) -> Any:
     return (await store.statistics())["queue_length"] == count
 
 
-async def test_a_store_whose_journal_is_gone_does_not_come_back_empty(make_durable, tmp_path):
+async def test_a_store_whose_journal_is_gone_does_not_come_back_empty(
+    make_durable: Callable[..., Any], tmp_path: Path
+) -> None:
     """Its clients get an error that says so."""
     store = make_durable()
     await store.enqueue_rollout("x")
@@ -134,7 +140,7 @@ async def test_a_store_whose_journal_is_gone_does_not_come_back_empty(make_durab
     store.close()
 
 
-async def test_a_second_store_takes_over_only_when_told_to(make_durable, tmp_path):
+async def test_a_second_store_takes_over_only_when_told_to(make_durable: Callable[..., Any], tmp_path: Path) -> None:
     """Two processes that write one journal: the newer one has all that the older one acknowledged, which then ends."""
     store = make_durable(name="first")
     await store.enqueue_rollout("x")
@@ -155,7 +161,7 @@ async def test_a_second_store_takes_over_only_when_told_to(make_durable, tmp_pat
     store.close()
 
 
-async def _has_ended(pid):
+async def _has_ended(pid: Any) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

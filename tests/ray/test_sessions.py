@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import threading
 import time
+from typing import Any
 
 import pytest
 import ray
@@ -13,7 +14,7 @@ import ray
 import raystore as rs
 from raystore.service.service import PROTOCOL
 from raystore.wire import frames
-from tests.conftest import SLACK
+from tests.conftest import SLACK, MakeRayStore
 from tests.helpers import claim, make_span, until
 
 CLIENT = (PROTOCOL, "test")
@@ -23,18 +24,18 @@ CLIENT = (PROTOCOL, "test")
 class Waiter:
     """Another process with many coroutines that wait."""
 
-    def __init__(self, handle):
+    def __init__(self, handle: Any) -> None:
         self.store = rs.RayLightningStore(handle)
 
-    async def wait(self, rollout_ids):
-        async def one(rollout_id):
+    async def wait(self, rollout_ids: list[Any]) -> list[float]:
+        async def one(rollout_id: str) -> float:
             await self.store.wait_for_rollouts(rollout_ids=[rollout_id])
             return time.time()
 
         return await asyncio.gather(*(one(i) for i in rollout_ids))
 
 
-async def test_thousand_waiters_use_one_parked_call(make_ray_store):
+async def test_thousand_waiters_use_one_parked_call(make_ray_store: MakeRayStore) -> None:
     """1,000 coroutines of one process wait; another process writes; all wake soon (median, best of three)."""
     store = make_ray_store()
     waiter = Waiter.remote(store.actor)
@@ -43,7 +44,7 @@ async def test_thousand_waiters_use_one_parked_call(make_ray_store):
         made = await store.enqueue_group("x", 1000)
         woken = waiter.wait.remote([r.rollout_id for r in made])
 
-        async def all_wait():
+        async def all_wait() -> bool:
             return (await store.statistics())["waiters"] == 1000
 
         await until(all_wait)
@@ -61,7 +62,7 @@ async def test_thousand_waiters_use_one_parked_call(make_ray_store):
     assert min(medians) <= bar, medians
 
 
-async def test_short_lived_loops_and_threads_share_one_session(make_ray_store):
+async def test_short_lived_loops_and_threads_share_one_session(make_ray_store: MakeRayStore) -> None:
     """200 event loops in 6 threads: one session, in order for each caller, no claim lost."""
     store = make_ray_store()
     loops, threads = 200, 6
@@ -69,7 +70,7 @@ async def test_short_lived_loops_and_threads_share_one_session(make_ray_store):
     claimed, failures, numbers = [], [], iter(range(loops))
     lock = threading.Lock()
 
-    def work():
+    def work() -> None:
         while True:
             with lock:
                 number = next(numbers, None)
@@ -85,7 +86,7 @@ async def test_short_lived_loops_and_threads_share_one_session(make_ray_store):
             except Exception as error:
                 failures.append(error)
 
-    async def one():
+    async def one() -> rs.AttemptedRollout | None:
         rollout = await store.dequeue_rollout()
         spans = [store.add_unnumbered_spans([make_span(rollout, name=str(i))]) for i in range(8)]
         done = store.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")
@@ -105,7 +106,7 @@ async def test_short_lived_loops_and_threads_share_one_session(make_ray_store):
         assert [span.name for span in spans] in ([str(i) for i in range(8)], []), rollout_id
 
 
-async def test_sync_twin_works_inside_a_running_loop(make_ray_store):
+async def test_sync_twin_works_inside_a_running_loop(make_ray_store: MakeRayStore) -> None:
     """Blocking calls use the same session and see what was awaited before."""
     store = make_ray_store()
     await store.enqueue_rollout("x")
@@ -115,14 +116,21 @@ async def test_sync_twin_works_inside_a_running_loop(make_ray_store):
     assert (await store.statistics())["sessions"] == 1
 
 
-async def _exchange(store, session_id, sequence, first_ticket, *operations, client=CLIENT):
+async def _exchange(
+    store: rs.RayLightningStore,
+    session_id: str,
+    sequence: int,
+    first_ticket: int,
+    *operations: Any,
+    client: tuple[int, str] = CLIENT,
+) -> Any:
     packed = [frames.pack_operation(verb, arguments).frame for verb, arguments in operations]
     parts = frames.join([*client, session_id, sequence, 0, [], first_ticket, [], []], packed, [])
     _, outcome, *rest = frames.unpack_answer(await store.actor.exchange.remote(*parts))
     return outcome, rest[0] if rest else None
 
 
-async def test_a_repeated_batch_has_its_effect_once(make_ray_store):
+async def test_a_repeated_batch_has_its_effect_once(make_ray_store: MakeRayStore) -> None:
     """The same batch again gets the same answer: enqueued once, claimed once, numbered once."""
     store = make_ray_store()
     operations = (
@@ -139,7 +147,7 @@ async def test_a_repeated_batch_has_its_effect_once(make_ray_store):
     await store.delete_rollouts([first[1][0][1][0][0][0]])
 
 
-async def test_a_batch_that_came_early_is_held(make_ray_store):
+async def test_a_batch_that_came_early_is_held(make_ray_store: MakeRayStore) -> None:
     """The second batch runs after the first, whenever they arrive."""
     store = make_ray_store()
     second = asyncio.ensure_future(_exchange(store, "s", 2, 2, ("next_numbers", {"rollout_ids": ["r"]})))
@@ -150,7 +158,7 @@ async def test_a_batch_that_came_early_is_held(make_ray_store):
     assert (await second)[1] == [[frames.VALUE, [2]]]
 
 
-async def test_a_batch_of_an_ended_session_is_not_executed(make_ray_store):
+async def test_a_batch_of_an_ended_session_is_not_executed(make_ray_store: MakeRayStore) -> None:
     """The client opens a new session and sends it again, unseen; what the old one held was given back."""
     store = make_ray_store()
     rollout = await claim(store)
@@ -166,13 +174,13 @@ async def test_a_batch_of_an_ended_session_is_not_executed(make_ray_store):
     assert (await store.get_rollout_by_id(rollout.rollout_id)).status in ("queuing", "requeuing")
 
 
-async def test_parked_calls_survive_the_end_of_their_session(make_ray_store):
+async def test_parked_calls_survive_the_end_of_their_session(make_ray_store: MakeRayStore) -> None:
     """A wait whose session was ended goes on in the next one."""
     store = make_ray_store()
     made = await store.enqueue_rollout("x")
     waiting = asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=30))
 
-    async def parked():
+    async def parked() -> bool:
         return (await store.statistics())["waiters"] == 1
 
     await until(parked)
@@ -182,7 +190,7 @@ async def test_parked_calls_survive_the_end_of_their_session(make_ray_store):
     assert [r.status for r in await waiting] == ["cancelled"]
 
 
-async def test_protocols_that_do_not_match_refuse_each_other(make_ray_store):
+async def test_protocols_that_do_not_match_refuse_each_other(make_ray_store: MakeRayStore) -> None:
     """Both sides name both versions."""
     store = make_ray_store()
     outcome, _ = await _exchange(store, "s", 1, 1)
@@ -201,7 +209,7 @@ async def test_protocols_that_do_not_match_refuse_each_other(make_ray_store):
         store.close()
 
 
-async def test_attempts_time_out_although_nobody_calls(make_ray_store):
+async def test_attempts_time_out_although_nobody_calls(make_ray_store: MakeRayStore) -> None:
     """The store's own timer settles an attempt; the process that waits made no call meanwhile."""
     store = make_ray_store()
     rollout = await claim(store, timeout_seconds=0.3)
@@ -211,12 +219,12 @@ async def test_attempts_time_out_although_nobody_calls(make_ray_store):
     assert 0.2 < time.monotonic() - started < 3
 
 
-async def test_a_greedy_session_does_not_starve_the_others(make_ray_store):
+async def test_a_greedy_session_does_not_starve_the_others(make_ray_store: MakeRayStore) -> None:
     """Small calls of another process go on while one process sends bulk."""
     store = make_ray_store()
 
     @ray.remote(num_cpus=0)
-    def greedy(handle):
+    def greedy(handle: Any) -> bool:
         bulk = rs.RayLightningStore(handle)
         rollout = bulk.sync.start_rollout("x")
         for part in range(10):
@@ -235,32 +243,32 @@ async def test_a_greedy_session_does_not_starve_the_others(make_ray_store):
     assert statistics.median(delays) < 0.25
 
 
-async def test_abandoned_waits_leave_nothing_behind(make_ray_store):
+async def test_abandoned_waits_leave_nothing_behind(make_ray_store: MakeRayStore) -> None:
     """Calls that are given up are forgotten."""
     store = make_ray_store()
     for _ in range(20):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(store.dequeue_rollout(timeout=30), 0.01)
 
-    async def forgotten():
+    async def forgotten() -> bool:
         return (await store.statistics())["waiters"] == 0
 
     await until(forgotten)
 
 
-async def test_handlers_of_notices_may_use_the_store_and_may_fail(make_ray_store):
+async def test_handlers_of_notices_may_use_the_store_and_may_fail(make_ray_store: MakeRayStore) -> None:
     """A handler runs outside of the session's lock, and its exception is its own."""
     store = make_ray_store()
     told = []
 
-    def use(kind, rollout_id, attempt_id):
+    def use(kind: Any, rollout_id: str, attempt_id: str) -> None:
         told.append((kind, store.session_id, attempt_id))
         store._transport.post(
             "get_latest_resources",
             {},
         )
 
-    def fail(*notice):
+    def fail(*notice: Any) -> None:
         raise RuntimeError("a handler's bug")
 
     store.listen_for_notices(fail)
@@ -268,7 +276,7 @@ async def test_handlers_of_notices_may_use_the_store_and_may_fail(make_ray_store
     rollout = await claim(store)
     await store.cancel_rollouts([rollout.rollout_id])
 
-    async def notified():
+    async def notified() -> list[Any]:
         return told
 
     await until(notified)
@@ -277,25 +285,25 @@ async def test_handlers_of_notices_may_use_the_store_and_may_fail(make_ray_store
     await store.enqueue_rollout("still works")
 
 
-async def test_closing_ends_the_session_although_others_go_on_calling(make_ray_store):
+async def test_closing_ends_the_session_although_others_go_on_calling(make_ray_store: MakeRayStore) -> None:
     """Parked calls of a client that closes are not sent again in a new session."""
     store = make_ray_store(detached=True, name="closing")
     other = rs.RayLightningStore(store.actor)
 
     @ray.remote(num_cpus=0)
     class Client:
-        def __init__(self, handle):
+        def __init__(self, handle: Any) -> None:
             self.store = rs.RayLightningStore(handle)
 
-        def run(self):
-            def post():
+        def run(self) -> list[bool]:
+            def post() -> None:
                 while True:
                     try:
                         self.store.sync.update_worker("w")
                     except rs.StoreError:
                         return
 
-            def park():
+            def park() -> None:
                 try:
                     self.store.sync.dequeue_rollout(timeout=60)
                 except rs.StoreError:
@@ -318,7 +326,7 @@ async def test_closing_ends_the_session_although_others_go_on_calling(make_ray_s
     rs.stop("closing")
 
 
-async def test_a_bulk_call_cancelled_before_it_leaves_leaves_nothing(make_ray_store):
+async def test_a_bulk_call_cancelled_before_it_leaves_leaves_nothing(make_ray_store: MakeRayStore) -> None:
     """All parts are dropped, not only the one that was awaited."""
     store = make_ray_store()
     await store.get_latest_resources()
@@ -332,7 +340,7 @@ async def test_a_bulk_call_cancelled_before_it_leaves_leaves_nothing(make_ray_st
     assert left["total_rollouts"] == 0
 
 
-async def test_many_long_answers_at_once(make_ray_store):
+async def test_many_long_answers_at_once(make_ray_store: MakeRayStore) -> None:
     """Each is sent in parts; however many there are in a batch, none loses its rest."""
     store = make_ray_store()
     rollouts = [await store.start_rollout(number) for number in range(80)]

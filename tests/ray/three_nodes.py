@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import time
+from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
@@ -16,7 +17,7 @@ from tests.helpers import QUICK_HEALTH_CHECKS
 ROLLOUTS = 60
 
 
-async def agent(task, ctx):
+async def agent(task: Any, ctx: rs.Context) -> float:
     """Slow enough to be hit; says where it ran."""
     with ctx.span("begun", node=ray.get_runtime_context().get_node_id()):
         pass  # sent after 0.1 s, so that the store knows that the rollout runs
@@ -28,7 +29,7 @@ async def agent(task, ctx):
 class UsersRunner:
     """A runner as users write it: it is given the store's handle."""
 
-    async def run(self, handle, count):
+    async def run(self, handle: Any, count: int) -> Any:
         store = rs.RayLightningStore(handle)
         done = []
         for _ in range(count):
@@ -38,7 +39,7 @@ class UsersRunner:
         return ray.get_runtime_context().get_node_id(), done
 
 
-async def holds_something(store, node):
+async def holds_something(store: rs.RayLightningStore, node: Any) -> None:
     """Wait until an agent has begun on a node and goes on; it has most of its two seconds left."""
     async with asyncio.timeout(30):
         while True:
@@ -50,7 +51,7 @@ async def holds_something(store, node):
             await asyncio.sleep(0.05)
 
 
-async def main(cluster, second, third):
+async def main(cluster: Any, second: Any, third: Any) -> None:
     head = ray.get_runtime_context().get_node_id()
     for _ in range(5):
         with rs.start() as another:

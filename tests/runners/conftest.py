@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
+from tests.helpers import AnyStore
+
 
 @pytest.fixture(params=["memory", "ray"])
-def store(request: pytest.FixtureRequest) -> Any:
+def store(request: pytest.FixtureRequest) -> AnyStore:
     """A store of either kind, on the system clock."""
-    return request.getfixturevalue(f"make_{request.param}_store")()
+    make: Callable[[], AnyStore] = request.getfixturevalue(f"make_{request.param}_store")
+    return make()

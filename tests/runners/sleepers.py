@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import raystore as rs
 
 
 @contextmanager
-def recorded(ctx):
+def recorded(ctx: rs.Context) -> Iterator[None]:
     """A span "begun" that says in which process, and one "ended" that says why."""
     with ctx.span("begun", pid=os.getpid()):
         pass
@@ -20,7 +24,7 @@ def recorded(ctx):
             pass
 
 
-def patient(task, ctx):
+def patient(task: Any, ctx: rs.Context) -> float:
     """An agent that is not async, and looks now and then whether it should stop."""
     with recorded(ctx):
         while task == "long":
@@ -29,7 +33,7 @@ def patient(task, ctx):
     return 1.0
 
 
-async def sleeping(task, ctx):
+async def sleeping(task: Any, ctx: rs.Context) -> float:
     """An agent that sleeps."""
     with recorded(ctx):
         await asyncio.sleep(1000 if task == "long" else 0)

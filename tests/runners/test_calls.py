@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
 import raystore as rs
+from tests.conftest import MakeRayStore
 from tests.helpers import until
 
 ROLLOUTS = 60
 
 
 @pytest.mark.parametrize(("work_waits", "limit"), [(True, 1.25), (False, 2.25)])
-async def test_actor_calls_of_a_runner_with_concurrency_1(make_ray_store, work_waits, limit):
+async def test_actor_calls_of_a_runner_with_concurrency_1(
+    make_ray_store: MakeRayStore, work_waits: bool, limit: float
+) -> None:
     """One call while work is waiting: report, acknowledgement, next claim; two when each claim has to wait for work.
 
     The quarter is for what time brings: a listen call each half a minute, an acknowledgement that met no batch.
     """
     store = make_ray_store()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         for _ in range(8):
             with ctx.span("step", text="x" * 500):
                 time.sleep(0.002)
@@ -29,7 +33,7 @@ async def test_actor_calls_of_a_runner_with_concurrency_1(make_ray_store, work_w
 
     async with rs.RunnerPool(store, agent, size=1, heartbeat_seconds=1000) as pool:
 
-        async def has_begun():
+        async def has_begun() -> bool | dict[str, Any] | None:
             worker = await store.get_worker_by_id(pool.worker_ids[0])
             return worker and worker.heartbeat_stats and (await store.statistics())["waiters"] == 1
 

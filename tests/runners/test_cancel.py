@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 import raystore as rs
 from raystore.types import RolloutConfig
-from tests.helpers import mostly_in_memory, until
+from tests.conftest import MakeRayStore
+from tests.helpers import AnyStore, mostly_in_memory, until
 from tests.runners.sleepers import patient, sleeping
 
 
-async def running(store, rollout_ids):
+async def running(store: AnyStore | rs.RayLightningStore, rollout_ids: list[Any]) -> None:
     """Wait until all of these have emitted a span."""
 
-    async def all_run():
+    async def all_run() -> bool:
         return all((await store.query_many_spans(rollout_ids)).values())  # a heartbeat sets it running before
 
     await until(all_run)
@@ -27,7 +31,9 @@ async def running(store, rollout_ids):
 @mostly_in_memory
 @pytest.mark.parametrize("agent", [patient, sleeping])
 @pytest.mark.parametrize("by", ["ids", "group", "tags", "timeout", "superseded"])
-async def test_ways_to_be_of_no_use_any_more(store, agent, by):
+async def test_ways_to_be_of_no_use_any_more(
+    store: AnyStore, agent: Callable[..., float] | Callable[..., Coroutine[Any, Any, float]], by: str
+) -> None:
     """By ids, group or tags, by a timeout, or superseded: the agent is told why, and its place takes the next one."""
     config = RolloutConfig(timeout_seconds=1.0) if by == "timeout" else None
     made = await store.enqueue_rollout("long", group_id="g", tags={"kind": "slow"}, config=config)
@@ -52,11 +58,11 @@ async def test_ways_to_be_of_no_use_any_more(store, agent, by):
     assert (await store.get_rollout_by_id(made.rollout_id)).status == status
 
 
-async def test_a_cancel_that_overtakes_its_claim(store):
+async def test_a_cancel_that_overtakes_its_claim(store: AnyStore) -> None:
     """Issued together with the enqueuing: the runner hears of the cancel before it has its claim."""
     async with rs.RunnerPool(store, sleeping, size=1, heartbeat_seconds=1000) as pool:
 
-        async def parked():
+        async def parked() -> int:
             return (await store.statistics())["waiters"]
 
         for number in range(10):
@@ -72,10 +78,10 @@ async def test_a_cancel_that_overtakes_its_claim(store):
 
 
 @mostly_in_memory
-async def test_an_agent_that_does_not_listen_is_told_of(store, caplog):
+async def test_an_agent_that_does_not_listen_is_told_of(store: AnyStore, caplog: pytest.LogCaptureFixture) -> None:
     """It keeps its place until it returns; a warning says what to do."""
 
-    def deaf(task, ctx):
+    def deaf(task: Any, ctx: rs.Context) -> float:
         with ctx.span("begun"):
             pass
         time.sleep(1.5 if task == "long" else 0)
@@ -95,12 +101,12 @@ async def test_an_agent_that_does_not_listen_is_told_of(store, caplog):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("cancels", [20, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_cancels_are_quick(make_ray_store, tmp_path, isolation, cancels):
+async def test_cancels_are_quick(make_ray_store: MakeRayStore, tmp_path: Path, isolation: str, cancels: int) -> None:
     """From the driver's call: an async agent has seen it, or its process is dead, within 1 s; so is its place busy."""
     store = make_ray_store()
     size, concurrency = 2, 5
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> None:
         with ctx.span("begun", pid=os.getpid()):
             pass
         try:
@@ -122,7 +128,9 @@ async def test_cancels_are_quick(make_ray_store, tmp_path, isolation, cancels):
             cancelled = time.time()
             await store.cancel_rollouts([r.rollout_id for r in made])
 
-            async def ended(made=made, began=began):
+            async def ended(
+                made: list[rs.Rollout] | Sequence[rs.Rollout] = made, began: dict[str, list[rs.Span]] = began
+            ) -> list[float] | list[Any] | None:
                 """When each agent was seen to have ended."""
                 if isolation == "process":
                     pids = [spans[0].attributes["pid"] for spans in began.values()]

@@ -12,13 +12,17 @@ import sys
 import threading
 import time
 from array import array
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
 from raystore.types import RolloutConfig
-from tests.helpers import until
+from tests.conftest import MakeMemoryStore, MakeRayStore
+from tests.helpers import AnyStore, until
 from tests.runners.sleepers import patient, sleeping
 from tests.runners.test_isolation import gone
 
@@ -26,12 +30,14 @@ variable = contextvars.ContextVar("variable", default=0)
 
 
 @pytest.fixture
-def store(make_memory_store):
+def store(make_memory_store: MakeMemoryStore) -> rs.InMemoryLightningStore:
     """A store in this process."""
     return make_memory_store()
 
 
-async def run(store, agent, tasks, **options):
+async def run(
+    store: AnyStore | AnyStore, agent: Any, tasks: list[str] | list[Any] | range, **options: Any
+) -> list[Any]:
     """Enqueue tasks, run them with a pool, and return them finished."""
     config = options.pop("config", None)
     made = [await store.enqueue_rollout(task, config=config) for task in tasks]
@@ -40,10 +46,12 @@ async def run(store, agent, tasks, **options):
 
 
 @pytest.mark.parametrize("raised", [rs.Abort("down"), rs.Drop("long"), RuntimeError("bad")], ids=repr)
-async def test_a_late_error_does_not_reopen_a_rollout(store, raised):
+async def test_a_late_error_does_not_reopen_a_rollout(
+    store: AnyStore, raised: rs.Abort | rs.Drop | RuntimeError
+) -> None:
     """The rollout timed out and failed; what its agent raises afterwards changes nothing."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         time.sleep(0.5)
         raise raised
 
@@ -54,7 +62,7 @@ async def test_a_late_error_does_not_reopen_a_rollout(store, raised):
     assert (await store.get_rollout_by_id(finished.rollout_id)).status == "failed"
 
 
-async def test_a_task_that_an_agents_process_cannot_open(make_ray_store):
+async def test_a_task_that_an_agents_process_cannot_open(make_ray_store: MakeRayStore) -> None:
     """It fails in the end with the reason, and its place goes on: here, a reference that needs Ray."""
     store = make_ray_store()
     prompt = rs.PromptTemplate(template="here", engine="f-string")
@@ -66,11 +74,11 @@ async def test_a_task_that_an_agents_process_cannot_open(make_ray_store):
     assert {a.outcome for a in attempts} == {"infra"} and "cannot be opened in the agent's process" in attempts[0].error
 
 
-async def test_everything_ends_with_a_killed_runner(make_ray_store, tmp_path):
+async def test_everything_ends_with_a_killed_runner(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """Also an agent that is frozen, and what it started in a session of its own."""
     store = make_ray_store()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
         (tmp_path / "writing").write_text(f"{os.getpid()} {child.pid}")
         (tmp_path / "writing").rename(tmp_path / f"pids-{ctx.attempt.sequence_id}-{task}")
@@ -79,7 +87,7 @@ async def test_everything_ends_with_a_killed_runner(make_ray_store, tmp_path):
     await store.enqueue_rollout("x")
     async with rs.RunnerPool(store, agent, size=1, isolation="process") as pool:
 
-        async def started():
+        async def started() -> list[Any]:
             return list(tmp_path.glob("pids-*"))
 
         (file,) = await until(started)
@@ -89,11 +97,11 @@ async def test_everything_ends_with_a_killed_runner(make_ray_store, tmp_path):
         await until(lambda: gone(pids), within=10)
 
 
-async def test_a_frozen_agent_ends_with_its_pool(make_ray_store, tmp_path):
+async def test_a_frozen_agent_ends_with_its_pool(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """A pool that is left in the middle of a rollout leaves no process behind."""
     store = make_ray_store()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         (tmp_path / "pid").write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -101,7 +109,7 @@ async def test_a_frozen_agent_ends_with_its_pool(make_ray_store, tmp_path):
     with pytest.raises(KeyError):
         async with rs.RunnerPool(store, agent, size=1, isolation="process"):
 
-            async def started():
+            async def started() -> str | bool:
                 return (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()
 
             pid = int(await until(started))
@@ -110,11 +118,13 @@ async def test_a_frozen_agent_ends_with_its_pool(make_ray_store, tmp_path):
 
 
 @pytest.mark.parametrize("flush_seconds", [0.05, 100])
-async def test_a_refused_span_fails_its_attempt_and_no_other_span(make_memory_store, flush_seconds):
+async def test_a_refused_span_fails_its_attempt_and_no_other_span(
+    make_memory_store: MakeMemoryStore, flush_seconds: float
+) -> None:
     """Whether it was flushed or came with the final status."""
     store = make_memory_store(limits={"span_bytes": 100_000})
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> list[rs.Span] | float:
         with ctx.span("fine"):
             pass
         with ctx.span("large", text="x" * 200_000):
@@ -136,7 +146,7 @@ async def test_a_refused_span_fails_its_attempt_and_no_other_span(make_memory_st
         assert attempt.outcome == "agent_error" and "span of the agent was refused" in attempt.error
 
 
-def test_the_interpreter_does_not_wait_for_an_agent():
+def test_the_interpreter_does_not_wait_for_an_agent() -> None:
     """A pool in this process whose agent goes on for ever: the end of the program is its end."""
     code = """
 import time, raystore as rs
@@ -154,10 +164,10 @@ pool.stop(drain=False)
 
 
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_an_agent_that_answers_a_stop_with_an_error(store, isolation):
+async def test_an_agent_that_answers_a_stop_with_an_error(store: AnyStore, isolation: str) -> None:
     """It was stopped all the same: the timeout is retried, and a stopped pool gives the work back."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         with ctx.span("begun"):
             pass
         try:
@@ -175,7 +185,7 @@ async def test_an_agent_that_answers_a_stop_with_an_error(store, isolation):
     pool = rs.RunnerPool(store, agent, size=1, isolation=isolation, flush_seconds=0.05)
     await asyncio.to_thread(pool.start)
 
-    async def runs():
+    async def runs() -> Any:
         return (await store.get_rollout_by_id(made.rollout_id)).status == "running"
 
     await until(runs)
@@ -184,7 +194,9 @@ async def test_an_agent_that_answers_a_stop_with_an_error(store, isolation):
 
 
 @pytest.mark.parametrize("agent", [patient, sleeping])
-async def test_a_cancel_right_behind_its_rollout_is_heard_in_its_process(store, agent):
+async def test_a_cancel_right_behind_its_rollout_is_heard_in_its_process(
+    store: AnyStore, agent: Callable[..., float] | Callable[..., Coroutine[Any, Any, float]]
+) -> None:
     """As soon as the runner has the rollout, when its process may not have begun with it."""
 
     async with rs.RunnerPool(store, agent, size=1, isolation="process", cancel_grace_seconds=1000):
@@ -196,10 +208,10 @@ async def test_a_cancel_right_behind_its_rollout_is_heard_in_its_process(store, 
         assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
 
 
-async def test_an_attempt_that_was_cancelled_does_not_time_out_too(store):
+async def test_an_attempt_that_was_cancelled_does_not_time_out_too(store: AnyStore) -> None:
     """A deaf agent is over its time only after it was cancelled: the outcome stays."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         with ctx.span("begun"):
             pass
         time.sleep(1.0)
@@ -208,7 +220,7 @@ async def test_an_attempt_that_was_cancelled_does_not_time_out_too(store):
     made = await store.enqueue_rollout("x")
     async with rs.RunnerPool(store, agent, size=1, max_agent_seconds=0.6, flush_seconds=0.05):
 
-        async def runs():
+        async def runs() -> Any:
             return (await store.get_rollout_by_id(made.rollout_id)).status == "running"
 
         await until(runs)
@@ -216,16 +228,16 @@ async def test_an_attempt_that_was_cancelled_does_not_time_out_too(store):
     assert (await store.get_latest_attempt(made.rollout_id)).outcome == "cancelled"
 
 
-async def test_a_process_that_cannot_be_set_up_again_is_tried_again(store, tmp_path):
+async def test_a_process_that_cannot_be_set_up_again_is_tried_again(store: AnyStore, tmp_path: Path) -> None:
     """`setup` fails for a while after a crash: nobody is charged for it."""
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             if (tmp_path / "crashed").exists() and len(list(tmp_path.glob("try-*"))) < 2:
                 (tmp_path / f"try-{time.monotonic()}").touch()
                 raise OSError("not yet")
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             if not (tmp_path / "crashed").exists():
                 (tmp_path / "crashed").touch()
                 os._exit(1)
@@ -236,16 +248,16 @@ async def test_a_process_that_cannot_be_set_up_again_is_tried_again(store, tmp_p
     assert len(list(tmp_path.glob("try-*"))) == 2
 
 
-async def test_a_process_that_hangs_in_setup_can_be_cancelled(store, tmp_path):
+async def test_a_process_that_hangs_in_setup_can_be_cancelled(store: AnyStore, tmp_path: Path) -> None:
     """The rollout that it was made for is cancelled: it is killed, and another one is made for the next."""
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             if (tmp_path / "crashed").exists() and not (tmp_path / "hung").exists():
                 (tmp_path / "hung").touch()
                 time.sleep(1000)
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             if task == "crash" and not (tmp_path / "crashed").exists():
                 (tmp_path / "crashed").touch()
                 os._exit(1)
@@ -254,7 +266,7 @@ async def test_a_process_that_hangs_in_setup_can_be_cancelled(store, tmp_path):
     made = await store.enqueue_rollout("crash")
     async with rs.RunnerPool(store, Agent, size=1, isolation="process", cancel_grace_seconds=0.1):
 
-        async def hangs():
+        async def hangs() -> bool:
             return (tmp_path / "hung").exists()
 
         await until(hangs)
@@ -264,10 +276,10 @@ async def test_a_process_that_hangs_in_setup_can_be_cancelled(store, tmp_path):
 
 
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_context_variables_do_not_leak_from_one_rollout_to_the_next(store, isolation):
+async def test_context_variables_do_not_leak_from_one_rollout_to_the_next(store: AnyStore, isolation: str) -> None:
     """What an agent sets is gone when it has returned."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         from tests.runners.test_edges import variable
 
         before = variable.get()
@@ -278,15 +290,15 @@ async def test_context_variables_do_not_leak_from_one_rollout_to_the_next(store,
     assert [r.reward for r in finished] == [0.0, 0.0, 0.0]
 
 
-async def test_what_is_closed_and_how(store, caplog):
+async def test_what_is_closed_and_how(store: AnyStore, caplog: pytest.LogCaptureFixture) -> None:
     """An instance that the user made is not closed; an error in `close` is told and harms nobody."""
     closed = []
 
     class Agent:
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             return 1.0
 
-        def close(self):
+        def close(self) -> None:
             closed.append(1)
             raise OSError("cannot close")
 
@@ -295,10 +307,10 @@ async def test_what_is_closed_and_how(store, caplog):
     assert "close() of the agent failed" in caplog.text
 
 
-async def test_packed_arrays_are_copies(store):
+async def test_packed_arrays_are_copies(store: AnyStore) -> None:
     """An agent that goes on with its array does not change what it has recorded."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         prompt = array("i", [1])
         for _ in range(2):
             ctx.llm(prompt_ids=prompt, response_ids=[7])
@@ -311,13 +323,13 @@ async def test_packed_arrays_are_copies(store):
     assert list(mine.attributes["ids"]) == [1, 7, 7]
 
 
-def test_what_is_no_agent():
+def test_what_is_no_agent() -> None:
     """Found before anything starts."""
 
     class NotCallable:
         pass
 
-    def generator(task, ctx):
+    def generator(task: Any, ctx: rs.Context) -> Iterator[float]:
         yield 1.0
 
     with rs.InMemoryLightningStore() as store:
@@ -330,14 +342,16 @@ def test_what_is_no_agent():
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), TimeoutError("no model")], ids=repr)
-async def test_any_error_of_setup_stops_the_start(make_memory_store, make_ray_store, error):
+async def test_any_error_of_setup_stops_the_start(
+    make_memory_store: MakeMemoryStore, make_ray_store: MakeRayStore, error: SystemExit | TimeoutError
+) -> None:
     """With its text, whatever it is."""
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             raise error
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             return 1.0
 
     text = "no model" if isinstance(error, TimeoutError) else "SystemExit"
@@ -346,13 +360,13 @@ async def test_any_error_of_setup_stops_the_start(make_memory_store, make_ray_st
             await asyncio.to_thread(rs.RunnerPool(store, Agent, size=1).start)
 
 
-def test_odd_attributes_of_opentelemetry_are_kept():
+def test_odd_attributes_of_opentelemetry_are_kept() -> None:
     """What the SDK lets pass is recorded as it is: the agent must not fail for its trace."""
     from opentelemetry.sdk.trace import TracerProvider
 
     provider = TracerProvider()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         rs.otel.instrument(provider)
         attributes = {"mixed": ["a", None], "bytes": b"\xff", "fine": ("a", "b")}
         with provider.get_tracer("t").start_as_current_span("odd", attributes=attributes):

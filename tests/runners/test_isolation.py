@@ -9,24 +9,33 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 import raystore as rs
 from raystore.types import RolloutConfig
-from tests.helpers import mostly_in_memory, until
+from tests.conftest import MakeMemoryStore
+from tests.helpers import AnyStore, mostly_in_memory, until
 from tests.runners.sleepers import patient, sleeping
 
 
-async def run(store, agent, tasks, **options):
+async def run(
+    store: AnyStore | rs.InMemoryLightningStore,
+    agent: Callable[..., float] | type[Any],
+    tasks: list[str] | range,
+    **options: Any,
+) -> list[Any]:
     """Enqueue tasks, run them in processes, and return them finished."""
     made = [await store.enqueue_rollout(task) for task in tasks]
     async with rs.RunnerPool(store, agent, size=1, isolation="process", **options):
         return await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=40)
 
 
-def is_alive(pid):
+def is_alive(pid: Any) -> bool:
     """Whether a process runs."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -34,7 +43,7 @@ def is_alive(pid):
         return False
 
 
-async def test_agents_run_in_processes_of_their_own(store):
+async def test_agents_run_in_processes_of_their_own(store: AnyStore) -> None:
     """With resources, spans, rewards and errors as in the runner's process; a process stays for the next rollout."""
     weights = list(range(50_000))
     await store.update_resources(
@@ -43,7 +52,7 @@ async def test_agents_run_in_processes_of_their_own(store):
         policy_version=3,
     )
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         assert (
             rs.current() is ctx
             and ctx.policy_version == 3
@@ -79,21 +88,21 @@ async def test_agents_run_in_processes_of_their_own(store):
     await until(lambda: gone(pids), within=10)  # ended with the pool
 
 
-async def gone(pids):
+async def gone(pids: set | list[int]) -> bool:
     """Whether all of these have ended."""
     return not any(is_alive(pid) for pid in pids)
 
 
 @mostly_in_memory
-async def test_async_agents_and_classes_in_processes(store):
+async def test_async_agents_and_classes_in_processes(store: AnyStore) -> None:
     """One instance and one event loop in each process; concurrency means as many processes."""
 
     class Agent:
-        async def setup(self):
+        async def setup(self) -> None:
             self.loop = asyncio.get_running_loop()
             self.calls = 0
 
-        async def __call__(self, task, ctx):
+        async def __call__(self, task: Any, ctx: rs.Context) -> None:
             assert asyncio.get_running_loop() is self.loop
             self.calls += 1
             await asyncio.sleep(0.05)
@@ -109,11 +118,11 @@ async def test_async_agents_and_classes_in_processes(store):
     assert len(by_pid) == 2 and all(sorted(calls) == list(range(1, len(calls) + 1)) for calls in by_pid.values())
 
 
-async def test_a_process_is_killed_with_all_that_its_agent_started(store, tmp_path):
+async def test_a_process_is_killed_with_all_that_its_agent_started(store: AnyStore, tmp_path: Path) -> None:
     """Cancelled, an agent that does not listen is killed after the grace period, and so are its children."""
     started = tmp_path / "started"
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         if task != "stuck":
             return 1.0
         command = [sys.executable, "-c", "import time; time.sleep(100)"]
@@ -126,7 +135,7 @@ async def test_a_process_is_killed_with_all_that_its_agent_started(store, tmp_pa
     made = await store.enqueue_rollout("stuck")
     async with rs.RunnerPool(store, agent, size=1, isolation="process", cancel_grace_seconds=0.3):
 
-        async def has_started():
+        async def has_started() -> bool:
             return started.exists()
 
         await until(has_started)
@@ -145,12 +154,14 @@ async def test_a_process_is_killed_with_all_that_its_agent_started(store, tmp_pa
 
 @mostly_in_memory
 @pytest.mark.parametrize("agent", [patient, sleeping])
-async def test_within_the_grace_period_an_agent_may_clean_up(store, agent):
+async def test_within_the_grace_period_an_agent_may_clean_up(
+    store: AnyStore, agent: Callable[..., float] | Callable[..., Coroutine[Any, Any, float]]
+) -> None:
     """Sync agents see it at check(), async ones are cancelled; what they send then is kept, and the process stays."""
     made = await store.enqueue_rollout("long")
     async with rs.RunnerPool(store, agent, size=1, isolation="process", flush_seconds=0.05):
 
-        async def begun():
+        async def begun() -> rs.PaginatedResult[rs.Span]:
             return await store.query_spans(made.rollout_id)
 
         assert len(await until(begun)) == 1
@@ -164,10 +175,10 @@ async def test_within_the_grace_period_an_agent_may_clean_up(store, agent):
 
 @mostly_in_memory
 @pytest.mark.parametrize("way", ["SIGKILL", "segfault", "_exit", "exit"])
-async def test_a_process_that_dies_takes_only_its_own_rollout(store, way):
+async def test_a_process_that_dies_takes_only_its_own_rollout(store: AnyStore, way: str) -> None:
     """It counts as a delivery, is offered again, and fails in the end; its neighbours in other processes go on."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         if task == "deadly":
             with ctx.span("last words"):
                 pass
@@ -197,14 +208,14 @@ async def test_a_process_that_dies_takes_only_its_own_rollout(store, way):
     assert [s.name for s in spans] == ["last words"] * len(attempts)  # a span is sent when it ends
 
 
-async def test_an_agent_that_cannot_be_set_up_in_its_process_stops_the_start(store):
+async def test_an_agent_that_cannot_be_set_up_in_its_process_stops_the_start(store: AnyStore) -> None:
     """The cause is in the error."""
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             raise OSError("no model here")
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             return 1.0
 
     with pytest.raises(rs.PoolStartError, match="no model here"):
@@ -212,11 +223,11 @@ async def test_an_agent_that_cannot_be_set_up_in_its_process_stops_the_start(sto
             pass
 
 
-async def test_the_fork_server_may_be_killed(make_memory_store, tmp_path):
+async def test_the_fork_server_may_be_killed(make_memory_store: MakeMemoryStore, tmp_path: Path) -> None:
     """The process that forks the others is made anew for the next rollout."""
     store = make_memory_store()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         if task == "kill" and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
             os.kill(os.getppid(), signal.SIGKILL)
@@ -230,10 +241,10 @@ async def test_the_fork_server_may_be_killed(make_memory_store, tmp_path):
 
 @mostly_in_memory
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_an_agent_that_takes_too_long_times_out(store, isolation):
+async def test_an_agent_that_takes_too_long_times_out(store: AnyStore, isolation: str) -> None:
     """After `max_agent_seconds` its attempt has status timeout at once; a retry follows the configuration."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         with ctx.span("try"):
             await asyncio.sleep(100 if ctx.attempt.sequence_id == 1 else 0)
         return 1.0

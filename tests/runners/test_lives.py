@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -24,6 +26,7 @@ from opentelemetry.sdk.trace import TracerProvider
 import raystore as rs
 from raystore.runner.context import Context
 from raystore.runner.life import Life
+from tests.conftest import MakeMemoryStore
 from tests.helpers import until
 
 variable = contextvars.ContextVar("variable", default=0)
@@ -38,7 +41,7 @@ class Seen:
     error: str
     spans: list[Any]
 
-    def said(self, name):
+    def said(self, name: str) -> Any:
         """The attributes of the span of this name."""
         return next(span.attributes for span in self.spans if span.name == name)
 
@@ -46,16 +49,16 @@ class Seen:
 class Place:
     """Somewhere an agent can run."""
 
-    def __init__(self, name, store):
+    def __init__(self, name: Any, store: Any) -> None:
         self.name = name
         self.store = store
         self.isolation = "process" if name == "process" else "actor"
 
-    def pool(self, agent, **options):
+    def pool(self, agent: Any, **options: Any) -> rs.RunnerPool:
         """A pool there."""
         return rs.RunnerPool(self.store, agent, size=1, isolation=self.isolation, **options)
 
-    async def run(self, agent, tasks, **options):
+    async def run(self, agent: Any, tasks: Iterable[Any], **options: Any) -> list[Seen]:
         """Run an agent on tasks; where there is no pool, each has a life of its own, outside of any event loop."""
         if self.name == "run_one":
             return [await asyncio.to_thread(seen_alone, agent, task) for task in tasks]
@@ -71,7 +74,7 @@ class Place:
         return seen
 
 
-def seen_alone(agent, task):
+def seen_alone(agent: Any, task: Any) -> Seen:
     """The same by `run_one`."""
     try:
         run = rs.run_one(agent, task)
@@ -81,7 +84,7 @@ def seen_alone(agent, task):
 
 
 @pytest.fixture(params=["run_one", "memory", "actor", "process"])
-def place(request):
+def place(request: pytest.FixtureRequest) -> Place:
     """Each place in which an agent can run; agents' processes are those of a pool in memory."""
     if request.param == "run_one":
         return Place("run_one", None)
@@ -95,12 +98,12 @@ def place(request):
 class Plain:
     """Keeps what only one thread may use, and runs event loops."""
 
-    def __init__(self, path):
+    def __init__(self, path: Any) -> None:
         self.path = path
         self.threads = [threading.get_ident()]
         self.first = sqlite3.connect(":memory:")
 
-    def setup(self):
+    def setup(self) -> None:
         self.threads.append(threading.get_ident())
         self.connection = sqlite3.connect(":memory:")
         self.connection.execute("create table calls (task text)")
@@ -108,7 +111,7 @@ class Plain:
         self.group = self.loop.run_until_complete(asyncio.sleep(0, "made"))
         variable.set(7)
 
-    def __call__(self, task, ctx):
+    def __call__(self, task: Any, ctx: rs.Context) -> float:
         self.threads.append(threading.get_ident())
         assert asyncio.run(asyncio.sleep(0, task)) == task
         assert variable.get() == 7
@@ -123,7 +126,7 @@ class Plain:
             pass
         return float(calls)
 
-    def close(self):
+    def close(self) -> None:
         self.threads.append(threading.get_ident())
         assert asyncio.run(asyncio.sleep(0, 1)) == 1
         self.connection.close()
@@ -131,7 +134,7 @@ class Plain:
         self.path.write_text(f"{len(set(self.threads))} threads, {rs.current()}")
 
 
-async def test_everything_of_a_plain_agent_is_in_one_thread(place, tmp_path):
+async def test_everything_of_a_plain_agent_is_in_one_thread(place: Place, tmp_path: Path) -> None:
     """SQLite of `__init__` and `setup`, loops of its own, context variables of `setup` that no call leaves changed."""
     seen = await place.run(functools.partial(Plain, tmp_path / "closed"), ["a", "b", "c"])
     alone = place.name == "run_one"
@@ -145,30 +148,30 @@ async def test_everything_of_a_plain_agent_is_in_one_thread(place, tmp_path):
 class Async:
     """Enters in `setup` what only its own task may leave, and has something in the background."""
 
-    def __init__(self, path):
+    def __init__(self, path: Any) -> None:
         self.path = path
         self.tasks = set()
         self.beats = 0
         self.note()
 
-    def note(self):
+    def note(self) -> None:
         """Remember in which task this is."""
         self.tasks.add((threading.get_ident(), asyncio.current_task()))
 
-    async def setup(self):
+    async def setup(self) -> None:
         self.note()
         self.group = anyio.create_task_group()
         await self.group.__aenter__()
         self.group.start_soon(self.beat)
         variable.set(7)
 
-    async def beat(self):
+    async def beat(self) -> None:
         """Goes on also between calls."""
         while True:
             self.beats += 1
             await asyncio.sleep(0.005)
 
-    async def __call__(self, task, ctx):
+    async def __call__(self, task: Any, ctx: rs.Context) -> float:
         self.note()
         before = self.beats
         await asyncio.sleep(0.05)
@@ -181,18 +184,18 @@ class Async:
             pass
         return 1.0
 
-    async def close(self):
+    async def close(self) -> None:
         self.note()
         self.group.cancel_scope.cancel()
         await self.group.__aexit__(None, None, None)
         self.path.write_text(f"{len(self.tasks)} tasks")
 
 
-def decorated(function):
+def decorated(function: Callable[..., Coroutine[Any, Any, float]]) -> Any:
     """What hides that a function is async."""
 
     @functools.wraps(function)
-    def wrapper(*arguments):
+    def wrapper(*arguments: Any) -> Coroutine[Any, Any, float]:
         return function(*arguments)
 
     return wrapper
@@ -201,11 +204,11 @@ def decorated(function):
 class Decorated(Async):
     """The same, without looking async when it is called; `__init__` is in the thread then."""
 
-    def note(self):
+    def note(self) -> None:
         if self.__dict__.get("beats") or hasattr(self, "group") or self.tasks:
             super().note()
 
-    async def setup(self):
+    async def setup(self) -> None:
         self.tasks.add((threading.get_ident(), asyncio.current_task()))
         await super().setup()
 
@@ -213,7 +216,9 @@ class Decorated(Async):
 
 
 @pytest.mark.parametrize("kind", [Async, Decorated])
-async def test_everything_of_an_async_agent_is_in_one_task(place, kind, tmp_path):
+async def test_everything_of_an_async_agent_is_in_one_task(
+    place: Place, kind: type[Async] | type[Decorated], tmp_path: Path
+) -> None:
     """Task groups and cancel scopes of `setup` are left in `close`, and what they started goes on meanwhile."""
     if kind is Decorated and place.name == "actor":
         kind = functools.partial(kind)  # the same agent, given otherwise
@@ -224,22 +229,22 @@ async def test_everything_of_an_async_agent_is_in_one_task(place, kind, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["plain", "async", "decorated"])
-async def test_above_concurrency_1_calls_run_beside(make_memory_store, kind):
+async def test_above_concurrency_1_calls_run_beside(make_memory_store: MakeMemoryStore, kind: str) -> None:
     """One instance; `setup` and `close` share a thread and a task, and as many calls as that are under way at once."""
     lives, met = [], threading.Barrier(4, timeout=20)
 
     class Agent:
-        def __init__(self):
+        def __init__(self) -> None:
             lives.append([])
 
-        async def setup(self):
+        async def setup(self) -> None:
             self.place = (threading.get_ident(), asyncio.current_task())
             self.loop = asyncio.get_running_loop()
             self.inside = 0
             self.all = asyncio.Event()
             lives[-1].append(self.place)
 
-        async def solve(self, task, ctx):
+        async def solve(self, task: Any, ctx: rs.Context) -> float:
             assert asyncio.get_running_loop() is self.loop
             self.inside += 1
             if self.inside == 4:
@@ -249,10 +254,10 @@ async def test_above_concurrency_1_calls_run_beside(make_memory_store, kind):
             variable.set(1)
             return 1.0
 
-        async def close(self):
+        async def close(self) -> None:
             lives[-1].append((threading.get_ident(), asyncio.current_task()))
 
-    def plain(self, task, ctx):
+    def plain(self: Any, task: Any, ctx: rs.Context) -> float:
         met.wait()
         assert asyncio.run(asyncio.sleep(0, 1)) == asyncio.get_event_loop_policy().get_event_loop().time() * 0 + 1
         return float(threading.get_ident() != self.place[0])
@@ -260,7 +265,7 @@ async def test_above_concurrency_1_calls_run_beside(make_memory_store, kind):
     Agent.__call__ = {"plain": plain, "async": Agent.solve, "decorated": decorated(Agent.solve)}[kind]
     if kind == "plain":  # get_event_loop first: asyncio.run takes the loop of its thread away, as anywhere
 
-        def plain(self, task, ctx):
+        def plain(self: Any, task: Any, ctx: rs.Context) -> float:
             met.wait()
             assert asyncio.get_event_loop().run_until_complete(asyncio.sleep(0, 1)) == 1
             assert asyncio.run(asyncio.sleep(0, 1)) == 1
@@ -279,7 +284,7 @@ async def test_above_concurrency_1_calls_run_beside(make_memory_store, kind):
 class Mute(Exception):
     """Says nothing of itself."""
 
-    def __str__(self):
+    def __str__(self) -> None:
         raise AttributeError("no message")
 
     __repr__ = __str__
@@ -295,14 +300,14 @@ class Frozen(Exception):
 class Stuck(Exception):
     """Cannot be pickled."""
 
-    def __init__(self, what, *, needed):
+    def __init__(self, what: str, *, needed: int) -> None:
         super().__init__(threading.Lock())
 
 
-def raising(error, *, inside=False):
+def raising(error: Any, *, inside: bool = False) -> Callable[..., Coroutine[Any, Any, None]]:
     """What raises an error, in a span or in a task group."""
 
-    def act(ctx):
+    def act(ctx: rs.Context) -> Coroutine[Any, Any, None]:
         if not inside:
             with ctx.span("failing"):
                 raise error
@@ -311,10 +316,10 @@ def raising(error, *, inside=False):
     return act
 
 
-async def in_group(error):
+async def in_group(error: Any) -> None:
     """Raise an error in a task of a group of a group."""
 
-    async def fail():
+    async def fail() -> None:
         async with asyncio.TaskGroup() as inner:
             inner.create_task(throw(error))
 
@@ -322,20 +327,20 @@ async def in_group(error):
         outer.create_task(fail())
 
 
-async def throw(error, *, after=0):
+async def throw(error: Any, *, after: float = 0) -> None:
     """Raise it."""
     if after:
         await asyncio.sleep(after)
     raise error
 
 
-async def cancel_itself():
+async def cancel_itself() -> None:
     """Cancel the task of the agent, for which nobody has asked."""
     asyncio.current_task().cancel()
     await asyncio.sleep(1)
 
 
-async def give(value):
+async def give(value: float | Waits) -> float | Waits:
     """What is awaited in the end."""
     await asyncio.sleep(0)
     return value
@@ -344,15 +349,15 @@ async def give(value):
 class Waits:
     """Something that can be awaited, and is no coroutine."""
 
-    def __await__(self):
+    def __await__(self) -> Iterator[Any]:
         return give(0.5).__await__()
 
-    def method(self):
+    def method(self) -> Coroutine[Any, Any, Any]:
         """One that a method gives."""
         return give(0.5)
 
 
-def both():
+def both() -> ExceptionGroup[ValueError | rs.Drop | rs.Abort]:
     """A group made by hand."""
     return ExceptionGroup("several", [ValueError("x"), rs.Drop("too long"), rs.Abort("sandbox down")])
 
@@ -383,19 +388,19 @@ ENDINGS = {
 }  # fmt: skip
 
 
-def plain_agent(task, ctx):
+def plain_agent(task: Any, ctx: rs.Context) -> Any:
     """Ends as the task says; what is to be awaited it hands back."""
     return ENDINGS[task][0](ctx)
 
 
-async def async_agent(task, ctx):
+async def async_agent(task: Any, ctx: rs.Context) -> Any:
     """The same from a coroutine function."""
     result = ENDINGS[task][0](ctx)
     return await result if hasattr(result, "__await__") else result
 
 
 @pytest.mark.parametrize("agent", [plain_agent, async_agent])
-async def test_how_calls_end(place, agent):
+async def test_how_calls_end(place: Place, agent: Callable[..., Any] | Callable[..., Coroutine[Any, Any, Any]]) -> None:
     """Whatever is raised, and wherever: it is the agent's own error that is kept, and the next rollout is in order."""
     from tests.runners import test_lives  # by name, in whatever process
 
@@ -415,7 +420,7 @@ async def test_how_calls_end(place, agent):
 
 
 @pytest.mark.parametrize("place", ["memory", "actor", "process"], indirect=True)
-async def test_errors_of_setup_are_told_as_they_are(place):
+async def test_errors_of_setup_are_told_as_they_are(place: Place) -> None:
     """By their class, whether or not they have a text or can be pickled; and the remedy, where a thread is to blame."""
     from tests.runners import test_lives
 
@@ -431,38 +436,38 @@ async def test_errors_of_setup_are_told_as_they_are(place):
 class NoText:
     """Fails in `setup`."""
 
-    def setup(self):
+    def setup(self) -> None:
         raise Mute
 
-    def __call__(self, task, ctx):
+    def __call__(self, task: Any, ctx: rs.Context) -> float:
         return 1.0
 
 
 class NotPicklable(NoText):
     """Fails with an error that cannot travel."""
 
-    def setup(self):
+    def setup(self) -> None:
         raise Stuck("x", needed=1)
 
 
 class Alarm(NoText):
     """Wants a signal."""
 
-    def setup(self):
+    def setup(self) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-async def test_what_needs_a_main_thread_says_where_there_is_one(place):
+async def test_what_needs_a_main_thread_says_where_there_is_one(place: Place) -> None:
     """An alarm works in a process, and in `run_one` of a main thread; elsewhere the error says what to do."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         if task == "loop":
             asyncio.run(on_loop())
         else:
             Alarm().setup()
         return 1.0
 
-    async def on_loop():
+    async def on_loop() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, print)
 
     if place.name == "run_one":  # beside the loop of this test
@@ -476,10 +481,10 @@ async def test_what_needs_a_main_thread_says_where_there_is_one(place):
             assert "isolation='process'" in one.error.splitlines()[-1] and "main thread" in one.error
 
 
-def test_run_one_runs_in_the_main_thread():
+def test_run_one_runs_in_the_main_thread() -> None:
     """Where it is called there, and no event loop runs."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, before)
         return 1.0
@@ -491,14 +496,14 @@ def test_run_one_runs_in_the_main_thread():
 
 
 @pytest.mark.parametrize("place", ["memory", "process"], indirect=True)
-async def test_a_life_that_is_over_is_followed_by_another(place, tmp_path):
+async def test_a_life_that_is_over_is_followed_by_another(place: Place, tmp_path: Path) -> None:
     """A task group of `setup` fails, the loop is closed, or a task in the background exits: a new instance works on."""
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             (tmp_path / f"made-{time.monotonic()}").touch()
 
-        async def __call__(self, task, ctx):
+        async def __call__(self, task: Any, ctx: rs.Context) -> float:
             if task == "group":
                 self.group = anyio.create_task_group()
                 await self.group.__aenter__()
@@ -507,7 +512,7 @@ async def test_a_life_that_is_over_is_followed_by_another(place, tmp_path):
                 self.task = asyncio.create_task(throw(SystemExit(3), after=0.05))
             return 1.0
 
-        async def close(self):
+        async def close(self) -> None:
             (tmp_path / f"closed-{time.monotonic()}").touch()
             if hasattr(self, "group"):
                 await self.group.__aexit__(None, None, None)
@@ -518,17 +523,17 @@ async def test_a_life_that_is_over_is_followed_by_another(place, tmp_path):
             done = await place.store.wait_for_rollout(made.rollout_id, timeout=30)
             assert (done.status, done.reward) == ("succeeded", 1.0)
 
-            async def is_over(lives={"first": 0, "group": 1, "second": 1, "exit": 2, "third": 2}[task]):
+            async def is_over(lives: int = {"first": 0, "group": 1, "second": 1, "exit": 2, "third": 2}[task]) -> bool:
                 return len(list(tmp_path.glob("closed-*"))) == lives
 
             await until(is_over)
     assert len(list(tmp_path.glob("made-*"))) == len(list(tmp_path.glob("closed-*"))) == 3
 
 
-async def test_a_plain_agent_may_close_its_loop(make_memory_store):
+async def test_a_plain_agent_may_close_its_loop(make_memory_store: MakeMemoryStore) -> None:
     """The idiom of old: it costs a new instance, and no rollout."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float | Waits:
         loop = asyncio.get_event_loop()
         try:
             return loop.run_until_complete(give(0.5))
@@ -540,18 +545,18 @@ async def test_a_plain_agent_may_close_its_loop(make_memory_store):
 
 
 @pytest.mark.parametrize("place", ["memory", "process"], indirect=True)
-async def test_an_awaitable_that_an_agent_gave_is_cancelled(place):
+async def test_an_awaitable_that_an_agent_gave_is_cancelled(place: Place) -> None:
     """As an async agent is; and the life goes on, with the same instance."""
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             self.calls = 0
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> Coroutine[Any, Any, float]:
             self.calls += 1
             return self.wait(task, ctx)
 
-        async def wait(self, task, ctx):
+        async def wait(self, task: Any, ctx: rs.Context) -> float:
             with ctx.span("begun"):
                 pass
             try:
@@ -564,7 +569,7 @@ async def test_an_awaitable_that_an_agent_gave_is_cancelled(place):
     made = await place.store.enqueue_rollout("long")
     async with place.pool(Agent, flush_seconds=0.05):
 
-        async def begun():
+        async def begun() -> Any:
             return await place.store.query_spans(made.rollout_id)
 
         await until(begun)
@@ -575,7 +580,7 @@ async def test_an_awaitable_that_an_agent_gave_is_cancelled(place):
         assert cleaned.attributes["why"] == "cancelled"
 
 
-def test_ctrl_c_reaches_an_agent_that_is_tried_alone():
+def test_ctrl_c_reaches_an_agent_that_is_tried_alone() -> None:
     """It is cancelled where it waits, closed, and the interrupt comes out."""
     code = """
 import asyncio, os, signal, threading, raystore as rs
@@ -601,11 +606,11 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
-async def test_nothing_of_a_finished_rollout_is_kept(make_memory_store, kind):
+async def test_nothing_of_a_finished_rollout_is_kept(make_memory_store: MakeMemoryStore, kind: str) -> None:
     """Its context, and with it task and resources, goes, also if it left spans and streams open."""
     store, provider, alive, left = make_memory_store(), TracerProvider(), weakref.WeakSet(), []
 
-    def leave_open(ctx):
+    def leave_open(ctx: rs.Context) -> None:
         rs.otel.instrument(provider)
         alive.add(ctx)
         provider.get_tracer("t").start_span("a stream that is given up")
@@ -615,14 +620,14 @@ async def test_nothing_of_a_finished_rollout_is_kept(make_memory_store, kind):
         stuck.__enter__()
         left.append(stuck.__exit__)
 
-    def plain(task, ctx):
+    def plain(task: Any, ctx: rs.Context) -> None:
         leave_open(ctx)
 
-    async def chunks():
+    async def chunks() -> AsyncIterator[int]:
         yield 1
         yield 2
 
-    async def coroutine(task, ctx):
+    async def coroutine(task: Any, ctx: rs.Context) -> None:
         leave_open(ctx)
         async for _ in chunks():
             break
@@ -632,21 +637,21 @@ async def test_nothing_of_a_finished_rollout_is_kept(make_memory_store, kind):
         await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=20)
         del left[1::2]  # what was entered and is not left holds its own context
 
-        async def gone():
+        async def gone() -> bool:
             gc.collect()
             return not alive
 
         await until(gone)
 
 
-def test_a_block_that_a_generator_leaves():
+def test_a_block_that_a_generator_leaves() -> None:
     """Closed elsewhere than it was entered: a span like others, in order, and no failure."""
 
-    def stream(ctx):
+    def stream(ctx: rs.Context) -> Iterator[int]:
         with ctx.span("stream"):
             yield 1
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         given_up = stream(ctx)
         contextvars.copy_context().run(next, given_up)
         with ctx.span("outer"):
@@ -659,10 +664,10 @@ def test_a_block_that_a_generator_leaves():
     assert (inner.name, inner.parent_id, outer.parent_id) == ("inner", outer.span_id, None)
 
 
-def test_attributes_may_have_any_names():
+def test_attributes_may_have_any_names() -> None:
     """Also those of our own parameters."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         with ctx.span("tool call", name="search", self="me", context=1, attributes=2):
             pass
         ctx.llm(prompt_ids=[1], response_ids=[2], name="n", self="me", span=3)
@@ -677,10 +682,10 @@ def test_attributes_may_have_any_names():
     assert rs.PromptTemplate(template="{self} {values}", engine="f-string").format(self=1, values=2) == "1 2"
 
 
-def test_a_call_that_is_cancelled_before_its_first_step_ends():
+def test_a_call_that_is_cancelled_before_its_first_step_ends() -> None:
     """Calls that overlap have tasks, and a task that is cancelled before its first step does nothing at all."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> None:
         await asyncio.sleep(100)
 
     ended = threading.Event()
@@ -688,7 +693,7 @@ def test_a_call_that_is_cancelled_before_its_first_step_ends():
     rollout = rs.AttemptedRollout(rollout_id="r", input="x", start_time=0.0, status="preparing", attempt=attempt)
     context = Context(rollout, {}, "worker", lambda span: None, lambda *loss: None)
 
-    def serve():
+    def serve() -> None:
         with Life(agent, concurrency=2) as life:
             lives.append(life)
             made.set()

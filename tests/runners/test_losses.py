@@ -9,6 +9,9 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable, Coroutine
+from random import Random
+from typing import Any
 
 import pytest
 import ray
@@ -16,14 +19,15 @@ import ray
 import raystore as rs
 from raystore.types import RolloutConfig
 from tests.channel import CODE
+from tests.conftest import MakeRayStore
 from tests.helpers import make_span, until
 from tests.runners.sleepers import patient, sleeping
 
 
-async def pid_of(store, worker_id):
+async def pid_of(store: rs.RayLightningStore, worker_id: str) -> Any:
     """The process of a runner, once it has said so."""
 
-    async def known():
+    async def known() -> Any:
         worker = await store.get_worker_by_id(worker_id)
         return worker and worker.heartbeat_stats and worker.heartbeat_stats["pid"]
 
@@ -36,11 +40,11 @@ LONG = pytest.mark.long
 @pytest.mark.parametrize(
     "way", ["SIGKILL", "segfault", pytest.param("_exit(0)", marks=LONG), pytest.param("exit_actor", marks=LONG)]
 )
-async def test_ways_to_die(make_ray_store, way):
+async def test_ways_to_die(make_ray_store: MakeRayStore, way: str) -> None:
     """Killed, crashed, or ended by itself: the work is offered again at once, and the runner is replaced."""
     store = make_ray_store()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         if task == "deadly" and ctx.attempt.sequence_id == 1:
             if way == "SIGKILL":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -69,14 +73,14 @@ async def test_ways_to_die(make_ray_store, way):
         assert pool.worker_ids[0].endswith(("-0.1", "-0.2"))
 
 
-async def test_a_runner_that_dies_before_its_claim_was_acknowledged(make_ray_store):
+async def test_a_runner_that_dies_before_its_claim_was_acknowledged(make_ray_store: MakeRayStore) -> None:
     """Frozen when the work is handed to it, then killed: the claim is withdrawn without a trace."""
     store = make_ray_store()
     async with rs.RunnerPool(store, lambda task, ctx: 1.0, size=1) as pool:
         (worker_id,) = pool.worker_ids
         pid = await pid_of(store, worker_id)
 
-        async def waits():
+        async def waits() -> bool:
             return (await store.statistics())["waiters"] == 1
 
         await until(waits)
@@ -91,7 +95,12 @@ async def test_a_runner_that_dies_before_its_claim_was_acknowledged(make_ray_sto
 
 @pytest.mark.parametrize("agent", [patient, pytest.param(sleeping, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("silence", "frozen"), [(1, 4), pytest.param(5, 20, marks=pytest.mark.long)])
-async def test_a_runner_that_only_looks_dead(make_ray_store, agent, silence, frozen):
+async def test_a_runner_that_only_looks_dead(
+    make_ray_store: MakeRayStore,
+    agent: Callable[..., float] | Callable[..., Coroutine[Any, Any, float]],
+    silence: int,
+    frozen: int,
+) -> None:
     """Frozen, superseded, and back: it is told, what it still writes is kept as late, and it takes other work."""
     store = make_ray_store()
     config = RolloutConfig(unresponsive_seconds=silence, max_attempts=2, retry_condition=["unresponsive"])
@@ -99,7 +108,7 @@ async def test_a_runner_that_only_looks_dead(make_ray_store, agent, silence, fro
     async with rs.RunnerPool(store, agent, size=1, flush_seconds=0.05) as pool:
         (worker_id,) = pool.worker_ids
 
-        async def status_is(status):
+        async def status_is(status: str) -> Any:
             return (await store.get_rollout_by_id(made.rollout_id)).status == status
 
         await until(lambda: status_is("running"))
@@ -117,7 +126,7 @@ async def test_a_runner_that_only_looks_dead(make_ray_store, agent, silence, fro
             os.kill(pid, signal.SIGCONT)
         first = (await store.query_attempts(made.rollout_id))[0]
 
-        async def late():
+        async def late() -> bool:
             return [s.name for s in await store.query_spans(made.rollout_id, first.attempt_id)] == ["begun", "ended"]
 
         await until(late)
@@ -134,7 +143,7 @@ async def test_a_runner_that_only_looks_dead(make_ray_store, agent, silence, fro
     assert (await store.get_rollout_by_id(made.rollout_id)).status == "succeeded"
 
 
-async def feed(store):
+async def feed(store: rs.RayLightningStore) -> list[Any]:
     """The whole change feed so far."""
     changes, page = [], await store.changes(0)
     while page.items:
@@ -143,7 +152,7 @@ async def feed(store):
     return changes
 
 
-async def kill_one(store, killed, chance):
+async def kill_one(store: rs.RayLightningStore, killed: dict[str, tuple[float, list[str]]], chance: Random) -> Any:
     """SIGKILL a random runner that is busy; its id, or None if none is, and what it was working on."""
     workers = await store.query_workers(status_in=["busy"])
     victims = [w for w in workers if w.worker_id not in killed and w.heartbeat_stats]
@@ -158,7 +167,9 @@ async def kill_one(store, killed, chance):
 
 @pytest.mark.fault
 @pytest.mark.timeout(900)
-async def test_runners_are_killed_under_load(make_ray_store, report, amount):
+async def test_runners_are_killed_under_load(
+    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
+) -> None:
     """4 runners x 4 agents of 0.1 s, a SIGKILL per ten rollouts: each ends exactly once, at most one innocent fails."""
     failed, delays, kills, seeds = 0, [], amount(5, 67), range(amount(1, 3))
     for seed in seeds:
@@ -166,7 +177,7 @@ async def test_runners_are_killed_under_load(make_ray_store, report, amount):
         chance = random.Random(seed)
         count = 10 * kills + 20
 
-        async def agent(task, ctx):
+        async def agent(task: Any, ctx: rs.Context) -> float:
             await asyncio.sleep(0.1)
             return 1.0
 
@@ -223,7 +234,7 @@ asyncio.run(main())
 
 @pytest.mark.fault
 @pytest.mark.long
-async def test_a_killed_drivers_attempts_are_settled(make_ray_store, report):
+async def test_a_killed_drivers_attempts_are_settled(make_ray_store: MakeRayStore, report: Callable[..., None]) -> None:
     """What another driver held itself, claimed or started, is lost with it and offered again, without a timeout."""
     store = make_ray_store(name="shared")
     await store.enqueue_rollout("x")
@@ -237,7 +248,7 @@ async def test_a_killed_drivers_attempts_are_settled(make_ray_store, report):
     killed = time.monotonic()
     assert len(ids) == 2
 
-    async def settled():
+    async def settled() -> bool:
         return [r.status for r in await store.query_rollouts(rollout_ids=ids)] == ["requeuing"] * 2
 
     await until(settled, within=70)

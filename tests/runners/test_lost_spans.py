@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from opentelemetry import trace
@@ -26,7 +27,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 
 import raystore as rs
 from raystore.tracing import calls, losses
-from tests.helpers import until
+from tests.conftest import MakeMemoryStore, MakeRayStore
+from tests.helpers import AnyStore, until
 
 HAD = {"of a library", "outer", "in a thread of an executor", "within", "chat", "bare", "after what is odd"}
 LOST = {
@@ -36,7 +38,7 @@ LOST = {
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch, caplog):
+def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
     """A process that has been told nothing yet; what it is told."""
     monkeypatch.setattr(losses, "_logged", {})
     monkeypatch.setattr(calls, "_warned", set())
@@ -44,14 +46,14 @@ def told(monkeypatch, caplog):
     return caplog
 
 
-def agent(task, ctx):
+def agent(task: Any, ctx: rs.Context) -> None:
     """Does what libraries and people do."""
     rs.otel.instrument()
     tracer = TracerProvider().get_tracer("of a library")  # later, and not the global one
     tracer.start_span("of a library").end()
     with ctx.span("outer"), ThreadPoolExecutor(1) as threads:
 
-        def tool():
+        def tool() -> None:
             with tracer.start_as_current_span("in a thread of an executor"), rs.current().span("within"):
                 pass
 
@@ -80,7 +82,7 @@ def agent(task, ctx):
         ctx.llm(prompt_ids=[1], response_ids=[2], **given)
 
 
-def check_told(records):
+def check_told(records: Any) -> list[Any]:
     """Each reason once, each naming a span and what to do."""
     said = [record.getMessage() for record in records if record.name == "raystore.tracing"]
     for words in (
@@ -96,7 +98,7 @@ def check_told(records):
     return said
 
 
-def test_without_a_store(told):
+def test_without_a_store(told: Any) -> None:
     """What was lost is on the run."""
     for _ in range(3):
         run = rs.run_one(agent, "run_one")
@@ -106,7 +108,7 @@ def test_without_a_store(told):
     assert by_name["within"].parent_id == by_name["outer"].span_id
 
 
-async def count(store, **options):
+async def count(store: AnyStore, **options: Any) -> dict[str, Any]:
     """What one rollout of a pool of its own lost, which has all the rest."""
     before = (await store.statistics())["spans_lost"]
     made = await store.enqueue_rollout("x")
@@ -118,7 +120,7 @@ async def count(store, **options):
     return {reason: number - before.get(reason, 0) for reason, number in after.items()}
 
 
-async def test_in_this_process(make_memory_store, told):
+async def test_in_this_process(make_memory_store: MakeMemoryStore, told: Any) -> None:
     """The runner tells the store, and people."""
     store = make_memory_store(limits={"span_bytes": 100_000})
     assert await count(store) == LOST | {"refused": 1}
@@ -128,7 +130,7 @@ async def test_in_this_process(make_memory_store, told):
     assert len(check_told(told.records)) == 7
 
 
-def wordy(task, ctx):
+def wordy(task: Any, ctx: rs.Context) -> float:
     """Says more than the store takes, and ends at once."""
     for name, length in (("first", 1), ("large", 200_000), ("last", 1)):
         with ctx.span(name, text="x" * length):
@@ -136,7 +138,7 @@ def wordy(task, ctx):
     return 1.0
 
 
-async def test_in_actors_and_their_processes(make_ray_store):
+async def test_in_actors_and_their_processes(make_ray_store: MakeRayStore) -> None:
     """The same on Ray, also where the agent has a process of its own; no success overtakes a refusal."""
     store = make_ray_store(limits={"span_bytes": 100_000})
     for isolation in ("actor", "process"):
@@ -153,19 +155,19 @@ async def test_in_actors_and_their_processes(make_ray_store):
     assert (await store.statistics())["spans_lost"]["refused"] == 12
 
 
-async def test_runners_tell_while_they_work(make_memory_store):
+async def test_runners_tell_while_they_work(make_memory_store: MakeMemoryStore) -> None:
     """With their heartbeats."""
     store = make_memory_store()
     await store.enqueue_rollout("x")
     async with rs.RunnerPool(store, agent, size=1, heartbeat_seconds=0.05):
 
-        async def told():
+        async def told() -> bool:
             return (await store.statistics())["spans_lost"] == LOST
 
         await until(told)
 
 
-async def test_only_known_reasons_are_counted(make_memory_store):
+async def test_only_known_reasons_are_counted(make_memory_store: MakeMemoryStore) -> None:
     """So that no runner makes the store's memory grow."""
     store = make_memory_store()
     for wrong in ({"nonsense": 1}, {"refused": 0}, {"refused": "many"}):
@@ -174,7 +176,7 @@ async def test_only_known_reasons_are_counted(make_memory_store):
     assert (await store.statistics())["spans_lost"] == {}
 
 
-def test_every_reason_is_documented():
+def test_every_reason_is_documented() -> None:
     """With what to do."""
     text = (Path(__file__).parents[2] / "docs" / "spans.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \|", text.partition("## Spans that are lost")[2], re.MULTILINE)
@@ -185,18 +187,18 @@ def test_every_reason_is_documented():
 
 
 @pytest.mark.parametrize("kind", ["submit", "map", "run_in_executor"])
-async def test_executors_pass_a_rollout_on_and_keep_nothing(make_memory_store, kind):
+async def test_executors_pass_a_rollout_on_and_keep_nothing(make_memory_store: MakeMemoryStore, kind: str) -> None:
     """Each task has the rollout and the enclosing span in which it was submitted, if any; its thread stays free."""
     provider, store, threads = TracerProvider(), make_memory_store(), ThreadPoolExecutor(1)
     tracer = provider.get_tracer("t")
     seen = []
 
-    def tool(number):
+    def tool(number: Any) -> None:
         seen.append(rs.current())
         with tracer.start_as_current_span(f"tool {number}"):
             pass
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> None:
         import asyncio
 
         rs.otel.instrument(provider)
@@ -222,7 +224,7 @@ async def test_executors_pass_a_rollout_on_and_keep_nothing(make_memory_store, k
     alive = weakref.WeakSet(seen)
     seen.clear()
 
-    async def gone():
+    async def gone() -> bool:
         gc.collect()
         return not alive
 
@@ -230,13 +232,13 @@ async def test_executors_pass_a_rollout_on_and_keep_nothing(make_memory_store, k
     threads.shutdown()
 
 
-async def test_a_task_that_begins_after_its_rollout(make_memory_store):
+async def test_a_task_that_begins_after_its_rollout(make_memory_store: MakeMemoryStore) -> None:
     """Its spans are late, and kept; also of two rollouts at a time."""
     provider, store = TracerProvider(), make_memory_store()
     threads, held = ThreadPoolExecutor(1), threading.Event()
     threads.submit(held.wait)
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         rs.otel.instrument(provider)
         threads.submit(lambda: provider.get_tracer("t").start_span(f"late {task}").end())
 
@@ -246,7 +248,7 @@ async def test_a_task_that_begins_after_its_rollout(make_memory_store):
         assert len(await store.wait_for_rollouts(rollout_ids=ids, timeout=20)) == 2
         held.set()
 
-        async def kept():
+        async def kept() -> bool:
             found = await store.query_many_spans(ids)
             return [[span.name for span in found[each]] for each in ids] == [["late 0"], ["late 1"]]
 
@@ -255,18 +257,18 @@ async def test_a_task_that_begins_after_its_rollout(make_memory_store):
     threads.shutdown()
 
 
-def test_a_thread_that_outlives_a_rollout_belongs_to_none():
+def test_a_thread_that_outlives_a_rollout_belongs_to_none() -> None:
     """Its spans go where it is told that they belong, and are counted where it is not; those of drivers are not."""
     provider, jobs, done = TracerProvider(), queue.SimpleQueue(), queue.SimpleQueue()
     tracer = provider.get_tracer("t")
 
-    def work():
+    def work() -> None:
         while (job := jobs.get()) is not None:
             done.put(job())
 
     worker = threading.Thread(target=work)
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         rs.otel.instrument(provider)
         if not worker.is_alive():
             worker.start()
@@ -283,14 +285,14 @@ def test_a_thread_that_outlives_a_rollout_belongs_to_none():
     worker.join()
 
 
-async def test_spans_of_the_driver_are_not_lost(make_memory_store):
+async def test_spans_of_the_driver_are_not_lost(make_memory_store: MakeMemoryStore) -> None:
     """A driver that is traced, too, has its spans for itself, and hears nothing of them."""
     provider, store, held = TracerProvider(), make_memory_store(), threading.Event()
     rs.otel.instrument(provider)
     rollout = await store.enqueue_rollout("x")
     async with rs.RunnerPool(store, lambda task, ctx: held.wait() and None, size=1):
 
-        async def runs():
+        async def runs() -> Any:
             return (await store.get_rollout_by_id(rollout.rollout_id)).status == "running"
 
         await until(runs)
@@ -300,13 +302,13 @@ async def test_spans_of_the_driver_are_not_lost(make_memory_store):
     assert (await store.statistics())["spans_lost"] == {}
 
 
-async def test_what_a_driver_goes_on_with_while_agents_run_is_its_own(make_memory_store):
+async def test_what_a_driver_goes_on_with_while_agents_run_is_its_own(make_memory_store: MakeMemoryStore) -> None:
     """Also in a thread that is not the main one: its span began when no agent ran."""
     provider, store, held = TracerProvider(), make_memory_store(), threading.Event()
     rs.otel.instrument(provider)
     tracer, sync = provider.get_tracer("t"), store.sync
 
-    def drive():
+    def drive() -> None:
         with (
             tracer.start_as_current_span("a step of training"),
             rs.RunnerPool(store, lambda task, ctx: held.wait() and None, size=1, flush_seconds=0.05),
@@ -322,19 +324,19 @@ async def test_what_a_driver_goes_on_with_while_agents_run_is_its_own(make_memor
     assert (await store.statistics())["spans_lost"] == {}
 
 
-def test_a_garbage_collection_may_end_a_span_anywhere():
+def test_a_garbage_collection_may_end_a_span_anywhere() -> None:
     """Of a generator in a cycle, say, while another span is taken; its own thread must not wait for itself."""
 
     class Stream:
-        def __init__(self, ctx):
+        def __init__(self, ctx: rs.Context) -> None:
             self.items = self.all_of_them(ctx)
 
-        def all_of_them(self, ctx):
+        def all_of_them(self, ctx: rs.Context) -> Iterator[None]:
             with ctx.span("stream"):
                 yield from range(10)
                 self.end()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         lots = random.Random(7)
         for _ in range(3_000):
             next(Stream(ctx).items)  # and no more
@@ -345,7 +347,7 @@ def test_a_garbage_collection_may_end_a_span_anywhere():
     assert names.count("chat") == 3_000 and names.count("stream") > 2_000
 
 
-def test_spans_after_the_end_are_not_kept(told):
+def test_spans_after_the_end_are_not_kept(told: Any) -> None:
     """They are told of, once, and go."""
     contexts = []
     run = rs.run_one(lambda task, ctx: contexts.append(ctx), "x")
@@ -392,15 +394,15 @@ assert names() == ["0", "1", "2", "3"]
 """
 
 
-def test_one_provider_or_all_of_the_process():
+def test_one_provider_or_all_of_the_process() -> None:
     """With None also those that exist and those that are made or set later; each span once."""
     subprocess.run([sys.executable, "-c", PROVIDERS], check=True, timeout=60)
 
 
-def test_what_is_left_out_on_purpose_is_not_lost():
+def test_what_is_left_out_on_purpose_is_not_lost() -> None:
     """Tracers that make nothing while tracing is on, and spans outside of rollouts; a good sampler says nothing."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         rs.otel.instrument()
         trace.NoOpTracer().start_span("a library that is not traced").end()
         with TracerProvider(sampler=ALWAYS_ON).get_tracer("t").start_as_current_span("kept"):
@@ -411,12 +413,12 @@ def test_what_is_left_out_on_purpose_is_not_lost():
     TracerProvider(sampler=ALWAYS_OFF).get_tracer("t").start_span("outside").end()
 
 
-def test_a_parent_elsewhere_that_was_not_sampled(told):
+def test_a_parent_elsewhere_that_was_not_sampled(told: Any) -> None:
     """Takes the span with it, which is told with the remedy that fits."""
     elsewhere = trace.SpanContext(1, 2, is_remote=True, trace_flags=trace.TraceFlags(0))
     parent = trace.set_span_in_context(trace.NonRecordingSpan(elsewhere))
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         rs.otel.instrument()
         TracerProvider().get_tracer("t").start_span("child", context=parent).end()
         TracerProvider(sampler=ALWAYS_ON).get_tracer("t").start_span("kept", context=parent).end()
@@ -444,7 +446,7 @@ assert [span.name for span in rs.run_one(agent, "x").spans] == ["here"]
 """
 
 
-def test_a_process_that_an_agent_forks_says_that_it_is_not_heard():
+def test_a_process_that_an_agent_forks_says_that_it_is_not_heard() -> None:
     """Once, by the name of a span."""
     ran = subprocess.run([sys.executable, "-c", FORKING], check=True, timeout=60, capture_output=True, text=True)
     assert ran.stderr.count("is lost") == 1 and "'in a child 0'" in ran.stderr and "forked" in ran.stderr
@@ -454,16 +456,18 @@ def test_a_process_that_an_agent_forks_says_that_it_is_not_heard():
 
 
 @pytest.mark.parametrize("flush_seconds", [0.01, 100])
-async def test_odd_spans_of_tracers_fail_nothing(make_memory_store, told, flush_seconds):
+async def test_odd_spans_of_tracers_fail_nothing(
+    make_memory_store: MakeMemoryStore, told: Any, flush_seconds: float
+) -> None:
     """Whatever is odd about them they are named, and all others are there; what the agent says itself is required."""
     store, provider = make_memory_store(limits={"span_bytes": 100_000}), TracerProvider()
 
-    def spoil(span, **wrong):
+    def spoil(span: Any, **wrong: Any) -> None:
         for name, value in wrong.items():
             setattr(span, f"_{name}", value)
         span.end()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> list[rs.Span]:
         rs.otel.instrument(provider)
         tracer = provider.get_tracer("t")
         tracer.start_span("first").end()
@@ -472,10 +476,11 @@ async def test_odd_spans_of_tracers_fail_nothing(make_memory_store, told, flush_
         spoil(tracer.start_span("odd parent"), parent="me")
         spoil(tracer.start_span("odd time"), start_time="noon")
         tracer.start_span("last").end()
-        if task == "own":
-            wrong = rs.Span.from_attributes(attributes={})
-            wrong.trace_id = ""
-            return [wrong]
+        if task != "own":
+            return []
+        wrong = rs.Span.from_attributes(attributes={})
+        wrong.trace_id = ""
+        return [wrong]
 
     made = [await store.enqueue_rollout(task) for task in ("fine", "own")]
     async with rs.RunnerPool(store, agent, size=1, flush_seconds=flush_seconds):
@@ -490,11 +495,11 @@ async def test_odd_spans_of_tracers_fail_nothing(make_memory_store, told, flush_
         assert len([line for line in said if f"{name!r}" in line]) == 1
 
 
-def test_spans_that_never_end_keep_nothing_of_their_rollout():
+def test_spans_that_never_end_keep_nothing_of_their_rollout() -> None:
     """Neither its context nor what others recorded, though somebody keeps them."""
     provider, alive, kept = TracerProvider(), weakref.WeakSet(), []
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         rs.otel.instrument(provider)
         alive.add(ctx)
         kept.append(provider.get_tracer("t").start_span("kept open"))

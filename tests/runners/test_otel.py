@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 from opentelemetry import trace
@@ -15,13 +17,18 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import raystore as rs
-from tests.helpers import mostly_in_memory, until
+from tests.helpers import AnyStore, mostly_in_memory, until
 
 provider = TracerProvider()
 tracer = provider.get_tracer("an-agent")
 
 
-async def run(store, agent, tasks, **options):
+async def run(
+    store: AnyStore | rs.InMemoryLightningStore,
+    agent: Callable[..., Coroutine[Any, Any, float]] | Callable[..., float] | Callable[..., Any],
+    tasks: range | list[str],
+    **options: Any,
+) -> Any:
     """Enqueue tasks, run them with a pool, and return them finished with their spans."""
     made = [await store.enqueue_rollout(task) for task in tasks]
     ids = [r.rollout_id for r in made]
@@ -32,7 +39,7 @@ async def run(store, agent, tasks, **options):
     return finished, [spans[rollout_id] for rollout_id in ids]
 
 
-def check_tree(spans, task):
+def check_tree(spans: Any, task: int) -> None:
     """Three spans of this task in the order in which they ended, with their parents; then the reward."""
     tool, think, solve, reward = spans
     assert [s.name for s in spans] == [f"tool {task}", f"think {task}", f"solve {task}", "agentlightning.annotation"]
@@ -43,10 +50,10 @@ def check_tree(spans, task):
     assert tool.start_time >= think.start_time >= solve.start_time and tool.end_time <= think.end_time
 
 
-async def test_a_hundred_concurrent_rollouts_do_not_mix(store):
+async def test_a_hundred_concurrent_rollouts_do_not_mix(store: AnyStore) -> None:
     """In one process, on one event loop: each has its own spans, in order, with their parents."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         from tests.runners import otel_agent  # sets the global provider of its process
 
         rs.otel.instrument()
@@ -60,10 +67,10 @@ async def test_a_hundred_concurrent_rollouts_do_not_mix(store):
 
 @mostly_in_memory
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_agents_in_threads_and_processes(store, isolation):
+async def test_agents_in_threads_and_processes(store: AnyStore, isolation: str) -> None:
     """The same for agents that are not async, which run in threads or in processes of their own."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         from tests.runners import otel_agent
 
         rs.otel.instrument()
@@ -74,10 +81,10 @@ async def test_agents_in_threads_and_processes(store, isolation):
         check_tree(spans[task], task)
 
 
-async def test_an_agent_that_raises_leaves_its_spans():
+async def test_an_agent_that_raises_leaves_its_spans() -> None:
     """With the exception on them, all before the final status."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         rs.otel.instrument(provider)
         with tracer.start_as_current_span("outer"), tracer.start_as_current_span("inner"):
             raise ValueError("bad")
@@ -89,20 +96,20 @@ async def test_an_agent_that_raises_leaves_its_spans():
         assert spans[0].status.status_code == "ERROR" and spans[0].events[0].name == "exception"
 
 
-async def test_spans_of_threads_and_late_spans():
+async def test_spans_of_threads_and_late_spans() -> None:
     """Routed by the context that a thread was given, or by their parent; one that ends late is still kept."""
     late = threading.Event()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         rs.otel.instrument(provider)
         with tracer.start_as_current_span("outer") as outer:
             copied = contextvars.copy_context()
             parent = trace.set_span_in_context(outer)
 
-            def with_context():
+            def with_context() -> None:
                 copied.run(lambda: tracer.start_span("with context").end())
 
-            def with_parent():  # knows the parent span, not the rollout
+            def with_parent() -> None:  # knows the parent span, not the rollout
                 tracer.start_span("with parent", context=parent).end()
 
             for target in (with_context, with_parent):
@@ -122,20 +129,20 @@ async def test_spans_of_threads_and_late_spans():
             assert before == ["with context", "with parent", "outer", "agentlightning.annotation"]
             late.set()
 
-            async def kept():
+            async def kept() -> bool:
                 return [s.name for s in await store.query_spans(made.rollout_id)][4:] == ["late"]
 
             await until(kept)
 
 
-def test_instrumenting_again_changes_nothing_and_other_exporters_go_on():
+def test_instrumenting_again_changes_nothing_and_other_exporters_go_on() -> None:
     """A span is recorded once, and reaches the agent's own exporter as well; outside of a rollout it is left alone."""
     own, exporter = TracerProvider(), InMemorySpanExporter()
     own.add_span_processor(SimpleSpanProcessor(exporter))
     for _ in range(3):
         assert rs.otel.instrument(own) is own
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         with own.get_tracer("t").start_as_current_span("once"):
             pass
 
@@ -146,7 +153,7 @@ def test_instrumenting_again_changes_nothing_and_other_exporters_go_on():
     assert [s.name for s in exporter.get_finished_spans()] == ["once", "outside"]
 
 
-def test_the_global_provider_is_made_if_there_is_none():
+def test_the_global_provider_is_made_if_there_is_none() -> None:
     """What an agent gets from the API is then recorded; in a process of its own, since there is one in each."""
     code = """
 import raystore as rs
@@ -163,10 +170,10 @@ assert [s.name for s in rs.run_one(agent, "x").spans] == ["global"]
         rs.otel.instrument("nonsense")
 
 
-def test_model_calls_of_other_tracers_carry_the_policy_version():
+def test_model_calls_of_other_tracers_carry_the_policy_version() -> None:
     """So that triplets know it; spans without token ids stay exactly as they were."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         rs.otel.instrument(provider)
         ids = {"prompt_token_ids": [1, 2], "response_token_ids": [3, 4]}
         with tracer.start_as_current_span("chat", attributes=ids):
@@ -180,10 +187,10 @@ def test_model_calls_of_other_tracers_carry_the_policy_version():
     assert dict(run.spans[1].attributes) == {}
 
 
-def test_a_real_span_is_taken_over_exactly():
+def test_a_real_span_is_taken_over_exactly() -> None:
     """Hexadecimal ids, seconds, parent, events, links and resource; what the model has no field for as text."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         rs.otel.instrument(provider)
         with tracer.start_as_current_span("outer") as outer:
             other = trace.Link(outer.get_span_context(), {"why": "related"})
@@ -206,7 +213,7 @@ def test_a_real_span_is_taken_over_exactly():
     assert outer.status.status_code == "UNSET"
 
 
-def test_a_span_that_has_not_ended_is_taken_over_too():
+def test_a_span_that_has_not_ended_is_taken_over_too() -> None:
     """Its tracer's own things (locks, processors, limits) are no part of a trace."""
     span = tracer.start_span("open", kind=trace.SpanKind.SERVER)
     taken = rs.Span.from_opentelemetry(span, "r", "a", 1)

@@ -6,40 +6,43 @@ import asyncio
 import os
 import signal
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
 from raystore.types import RolloutConfig
-from tests.helpers import mostly_in_memory, until
+from tests.conftest import MakeRayStore
+from tests.helpers import AnyStore, mostly_in_memory, until
 
 
 class Undecodable:
     """Pickles, and raises when it is unpickled in another process, or at a second time."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return _raise, ()
 
 
-def _raise():
+def _raise() -> None:
     raise ImportError("no such class here")
 
 
-async def run(store, agent, tasks, **options):
+async def run(store: Any, agent: Any, tasks: Any, **options: Any) -> Any:
     """Enqueue tasks, run them with a pool, and return them finished."""
     made = [await store.enqueue_rollout(task) for task in tasks]
     async with rs.RunnerPool(store, agent, size=options.pop("size", 2), **options):
         return await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=40)
 
 
-async def test_an_agent_returns_a_reward_and_emits_spans(store):
+async def test_an_agent_returns_a_reward_and_emits_spans(store: AnyStore) -> None:
     """A number is the reward; spans nest, carry attributes, and are all there when the rollout has succeeded."""
     await store.update_resources(
         "prompts", {"p": rs.PromptTemplate(template="{x}!", engine="f-string")}, policy_version=7
     )
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> Any:
         assert rs.current() is ctx and ctx.policy_version == 7
         with ctx.span("outer", task=task) as outer, ctx.span("inner"):
             outer.set("prompt", ctx.resources["p"].format(x=task))
@@ -60,10 +63,10 @@ async def test_an_agent_returns_a_reward_and_emits_spans(store):
         assert attempt.worker_id.startswith("runner-")
 
 
-async def test_async_agents_share_a_runner_without_mixing(store):
+async def test_async_agents_share_a_runner_without_mixing(store: AnyStore) -> None:
     """Concurrent rollouts of one process keep their spans apart."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> None:
         with ctx.span(f"a{task}"):
             await asyncio.sleep(0.05)
             with rs.current().span(f"b{task}"):
@@ -78,18 +81,18 @@ async def test_async_agents_share_a_runner_without_mixing(store):
 
 
 @mostly_in_memory
-async def test_an_agent_class_has_one_instance_for_each_runner(store):
+async def test_an_agent_class_has_one_instance_for_each_runner(store: AnyStore) -> None:
     """setup once, called for each rollout, closed at the end."""
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             self.calls = 0
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             self.calls += 1
             return float(self.calls)
 
-        def close(self):
+        def close(self) -> None:
             self.calls = -1
 
     finished = await run(store, Agent, range(4), size=1)
@@ -97,17 +100,17 @@ async def test_an_agent_class_has_one_instance_for_each_runner(store):
 
 
 @mostly_in_memory
-async def test_an_agent_at_work_is_running_before_its_first_span_has_ended(store):
+async def test_an_agent_at_work_is_running_before_its_first_span_has_ended(store: AnyStore) -> None:
     """Attempt and rollout say so soon after the claim, although the agent has told nothing yet."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> None:
         with ctx.span("long"):
             await asyncio.sleep(1000)
 
     made = await store.enqueue_rollout("x")
     async with rs.RunnerPool(store, agent, size=1, flush_seconds=0.1):
 
-        async def runs():
+        async def runs() -> Any:
             found = await store.get_rollout_by_id(made.rollout_id)
             return found.status == "running" and found.attempt.status == "running"
 
@@ -117,10 +120,10 @@ async def test_an_agent_at_work_is_running_before_its_first_span_has_ended(store
 
 
 @mostly_in_memory
-async def test_what_agents_raise(store):
+async def test_what_agents_raise(store: AnyStore) -> None:
     """An exception fails its attempt with its traceback; Abort is delivered again, Drop never; the pool goes on."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> str | float:
         with ctx.span("work"):
             if task == "raise":
                 raise KeyError("gone wrong")
@@ -144,12 +147,12 @@ async def test_what_agents_raise(store):
 
 
 @mostly_in_memory
-async def test_agents_that_fail_are_retried_by_configuration(store):
+async def test_agents_that_fail_are_retried_by_configuration(store: AnyStore) -> None:
     """A retry condition of the rollout works with the pool."""
     config = RolloutConfig(max_attempts=3, retry_condition=["failed"])
     made = await store.enqueue_rollout("x", config=config)
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         if ctx.attempt.sequence_id < 3:
             raise RuntimeError("not yet")
         return 1.0
@@ -161,10 +164,10 @@ async def test_agents_that_fail_are_retried_by_configuration(store):
 
 
 @mostly_in_memory
-async def test_heartbeats_keep_a_blocking_agent_alive(store):
+async def test_heartbeats_keep_a_blocking_agent_alive(store: AnyStore) -> None:
     """A slow agent that blocks its thread is not taken for dead."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         threading.Event().wait(1.5)
         return 1.0
 
@@ -177,10 +180,10 @@ async def test_heartbeats_keep_a_blocking_agent_alive(store):
 
 
 @mostly_in_memory
-async def test_short_rollouts_do_not_keep_a_long_one_from_its_heartbeats(store):
+async def test_short_rollouts_do_not_keep_a_long_one_from_its_heartbeats(store: AnyStore) -> None:
     """Each start makes the heartbeat thread look again, and must not make it wait again."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         threading.Event().wait(2 if task == "long" else 0.02)
 
     long = await store.enqueue_rollout("long", config=RolloutConfig(unresponsive_seconds=0.6))
@@ -192,10 +195,10 @@ async def test_short_rollouts_do_not_keep_a_long_one_from_its_heartbeats(store):
 
 
 @mostly_in_memory
-async def test_cancelling_reaches_an_async_agent(store):
+async def test_cancelling_reaches_an_async_agent(store: AnyStore) -> None:
     """The agent's task is cancelled, and its slot takes the next rollout."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         if task == "long":
             await asyncio.sleep(100)
         return 1.0
@@ -203,7 +206,7 @@ async def test_cancelling_reaches_an_async_agent(store):
     made = await store.enqueue_rollout("long")
     async with rs.RunnerPool(store, agent, size=1):
 
-        async def is_running():
+        async def is_running() -> bool:
             return (await store.get_rollout_by_id(made.rollout_id)).status in ("preparing", "running")
 
         await until(is_running)
@@ -214,10 +217,10 @@ async def test_cancelling_reaches_an_async_agent(store):
     assert (await store.get_rollout_by_id(made.rollout_id)).status == "cancelled"
 
 
-async def test_closing_drains_what_runs(store):
+async def test_closing_drains_what_runs(store: AnyStore) -> None:
     """Leaving the pool lets a short rollout finish and claims nothing more."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         with ctx.span("begun"):
             pass
         await asyncio.sleep(0.5)
@@ -227,7 +230,7 @@ async def test_closing_drains_what_runs(store):
     pool = rs.RunnerPool(store, agent, size=1, flush_seconds=0.05)
     pool.start()
 
-    async def is_running():
+    async def is_running() -> Any:
         return (await store.get_rollout_by_id(made[0].rollout_id)).status == "running"
 
     await until(is_running)
@@ -236,21 +239,21 @@ async def test_closing_drains_what_runs(store):
     assert statuses[0] == "succeeded" and statuses[-1] == "queuing" and "preparing" not in statuses
 
 
-async def test_a_start_that_is_cancelled_leaves_no_runner(store, tmp_path):
+async def test_a_start_that_is_cancelled_leaves_no_runner(store: AnyStore, tmp_path: Path) -> None:
     """The caller gives up while the runners are being made: none of them is left to claim what comes."""
 
     class Agent:
-        async def setup(self):
+        async def setup(self) -> None:
             (tmp_path / f"setup-{os.getpid()}").touch()
             await asyncio.sleep(1.5)
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             return 1.0
 
     pool = rs.RunnerPool(store, Agent, size=1)
     starting = asyncio.create_task(pool.__aenter__())
 
-    async def begun():
+    async def begun() -> list[Any]:
         return list(tmp_path.glob("setup-*"))
 
     await until(begun)
@@ -263,7 +266,7 @@ async def test_a_start_that_is_cancelled_leaves_no_runner(store, tmp_path):
 
 
 @mostly_in_memory
-async def test_bad_arguments(store):
+async def test_bad_arguments(store: AnyStore) -> None:
     """A pool that cannot work is refused before anything starts."""
     with pytest.raises(ValueError, match="size=0"):
         rs.RunnerPool(store, lambda task, ctx: None, size=0)
@@ -271,11 +274,11 @@ async def test_bad_arguments(store):
         rs.RunnerPool(store, "agent")
 
 
-async def test_a_killed_runner_is_replaced_and_its_work_done(make_ray_store):
+async def test_a_killed_runner_is_replaced_and_its_work_done(make_ray_store: MakeRayStore) -> None:
     """SIGKILL in mid-rollout: the attempt is lost, the rollout offered again at once, a new runner takes over."""
     store = make_ray_store()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         if ctx.attempt.sequence_id == 1 and task == "deadly":
             os.kill(os.getpid(), signal.SIGKILL)
         return 1.0
@@ -289,18 +292,18 @@ async def test_a_killed_runner_is_replaced_and_its_work_done(make_ray_store):
         lost, done = await store.query_attempts(deadly.rollout_id)
         assert (lost.status, lost.outcome, done.outcome) == ("unresponsive", "runner_lost", "ok")
 
-        async def replaced():
+        async def replaced() -> bool:
             return any("." in worker_id for worker_id in pool.worker_ids)
 
         await until(replaced)
 
 
-async def test_a_rollout_that_always_kills_its_runner_fails(make_ray_store):
+async def test_a_rollout_that_always_kills_its_runner_fails(make_ray_store: MakeRayStore) -> None:
     """It is found in at most 1 + max_deliveries losses, and its neighbours are not charged."""
     # Runners that come up late on a busy machine must not let it be lost together with another one again.
     store = make_ray_store(max_deliveries=2, suspect_patience_seconds=60)
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         if task == "deadly":
             os.kill(os.getpid(), signal.SIGKILL)
         return 1.0
@@ -315,12 +318,12 @@ async def test_a_rollout_that_always_kills_its_runner_fails(make_ray_store):
     assert {a.outcome for a in attempts} == {"runner_lost"} and 2 <= len(attempts) <= 3
 
 
-async def test_an_unpicklable_agent_is_named_before_any_actor_starts(make_ray_store):
+async def test_an_unpicklable_agent_is_named_before_any_actor_starts(make_ray_store: MakeRayStore) -> None:
     """The error says what to do."""
     store = make_ray_store()
     lock = threading.Lock()
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         with lock:
             return 1.0
 
@@ -328,7 +331,7 @@ async def test_an_unpicklable_agent_is_named_before_any_actor_starts(make_ray_st
         rs.RunnerPool(store, agent)
 
 
-async def test_a_pool_that_cannot_be_scheduled_says_so(make_ray_store):
+async def test_a_pool_that_cannot_be_scheduled_says_so(make_ray_store: MakeRayStore) -> None:
     """What was asked for, and what the cluster has."""
     store = make_ray_store()
     pool = rs.RunnerPool(store, lambda task, ctx: 1.0, size=1, num_cpus=512, start_timeout=2)
@@ -336,15 +339,15 @@ async def test_a_pool_that_cannot_be_scheduled_says_so(make_ray_store):
         await asyncio.to_thread(pool.start)
 
 
-async def test_an_agent_that_cannot_be_set_up_stops_the_start(make_ray_store):
+async def test_an_agent_that_cannot_be_set_up_stops_the_start(make_ray_store: MakeRayStore) -> None:
     """The cause is in the error."""
     store = make_ray_store()
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             raise OSError("no model here")
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             return 1.0
 
     with pytest.raises(rs.PoolStartError, match="A runner could not be made: .*no model here"):
@@ -352,16 +355,16 @@ async def test_an_agent_that_cannot_be_set_up_stops_the_start(make_ray_store):
             pass
 
 
-async def test_users_can_write_their_own_runner(make_ray_store):
+async def test_users_can_write_their_own_runner(make_ray_store: MakeRayStore) -> None:
     """A user's actor wraps the handle; the pool is a convenience."""
     store = make_ray_store()
 
     @ray.remote(num_cpus=0)
     class MyRunner:
-        def __init__(self, handle):
+        def __init__(self, handle: Any) -> None:
             self.store = rs.RayLightningStore(handle)
 
-        async def run(self, n):
+        async def run(self, n: Any) -> None:
             for _ in range(n):
                 rollout = await self.store.dequeue_rollout("mine", timeout=10)
                 await self.store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
@@ -373,10 +376,10 @@ async def test_users_can_write_their_own_runner(make_ray_store):
 
 
 @mostly_in_memory
-async def test_an_agent_that_cancels_itself_fails_alone(store):
+async def test_an_agent_that_cancels_itself_fails_alone(store: AnyStore) -> None:
     """A cancellation that did not come from outside is the agent's error; the runner goes on."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         if task == "cancels":
             inner = asyncio.ensure_future(asyncio.sleep(10))
             inner.cancel()
@@ -388,10 +391,10 @@ async def test_an_agent_that_cancels_itself_fails_alone(store):
     assert "cancelled itself" in (await store.get_latest_attempt(finished[0].rollout_id)).error
 
 
-async def test_a_stopped_runner_gives_back_what_it_runs(store):
+async def test_a_stopped_runner_gives_back_what_it_runs(store: AnyStore) -> None:
     """Without draining, what runs is offered again at once, and nobody is blamed."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> None:
         with ctx.span("begun"):
             pass
         await asyncio.sleep(100)
@@ -400,7 +403,7 @@ async def test_a_stopped_runner_gives_back_what_it_runs(store):
     pool = rs.RunnerPool(store, agent, size=1, flush_seconds=0.05)
     await asyncio.to_thread(pool.start)
 
-    async def is_running():
+    async def is_running() -> Any:
         return (await store.get_rollout_by_id(made.rollout_id)).status == "running"
 
     await until(is_running)
@@ -409,7 +412,7 @@ async def test_a_stopped_runner_gives_back_what_it_runs(store):
     assert (await store.dequeue_rollout()).rollout_id == made.rollout_id
 
 
-async def test_a_task_that_nobody_can_decode_fails_in_the_end(store):
+async def test_a_task_that_nobody_can_decode_fails_in_the_end(store: AnyStore) -> None:
     """It is given back with the reason, up to max_deliveries; the runner takes the next one."""
     made = await store.enqueue_rollout(Undecodable(), rollout_id="bad")
     with pytest.raises(rs.PayloadNotReadableError):  # here neither, but the record is delivered
@@ -417,7 +420,7 @@ async def test_a_task_that_nobody_can_decode_fails_in_the_end(store):
     await store.enqueue_rollout("good", rollout_id="good")
     async with rs.RunnerPool(store, lambda task, ctx: 1.0, size=1):
 
-        async def both():
+        async def both() -> bool:
             return (await store.statistics())["rollouts_by_status"] == {"failed": 1, "succeeded": 1}
 
         await until(both, within=40)
@@ -428,15 +431,17 @@ async def test_a_task_that_nobody_can_decode_fails_in_the_end(store):
 @mostly_in_memory
 @pytest.mark.parametrize("ending", [SystemExit(2), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_an_agent_that_wants_to_end_the_process_fails_alone(store, ending, is_async):
+async def test_an_agent_that_wants_to_end_the_process_fails_alone(
+    store: AnyStore, ending: SystemExit | KeyboardInterrupt, is_async: bool
+) -> None:
     """`sys.exit` in an agent (argparse does it) is its own error; the runner and the driver go on."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         if task == "exit":
             raise ending
         return 1.0
 
-    async def async_agent(task, ctx):
+    async def async_agent(task: Any, ctx: rs.Context) -> float:
         return agent(task, ctx)
 
     finished = await run(store, async_agent if is_async else agent, ["exit", "fine"], size=1)
@@ -446,13 +451,13 @@ async def test_an_agent_that_wants_to_end_the_process_fails_alone(store, ending,
     assert any(type(ending).__name__ in line for line in await store.story(finished[0].rollout_id))
 
 
-async def test_rewards_of_any_kind_of_number():
+async def test_rewards_of_any_kind_of_number() -> None:
     """numpy's numbers, and True for a right answer; NaN, texts, and resources that do not exist are refused loudly."""
     import numpy as np
 
     values = {"np": np.float32(0.5), "array": np.array(0.25), "true": True, "nan": float("nan")}
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> Any:
         if task == "text":
             ctx.reward("0.5")
         return values.get(task)
@@ -470,10 +475,10 @@ async def test_rewards_of_any_kind_of_number():
         assert (attempt.outcome, "Resources nope not found" in attempt.error) == ("infra", True)
 
 
-async def test_agent_errors_are_told_once_for_each_place(caplog):
+async def test_agent_errors_are_told_once_for_each_place(caplog: pytest.LogCaptureFixture) -> None:
     """A run in which every agent fails is not silent, and not a flood either."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         raise KeyError(f"prompt {task}")
 
     with rs.InMemoryLightningStore() as store, caplog.at_level("WARNING", "raystore.runner"):
@@ -496,7 +501,7 @@ async def test_agent_errors_are_told_once_for_each_place(caplog):
     ],
     ids=str,
 )
-async def test_bad_options_of_a_pool(bad):
+async def test_bad_options_of_a_pool(bad: dict[str, str] | dict[str, tuple[Any]] | dict[str, int]) -> None:
     """A pool that would never claim anything, or never send, is not made."""
     with rs.InMemoryLightningStore() as store, pytest.raises(ValueError, match=next(iter(bad))):
         rs.RunnerPool(store, lambda task, ctx: None, **bad)

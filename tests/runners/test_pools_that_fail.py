@@ -6,20 +6,28 @@ import asyncio
 import os
 import signal
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import raystore as rs
-from tests.helpers import until
+from tests.conftest import MakeMemoryStore, MakeRayStore
+from tests.helpers import AnyStore, until
 
 WHY = "ConnectionError: no model server"
 
 
-async def tell(store, *, queues=("default",), error=WHY):
+async def tell(
+    store: AnyStore | rs.InMemoryLightningStore,
+    *,
+    queues: tuple[str] | list[str] = ("default",),
+    error: str | None = WHY,
+) -> None:
     await store.report_pool("p", queues, failures=3, error=error)
 
 
-def waiting(store, made):
+def waiting(store: AnyStore, made: list[Any]) -> list[Any]:
     """Calls that wait for what is queued, each in its own way."""
     ids = [rollout.rollout_id for rollout in made]
     calls = [
@@ -31,12 +39,12 @@ def waiting(store, made):
     return [asyncio.ensure_future(call) for call in calls]
 
 
-async def test_those_who_wait_are_told(store):
+async def test_those_who_wait_are_told(store: AnyStore) -> None:
     """At once, whichever comes first: the call, or the failure; with the runners' own error."""
     made = [await store.enqueue_rollout(n) for n in range(2)]
     calls = waiting(store, made)
 
-    async def parked():
+    async def parked() -> bool:
         return (await store.statistics())["waiters"] == len(calls)
 
     await until(parked)
@@ -47,12 +55,12 @@ async def test_those_who_wait_are_told(store):
     assert (await store.statistics())["waiters"] == 0
 
 
-async def test_those_who_wait_for_something_else_are_not(make_memory_store):
+async def test_those_who_wait_for_something_else_are_not(make_memory_store: MakeMemoryStore) -> None:
     """What runs, what somebody else serves, a queue that the pool does not serve, a pool that works again."""
     store = make_memory_store()
     made = [await store.enqueue_rollout(n, queue=queue) for n, queue in enumerate(["default", "other"])]
 
-    async def is_told(*rollouts):
+    async def is_told(*rollouts: Any) -> bool:
         ids = [rollout.rollout_id for rollout in rollouts]
         try:
             await store.wait_for_rollouts(rollout_ids=ids, timeout=0.05)
@@ -77,18 +85,18 @@ async def test_those_who_wait_for_something_else_are_not(make_memory_store):
     assert await is_told(made[0]) and not await is_told(made[1])
 
 
-async def test_a_pool_whose_runners_stop_coming_up(make_ray_store, tmp_path):
+async def test_a_pool_whose_runners_stop_coming_up(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """The driver hears why; once the cause is mended the pool goes on, and what waited is done."""
     store = make_ray_store()
     flag, died = tmp_path / "server", tmp_path / "died"
     flag.touch()
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             if not flag.exists():
                 raise ConnectionError("no model server")
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             if not died.exists():
                 died.touch()
                 flag.unlink()
@@ -101,7 +109,7 @@ async def test_a_pool_whose_runners_stop_coming_up(make_ray_store, tmp_path):
             await store.wait_for_rollout(made.rollout_id, timeout=60)
         flag.touch()
 
-        async def is_done():
+        async def is_done() -> Any:
             return (await store.get_rollout_by_id(made.rollout_id)).status == "succeeded"
 
         await until(is_done, within=40)
@@ -113,14 +121,16 @@ class Slow:
 
     seconds = 60.0
 
-    def setup(self):
+    def setup(self) -> None:
         threading.Event().wait(self.seconds)
 
-    def __call__(self, task, ctx):
+    def __call__(self, task: Any, ctx: rs.Context) -> float:
         return 1.0
 
 
-async def test_a_slow_setup_is_not_taken_for_missing_resources(store, monkeypatch, caplog):
+async def test_a_slow_setup_is_not_taken_for_missing_resources(
+    store: AnyStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Said while it is waited for, and by the error if that takes too long."""
     is_here = isinstance(store, rs.InMemoryLightningStore)  # elsewhere its process takes a while until it is there
     for module in ("actors", "local_runners"):
@@ -133,7 +143,9 @@ async def test_a_slow_setup_is_not_taken_for_missing_resources(store, monkeypatc
     await asyncio.to_thread(pool.stop)
 
 
-async def test_missing_resources_are_not_taken_for_a_slow_setup(make_ray_store, monkeypatch, caplog):
+async def test_missing_resources_are_not_taken_for_a_slow_setup(
+    make_ray_store: MakeRayStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """What was asked for, and what the cluster has."""
     monkeypatch.setattr("raystore.runner.actors.EXPLAIN_SECONDS", 0.5)
     pool = rs.RunnerPool(make_ray_store(), Slow, size=1, resources={"moon": 1}, start_timeout=1.0)
@@ -143,7 +155,7 @@ async def test_missing_resources_are_not_taken_for_a_slow_setup(make_ray_store, 
     assert len(said) == 1 and "to be scheduled" in said[0] and "'moon'" in said[0], said
 
 
-async def test_a_patience_without_end(make_memory_store, monkeypatch):
+async def test_a_patience_without_end(make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits for ever waits for as long as a thread can."""
     monkeypatch.setattr("raystore.runner.local_runners.EXPLAIN_SECONDS", 0.05)
 
@@ -159,22 +171,22 @@ async def test_a_patience_without_end(make_memory_store, monkeypatch):
 
 
 @pytest.mark.parametrize("late", [False, True])
-async def test_a_pool_in_process_that_cannot_grow_in_time(make_memory_store, late):
+async def test_a_pool_in_process_that_cannot_grow_in_time(make_memory_store: MakeMemoryStore, late: bool) -> None:
     """It says why and stays as it was; who gets ready after that is closed again, and the pool may grow later."""
     held, closed = threading.Event(), threading.Event()
 
     class Agent:
         made = 0
 
-        def setup(self):
+        def setup(self) -> None:
             Agent.made += 1
             if Agent.made == 2:
                 held.wait(60)
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             return 1.0
 
-        def close(self):
+        def close(self) -> None:
             closed.set()
 
     store = make_memory_store()

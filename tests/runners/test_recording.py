@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import threading
 from array import array
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import raystore as rs
 from raystore.tracing import semconv
-from tests.helpers import mostly_in_memory, until
+from tests.helpers import AnyStore, mostly_in_memory, until
 
 
-async def test_model_calls_become_triplets(store):
+async def test_model_calls_become_triplets(store: AnyStore) -> None:
     """Token ids and log-probabilities travel packed and come back without loss, under GenAI names."""
     llm = rs.LLM(endpoint="http://localhost:8000/v1", model="tiny")
     await store.update_resources("policy", {"llm": llm}, policy_version=4)
     logprobs = np.log(np.random.default_rng(0).uniform(size=20_000)).astype(np.float32)
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         ctx.llm(prompt_ids=range(1000), response_ids=np.arange(20_000), logprobs=logprobs, finish_reason="stop")
         ctx.llm(prompt_ids=[2**40], response_ids=[7, 8], logprobs=[-0.1, -1 / 3], model="other", turn=2, prompt="hi")
         ctx.llm(prompt_ids=[1], response_ids=[])
@@ -50,11 +52,11 @@ async def test_model_calls_become_triplets(store):
 
 
 @mostly_in_memory
-async def test_recorded_turns_become_trajectories(store):
+async def test_recorded_turns_become_trajectories(store: AnyStore) -> None:
     """Read back from the store, with the policy version of the claim on each generated token."""
     await store.update_resources("policy", {"p": rs.PromptTemplate(template="x", engine="f-string")}, policy_version=3)
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         ctx.llm(prompt_ids=[1, 2], response_ids=[3], logprobs=[-0.5])
         ctx.llm(prompt_ids=[1, 2, 3, 4], response_ids=[5, 6], logprobs=[-0.25, -1.0])
         return float(task)
@@ -70,10 +72,14 @@ async def test_recorded_turns_become_trajectories(store):
         assert list(one.logprobs) == [0, 0, -0.5, 0, -0.25, -1.0]
 
 
-def test_triplets_keep_attempts_apart_and_read_other_tracers():
+def test_triplets_keep_attempts_apart_and_read_other_tracers() -> None:
     """Each attempt has its own reward; agent-lightning's names are understood."""
 
-    def span(attempt_id, attributes, name="openai.chat.completion"):
+    def span(
+        attempt_id: str,
+        attributes: dict[str, list[int]] | dict[str, int] | dict[str, float],
+        name: str = "openai.chat.completion",
+    ) -> rs.Span:
         return rs.Span.from_attributes(attributes=attributes, rollout_id="ro", attempt_id=attempt_id, name=name)
 
     ids = {"prompt_token_ids": [1, 2], "response_token_ids": [3]}
@@ -96,34 +102,36 @@ def test_triplets_keep_attempts_apart_and_read_other_tracers():
     ],
     ids=str,
 )
-def test_wrong_model_calls_are_refused(wrong):
+def test_wrong_model_calls_are_refused(
+    wrong: dict[str, str] | dict[str, list[float]] | dict[str, int] | dict[str, list[str]],
+) -> None:
     """The error names the value and what was expected."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         ctx.llm(**{"prompt_ids": [1], "response_ids": [1, 2]} | wrong)
 
     with pytest.raises(rs.InvalidValueError, match=next(iter(wrong))):
         rs.run_one(agent, "x")
 
 
-def test_run_one_runs_an_agent_without_a_store():
+def test_run_one_runs_an_agent_without_a_store() -> None:
     """Functions, coroutine functions and classes; spans and reward come back, errors come out as they were raised."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         with ctx.span("think", question=task):
             assert rs.current() is ctx
             ctx.llm(prompt_ids=[1], response_ids=[2])
         return len(ctx.resources["prompt"].template) / 10
 
-    async def async_agent(task, ctx):
+    async def async_agent(task: Any, ctx: rs.Context) -> float:
         await asyncio.sleep(0)
         return agent(task, ctx)
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             self.is_ready = True
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             assert self.is_ready
             return agent(task, ctx)
 
@@ -147,10 +155,10 @@ def test_run_one_runs_an_agent_without_a_store():
         rs.run_one("agent", "x")
 
 
-async def test_run_one_in_a_running_event_loop():
+async def test_run_one_in_a_running_event_loop() -> None:
     """As in a notebook."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         await asyncio.sleep(0)
         return 1.0
 
@@ -158,10 +166,10 @@ async def test_run_one_in_a_running_event_loop():
 
 
 @mostly_in_memory
-async def test_spans_are_flushed_by_bytes(store, tmp_path):
+async def test_spans_are_flushed_by_bytes(store: AnyStore, tmp_path: Path) -> None:
     """64 KiB of spans do not wait for the next flush by time."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         with ctx.span("small"):
             pass
         for _ in range(3):
@@ -174,7 +182,7 @@ async def test_spans_are_flushed_by_bytes(store, tmp_path):
     made = await store.enqueue_rollout("x")
     async with rs.RunnerPool(store, agent, size=1, flush_seconds=1000):
 
-        async def flushed():
+        async def flushed() -> bool:
             return len(await store.query_spans(made.rollout_id)) == 4
 
         await until(flushed)
@@ -186,13 +194,13 @@ async def test_spans_are_flushed_by_bytes(store, tmp_path):
 
 @mostly_in_memory
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_spans_that_end_after_their_rollout_are_kept(store, isolation):
+async def test_spans_that_end_after_their_rollout_are_kept(store: AnyStore, isolation: str) -> None:
     """A thread that the agent left behind ends its span late: it is stored all the same."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> float:
         go_on = threading.Event()
 
-        def background():
+        def background() -> None:
             with ctx.span("late"):
                 go_on.wait()
                 threading.Event().wait(0.3)
@@ -205,17 +213,17 @@ async def test_spans_that_end_after_their_rollout_are_kept(store, isolation):
     async with rs.RunnerPool(store, agent, size=1, isolation=isolation):
         await store.wait_for_rollout(made.rollout_id, timeout=20)
 
-        async def kept():
+        async def kept() -> bool:
             return [s.name for s in await store.query_spans(made.rollout_id)] == ["agentlightning.annotation", "late"]
 
         await until(kept)
     assert (await store.get_rollout_by_id(made.rollout_id)).status == "succeeded"
 
 
-def test_attributes_take_numpy_values():
+def test_attributes_take_numpy_values() -> None:
     """Scalars, arrays and tensors become what OpenTelemetry takes."""
 
-    def agent(task, ctx):
+    def agent(task: Any, ctx: rs.Context) -> None:
         with ctx.span("x", scalar=np.float32(0.5), vector=np.arange(3), flag=np.bool_(True), packed=array("f", [1.0])):
             pass
 

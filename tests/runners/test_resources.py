@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,21 +20,22 @@ import raystore as rs
 from raystore.runner import worker
 from raystore.runner.worker import ResourceCache
 from raystore.types import ObjectResource, PromptTemplate
+from tests.conftest import MakeMemoryStore, MakeRayStore
 from tests.helpers import claim, until
 
 WEIGHTS = 100_000  # numbers of 8 bytes: enough to go to the object store
 
 
-def in_object_store():
+def in_object_store() -> int:
     """How many objects are in Ray's object store."""
     told = memory_summary(address=ray.get_runtime_context().gcs_address, stats_only=True)
     return int(told.partition("Plasma memory usage")[2].partition("MiB, ")[2].split()[0])
 
 
-async def test_superseded_weights_leave_the_object_store(make_ray_store):
+async def test_superseded_weights_leave_the_object_store(make_ray_store: MakeRayStore) -> None:
     """Twelve versions, each used by a pool: in the end the newest alone is anywhere."""
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         return float((await ctx.resources["policy"].aget())[0])
 
     store = make_ray_store()
@@ -47,14 +49,16 @@ async def test_superseded_weights_leave_the_object_store(make_ray_store):
             done = await store.wait_for_rollouts(rollout_ids=made, timeout=30)
             assert [(rollout.status, rollout.reward) for rollout in done] == [("succeeded", float(version))] * 4
 
-        async def only_the_newest():
+        async def only_the_newest() -> bool:
             gc.collect()
             return in_object_store() <= before + 1
 
         await until(only_the_newest)
 
 
-async def test_a_version_stays_in_the_cache_as_long_as_it_is_used(make_memory_store, monkeypatch):
+async def test_a_version_stays_in_the_cache_as_long_as_it_is_used(
+    make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is fetched once for all who use it, goes a moment after the last, and at once if there is a newer one."""
     monkeypatch.setattr(worker, "RESOURCES_IDLE_SECONDS", 0.05)
     store = make_memory_store()
@@ -73,17 +77,17 @@ async def test_a_version_stays_in_the_cache_as_long_as_it_is_used(make_memory_st
     cached.release(third)
     assert len(cached) == 1
 
-    async def is_empty():
+    async def is_empty() -> bool:
         return not len(cached)
 
     await until(is_empty)
 
 
-async def test_nothing_of_a_rollout_is_kept_while_its_runner_waits(make_memory_store):
+async def test_nothing_of_a_rollout_is_kept_while_its_runner_waits(make_memory_store: MakeMemoryStore) -> None:
     """What the agent was given can be collected once it has returned, without a look for cycles."""
     seen = []
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         resource = ctx.resources["p"]
         seen.append(weakref.ref(resource))
         return 1.0
@@ -97,7 +101,7 @@ async def test_nothing_of_a_rollout_is_kept_while_its_runner_waits(make_memory_s
             rollout = await store.enqueue_rollout("x")
             assert (await store.wait_for_rollout(rollout.rollout_id, timeout=10)).status == "succeeded"
 
-            async def is_gone():
+            async def is_gone() -> bool:
                 return seen[0]() is None
 
             await until(is_gone, within=5)
@@ -123,7 +127,7 @@ asyncio.run(main())
 """
 
 
-def test_ray_does_not_warn_of_blocking(cluster, tmp_path):
+def test_ray_does_not_warn_of_blocking(cluster: None, tmp_path: Path) -> None:
     """An agent that is no coroutine has a thread of its own, in which it may wait for its weights."""
     (tmp_path / "agent.py").write_text(BLOCKING)
     root = Path(__file__).parent.parent.parent
@@ -134,7 +138,7 @@ def test_ray_does_not_warn_of_blocking(cluster, tmp_path):
     assert "blocking" not in done.stdout + done.stderr
 
 
-async def test_an_object_can_be_awaited(make_ray_store):
+async def test_an_object_can_be_awaited(make_ray_store: MakeRayStore) -> None:
     """`aget` gives the object of a reference, of a value, and says that there is none in time."""
     store = make_ray_store()
     await store.add_resources({"large": ObjectResource(value=np.ones(WEIGHTS)), "small": ObjectResource(value=[1])})
@@ -143,7 +147,7 @@ async def test_an_object_can_be_awaited(make_ray_store):
     assert await resources["small"].aget() == [1]
 
     @ray.remote(num_cpus=0)
-    def slow():
+    def slow() -> None:
         import time
 
         time.sleep(3)

@@ -5,32 +5,36 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 import raystore as rs
-from tests.helpers import mostly_in_memory, until
+from tests.conftest import MakeMemoryStore, MakeRayStore
+from tests.helpers import AnyStore, mostly_in_memory, until
 
 
-def running(store, *made):
+def running(store: AnyStore | AnyStore, *made: Any) -> Callable[..., Coroutine[Any, Any, bool]]:
     """Whether all of these rollouts are worked on."""
 
-    async def are():
+    async def are() -> bool:
         found = await store.query_rollouts(rollout_ids=[rollout.rollout_id for rollout in made])
         return all(rollout.status == "running" for rollout in found)
 
     return are
 
 
-async def patient(task, ctx):
+async def patient(task: Any, ctx: rs.Context) -> None:
     """Goes on for longer than anybody waits, and listens."""
     with ctx.span("begun"):
         pass
     await asyncio.sleep(100)
 
 
-def blocking(task, ctx):
+def blocking(task: Any, ctx: rs.Context) -> None:
     """The same in a thread of its own."""
     with ctx.span("begun"):
         pass
@@ -39,14 +43,14 @@ def blocking(task, ctx):
     ctx.check()
 
 
-def stubborn(task, ctx):
+def stubborn(task: Any, ctx: rs.Context) -> None:
     """The same, and goes on writing spans, whatever it is told."""
     for _ in range(200):
         with ctx.span("turn"):
             time.sleep(0.05)
 
 
-def deaf(task, ctx):
+def deaf(task: Any, ctx: rs.Context) -> None:
     """The same, and does not listen."""
     with ctx.span("begun"):
         pass
@@ -57,7 +61,9 @@ def deaf(task, ctx):
     ("agent", "isolation"), [(patient, "actor"), (blocking, "actor"), (stubborn, "actor"), (stubborn, "process")]
 )
 @mostly_in_memory
-async def test_a_polite_stop_charges_nobody(store, agent, isolation):
+async def test_a_polite_stop_charges_nobody(
+    store: AnyStore, agent: Callable[..., Coroutine[Any, Any, None]] | Callable[..., None], isolation: str
+) -> None:
     """More often than there are deliveries: each time the rollout waits at its old place, before younger ones."""
     made = await store.enqueue_rollout("long")
     for number in range(4):
@@ -73,7 +79,7 @@ async def test_a_polite_stop_charges_nobody(store, agent, isolation):
     assert (claimed.rollout_id, claimed.attempt.sequence_id) == (made.rollout_id, 5)
 
 
-async def test_an_agent_that_does_not_listen_is_no_loss_either(make_ray_store):
+async def test_an_agent_that_does_not_listen_is_no_loss_either(make_ray_store: MakeRayStore) -> None:
     """Its process is ended with it; what it ran goes back as if it had listened."""
     store = make_ray_store(max_deliveries=1)
     made = await store.enqueue_rollout("long")
@@ -85,11 +91,11 @@ async def test_an_agent_that_does_not_listen_is_no_loss_either(make_ray_store):
     assert (await store.statistics())["suspects"] == 0
 
 
-async def test_a_stop_waits_for_as_long_as_it_is_told_to(make_memory_store):
+async def test_a_stop_waits_for_as_long_as_it_is_told_to(make_memory_store: MakeMemoryStore) -> None:
     """What finishes within `drain_seconds` has finished."""
     store = make_memory_store()
 
-    async def agent(task, ctx):
+    async def agent(task: Any, ctx: rs.Context) -> float:
         await asyncio.sleep(0.3)
         return 1.0
 
@@ -103,7 +109,7 @@ async def test_a_stop_waits_for_as_long_as_it_is_told_to(make_memory_store):
         pool.stop(drain_seconds=-1)
 
 
-async def test_pools_beside_each_other(store):
+async def test_pools_beside_each_other(store: AnyStore) -> None:
     """Their runners are told apart, and one pool's stop is none of the other's."""
     made = [await store.enqueue_rollout("x", queue=queue) for queue in "ab"]
     a = rs.RunnerPool(store, patient, size=2, queues=["a"], flush_seconds=0.05)
@@ -120,7 +126,7 @@ async def test_pools_beside_each_other(store):
         await asyncio.to_thread(b.stop, drain_seconds=0)
 
 
-async def test_a_pool_is_resized(store):
+async def test_a_pool_is_resized(store: AnyStore) -> None:
     """Up: more run at once. Down: those beyond finish, or give back; the others are not touched."""
     made = await store.enqueue_group("x", 3)
     async with rs.RunnerPool(store, patient, size=1, flush_seconds=0.05) as pool:
@@ -142,15 +148,15 @@ async def test_a_pool_is_resized(store):
         pool.resize(2)
 
 
-async def test_a_pool_that_cannot_grow_stays_as_it_was(store, tmp_path):
+async def test_a_pool_that_cannot_grow_stays_as_it_was(store: AnyStore, tmp_path: Path) -> None:
     """The error says why; those who were there go on."""
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             if (tmp_path / "broken").exists():
                 raise ConnectionError("no model server")
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             return 1.0
 
     async with rs.RunnerPool(store, Agent, size=1) as pool:
@@ -163,18 +169,18 @@ async def test_a_pool_that_cannot_grow_stays_as_it_was(store, tmp_path):
         assert (await store.wait_for_rollout(made.rollout_id, timeout=20)).status == "succeeded"
 
 
-async def test_what_did_not_grow_is_not_replaced(make_ray_store, tmp_path):
+async def test_what_did_not_grow_is_not_replaced(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
     """Of two new runners one dies and one never comes up: neither they nor who replaced them stay."""
 
     class Agent:
-        def setup(self):
+        def setup(self) -> None:
             name = ray.get_runtime_context().get_actor_name()
             if name.endswith("-1"):
                 threading.Event().wait(60)
             elif not name.endswith("-0"):
                 raise ConnectionError("no model server")
 
-        def __call__(self, task, ctx):
+        def __call__(self, task: Any, ctx: rs.Context) -> float:
             return 1.0
 
     async with rs.RunnerPool(make_ray_store(), Agent, size=1) as pool:
@@ -184,7 +190,7 @@ async def test_what_did_not_grow_is_not_replaced(make_ray_store, tmp_path):
         assert pool.worker_ids == before
 
 
-async def test_runners_and_stores_have_names_in_the_tools_of_ray(make_ray_store):
+async def test_runners_and_stores_have_names_in_the_tools_of_ray(make_ray_store: MakeRayStore) -> None:
     """By which whoever looks at a cluster finds them."""
     from ray.util import list_named_actors
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import raystore as rs
 from raystore.values import pickler
 
 
-def contents(store):
+def contents(store: rs.InMemoryLightningStore) -> dict[str, Any]:
     return {name: value for rollout in store.sync.query_rollouts() for name, value in rollout.input.items()}
 
 

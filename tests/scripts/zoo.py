@@ -11,6 +11,7 @@ import multiprocessing
 import pickle
 import sys
 import typing
+from typing import Any
 
 import pydantic
 
@@ -22,7 +23,7 @@ class Kind(enum.Enum):
     MATH = 1
     CODE = "code"
 
-    def shout(self):
+    def shout(self) -> str:
         return self.name
 
 
@@ -36,15 +37,15 @@ class Right(enum.Flag):
 
 
 class Base:
-    def __init__(self, number):
+    def __init__(self, number: int) -> None:
         self.number = number
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.number == self.number
 
     __hash__ = None
 
-    def things(self):
+    def things(self) -> Any:
         return Base, helper()
 
 
@@ -74,7 +75,7 @@ T = typing.TypeVar("T")
 
 
 class Box(typing.Generic[T]):
-    def __init__(self, item):
+    def __init__(self, item: int) -> None:
         self.item = item
 
 
@@ -89,16 +90,16 @@ class Holder(pydantic.BaseModel, typing.Generic[T]):
 
 class Abstract(abc.ABC):
     @abc.abstractmethod
-    def own_class(self): ...
+    def own_class(self) -> type[Abstract]: ...
 
 
 class Concrete(Abstract):
-    def own_class(self):
+    def own_class(self) -> type[Concrete]:
         return Concrete
 
 
 class Node:
-    def __init__(self, parent=None):
+    def __init__(self, parent: Node | None = None) -> None:
         self.parent, self.children = parent, []
 
 
@@ -107,7 +108,7 @@ class Trouble(Exception):
 
 
 class Meta(type):
-    def __eq__(cls, other):  # so that its classes cannot be told apart by `==`
+    def __eq__(cls, other: object) -> bool:  # so that its classes cannot be told apart by `==`
         return True
 
     __hash__ = type.__hash__
@@ -117,24 +118,24 @@ class Odd(metaclass=Meta):
     pass
 
 
-def helper():
+def helper() -> Kind:
     return Kind.MATH
 
 
-def noted(function):
+def noted(function: Any) -> Any:
     @functools.wraps(function)
-    def inner(*arguments):
+    def inner(*arguments: Any) -> Any:
         return function(*arguments)
 
     return inner
 
 
 @noted
-def decorated(x):
+def decorated(x: Any) -> Any:
     return Kind.CODE, x
 
 
-def agent(task, ctx):
+def agent(task: Any, ctx: rs.Context) -> float:
     """Knows its tasks by their class; on Ray it also hands on what a task brought."""
     if isinstance(task, dict):
         check(task)
@@ -142,7 +143,7 @@ def agent(task, ctx):
     return float(isinstance(task, dict) or (isinstance(task, Kind) and task is Kind(task.value)))
 
 
-def through_runners():
+def through_runners() -> None:
     """By way of a pool on Ray, with agents in its actors and in processes of their own."""
     with rs.start("zoo") as store:
         for isolation in ("actor", "process"):
@@ -174,7 +175,7 @@ EQUAL = [
 ]
 
 
-def values():
+def values() -> dict[str, Any]:
     """By name."""
     node = Node()
     node.children.append(Node(node))
@@ -190,7 +191,7 @@ def values():
     }  # fmt: skip
 
 
-def check(found):
+def check(found: Any) -> int:
     """That these are values of this very script."""
     for name, expected in values().items():
         if name not in found:
@@ -208,13 +209,13 @@ def check(found):
     return len(found)
 
 
-def in_a_spawned_process(pipe):
+def in_a_spawned_process(pipe: Any) -> None:
     """What came is checked, and the same goes back."""
     check(pickle.loads(pipe.recv_bytes()))
     pipe.send_bytes(pickler.dumps(values()))
 
 
-def contents(store):
+def contents(store: rs.InMemoryLightningStore) -> dict[str, Any]:
     return {name: value for rollout in store.sync.query_rollouts() for name, value in rollout.input.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,7 +169,7 @@ def variants(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS | PROCESS_VERBS | OWN))
-async def test_whatever_the_arguments_are(tmp_path, verb):
+async def test_whatever_the_arguments_are(tmp_path: Path, verb: str) -> None:
     """One wrong argument hurts nobody, its sender included."""
     store, peer, other = Store(tmp_path / "journal"), Peer("peer"), Peer("other")
     made = [request(rollout_id=f"r{n}", group_id="g", tags={"k": 1}) for n in range(4)]
@@ -214,7 +215,7 @@ async def test_whatever_the_arguments_are(tmp_path, verb):
 
 
 @pytest.mark.parametrize("place", range(8))
-async def test_whatever_the_header_is(tmp_path, place):
+async def test_whatever_the_header_is(tmp_path: Path, place: int) -> None:
     """A batch whose header says nonsense is refused by name, and is not executed."""
     store, other = Store(tmp_path / "journal"), Peer("other")
     for wrong in WRONG:

@@ -9,6 +9,8 @@ import logging
 import threading
 import time
 import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,20 +22,21 @@ from raystore.options import StoreConfig
 from raystore.service import clock
 from raystore.service.clock import LoopAlarm, NoAlarm, ThreadAlarm
 from raystore.service.service import Service
+from tests.conftest import MakeMemoryStore
 from tests.helpers import claim, until
 
 
 class Blocked:
     """A parked dequeue of three whose event loop stands still until `go`."""
 
-    def __init__(self, store, timeout):
+    def __init__(self, store: rs.InMemoryLightningStore, timeout: float) -> None:
         self.parked, self.go = threading.Event(), threading.Event()
         self.got, self.seconds = None, 0.0
         self._thread = threading.Thread(target=lambda: asyncio.run(self._work(store, timeout)))
         self._thread.start()
         self.parked.wait()
 
-    async def _work(self, store, timeout):
+    async def _work(self, store: rs.InMemoryLightningStore, timeout: float) -> None:
         started = time.monotonic()
         waiting = asyncio.ensure_future(store.dequeue_many_rollouts(limit=3, timeout=timeout))
         await asyncio.sleep(0.05)
@@ -42,13 +45,15 @@ class Blocked:
         self.got = await waiting
         self.seconds = time.monotonic() - started
 
-    def end(self):
+    def end(self) -> None:
         self.go.set()
         self._thread.join(30)
 
 
 @pytest.mark.parametrize("stolen", [1, 2, 3])
-def test_claims_that_came_too_late_in_part_come_back(make_memory_store, monkeypatch, stolen):
+def test_claims_that_came_too_late_in_part_come_back(
+    make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch, stolen: int
+) -> None:
     """What nobody else has is delivered, and nothing is held by nobody; with nothing left the caller goes on waiting,
     for what is left of its time."""
     monkeypatch.setattr(core_state, "CLAIM_SECONDS", 0.3)
@@ -70,12 +75,14 @@ def test_claims_that_came_too_late_in_part_come_back(make_memory_store, monkeypa
     assert [rollout.status for rollout in finished] == ["succeeded"] * 3
 
 
-async def test_a_handler_of_notices_that_uses_the_store_leaves_a_journal_whole(tmp_path, make_memory_store):
+async def test_a_handler_of_notices_that_uses_the_store_leaves_a_journal_whole(
+    tmp_path: Path, make_memory_store: MakeMemoryStore
+) -> None:
     """Whatever it does becomes a record of its own, behind the change that it was told of."""
     store = make_memory_store(journal=tmp_path / "j", durability="process")
     rollouts = [await claim(store) for _ in range(4)]
 
-    def handler(kind, rollout_id, attempt_id):
+    def handler(kind: Any, rollout_id: str, attempt_id: str) -> None:
         store.sync.update_worker(f"w-{rollout_id}", {"told": kind})
         store.sync.enqueue_rollout("another", rollout_id=f"after-{rollout_id}")
         store.sync.cancel_rollouts([rollout.rollout_id for rollout in rollouts[-2:]])
@@ -88,12 +95,12 @@ async def test_a_handler_of_notices_that_uses_the_store_leaves_a_journal_whole(t
     assert digest(read_run(tmp_path / "j").state) == digest(store._service.state)
 
 
-async def test_handlers_are_called_one_at_a_time_from_all_threads(make_memory_store):
+async def test_handlers_are_called_one_at_a_time_from_all_threads(make_memory_store: MakeMemoryStore) -> None:
     """Changes of several threads, and of the store's own clock: no notice is lost, none comes twice."""
     store = make_memory_store()
     told, busy = [], threading.Lock()
 
-    def handler(kind, rollout_id, attempt_id):
+    def handler(kind: Any, rollout_id: str, attempt_id: str) -> None:
         assert busy.acquire(blocking=False)
         told.append((kind, rollout_id))
         store.sync.update_worker("w", {})
@@ -109,7 +116,7 @@ async def test_handlers_are_called_one_at_a_time_from_all_threads(make_memory_st
     for thread in threads:
         thread.start()
 
-    async def all_told():
+    async def all_told() -> bool:
         return len(told) == 80
 
     await until(all_told)
@@ -118,13 +125,15 @@ async def test_handlers_are_called_one_at_a_time_from_all_threads(make_memory_st
 
 
 @pytest.mark.parametrize("with_journal", [False, True])
-def test_a_store_that_is_not_closed_is_collected(tmp_path, monkeypatch, with_journal):
+def test_a_store_that_is_not_closed_is_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_journal: bool
+) -> None:
     """With its threads, and a journal is let go of, so that another store may go on with it."""
     monkeypatch.setattr(clock, "IDLE_SECONDS", 0.05)
     options = {"journal": tmp_path / "j", "durability": "process"} if with_journal else {}
     before = set(threading.enumerate())
 
-    def use():
+    def use() -> Any:
         store = rs.InMemoryLightningStore(**options)
         store.sync.start_rollout("x", config=rs.RolloutConfig(timeout_seconds=3600))
         store.sync.start_rollout("y", config=rs.RolloutConfig(timeout_seconds=0.01))
@@ -143,12 +152,14 @@ def test_a_store_that_is_not_closed_is_collected(tmp_path, monkeypatch, with_jou
 
 
 @pytest.mark.parametrize("kind", ["thread", "loop"])
-async def test_an_alarm_goes_on_after_an_error_that_nobody_foresaw(monkeypatch, caplog, kind):
+async def test_an_alarm_goes_on_after_an_error_that_nobody_foresaw(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     """It is told with its traceback, and what was due is tried again."""
     monkeypatch.setattr(clock, "AGAIN_SECONDS", 0.05)
     rung = []
 
-    def ring():
+    def ring() -> None:
         rung.append(threading.current_thread().name)
         if len(rung) < 3:
             raise RuntimeError("a bug of ours")
@@ -156,7 +167,7 @@ async def test_an_alarm_goes_on_after_an_error_that_nobody_foresaw(monkeypatch, 
     alarm = ThreadAlarm(ring) if kind == "thread" else LoopAlarm(asyncio.get_running_loop(), ring)
     alarm.set(0.01)
 
-    async def rang():
+    async def rang() -> bool:
         return len(rung) == 3
 
     await until(rang)
@@ -166,13 +177,15 @@ async def test_an_alarm_goes_on_after_an_error_that_nobody_foresaw(monkeypatch, 
     assert len(told) == 2 and all(record.exc_info is not None for record in told)
 
 
-async def test_what_somebody_waits_for_is_named_again_when_the_store_has_let_go_of_it(make_memory_store, monkeypatch):
+async def test_what_somebody_waits_for_is_named_again_when_the_store_has_let_go_of_it(
+    make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More sets than are kept: each caller gets its own, and what is kept stays within its bound."""
     monkeypatch.setattr("raystore.core.changes.WATCHED", 25)
     store = make_memory_store()
     groups = [[await claim(store) for _ in range(10)] for _ in range(6)]
 
-    async def collect(group):
+    async def collect(group: list[rs.AttemptedRollout]) -> list[Any]:
         return [r.rollout_id async for r in store.as_completed([r.rollout_id for r in group], timeout=30)]
 
     tasks = [asyncio.ensure_future(collect(group)) for group in groups]
@@ -185,12 +198,12 @@ async def test_what_somebody_waits_for_is_named_again_when_the_store_has_let_go_
         assert sorted(await task) == sorted(rollout.rollout_id for rollout in group)
 
 
-async def test_sets_of_a_process_that_ended_are_let_go_of():
+async def test_sets_of_a_process_that_ended_are_let_go_of() -> None:
     """And one that is named again takes the place of the one before."""
     service = Service(StoreConfig(), capacity_bytes=2**33, alarm=NoAlarm)
     session = service.open_session("s")
 
-    def call(verb, **arguments):
+    def call(verb: Any, **arguments: Any) -> Any:
         return service.call(session, 1, verb, arguments, lambda ticket, value: True)
 
     made = call("enqueue", requests=[{"input": b"\x01x", "metadata": None}] * 20)
@@ -205,7 +218,7 @@ async def test_sets_of_a_process_that_ended_are_let_go_of():
     assert len(service.state.watched) == 0
 
 
-def seconds_of(service, verb, **arguments):
+def seconds_of(service: Service, verb: str, **arguments: Any) -> Any:
     """How long an operation takes at best."""
     session = service.state.sessions["s"]
     found = []
@@ -216,15 +229,15 @@ def seconds_of(service, verb, **arguments):
     return min(found)
 
 
-def test_what_is_asked_often_does_not_cost_more_with_every_rollout_that_ever_was():
+def test_what_is_asked_often_does_not_cost_more_with_every_rollout_that_ever_was() -> None:
     """Statistics, heartbeats, stories, among finished rollouts with groups, tags and workers of their own."""
     service = Service(StoreConfig(), capacity_bytes=2**33, alarm=NoAlarm)
     session = service.open_session("s")
 
-    def call(verb, **arguments):
+    def call(verb: Any, **arguments: Any) -> Any:
         return service.call(session, 0, verb, arguments, lambda ticket, value: True)
 
-    def measure():
+    def measure() -> dict[str, Any]:
         request = {"input": b"\x01x", "metadata": None, "queue": "last"}
         ((rollout, _),) = call("enqueue", requests=[request])
         ((_, attempt, _),) = call("dequeue", queues=["last"], limit=1, worker_id="w", timeout=0.0)

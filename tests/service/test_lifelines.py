@@ -8,9 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import pytest
 
+from raystore.core.state import Entry
 from raystore.options import StoreConfig
 from raystore.remote import lifelines
 from raystore.remote.lifelines import Cluster, Lifelines, Process, here, is_gone, process_of, this_process
@@ -24,7 +27,7 @@ pytestmark = pytest.mark.skipif(not here(), reason="processes are looked for on 
 
 
 @contextlib.contextmanager
-def child(node="n", job="j", *, is_driver=False):
+def child(node: str = "n", job: str = "j", *, is_driver: bool = False) -> Iterator[Any]:
     """Another process, and who it says it is."""
     started = subprocess.Popen([sys.executable, "-c", SAYING + "sys.stdin.read()"], stdin=-1, stdout=-1)
     machine, pid, since = started.stdout.readline().decode().split()
@@ -35,7 +38,7 @@ def child(node="n", job="j", *, is_driver=False):
         started.communicate()
 
 
-def test_only_what_is_certainly_gone_is_gone():
+def test_only_what_is_certainly_gone_is_gone() -> None:
     """Frozen is there; a zombie is not; an id that is used again is another process."""
     with child() as (started, process):
         assert process.machine == here() and not is_gone(process)
@@ -50,7 +53,7 @@ def test_only_what_is_certainly_gone_is_gone():
     assert not is_gone(this_process())
 
 
-def test_what_is_no_process_is_not_looked_for():
+def test_what_is_no_process_is_not_looked_for() -> None:
     """A peer may say anything."""
     assert process_of(list(this_process())) == this_process()
     for told in (None, [], "process", ["n", "m", "4", 5, "j", False], [1, "m", 4, 5, "j", False], [*this_process(), 1]):
@@ -60,7 +63,7 @@ def test_what_is_no_process_is_not_looked_for():
 class Watched:
     """A service with lifelines, and what Ray says."""
 
-    def __init__(self, nodes, jobs):
+    def __init__(self, nodes: Any, jobs: Any) -> None:
         self.said = Cluster(nodes, jobs)
         self.is_silent = False
         loop = asyncio.get_running_loop()
@@ -69,12 +72,12 @@ class Watched:
         self.lifelines = Lifelines(self.service, self.ask)
         self.lifelines.start()
 
-    def ask(self):
+    def ask(self) -> Cluster:
         if self.is_silent:
             raise ConnectionError("no answer")
         return self.said
 
-    def holding(self, name, process):
+    def holding(self, name: str, process: Any) -> Callable[..., Entry]:
         """A session of a process, with a rollout that it runs."""
         session = self.service.open_session(name, process=list(process))
         self.lifelines.opened(session)
@@ -85,13 +88,13 @@ class Watched:
 
 
 @pytest.fixture
-async def watched(monkeypatch):
+async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., Any]]:
     """Makes watched services, whose looks follow each other quickly."""
     monkeypatch.setattr(lifelines, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(lifelines, "AGAIN_SECONDS", 0.05)
     made = []
 
-    def make(nodes=None, jobs=None):
+    def make(nodes: Any = None, jobs: Any = None) -> Any:
         made.append(Watched({"n": True} if nodes is None else nodes, {"j": False} if jobs is None else jobs))
         return made[-1]
 
@@ -101,16 +104,16 @@ async def watched(monkeypatch):
         one.service.close()
 
 
-async def outcome(entry):
+async def outcome(entry: Any) -> Any:
     """How the attempt ended, once it has."""
 
-    async def ended():
+    async def ended() -> Any:
         return entry().attempts[-1].outcome
 
     return await until(ended)
 
 
-async def test_a_process_of_this_machine_is_looked_for(watched):
+async def test_a_process_of_this_machine_is_looked_for(watched: Callable[..., Any]) -> None:
     """Killed, its session ends and what it ran is lost; its neighbour goes on."""
     store = watched()
     with child() as (_, dead), child() as (_, alive):
@@ -123,7 +126,7 @@ async def test_a_process_of_this_machine_is_looked_for(watched):
 
 
 @pytest.mark.parametrize("is_driver", [False, True])
-async def test_a_process_whose_job_has_ended_was_stopped(watched, is_driver):
+async def test_a_process_whose_job_has_ended_was_stopped(watched: Callable[..., Any], is_driver: bool) -> None:
     """Also if Ray says so a moment later; the driver itself did not stop what it ran: that is lost."""
     store = watched()
     with child(is_driver=is_driver) as (_, process):
@@ -139,7 +142,9 @@ async def test_a_process_whose_job_has_ended_was_stopped(watched, is_driver):
     ({"n": True, "far": False}, "runner_lost"),  # it has ended
     ({"n": True}, "withdrawn"),  # of another cluster, and its jobs with it
 ])  # fmt: skip
-async def test_what_is_elsewhere_is_gone_with_its_node(watched, nodes, expected):
+async def test_what_is_elsewhere_is_gone_with_its_node(
+    watched: Callable[..., Any], nodes: dict[str, bool], expected: str
+) -> None:
     """Its process id says nothing here, be it in use or not."""
     store = watched(nodes=nodes)
     entry = store.holding("far", this_process()._replace(node="far", machine="another", job="j", is_driver=False))
@@ -147,7 +152,9 @@ async def test_what_is_elsewhere_is_gone_with_its_node(watched, nodes, expected)
 
 
 @pytest.mark.parametrize("speaks", [False, True])
-async def test_who_was_there_before_a_restart_speaks_or_is_gone_with_its_job(watched, monkeypatch, speaks):
+async def test_who_was_there_before_a_restart_speaks_or_is_gone_with_its_job(
+    watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, speaks: bool
+) -> None:
     """A process may outlive its job (a detached actor): it speaks to the store that came back."""
     monkeypatch.setattr(lifelines, "MISSED_SECONDS", 0.2)
     store = watched(jobs={"j": True})
@@ -166,7 +173,7 @@ async def test_who_was_there_before_a_restart_speaks_or_is_gone_with_its_job(wat
     again.close()
 
 
-async def test_nobody_is_gone_because_nothing_is_known(watched):
+async def test_nobody_is_gone_because_nothing_is_known(watched: Callable[..., Any]) -> None:
     """Of a machine nobody can look at, a node that lives, a Ray that does not answer, or that knows no node at all."""
     store = watched(nodes={})
     with child() as (_, process):
@@ -187,7 +194,7 @@ async def test_nobody_is_gone_because_nothing_is_known(watched):
     assert await outcome(late) == "runner_lost"
 
 
-async def test_looks_go_on_when_ray_does_not_answer(watched):
+async def test_looks_go_on_when_ray_does_not_answer(watched: Callable[..., Any]) -> None:
     """Who was gone meanwhile is found when it does."""
     store = watched()
     store.is_silent = True
@@ -199,7 +206,7 @@ async def test_looks_go_on_when_ray_does_not_answer(watched):
     assert await outcome(entry) == "runner_lost"
 
 
-async def test_those_that_are_gone_together_get_nothing_of_each_other(watched):
+async def test_those_that_are_gone_together_get_nothing_of_each_other(watched: Callable[..., Any]) -> None:
     """A claim that a dead process was handed goes to no other dead one, but to who lives."""
     store = watched()
     with child() as (_, first), child() as (_, second):
@@ -218,7 +225,7 @@ async def test_those_that_are_gone_together_get_nothing_of_each_other(watched):
     )  # fmt: skip
     entry = store.service.state.entries[made[0][0].rollout_id]
 
-    async def ended():
+    async def ended() -> bool:
         return not store.service.is_live("first") and not store.service.is_live("second")
 
     await until(ended)

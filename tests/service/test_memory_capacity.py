@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 
 from raystore import options
 
 
-def test_capacity_is_capped_by_the_cgroup(tmp_path, monkeypatch):
+def test_capacity_is_capped_by_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container's limit counts, by either cgroup version; "max", nothing, or more than the machine has does not."""
     machine = options.memory_capacity()
     v2, v1 = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
@@ -25,7 +26,9 @@ def test_capacity_is_capped_by_the_cgroup(tmp_path, monkeypatch):
     assert options.memory_capacity(object_store_bytes=100_000) == 400_000
 
 
-def test_capacity_without_psutil(monkeypatch, caplog, tmp_path):
+def test_capacity_without_psutil(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     """8 GiB are assumed, and an error is logged."""
     monkeypatch.setitem(sys.modules, "psutil", None)
     monkeypatch.setattr(options, "CGROUP_LIMIT_FILES", (tmp_path / "none",))
@@ -34,7 +37,7 @@ def test_capacity_without_psutil(monkeypatch, caplog, tmp_path):
     assert "psutil is not installed" in caplog.text
 
 
-def test_capacity_must_be_positive():
+def test_capacity_must_be_positive() -> None:
     """In the reference's words."""
     with pytest.raises(ValueError, match="Detected memory capacity must be positive"):
         options.resolve_thresholds(options.StoreConfig(), 0)

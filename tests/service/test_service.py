@@ -6,6 +6,8 @@ import asyncio
 import logging
 import threading
 import time
+from asyncio import Task
+from typing import Any
 
 import pytest
 
@@ -17,15 +19,16 @@ from raystore.service.clock import Clock, ThreadAlarm
 from raystore.service.parking import Parking
 from raystore.service.service import Service
 from raystore.types import RolloutConfig
+from tests.conftest import MakeMemoryStore
 from tests.helpers import claim, make_span, until
 
 
-def test_several_loops_and_threads_use_one_store(make_memory_store):
+def test_several_loops_and_threads_use_one_store(make_memory_store: MakeMemoryStore) -> None:
     """What the reference's loop-aware lock and threaded wrapper were for: 8 threads, each with loops of its own."""
     store = make_memory_store()
     failures = []
 
-    async def work(number):
+    async def work(number: Any) -> None:
         for i in range(10):
             rollout = await store.enqueue_rollout((number, i))
             claimed = await store.dequeue_rollout(f"w{number}")
@@ -34,7 +37,7 @@ def test_several_loops_and_threads_use_one_store(make_memory_store):
             await store.update_attempt(claimed.rollout_id, "latest", status="succeeded")
             await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=20)
 
-    def thread(number):
+    def thread(number: Any) -> None:
         try:
             for _ in range(3):
                 asyncio.run(work(number))
@@ -51,11 +54,11 @@ def test_several_loops_and_threads_use_one_store(make_memory_store):
     assert (found["rollouts_by_status"], found["total_spans"]) == ({"succeeded": 240}, 1200)
 
 
-def test_no_lock_is_held_across_an_await(make_memory_store):
+def test_no_lock_is_held_across_an_await(make_memory_store: MakeMemoryStore) -> None:
     """Overlapping coroutines of one loop, one of them waiting, do not lock each other out."""
     store = make_memory_store()
 
-    async def main():
+    async def main() -> rs.AttemptedRollout | None:
         waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=20))
         await asyncio.sleep(0)
         await asyncio.to_thread(store.sync.enqueue_rollout, "x")
@@ -64,7 +67,9 @@ def test_no_lock_is_held_across_an_await(make_memory_store):
     assert asyncio.run(main()).input == "x"
 
 
-async def test_work_goes_to_those_who_wait_longest_and_nobody_else_is_tried(make_memory_store, monkeypatch):
+async def test_work_goes_to_those_who_wait_longest_and_nobody_else_is_tried(
+    make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Calls that wait for several queues among them."""
     store, tried, before = make_memory_store(), [], Parking.offer
     wanted = [["a"], ["b"], ["b", "a"], ["c"], ["a", "b"], *[["a"]] * 500]
@@ -79,14 +84,14 @@ async def test_work_goes_to_those_who_wait_longest_and_nobody_else_is_tried(make
         call.cancel()
 
 
-def test_waiters_on_different_loops_are_woken_by_one_change(make_memory_store):
+def test_waiters_on_different_loops_are_woken_by_one_change(make_memory_store: MakeMemoryStore) -> None:
     """A completion in one thread wakes waiting coroutines of others at once."""
     store = make_memory_store()
     rollout = store.sync.enqueue_rollout("x")
     woken = []
 
-    def wait():
-        async def one():
+    def wait() -> None:
+        async def one() -> None:
             await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=20)
             woken.append(time.monotonic())
 
@@ -104,7 +109,7 @@ def test_waiters_on_different_loops_are_woken_by_one_change(make_memory_store):
     assert max(woken) - finished < 1.0
 
 
-async def test_attempts_time_out_although_nobody_calls(make_memory_store):
+async def test_attempts_time_out_although_nobody_calls(make_memory_store: MakeMemoryStore) -> None:
     """The store's own timer settles an attempt: the waiter makes no call while it waits."""
     store = make_memory_store()
     rollout = await claim(store, timeout_seconds=0.2)
@@ -115,7 +120,9 @@ async def test_attempts_time_out_although_nobody_calls(make_memory_store):
     assert (await store.get_latest_attempt(silent.rollout_id)).status == "unresponsive"
 
 
-async def test_a_jump_of_the_wall_clock_changes_nothing_but_stamps(make_memory_store, monkeypatch):
+async def test_a_jump_of_the_wall_clock_changes_nothing_but_stamps(
+    make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An hour forward or back: nothing times out, nothing lives longer, time goes on."""
     store = make_memory_store()
     rollout = await claim(store, timeout_seconds=1.0)
@@ -128,7 +135,7 @@ async def test_a_jump_of_the_wall_clock_changes_nothing_but_stamps(make_memory_s
     assert 0.9 < finished.end_time - rollout.attempt.start_time < 5
 
 
-def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch):
+def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that was stopped (SIGSTOP, frozen machine) finds its deadlines moved by as long, and says so."""
     moment = [1000.0]
     monkeypatch.setattr(Clock, "now", lambda self: moment[0])
@@ -136,20 +143,20 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch):
     class Silent:
         """An alarm that does not ring by itself: the process is stopped."""
 
-        def __init__(self, ring):
+        def __init__(self, ring: Any) -> None:
             alarms.append(ring)
 
-        def set(self, seconds):
+        def set(self, seconds: float | None) -> None:
             self.seconds = seconds
 
-        def close(self):
+        def close(self) -> None:
             self.seconds = None
 
     alarms = []
     service = Service(StoreConfig(), capacity_bytes=10**9, alarm=Silent)
     session = service.open_session("a", eternal=True)
 
-    def call(verb, **arguments):
+    def call(verb: str, **arguments: Any) -> Any:
         return service.call(session, 0, verb, arguments, lambda ticket, value: False)
 
     request = {"input": b"\x01\xc0", "metadata": None, "config": [10.0, None, 1, []]}
@@ -165,12 +172,14 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch):
     assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "failed"
 
 
-async def test_a_failing_core_takes_no_more_writes(make_memory_store, monkeypatch, caplog):
+async def test_a_failing_core_takes_no_more_writes(
+    make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """An unexpected exception inside the core: reads go on, writes raise with story and traceback."""
     with rs.InMemoryLightningStore() as store:
         rollout = await store.enqueue_rollout("x")
 
-        def broken(state, step, *, rollout_id, changes):
+        def broken(state: Any, step: Any, *, rollout_id: str, changes: Any) -> None:
             raise ZeroDivisionError("a bug")
 
         monkeypatch.setitem(VERBS, "update_rollout", Verb(broken))
@@ -185,7 +194,7 @@ async def test_a_failing_core_takes_no_more_writes(make_memory_store, monkeypatc
         assert (await store.get_rollout_by_id(rollout.rollout_id)).status == "queuing"
 
 
-async def test_close_answers_those_who_wait(make_memory_store):
+async def test_close_answers_those_who_wait(make_memory_store: MakeMemoryStore) -> None:
     """Waiting calls are answered with what there is; later ones raise."""
     store = make_memory_store()
     rollout = await store.enqueue_rollout("x")
@@ -198,13 +207,13 @@ async def test_close_answers_those_who_wait(make_memory_store):
         await store.enqueue_rollout("y")
 
 
-async def test_a_blocked_loop_and_its_claim(make_memory_store):
+async def test_a_blocked_loop_and_its_claim(make_memory_store: MakeMemoryStore) -> None:
     """A claim handed to a loop that is blocked for too long goes to another; the blocked caller gets the next one."""
     store = make_memory_store()
     got = []
 
-    def run():
-        async def block():
+    def run() -> None:
+        async def block() -> None:
             waiting = asyncio.ensure_future(store.dequeue_rollout(timeout=30))
             await asyncio.sleep(0.1)
             time.sleep(6.5)  # noqa: ASYNC251 - the answer comes meanwhile
@@ -223,11 +232,11 @@ async def test_a_blocked_loop_and_its_claim(make_memory_store):
     assert [r.rollout_id for r in got] == [second.rollout_id]
 
 
-async def test_a_closed_loop_and_its_claim(make_memory_store):
+async def test_a_closed_loop_and_its_claim(make_memory_store: MakeMemoryStore) -> None:
     """Work for a loop that has ended goes to the next who waits."""
     store = make_memory_store()
 
-    def run():
+    def run() -> Task:
         loop = asyncio.new_event_loop()
         task = loop.create_task(store.dequeue_rollout(timeout=30))
         loop.run_until_complete(asyncio.sleep(0.05))
@@ -240,7 +249,9 @@ async def test_a_closed_loop_and_its_claim(make_memory_store):
     abandoned.get_coro().close()
 
 
-async def test_eviction_is_logged_and_unread_rollouts_warn(make_memory_store, caplog):
+async def test_eviction_is_logged_and_unread_rollouts_warn(
+    make_memory_store: MakeMemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """One line for each pass with counts, bytes and duration; a WARNING if nobody had read what goes."""
     store = make_memory_store(eviction_memory_threshold=3, safe_memory_threshold=1, span_size_estimator=lambda span: 1)
     with caplog.at_level(logging.INFO, "raystore.store"):
@@ -253,7 +264,9 @@ async def test_eviction_is_logged_and_unread_rollouts_warn(make_memory_store, ca
     assert "Evicted 3 spans (3 bytes) of 3 rollouts in" in records[0].getMessage()
 
 
-async def test_many_ids_that_hold_objects_warn_once(make_memory_store, caplog):
+async def test_many_ids_that_hold_objects_warn_once(
+    make_memory_store: MakeMemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """More than 16 ids with objects are likely a leak; the warning names what to use instead."""
     store = make_memory_store()
     with caplog.at_level(logging.WARNING, "raystore.store"):
@@ -263,7 +276,7 @@ async def test_many_ids_that_hold_objects_warn_once(make_memory_store, caplog):
     assert "update_resources" in record.getMessage() and "keep_resources" in record.getMessage()
 
 
-def test_the_alarm_rings_once_and_can_be_moved():
+def test_the_alarm_rings_once_and_can_be_moved() -> None:
     """Later or earlier than first said; not after it is closed."""
     rung = threading.Event()
     alarm = ThreadAlarm(rung.set)
@@ -279,7 +292,7 @@ def test_the_alarm_rings_once_and_can_be_moved():
     assert not rung.wait(0.5)
 
 
-async def test_a_due_timer_costs_nothing_when_nothing_is_due(make_memory_store):
+async def test_a_due_timer_costs_nothing_when_nothing_is_due(make_memory_store: MakeMemoryStore) -> None:
     """Deadlines that moved later are met once, not again and again."""
     store = make_memory_store()
     rollout = await claim(store, unresponsive_seconds=0.5)
@@ -289,14 +302,14 @@ async def test_a_due_timer_costs_nothing_when_nothing_is_due(make_memory_store):
     assert (await store.get_rollout_by_id(rollout.rollout_id)).status == "running"
     assert (await store.statistics())["deadline_fires"] == 0
 
-    async def silent():
+    async def silent() -> bool:
         return (await store.get_latest_attempt(rollout.rollout_id)).status == "unresponsive"
 
     await until(silent)
     assert (await store.statistics())["deadline_fires"] == 1
 
 
-async def test_advance_is_sliced(make_memory_store, monkeypatch):
+async def test_advance_is_sliced(make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many deadlines at once are worked off in slices, by the timer, although nobody calls."""
     monkeypatch.setattr(expiry, "SLICE", 10)
     store = make_memory_store()
@@ -306,7 +319,7 @@ async def test_advance_is_sliced(make_memory_store, monkeypatch):
     assert {r.status for r in finished} == {"failed"}
 
 
-async def test_eviction_goes_on_in_slices(make_memory_store, monkeypatch):
+async def test_eviction_goes_on_in_slices(make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that frees much is cut, so that nobody waits for all of it; it goes on although nobody calls."""
     monkeypatch.setattr("raystore.core.eviction.SLICE_SPANS", 5)
     store = make_memory_store(eviction_memory_threshold=400_000, safe_memory_threshold=100_000)
@@ -319,7 +332,7 @@ async def test_eviction_goes_on_in_slices(make_memory_store, monkeypatch):
             break
     assert before == 5 and (await store.statistics())["eviction_passes"] == 0
 
-    async def is_over():
+    async def is_over() -> bool:
         return store._service.state.eviction_passes == 1
 
     await until(is_over)
@@ -327,7 +340,7 @@ async def test_eviction_goes_on_in_slices(make_memory_store, monkeypatch):
     assert found["accounted_bytes"] <= 100_000 and found["evicted_spans"] > 20
 
 
-async def test_the_alarm_is_set_for_a_deadline_that_returns(make_memory_store):
+async def test_the_alarm_is_set_for_a_deadline_that_returns(make_memory_store: MakeMemoryStore) -> None:
     """A deadline that lost its meaning and got it back is met although nobody calls."""
     store = make_memory_store()
     rollout = await store.start_rollout("task", config=RolloutConfig(timeout_seconds=0.5))
@@ -341,7 +354,9 @@ async def test_the_alarm_is_set_for_a_deadline_that_returns(make_memory_store):
     assert time.monotonic() - started < 10
 
 
-async def test_slices_of_an_eviction_spare_what_is_written(make_memory_store, monkeypatch):
+async def test_slices_of_an_eviction_spare_what_is_written(
+    make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also the slices that come later, from the alarm: the rollout being written goes last."""
     monkeypatch.setattr("raystore.core.eviction.SLICE_SPANS", 5)
     store = make_memory_store(eviction_memory_threshold=400_000, safe_memory_threshold=300_000)
@@ -353,7 +368,7 @@ async def test_slices_of_an_eviction_spare_what_is_written(make_memory_store, mo
         if store._service.state.eviction_pass is not None:
             break
 
-    async def is_over():
+    async def is_over() -> bool:
         return store._service.state.eviction_passes == 1
 
     await until(is_over)

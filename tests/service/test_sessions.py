@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from raystore.errors import OutcomeUnknownError, StoreOverloadedError
 from raystore.remote import session
 from raystore.wire import frames
 from raystore.wire.codec import encode
+from tests.conftest import MakeMemoryStore
 from tests.helpers import until
 from tests.service.near import NearStore
 
@@ -21,7 +24,7 @@ DEQUEUE = {"queues": ["default"], "limit": 1, "worker_id": None}
 
 
 @pytest.fixture
-def near(monkeypatch):
+def near(monkeypatch: pytest.MonkeyPatch) -> Iterator[NearStore]:
     """A store in this process."""
     monkeypatch.setattr(session, "ray_connection", lambda: ("here", "me"))
     store = NearStore()
@@ -29,7 +32,9 @@ def near(monkeypatch):
     store.close()
 
 
-async def test_a_session_that_was_refused_is_served_once_there_is_room(near, monkeypatch):
+async def test_a_session_that_was_refused_is_served_once_there_is_room(
+    near: NearStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error says so: each call asks the store again, and those that nobody refused are served."""
     monkeypatch.setattr(bounds, "SESSIONS", 1)
     first, second = near.connect(), near.connect()
@@ -44,11 +49,11 @@ async def test_a_session_that_was_refused_is_served_once_there_is_room(near, mon
 
 
 @pytest.mark.parametrize("verb", ["exchange", "listen"])
-async def test_an_answer_that_cannot_be_read_is_asked_for_again(near, verb):
+async def test_an_answer_that_cannot_be_read_is_asked_for_again(near: NearStore, verb: str) -> None:
     """It is as if none had come: the batch is sent again and has its effect once, the listen call is parked again."""
     spoilt = []
 
-    def spoil(name, answer):
+    def spoil(name: Any, answer: Any) -> Any:
         if name != verb or len(spoilt) == 2:
             return answer
         spoilt.append(name)
@@ -63,10 +68,10 @@ async def test_an_answer_that_cannot_be_read_is_asked_for_again(near, verb):
     assert len(spoilt) == 2 and (await peer.call("statistics", {}))["total_attempts"] == 1
 
 
-async def test_an_answer_that_makes_no_sense_is_told(near):
+async def test_an_answer_that_makes_no_sense_is_told(near: NearStore) -> None:
     """Its callers learn that nobody knows, and the session goes on."""
 
-    def spoil(name, answer):
+    def spoil(name: Any, answer: Any) -> bytes | tuple[bytes, list[Any]]:
         near.spoil = lambda name, answer: answer
         return frames.pack_answer(near.service.epoch, frames.DONE, [], [], [], (1, False))
 
@@ -77,21 +82,21 @@ async def test_an_answer_that_makes_no_sense_is_told(near):
     assert (await peer.call("statistics", {}))["total_rollouts"] == 1
 
 
-async def _true(value):
+async def _true(value: bool | int) -> bool | int:
     return value
 
 
 @pytest.mark.parametrize("taken", [1, 3])
-async def test_claims_that_came_too_late_are_asked_for_again(make_memory_store, taken):
+async def test_claims_that_came_too_late_are_asked_for_again(make_memory_store: MakeMemoryStore, taken: int) -> None:
     """Its loop was blocked until they were withdrawn: it gets those nobody else took, or waits for its time's rest."""
     store = make_memory_store(clock="manual")
     go, got = threading.Event(), []
 
-    async def waits():
+    async def waits() -> int:
         return (await store.statistics())["waiters"]
 
-    def work():
-        async def main():
+    def work() -> None:
+        async def main() -> None:
             waiting = asyncio.ensure_future(store.dequeue_many_rollouts(limit=3, timeout=30))
             await asyncio.sleep(0)  # it is parked from here on, and nothing can reach it
             go.wait()

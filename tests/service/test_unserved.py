@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+import raystore as rs
 from raystore.service.pools import UNSERVED_SECONDS
+from tests.conftest import MakeMemoryStore
 from tests.helpers import until
 from tests.service.near import NearStore
 from tests.service.test_sessions import DEQUEUE, ENQUEUE
 
 
 @pytest.fixture
-def store(make_memory_store):
+def store(make_memory_store: MakeMemoryStore) -> rs.InMemoryLightningStore:
     return make_memory_store(clock="manual")
 
 
-def named(caplog):
+def named(caplog: Any) -> list[Any]:
     """What was said of queues."""
     messages = [record.getMessage() for record in caplog.records]
     return [message for message in messages if message.startswith("Rollouts wait in queue ")]
 
 
-async def test_it_is_named_once_with_the_nearest_name(store, caplog):
+async def test_it_is_named_once_with_the_nearest_name(
+    store: rs.InMemoryLightningStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also in `statistics` and in the story of a rollout; not before its time."""
     await store.dequeue_rollout(queues=["default", "math"])
     made = await store.enqueue_rollout("x", queue="maht")
@@ -38,7 +45,9 @@ async def test_it_is_named_once_with_the_nearest_name(store, caplog):
     assert len(named(caplog)) == 1
 
 
-async def test_one_that_is_served_or_empty_is_not(store, caplog):
+async def test_one_that_is_served_or_empty_is_not(
+    store: rs.InMemoryLightningStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """Whatever else waits, and however long."""
     await store.enqueue_rollout("x")
     emptied = await store.enqueue_rollout("x", queue="emptied")
@@ -51,7 +60,9 @@ async def test_one_that_is_served_or_empty_is_not(store, caplog):
     assert named(caplog) == [] and (await store.statistics())["unserved_queues"] == {}
 
 
-async def test_each_of_several_is_named_when_its_time_has_come(store, caplog):
+async def test_each_of_several_is_named_when_its_time_has_come(
+    store: rs.InMemoryLightningStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """And where nobody serves anything, that is said."""
     await store.enqueue_rollout("x", queue="first")
     await store.testing.tick(10, sessions=True)
@@ -63,7 +74,9 @@ async def test_each_of_several_is_named_when_its_time_has_come(store, caplog):
     assert len(named(caplog)) == 2 and "'second'" in named(caplog)[1]
 
 
-async def test_one_whose_server_has_ended_is_named(caplog, monkeypatch):
+async def test_one_whose_server_has_ended_is_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the timer, without another call."""
     monkeypatch.setattr("raystore.service.pools.UNSERVED_SECONDS", 0.3)
     near = NearStore()
@@ -74,7 +87,7 @@ async def test_one_whose_server_has_ended_is_named(caplog, monkeypatch):
         assert await runner.call("dequeue", DEQUEUE)
         near.service.end_session(near.service.state.sessions[runner.session_id], why="it has ended")
 
-        async def is_named():
+        async def is_named() -> bool:
             return bool(named(caplog))
 
         await until(is_named, within=20)
@@ -83,7 +96,9 @@ async def test_one_whose_server_has_ended_is_named(caplog, monkeypatch):
         near.close()
 
 
-async def test_a_journal_whose_queue_nobody_serves(make_memory_store, tmp_path, caplog):
+async def test_a_journal_whose_queue_nobody_serves(
+    make_memory_store: MakeMemoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is noticed after a restart as well."""
     first = make_memory_store(journal=tmp_path / "j", clock="manual")
     await first.enqueue_rollout("x", queue="left")

@@ -6,8 +6,10 @@ import json
 import logging
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,7 +25,7 @@ CALLING = Turn([1, 2], [9], [-1.0], "chatcmpl-0", "tool_calls", MESSAGES[:2], CA
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch, caplog):
+def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
     """A process that has been told nothing yet; what it is told."""
     monkeypatch.setattr(calls, "_warned", set())
     caplog.set_level(logging.INFO, "raystore")
@@ -32,7 +34,7 @@ def told(monkeypatch, caplog):
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("turn", [TURN, CALLING], ids=["text", "tool call"])
-def test_every_dialect_tells_the_same(dialect, turn, told):
+def test_every_dialect_tells_the_same(dialect: str, turn: Turn, told: Any) -> None:
     """Token ids, log-probabilities, messages and tool calls come out in one form, from one record."""
     (call,) = rs.model_calls(DIALECTS[dialect](turn))
     assert (call.prompt_ids, call.response_ids) == (array("i", turn.prompt_ids), array("i", turn.response_ids))
@@ -47,7 +49,7 @@ def test_every_dialect_tells_the_same(dialect, turn, told):
 @pytest.mark.parametrize(
     ("outer", "inner"), [*combinations(DIALECTS, 2), *combinations(reversed(DIALECTS), 2)], ids=str
 )
-def test_a_call_under_two_instrumentations_is_one(outer, inner):
+def test_a_call_under_two_instrumentations_is_one(outer: Any, inner: Any) -> None:
     """Beside each other or within each other, also where only one of them knows the response id."""
     for is_nested in (False, True):
         first, second = DIALECTS[outer](TURN), DIALECTS[inner](TURN)
@@ -58,7 +60,7 @@ def test_a_call_under_two_instrumentations_is_one(outer, inner):
         assert call.messages == MESSAGES and call.logprobs == array("f", [-0.5, -0.25])
 
 
-def test_two_calls_stay_two():
+def test_two_calls_stay_two() -> None:
     """Whatever else is the same: the tokens, the id of a server that gives all answers one, the span around them."""
     other = Turn([1, 2, 3], [4, 6], [-0.5, -0.25])  # sampled again, by a server whose ids do not tell
     for one in DIALECTS.values():
@@ -73,7 +75,7 @@ def test_two_calls_stay_two():
         assert len(rs.model_calls([*within, around])) == 2
 
 
-def test_calls_come_in_the_order_given():
+def test_calls_come_in_the_order_given() -> None:
     """Attempts may be mixed, and one of several spans counts by its first."""
     turns = [Turn([n], [n], response_id=f"r{n}") for n in range(4)]
     outer, inner = DIALECTS["litellm"](turns[0])
@@ -84,7 +86,7 @@ def test_calls_come_in_the_order_given():
     assert rs.triplets([]) == [] and rs.model_calls(iter(spans))[0].response_id == "r0"
 
 
-def test_messages_as_events():
+def test_messages_as_events() -> None:
     """OpenTelemetry's forms before messages were attributes: an event each, or one with all of them."""
     events = [
         rs.Event(name="gen_ai.system.message", attributes={"content": "be good"}),
@@ -108,10 +110,10 @@ def test_messages_as_events():
     assert (call.messages, call.answer) == (MESSAGES, [TURN.answer])
 
 
-def test_messages_in_their_other_forms():
+def test_messages_in_their_other_forms() -> None:
     """Instructions apart, thoughts, pictures, several choices, texts that look like JSON, and none at all."""
 
-    def read(**attributes):
+    def read(**attributes: Any) -> rs.ModelCall:
         return rs.model_calls([span("chat", {"gen_ai.operation.name": "chat"} | attributes)])[0]
 
     told = {"gen_ai.system_instructions": '[{"type": "text", "content": "be good"}]', "gen_ai.input.messages": "1+1?"}
@@ -141,7 +143,7 @@ def test_messages_in_their_other_forms():
     assert (nothing.messages, nothing.answer, nothing.model, nothing.finish_reason) == ([], [], None, None)
 
 
-def test_reading_changes_no_span():
+def test_reading_changes_no_span() -> None:
     """What is opened on the way stays out of the span, also where an attribute is a mapping."""
     body = {"choices": "[{'token_ids': [4]}]", "prompt_token_ids": [1]}
     made = span("x", {"openinference.span.kind": "LLM", "output.value": body})
@@ -150,7 +152,7 @@ def test_reading_changes_no_span():
     assert made.model_dump_json() == before
 
 
-def test_roles_are_the_names_of_the_agents_around():
+def test_roles_are_the_names_of_the_agents_around() -> None:
     """The nearest agent span says the role, in every dialect of agents; other spans in between do not."""
     named = [
         ({"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": "critic"}, "agent"),
@@ -180,7 +182,7 @@ def test_roles_are_the_names_of_the_agents_around():
     assert rs.model_calls([call, *loop])[0].role is None
 
 
-def test_what_is_no_model_call():
+def test_what_is_no_model_call() -> None:
     """Embeddings, tools, agents and functions of one's own, whatever their attributes hold."""
     for name, attributes in (
         ("embed", {"gen_ai.operation.name": "embeddings"}),
@@ -219,7 +221,7 @@ NO_REWARDS = {
 
 
 @pytest.mark.parametrize("form", REWARDS)
-async def test_rewards_of_every_dialect(form):
+async def test_rewards_of_every_dialect(form: str) -> None:
     """They are found, and lifted to the rollout, by the same rule."""
     name, attributes = REWARDS[form]
     assert rs.find_final_reward([span(name, attributes), span("later", {})]) == 0.5
@@ -232,7 +234,7 @@ async def test_rewards_of_every_dialect(form):
 
 
 @pytest.mark.parametrize("form", NO_REWARDS)
-def test_what_is_no_reward(form):
+def test_what_is_no_reward(form: str) -> None:
     """An earlier reward stands."""
     name, attributes = NO_REWARDS[form]
     assert rs.find_final_reward([span(name, attributes)]) is None
@@ -254,7 +256,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("form", ODD)
-def test_an_odd_span_is_named_and_passed_over(form, told):
+def test_an_odd_span_is_named_and_passed_over(form: str, told: Any) -> None:
     """The others of the batch are there."""
     good = DIALECTS["genai"](TURN)
     (odd,) = DIALECTS["genai"](Turn([7], [8], [-1.0], "odd"), rollout_id="ro-odd")
@@ -268,7 +270,9 @@ def test_an_odd_span_is_named_and_passed_over(form, told):
 
 
 @pytest.mark.parametrize("odd", [[-0.5], [-0.5, float("nan")], [-0.5, None], "nonsense", "[{]", [{}, {}]], ids=str)
-def test_odd_log_probabilities_are_named_and_left_out(odd, told):
+def test_odd_log_probabilities_are_named_and_left_out(
+    odd: list[float] | list[float | None] | str | list[dict[Any, Any]], told: Any
+) -> None:
     """The tokens are good, and are not lost."""
     (made,) = DIALECTS["genai"](TURN)
     made.attributes["gen_ai.output.logprobs"] = odd
@@ -277,7 +281,7 @@ def test_odd_log_probabilities_are_named_and_left_out(odd, told):
     assert made.span_id in told.records[0].message and "gen_ai.output.logprobs" in told.records[0].message
 
 
-def test_many_odd_spans_are_one_line(told):
+def test_many_odd_spans_are_one_line(told: Any) -> None:
     """Which names the first three, and counts the rest."""
     odd = [span("chat", {"response_token_ids": "abc"}) for _ in range(10)]
     assert rs.triplets(odd) == []
@@ -285,7 +289,7 @@ def test_many_odd_spans_are_one_line(told):
     assert odd[2].span_id in record.message and odd[3].span_id not in record.message and "7 more" in record.message
 
 
-def test_texts_that_only_seem_to_be_lists(told):
+def test_texts_that_only_seem_to_be_lists(told: Any) -> None:
     """Deep, broken and hostile texts are read as texts."""
     for text in ("[" * 100_000, "{" * 1000, "[" + "1" * 10_000 + "]", "{'a': __import__('os')}", "[1, 2", "{}", "[]"):
         made = span("x", {"openinference.span.kind": "LLM", "output.value": text, "input.value": text})
@@ -320,7 +324,7 @@ ANYTHING = st.dictionaries(st.sampled_from(PLACES), VALUES | VALUES.map(str) | V
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(ANYTHING, ANYTHING, st.sampled_from(["chat", "raw_gen_ai_request"]))
-def test_whatever_stands_there_the_rest_is_read(attributes, said, name):
+def test_whatever_stands_there_the_rest_is_read(attributes: Any, said: Any, name: Any) -> None:
     """Any value at any place, and in any event."""
     odd = span(name, {"gen_ai.operation.name": "chat"} | attributes, attempt_id="odd")
     for event in (*semconv.MESSAGE_EVENTS, *semconv.DETAIL_EVENTS, semconv.CHOICE_EVENT):
@@ -334,7 +338,9 @@ def test_whatever_stands_there_the_rest_is_read(attributes, said, name):
 
 
 @pytest.mark.parametrize("reading", [rs.triplets, rs.trajectories])
-def test_calls_without_token_ids_are_told_once_with_the_remedy(reading, told):
+def test_calls_without_token_ids_are_told_once_with_the_remedy(
+    reading: Callable[..., list[rs.Triplet]] | Callable[..., list[rs.Trajectory]], told: Any
+) -> None:
     """And those without log-probabilities, apart; a call that failed has nothing to train on."""
     bare = span("chat m", {"gen_ai.operation.name": "chat", "gen_ai.usage.output_tokens": 5})
     failed = bare.model_copy(update={"status": rs.TraceStatus(status_code="ERROR"), "span_id": "f"})
@@ -357,11 +363,11 @@ def test_calls_without_token_ids_are_told_once_with_the_remedy(reading, told):
 
 @pytest.mark.parametrize("outer", DIALECTS)
 @pytest.mark.parametrize("inner", DIALECTS)
-def test_calls_that_lack_something_are_known_as_their_spans_end(inner, outer):
+def test_calls_that_lack_something_are_known_as_their_spans_end(inner: str, outer: str) -> None:
     """As many as are found when all is read, also where several spans tell of one call, with another in between."""
     bare = Turn([1], [2], None, "chatcmpl-2")
 
-    def within(spans, above):
+    def within(spans: list[rs.Span], above: rs.Span) -> list[Any]:
         return [one.model_copy(update={"parent_id": above.span_id}) if one.parent_id is None else one for one in spans]
 
     between = span("http", {})
@@ -381,12 +387,14 @@ def test_calls_that_lack_something_are_known_as_their_spans_end(inner, outer):
         assert counts.take() == expected
 
 
-def _depth(one, by_id):
+def _depth(one: Any, by_id: Any) -> Any:
     return 0 if one.parent_id not in by_id else 1 + _depth(by_id[one.parent_id], by_id)
 
 
 @pytest.mark.parametrize("reading", [rs.triplets, rs.trajectories, rs.model_calls])
-def test_what_is_no_span_is_refused(reading):
+def test_what_is_no_span_is_refused(
+    reading: Callable[..., list[rs.Triplet]] | Callable[..., list[rs.Trajectory]] | Callable[..., list[rs.ModelCall]],
+) -> None:
     """With what to do about the answer of `query_many_spans`, which is likely."""
     with pytest.raises(rs.InvalidValueError, match=r"spans=.*found.values\(\)"):
         reading({"ro": DIALECTS["genai"](TURN)})
@@ -397,13 +405,15 @@ def test_what_is_no_span_is_refused(reading):
         reading([*DIALECTS["genai"](TURN), "text"])
 
 
-def test_asking_for_messages_alone_tells_nothing(told):
+def test_asking_for_messages_alone_tells_nothing(told: Any) -> None:
     """Whoever reads what was said needs no token ids."""
     (call,) = rs.model_calls([span("chat", {"llm.request.type": "chat"} | indexed(TURN))])
     assert call.messages == MESSAGES and call.prompt_ids is None and told.records == []
 
 
-async def test_a_span_that_cannot_be_decoded_fails_nothing(told, tmp_path, monkeypatch):
+async def test_a_span_that_cannot_be_decoded_fails_nothing(
+    told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its class is missing here: it is named, and the rest of the batch is read."""
     (tmp_path / "gone_for_good.py").write_text("class Value(str):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -425,7 +435,7 @@ async def test_a_span_that_cannot_be_decoded_fails_nothing(told, tmp_path, monke
     assert odd.span_id in told.text
 
 
-def test_the_docs_name_every_place():
+def test_the_docs_name_every_place() -> None:
     """`docs/spans.md` is the table for people."""
     docs = (Path(__file__).parents[2] / "docs" / "spans.md").read_text()
     places = {place for fact in ("prompt_ids", "response_ids", "logprobs") for place in semconv.PLACES[fact]}

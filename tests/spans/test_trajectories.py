@@ -6,6 +6,7 @@ import subprocess
 import sys
 from array import array
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +15,17 @@ import raystore as rs
 from tests.spans.written import DIALECTS, Turn, span
 
 
-def turn(prompt, response, number=1, **more):
+def turn(prompt: Any, response: list[int] | list[Any], number: int | str = 1, **more: Any) -> Turn:
     """A turn with a log-probability for each token, told apart by its number."""
     return Turn(list(prompt), list(response), [-token / 4 for token in response], f"chatcmpl-{number}", **more)
 
 
-def read(*turns, dialect="genai", **ids):
+def read(*turns: Any, dialect: str = "genai", **ids: Any) -> list[rs.Trajectory]:
     """The trajectories of these turns."""
     return rs.trajectories([made for one in turns for made in DIALECTS[dialect](one, **ids)])
 
 
-def test_turns_become_one_sequence():
+def test_turns_become_one_sequence() -> None:
     """Prompt, answer, what a tool said, answer: generated tokens are marked, with their log-probabilities."""
     first, second, third = turn([1, 2], [3, 4]), turn([1, 2, 3, 4, 5, 6], [7], 2), turn([1, 2, 3, 4, 5, 6, 7], [8], 3)
     reward = span("agentlightning.reward", {"reward": 0.5})
@@ -38,7 +39,7 @@ def test_turns_become_one_sequence():
     assert repr(found) == "<Trajectory in ro: 3 turns, 8 tokens, 4 generated, reward 0.5>" and len(found) == 8
 
 
-def test_each_token_knows_its_policy_version():
+def test_each_token_knows_its_policy_version() -> None:
     """Also if the weights changed between two turns; one turn without log-probabilities leaves the whole without."""
     spans = [*DIALECTS["genai"](turn([1], [2])), *DIALECTS["genai"](turn([1, 2, 3], [4, 5], 2))]
     for version, made in enumerate(spans, 7):
@@ -61,7 +62,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("how", PARTS)
-def test_what_does_not_continue_begins_anew_and_says_why(how):
+def test_what_does_not_continue_begins_anew_and_says_why(how: str) -> None:
     """Its prompt is context, so that no generated token is trained on twice."""
     prompt, reason, token = PARTS[how]
     first, second = read(turn([1, 2], [3, 4]), turn(prompt, [8], 2))
@@ -71,14 +72,14 @@ def test_what_does_not_continue_begins_anew_and_says_why(how):
     assert f"token {token}" in str(second.split) and first.span_ids[0] in str(second.split)
 
 
-def test_a_branch_after_an_answer():
+def test_a_branch_after_an_answer() -> None:
     """Two continuations of one answer: the first goes on, the second says that it branches, not that it drifted."""
     first, second = read(turn([1], [2]), turn([1, 2, 3], [4], 2), turn([1, 2, 5], [6], 3))
     assert (list(first.token_ids), list(second.token_ids)) == ([1, 2, 3, 4], [1, 2, 5, 6])
     assert list(second.loss_mask) == [0, 0, 0, 1] and second.split.reason == "branch" and second.split.token == 2
 
 
-def test_interleaved_conversations_are_told_apart_by_their_tokens():
+def test_interleaved_conversations_are_told_apart_by_their_tokens() -> None:
     """Each turn finds the sequence that it continues, the longest one, in whatever order they come."""
     a, b = [1, 1], [2, 2]
     found = read(
@@ -89,7 +90,7 @@ def test_interleaved_conversations_are_told_apart_by_their_tokens():
     assert [len(t.turns) for t in found] == [3, 2, 2]
 
 
-def test_agents_have_sequences_of_their_own():
+def test_agents_have_sequences_of_their_own() -> None:
     """Roles tell policies apart, also where one agent's prompt continues another's."""
     spans = []
     for role, one in (
@@ -108,7 +109,7 @@ def test_agents_have_sequences_of_their_own():
     assert "of planner in ro" in repr(found[0])
 
 
-def test_attempts_and_rollouts_never_join():
+def test_attempts_and_rollouts_never_join() -> None:
     """Each has the reward of its own."""
     spans = []
     for number, ids in enumerate(
@@ -123,7 +124,7 @@ def test_attempts_and_rollouts_never_join():
     ]  # fmt: skip
 
 
-def test_ids_beyond_32_bits_and_empty_answers():
+def test_ids_beyond_32_bits_and_empty_answers() -> None:
     """Token ids of any size continue each other; an empty answer is a turn with nothing to learn."""
     (found,) = read(turn([1, 2**40], [3]), turn([1, 2**40, 3], [2**41], 2))
     assert found.token_ids == array("q", [1, 2**40, 3, 2**41])
@@ -131,7 +132,7 @@ def test_ids_beyond_32_bits_and_empty_answers():
     assert found.turns == ((1, 1), (1, 2), (3, 4)) and list(found.loss_mask) == [0, 1, 0, 1]
 
 
-def test_an_odd_turn_leaves_the_rest_in_place(caplog):
+def test_an_odd_turn_leaves_the_rest_in_place(caplog: pytest.LogCaptureFixture) -> None:
     """The turn after it takes its answer for context."""
     spans = [DIALECTS["genai"](t)[0] for t in (turn([1], [2]), turn([1, 2, 3], [4], 2), turn([1, 2, 3, 4, 5], [6], 3))]
     spans[1].attributes["gen_ai.output.token_ids"] = "abc"
@@ -143,7 +144,7 @@ def test_an_odd_turn_leaves_the_rest_in_place(caplog):
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def group(dialect):
+def group(dialect: str) -> list[Any]:
     """A GRPO group: four rollouts of one prompt, of several turns each, with a sub-agent, drift and a reward."""
     spans = []
     for member in range(4):
@@ -161,7 +162,7 @@ def group(dialect):
     return spans
 
 
-def test_a_group_in_any_dialect_is_the_same_batch():
+def test_a_group_in_any_dialect_is_the_same_batch() -> None:
     """Tokens, masks, log-probabilities and rewards, of seven dialects, two of which trace each call twice."""
     batches = {dialect: rs.collate(rs.trajectories(group(dialect)), pad_id=0) for dialect in DIALECTS}
     first = batches.pop("llm")
@@ -177,7 +178,7 @@ def test_a_group_in_any_dialect_is_the_same_batch():
     assert set(map(tuple, reasons.values())) == {(None, "other", "drift") * 4}
 
 
-def test_shapes_of_a_batch():
+def test_shapes_of_a_batch() -> None:
     """As documented: padding at the right, nan for what is not known."""
     long, short = read(turn([1, 2], [3]), turn([1, 2, 3, 4], [5], 2), turn([9], [9], 3))
     short = replace(short, logprobs=None, reward=1.0, policy_versions=array("q", [-1, 6]))
@@ -199,7 +200,9 @@ def test_shapes_of_a_batch():
 
 
 @pytest.mark.parametrize("wrong", [{"pad_id": None}, {"pad_id": True}, {"pad_id": 1.5}, {"pad_id": "0"}], ids=str)
-def test_a_wrong_pad_id_is_refused(wrong):
+def test_a_wrong_pad_id_is_refused(
+    wrong: dict[str, None] | dict[str, bool] | dict[str, float] | dict[str, str],
+) -> None:
     """By name, and so are rows that are no trajectories."""
     with pytest.raises(rs.InvalidValueError, match="pad_id="):
         rs.collate([], **wrong)
@@ -209,7 +212,7 @@ def test_a_wrong_pad_id_is_refused(wrong):
         rs.collate(rs.triplets(DIALECTS["genai"](turn([1], [2]))), pad_id=0)
 
 
-def test_without_numpy_collate_says_what_to_install():
+def test_without_numpy_collate_says_what_to_install() -> None:
     """And the rest works without it."""
     code = """
 import sys

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ LIBRARIES = {
 }
 
 
-def run(directory, *command):
+def run(directory: Path, *command: Any) -> list[list[rs.Span]]:
     """Lists in JSON that a new interpreter prints; AgentOps leaves a log where it runs."""
     done = subprocess.run(
         [sys.executable, *command], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=400
@@ -44,7 +45,7 @@ def run(directory, *command):
     return [[rs.Span.model_validate(span) for span in spans] for spans in found]
 
 
-def traced(directory, *libraries):
+def traced(directory: Path, *libraries: Any) -> list[rs.Span]:
     """The spans of one conversation."""
     for library in libraries:
         pytest.importorskip(LIBRARIES[library][0], exc_type=ImportError)
@@ -53,7 +54,7 @@ def traced(directory, *libraries):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_conversation_is_read_whole(library, tmp_path):
+def test_a_conversation_is_read_whole(library: str, tmp_path: Path) -> None:
     """Messages and tool calls of each turn; and the tokens as one sequence, where the tracer keeps them."""
     spans = traced(tmp_path, library)
     calls = rs.model_calls(spans)
@@ -72,14 +73,14 @@ def test_a_conversation_is_read_whole(library, tmp_path):
 
 
 @pytest.mark.parametrize("libraries", [*combinations(("openllmetry", "openinference", "opentelemetry"), 2)], ids=str)
-def test_two_libraries_at_once_trace_each_call_once(libraries, tmp_path):
+def test_two_libraries_at_once_trace_each_call_once(libraries: Any, tmp_path: Path) -> None:
     """The one span encloses the other."""
     spans = traced(tmp_path, *libraries)
     assert len(spans) == 4 and len(rs.model_calls(spans)) == 2
     assert len(rs.triplets(spans)) == (2 if "openinference" in libraries else 0)
 
 
-def test_the_reward_of_the_decorator(tmp_path):
+def test_the_reward_of_the_decorator(tmp_path: Path) -> None:
     """As AgentOps keeps it, and of agent-lightning's emitter, through agent-lightning's tracer."""
     pytest.importorskip("agentlightning", exc_type=ImportError)
     code = """
