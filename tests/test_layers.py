@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,25 +38,16 @@ LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 PURE = {"asyncio", "logging", "msgpack", "psutil", "pydantic", "random", "ray", "threading", "time"}
 
 
-def modules() -> Iterator[Any]:
+def modules() -> Iterator[tuple[str, Path]]:
     """Every module with its dotted name below the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         yield name.removesuffix(".__init__"), path
 
 
-def imports(path: Any) -> Iterator[str]:
-    """Modules that a file imports, at the top or inside functions; not those for type checkers only."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports: at the top, inside functions, or for type checkers only."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -72,7 +62,7 @@ def is_module(dotted: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").exists()
 
 
-def level_of(name: Any) -> int | None:
+def level_of(name: str) -> int | None:
     """The layer of a module, by its longest known prefix."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
@@ -98,6 +88,19 @@ def test_imports_go_downwards_only() -> None:
             if below is not None and level_of(name) is not None and below > level_of(name):
                 upward.append(f"{name} -> {imported}")
     assert upward == []
+
+
+def test_no_imports_in_circles() -> None:
+    """Each module has a floor of its own: what it imports, also for type checkers only, stands on lower floors."""
+    waiting = {
+        name: {i.removeprefix("raystore.") for i in imports(path) if i.startswith("raystore.")} - {name}
+        for name, path in modules()
+        if name != "__init__"  # the front door, which imports by name when asked
+    }
+    while floor := {name for name, imported in waiting.items() if not imported & waiting.keys()}:
+        for name in floor:
+            del waiting[name]
+    assert waiting == {}, "these import each other"
 
 
 def test_the_core_is_pure() -> None:
