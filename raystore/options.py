@@ -210,11 +210,13 @@ def _retention(name: str, value: Any) -> dict[str, Any]:
     rule = rule if isinstance(rule, dict) else {"max_age_seconds": rule}
     if not rule or rule.keys() - {"max_age_seconds", "max_rollouts"}:
         raise InvalidValueError(name, value, expected)
-    chosen = {key: number(name, item, expected) for key, item in rule.items() if item is not None}
-    if chosen.get("max_age_seconds", 0) < 0:
-        raise InvalidValueError(name, value, expected)
-    if "max_rollouts" in chosen:
-        whole(name, chosen["max_rollouts"], at_least=0)
+    chosen: dict[str, Any] = {}
+    if (age := rule.get("max_age_seconds")) is not None:
+        chosen["max_age_seconds"] = number(name, age, expected)
+        if chosen["max_age_seconds"] < 0:
+            raise InvalidValueError(name, value, expected)
+    if (count := rule.get("max_rollouts")) is not None:
+        chosen["max_rollouts"] = whole(name, count, at_least=0)
     return chosen
 
 
