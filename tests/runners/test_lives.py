@@ -584,6 +584,7 @@ def test_ctrl_c_reaches_an_agent_that_is_tried_alone() -> None:
     """It is cancelled where it waits, closed, and the interrupt comes out."""
     code = """
 import asyncio, os, signal, threading, raystore as rs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Agent:
     async def __call__(self, task, ctx):
         threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
