@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -25,6 +25,13 @@ QUICK_HEALTH_CHECKS = {
 
 
 AnyStore = rs.InMemoryLightningStore | rs.RayLightningStore
+Answer = TypeVar("Answer")
+
+
+def present(answer: Answer | None) -> Answer:
+    """An answer of the store that must not be None."""
+    assert answer is not None
+    return answer
 
 
 def make_span(rollout: Any, sequence_id: int = 1, *, attempt_id: str | None = None, **more: Any) -> Span:

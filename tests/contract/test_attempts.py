@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import raystore as rs
-from tests.helpers import AnyStore, claim, make_span, status_of
+from tests.helpers import AnyStore, claim, make_span, present, status_of
 
-RETRY = {"max_attempts": 3, "retry_condition": ["failed", "timeout", "unresponsive"]}
+RETRY: dict[str, Any] = {"max_attempts": 3, "retry_condition": ["failed", "timeout", "unresponsive"]}
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ RETRY = {"max_attempts": 3, "retry_condition": ["failed", "timeout", "unresponsi
         ("unresponsive", "failed"),
     ],
 )
-async def test_rollout_follows_its_latest_attempt(store: AnyStore, status: str, expected: str) -> None:
+async def test_rollout_follows_its_latest_attempt(store: AnyStore, status: rs.AttemptStatus, expected: str) -> None:
     """Without a retry condition a failure of any kind fails the rollout."""
     rollout = await claim(store)
     await store.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status=status)
@@ -29,7 +31,7 @@ async def test_rollout_follows_its_latest_attempt(store: AnyStore, status: str, 
 
 
 @pytest.mark.parametrize("status", ["failed", "timeout", "unresponsive"])
-async def test_retry_until_max_attempts(store: AnyStore, status: str) -> None:
+async def test_retry_until_max_attempts(store: AnyStore, status: rs.AttemptStatus) -> None:
     """A status in the retry condition queues the rollout until the attempts are used up."""
     rollout = await claim(store, **RETRY)
     for _ in range(2):
@@ -56,7 +58,7 @@ async def test_end_times(store: AnyStore) -> None:
     attempt = await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
     ended = await store.get_rollout_by_id(rollout.rollout_id)
     assert attempt.end_time == rollout.attempt.start_time + 3
-    assert ended.end_time >= attempt.end_time
+    assert present(ended.end_time) >= present(attempt.end_time)
     other = await claim(store)
     assert (await store.update_attempt(other.rollout_id, "latest", status="timeout")).end_time is None
 
@@ -87,10 +89,10 @@ async def test_errors_of_update_attempt(store: AnyStore) -> None:
     with pytest.raises(rs.AttemptNotFoundError, match="Attempt at-nope not found for rollout"):
         await store.update_attempt(waiting.rollout_id, "at-nope", status="running")
     with pytest.raises(rs.InvalidValueError):
-        await store.update_attempt(waiting.rollout_id, "latest", status="queuing", metadata={"x": 1})
+        await store.update_attempt(waiting.rollout_id, "latest", status="queuing", metadata={"x": 1})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="last_heartbeat_time"):
         await store.update_attempt(waiting.rollout_id, "latest", last_heartbeat_time=float("nan"))
-    assert (await store.get_latest_attempt(waiting.rollout_id)).metadata is None
+    assert present(await store.get_latest_attempt(waiting.rollout_id)).metadata is None
 
 
 async def test_errors_of_start_attempt(store: AnyStore) -> None:
@@ -148,7 +150,7 @@ async def test_query_attempts(store: AnyStore) -> None:
     page = await store.query_attempts(rollout.rollout_id, sort_order="desc", limit=2)
     assert ([a.sequence_id for a in page], page.total) == ([4, 3], 4)
     assert await store.query_attempts("nope") == []
-    assert (await store.get_latest_attempt(rollout.rollout_id)).sequence_id == 4
+    assert present(await store.get_latest_attempt(rollout.rollout_id)).sequence_id == 4
     assert await store.get_latest_attempt("nope") is None
 
 
@@ -180,8 +182,9 @@ async def test_an_error_of_any_length_is_kept_in_part(store: AnyStore, length: i
     rollout = await claim(store)
     error = "Traceback\n" + "x" * length + "\nValueError: in the end"
     attempt = await store.finish_attempt(rollout.rollout_id, rollout.attempt.attempt_id, [], "failed", error=error)
+    assert attempt.error is not None
     assert attempt.error.startswith("Traceback") and attempt.error.endswith("ValueError: in the end")
     assert len(attempt.error) == len(error) if length == 100 else 60_000 < len(attempt.error) <= 65_536
-    assert (await store.get_latest_attempt(rollout.rollout_id)).error == attempt.error
+    assert present(await store.get_latest_attempt(rollout.rollout_id)).error == attempt.error
     before = (await store.statistics())["accounted_bytes"]
     assert before > len(attempt.error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -46,7 +46,7 @@ async def test_bulk_enqueue_is_validated_as_a_whole(store: AnyStore) -> None:
     """One bad request refuses all of them."""
     good = EnqueueRolloutRequest(input=1)
     with pytest.raises(InvalidValueError):
-        await store.enqueue_many_rollouts([good, "bad"])
+        await store.enqueue_many_rollouts([good, "bad"])  # type: ignore[list-item]  # wrong on purpose
     with pytest.raises(ValueError, match="rollout_id='twice'"):
         await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=i, rollout_id="twice") for i in range(2)])
     with pytest.raises(ValueError, match="n=0"):
@@ -71,22 +71,22 @@ async def test_config_refuses(store: AnyStore, bad: dict[str, float] | dict[str,
 async def test_unknown_retry_condition(store: AnyStore) -> None:
     """Only attempt statuses can be retried."""
     with pytest.raises(InvalidValueError, match="retry_condition"):
-        await store.enqueue_rollout("x", config={"retry_condition": ["queuing"]})
+        await store.enqueue_rollout("x", config={"retry_condition": ["queuing"]})  # type: ignore[arg-type]
 
 
 async def test_requests_refuse_fields_that_do_not_exist(store: AnyStore) -> None:
     """A misspelt field would otherwise be dropped in silence."""
     with pytest.raises(ValidationError, match="moode"):
-        EnqueueRolloutRequest(input=1, moode="train")
+        EnqueueRolloutRequest(input=1, moode="train")  # type: ignore[call-arg]  # wrong on purpose
 
 
 async def test_rollouts_are_no_ids(store: AnyStore) -> None:
     """The likeliest mistake gets a hint."""
     rollout = await store.enqueue_rollout("x")
     with pytest.raises(ValueError, match="pass its rollout_id"):
-        await store.wait_for_rollouts(rollout_ids=[rollout], timeout=0)
+        await store.wait_for_rollouts(rollout_ids=[rollout], timeout=0)  # type: ignore[list-item]
     with pytest.raises(InvalidValueError):
-        await store.update_resources("m", 5)
+        await store.update_resources("m", 5)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ValueError, match="at least one name of a queue"):
         await store.dequeue_rollout(queues=[])
 
@@ -130,7 +130,7 @@ async def test_capabilities(store: AnyStore) -> None:
 
 async def test_statistics(store: AnyStore) -> None:
     """Counts, and an uptime that grows."""
-    first = await store.statistics()
+    first: Mapping[str, Any] = await store.statistics()
     assert first["name"] == type(store).__name__
     assert [first[f"total_{what}"] for what in ("rollouts", "attempts", "spans", "resources", "workers")] == [0] * 5
     assert (await store.statistics())["uptime"] > first["uptime"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from tests.helpers import AnyStore, claim, make_span
+from tests.helpers import AnyStore, claim, make_span, present
 
 SIZE = 1000
 
@@ -126,7 +126,7 @@ async def test_pause_hands_out_no_work_until_memory_is_free(make_store: Callable
     task = asyncio.ensure_future(store.dequeue_rollout(timeout=60))
     await asyncio.sleep(0)
     await store.delete_rollouts([r.rollout_id for r in made[:3]])
-    assert (await task).rollout_id == waiting.rollout_id
+    assert present(await task).rollout_id == waiting.rollout_id
     assert not await is_evicted(store, made[4])
 
 
@@ -282,7 +282,7 @@ async def test_what_no_consumer_awaits_goes_first_and_in_its_order(make_store: C
     )  # fmt: skip
     made = {}
     for name in ("awaited", "consumed", "held", "running", "unread", "read", "released", "filler"):
-        mode = "train" if name in ("awaited", "consumed", "held") else "val"
+        mode: rs.RolloutMode = "train" if name in ("awaited", "consumed", "held") else "val"
         made[name] = await store.start_rollout(name, mode)
         await add(store, made[name])
         await store.testing.tick(1)

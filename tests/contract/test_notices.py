@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.helpers import AnyStore, claim, until
+from tests.helpers import AnyStore, claim, present, until
 
 
 async def test_a_handler_may_use_the_store(store: AnyStore) -> None:
@@ -31,7 +31,7 @@ async def test_a_handler_may_use_the_store(store: AnyStore) -> None:
     await until(all_told)
     stop()
     assert told == [("cancelled", number) for number in range(6)]
-    assert (await store.get_worker_by_id("w")).heartbeat_stats == {"told": 5}
+    assert present(await store.get_worker_by_id("w")).heartbeat_stats == {"told": 5}
     assert {r.status for r in await store.query_rollouts()} == {"cancelled"}
     await store.check()
 

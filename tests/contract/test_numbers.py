@@ -60,13 +60,13 @@ class Colour(str, enum.Enum):  # noqa: UP042 - its text is not its value, other 
     RED = "red"
 
 
-SCALARS = [
+SCALARS: list[tuple[Any, Any]] = [
     (np.int64(3), 3), (np.uint8(3), 3), (np.int32(-3), -3), (np.float64(0.1), 0.1), (np.float32(0.5), 0.5),
     (np.float16(0.25), 0.25), (np.longdouble(0.5), 0.5), (np.bool_(True), True), (np.bool_(False), False),
     (np.array(3), 3), (np.array(0.5, "float32"), 0.5), (Tensor(0.5), 0.5), (Tensor(3, "int64"), 3), (Bare(0.5), 0.5),
     (np.str_("a"), "a"), (Level.HIGH, 3), (Colour.RED, "red"), (3, 3), (True, True), (0.1, 0.1),
 ]  # fmt: skip
-NESTED = [
+NESTED: list[tuple[Any, Any]] = [
     (None, None), (b"\xff", b"\xff"),
     (np.arange(3), [0, 1, 2]), (np.ones((2, 2), "float32"), [[1.0, 1.0], [1.0, 1.0]]), (Tensor([0.5, 1]), [0.5, 1.0]),
     (Bare([0.5]), [0.5]),
@@ -78,7 +78,7 @@ NESTED = [
 ]  # fmt: skip
 ENDLESS: list[object] = []
 ENDLESS.append(ENDLESS)
-REFUSED = [
+REFUSED: list[Any] = [
     Decimal("0.5"), fractions.Fraction(1, 2), 1j, np.complex64(1), np.datetime64("2026-01-01"), np.datetime64(3, "ns"),
     np.timedelta64(3, "ns"), np.longdouble("0.1"), np.zeros(2, [("a", "i4")]), datetime.date(2026, 1, 1), Path("x"),
     {1}, object(), [1, [object()]], {"a": {"b": Decimal(1)}}, lambda: 1, ENDLESS,
@@ -118,7 +118,7 @@ def through_opentelemetry(value: Any) -> list[Any]:
     """An attribute of a span of OpenTelemetry, past what its SDK checks."""
     from opentelemetry.sdk.trace import TracerProvider
 
-    span = TracerProvider().get_tracer("t").start_span("s")
+    span: Any = TracerProvider().get_tracer("t").start_span("s")
     span.end()
     span._attributes = {"x": value}
     return [rs.Span.from_opentelemetry(span, "r", "a", 1).attributes["x"]]
@@ -145,7 +145,7 @@ def test_attributes_without_a_plain_form_are_refused_by_name(way: Callable[..., 
 
 def test_attributes_are_copies() -> None:
     """What the caller does to its list later changes no span."""
-    given = {"list": [1], "nested": {"a": [1]}}
+    given: dict[str, Any] = {"list": [1], "nested": {"a": [1]}}
     span = rs.Span.from_attributes(attributes=given)
     given["list"].append(2)
     given["nested"]["a"].append(2)
@@ -158,7 +158,8 @@ async def test_a_span_that_was_changed_after_it_was_made(store: AnyStore) -> Non
     span = rs.Span.from_attributes(
         attributes={}, rollout_id=started.rollout_id, attempt_id=started.attempt.attempt_id, sequence_id=1
     )
-    span.attributes |= {"n": np.float32(0.5), "list": [np.int64(1), 2.5], "when": datetime.date(2026, 1, 1)}
+    more: dict[str, Any] = {"n": np.float32(0.5), "list": [np.int64(1), 2.5], "when": datetime.date(2026, 1, 1)}
+    span.attributes |= more
     span.events.append(rs.types.Event(name="e", attributes={"n": np.arange(2)}))
     await store.add_span(span)
     (stored,) = await store.query_spans(started.rollout_id)
@@ -187,7 +188,7 @@ async def test_tags_without_a_plain_form_are_refused_by_name(store: AnyStore) ->
             rs.EnqueueRolloutRequest(input="x", tags={"t": value})
 
 
-REWARDS = [
+REWARDS: list[tuple[Any, float]] = [
     (np.float32(0.5), 0.5), (np.int64(1), 1.0), (np.bool_(True), 1.0), (True, 1.0), (False, 0.0), (3, 3.0),
     (np.array([0.5]), 0.5), (np.array(0.5), 0.5), (Tensor(0.5), 0.5), (Tensor([0.5]), 0.5), (Level.HIGH, 3.0),
     (Bare(True), 1.0), (np.longdouble(0.5), 0.5),
@@ -216,7 +217,7 @@ def test_rewards(way: Callable[..., Any]) -> None:
     """A bool is a reward, and so is the one number of an array; in a span, where it is kept as a list, it is none."""
     for value, reward in REWARDS:
         run = way(value)
-        expected = None if way is as_a_span and getattr(value, "ndim", 0) else reward
+        expected = None if way is as_a_span and getattr(value, "ndim", 0) > 0 else reward
         assert same(run.reward, expected) and same(rs.find_final_reward(run.spans), expected), value
 
 
@@ -234,7 +235,7 @@ WHOLE = [np.int64(1), np.uint8(1), np.array(1), Tensor(1, "int64"), Level.HIGH]
 NOT_WHOLE = [True, np.bool_(True), 1.0, np.float64(1.0), "1", Decimal(1), None, [1], np.array([1, 2]), 1j]
 
 
-def places_for_whole_numbers(store: AnyStore) -> Callable[..., Any]:
+def places_for_whole_numbers(store: AnyStore) -> dict[str, Callable[[Any], Any]]:
     """Every argument that is a whole number, as a call."""
     return {
         "limit of dequeue": lambda n: store.dequeue_many_rollouts(limit=n),
@@ -269,7 +270,8 @@ async def test_whole_numbers_as_arguments(store: AnyStore) -> None:
 
 async def test_seconds_as_arguments(store: AnyStore) -> None:
     """Durations and times too."""
-    for value in (np.float32(0), np.int64(0), np.array(0.0), Tensor(0.0), 0):
+    seconds: list[Any] = [np.float32(0), np.int64(0), np.array(0.0), Tensor(0.0), 0]
+    for value in seconds:
         assert await store.dequeue_rollout(timeout=value) is None
         assert await store.wait_for_rollouts(rollout_ids=[], timeout=value) == []
         assert (await store.completed(timeout=value)).items == []
@@ -279,7 +281,8 @@ async def test_seconds_as_arguments(store: AnyStore) -> None:
         started = await store.start_rollout("x")
         ids = started.rollout_id, started.attempt.attempt_id
         assert same((await store.update_attempt(*ids, last_heartbeat_time=value)).last_heartbeat_time, 0.0)
-    for value in (True, np.bool_(True), "1", Decimal(1), float("nan"), np.float64("nan"), [1.0]):
+    no_seconds: list[Any] = [True, np.bool_(True), "1", Decimal(1), float("nan"), np.float64("nan"), [1.0]]
+    for value in no_seconds:
         with pytest.raises(rs.InvalidValueError, match="timeout"):
             await store.dequeue_rollout(timeout=value)
         with pytest.raises(rs.InvalidValueError, match="timeout"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import raystore as rs
 from raystore.types import LLM, AttemptedRollout, ObjectResource, PromptTemplate, ProxyLLM
-from tests.helpers import AnyStore, claim
+from tests.helpers import AnyStore, claim, present
 
 PROMPT = PromptTemplate(template="hi {x}", engine="f-string")
 
@@ -20,7 +21,7 @@ async def test_add_resources_becomes_latest(store: AnyStore) -> None:
     assert (first.version, first.policy_version, first.resources) == (1, 3, {"p": PROMPT})
     assert first.create_time == first.update_time
     second = await store.add_resources({})
-    assert (await store.get_latest_resources()).resources_id == second.resources_id
+    assert present(await store.get_latest_resources()).resources_id == second.resources_id
     assert await store.get_resources_by_id(first.resources_id) == first
 
 
@@ -58,23 +59,25 @@ async def test_query_resources(store: AnyStore) -> None:
 
 async def test_resources_of_every_kind_round_trip(store: AnyStore) -> None:
     """The union is validated and comes back with its classes."""
-    resources = {
+    resources: rs.NamedResources = {
         "llm": LLM(endpoint="http://x/v1", model="m", sampling_parameters={"t": 1}),
         "proxy": ProxyLLM(endpoint="http://x/v1", model="m"),
         "prompt": PROMPT,
         "weights": ObjectResource(value={"w": (1.0, 2.0)}),
     }
     await store.add_resources(resources)
-    found = (await store.get_latest_resources()).resources
+    found = present(await store.get_latest_resources()).resources
     assert found == resources and [type(r) for r in found.values()] == [type(r) for r in resources.values()]
+    assert isinstance(found["weights"], ObjectResource) and isinstance(found["prompt"], PromptTemplate)
     assert found["weights"].get() == {"w": (1.0, 2.0)}
     assert found["prompt"].format(x="you") == "hi you"
     rollout = await claim(store)
     assert type(rollout) is AttemptedRollout
+    assert isinstance(found["proxy"], ProxyLLM)
     url = found["proxy"].with_attempted_rollout(rollout).get_base_url()
     assert url == f"http://x/rollout/{rollout.rollout_id}/attempt/{rollout.attempt.attempt_id}/v1"
     with pytest.raises(rs.InvalidValueError):
-        await store.add_resources({"x": 5})
+        await store.add_resources({"x": 5})  # type: ignore[dict-item]  # wrong on purpose
     assert (await store.statistics())["total_resources"] == 1
 
 
@@ -83,7 +86,7 @@ async def test_version_and_policy_are_stamped_at_the_claim(store: AnyStore) -> N
     await store.update_resources("w", {}, policy_version=1)
     await store.enqueue_rollout("x")
     await store.update_resources("w", {}, policy_version=2)
-    claimed = await store.dequeue_rollout()
+    claimed = present(await store.dequeue_rollout())
     assert (claimed.resources_id, claimed.attempt.resources_version, claimed.attempt.policy_version) == ("w", 2, 2)
     unknown = await store.start_rollout("x", resources_id="nope")
     assert unknown.attempt.resources_version is None
@@ -94,7 +97,7 @@ async def test_a_lower_policy_version_is_noted(store: AnyStore) -> None:
     await store.update_resources("w", {}, policy_version=5)
     await store.update_resources("w", {}, policy_version=4)
     page = await store.changes(kinds=["resources"])
-    assert [change.detail.get("lower_than") for change in page.items] == [None, 5]
+    assert [present(change.detail).get("lower_than") for change in page.items] == [None, 5]
 
 
 async def test_old_versions_go_unless_somebody_uses_them(store: AnyStore) -> None:
@@ -103,11 +106,18 @@ async def test_old_versions_go_unless_somebody_uses_them(store: AnyStore) -> Non
     rollout = await claim(store)
     for _ in range(10):
         await store.update_resources("w", {})
-    assert (await store.get_resources_by_id("w", version=1)).resources == {"p": PROMPT}
+    assert present(await store.get_resources_by_id("w", version=1)).resources == {"p": PROMPT}
     assert await store.get_resources_by_id("w", version=2) is None
     assert await store.get_resources_by_id("w", version=4) is not None
     await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
     assert await store.get_resources_by_id("w", version=1) is None
+
+
+def object_of(update: rs.ResourcesUpdate | None) -> Any:
+    """The value of the object resource "o"."""
+    resource = present(update).resources["o"]
+    assert isinstance(resource, ObjectResource)
+    return resource.get()
 
 
 async def test_superseded_object_is_freed_once_nobody_uses_it(store: AnyStore) -> None:
@@ -115,11 +125,11 @@ async def test_superseded_object_is_freed_once_nobody_uses_it(store: AnyStore) -
     await store.update_resources("w", {"o": ObjectResource(value=[1])})
     rollout = await claim(store)
     await store.update_resources("w", {"o": ObjectResource(value=[2])})
-    assert (await store.get_resources_by_id("w", version=1)).resources["o"].get() == [1]
+    assert object_of(await store.get_resources_by_id("w", version=1)) == [1]
     await store.update_attempt(rollout.rollout_id, "latest", status="failed")
     with pytest.raises(rs.PayloadLostError, match="w version 1 is lost: version 2 replaced it"):
         await store.get_resources_by_id("w", version=1)
-    assert (await store.get_resources_by_id("w")).resources["o"].get() == [2]
+    assert object_of(await store.get_resources_by_id("w")) == [2]
 
 
 async def test_keep_resources(make_store: Callable[..., AnyStore]) -> None:
@@ -141,7 +151,7 @@ async def test_delete_resources(store: AnyStore) -> None:
     second = await store.add_resources({})
     await store.delete_resources(second.resources_id)
     assert await store.get_resources_by_id(second.resources_id) is None
-    assert (await store.get_latest_resources()).resources_id == first.resources_id
+    assert present(await store.get_latest_resources()).resources_id == first.resources_id
 
 
 async def test_arguments_are_taken_by_value(store: AnyStore) -> None:
@@ -149,4 +159,5 @@ async def test_arguments_are_taken_by_value(store: AnyStore) -> None:
     prompt = PromptTemplate(template="a", engine="f-string")
     await store.add_resources({"p": prompt})
     prompt.template = "b"
-    assert (await store.get_latest_resources()).resources["p"].template == "a"
+    published = present(await store.get_latest_resources()).resources["p"]
+    assert isinstance(published, PromptTemplate) and published.template == "a"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import raystore as rs
 from raystore.types import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
-from tests.helpers import AnyStore, claim, make_span, status_of
+from tests.helpers import AnyStore, claim, make_span, present, status_of
 
 
 async def test_enqueue_gives_a_queuing_rollout(store: AnyStore) -> None:
@@ -116,7 +117,7 @@ async def test_query_filters(store: AnyStore) -> None:
     assert await store.query_rollouts(status_in=[]) == []
     assert await store.query_rollouts(rollout_id_in=[]) == []
     assert [r.input for r in await store.query_rollouts(rollout_id_contains=a.rollout_id[3:])] == ["a"]
-    both = {"status_in": ["failed"], "rollout_id_in": [a.rollout_id]}
+    both: dict[str, Any] = {"status_in": ["failed"], "rollout_id_in": [a.rollout_id]}
     assert await store.query_rollouts(**both) == []
     assert [r.input for r in await store.query_rollouts(**both, filter_logic="or")] == ["a", "b"]
     assert [r.input for r in await store.query_rollouts(filter_logic="or")] == ["a", "b", "c"]
@@ -180,13 +181,13 @@ async def test_update_changes_only_what_is_set(store: AnyStore) -> None:
 
 
 @pytest.mark.parametrize("status", ["failed", "succeeded", "cancelled"])
-async def test_update_to_a_finished_status_sets_end_time(store: AnyStore, status: str) -> None:
+async def test_update_to_a_finished_status_sets_end_time(store: AnyStore, status: rs.RolloutStatus) -> None:
     """Finishing stamps the end; doing so again stamps it again."""
     rollout = await store.enqueue_rollout("x")
     ended = await store.update_rollout(rollout.rollout_id, status=status)
     store.testing.tick(5)
     again = await store.update_rollout(rollout.rollout_id, status=status)
-    assert again.end_time == ended.end_time + 5
+    assert again.end_time == present(ended.end_time) + 5
     assert await store.dequeue_rollout() is None
 
 
@@ -205,7 +206,7 @@ async def test_update_of_a_queued_rollout_keeps_its_place(store: AnyStore) -> No
     first = await store.enqueue_rollout("first")
     await store.enqueue_rollout("second")
     await store.update_rollout(first.rollout_id, status="queuing", metadata={"x": 1})
-    assert (await store.dequeue_rollout()).input == "first"
+    assert present(await store.dequeue_rollout()).input == "first"
 
 
 async def test_rollout_moved_to_running_leaves_the_queue(store: AnyStore) -> None:
@@ -214,7 +215,7 @@ async def test_rollout_moved_to_running_leaves_the_queue(store: AnyStore) -> Non
     await store.update_rollout(rollout.rollout_id, status="running")
     assert await store.dequeue_rollout() is None
     await store.update_rollout(rollout.rollout_id, status="queuing")
-    assert (await store.dequeue_rollout()).rollout_id == rollout.rollout_id
+    assert present(await store.dequeue_rollout()).rollout_id == rollout.rollout_id
 
 
 async def test_update_of_an_unknown_rollout(store: AnyStore) -> None:
@@ -234,7 +235,7 @@ async def test_update_refuses_bad_values_and_changes_nothing(
     with pytest.raises(rs.InvalidValueError):
         await store.update_rollout(rollout.rollout_id, input="y", **bad)
     assert await store.get_rollout_by_id(rollout.rollout_id) == rollout
-    assert (await store.dequeue_rollout()).input == "x"
+    assert present(await store.dequeue_rollout()).input == "x"
 
 
 async def test_cancel_settles_the_attempt_and_is_not_resurrected(store: AnyStore) -> None:
@@ -242,13 +243,13 @@ async def test_cancel_settles_the_attempt_and_is_not_resurrected(store: AnyStore
     rollout = await claim(store, worker_id="w")
     (cancelled,) = await store.cancel_rollouts([rollout.rollout_id])
     assert cancelled.status == "cancelled" and cancelled.end_time is not None
-    attempt = await store.get_latest_attempt(rollout.rollout_id)
+    attempt = present(await store.get_latest_attempt(rollout.rollout_id))
     assert (attempt.status, attempt.outcome) == ("failed", "cancelled")
     await store.add_span(make_span(rollout))
     await store.update_attempt(rollout.rollout_id, "latest", status="running", worker_id="w2")
     await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
     assert await status_of(store, rollout) == "cancelled"
-    assert (await store.get_latest_attempt(rollout.rollout_id)).status == "succeeded"
+    assert present(await store.get_latest_attempt(rollout.rollout_id)).status == "succeeded"
     await store.start_attempt(rollout.rollout_id)
     assert await status_of(store, rollout) == "preparing"
 
@@ -269,7 +270,7 @@ async def test_update_to_cancelled_leaves_the_attempt(store: AnyStore) -> None:
     """`update_rollout` never changes attempts; a later report does not resurrect the rollout."""
     rollout = await claim(store)
     await store.update_rollout(rollout.rollout_id, status="cancelled")
-    assert (await store.get_latest_attempt(rollout.rollout_id)).status == "preparing"
+    assert present(await store.get_latest_attempt(rollout.rollout_id)).status == "preparing"
     await store.update_attempt(rollout.rollout_id, "latest", worker_id="w")
     await store.add_span(make_span(rollout))
     assert await status_of(store, rollout) == "cancelled"

@@ -18,7 +18,7 @@ import uuid
 from array import array
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pydantic
@@ -51,6 +51,10 @@ class Model(pydantic.BaseModel):
 class Open(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="allow")
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None: ...
+
 
 class Plain:
     def __init__(self, **values: Any) -> None:
@@ -75,7 +79,7 @@ class Right(enum.Flag):
     WRITE = 2
 
 
-class MyDict(dict):
+class MyDict(dict[Any, Any]):
     pass
 
 
@@ -107,15 +111,15 @@ def twins(shared: bool) -> list[list[int]]:
     return [item, item] if shared else [item, [1, 2]]
 
 
-def deep(leaf: dict[str, int], levels: int = 100) -> dict[str, int]:
+def deep(leaf: Any, levels: int = 100) -> Any:
     for _ in range(levels):
         leaf = [leaf]
     return leaf
 
 
-def tangled() -> list[int] | list[list[int] | list[Any]]:
+def tangled() -> list[Any]:
     """A small value of which a walk would visit very much if it forgot where it has been."""
-    made = [0]
+    made: list[Any] = [0]
     for _ in range(200):
         made = [made, made]
     return made
@@ -158,7 +162,7 @@ SAME = {
     ),
 }
 
-OTHER = {
+OTHER: dict[str, list[Any]] = {
     "kinds of numbers": [1, 1.0, True, 0, 0.0, False, -1, None, "1", b"1", np.int64(1), np.int32(1), np.float64(1), 1j],
     "kinds of sequences": [[1, 2], (1, 2), {1, 2}, frozenset({1, 2}), array("i", [1, 2]), np.array([1, 2]), Pair(1, 2)],
     "empty ones": [[], (), {}, set(), "", b"", bytearray(), None, MyDict()],
@@ -266,7 +270,7 @@ async def test_where_no_form_can_be_made_the_bytes_decide(make_memory_store: Mak
 
 def test_a_cycle_of_many_parts_is_bounded() -> None:
     """What refers back all over takes no exponential time."""
-    nodes = [[] for _ in range(20)]
+    nodes: list[list[Any]] = [[] for _ in range(20)]
     for node in nodes:
         node.extend(nodes)
     assert digest(nodes, b"\x02x")[0] == BY_BYTES
@@ -294,7 +298,7 @@ def test_tensors_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         def numpy(self) -> Any:
             return self.values
 
-        def __reduce_ex__(self, protocol: Any) -> None:
+        def __reduce_ex__(self, protocol: Any) -> Any:
             raise TypeError("goes by its bytes")
 
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Tensor, uint8="uint8"))

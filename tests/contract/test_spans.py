@@ -11,7 +11,7 @@ import pytest
 
 import raystore as rs
 from raystore.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
-from tests.helpers import AnyStore, claim, make_span, status_of
+from tests.helpers import AnyStore, claim, make_span, present, status_of
 
 
 async def test_numbers_count_per_rollout(store: AnyStore) -> None:
@@ -43,12 +43,13 @@ async def test_add_span_returns_the_callers_object(store: AnyStore) -> None:
     """And stores an equal one, with everything on it."""
     rollout = await claim(store)
     context = SpanContext(trace_id="t" * 32, span_id="s" * 16, is_remote=True, trace_state={"k": "v"})
-    span = Span(
+    span = Span(  # type: ignore[call-arg]  # which takes further fields, as the models within it do
         rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id, sequence_id=0,
         trace_id="t" * 32, span_id="s" * 16, parent_id="p" * 16, name="n",
-        status=TraceStatus(status_code="ERROR", description="bad", more=1),
+        status=TraceStatus(status_code="ERROR", description="bad", more=1),  # type: ignore[call-arg]
         attributes={"s": "x", "b": True, "i": 1, "f": 0.5, "l": ["a", "b"]},
-        events=[Event(name="e", attributes={"a": 1}, timestamp=1.5), Event(name="f", extra=[1])],
+        events=[Event(name="e", attributes={"a": 1}, timestamp=1.5),
+                Event(name="f", extra=[1])],  # type: ignore[call-arg]
         links=[Link(context=context, attributes={"x": 1}), Link(context=context)],
         start_time=1.0, end_time=2.0, context=context, parent=None,
         resource=OtelResource(attributes={"service.name": "a"}, schema_url="u"), anything={"else": (1, 2)},
@@ -71,13 +72,15 @@ async def test_add_span_returns_the_callers_object(store: AnyStore) -> None:
         ("succeeded", "succeeded", "succeeded"),
     ],
 )
-async def test_what_a_span_does(store: AnyStore, before: str, attempt_after: str, rollout_after: str) -> None:
+async def test_what_a_span_does(
+    store: AnyStore, before: rs.AttemptStatus, attempt_after: str, rollout_after: str
+) -> None:
     """A span is a heartbeat; it starts a preparing attempt, revives an unresponsive one, and ends nothing."""
     rollout = await claim(store)
     await store.update_attempt(rollout.rollout_id, "latest", status=before)
     store.testing.tick(4)
     await store.add_span(make_span(rollout))
-    attempt = await store.get_latest_attempt(rollout.rollout_id)
+    attempt = present(await store.get_latest_attempt(rollout.rollout_id))
     assert attempt.status == attempt_after
     assert attempt.last_heartbeat_time == rollout.attempt.start_time + 4
     assert await status_of(store, rollout) == rollout_after
@@ -87,7 +90,9 @@ async def test_what_a_span_does(store: AnyStore, before: str, attempt_after: str
     ("status", "after", "claimable"),
     [("unresponsive", "running", False), ("timeout", "requeuing", True), ("failed", "requeuing", True)],
 )
-async def test_late_span_and_a_waiting_retry(store: AnyStore, status: str, after: str, claimable: bool) -> None:
+async def test_late_span_and_a_waiting_retry(
+    store: AnyStore, status: rs.AttemptStatus, after: str, claimable: bool
+) -> None:
     """An unresponsive attempt that comes back withdraws its retry; a failed or timed out one does not."""
     rollout = await claim(store, max_attempts=2, retry_condition=["failed", "timeout", "unresponsive"])
     await store.update_attempt(rollout.rollout_id, "latest", status=status)
@@ -115,7 +120,7 @@ async def test_errors_of_add_span(store: AnyStore) -> None:
     with pytest.raises(ValueError, match=f"Attempt at-x not found for rollout {rollout.rollout_id}"):
         await store.add_span(make_span(rollout, attempt_id="at-x"))
     with pytest.raises(rs.InvalidValueError):
-        await store.add_span({"rollout_id": "x"})
+        await store.add_span({"rollout_id": "x"})  # type: ignore[arg-type]  # wrong on purpose
     waiting = await store.enqueue_rollout("x")
     with pytest.raises(ValueError, match=f"Attempt at-x not found for rollout {waiting.rollout_id}"):
         await store.add_span(make_span(waiting.rollout_id, attempt_id="at-x"))
@@ -141,7 +146,7 @@ async def test_duplicates_are_refused(store: AnyStore, caplog: pytest.LogCapture
         assert await store.add_span(span) is None
     assert "Duplicated span added" in caplog.text
     assert (await store.query_spans(rollout.rollout_id)).total == 1
-    assert (await store.get_latest_attempt(rollout.rollout_id)).last_heartbeat_time == rollout.attempt.start_time
+    assert present(await store.get_latest_attempt(rollout.rollout_id)).last_heartbeat_time == rollout.attempt.start_time
     other = await store.start_attempt(rollout.rollout_id)
     same_id = make_span(other, span_id=span.span_id)
     assert await store.add_span(same_id) is same_id
@@ -242,7 +247,7 @@ async def test_reward_is_lifted(store: AnyStore) -> None:
 
 async def test_add_otel_span(store: AnyStore) -> None:
     """A span of the OpenTelemetry SDK is stored with the next number, or the given one."""
-    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
     rollout = await claim(store)
     tracer = TracerProvider().get_tracer("t")
@@ -253,12 +258,14 @@ async def test_add_otel_span(store: AnyStore) -> None:
         inner.add_event("e", {"x": 1})
     ids = rollout.rollout_id, rollout.attempt.attempt_id
     await store.add_span(make_span(rollout, 5))
-    first = await store.add_otel_span(*ids, inner)
+    first = present(await store.add_otel_span(*ids, inner))
     second = await store.add_otel_span(rollout_id=ids[0], attempt_id=ids[1], readable_span=outer, sequence_id=0)
+    assert second is not None
     assert (first.sequence_id, second.sequence_id) == (6, 0)
     assert first.parent_id == second.span_id and len(first.span_id) == 16 and len(first.trace_id) == 32
     assert (first.name, first.attributes, first.events[0].name) == ("inner", {"k": 1}, "e")
-    assert abs(first.start_time - inner.start_time / 1e9) < 1e-3
+    assert isinstance(inner, ReadableSpan)
+    assert abs(present(first.start_time) - present(inner.start_time) / 1e9) < 1e-3
     stored = await store.query_spans(ids[0], name="inner")
     assert stored[0] == first
     assert await store.add_otel_span(*ids, inner) is None
@@ -289,7 +296,7 @@ async def test_a_class_nobody_can_import_round_trips(store: AnyStore) -> None:
             self.x = x
 
     await store.enqueue_rollout(Task(5))
-    claimed = await store.dequeue_rollout()
+    claimed = present(await store.dequeue_rollout())
     assert claimed.input.x == 5
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import raystore as rs
 from raystore.types import RolloutConfig
-from tests.helpers import AnyStore, claim, make_span, status_of
+from tests.helpers import AnyStore, claim, make_span, present, status_of
 
-RETRY = {"max_attempts": 2, "retry_condition": ["timeout", "unresponsive"]}
+RETRY: dict[str, Any] = {"max_attempts": 2, "retry_condition": ["timeout", "unresponsive"]}
 
 
-async def latest(store: AnyStore, rollout: rs.AttemptedRollout) -> rs.Attempt | None:
-    return await store.get_latest_attempt(rollout.rollout_id)
+async def latest(store: AnyStore, rollout: rs.AttemptedRollout) -> rs.Attempt:
+    return present(await store.get_latest_attempt(rollout.rollout_id))
 
 
 async def test_timeout_counts_from_the_start_of_the_attempt(store: AnyStore) -> None:
@@ -28,7 +29,7 @@ async def test_timeout_counts_from_the_start_of_the_attempt(store: AnyStore) -> 
     attempt = await latest(store, rollout)
     assert (attempt.status, attempt.outcome, attempt.end_time) == ("timeout", "timeout", None)
     assert await status_of(store, rollout) == "failed"
-    assert (await store.get_worker_by_id("w")).status == "unknown"
+    assert present(await store.get_worker_by_id("w")).status == "unknown"
 
 
 async def test_silence_counts_from_the_last_heartbeat(store: AnyStore) -> None:
@@ -60,7 +61,7 @@ async def test_a_runners_heartbeat_says_that_its_agent_is_at_work(store: AnyStor
     store.testing.tick(5.5)
     assert await store.heartbeat([key]) == []
     assert ((await latest(store, rollout)).status, await status_of(store, rollout)) == ("unresponsive", "requeuing")
-    again = await store.dequeue_rollout()
+    again = present(await store.dequeue_rollout())
     assert await store.heartbeat([key]) == [key]
     assert await status_of(store, again) == "preparing"
     await store.update_rollout(again.rollout_id, status="succeeded")
@@ -73,7 +74,7 @@ async def test_retries_after_timeouts(store: AnyStore) -> None:
     rollout = await claim(store, timeout_seconds=5, **RETRY)
     store.testing.tick(6)
     assert await status_of(store, rollout) == "requeuing"
-    again = await store.dequeue_rollout()
+    again = present(await store.dequeue_rollout())
     store.testing.tick(4)
     assert again.attempt.sequence_id == 2 and await status_of(store, rollout) == "preparing"
     store.testing.tick(2)
@@ -84,7 +85,7 @@ async def test_time_passes_before_a_claim(store: AnyStore) -> None:
     """A dequeue sees what has become due before it."""
     rollout = await claim(store, timeout_seconds=5, **RETRY)
     store.testing.tick(6)
-    assert (await store.dequeue_rollout()).rollout_id == rollout.rollout_id
+    assert present(await store.dequeue_rollout()).rollout_id == rollout.rollout_id
 
 
 async def test_a_queued_rollout_never_times_out(store: AnyStore) -> None:

@@ -21,7 +21,7 @@ async def start(store: AnyStore, **request: Any) -> Any:
 
 
 async def finish(
-    store: AnyStore, count: int = 1, status: str = "succeeded", keep: bool = False, **request: Any
+    store: AnyStore, count: int = 1, status: rs.AttemptStatus = "succeeded", keep: bool = False, **request: Any
 ) -> list[Any]:
     """Ids of rollouts that have run, in the order in which they finished; `keep` lets all start before one finishes."""
     done = []
@@ -34,6 +34,7 @@ async def finish(
 
 
 def ids(batch: rs.Batch | BaseException) -> list[Any]:
+    assert isinstance(batch, rs.Batch)
     return [rollout.rollout_id for rollout in batch.rollouts]
 
 
@@ -43,7 +44,7 @@ async def test_each_finished_rollout_comes_once_in_completion_order(store: AnySt
     cancelled = await store.enqueue_rollout("x")
     await store.cancel_rollouts([cancelled.rollout_id])
     second = await finish(store, 1, status="failed")
-    both = ["failed", "succeeded"]
+    both: list[rs.RolloutStatus] = ["failed", "succeeded"]
     batch = await store.take(2, consumer="t", status_in=both)
     assert (ids(batch), batch.number, batch.consumer) == (first, 1, "t")
     await store.ack(batch, step=1)
@@ -124,7 +125,7 @@ async def test_a_take_ends_once_nothing_can_make_it_longer(store: AnyStore, end:
     elif end == "delete":
         await store.delete_rollouts([last.rollout_id])
     else:
-        status = "succeeded" if end == "finish" else "failed"
+        status: rs.AttemptStatus = "succeeded" if end == "finish" else "failed"
         await store.update_attempt(last.rollout_id, last.attempt.attempt_id, status=status)
     expected = [done, last.rollout_id] if end == "finish" else [done]
     batch = await asyncio.wait_for(waiting, 10)
@@ -158,7 +159,7 @@ async def test_a_consumer_takes_what_its_filter_says(store: AnyStore) -> None:
     grouped = await finish(store, 1, group_id="g", queue="other")
     failed = await finish(store, 1, mode="val", status="failed")
     everything = plain + train + tagged + grouped
-    for name, filters, expected in [
+    filtered: list[tuple[str, dict[str, Any], list[Any]]] = [
         ("all", {}, everything),
         ("train", {"mode": "train"}, train + tagged),
         ("tagged", {"mode": "train", "tags": {"level": 3}}, tagged),
@@ -167,7 +168,8 @@ async def test_a_consumer_takes_what_its_filter_says(store: AnyStore) -> None:
         ("failed", {"status_in": ["failed"]}, failed),
         ("both", {"status_in": ["failed", "succeeded"]}, everything + failed),
         ("none", {"tags": {"level": 4}}, []),
-    ]:
+    ]
+    for name, filters, expected in filtered:
         waiting = asyncio.ensure_future(store.take(9, consumer=name, **filters))
         assert ids(await waiting) == expected, name
     later = await finish(store, 1, mode="train", tags={"level": 3, "more": True})

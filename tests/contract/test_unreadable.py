@@ -13,7 +13,7 @@ import pytest
 
 import raystore as rs
 from tests.conftest import MakeMemoryStore
-from tests.helpers import AnyStore
+from tests.helpers import AnyStore, present
 
 MODULE = "users_tasks"
 
@@ -23,7 +23,8 @@ class Tasks:
 
     def __init__(self) -> None:
         self.module = types.ModuleType(MODULE)
-        self.module.Task = type("Task", (), {"__module__": MODULE, "__eq__": lambda self, other: True})
+        self.task = type("Task", (), {"__module__": MODULE, "__eq__": lambda self, other: True})
+        vars(self.module)["Task"] = self.task
         self.come()
 
     def come(self) -> None:
@@ -33,7 +34,7 @@ class Tasks:
         sys.modules.pop(MODULE, None)
 
     def one(self) -> Any:
-        return self.module.Task()
+        return self.task()
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def unreadable(store: AnyStore, tasks: Tasks) -> AnyStore:
     sync.update_attempt(*ids, metadata={"task": task})
     sync.update_worker("w", {"task": task})
     sync.update_resources("res", {"object": rs.ObjectResource(value=task)})
-    span = rs.Span.from_attributes(attributes={}, rollout_id=ids[0], attempt_id=ids[1], sequence_id=1, name="s")
+    span: Any = rs.Span.from_attributes(attributes={}, rollout_id=ids[0], attempt_id=ids[1], sequence_id=1, name="s")
     span.attributes["task"] = task
     span.extra_field = 5
     sync.add_span(span)
@@ -98,7 +99,7 @@ async def test_no_query_raises(unreadable: AnyStore) -> None:
     assert reads(page.items[0].attempt, "metadata", "metadata of attempt")
     assert reads(await store.get_worker_by_id("w"), "heartbeat_stats", "heartbeat_stats of worker w")
     assert reads((await store.query_workers()).items[0], "heartbeat_stats", "heartbeat_stats of worker w")
-    for update in (await store.get_resources_by_id("res"), await store.get_latest_resources()):
+    for update in (present(await store.get_resources_by_id("res")), present(await store.get_latest_resources())):
         assert reads(update, "resources", "resources of resources res, version 1") and update.version == 1
     (span,) = await store.query_spans("mine")
     (same,) = (await store.query_many_spans(["mine"]))["mine"]
@@ -111,6 +112,7 @@ async def test_no_query_raises(unreadable: AnyStore) -> None:
 async def test_such_a_record_can_be_shown_and_copied(unreadable: AnyStore) -> None:
     """`repr` shows the problem, a dump raises it, copies and pickles have it too, and two readings are equal."""
     store = unreadable
+    one: Any
     one, two = await store.get_rollout_by_id("mine"), await store.get_rollout_by_id("mine")
     assert one == two and one != await store.get_rollout_by_id("other")
     assert MODULE in repr(one) and "not readable here" in str(one) and "rollout_id='mine'" in repr(one)
@@ -144,6 +146,7 @@ async def test_such_a_span_can_be_added_where_it_can_be_read(
         await other.add_span(copied)
     tasks.come()
     await other.add_span(copied)
+    stored: Any
     (stored,) = await other.query_spans(started.rollout_id)
     assert stored == copied and stored.attributes == {"task": tasks.one()} and stored.extra_field == 5
 
@@ -151,6 +154,7 @@ async def test_such_a_span_can_be_added_where_it_can_be_read(
 async def test_it_is_read_as_soon_as_it_can_be(unreadable: AnyStore, tasks: Tasks) -> None:
     """The module may come later; then a record is like any other."""
     store = unreadable
+    span: Any
     rollout, (span,) = await store.get_rollout_by_id("mine"), await store.query_spans("mine")
     assert reads(rollout, "input", "input") and reads(span, "attributes", "body")
     tasks.come()
@@ -163,10 +167,10 @@ async def test_a_hand_written_runner_gets_the_record(store: AnyStore, tasks: Tas
     """It can say itself what becomes of the attempt."""
     await store.enqueue_rollout(tasks.one())
     tasks.go()
-    claimed = await store.dequeue_rollout()
+    claimed = present(await store.dequeue_rollout())
     assert reads(claimed, "input", "input of rollout") and claimed.attempt.status == "preparing"
     await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="failed")
-    assert (await store.get_rollout_by_id(claimed.rollout_id)).status == "failed"
+    assert present(await store.get_rollout_by_id(claimed.rollout_id)).status == "failed"
 
 
 async def test_a_runner_fails_what_it_cannot_read(make_memory_store: MakeMemoryStore, tasks: Tasks) -> None:
@@ -181,8 +185,8 @@ async def test_a_runner_fails_what_it_cannot_read(make_memory_store: MakeMemoryS
     assert {rollout.rollout_id: rollout.status for rollout in done} == {
         bad.rollout_id: "failed", good.rollout_id: "succeeded"
     }  # fmt: skip
-    attempt = await store.get_latest_attempt(bad.rollout_id)
-    assert attempt.outcome == "infra" and MODULE in attempt.error
+    attempt = present(await store.get_latest_attempt(bad.rollout_id))
+    assert attempt.outcome == "infra" and MODULE in present(attempt.error)
 
 
 async def test_a_value_that_raises_for_another_reason(store: AnyStore) -> None:

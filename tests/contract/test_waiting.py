@@ -14,7 +14,7 @@ from tests.conftest import MakeMemoryStore
 from tests.helpers import AnyStore, claim, until
 
 
-async def finish(store: AnyStore, rollout: rs.AttemptedRollout | rs.Rollout, status: str = "succeeded") -> None:
+async def finish(store: AnyStore, rollout: rs.Rollout, status: rs.RolloutStatus = "succeeded") -> None:
     await store.update_rollout(rollout.rollout_id, status=status)
 
 
@@ -238,7 +238,12 @@ async def test_as_completed_is_told_only_of_what_it_waits_for(store: AnyStore, m
     mine = [await claim(store) for _ in range(5)]
     others = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input="other", queue="o") for _ in range(300)])
     decoded, before = [], convert.to_any_rollout
-    monkeypatch.setattr(convert, "to_any_rollout", lambda answer: (decoded.append(answer), before(answer))[1])
+
+    def decode(answer: Any) -> Any:
+        decoded.append(answer)
+        return before(answer)
+
+    monkeypatch.setattr(convert, "to_any_rollout", decode)
     seen = []
 
     async def collect() -> None:

@@ -211,7 +211,7 @@ async def test_every_wrong_argument_through_an_actor(make_shared_store: Callable
         await other.enqueue_rollout("still here")
 
 
-BROKEN = {
+BROKEN: dict[str, list[Any]] = {
     "status": [TraceStatus.model_construct(), "OK", None],
     "events": [5, [5], [Event.model_construct()], [None]],
     "links": [5, [Link.model_construct()], [Link.model_construct(context=SpanContext.model_construct())]],

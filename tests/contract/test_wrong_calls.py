@@ -25,8 +25,9 @@ from raystore.errors import InvalidValueError
 from raystore.errors.calls import explained
 from raystore.values.models import Model, refusal
 from tests.conftest import MakeMemoryStore
-from tests.helpers import AnyStore, claim
+from tests.helpers import AnyStore, claim, present
 
+UNTYPED: Any = rs  #: for calls that are wrong on purpose
 REQUEST = rs.EnqueueRolloutRequest(input=1)
 ROLLOUT = rs.Rollout(rollout_id="ro-1", input=1, start_time=0.0)
 ATTEMPTED = rs.AttemptedRollout(
@@ -202,21 +203,22 @@ async def test_a_wrong_call_says_what_to_write(
         assert type(error) is kind, (call, error)
         assert all(word in str(error) for word in call.words), (call, str(error))
         assert "\n" not in str(error) and len(str(error)) < 1_000, call
-    assert {(await store.statistics())[f"total_{what}"] for what in ("rollouts", "resources", "spans")} == {0}
+    counts: Mapping[str, Any] = await store.statistics()
+    assert {counts[f"total_{what}"] for what in ("rollouts", "resources", "spans")} == {0}
 
 
 def test_what_is_wrong_in_a_model_is_said_by_pydantic_in_better_words() -> None:
     """Who catches pydantic's error still does; the likely field, or what is missing, is in it."""
-    wrong = [
-        (lambda: rs.RolloutConfig(timeout=60), "did you mean 'timeout_seconds'?", "input_value=60"),
-        (lambda: rs.RolloutConfig(max_atempts=2), "did you mean 'max_attempts'?", "retry_condition"),
-        (lambda: rs.RolloutConfig(max_attempts=2, retry_condition=["fialed"]), "did you mean 'failed'?", "fialed"),
-        (lambda: rs.RolloutConfig(timeout_seconds=-1), "greater than or equal to 0", "input_value=-1"),
-        (lambda: rs.PromptTemplate(template="x"), "needs 'engine'", "'jinja', 'f-string' or 'poml'"),
-        (lambda: rs.LLM(model="m"), "needs 'endpoint'", "text"),
-        (lambda: rs.EnqueueRolloutRequest(input=1, moode="train"), "did you mean 'mode'?", "priority"),
-        (lambda: rs.EnqueueRolloutRequest(input=1, config={"timeout": 1}), "config.timeout", "'timeout_seconds'"),
-        (lambda: rs.Rollout(input=1, start_time=0.0), "needs 'rollout_id'", "text"),
+    wrong: list[tuple[Callable[[], Any], str, str]] = [
+        (lambda: UNTYPED.RolloutConfig(timeout=60), "did you mean 'timeout_seconds'?", "input_value=60"),
+        (lambda: UNTYPED.RolloutConfig(max_atempts=2), "did you mean 'max_attempts'?", "retry_condition"),
+        (lambda: UNTYPED.RolloutConfig(max_attempts=2, retry_condition=["fialed"]), "did you mean 'failed'?", "fialed"),
+        (lambda: UNTYPED.RolloutConfig(timeout_seconds=-1), "greater than or equal to 0", "input_value=-1"),
+        (lambda: UNTYPED.PromptTemplate(template="x"), "needs 'engine'", "'jinja', 'f-string' or 'poml'"),
+        (lambda: UNTYPED.LLM(model="m"), "needs 'endpoint'", "text"),
+        (lambda: UNTYPED.EnqueueRolloutRequest(input=1, moode="train"), "did you mean 'mode'?", "priority"),
+        (lambda: UNTYPED.EnqueueRolloutRequest(input=1, config={"timeout": 1}), "config.timeout", "'timeout_seconds'"),
+        (lambda: UNTYPED.Rollout(input=1, start_time=0.0), "needs 'rollout_id'", "text"),
     ]
     for make, *words in wrong:
         with pytest.raises(ValidationError) as caught:
@@ -224,7 +226,7 @@ def test_what_is_wrong_in_a_model_is_said_by_pydantic_in_better_words() -> None:
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert caught.value.errors()[0]["type"] != "value_error"
     with pytest.raises(TypeError, match=r"write ObjectResource\(value=\.\.\.\)"):
-        rs.ObjectResource(5)
+        UNTYPED.ObjectResource(5)
 
 
 class Shape(TypedDict):
@@ -306,7 +308,7 @@ def test_a_field_under_another_name_is_said_by_that(alias: Any, words: str) -> N
     with pytest.raises(ValidationError, match=words):
         Mine()
     with pytest.raises(ValidationError, match="Mine has no field 'maxlen'") as caught:
-        Mine(maxlen=1)
+        Mine(maxlen=1)  # type: ignore[call-arg]  # wrong on purpose
     assert "did you mean 'maxLen'" in str(caught.value) or not isinstance(alias.validation_alias, str)
 
 
@@ -377,7 +379,7 @@ def test_what_a_model_hides_stays_hidden() -> None:
         api_key: str = ""
 
     with pytest.raises(ValidationError, match="did you mean 'api_key'") as caught:
-        Secret(api_kay="sk-123")
+        Secret(api_kay="sk-123")  # type: ignore[call-arg]  # wrong on purpose
     assert "sk-123" not in str(caught.value)
 
 
@@ -393,7 +395,7 @@ def test_a_config_that_was_changed_is_checked_wherever_it_goes(
     setattr(config, field, value)
     store = make_memory_store()
     kept = store.sync.enqueue_rollout(1)
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "default_config": lambda: rs.InMemoryLightningStore(default_config=config),
         "config": lambda: store.sync.enqueue_rollout(1, config=config),
         " config": lambda: store.sync.update_rollout(kept.rollout_id, config=config),
@@ -411,16 +413,16 @@ def test_a_config_that_was_changed_is_checked_wherever_it_goes(
 def test_functions_say_how_they_are_called(make_memory_store: MakeMemoryStore) -> None:
     """Stores, pools and the ways to them, likewise."""
     store = make_memory_store()
-    wrong = [
-        (lambda: rs.start(durabilty="power"), "start() has no argument 'durabilty'; did you mean 'durability'?"),
-        (lambda: rs.connect("a", "b"), "connect() takes 1 arguments by position"),
-        (lambda: rs.recover(), "recover() needs path="),
-        (lambda: rs.stop(nmae="x"), "stop() has no argument 'nmae'; did you mean 'name'?"),
-        (lambda: rs.InMemoryLightningStore("train"), "takes no arguments by position"),
-        (lambda: rs.InMemoryLightningStore(journl="x"), "InMemoryLightningStore() has no argument 'journl'"),
-        (lambda: rs.RunnerPool(store, len, sise=2), "RunnerPool() has no argument 'sise'; did you mean 'size'?"),
-        (lambda: rs.RunnerPool(store), "RunnerPool() needs agent="),
-        (lambda: rs.run_one(lambda task, ctx: 1.0, 1, resource={}), "did you mean 'resources'?"),
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: UNTYPED.start(durabilty="power"), "start() has no argument 'durabilty'; did you mean 'durability'?"),
+        (lambda: UNTYPED.connect("a", "b"), "connect() takes 1 arguments by position"),
+        (lambda: UNTYPED.recover(), "recover() needs path="),
+        (lambda: UNTYPED.stop(nmae="x"), "stop() has no argument 'nmae'; did you mean 'name'?"),
+        (lambda: UNTYPED.InMemoryLightningStore("train"), "takes no arguments by position"),
+        (lambda: UNTYPED.InMemoryLightningStore(journl="x"), "InMemoryLightningStore() has no argument 'journl'"),
+        (lambda: UNTYPED.RunnerPool(store, len, sise=2), "RunnerPool() has no argument 'sise'; did you mean 'size'?"),
+        (lambda: UNTYPED.RunnerPool(store), "RunnerPool() needs agent="),
+        (lambda: UNTYPED.run_one(lambda task, ctx: 1.0, 1, resource={}), "did you mean 'resources'?"),
     ]
     for call, words in wrong:
         with pytest.raises(TypeError) as caught:
@@ -450,12 +452,12 @@ def test_an_error_of_the_function_itself_stays() -> None:
 
     @explained
     def function(values: list[Any]) -> Any:
-        return values + 1
+        return values + 1  # type: ignore[operator]  # wrong on purpose
 
     with pytest.raises(TypeError, match="can only concatenate"):
         function([])
     with pytest.raises(TypeError, match=r"function\(\) needs values=.*It is called as function\(values\)"):
-        function()
+        function()  # type: ignore[call-arg]  # wrong on purpose
 
 
 async def test_a_remedy_is_given_where_it_helps(make_memory_store: MakeMemoryStore) -> None:
@@ -494,7 +496,7 @@ async def test_a_resource_that_is_not_there(
         await store.update_resources("policy", {"main": rs.ObjectResource(value=1)})
         second = await store.enqueue_rollout(1)
         await store.wait_for_rollout(second.rollout_id, timeout=20)
-    errors = [(await store.get_latest_attempt(r.rollout_id)).error for r in (first, second)]
+    errors = [present(present(await store.get_latest_attempt(r.rollout_id)).error) for r in (first, second)]
     assert "nothing had been published" in errors[0] and "update_resources" in errors[0]
     assert "It has 'main': version 1 of 'policy'" in errors[1]
     assert f"{__file__}:" in caplog.text  # where the agent asked
@@ -542,9 +544,10 @@ def test_a_journal_that_cannot_be(tmp_path: Path) -> None:
             with pytest.raises(InvalidValueError, match=f"{file} is a file; name the directory") as caught:
                 way(path)
             assert caught.value.args[:2] == ("journal", str(path))
-    for path in (3, "", "a\0b"):
+    no_paths: list[Any] = [3, "", "a\0b"]
+    for no_path in no_paths:
         with pytest.raises(InvalidValueError, match="the path of a directory"):
-            rs.InMemoryLightningStore(journal=path)
+            rs.InMemoryLightningStore(journal=no_path)
     with pytest.raises(InvalidValueError, match=r"journal='/proc/nope/run'.*can be made \(No such file"):
         rs.InMemoryLightningStore(journal="/proc/nope/run")
     assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]

@@ -38,7 +38,7 @@ def test_every_dialect_tells_the_same(dialect: str, turn: Turn, told: Any) -> No
     """Token ids, log-probabilities, messages and tool calls come out in one form, from one record."""
     (call,) = rs.model_calls(DIALECTS[dialect](turn))
     assert (call.prompt_ids, call.response_ids) == (array("i", turn.prompt_ids), array("i", turn.response_ids))
-    assert call.logprobs == array("f", turn.logprobs)
+    assert turn.logprobs is not None and call.logprobs == array("f", turn.logprobs)
     assert (call.response_id, call.model, call.finish_reason) == (turn.response_id, "m", turn.finish_reason)
     assert call.messages == turn.messages
     assert call.answer == [turn.answer]
@@ -199,7 +199,7 @@ def test_what_is_no_model_call() -> None:
 
 PRIMARY = {"agentlightning.reward.0.name": "primary", "agentlightning.reward.0.value": 0.5}
 AS_JSON = '{"type": "reward", "value": 0.5}'
-REWARDS = {
+REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
     "agent-lightning 0.3": ("agentlightning.annotation", PRIMARY),
     "on another span": ("mine", PRIMARY),
     "agent-lightning 0.2": ("agentlightning.reward", {"reward": 0.5}),
@@ -209,7 +209,7 @@ REWARDS = {
     "AgentOps, as a mapping": ("op", {"agentops.task.output": json.loads(AS_JSON)}),
 }
 
-NO_REWARDS = {
+NO_REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
     "a function that gave nothing": ("op", {"agentops.task.output": '{"type": "reward", "value": null}'}),
     "another output": ("op", {"agentops.task.output": '{"type": "score", "value": 0.5}'}),
     "a text": ("op", {"agentops.task.output": 'the "reward" is 0.5'}),
@@ -244,7 +244,7 @@ def test_what_is_no_reward(form: str) -> None:
 
 # -- what cannot be read, and what is missing --------------------------------------------------------------------------
 
-ODD = {
+ODD: dict[str, dict[str, Any]] = {
     "text for ids": {"gen_ai.input.token_ids": "abc"},
     "one number": {"gen_ai.output.token_ids": 7},
     "parts of tokens": {"gen_ai.output.token_ids": [1.5]},

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from array import array
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_turns_become_one_sequence() -> None:
     (found,) = rs.trajectories([*(s for t in (first, second, third) for s in DIALECTS["genai"](t)), reward])
     assert found.token_ids == array("i", [1, 2, 3, 4, 5, 6, 7, 8])
     assert list(found.loss_mask) == [0, 0, 1, 1, 0, 0, 1, 1]
-    assert list(found.logprobs) == [0, 0, -0.75, -1, 0, 0, -1.75, -2]
+    assert found.logprobs is not None and list(found.logprobs) == [0, 0, -0.75, -1, 0, 0, -1.75, -2]
     assert found.turns == ((2, 4), (6, 7), (7, 8)) and len(found.span_ids) == 3
     assert list(found.policy_versions) == [-1] * 8
     assert (found.reward, found.role, found.split, found.rollout_id, found.attempt_id) == (0.5, None, None, "ro", "at")
@@ -50,7 +50,7 @@ def test_each_token_knows_its_policy_version() -> None:
     assert rs.trajectories(spans)[0].logprobs is None
 
 
-PARTS = {
+PARTS: dict[str, tuple[list[int], Literal["drift", "branch", "other"], int]] = {
     "tokenised again": ([1, 2, 3, 44, 5], "drift", 3),
     "the end of the answer dropped": ([1, 2, 3, 5, 6], "drift", 3),
     "sampled again": ([1, 2], "branch", 2),
@@ -76,7 +76,8 @@ def test_a_branch_after_an_answer() -> None:
     """Two continuations of one answer: the first goes on, the second says that it branches, not that it drifted."""
     first, second = read(turn([1], [2]), turn([1, 2, 3], [4], 2), turn([1, 2, 5], [6], 3))
     assert (list(first.token_ids), list(second.token_ids)) == ([1, 2, 3, 4], [1, 2, 5, 6])
-    assert list(second.loss_mask) == [0, 0, 0, 1] and second.split.reason == "branch" and second.split.token == 2
+    assert list(second.loss_mask) == [0, 0, 0, 1] and second.split
+    assert second.split.reason == "branch" and second.split.token == 2
 
 
 def test_interleaved_conversations_are_told_apart_by_their_tokens() -> None:
@@ -182,7 +183,7 @@ def test_shapes_of_a_batch() -> None:
     """As documented: padding at the right, nan for what is not known."""
     long, short = read(turn([1, 2], [3]), turn([1, 2, 3, 4], [5], 2), turn([9], [9], 3))
     short = replace(short, logprobs=None, reward=1.0, policy_versions=array("q", [-1, 6]))
-    batch = rs.collate(iter([long, short]), pad_id=np.int64(-7))
+    batch = rs.collate(iter([long, short]), pad_id=np.int64(-7))  # type: ignore[arg-type]  # taken all the same
     assert batch["token_ids"].tolist() == [[1, 2, 3, 4, 5], [9, 9, -7, -7, -7]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
     assert batch["loss_mask"].tolist() == [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]]
@@ -207,9 +208,9 @@ def test_a_wrong_pad_id_is_refused(
     with pytest.raises(rs.InvalidValueError, match="pad_id="):
         rs.collate([], **wrong)
     with pytest.raises(rs.InvalidValueError, match="trajectories=3.*rs.trajectories"):
-        rs.collate(3, pad_id=0)
+        rs.collate(3, pad_id=0)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(rs.InvalidValueError, match=r"trajectories\[0\]=.*rs.trajectories"):
-        rs.collate(rs.triplets(DIALECTS["genai"](turn([1], [2]))), pad_id=0)
+        rs.collate(rs.triplets(DIALECTS["genai"](turn([1], [2]))), pad_id=0)  # type: ignore[arg-type]
 
 
 def test_without_numpy_collate_says_what_to_install() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import raystore as rs
 
 TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-MESSAGES = [
+MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "be good"},
     {"role": "user", "content": "1+1?"},
     {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]},
@@ -123,6 +123,8 @@ def parts(messages: list[dict[str, Any]], finish_reason: str | None = None) -> l
 def llm(turn: Turn, **ids: Any) -> list[rs.Span]:
     """`ctx.llm`."""
 
+    response_id: dict[str, Any] = {"gen_ai.response.id": turn.response_id}
+
     def agent(task: Any, ctx: rs.Context) -> None:
         ctx.llm(
             prompt_ids=turn.prompt_ids,
@@ -132,7 +134,7 @@ def llm(turn: Turn, **ids: Any) -> list[rs.Span]:
             prompt=turn.messages,
             response=turn.answer,
             finish_reason=turn.finish_reason,
-            **{"gen_ai.response.id": turn.response_id},
+            **response_id,
         )
 
     (made,) = rs.run_one(agent, "x").spans
