@@ -259,13 +259,7 @@ def cancel(
 
 
 def add_spans(
-    state: State,
-    step: Step,
-    *,
-    rollout_id: Id,
-    attempt_id: Id,
-    spans: list[SpanRow],
-    chain: InChain | None = None,
+    state: State, step: Step, *, rollout_id: Id, attempt_id: Id, spans: list[SpanRow], chain: InChain | None = None
 ) -> list[tuple[bool, int]]:
     """Store spans of one attempt; of each whether it is stored, or was before, and its number."""
     made = [Span(rollout_id, attempt_id, *row) for row in spans]

@@ -89,10 +89,7 @@ def _classes(state: State) -> list[tuple[int, int]]:
     if settings.pause_when_full:
         return [(RELEASED, safe), (CONSUMED, safe)]
     danger = settings.eviction_bytes + max(settings.eviction_bytes - safe, DANGER_BYTES)
-    return [
-        *((number, safe) for number in (RELEASED, CONSUMED, READ, UNREAD, RUNNING)),
-        (COMING, danger),
-    ]
+    return [*((number, safe) for number in (RELEASED, CONSUMED, READ, UNREAD, RUNNING)), (COMING, danger)]
 
 
 def _pause_or_go_on(state: State, step: Step) -> None:

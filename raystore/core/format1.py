@@ -23,26 +23,12 @@ from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
 from raystore.core.replies import ERROR, PARTLY, VALUE, Reply
-from raystore.core.rollouts import (
-    CONTENT,
-    RETRY_AFTER_SECONDS,
-    chosen_among,
-    create,
-    enter_queue,
-    existing_of,
-    release,
-)
+from raystore.core.rollouts import CONTENT, RETRY_AFTER_SECONDS, chosen_among, create, enter_queue, existing_of, release
 from raystore.core.snapshot import column
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Pair, Session, State, Step, Taken
 from raystore.core.verbs import Verb
 from raystore.core.wanted import enter_retention, others, settle
-from raystore.errors import (
-    BatchConflictError,
-    InvalidValueError,
-    OverloadedError,
-    StoreError,
-    copy_of,
-)
+from raystore.errors import BatchConflictError, InvalidValueError, OverloadedError, StoreError, copy_of
 
 # -- handing out -------------------------------------------------------------------------------------------------------
 
@@ -243,13 +229,7 @@ def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]
 
 
 def _add_spans(
-    state: State,
-    step: Step,
-    *,
-    rollout_id: str,
-    attempt_id: str,
-    spans: list[list[Any]],
-    chain: Chain | None = None,
+    state: State, step: Step, *, rollout_id: str, attempt_id: str, spans: list[list[Any]], chain: Chain | None = None
 ) -> list[tuple[bool, int]]:
     """Spans of the attempt "latest" were those of the newest."""
     attempt_id = _meant(state, rollout_id, attempt_id)

@@ -12,22 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raystore.core import (
-    attempts,
-    claims,
-    expiry,
-    publishing,
-    retention,
-    rollouts,
-    training,
-    waiting,
-    workers,
-)
-from raystore.core.schema import (
-    Part,
-    Schema,
-    checker,
-)
+from raystore.core import attempts, claims, expiry, publishing, retention, rollouts, training, waiting, workers
+from raystore.core.schema import Part, Schema, checker
 from raystore.core.state import Chain, Entry, HandedKey, Session, State, Step
 from raystore.errors import InvalidValueError, SessionEndedError, StoreError, copy_of
 
