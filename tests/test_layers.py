@@ -27,7 +27,7 @@ LAYERS = [
     ["options"],
     ["journal"],
     ["service"],
-    ["client.pending"],
+    ["client.transport"],
     ["_sync"],
     ["client"],
     ["remote"],

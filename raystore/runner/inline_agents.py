@@ -1,7 +1,7 @@
 """Agents in the process of their runner: `RunnerPool(isolation="actor")`.
 
-What an agent awaits is cancelled with its rollout. An agent that does not await cannot be stopped from outside: it sees
-`ctx.cancelled`, and `ctx.check()` raises.
+The cancellation of a rollout cancels the await of its agent. An agent that does not await must look at `ctx.cancelled`
+itself, or call `ctx.check()`, which raises.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class InlineAgents:
             return thread
         if isinstance(error, Exception):
             raise error
-        raise RuntimeError(f"the agent could not be made: {error!r}") from error  # SystemExit would end the process
+        raise RuntimeError(f"the agent could not be made: {error!r}") from error  # not SystemExit: the process goes on
 
     async def run(self, context: Context) -> Ending:
         pending = self._pending[context] = _Pending(asyncio.get_running_loop().create_future())
@@ -131,7 +131,6 @@ class _AgentThread:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it takes calls."""
         return not self.ended.done() and not self.life.is_over
 
     def _run(self) -> None:
