@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Iterator
 from typing import Any, Literal, Unpack
 
 import ray
@@ -148,14 +149,11 @@ def list_stores(*, namespace: str | None = NAMESPACE, address: str | None = None
     """The stores that run, by name; `namespace` None lists all namespaces."""
     join_cluster(address)
     found = []
-    for actor in _named_actors():
-        if namespace is None or actor["namespace"] == namespace:
-            handle = find_actor(actor["name"], actor["namespace"])
-            if handle is not None and is_store(handle):
-                try:
-                    found.append(store_info(describe(handle, waits=False)))
-                except StoreError as error:  # one that is ending, or of another version, must not hide the others
-                    logger.warning("Left out of the list: %s", error)
+    for _, handle in _stores(namespace):
+        try:
+            found.append(store_info(describe(handle, waits=False)))
+        except StoreError as error:  # one that is ending, or of another version, must not hide the others
+            logger.warning("Left out of the list: %s", error)
     return sorted(found, key=lambda info: info.name or "")
 
 
@@ -181,11 +179,14 @@ def stop(name: str | RayLightningStore, *, namespace: str = NAMESPACE, address: 
     end(handle)
 
 
-def _named_actors() -> list[dict[str, str]]:
-    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
-    return actors
+def _stores(namespace: str | None) -> Iterator[tuple[str, Any]]:
+    """Names and handles of the stores that run in a namespace, or in all."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if namespace in (None, actor["namespace"]):
+            handle = find_actor(actor["name"], actor["namespace"])
+            if handle is not None and is_store(handle):
+                yield actor["name"], handle
 
 
 def _store_names(namespace: str) -> list[str]:
-    names = [actor["name"] for actor in _named_actors() if actor["namespace"] == namespace]
-    return sorted(name for name in names if is_store(find_actor(name, namespace)))
+    return sorted(name for name, _ in _stores(namespace))

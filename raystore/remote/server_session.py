@@ -309,6 +309,8 @@ def _weight(item: Any) -> int:
 
 # -- all sessions ------------------------------------------------------------------------------------------------------
 
+OWN_PROTOCOL = f"raystore {__version__}, protocol {PROTOCOL}"  #: of this side of a session
+
 #: The header of a batch behind the protocol: version of the client, session id, number of the batch, the last batch up
 #: to which the client has all answers, later ones whose answers it has, ticket of the first operation, keys of claims
 #: that are acknowledged, tickets of parked calls and notices that were received.
@@ -342,7 +344,7 @@ class Endpoint:
         service.actor_calls += 1
         (protocol, *header), *operations = frames.split(parts, refs)
         if protocol != PROTOCOL:
-            return frames.pack_answer(service.epoch, frames.REFUSED, own_protocol())
+            return frames.pack_answer(service.epoch, frames.REFUSED, OWN_PROTOCOL)
         if not is_header(header[:8]):
             refusal = InvalidValueError("header", header, "who sends which batch, and what it has of earlier ones")
             return frames.pack_answer(service.epoch, frames.BROKEN, to_record(refusal))
@@ -380,7 +382,7 @@ class Endpoint:
         service.actor_calls += 1
         protocol, *header = frames.unpack(frame, [])
         if protocol != PROTOCOL:
-            return frames.pack_answer(service.epoch, frames.REFUSED, own_protocol())
+            return frames.pack_answer(service.epoch, frames.REFUSED, OWN_PROTOCOL)
         _, session_id, received, epoch = header
         served = self._sessions.get(session_id)
         if served is None or served.session.ended_at is not None:
@@ -424,8 +426,3 @@ def _set(future: asyncio.Future[None], lost: StoreError | None) -> None:
         future.set_result(None)
     else:
         future.set_exception(lost)
-
-
-def own_protocol() -> str:
-    """Version and protocol of this side of a session."""
-    return f"raystore {__version__}, protocol {PROTOCOL}"

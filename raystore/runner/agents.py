@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from raystore.errors import Abort, AgentNotPicklableError, Drop, PayloadLostError
 from raystore.runner.agent_errors import leaves, report, summary, text_of, with_causes
@@ -50,28 +50,6 @@ class Ending:
     place: str | None = None
     died: bool = False
     unread: tuple[str, int] | None = None
-
-
-class Agents(Protocol):
-    """Runs the agents of one runner: in threads and tasks of this process, or in processes of their own."""
-
-    async def open(self) -> None:
-        """Make the agents; raises the error of an agent's `__init__` or `setup`."""
-
-    async def run(self, context: Context) -> Ending:
-        """Run the agent on one rollout."""
-
-    def cancel(self, context: Context) -> None:
-        """Tell the agent that its work is no longer needed; `context` says why."""
-
-    def kill(self, context: Context) -> None:
-        """Kill the agent: it was cancelled, and the grace period is over."""
-
-    def abandon(self, context: Context) -> None:
-        """Let `run` return now, because the runner ends."""
-
-    async def close(self) -> None:
-        """End the agents."""
 
 
 def check(agent: object) -> str | None:

@@ -298,7 +298,8 @@ class LocalRunners:
                 raise PoolStartError(f"{size} runners in this process", "this process", "the pool does not run")
             before, self._size = self._size, size
             if size < before:
-                self._stop_members([self._members.pop(number) for number in range(size, before)], drain_seconds)
+                beyond = [self._members.pop(number) for number in range(size, before)]
+                stop_all(beyond, drain_seconds=drain_seconds, withdraw_seconds=STOP_SECONDS)
                 return
             given_up = threading.Event()
             # `_serve` awaits the tasks that it has seen; it sees new ones when one of those ends.
@@ -318,8 +319,5 @@ class LocalRunners:
             return
         self._stopping = True
         self._started.wait(STOP_SECONDS)  # or runners could start after this
-        self._stop_members(list(self._members.values()), drain_seconds)
+        stop_all(list(self._members.values()), drain_seconds=drain_seconds, withdraw_seconds=STOP_SECONDS)
         self._thread.join(STOP_SECONDS)
-
-    def _stop_members(self, members: list[_Member], drain_seconds: float) -> None:
-        stop_all(members, drain_seconds=drain_seconds, withdraw_seconds=STOP_SECONDS)

@@ -35,7 +35,7 @@ from raystore.errors import (
     StoreUnavailableError,
 )
 from raystore.runner.agent_errors import last_line, summary
-from raystore.runner.agents import Agent, Agents, Ending, lost_resources, pickled
+from raystore.runner.agents import Agent, Ending, lost_resources, pickled
 from raystore.runner.context import STOPPED, Context, Outbox, outside_rollouts
 from raystore.runner.inline_agents import InlineAgents
 from raystore.runner.process_agents import ProcessAgents
@@ -144,7 +144,7 @@ class Runner:
         self.worker_id = worker_id
         self._store = store
         self._options = options
-        self._agents: Agents
+        self._agents: InlineAgents | ProcessAgents
         if options.isolation == "process":
             data = agent if isinstance(agent, bytes) else pickled(agent)
             self._agents = ProcessAgents(data, options.concurrency, worker_id)
