@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from raystore.api import METHODS, LightningStore
-from raystore.client.pending import iterate_blocking, run_blocking
+from raystore.client.transport import iterate_blocking, run_blocking
 from raystore.errors.calls import explain_methods
 from raystore.types import (
     UNSET,

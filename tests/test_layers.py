@@ -26,7 +26,7 @@ LAYERS = [
     ["options"],
     ["journal"],
     ["service"],
-    ["client.pending"],
+    ["client.transport"],
     ["_sync"],
     ["client"],
     ["remote"],

@@ -20,8 +20,7 @@ from pydantic import ValidationError
 
 from raystore._sync import SyncStore
 from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
-from raystore.client.pending import PendingCall
-from raystore.client.transport import Transport
+from raystore.client.transport import PendingCall, Transport
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
 from raystore.core.records import Many
 from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
@@ -57,6 +56,7 @@ from raystore.types import (
     RolloutStatus,
     SortOrder,
     Span,
+    StoreInfo,
     TagValue,
     TaskInput,
     Unset,
@@ -93,6 +93,20 @@ TO_TRAIN = "pass what take() gave"
 _RESOURCE_TYPES = {"llm": LLM, "proxy_llm": ProxyLLM, "prompt_template": PromptTemplate, "object": ObjectResource}
 _chain_ids = itertools.count(1)
 
+#: zero_copy would allow forked children to use a store as it is, which no store here can promise.
+CAPABILITIES: LightningStoreCapabilities = {
+    "thread_safe": True,
+    "async_safe": True,
+    "zero_copy": False,
+    "otlp_traces": False,
+}
+
+
+def store_info(known: dict[str, Any]) -> StoreInfo:
+    """The public part of a store's description."""
+    names = ("store_id", "name", "namespace", "epoch", "protocol", "node", "limits", "endpoints")
+    return StoreInfo(**{name: known[name] for name in names} | {"capabilities": CAPABILITIES})
+
 
 @dataclass(slots=True)
 class Boxed:
@@ -119,8 +133,7 @@ class StoreClient(RunnerStore):
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:
-        # zero_copy would allow forked children to use this object as it is, which no store here can promise.
-        return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
+        return CAPABILITIES.copy()
 
     def otlp_traces_endpoint(self) -> str:
         raise NotImplementedError("This store has no OTLP endpoint; capabilities['otlp_traces'] says so")

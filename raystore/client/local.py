@@ -17,12 +17,13 @@ from typing import Any, NoReturn, Unpack
 from raystore._sync import SyncStore
 from raystore.api import NoticeHandler
 from raystore.client import forks
-from raystore.client.client import StoreClient, Testing
-from raystore.client.pending import PendingCall, this_thread
+from raystore.client.client import StoreClient, Testing, store_info
 from raystore.client.transport import (
     NoticeHandlers,
+    PendingCall,
     giving_back,
     handed_keys,
+    this_thread,
     with_time_left,
     without,
 )
@@ -73,7 +74,7 @@ class LocalTransport:
         return self._handlers.listen(handler)
 
     def _take_notices(self, session_id: str) -> None:
-        """Called within a step; handlers are called after it, since they may use the store."""
+        """Take notices within a step, and call the handlers after it, since they may use the store."""
         notices, self._session.notices = self._session.notices, []
         self._handlers.add(notices)
         self.service.afterwards(self._handlers.hand_out)
@@ -111,16 +112,16 @@ class LocalTransport:
         return call
 
     def _give(self, call: PendingCall, answer: Any, error: Exception | None = None, *, is_own: bool = False) -> bool:
-        """Give a call its answer once the journal has what it tells; whether its caller is still there.
+        """Give a call its answer once the changes that it tells of are safe; whether its caller is still there.
 
-        `is_own` says that this thread is the caller's.
+        `is_own`: this thread is the caller's.
         """
 
         def give(lost: StoreError | None) -> None:
             call.put(answer, lost or error)
             _wake(call)
 
-        call.hold(answer)
+        call.answer = answer
         if self.service.when_safe(give):
             return True
         call.put(answer, error)
@@ -231,18 +232,7 @@ class InMemoryLightningStore(StoreClient):
     @property
     def info(self) -> StoreInfo:
         """Identity, limits and capabilities of this store."""
-        known = self._service.info()
-        return StoreInfo(
-            store_id=known["store_id"],
-            name=None,
-            namespace=None,
-            epoch=known["epoch"],
-            protocol=known["protocol"],
-            node=None,
-            limits=known["limits"],
-            capabilities=dict(self.capabilities),  # type: ignore[arg-type]
-            endpoints={},
-        )
+        return store_info(self._service.info() | {"name": None, "namespace": None, "node": None, "endpoints": {}})
 
     def _origin_of_objects(self) -> Origin:
         return _origin_of(self._service)

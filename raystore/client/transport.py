@@ -1,28 +1,173 @@
-"""How a client reaches its store: what a transport does, and what every transport needs.
+"""How a client reaches its store: a transport, the calls that it makes, and the notices that it passes on.
 
 A transport takes an operation when it is called, not when it is awaited: operations take effect in the order in which
 they were issued. It gives back claims and batches whose caller was cancelled.
+
+A coroutine awaits a `PendingCall`; a blocking thread waits for it. The same `async def` methods serve both:
+`run_blocking` drives a coroutine by hand and blocks its thread on each `PendingCall` that the coroutine awaits, so it
+needs no event loop and works inside a running one.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from time import monotonic
+from typing import Any, Protocol, TypeVar
 
 from raystore.api import NoticeHandler
-from raystore.client.pending import PendingCall
 from raystore.core.claims import is_batch
 from raystore.core.state import HandedKey
 from raystore.core.verbs import HANDING
 
 logger = logging.getLogger("raystore")
 
+T = TypeVar("T")
+
+TURN_SECONDS = 0.01  #: that calls which are answered at once may keep an event loop from its other tasks
+
+
+# -- calls -------------------------------------------------------------------------------------------------------------
+
+
+class _Thread(threading.local):
+    """How coroutines run in this thread."""
+
+    is_blocking = False  # whether `run_blocking` drives the current one
+    turn_ends = 0.0  # time (`monotonic`) at which the event loop's other tasks get their turn
+
+
+this_thread = _Thread()
+
+
+class PendingCall:
+    """An operation on its way, and its answer once there is one.
+
+    Belongs to the event loop or blocking thread that made it. The answer is set at most once, from any thread.
+    """
+
+    __slots__ = ("_error", "_event", "_future", "answer", "arguments", "leader", "loop", "parked", "ticket", "verb")
+
+    def __init__(self, verb: str, ticket: int = 0, awaited: bool = True) -> None:
+        self.verb = verb
+        self.ticket = ticket
+        self.arguments: dict[str, Any] | None = None  # kept if it may wait, or if the answer is to be acknowledged
+        self.parked = False
+        self.leader: PendingCall | None = None  # of a part of a bulk call: the first part, which has the same caller
+        self.answer: Any = None  # so far; None also if it is an error
+        self._error: Exception | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._future: asyncio.Future[None] | None = None
+        self._event: threading.Event | None = None
+        if not awaited:
+            return
+        if this_thread.is_blocking:
+            self._event = threading.Event()
+        else:
+            self.loop = asyncio.get_running_loop()
+            self._future = self.loop.create_future()
+
+    def put(self, answer: Any, error: Exception | None) -> None:
+        """Set the answer. Wakes a blocking caller; one on an event loop is woken by `wake`."""
+        self.answer = answer
+        self._error = error
+        if self._event is not None:
+            self._event.set()
+
+    def wake(self) -> None:
+        """Wake the caller; to be called on its event loop."""
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    def result(self) -> Any:
+        """The answer; raises it if it is an error."""
+        if self._error is not None:
+            raise self._error
+        return self.answer
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether its caller has been cancelled."""
+        if self.leader is not None and self.leader.is_cancelled:
+            return True
+        return self._future is not None and self._future.cancelled()
+
+    def block(self) -> None:
+        """Wait in this thread until the answer is there."""
+        assert self._event is not None
+        self._event.wait()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        if self._future is None:
+            yield self  # to run_blocking
+        elif not self._future.done():
+            yield from self._future
+        elif monotonic() >= this_thread.turn_ends:
+            yield  # to the event loop, which runs its other tasks and comes back
+        else:
+            return self.result()
+        this_thread.turn_ends = monotonic() + TURN_SECONDS
+        return self.result()
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> PendingCall:
+    """Run a function on a thread of its own. The call may be awaited on an event loop or by `run_blocking`."""
+    call = PendingCall("thread")
+
+    def run() -> None:
+        try:
+            call.put(function(*arguments), None)
+        except Exception as error:
+            call.put(None, error)
+        if call.loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                call.loop.call_soon_threadsafe(call.wake)
+
+    threading.Thread(target=run, name="raystore-object", daemon=True).start()
+    return call
+
+
+def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine of a store's client to its end in this thread."""
+    before = this_thread.is_blocking
+    error: BaseException | None = None
+    try:
+        while True:
+            this_thread.is_blocking = True
+            try:
+                call = coroutine.throw(error) if error is not None else coroutine.send(None)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]
+            finally:
+                this_thread.is_blocking = before
+            error = None
+            try:
+                call.block()
+            except BaseException as interruption:  # Ctrl+C: the coroutine cleans up and lets it out again
+                error = interruption
+    finally:
+        coroutine.close()
+
+
+def iterate_blocking(iterator: AsyncIterator[T]) -> Iterator[T]:
+    """Iterate over an asynchronous iterator of a store's client in this thread."""
+
+    async def advance() -> T:
+        return await anext(iterator)
+
+    while True:
+        try:
+            yield run_blocking(advance())
+        except StopAsyncIteration:
+            return
+
 
 class Transport(Protocol):
-    """What a client needs to reach its store."""
+    """The connection of a client to its store."""
 
     def call(self, verb: str, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         """Run an operation and return its answer; raises the answer if it is an error.
@@ -34,7 +179,7 @@ class Transport(Protocol):
         """Issue an operation now; its answer may be awaited."""
 
     def tell(self, verb: str, arguments: dict[str, Any]) -> None:
-        """Issue an operation whose answer nobody waits for."""
+        """Issue an operation and ignore its answer."""
 
     def abandon(self, call: PendingCall) -> None:
         """Cancel an issued call: an operation that was not sent yet is dropped, claims in its answer are given back."""
@@ -67,7 +212,7 @@ def giving_back(key: HandedKey) -> tuple[str, dict[str, Any]]:
 
 
 def without(verb: str, answer: Any, lost: Iterable[HandedKey]) -> list[Any]:
-    """What remains of an answer when these claims, or its batch, are lost; keys may be lists, as they travel."""
+    """An answer without the claims that are lost; empty if its batch is. Keys may be lists, as they travel."""
     gone = {(key[0], key[1]) for key in lost}
     if any(isinstance(number, int) for _, number in gone):
         return []
@@ -84,10 +229,10 @@ def with_time_left(arguments: dict[str, Any], elapsed: float) -> dict[str, Any]:
 
 
 class NoticeHandlers:
-    """Those who listen for notices in this process, and the notices that they have not been told yet.
+    """The handlers of notices in this process, and the notices that they have not got yet.
 
-    Handlers are called one at a time and in the order of the notices, by whichever thread comes first, without a lock
-    of the store. A handler may use the store; notices that it causes follow once it has returned.
+    One thread at a time calls the handlers, in the order of the notices and without a lock of the store. A handler may
+    use the store; notices that it causes follow once it has returned.
     """
 
     def __init__(self) -> None:
@@ -101,12 +246,12 @@ class NoticeHandlers:
         return lambda: self._handlers.remove(handler)
 
     def add(self, notices: Iterable[Sequence[str]]) -> None:
-        """Take notices, without calling anybody yet."""
+        """Take notices; `hand_out` calls the handlers."""
         self._waiting.extend(notices)
 
     def hand_out(self) -> None:
         """Call every handler for every notice that waits, unless another thread is doing so."""
-        # That thread looks once more after it has released the lock, so that nothing is left.
+        # The other thread looks once more after it has released the lock, so that nothing is left.
         while self._waiting and self._is_telling.acquire(blocking=False):
             try:
                 while self._waiting:
@@ -123,5 +268,5 @@ class NoticeHandlers:
         for handler in list(self._handlers):
             try:
                 handler(*notice)
-            except Exception:  # of somebody else's code, which must not stop the session
+            except Exception:  # an error of a user's handler must not stop the session
                 logger.exception("A handler of notices failed")

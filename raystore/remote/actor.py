@@ -4,7 +4,7 @@
 something to say. `linger` and `hold` are a lifeline. `piece` carries large objects of the journal for clients that do
 not see its directory, and belongs to no session. Arguments and answers are bytes and small plain values.
 
-A journal is read on a thread of its own. Meanwhile `describe` says how far that is, and everything else waits for it.
+A thread of its own reads the journal. Meanwhile `describe` tells the progress, and everything else waits.
 Imports neither pydantic nor the public types, so that the actor starts quickly.
 """
 
@@ -32,17 +32,17 @@ from raystore.errors import FencedError, JournalFailedError, JournalFullError, S
 from raystore.journal.opening import Opened, open_journal
 from raystore.journal.reader import ReadingProgress
 from raystore.options import StoreConfig, memory_capacity, resolve
-from raystore.remote.endpoint import Endpoint
 from raystore.remote.lifelines import Lifelines, here
+from raystore.remote.server_session import Endpoint
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
 
 logger: logging.Logger = logging.getLogger("raystore.store")
 
-#: Records form no cycles. So the collector hardly ever looks at old objects, which would only pause the loop.
+#: Records form no cycles. So the garbage collector seldom looks at old objects, which would only pause the loop.
 COLLECTOR_THRESHOLDS = (3_000, 2, 250_000)
-SWITCH_SECONDS = 0.0005  #: the interpreter's switch interval: the journal's thread must not wait long for a busy loop
+SWITCH_SECONDS = 0.0005  #: the interpreter's switch interval; short, since the journal's thread waits for a busy loop
 FULL_PATIENCE_SECONDS = 60.0  #: to wait for room on the disk after a restart; clients retry for as long
 READ_SECONDS = 2.0  #: that `describe` waits for the journal to be read before it says how far that is
 FAILED, FENCED = 70, 71  #: exit codes
@@ -94,16 +94,13 @@ class StoreActor:
         except StoreError as error:
             logger.critical("%s", error)
             self._refusal = error
-        except OSError as error:
+        except BaseException as error:  # all callers that wait get it: a failing disk, or a bug of ours
             self._refusal = JournalFailedError(str(config.journal), f"{type(error).__name__}: {error}")
-            logger.critical("%s", self._refusal)
-        except BaseException as error:  # a bug of ours: all callers that wait are to be told
-            logger.critical("The journal cannot be read", exc_info=True)
-            self._refusal = JournalFailedError(str(config.journal), f"{type(error).__name__}: {error}")
+            logger.critical("%s", self._refusal, exc_info=not isinstance(error, OSError))
         self._begin()
 
     def _begin(self) -> None:
-        """Let calls proceed: the service has all it needs."""
+        """Let waiting calls proceed: the journal is read."""
         gc.collect()
         gc.freeze()  # what was imported lives as long as the actor
         gc.set_threshold(*COLLECTOR_THRESHOLDS)
@@ -115,14 +112,14 @@ class StoreActor:
         return f"Store({self._name})"
 
     async def _until_read(self) -> None:
-        """Wait until the journal has been read, however long that takes; `describe` tells that it goes on."""
+        """Wait until the journal has been read, however long that takes; clients see the progress in `describe`."""
         if not self._is_read:
             await asyncio.shield(asyncio.wrap_future(self._read))
 
     def _open(self) -> Endpoint:
         """The endpoint and its service, made at first use, on the loop that owns them from then on."""
         if self._endpoint is None:
-            self._read.result()  # which is there: callers have waited for it
+            self._read.result()  # callers have waited for it
             loop = asyncio.get_running_loop()
             service = Service(
                 self._config,
@@ -139,7 +136,7 @@ class StoreActor:
         return self._endpoint
 
     async def describe(self) -> dict[str, Any]:
-        """Who this store is, its configuration, and which actors take operations (today: this one)."""
+        """The identity of this store, its configuration, and the actors that take operations (today: this one)."""
         brief = {"kind": "raystore", "version": __version__, "protocol": PROTOCOL, "name": self._name}
         try:
             async with asyncio.timeout(READ_SECONDS):
@@ -152,8 +149,7 @@ class StoreActor:
         service.actor_calls += 1
         settings = service.state.settings
         return service.info() | {
-            "kind": "raystore",
-            "version": __version__,
+            **brief,
             "namespace": self._namespace,
             "node": self._node,
             "machine": here(),
@@ -199,23 +195,19 @@ class StoreActor:
     async def piece(
         self, address: str, offset: int, total: int = 0, upload: str = "", data: bytes = b""
     ) -> bytes | None:
-        """Read or write (`upload`) a piece of an object in the journal, for a client that does not see the directory.
-
-        On a thread, since files take their time; it does not touch the state.
-        """
+        """Read or write (`upload`) a piece of an object in the journal, for a client that does not see its files."""
         await self._until_read()
         objects = self._open().service.objects if self._refusal is None else None
         if objects is None:
             return b""
-        loop = asyncio.get_running_loop()
         if upload:
-            await loop.run_in_executor(None, objects.files.write_piece, upload, address, offset, total, data)
+            await asyncio.to_thread(objects.files.write_piece, upload, address, offset, total, data)
             return None
-        return await loop.run_in_executor(None, objects.files.read_piece, address, offset)
+        return await asyncio.to_thread(objects.files.read_piece, address, offset)
 
 
 def _end(error: StoreError) -> None:
-    """End this process at once, since its answers may be wrong by now. Ray starts another one, which replays."""
+    """End this process at once, since its answers may be wrong. Ray starts another one, which reads the journal."""
     logging.shutdown()
     os._exit(FENCED if isinstance(error, FencedError) else FAILED)
 
@@ -254,16 +246,16 @@ def _this_node() -> tuple[str, int]:
 
 
 def _end_when_told() -> None:
-    """Let SIGTERM end this process at once, as SIGKILL would; nothing that was answered is lost.
+    """Let SIGTERM end this process at once, as SIGKILL would; no answered call is lost.
 
-    Ray sets a handler in Python, which runs once the main thread runs Python. In an actor it seldom does, and a busy
-    store would go on for half a minute. Python sets handlers from the main thread only, which this is not; C does not.
+    Ray's own handler is in Python and waits for the main thread, which seldom runs Python in an actor: a busy store
+    would go on for half a minute. It is set with C, since this is not the main thread, in which Python wants to set it.
     """
     ctypes.CDLL(None).signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _restore_priority() -> list[str]:
-    """Undo what Ray does to its workers: lowest priority, and killed first when memory runs out. What did not work."""
+    """Give this process a normal priority, and do not let the kernel kill it first; returns remarks on failures."""
     remarks = []
     try:
         os.setpriority(os.PRIO_PROCESS, 0, 0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Iterator
 from typing import Any, Literal, Unpack
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raystore.client.client import store_info
 from raystore.errors import (
     InvalidValueError,
     NotAStoreError,
@@ -20,7 +22,7 @@ from raystore.errors.calls import explained, explained_with
 from raystore.journal.opening import checked_directory
 from raystore.options import OPTIONS, StoreConfig, StoreOptions, make_config
 from raystore.remote.actor import StoreActor
-from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, store_info
+from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster
 from raystore.remote.store import RayLightningStore, end, own
 from raystore.types import StoreInfo
 from raystore.wire.checks import identifier
@@ -29,7 +31,7 @@ logger: logging.Logger = logging.getLogger("raystore")
 
 NAMESPACE = "raystore"
 
-MAX_CONCURRENCY = 40_000  #: calls at once: a session may park a listen call and early batches; for 10,000 sessions
+MAX_CONCURRENCY = 40_000  #: calls at once: for 10,000 sessions, each with a parked listen call and early batches
 
 
 @explained_with(OPTIONS)
@@ -79,8 +81,8 @@ def start(
         "namespace": namespace,
         "lifetime": "detached" if detached else None,
         "num_cpus": 0,
-        "memory": 1,  # a byte: Ray asks any node to place an actor without requirements, and that one ignores `here`
-        # Without a journal it would come back empty, and a store that only looks alive is worse than a dead one.
+        "memory": 1,  # a byte: without any requirement, Ray would ignore `here`
+        # Without a journal it would come back empty; a dead store is better, since its clients get errors.
         "max_restarts": 0 if config.journal is None else -1,
         "max_task_retries": 0,  # clients retry, with an identity
         "max_concurrency": MAX_CONCURRENCY,
@@ -91,7 +93,7 @@ def start(
     try:
         actor = ray.remote(StoreActor).options(**chosen)
         handle = actor.remote(config, name, namespace, resume=options.get("resume", "auto"))
-    except ValueError:  # somebody else started one of this name in the same moment
+    except ValueError:  # another process has just started a store of this name
         existing = find_actor(name, namespace)
         if existing is None:
             raise
@@ -100,7 +102,7 @@ def start(
         own(handle)
     try:
         store = RayLightningStore(handle, owns=not detached)
-    except StoreError:  # it could not begin, or not go on
+    except StoreError:  # it could not start
         end(handle)
         raise
     known = store._known
@@ -147,14 +149,11 @@ def list_stores(*, namespace: str | None = NAMESPACE, address: str | None = None
     """The stores that run, by name; `namespace` None lists all namespaces."""
     join_cluster(address)
     found = []
-    for actor in _named_actors():
-        if namespace is None or actor["namespace"] == namespace:
-            handle = find_actor(actor["name"], actor["namespace"])
-            if handle is not None and is_store(handle):
-                try:
-                    found.append(store_info(describe(handle, waits=False)))
-                except StoreError as error:  # one that is ending, or of another version, must not hide the others
-                    logger.warning("Left out of the list: %s", error)
+    for _, handle in _stores(namespace):
+        try:
+            found.append(store_info(describe(handle, waits=False)))
+        except StoreError as error:  # one that is ending, or of another version, must not hide the others
+            logger.warning("Left out of the list: %s", error)
     return sorted(found, key=lambda info: info.name or "")
 
 
@@ -180,11 +179,14 @@ def stop(name: str | RayLightningStore, *, namespace: str = NAMESPACE, address: 
     end(handle)
 
 
-def _named_actors() -> list[dict[str, str]]:
-    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
-    return actors
+def _stores(namespace: str | None) -> Iterator[tuple[str, Any]]:
+    """Names and handles of the stores that run in a namespace, or in all."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if namespace in (None, actor["namespace"]):
+            handle = find_actor(actor["name"], actor["namespace"])
+            if handle is not None and is_store(handle):
+                yield actor["name"], handle
 
 
 def _store_names(namespace: str) -> list[str]:
-    names = [actor["name"] for actor in _named_actors() if actor["namespace"] == namespace]
-    return sorted(name for name in names if is_store(find_actor(name, namespace)))
+    return sorted(name for name, _ in _stores(namespace))

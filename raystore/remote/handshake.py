@@ -1,4 +1,4 @@
-"""Connects this process to Ray, finds the actor of a store, and asks it who it is."""
+"""Connects this process to Ray, finds the actor of a store, and asks it for its description."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from raystore.errors import (
     from_record,
 )
 from raystore.service.service import PROTOCOL
-from raystore.types import StoreInfo
 
 CLIENT = (PROTOCOL, f"raystore {__version__}")  #: protocol and version of this side of a session
 
 logger: logging.Logger = logging.getLogger("raystore")
 
 HANDSHAKE_SECONDS = 60.0  #: to wait for the first answer of a store
-STANDSTILL_SECONDS = 60.0  #: to wait for a store that reads its journal and does not get on with it
+STANDSTILL_SECONDS = 60.0  #: to wait for a store that makes no progress with reading its journal
 HANDSHAKE_RETRY_SECONDS = 0.2
 LOG_SECONDS = 10.0  #: between two log lines about a store that reads its journal
 
 
 def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
-    """Ask an actor who it is. A store that reads its journal is waited for as long as it gets on, if `waits`.
+    """Ask an actor for its description. If `waits`, wait for a store that makes progress with reading its journal.
 
-    Raises `NotAStoreError`, `ProtocolMismatchError`, `StoreUnavailableError` if it does not answer, and the reason for
+    Raises `NotAStoreError`, `ProtocolMismatchError`, `StoreUnavailableError` if it does not answer, and the error with
     which it could not start.
     """
     check_connection()
@@ -89,13 +88,6 @@ def is_store(handle: Any) -> bool:
 def _cause(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def store_info(known: dict[str, Any]) -> StoreInfo:
-    """The public part of what `describe` returned."""
-    names = ("store_id", "name", "namespace", "epoch", "protocol", "node", "limits", "endpoints")
-    capabilities = {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
-    return StoreInfo(**{name: known[name] for name in names}, capabilities=capabilities)
 
 
 def join_cluster(address: str | None) -> None:

@@ -1,16 +1,15 @@
-"""Notices that a client's process has ended, long before its silence would tell.
+"""Notices the end of a client's process long before the timeout of its session.
 
-A session says which process it is. A process on the store's own machine is looked for there. Of any other, Ray tells
-that its node has ended; and when the process itself ends, Ray breaks its *lifeline*: the result of a call that never
-returns, which the process owns and the store waits for (`hold`). What neither tells, silence does.
+A session names its process. The store looks for a process of its own machine by itself. For any other process, Ray
+reports the end of its node; and when the process ends, Ray breaks its *lifeline*: the result of a call that never
+returns, which the process owns and the store waits for (`hold`). If neither helps, the session times out.
 
-A process that ended because its job did is not to blame for what it ran: its driver was stopped. So before a session
-ends, Ray is asked about its job; Ray knows of a driver's end a moment before or after it ends the driver's workers.
+A process that ended because its job did is not to blame for the rollouts that it ran: its driver was stopped. So before
+a session ends, Ray is asked about its job; Ray knows of a driver's end a moment before or after it ends the workers.
 
-A process id alone says nothing: it is used again, and in a container it may be another process. So a process is known
-by its machine (this boot of its kernel, and the namespace in which its id counts), its id, and when it started. One
-that cannot say so much is not looked for. One that is frozen has not ended.
-Not here: what the end of a session means (`raystore.core.claims`), the client's end of a lifeline (`session`).
+A process id alone does not identify a process: ids are used again, and each container has its own. So a process is
+identified by its machine (the boot of its kernel, and its namespaces), its id, and its start time. If one of these is
+unknown, the store does not look for it. A frozen process has not ended.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from raystore.service.service import Service
 
 logger: logging.Logger = logging.getLogger("raystore.store")
 
-LOOK_SECONDS = 1.0  #: between looks at the processes of sessions
-AGAIN_SECONDS = 0.5  #: to the next look when a process is gone: by then Ray knows whether its job has ended
-MISSED_SECONDS = 3.0  #: after a restart; by then a client that lives has spoken to the store again
-EARLY_SECONDS = 10.0  #: that a lifeline may be here before its session
+LOOK_SECONDS = 1.0  #: between two looks at the processes of sessions
+AGAIN_SECONDS = 0.5  #: to the next look when a process is gone; then Ray knows whether its job has ended
+MISSED_SECONDS = 3.0  #: after a restart of the store, in which every living client calls it again
+EARLY_SECONDS = 10.0  #: that a lifeline may arrive before its session
 GONE = "process gone"
 
 
@@ -43,18 +42,18 @@ GONE = "process gone"
 
 
 class Process(NamedTuple):
-    """A process of a Ray cluster, by its own account."""
+    """A process of a Ray cluster, as it describes itself."""
 
     node: str | None  #: id of its node
-    machine: str  #: in which its id counts, see `here`; empty if it cannot tell
+    machine: str  #: to which its id belongs, see `here`; empty if unknown
     pid: int
     started: int  #: in clock ticks since its machine started
-    job: str | None  #: id of the job that it works for
-    is_driver: bool  #: of that job
+    job: str | None  #: id of its job
+    is_driver: bool  #: whether it is the driver of that job
 
 
 def here() -> str:
-    """The machine of this process: boot of the kernel, and namespaces. Empty if that cannot be told."""
+    """The machine of this process: boot of the kernel, and namespaces. Empty if unknown."""
     try:
         if os.readlink("/proc/self") != str(os.getpid()):  # a /proc of another namespace
             return ""
@@ -84,7 +83,7 @@ def this_process() -> Process:
 
 
 def process_of(told: Any) -> Process | None:
-    """The process that a peer says it is; None if it says anything else."""
+    """The process that a peer describes; None if its description is invalid."""
     match told:
         case [str() | None, str(), int(), int(), str() | None, bool()]:
             return Process(*told)
@@ -95,10 +94,10 @@ def is_gone(process: Process) -> bool:
     """Whether a process of this machine has certainly ended."""
     state = _look(process.pid)
     if state is None:
-        return not _exists(process.pid)  # processes of others may be hidden from us
+        return not _exists(process.pid)  # processes of other users may be hidden
     status, started = state
     if started != process.started:
-        return True  # its id belongs to another process by now
+        return True  # another process has its id now
     return status in "ZX" and not _has_threads(process.pid)
 
 
@@ -108,7 +107,7 @@ def _look(pid: int) -> tuple[str, int] | None:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
-    fields = text[text.rindex(b")") + 1 :].split()  # behind its name, which may contain anything
+    fields = text[text.rindex(b")") + 1 :].split()  # after the name, which may contain anything
     return fields[0].decode(), int(fields[19])
 
 
@@ -117,8 +116,8 @@ def _exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it exists, and belongs to another user
-        return True
+    except OSError:  # it belongs to another user
+        pass
     return True
 
 
@@ -134,9 +133,9 @@ def _has_threads(pid: int) -> bool:
 
 
 class Cluster(NamedTuple):
-    """What Ray knows of a cluster."""
+    """The nodes and jobs of a cluster."""
 
-    nodes: dict[str, bool]  #: by id, whether they live; nodes that ended are known for a while
+    nodes: dict[str, bool]  #: by id, whether they live; Ray remembers nodes that ended for a while
     jobs: dict[str, bool]  #: by id, whether they have ended
 
 
@@ -152,7 +151,7 @@ class Watched(NamedTuple):
 
     session_id: str
     process: Process
-    is_missed: bool  #: its session is older than the store's process, and it has not spoken to this one
+    is_missed: bool  #: its session is older than the store's process, which has not heard from it
 
 
 class Lifelines:
@@ -165,7 +164,7 @@ class Lifelines:
         self._thread = ThreadPoolExecutor(1, "raystore-lifelines")
         self._started = service.clock.age()
         self._processes: dict[str, Process] = {}  # of live sessions
-        self._of_before: set[str] = set()  # sessions that began with a process of the store before this one
+        self._of_before: set[str] = set()  # sessions that began with an earlier process of the store
         self._suspected: set[str] = set()  # sessions whose process was gone at the look before
         self._broken: set[str] = set()  # sessions whose lifeline Ray has broken
         self._held: dict[str, tuple[asyncio.Event, float]] = {}  # by session: lets `linger` return; since when
@@ -174,7 +173,7 @@ class Lifelines:
         self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin, with the sessions of the process before this one."""
+        """Start to watch, with the sessions of the store's earlier process."""
         for session in self._service.state.sessions.values():
             if session.ended_at is None:
                 self.opened(session)
@@ -182,7 +181,7 @@ class Lifelines:
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     def opened(self, session: Session) -> None:
-        """A session has begun."""
+        """Watch the process of a new session."""
         process = process_of(session.process)
         if process is None:
             return
@@ -210,7 +209,7 @@ class Lifelines:
         except ray.exceptions.OwnerDiedError:
             self._broken.add(session_id)
             self._look_now.set()
-        except ray.exceptions.RayError:  # of our own end, say: it says nothing about the session's process
+        except ray.exceptions.RayError:  # it tells nothing about the session's process
             pass
 
     # -- looking -----------------------------------------------------------------------------------------------------
@@ -225,7 +224,7 @@ class Lifelines:
                     ended = await loop.run_in_executor(self._thread, self._look, watched)
                     self._service.end_sessions(ended)
                 self._forget()
-            except Exception:  # go on: other processes are to be watched, and Ray may answer next time
+            except Exception:  # Ray may answer next time
                 logger.exception("The processes of clients could not be looked for")
             seconds = EARLY_SECONDS if self._held else None
             if watched:
@@ -246,7 +245,7 @@ class Lifelines:
         return [Watched(name, process, name in missed) for name, process in self._processes.items()]
 
     def _look(self, watched: list[Watched]) -> list[tuple[str, str]]:
-        """Sessions whose process has ended, and why. On a thread, since it reads files and may ask Ray."""
+        """Sessions whose process has ended, and why. Runs on a thread, since it reads files and may ask Ray."""
         cluster = None
         if any(one.is_missed or not self._is_here(one.process) for one in watched):
             cluster = self._ask()
@@ -257,7 +256,7 @@ class Lifelines:
             for session_id, one in gone.items():
                 if not one.process.is_driver and _has_job_ended(one.process, cluster):
                     ended.append((session_id, JOB_ENDED))
-                elif session_id in self._suspected or session_id in self._broken:  # by now Ray knows of its job
+                elif session_id in self._suspected or session_id in self._broken:  # Ray would know of its job's end
                     ended.append((session_id, GONE))
         self._suspected = gone.keys() - {session_id for session_id, _ in ended}
         return ended
@@ -265,12 +264,10 @@ class Lifelines:
     def _is_gone(self, one: Watched, cluster: Cluster | None) -> bool:
         if one.session_id in self._broken:
             return True
-        if self._is_here(one.process):
-            is_gone_by_itself = is_gone(one.process)
-        else:
-            is_gone_by_itself = _is_node_gone(one.process, cluster)
-        if is_gone_by_itself or not one.is_missed or cluster is None:
-            return is_gone_by_itself
+        if is_gone(one.process) if self._is_here(one.process) else _is_node_gone(one.process, cluster):
+            return True
+        if not one.is_missed or cluster is None:
+            return False
         return _is_node_gone(one.process, cluster) or _has_job_ended(one.process, cluster)
 
     def _is_here(self, process: Process) -> bool:
@@ -278,7 +275,7 @@ class Lifelines:
 
     def _forget(self) -> None:
         """Forget lifelines of sessions that have ended."""
-        early = self._service.clock.age() - EARLY_SECONDS  # a lifeline may be here before its session
+        early = self._service.clock.age() - EARLY_SECONDS
         over = [name for name, (_, since) in self._held.items() if since < early and not self._service.is_live(name)]
         for session_id in over:
             self._held.pop(session_id)[0].set()
@@ -293,7 +290,7 @@ def _is_node_gone(process: Process, cluster: Cluster | None) -> bool:
 
 
 def _has_job_ended(process: Process, cluster: Cluster) -> bool:
-    """Whether the job of a process has ended, perhaps with its cluster (another one gives its jobs the same ids)."""
+    """Whether the job of a process has ended, perhaps with its cluster (each cluster numbers its jobs alike)."""
     if process.job is None or process.node is None:
         return False
     return process.node not in cluster.nodes or cluster.jobs.get(process.job, True)

@@ -27,8 +27,7 @@ import ray
 
 from raystore.api import NoticeHandler
 from raystore.client import forks
-from raystore.client.pending import PendingCall
-from raystore.client.transport import NoticeHandlers, with_time_left, without
+from raystore.client.transport import NoticeHandlers, PendingCall, with_time_left, without
 from raystore.core.claims import is_claim
 from raystore.core.state import HandedKey
 from raystore.errors import (

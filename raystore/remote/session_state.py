@@ -16,8 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from raystore.client.pending import PendingCall
-from raystore.client.transport import giving_back
+from raystore.client.transport import PendingCall, giving_back
 from raystore.core.payload import PLAIN, Payload
 from raystore.core.resources import FREED
 from raystore.core.state import HandedKey

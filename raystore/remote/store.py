@@ -1,8 +1,7 @@
-"""`RayLightningStore`: the client of a store that runs as a Ray actor; and where large objects go that it publishes.
+"""`RayLightningStore`: the client of a store that runs as a Ray actor, and the large objects that it publishes.
 
 A large object of resources goes to Ray's object store, and the resource refers to it there. If the store keeps objects
 in a journal, and the object is within the bound, it is written to the journal's directory as well.
-Not here: starting and finding stores (`cluster`), referring to objects so that Ray keeps them (`session_state`).
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import ray
 
 from raystore._sync import SyncStore
 from raystore.client import forks
-from raystore.client.client import Boxed, StoreClient, Testing
-from raystore.client.pending import in_thread
+from raystore.client.client import Boxed, StoreClient, Testing, store_info
+from raystore.client.transport import in_thread
 from raystore.core.payload import Opaque, Payload
 from raystore.errors import JournalFailedError, StoreUnavailableError
 from raystore.options import StoreConfig
-from raystore.remote.handshake import describe, find_actor, join_cluster_of, ray_connection, store_info
+from raystore.remote.handshake import describe, find_actor, join_cluster_of, ray_connection
 from raystore.remote.session import ActorTransport, ClientSession
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
@@ -34,7 +33,7 @@ logger: logging.Logger = logging.getLogger("raystore")
 BOXED_FROM_BYTES = 64 * 1024  #: larger objects in resources go to Ray's object store
 FETCH_SECONDS = 60.0  #: to fetch an object that is to be written to the journal, or to send a piece of it
 READY_SECONDS = 1.0  #: to wait for an object of which Ray does not know whether it is ready
-PATIENCE_SECONDS = 60.0  #: to go on sending an object to a store that does not take it: it may be restarting
+PATIENCE_SECONDS = 60.0  #: to repeat sending an object to a store that does not take it: it may be restarting
 PAUSE_SECONDS = 1.0  #: between two tries
 
 _attach_lock = threading.Lock()
@@ -104,7 +103,7 @@ class RayLightningStore(StoreClient):
 
     @property
     def info(self) -> StoreInfo:
-        """Who this store is."""
+        """Identity, limits and capabilities of this store."""
         return store_info(self._known)
 
     # -- large objects ---------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ class RayLightningStore(StoreClient):
     async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:
         """Resources were published: refer to their objects, and write them to the journal."""
         if isinstance(payload, Payload) and payload.refs:
-            # Another process of the store may know the version, and not that its objects are here.
+            # A new process of the store may know the version without knowing that its objects are here.
             is_unknown = boxed.asked != self._store_process()
             self._session().hold((answer[0], answer[1]), payload.refs, again=is_unknown)
         for address, parts in boxed.files:
@@ -186,7 +185,7 @@ class RayLightningStore(StoreClient):
 
 
 def _why_not_found(address: str | None, other: dict[str, Any] | None) -> str:
-    """Why a store is not found. Says that it has ended only if this process is connected to its cluster."""
+    """The reason why a store is not found; that it has ended only if this process is connected to its cluster."""
     connection = ray_connection()
     here = None if connection is None else connection[0]
     if address is not None and here != address:
@@ -253,14 +252,14 @@ def _referring(reference: Any, parts: Parts | None, size: int) -> Box:
 
 
 def _fetched(reference: Any, bound: int) -> tuple[Parts | None, int]:
-    """The object behind a user's reference, if it is ready and within the bound; and its size, 0 if unknown."""
+    """The object of a user's reference, if it is ready and within the bound; and its size, 0 if unknown."""
     where = ray.experimental.get_object_locations([reference]).get(reference, {})
     size = where.get("object_size") or 0
     if size > bound:
         return None, size
     try:
         value = reference.future().result(timeout=FETCH_SECONDS if size else READY_SECONDS)
-    except Exception:  # it is not ready, or has failed: whoever gets it will see
+    except Exception:  # it is not ready, or has failed: the reader of the resource gets the error
         return None, size
     parts = pickled(value)
     del value

@@ -1,10 +1,9 @@
 """Runners: processes that claim rollouts, run an agent on them and report the result.
 
-`pool` keeps a number of runners alive: `actors` on Ray, `local_runners` in this process. `worker` is one runner,
-`context` what an agent sees of its rollout, `agents` what an agent is and how a call ends, `agent_errors` the texts of
-its errors, and `life` its thread and task. An agent runs in its runner's process (`inline_agents`) or in one of its own
-(`process_agents`, `fork_server`, `agent_process`, `process_tree`), or once without a store (`run_one`).
-Not here: algorithms, which are plain async functions over a store.
+`pool` keeps a number of runners alive, in this process or on Ray (`actors`). `worker` is one runner, `context` is the
+agent's view of its rollout, `agents` calls an agent and tells how the call ends, `agent_errors` has the texts of its
+errors, and `life` its thread and task. An agent runs in its runner's process (`inline_agents`) or in one of its own
+(`process_agents`, `fork_server`, `process_tree`), or once without a store (`run_one`).
 """
 
 from raystore.runner.context import Context as Context

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 from raystore.client.client import StoreClient
-from raystore.client.pending import run_blocking
+from raystore.client.transport import run_blocking
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.runner.agent_errors import last_line, portable, text_of
 from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all
@@ -25,10 +25,10 @@ from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, Ru
 logger: logging.Logger = logging.getLogger("raystore.runner")
 
 NAMESPACE = "raystore-runners"  #: Ray's namespace in which the runners' worker ids are the names of their actors
-REPLACE_SECONDS = 1.0  #: after which a dead runner is replaced, even if the store has not said whether it was useful
+REPLACE_SECONDS = 1.0  #: after a death the runner is replaced, even if the store did not answer whether it was useful
 RESTART_SECONDS = 0.2  #: until a runner that died before it was useful is replaced; doubles each time ...
 MAX_RESTART_SECONDS = 10.0  #: ... up to this
-FAILURES_REPORTED = 3  #: runners in a row that died before they were ready: then the pool reports that it fails
+FAILURES_REPORTED = 3  #: after so many runners in a row that died before they were ready, the pool reports a failure
 
 
 class RunnerActor:
@@ -79,14 +79,14 @@ class _Member:
         self.actor = actor
         self.session_id: str | None = None
         self.is_ready = False
-        self.is_stopped = False  # by the pool, so its end is no death
+        self.is_stopped = False  # by the pool; then its end is no death
         self.is_replaced = False
         self.ended = threading.Event()
         self._ping: Future[None] = actor.ping.remote().future()
 
     @property
     def is_setting_up(self) -> bool:
-        """Whether its process runs and its agent is not ready."""
+        """Whether its process runs while its agent is not ready yet."""
         return not self.is_ready and self._ping.done() and self._ping.exception() is None
 
     def stop(self, *, drain: bool) -> None:
@@ -133,11 +133,9 @@ class RunnerActors:
         self._watcher = threading.Thread(target=self._watch, name="raystore-pool", daemon=True)
 
     def worker_ids(self) -> list[str]:
-        """The ids of the runners that work now."""
         return [member.worker_id for member in list(self._members.values())]
 
     def actors(self) -> list[Any]:
-        """Their actor handles."""
         return [member.actor for member in list(self._members.values())]
 
     # -- starting ----------------------------------------------------------------------------------------------------
@@ -186,13 +184,8 @@ class RunnerActors:
 
     def _start_member(self, number: int) -> _Member:
         worker_id = self._ids.next(number)
-        options: dict[str, Any] = {
-            "max_concurrency": 100,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "enable_task_events": False,
-        }
-        options |= {"name": worker_id, "namespace": NAMESPACE, **self._requirements}
+        options: dict[str, Any] = {"max_concurrency": 100, "max_restarts": 0, "max_task_retries": 0}
+        options |= {"name": worker_id, "namespace": NAMESPACE, "enable_task_events": False, **self._requirements}
         actor = self._class.options(**options).remote(self._store, self._agent, worker_id, self._options)
         member = self._members[number] = _Member(number, worker_id, actor)
         actor.run.remote().future().add_done_callback(lambda future: self._events.put(("ended", member, future)))
@@ -260,13 +253,13 @@ class RunnerActors:
         self._later(0, lambda: self._on_death(member, error))
 
     def _on_ready(self) -> None:
-        """A replacement is ready; if the store knows that the pool fails, report that it does no longer."""
+        """Reset the count of failures; if they were reported to the store, report that the pool works again."""
         failures, self._failures = self._failures, 0
         if failures >= FAILURES_REPORTED:
             self._later(0, lambda: self._report_pool(0, None))
 
     def _report_pool(self, failures: int, cause: str | None) -> None:
-        """Report that the pool fails, so that calls which wait for its rollouts raise; or that it works again."""
+        """Report that the pool fails, and calls that wait for its rollouts raise; or that it works again."""
         report = self._store.report_pool(self._pool_id, self._options.queues, failures=failures, error=cause)
         try:
             run_blocking(report)
@@ -274,7 +267,7 @@ class RunnerActors:
             logger.warning("The failures of pool %s cannot be reported to the store: %s", self._pool_id, refusal)
 
     def _on_death(self, member: _Member, error: BaseException) -> None:
-        """Replace a runner that died, and report its end to the store, in the order in which that is possible."""
+        """Replace a runner that died and report its end to the store; a store that is slow delays only the report."""
         soon = self._later(REPLACE_SECONDS, lambda: self._replace(member, False, error))
         try:
             known = self._store.sync.get_worker_by_id(member.worker_id)  # before the report, which changes it
@@ -285,12 +278,12 @@ class RunnerActors:
             logger.error("The end of runner %s cannot be reported to the store: %s", member.worker_id, refusal)
             return
         soon.cancel()
-        # A runner that has finished a rollout, or has waited for one, works, and was killed from outside.
+        # A runner that has finished a rollout, or has waited for one, was healthy and was killed from outside.
         self._replace(member, known is not None and known.last_idle_time is not None, error)
         self._report_end(member, stopped=False)
 
     def _replace(self, member: _Member, was_useful: bool, error: BaseException) -> None:
-        """Start a runner in place of one that died, once: at once if that was useful, else after a growing delay."""
+        """Start one runner in place of a dead one: at once if that was useful, else after a growing delay."""
         with self._lock:
             if member.is_replaced:
                 return
@@ -327,7 +320,7 @@ class RunnerActors:
 
     @staticmethod
     def _later(seconds: float, action: Callable[[], object]) -> threading.Timer:
-        """Call something in its own thread, so that it may wait for a store that cannot be reached."""
+        """Call something in a thread of its own, which may wait for a store that cannot be reached."""
         timer = threading.Timer(seconds, action)
         timer.daemon = True
         timer.start()

@@ -1,7 +1,7 @@
-"""Errors that agents raise: their text, their causes and our notes on them, whatever their classes do.
+"""Errors that agents raise: their text, their causes and our notes on them.
 
 An error's class may have a `__str__` that raises, or attributes that cannot be set (a frozen dataclass). Users must see
-their own error all the same, so nothing here raises.
+their error all the same, so no function here raises.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What an agent is, how it is called, and how a call ends.
+"""What counts as an agent, and the `Ending` of a call.
 
 An agent is a function or coroutine function `agent(task, ctx)`, or a class with `__call__`, of which each process makes
 one instance (`setup` and `close` may be coroutine functions, too). Its result or exception becomes an `Ending`.
-Not here: the thread and task of an agent (`life`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from raystore.errors import Abort, AgentNotPicklableError, Drop, PayloadLostError
 from raystore.runner.agent_errors import leaves, report, summary, text_of, with_causes
@@ -24,7 +23,7 @@ from raystore.spans import Span
 from raystore.types import AttemptStatus, Outcome
 from raystore.values import pickler
 
-RETRY_SECONDS = 0.2  #: until an agent that could not be made again is tried again; doubles each time ...
+RETRY_SECONDS = 0.2  #: between two tries to make an agent again; doubles each time ...
 MAX_RETRY_SECONDS = 10.0  #: ... up to this
 ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -53,30 +52,8 @@ class Ending:
     unread: tuple[str, int] | None = None
 
 
-class Agents(Protocol):
-    """Runs the agents of one runner: in threads and tasks of this process, or in processes of their own."""
-
-    async def open(self) -> None:
-        """Make the agents; raises the error of an agent's `__init__` or `setup`."""
-
-    async def run(self, context: Context) -> Ending:
-        """Run the agent on one rollout."""
-
-    def cancel(self, context: Context) -> None:
-        """Tell the agent that its work is no longer needed; `context` says why."""
-
-    def kill(self, context: Context) -> None:
-        """Kill the agent: it was cancelled, and the grace period is over."""
-
-    def abandon(self, context: Context) -> None:
-        """Let `run` return now, because the runner ends."""
-
-    async def close(self) -> None:
-        """End the agents."""
-
-
 def check(agent: object) -> str | None:
-    """What an agent has to be, if this is none; None if it is one."""
+    """None if an object is an agent; else the description of a valid one, for an error."""
     if not callable(agent):
         return "a function agent(task, ctx), or a class with __call__"
     inner = _unwrapped(agent)
@@ -139,12 +116,11 @@ def ending_of(context: Context, result: Any, error: BaseException | None) -> End
             return Ending("succeeded", "ok")
         except Exception as refusal:
             error = refusal
-    for one in leaves(error):
-        if isinstance(one, Abort):  # before Drop: after a failure of the infrastructure the task may be fine
-            return Ending("failed", "infra", text_of(one))
-    for one in leaves(error):
-        if isinstance(one, Drop):
-            return Ending("failed", "dropped", text_of(one))
+    wishes: tuple[tuple[type[Exception], Outcome], ...] = ((Abort, "infra"), (Drop, "dropped"))
+    for kind, outcome in wishes:  # Abort first: after a failure of the infrastructure the task may be fine
+        for one in leaves(error):
+            if isinstance(one, kind):
+                return Ending("failed", outcome, text_of(one))
     if isinstance(error, asyncio.CancelledError):
         if context.cancelled:
             return Ending(None)
@@ -160,10 +136,8 @@ def ending_of(context: Context, result: Any, error: BaseException | None) -> End
 def lost_resources(error: BaseException | None, context: Context) -> PayloadLostError | None:
     """The error among these causes that says that the rollout's own resources are lost."""
     wanted = (context.rollout.resources_id, context.attempt.resources_version)
-    for one in with_causes(error):
-        if isinstance(one, PayloadLostError) and one.resources == wanted:
-            return one
-    return None
+    lost = (one for one in with_causes(error) if isinstance(one, PayloadLostError) and one.resources == wanted)
+    return next(lost, None)
 
 
 def take_result(context: Context, result: Any) -> None:

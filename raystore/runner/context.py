@@ -1,8 +1,7 @@
-"""What an agent sees of its rollout (`Context`), and the spans that it records until they are sent (`Outbox`).
+"""The agent's view of its rollout (`Context`), and the spans that it records until they are sent (`Outbox`).
 
 Spans nest by context variable, so concurrent rollouts of one process do not mix. A span that has ended goes to the
 `sink` of the context, a span that is lost is reported to its `lose`.
-Not here: sending spans (`worker`).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ logger = logging.getLogger("raystore.runner")
 
 STOPPED = "the runner stops"  #: reason of a cancellation after which the work is given back
 ALONE = "run_one"  #: worker id of a call without a store
-FLUSH_BYTES = 64 * 1024  #: of spans, after which they are sent at once
+FLUSH_BYTES = 64 * 1024  #: of spans are sent at once, without a wait for more
 _SPAN_BYTES = 300  # of a span without attributes, about
 _NUMBER_BYTES = 9
 
@@ -43,7 +42,7 @@ _parent: ContextVar[str | None] = ContextVar("raystore_span", default=None)  # i
 _running: dict[Context, None] = {}  # contexts whose agents run in this process
 _outside: list[int] = []  # ids of threads in which no agent runs
 
-# -- which rollout the calling code runs for ---------------------------------------------------------------------------
+# -- the current rollout -----------------------------------------------------------------------------------------------
 
 
 def current() -> Context | None:
@@ -78,13 +77,13 @@ def is_outside_rollouts() -> bool:
 
 
 class Position:
-    """The rollout and span of the code that makes it, for another thread to continue in."""
+    """The current rollout and span, taken along to another thread."""
 
     def __init__(self) -> None:
         self._context, self._parent = _current.get(), _parent.get()
 
     def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function there."""
+        """Call a function within that rollout and span."""
         context, parent = _current.set(self._context), _parent.set(self._parent)
         try:
             return function(*args, **kwargs)
@@ -93,7 +92,7 @@ class Position:
             _current.reset(context)
 
 
-# -- what an agent sees ------------------------------------------------------------------------------------------------
+# -- the rollout of an agent -------------------------------------------------------------------------------------------
 
 
 class _Resources(dict[str, Any]):
@@ -157,7 +156,7 @@ class OpenSpan:
 
 
 class _Block:
-    """A block that is recorded as a span. A class, because a generator would change the traceback of exceptions."""
+    """A block that is recorded as a span; a class, since a generator would change the traceback of exceptions."""
 
     def __init__(self, context: Context, span: OpenSpan) -> None:
         self._context = context
@@ -358,7 +357,7 @@ class Context:
         _running.pop(self, None)
 
 
-# -- where its spans gather --------------------------------------------------------------------------------------------
+# -- the spans of a rollout --------------------------------------------------------------------------------------------
 
 
 class Outbox:
@@ -382,7 +381,7 @@ class Outbox:
 
     def add(self, span: Span) -> None:
         """Take a span."""
-        if self._pid != forks.pid:  # a fork: its copy of the lock may be held for ever
+        if self._pid != forks.pid:  # in a forked child the lock may stay locked for ever
             self._warn_of_fork(span)
             return
         weight = _weight(span)
@@ -416,7 +415,7 @@ class Outbox:
     def close(self, on_late: Callable[[Span], None]) -> list[Span]:
         """Take the last spans of a rollout that has ended; `on_late` is called with each span that is added later."""
         with self._lock:
-            self._on_late, self._on_full = on_late, lambda: None  # a kept span must not keep the rollout alive
+            self._on_late, self._on_full = on_late, lambda: None  # a span that is kept must not keep the rollout alive
             calls, self._calls = self._calls, CallCounter()
         calls.report(self._losses)
         return self.take()

@@ -1,9 +1,8 @@
 """The fork server: a process that forks the processes of agents, kills them with their children and reports exits.
 
-It has one thread and has imported all that an agent needs, so a fork takes milliseconds. The runner's own process
-(Ray's threads, an event loop) could not be forked safely. When its runner ends for whatever reason, the server kills
-every process that it forked, and ends. It is not a child of the runner, because Ray kills the children of a worker
-that ends before they can act.
+It has one thread and has imported all that an agent needs, so a fork is safe and takes milliseconds; the runner's own
+process has an event loop and Ray's threads. When its runner ends, the server kills every process that it forked, and
+ends. It is not a child of the runner, because Ray kills the children of a worker that ends.
 
 `ForkServer` is the runner's end, `main` the server's. A request is (operation, pid), and a FORK also carries the socket
 of the new process. A reply is (pid, status), where the status is FORKED or the result of `os.waitpid`.
@@ -32,7 +31,7 @@ from raystore.values import pickler
 #: What the server's interpreter runs. It forks and its parent exits, so the server is no child of the runner.
 PROGRAM = (
     "import os, sys; os.fork() and os._exit(0); sys.path[:] = {path!r}; "
-    "from raystore.runner import agent_process, fork_server; fork_server.main({fd}, agent_process.main)"
+    "from raystore.runner import fork_server, process_agents; fork_server.main({fd}, process_agents.main)"
 )
 REQUEST = struct.Struct("<cq")
 REPLY = struct.Struct("<qq")
@@ -135,7 +134,7 @@ def main(control_fd: int, agent_main: Callable[[socket.socket], NoReturn]) -> No
     signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
     children: set[int] = set()
     gc.collect()
-    gc.freeze()  # pages that nobody writes stay shared
+    gc.freeze()  # so that forks share the memory pages
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
         selector.register(child_ended, selectors.EVENT_READ)

@@ -1,7 +1,7 @@
 """Agents in the process of their runner: `RunnerPool(isolation="actor")`.
 
-What an agent awaits is cancelled with its rollout. An agent that does not await cannot be stopped from outside: it sees
-`ctx.cancelled`, and `ctx.check()` raises.
+The cancellation of a rollout cancels the await of its agent. An agent that does not await must look at `ctx.cancelled`
+itself, or call `ctx.check()`, which raises.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Pending:
 
 
 class InlineAgents:
-    """Runs an agent up to `concurrency` times at once in this process."""
+    """Runs an agent up to `concurrency` times at once in this process. `ProcessAgents` has the same methods."""
 
     def __init__(self, agent: Agent, concurrency: int) -> None:
         self._agent = agent
@@ -47,6 +47,7 @@ class InlineAgents:
         self._has_abandoned = False
 
     async def open(self) -> None:
+        """Make the agents; raises the error of an agent's `__init__` or `setup`."""
         self._thread = await self._start_thread()
 
     async def _start_thread(self) -> _AgentThread:
@@ -57,9 +58,10 @@ class InlineAgents:
             return thread
         if isinstance(error, Exception):
             raise error
-        raise RuntimeError(f"the agent could not be made: {error!r}") from error  # SystemExit would end the process
+        raise RuntimeError(f"the agent could not be made: {error!r}") from error  # not SystemExit: the process goes on
 
     async def run(self, context: Context) -> Ending:
+        """Run the agent on one rollout."""
         pending = self._pending[context] = _Pending(asyncio.get_running_loop().create_future())
         delays = retry_delays()
         try:
@@ -90,6 +92,7 @@ class InlineAgents:
             return self._thread
 
     def cancel(self, context: Context) -> None:
+        """Cancel the agent: its work is no longer needed; `context` says why."""
         if (pending := self._pending.get(context)) is None:
             return
         if pending.begun.is_set():
@@ -99,6 +102,7 @@ class InlineAgents:
             pending.ending.cancel()  # if the call begins at this moment, it sees that it was cancelled
 
     def kill(self, context: Context) -> None:
+        """Kill an agent that was cancelled when the grace period is over; here, only log that it goes on."""
         if context in self._pending and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -109,6 +113,7 @@ class InlineAgents:
             )  # fmt: skip
 
     def abandon(self, context: Context) -> None:
+        """Let `run` return now, because the runner ends."""
         if (pending := self._pending.get(context)) is not None:
             self._has_abandoned = True
             pending.ending.cancel()  # a call that goes on ends with the process
@@ -131,7 +136,6 @@ class _AgentThread:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it takes calls."""
         return not self.ended.done() and not self.life.is_over
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""The life of an agent, from `__init__` to `close`: all of it in one thread, and all that it awaits in one task.
+"""The life of an agent, from `__init__` to `close`: in one thread, with everything that it awaits in one task.
 
 The thread that enters a `Life` is the agent's thread. `__init__`, `setup`, the calls and `close` run there one after
 the other, and an awaitable that one of them returns is awaited in the one main task of an event loop that belongs to
@@ -44,7 +44,7 @@ Result = tuple[Any, BaseException | None]  #: of a call: the returned value, or 
 
 @dataclass(slots=True, eq=False)
 class _Step:
-    """Something for the main task to await: an awaitable, or a function that is called there."""
+    """An awaitable for the main task, or a function that it calls."""
 
     target: Any
     variables: contextvars.Context
@@ -61,7 +61,7 @@ class _Call:
     on_begin: Callable[[], None]
 
     def begin(self) -> bool:
-        """Note that it begins; False if it was cancelled before, and has ended with that."""
+        """Note that the call begins; False if it was cancelled before, which ends it."""
         self.on_begin()
         if self.context.cancelled:
             self.on_end(Ending(None))
@@ -69,15 +69,15 @@ class _Call:
         return True
 
     def end(self, result: Any, error: BaseException | None) -> None:
-        """Note how it has ended."""
+        """Note the result of the call."""
         self.on_end(agents.ending_of(self.context, result, error))
 
 
 class Life:
     """One agent and its life: entering it makes the agent and sets it up, leaving it closes the agent.
 
-    `is_over` says that it ended early: the agent itself got the main task cancelled (a task group that was entered in
-    `setup` has failed), closed the loop, or started something that stopped it (`SystemExit`).
+    `is_over` says that it ended early: the agent's code cancelled the main task (a task group that was entered in
+    `setup` has failed), closed the loop, or raised SystemExit in a background task.
     """
 
     def __init__(self, source: Agent, concurrency: int = 1) -> None:
@@ -146,7 +146,7 @@ class Life:
                 else:
                     self._new_call = self._loop.create_future()
                     self._run_until(self._new_call)
-        except BaseException:  # SystemExit of something that the agent started
+        except BaseException:  # SystemExit in a background task of the agent
             self._set_over()
             raise
 
@@ -184,7 +184,7 @@ class Life:
         try:
             return self._run_until(step.done)
         finally:
-            if not step.done.done():  # Ctrl+C, or SystemExit of something that the agent started
+            if not step.done.done():  # Ctrl+C, or SystemExit in a background task of the agent
                 self._set_over()
                 self._main_task.cancel()
                 self._run_until(self._loop.create_task(_wait_for_any([self._main_task, step.done])))
@@ -226,7 +226,7 @@ class Life:
                 self._new_step = self._loop.create_future()
                 try:
                     await self._new_step
-                except asyncio.CancelledError:  # not by `cancel`, but by something that the agent entered in this task
+                except asyncio.CancelledError:  # not by `cancel`, but by a task group that the agent entered here
                     self._set_over()
                     _clear_cancels(task)
             self._step = self._steps.popleft()
@@ -299,7 +299,7 @@ class Life:
         if self._step is not None and self._step.context is context:
             self._cancels += 1
             self._main_task.cancel()
-        elif context in self._tasks:  # `call_soon`: a task that is cancelled before its first step does nothing at all
+        elif context in self._tasks:  # `call_soon`: a task that is cancelled before its first step never runs
             self._loop.call_soon(self._tasks[context].cancel)
 
     # -- in a thread of `_Threads` -----------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def _resolve(future: asyncio.Future[None] | None) -> None:
 
 
 def _clear_cancels(task: asyncio.Task[Any]) -> None:
-    """Forget the cancellations of a task: they were for a step that has ended."""
+    """Forget the cancellations of a task, which were for a step that has ended."""
     while task.cancelling():
         task.uncancel()
 
@@ -375,12 +375,12 @@ def _returned(result: Result) -> Any:
 def _result_of(function: Callable[[], Any]) -> Result:
     try:
         return function(), None
-    except BaseException as error:  # SystemExit, too, would end more than this call
+    except BaseException as error:  # also SystemExit, which would end more than this call
         return _failed(error)
 
 
 def _failed(error: BaseException) -> Result:
-    """An error as a result; with the remedy if it was raised because this is not the main thread."""
+    """An error as a result, with a note if it was raised because this is not the main thread."""
     if threading.current_thread() is not threading.main_thread():
         for one in with_causes(error):
             if isinstance(one, (ValueError, RuntimeError)) and "main thread" in text_of(one):
@@ -417,7 +417,7 @@ def _run_with(coroutine: Coroutine[Any, Any, Any], variables: contextvars.Contex
             return _failed(error)
         try:
             step = functools.partial(coroutine.send, (yield awaited))
-        except GeneratorExit:  # the task itself is discarded, not by the agent
+        except GeneratorExit:  # the task itself is discarded
             variables.run(coroutine.close)
             raise
         except BaseException as error:

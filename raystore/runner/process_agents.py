@@ -1,41 +1,85 @@
-"""Agents in processes of their own, seen from the runner: `RunnerPool(isolation="process")`.
+"""Agents in processes of their own: `RunnerPool(isolation="process")`. A runner and its processes talk over sockets.
 
-Each slot of the runner has a process, which stays for the next rollout. It is killed, with everything that it started,
-when its agent was cancelled and the grace period is over; then another one is forked for the next rollout. A process
-that ends by itself takes its own rollout with it and nothing else.
+Each slot of the runner has a process, which runs one rollout at a time and stays for the next one. It is killed, with
+everything that it started, when its agent was cancelled and the grace period is over; then another one is forked for
+the next rollout. A process that ends by itself takes its own rollout with it and nothing else.
+
+The process is not connected to Ray. It sends a span as soon as it ends, so that none is lost when it is killed. A
+message is a pickle with its length in front. `ProcessAgents` is the runner's end, `main` the process's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import pickle
 import signal
 import socket
+import struct
 import sys
+import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from raystore.errors import AgentProcessError
-from raystore.runner import agent_process
-from raystore.runner.agent_process import LENGTH, RunRequest, Setup, pack
+from raystore.runner.agent_errors import report, summary
 from raystore.runner.agents import Ending, retry_delays
 from raystore.runner.context import Context
 from raystore.runner.fork_server import Exit, ForkServer
+from raystore.runner.life import Life
+from raystore.runner.process_tree import kill_tree
 from raystore.spans import Span
-from raystore.types import ObjectResource
+from raystore.types import AttemptedRollout, ObjectResource
+from raystore.values import pickler
 
 logger: logging.Logger = logging.getLogger("raystore.runner")
 
 CLOSE_SECONDS = 1.0  #: that an agent's `close` may take
 LAST_MESSAGES_SECONDS = 0.2  #: that the last messages of a process that has ended may take to arrive
 SINKS_KEPT = 64  #: rollouts of a process whose late spans are still accepted
+KILL_SECONDS = 2.0  #: that the fork server has to kill a process whose runner is gone, before it kills itself
+LENGTH = struct.Struct("<Q")
+
+# Messages to the process: first a Setup, then a RunRequest for each rollout, (CANCEL, rollout id, attempt id, why) and
+# (CLOSE,).
+CANCEL, CLOSE = "cancel", "close"
+# Messages from it, each a tuple with this kind first.
+READY, FAILED, STARTED, SPAN, LOST, DONE = "ready", "failed", "started", "span", "lost", "done"
+
+
+@dataclass(slots=True)
+class Setup:
+    """What a process needs before its first rollout."""
+
+    agent: bytes
+    path: list[str]  # `sys.path`
+    worker_id: str
+
+
+@dataclass(slots=True)
+class RunRequest:
+    """A rollout to run; `resources` is None if they are those of the rollout before."""
+
+    rollout: AttemptedRollout
+    resources: dict[str, Any] | None
+
+
+def pack(message: object) -> bytes:
+    """Encode a message; classes that the other end cannot import are pickled by value."""
+    data = pickler.dumps(message)
+    return LENGTH.pack(len(data)) + data
+
+
+# -- the runner's end --------------------------------------------------------------------------------------------------
 
 
 class _Process:
-    """The process of one agent."""
+    """The process of one agent, seen from the runner."""
 
     def __init__(
         self, kill: Callable[[], None], exited: Exit, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -108,22 +152,22 @@ class _Process:
                 self.ready.set_exception(AgentProcessError("it ended while the agent was set up"))
 
     def _on_message(self, kind: str, *values: Any) -> None:
-        if kind == agent_process.STARTED:
+        if kind == STARTED:
             self._has_started = True
-        elif kind == agent_process.SPAN:
+        elif kind == SPAN:
             (span,) = values
             if (sink := self._sinks.get((span.rollout_id, span.attempt_id))) is not None:
                 sink(span)
             else:
                 which = f"Span {span.name!r} of rollout {span.rollout_id}"
                 self._lose("too_late", span.name, f"{which} ended long after its rollout, and is lost")
-        elif kind == agent_process.LOST:
+        elif kind == LOST:
             self._lose(*values)
-        elif kind == agent_process.DONE and self._done is not None:
+        elif kind == DONE and self._done is not None:
             self._done.set_result(values[0])
-        elif kind == agent_process.READY:
+        elif kind == READY:
             self.ready.set_result(None)
-        elif kind == agent_process.FAILED:
+        elif kind == FAILED:
             self.ready.set_exception(AgentProcessError(*values))
 
     def kill(self) -> None:
@@ -194,7 +238,7 @@ class ProcessAgents:
             process.close()
 
     async def _fork_for(self, context: Context) -> _Process | None:
-        """A new process for a rollout, after as many attempts as it takes; None if the rollout is cancelled first."""
+        """A new process for a rollout, after any number of tries; None if the rollout is cancelled first."""
         for delay in retry_delays():
             if context.cancelled:
                 return None
@@ -213,7 +257,7 @@ class ProcessAgents:
         if (cancelled := self._cancelled.get(context)) is not None:
             cancelled.set()
         if (process := self._running.get(context)) is not None:
-            process.send((agent_process.CANCEL, context.rollout.rollout_id, context.attempt.attempt_id, context.why))
+            process.send((CANCEL, context.rollout.rollout_id, context.attempt.attempt_id, context.why))
 
     def kill(self, context: Context) -> None:
         if (process := self._running.get(context)) is not None:
@@ -225,7 +269,7 @@ class ProcessAgents:
         """A new process with its agent set up; if it is for a rollout, `kill` ends it also before that."""
         if self._server is None:
             raise AgentProcessError("the runner has ended")
-        if self._server.has_ended:  # somebody killed it, and its processes ended with it
+        if self._server.has_ended:  # it was killed, and its processes ended with it
             self._server = ForkServer()
         server = self._server
         ours, theirs = socket.socketpair()
@@ -248,7 +292,7 @@ class ProcessAgents:
     async def close(self) -> None:
         idle, self._idle = [process for process in self._idle if process.is_usable], []
         for process in idle:
-            process.send((agent_process.CLOSE,))
+            process.send((CLOSE,))
         if idle:
             await asyncio.wait([process.exited for process in idle], timeout=CLOSE_SECONDS)
         for process in idle:
@@ -266,3 +310,109 @@ async def _without_references(resource: Any) -> Any:
 def _exit_text(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     return f"exited with status {code}" if code >= 0 else f"was killed by signal {-code} ({signal.Signals(-code).name})"
+
+
+# -- the process's end -------------------------------------------------------------------------------------------------
+
+
+class _Channel:
+    """The socket to the runner."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._file = end.makefile("rb")
+        self._lock = threading.Lock()
+
+    def send(self, *message: object) -> None:
+        with self._lock:
+            self._end.sendall(pack(message))
+
+    def receive(self) -> Any:
+        """The next message; raises EOFError if the runner is gone."""
+        head = self._file.read(LENGTH.size)
+        if len(head) < LENGTH.size:
+            raise EOFError
+        return pickle.loads(self._file.read(LENGTH.unpack(head)[0]))
+
+
+class _AgentProcess:
+    """The agent, in the main thread of this process; another thread reads the messages."""
+
+    def __init__(self, channel: _Channel) -> None:
+        self._channel = channel
+        self._context: Context | None = None
+        self._resources: dict[str, Any] = {}
+        self._worker_id = ""
+
+    def run(self) -> None:
+        """Set the agent up and serve the runner until it closes the agent."""
+        setup: Setup = self._channel.receive()
+        sys.path[:] = setup.path
+        self._worker_id = setup.worker_id
+        with contextlib.ExitStack() as stack:
+            try:
+                life = stack.enter_context(Life(pickler.loads_agent(setup.agent)))
+            except BaseException as error:
+                self._channel.send(FAILED, report(error))
+                return
+            self._channel.send(READY)
+            threading.Thread(target=self._read_messages, args=[life], name="raystore-listen", daemon=True).start()
+            life.serve()
+
+    def _read_messages(self, life: Life) -> None:
+        while True:
+            try:
+                message = self._channel.receive()
+            except (EOFError, OSError):  # the runner is gone
+                time.sleep(KILL_SECONDS)
+                kill_tree(os.getpid())  # the fork server is gone, too
+                return
+            except Exception as error:
+                why = f"the task or a resource cannot be opened in the agent's process: {summary(error)}"
+                self._channel.send(DONE, Ending("failed", "infra", why))
+                continue
+            if isinstance(message, RunRequest):
+                if message.resources is not None:
+                    self._resources = message.resources
+                sink = functools.partial(self._channel.send, SPAN)
+                self._context = Context(message.rollout, self._resources, self._worker_id, sink, self._send_loss)
+                with contextlib.suppress(RuntimeError):  # the agent is over, and this process about to exit
+                    life.begin(self._context, self._on_end, functools.partial(self._channel.send, STARTED))
+            elif message[0] == CLOSE:
+                life.end()
+            else:
+                self._cancel(life, *message[1:])
+            del message  # it must not live while the thread waits
+
+    def _send_loss(self, *loss: str) -> None:
+        with contextlib.suppress(OSError):  # the runner is gone
+            self._channel.send(LOST, *loss)
+
+    def _on_end(self, ending: Ending) -> None:
+        if self._context is not None:
+            self._context.leave()
+        self._context = None
+        self._channel.send(DONE, ending)
+
+    def _cancel(self, life: Life, rollout_id: str, attempt_id: str, why: str) -> None:
+        context = self._context  # messages are in order: if this is another rollout, the cancelled one has ended
+        if context is None or (context.rollout.rollout_id, context.attempt.attempt_id) != (rollout_id, attempt_id):
+            return
+        context.cancel(why)
+        life.cancel(context)
+
+
+def main(end: socket.socket) -> NoReturn:
+    """Be the process of an agent, with this socket to the runner; does not return."""
+    status = 1
+    try:
+        _AgentProcess(_Channel(end)).run()
+        status = 0
+    except (EOFError, OSError):
+        pass  # the runner is gone
+    except BaseException:
+        logger.exception("An agent's process failed")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -2,7 +2,6 @@
 
 The last spans, the final status and the next claim leave together. Heartbeats come from a thread that an agent cannot
 block. An exception of the agent fails its attempt and nothing else.
-Not here: keeping runners alive (`pool`), where an agent runs (`inline_agents`, `process_agents`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any, Literal, Protocol
 import psutil
 
 from raystore.client.client import StoreClient
-from raystore.client.pending import run_blocking
+from raystore.client.transport import run_blocking
 from raystore.errors import (
     InvalidValueError,
     OutcomeUnknownError,
@@ -36,7 +35,7 @@ from raystore.errors import (
     StoreUnavailableError,
 )
 from raystore.runner.agent_errors import last_line, summary
-from raystore.runner.agents import Agent, Agents, Ending, lost_resources, pickled
+from raystore.runner.agents import Agent, Ending, lost_resources, pickled
 from raystore.runner.context import STOPPED, Context, Outbox, outside_rollouts
 from raystore.runner.inline_agents import InlineAgents
 from raystore.runner.process_agents import ProcessAgents
@@ -54,7 +53,7 @@ CLAIM_SECONDS = 30.0  #: of one long poll, so that a runner whose pool is gone d
 CLAIM_PAUSE_SECONDS = 0.2  #: after a claim that failed
 MAX_UNREAD_PAUSE_SECONDS = 5.0  #: before the next claim where resources cannot be read
 EARLY_NOTICES_KEPT = 1_000  #: that arrived before their claim, or after the end of their rollout
-PLACES_WARNED = 20  #: places of errors in agents that a runner logs
+PLACES_WARNED = 20  #: places in the agents' code whose errors a runner logs
 RESOURCES_IDLE_SECONDS = 1.0  #: that a version of resources stays cached after its last user
 
 Key = tuple[str, str]  # rollout id, attempt id
@@ -64,15 +63,15 @@ Report = Callable[[], Awaitable[object]]
 
 @dataclass(slots=True)
 class RunnerOptions:
-    """How a runner works; the same for all runners of a pool."""
+    """Arguments of a `RunnerPool` that its runners need."""
 
-    concurrency: int = 1
-    queues: Sequence[str] = ("default",)
-    heartbeat_seconds: float = 10.0
-    flush_seconds: float = 1.0
-    cancel_grace_seconds: float = 5.0
-    max_agent_seconds: float | None = None
-    isolation: Literal["actor", "process"] = "actor"
+    concurrency: int
+    queues: Sequence[str]
+    heartbeat_seconds: float
+    flush_seconds: float
+    cancel_grace_seconds: float
+    max_agent_seconds: float | None
+    isolation: Literal["actor", "process"]
 
 
 # -- for pools of runners ----------------------------------------------------------------------------------------------
@@ -130,12 +129,10 @@ class _Work:
 
     @property
     def rollout(self) -> AttemptedRollout:
-        """The rollout."""
         return self.context.rollout
 
     @property
     def key(self) -> Key:
-        """Its key."""
         return self.rollout.rollout_id, self.rollout.attempt.attempt_id
 
 
@@ -147,7 +144,7 @@ class Runner:
         self.worker_id = worker_id
         self._store = store
         self._options = options
-        self._agents: Agents
+        self._agents: InlineAgents | ProcessAgents
         if options.isolation == "process":
             data = agent if isinstance(agent, bytes) else pickled(agent)
             self._agents = ProcessAgents(data, options.concurrency, worker_id)
@@ -253,9 +250,9 @@ class Runner:
         try:
             rollout.input  # noqa: B018 - raises if the task cannot be decoded here
             resources = await self._resources.acquire(rollout)
-        except Exception as error:  # they are deleted, or of a class that cannot be imported here
+        except Exception as error:  # deleted resources, or a class that cannot be imported here
             logger.error("Runner %s cannot run rollout %s: %s", self.worker_id, rollout.rollout_id, error)
-            await asyncio.sleep(CLAIM_PAUSE_SECONDS)  # so that another runner, which may be able to, claims it first
+            await asyncio.sleep(CLAIM_PAUSE_SECONDS)  # another runner, which may be able to run it, claims it first
             key = (rollout.rollout_id, rollout.attempt.attempt_id)
             return functools.partial(self._finish_attempt, key, [], Ending("failed", "infra", summary(error)))
         try:
@@ -430,9 +427,9 @@ class Runner:
         return next((refusal for refusal in refusals if refusal is not None), None)
 
     def _raise_unless_refusal(self, error: Exception, spans: list[Span]) -> None:
-        """Raise an error that is not about these spans; then all of them are lost."""
+        """Raise an error that is no refusal of these spans; then all of them are lost."""
         if not _is_refusal(error):
-            if not isinstance(error, ValueError):  # with which the store says that it wants no more of the attempt
+            if not isinstance(error, ValueError):  # a ValueError says that the attempt has ended
                 self._losses.count("not_sent", len(spans))
             raise error
 
@@ -445,7 +442,7 @@ class Runner:
 
     def _cancel(self, kind: str, key: Key) -> None:
         if kind == "unresponsive":
-            return  # it is alive, as its next span will show
+            return  # the agent is alive, as its next span will show
         work = self._running.get(key)
         if work is None:
             self._early_notices[key] = kind
@@ -459,7 +456,7 @@ class Runner:
         self._loop.call_later(self._options.cancel_grace_seconds, self._agents.kill, work.context)
 
     def _on_overdue(self, work: _Work) -> None:
-        """The agent has run for longer than it may: time its attempt out now, and cancel it."""
+        """Time an attempt out whose agent has run for longer than `max_agent_seconds`, and cancel the agent."""
         if work.context.cancelled:
             return
         error = f"the agent ran for more than max_agent_seconds={self._options.max_agent_seconds:g}"
@@ -486,14 +483,14 @@ class Runner:
                     self._send_heartbeat(process)
                 except StoreError as error:
                     logger.warning("Runner %s could not send a heartbeat: %s", self.worker_id, error)
-                except Exception:  # this thread must go on, or all rollouts of this runner become unresponsive
+                except Exception:  # if this thread ended, all rollouts of this runner would become unresponsive
                     logger.exception("Runner %s could not send a heartbeat", self.worker_id)
 
     def _send_heartbeat(self, process: psutil.Process) -> None:
         running = list(self._running)
         if running:
             for key in run_blocking(self._store.heartbeat(running)):
-                self._on_notice("superseded", *key)  # its notice was lost with an earlier session
+                self._on_notice("superseded", *key)  # the notice was lost with an earlier session
         stats = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -534,18 +531,18 @@ def _lose_late_span(losses: Losses, rollout_id: str) -> None:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether an error is about what was sent (too large, wrong, not to be encoded), and not about the store."""
+    """Whether the store refused the spans (too large, invalid, not picklable); else it could not be asked."""
     wrong = (PayloadTooLargeError, PayloadNotPicklableError, InvalidValueError)
     return isinstance(error, wrong) or not isinstance(error, StoreError)
 
 
 def _ending_of_refusal(refusal: Exception) -> Ending:
-    """The failure of an agent that has returned, but made a span that the store refused."""
+    """The ending of an agent that returned, and whose span the store refused."""
     return Ending("failed", "agent_error", f"a span of the agent was refused: {type(refusal).__name__}: {refusal}")
 
 
 async def _logging_errors(report: Report) -> None:
-    """Send a report; log its error, from which the next rollout must not suffer."""
+    """Send a report and log its error, which must not stop the next rollout."""
     try:
         await report()
     except ValueError as error:  # the claim is lost, or the rollout deleted
@@ -562,15 +559,15 @@ class _CachedVersion:
     """The resources of one version by name."""
 
     resources: dict[str, Any]
-    users: int = 0
-    uses: int = 0  # in all, to notice a use between two looks
+    users: int = 0  # now
+    uses: int = 0  # ever
 
 
 class ResourceCache:
-    """The resources that a runner's agents use, fetched once for all that use a version at about the same time.
+    """The resources that a runner's agents use; agents that use a version at about the same time share one fetch.
 
-    A version stays for `RESOURCES_IDLE_SECONDS` after its last user; then it goes, so that unused weights can leave the
-    object store. One that is no longer the newest goes with its last user.
+    A version stays for `RESOURCES_IDLE_SECONDS` after its last use; then it is dropped, so that unused weights can
+    leave the object store. A version that is no longer the newest is dropped with its last use.
     """
 
     def __init__(self, store: StoreClient) -> None:
@@ -602,7 +599,7 @@ class ResourceCache:
         return cached.resources
 
     def release(self, rollout: AttemptedRollout) -> None:
-        """The agent of a rollout no longer uses its resources."""
+        """Note that the agent of a rollout no longer uses its resources."""
         resources_id, version = rollout.resources_id, rollout.attempt.resources_version
         if resources_id is None or version is None:
             return
@@ -618,5 +615,5 @@ class ResourceCache:
 
     def _drop_idle(self, key: Version, uses: int) -> None:
         cached = self._cached.get(key)
-        if cached is not None and not cached.users and cached.uses == uses:  # nobody has used it since
+        if cached is not None and not cached.users and cached.uses == uses:  # not used since
             del self._cached[key]

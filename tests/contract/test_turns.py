@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.client import pending
+from raystore.client import transport
 from tests.conftest import MakeMemoryStore
 from tests.helpers import make_span, present
 
@@ -55,7 +55,7 @@ async def test_a_loop_of_calls_lets_other_tasks_run(
     beside = asyncio.create_task(neighbour())
     loop = asyncio.get_running_loop()
     began, calls = loop.time(), 0
-    while loop.time() - began < 20 * pending.TURN_SECONDS:
+    while loop.time() - began < 20 * transport.TURN_SECONDS:
         await LOOPS[name](store, mine, calls)
         calls += 1
     beside.cancel()
@@ -65,8 +65,8 @@ async def test_a_loop_of_calls_lets_other_tasks_run(
 @pytest.fixture
 def gives_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call lets the other tasks run."""
-    monkeypatch.setattr(pending, "TURN_SECONDS", -1.0)
-    pending.this_thread.turn_ends = 0.0
+    monkeypatch.setattr(transport, "TURN_SECONDS", -1.0)
+    transport.this_thread.turn_ends = 0.0
 
 
 async def test_claims_of_a_call_that_is_cancelled_in_between_go_back(

@@ -32,7 +32,7 @@ from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.options import StoreConfig
 from raystore.remote import server_session
-from raystore.remote.endpoint import Endpoint
+from raystore.remote.server_session import Endpoint
 from raystore.service.clock import ManualClock, NoAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames

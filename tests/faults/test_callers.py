@@ -222,7 +222,7 @@ async def test_row_64_finds_a_store_that_does_not_know_who_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then what was held stays with the dead for the grace of a restart."""
-    code = "from raystore.remote import endpoint; endpoint.process_of = lambda told: None"
+    code = "from raystore.remote import server_session; server_session.process_of = lambda told: None"
     monkeypatch.setenv("PYTHONPATH", broken(tmp_path, code)["actor_options"]["runtime_env"]["env_vars"]["PYTHONPATH"])
     assert await kill_drivers_with_stores(tmp_path, 1, patience=10) == (None, 0)
 

@@ -10,7 +10,7 @@ from typing import Any
 from raystore.core.digest import parts
 from raystore.journal.opening import open_journal, read_run
 from raystore.options import StoreConfig, resolve
-from raystore.remote.endpoint import Endpoint
+from raystore.remote.server_session import Endpoint
 from raystore.service.clock import NoAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames

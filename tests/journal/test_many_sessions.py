@@ -13,7 +13,7 @@ from raystore.core import bounds
 from raystore.core.state import Step
 from raystore.journal.opening import read_run
 from raystore.options import StoreConfig, resident_bytes
-from raystore.remote.endpoint import Endpoint
+from raystore.remote.server_session import Endpoint
 from raystore.service.clock import NoAlarm
 from raystore.service.service import Service
 from raystore.wire import frames

@@ -133,7 +133,7 @@ async def test_a_slow_setup_is_not_taken_for_missing_resources(
 ) -> None:
     """Said while it is waited for, and by the error if that takes too long."""
     is_here = isinstance(store, rs.InMemoryLightningStore)  # elsewhere its process takes a while until it is there
-    for module in ("actors", "local_runners"):
+    for module in ("actors", "pool"):
         monkeypatch.setattr(f"raystore.runner.{module}.EXPLAIN_SECONDS", 0.2 if is_here else 20.0)
     pool = rs.RunnerPool(store, Slow, size=1, start_timeout=0.5 if is_here else 21.0)
     with pytest.raises(rs.PoolStartError, match=r"not for want of resources: 1 of them are there, and __init__"):
@@ -157,7 +157,7 @@ async def test_missing_resources_are_not_taken_for_a_slow_setup(
 
 async def test_a_patience_without_end(make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits for ever waits for as long as a thread can."""
-    monkeypatch.setattr("raystore.runner.local_runners.EXPLAIN_SECONDS", 0.05)
+    monkeypatch.setattr("raystore.runner.pool.EXPLAIN_SECONDS", 0.05)
 
     class Late(Slow):
         seconds = 0.3

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raystore.options import StoreConfig
-from raystore.remote.endpoint import Endpoint
+from raystore.remote.server_session import Endpoint
 from raystore.remote.session import ClientSession
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import Service
