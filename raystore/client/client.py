@@ -543,7 +543,8 @@ class StoreClient(RunnerStore):
     async def add_span(self, span: Span, *unnamed: Never, **unknown: Never) -> Span | None:
         if unnamed or unknown or span is NOT_GIVEN:
             raise unfit(StoreClient.add_span, unnamed, unknown, span=span)
-        span = validated("span", Span, span)
+        if type(span) is not Span:
+            span = validated("span", Span, span)
         row = self._encoder.span(span)
         arguments = {"rollout_id": span.rollout_id, "attempt_id": span.attempt_id, "spans": [row]}
         ((stored, _),) = await self._transport.call("add_spans", arguments)

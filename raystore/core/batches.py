@@ -46,7 +46,7 @@ def _operation(given: Any) -> tuple[str, dict[str, Any]]:
 class BatchRun:
     """A batch under way: an iterator of its items, and the answers so far."""
 
-    __slots__ = ("_catch_up", "_is_more", "_kept", "_operations", "_ran", "_session", "_state", "cut", "next")
+    __slots__ = ("_catch_up", "_is_more", "_kept", "_operations", "_session", "_state", "cut", "next", "ran")
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class BatchRun:
         """`catch_up` works off what is due before a long operation is cut, so that the cuts stay what they are."""
         self._state, self._session, self._kept, self._operations = state, session, kept, operations
         self._catch_up = catch_up
-        self._ran: dict[int, Reply] = {}  # answers by number of the operation
+        self.ran: dict[int, Reply] = {}  #: answers of operations that ran here, whole, by number of the operation
         self.next: int = len(kept.replies)  # operation
         self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]
         if self._is_more:  # what is done already does not count twice
@@ -116,13 +116,8 @@ class BatchRun:
                 unreserve(self._state, self._session)
         if item.is_more:
             reply = _joined(kept.pop()[1], reply)
-        self._ran[item.number] = reply
+        self.ran[item.number] = reply
         kept.append(to_keep(item.verb, item.arguments, reply) if is_last else [PARTLY, reply])
-
-    @property
-    def ran(self) -> dict[int, Reply]:
-        """The answers of operations that ran here, whole, by number of the operation."""
-        return self._ran
 
 
 def repeat(

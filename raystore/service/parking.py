@@ -93,6 +93,7 @@ class Parking:
         self._completions: _Calls = {}
         self.changes: _Calls = {}  #: the calls that wait for changes, of whatever kind
         self._deadlines: LazyHeap[int, float] = LazyHeap()  # of calls by number
+        self.timed = 0  #: how many calls have a deadline
 
     def __len__(self) -> int:
         return len(self._all)
@@ -115,6 +116,7 @@ class Parking:
             self.changes[call.number] = call
         if call.deadline is not None:
             self._deadlines.put(call.number, call.deadline)
+            self.timed += 1
         if self._pools.have_failed:
             self._refuse_without_runners([call])
         return PARKED
@@ -146,7 +148,9 @@ class Parking:
     def _remove(self, call: ParkedCall) -> None:
         del self._all[call.number]
         del self._by_ticket[call.session_id, call.ticket]
-        self._deadlines.discard(call.number)
+        if call.deadline is not None:
+            self._deadlines.discard(call.number)
+            self.timed -= 1
         for calls, key in self._places(call):
             if (there := calls.get(key)) is not None:
                 there.pop(call.number, None)

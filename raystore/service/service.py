@@ -205,7 +205,7 @@ class Service:
         if self._recorder is not None:
             self._recorder.begin(source)
         step = self.step(session)
-        if self.parking.are_overdue(step.now):
+        if self.parking.timed and self.parking.are_overdue(step.now):
             self._settle()
         return step
 
@@ -494,7 +494,7 @@ class Service:
         return (
             state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest,
             state.patience_deadlines.soonest, state.paused,
-            self.parking.next_deadline(), self.liveness.at, self.pools.at,
+            self.parking.timed and self.parking.next_deadline(), self.liveness.at, self.pools.at,
             state.eviction_pass and state.eviction_pass.spans,
         )  # fmt: skip
 
@@ -523,7 +523,7 @@ class Service:
         """A session spoke: it is alive, and may be handed work."""
         with self._lock:
             session.last_heard = self.clock.age()
-            if self.liveness.spoke(session.session_id):
+            if self.liveness.suspended and self.liveness.spoke(session.session_id):
                 self.parking.session_spoke(session.session_id)
                 self._settle()
                 self._arm()
