@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 from raystore.core.records import Config
 from raystore.core.state import Settings
-from raystore.core.wanted import USUAL, make_filter
+from raystore.core.training import USUAL, make_filter
 from raystore.errors import AgentNotPicklableError, InvalidValueError
 from raystore.errors.words import either, meant
 from raystore.values import pickler

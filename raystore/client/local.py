@@ -39,7 +39,7 @@ from raystore.errors import (
     StoreError,
 )
 from raystore.errors.calls import explained, explained_with
-from raystore.journal.objects import OBJECTS
+from raystore.journal.files import OBJECTS
 from raystore.journal.opening import open_for_reading, open_journal
 from raystore.options import OPTIONS, StoreConfig, StoreOptions, directory, make_config, memory_capacity, resolve
 from raystore.service.clock import NoAlarm, ThreadAlarm

@@ -12,12 +12,11 @@ from raystore.core import lifecycle, queries, workers
 from raystore.core.lifecycle import ACTIVE, AT_WORK, FINISHED, SPAN, attempt_after
 from raystore.core.payload import OnDisk, bounded_error
 from raystore.core.records import Attempt, Many, Span
-from raystore.core.requests import AttemptChanges, FinalChanges, Request, SpanRow
 from raystore.core.rollouts import chosen_among, create, move, set_reward
-from raystore.core.schema import Id, SortOrder, Tags
+from raystore.core.schema import AttemptChanges, FinalChanges, Id, Request, SortOrder, SpanRow, Tags
 from raystore.core.spans import SpansWritten
 from raystore.core.state import Entry, InChain, Pair, State, Step
-from raystore.core.wanted import enter_eviction, reconsider
+from raystore.core.training import enter_eviction, reconsider
 from raystore.errors import AttemptNotFoundError, SealedError
 
 

@@ -1,6 +1,6 @@
 """How many of each thing a store holds: beyond, whatever would make one more is refused, and nothing is changed.
 
-Not here: what a user chooses (`max_queued`, `limits`), bytes (`eviction`, and those that wait for a journal's disk).
+Not here: what a user chooses (`max_queued`, `limits`), bytes (`retention`, and those that wait for a journal's disk).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, ROLLOUT_STATUSES, 
 from raystore.core.payload import of_attempt, of_rollout, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.state import State
-from raystore.core.wanted import eviction_class, fits
+from raystore.core.training import eviction_class, fits
 
 
 def check(state: State) -> None:

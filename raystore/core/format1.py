@@ -26,8 +26,8 @@ from raystore.core.replies import ERROR, PARTLY, VALUE, Reply
 from raystore.core.rollouts import CONTENT, RETRY_AFTER_SECONDS, chosen_among, create, enter_queue, existing_of, release
 from raystore.core.snapshot import column
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Pair, Session, State, Step, Taken
+from raystore.core.training import enter_retention, others, settle
 from raystore.core.verbs import Verb
-from raystore.core.wanted import enter_retention, others, settle
 from raystore.errors import BatchConflictError, InvalidValueError, OverloadedError, StoreError, copy_of
 
 # -- handing out -------------------------------------------------------------------------------------------------------

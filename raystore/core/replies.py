@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from raystore.core.fields import declare, pairs
+from raystore.core.records import declare, pairs
 
 # What a reply says.
 VALUE, ERROR, PARKED, NOTICE = range(4)

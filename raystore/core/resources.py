@@ -5,7 +5,7 @@ ended. An older version that holds an object is *superseded*: once nobody refers
 since weights are large; its record stays and says so.
 An object is in an object store for as long as the process lives that published it, and in the journal if it is small
 enough. The newest version of an id that is in neither is *missing*, which others find out and say here.
-Not here: who refers to a version (`attempts` counts references up and down), what waits for a version (`held_back`).
+Not here: who refers to a version (`attempts` counts references up and down), what waits for a version (`publishing`).
 """
 
 from __future__ import annotations

@@ -17,10 +17,9 @@ from raystore.core.payload import digest_of_bytes, is_digest, of_rollout, same_c
 from raystore.core.queries import keys_of
 from raystore.core.queues import ASIDE, PLAIN
 from raystore.core.records import Config, Many, Rollout, Span
-from raystore.core.requests import Must, Request, RolloutChanges, SpanTexts
-from raystore.core.schema import Id, Logic, SortOrder, Whole
+from raystore.core.schema import Id, Logic, Must, Request, RolloutChanges, SortOrder, SpanTexts, Whole
 from raystore.core.state import Entry, InChain, Pair, State, Step
-from raystore.core.wanted import enter_eviction, enter_retention, follow, reconsider, settle
+from raystore.core.training import enter_eviction, enter_retention, follow, reconsider, settle
 from raystore.errors import (
     ConflictError,
     InvalidValueError,

@@ -1,5 +1,6 @@
 """What a verb's arguments must be, said once: by the annotations of its function.
 
+The requests, changes, filters and rows of spans that come in with operations are such annotations too.
 A schema is made of annotations and compiled to one function, which looks at types first and costs a fraction of a
 microsecond; only when that says no are the arguments walked through again, to name the one that is wrong. Understood
 are classes (of exactly that class: a bool is no int), unions, literals, lists, tuples, dicts, typed dicts, `Any`, and
@@ -15,8 +16,9 @@ import typing
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import product
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
+from raystore.core.lifecycle import AttemptStatus, Outcome, RolloutStatus
 from raystore.core.payload import Payload
 from raystore.errors import InvalidValueError
 from raystore.errors.words import shown
@@ -64,6 +66,116 @@ Tags = Annotated[
 Logic = Literal["and", "or"]
 SortOrder = Literal["asc", "desc"]
 Part = tuple[int, bool]  #: of a bulk call: which call, and whether this is its last part
+
+
+# -- what comes in with operations ------------------------------------------------------------------------------------
+
+Mode = Literal["train", "val", "test"]
+
+#: A configuration in field order: timeout, silence, number of attempts, what is tried again.
+ConfigRow = tuple[Seconds | None, Seconds | None, Positive, list[AttemptStatus]]
+Priority = Annotated[int, Rule(f"{-(2**53)} <= {{v}} <= {2**53}", "a whole number of at most 53 bits")]
+Time = Annotated[float, Rule("abs({v}) < 1e18", "a time in seconds")]
+
+
+#: What stands for the content of a value (`payload.digest_of_bytes`, or the caller's own).
+Digest = Annotated[bytes, Rule("len({v}) == 17 and {v}[0] in (3, 4)", "a digest of a value")]
+
+
+class Request(TypedDict, total=False):
+    """What makes a rollout."""
+
+    input: Required[Value]
+    mode: Mode | None
+    resources_id: Id | None
+    config: ConfigRow | None
+    metadata: Value
+    rollout_id: Id | None
+    group_id: Id | None
+    queue: Id
+    priority: Priority
+    tags: Tags | None
+    digests: tuple[Digest, Digest]  # of input and metadata, where a rollout_id is given
+
+
+class RolloutChanges(TypedDict, total=False):
+    """What is set of a rollout."""
+
+    input: Value
+    mode: Mode | None
+    resources_id: Id | None
+    status: RolloutStatus
+    config: ConfigRow
+    metadata: Value
+
+
+class AttemptChanges(TypedDict, total=False):
+    """What is set of an attempt."""
+
+    status: AttemptStatus
+    worker_id: Id | None
+    last_heartbeat_time: Time
+    metadata: Value
+
+
+class FinalChanges(AttemptChanges, total=False):
+    """What is set of an attempt by the one who ran it, when it ends."""
+
+    outcome: Outcome
+    error: Text
+    died: bool
+
+
+class WorkerChanges(TypedDict, total=False):
+    """What is set of a worker."""
+
+    heartbeat_stats: Value
+
+
+class Filters(TypedDict, total=False):
+    """Which rollouts; what is None or absent says nothing."""
+
+    group_id: Id | None
+    tags: Tags | None
+    queue: Id | None
+    mode: Mode | None
+
+
+class Must(Filters, total=False):
+    """Which rollouts of a query, whatever its other filters say."""
+
+    worker_id: Id | None
+
+
+class SpanTexts(TypedDict, total=False):
+    """Texts of the index of a span, or parts of them."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str
+    name: str
+
+
+_SPAN_ID = Annotated[str, Rule("{v}", "text of at least 1 character")]
+
+#: A span without rollout and attempt, in the order of `records.Span`. Number -1: the next one; size -1: to be measured.
+SpanRow = Annotated[
+    list[Any],
+    Row(
+        (
+            ("sequence_id", Annotated[int, Rule(f"-1 <= {{v}} < {2**62}", "a number from 0 to 2**62, or -1")]),
+            ("span_id", _SPAN_ID),
+            ("trace_id", _SPAN_ID),
+            ("parent_id", str | None),
+            ("name", str),
+            ("start_time", float | None),
+            ("end_time", float | None),
+            ("reward", float | None),
+            ("body", bytes | Payload),
+            ("size", Annotated[int, Rule(f"-1 <= {{v}} < {2**50}", "a size in bytes, or -1")]),
+        )
+    ),
+]
 
 
 # -- what annotations come to ------------------------------------------------------------------------------------------

@@ -16,13 +16,12 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from raystore.core.changes import ChangeFeed, CompletionLog, WatchSets
-from raystore.core.fields import declare, declared, packed, pairs, shown, unpacked
 from raystore.core.lazyheap import Deadlines, LazyHeap
 from raystore.core.lifecycle import ACTIVE, UNCHARGED, is_busy, is_live
 from raystore.core.payload import of_attempt
 from raystore.core.queries import Indexes, Key, keys_of
 from raystore.core.queues import Order, Queues
-from raystore.core.records import Attempt, Config, Rollout, Worker
+from raystore.core.records import Attempt, Config, Rollout, Worker, declare, declared, packed, pairs, shown, unpacked
 from raystore.core.replies import ReplyCache
 from raystore.core.resources import Freed, ResourceTable
 from raystore.core.schema import As, Part
@@ -182,7 +181,7 @@ class Taken:
 class Consumer:
     """Who trains on finished rollouts: what it asks for, awaits and holds, and what its durable model consumed."""
 
-    #: What it is given (`wanted`); None as long as it has not said.
+    #: What it is given (`training.Filter`); None as long as it has not said.
     filter: dict[str, Any] | None = declare(None)
     #: What it is to be given, in this order.
     awaiting: OrderedDict[str, None] = declare(make=OrderedDict, pack=list, unpack=OrderedDict.fromkeys, shows=list)
@@ -381,7 +380,7 @@ class State:
         self.attempts_made = 0
         self.attempt_count = 0
         self.payload_bytes = 0  # of rollouts with their attempts, and of workers: what a user gave
-        # Rollouts with spans in memory: a heap for each `wanted.eviction_class`, by when they started.
+        # Rollouts with spans in memory: a heap for each `training.eviction_class`, by when they started.
         self.eviction_heaps: list[LazyHeap[str, tuple[float, int]]] = [LazyHeap() for _ in range(7)]
         # Rollouts that the retention rule may delete, by when they ended: released or consumed; read, and neither.
         self.disposable_released: LazyHeap[str, float] = LazyHeap()

@@ -12,8 +12,7 @@ from typing import Any
 from raystore.core import queries
 from raystore.core.lifecycle import FINISHED
 from raystore.core.records import Change
-from raystore.core.requests import Filters
-from raystore.core.schema import Id, Positive, Seconds, Whole
+from raystore.core.schema import Filters, Id, Positive, Seconds, Whole
 from raystore.core.state import Pair, State, Step
 
 

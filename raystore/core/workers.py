@@ -16,8 +16,7 @@ from raystore.core import bounds, queries
 from raystore.core.lifecycle import ACTIVE, WorkerStatus, is_busy, is_idle, worker_after
 from raystore.core.payload import size_of
 from raystore.core.records import Attempt, Many, Worker
-from raystore.core.requests import WorkerChanges
-from raystore.core.schema import Id, Logic, SortOrder
+from raystore.core.schema import Id, Logic, SortOrder, WorkerChanges
 from raystore.core.state import State, Step
 
 

@@ -1,9 +1,12 @@
-"""The directory of a journal: one file for each segment and snapshot, and one for each process that ever wrote there.
+"""The directory of a journal: a file for each segment, snapshot and large object, and one for each process that wrote.
 
 A process that wants to write creates `epoch.N` for the next N, exclusively, and only then reads the journal; the writer
 before it finds that file and stops. So a new writer has read everything that the earlier one acknowledged. An earlier
 writer that has not noticed yet may still append to its last segment; the first record of each epoch says up to where
 its writer read.
+A client that publishes a large object writes its file once the store has the version that refers to it. The file is
+deleted when no version refers to it any more; files that a crash left are deleted when the next process begins.
+Not here: the contents of a file with an object (`raystore.values.objects`).
 """
 
 from __future__ import annotations
@@ -12,17 +15,19 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from raystore.errors import JournalDamagedError
 from raystore.journal import format
 from raystore.journal.format import FileHead, Frame
+from raystore.values.objects import TOKEN, ObjectFiles
 
 EPOCH = "epoch.{:08d}"
 SEGMENT = "{:08d}-{:08d}"  # epoch and number
@@ -199,3 +204,44 @@ def torn_tail(path: Path, at: int) -> TornTail | None:
         rest = file.read()
     used = len(rest.rstrip(b"\0"))
     return TornTail(path.name, at, used) if used else None
+
+
+# -- large objects -----------------------------------------------------------------------------------------------------
+
+OBJECTS = "objects"  #: the directory of their files, in that of the journal
+
+
+class JournalObjects:
+    """The files of the objects of one journal, for the process that writes it."""
+
+    def __init__(self, directory: Directory, *, needed: Collection[str], bound: int) -> None:
+        """`needed` are the addresses of objects that some version refers to; `bound` is the most bytes of one."""
+        self.files = ObjectFiles(directory.path / OBJECTS)
+        self.bound = bound
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.files.path):
+                if name != TOKEN and name not in needed:
+                    (self.files.path / name).unlink(missing_ok=True)
+
+    def description(self) -> dict[str, Any]:
+        """For clients: the path of the directory, and the token in it by which a client knows that it sees it."""
+        try:
+            token = self._token()
+        except OSError:  # the directory is gone, which the writer of the journal finds out as well
+            token = secrets.token_hex(16)  # which no client finds
+        return {"path": str(self.files.path), "token": token, "bound": self.bound}
+
+    def _token(self) -> str:
+        path = self.files.path
+        path.mkdir(mode=0o700, exist_ok=True)
+        token = path / TOKEN
+        if not token.exists():
+            new = path / f"{TOKEN}.{os.getpid()}"
+            new.write_text(secrets.token_hex(16))
+            new.rename(token)
+        return token.read_text()
+
+    def remove(self, addresses: Iterable[str]) -> None:
+        """Delete the files of objects that no version refers to."""
+        for address in addresses:
+            self.files.file(address).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from raystore.core import expiry, format1, wanted
+from raystore.core import expiry, format1, training
 from raystore.core.state import Settings, State, Step
 from raystore.errors import (
     FencedError,
@@ -168,7 +168,7 @@ def _hold(
     logger.critical("%s", held)
     marker.mark(marker.died_at)
     opened = _read_only(directory, epoch, replayed, held)
-    wanted.configure(opened.state, settings)
+    training.configure(opened.state, settings)
     return opened
 
 
@@ -192,7 +192,7 @@ def resume_writing(
     start: list[Any] = [info, recorded, astuple(after), away]
     writer.append([format.pack_record_head(format.START, step, 0, None, start)])
     format1.go_on(state)
-    wanted.configure(state, settings)
+    training.configure(state, settings)
     if away is not None:
         expiry.resume(state, step, away)
     state.spans.keeps_bodies = True

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raystore.core import expiry, format1, verbs, wanted
+from raystore.core import expiry, format1, training, verbs
 from raystore.core.batches import BatchRun, Item, to_keep
-from raystore.core.digest import verify
 from raystore.core.records import Config
 from raystore.core.replies import AGAIN, ERROR, VALUE, BatchReplies, Reply
+from raystore.core.snapshot import verify
 from raystore.core.state import Session, Settings, State, Step
 from raystore.core.verbs import CHANGING, STEPS, VERBS
 from raystore.errors import StoreError, to_record
@@ -51,7 +51,7 @@ class Rules(NamedTuple):
 
 def _begin(state: State, before: Settings) -> None:
     format1.go_on(state)
-    wanted.introduce(state, before)
+    training.introduce(state, before)
 
 
 #: A change of what a record does, or of what a digest covers, moves the old rules to a file with an entry here.

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from subprocess import DEVNULL, PIPE
 from typing import Any, cast
 
-from raystore.core.digest import verify
+from raystore.core.snapshot import verify
 from raystore.core.state import State
 from raystore.journal.compaction import Outcome
 from raystore.journal.files import SNAPSHOT, Directory

@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
-from raystore.core import bounds, check, claims, eviction, expiry, verbs, wanted, workers
+from raystore.core import bounds, check, claims, expiry, retention, training, verbs, workers
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, Positive, Rule, Text, Whole
 from raystore.core.state import EvictionPass, HandedKey, Session, State, Step
@@ -38,7 +38,7 @@ from raystore.errors import (
     copy_of,
 )
 from raystore.errors.words import meant
-from raystore.journal.objects import JournalObjects
+from raystore.journal.files import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.journal.span_bodies import SpanBodies
@@ -84,7 +84,7 @@ class Service:
         self._bodies: SpanBodies | None = None
         if opened is None:
             self.state: State = State(resolve(config, capacity_bytes))
-            wanted.introduce(self.state, self.state.settings)
+            training.introduce(self.state, self.state.settings)
             self.store_id, self.epoch, not_before = secrets.token_hex(8), time.time_ns(), 0.0
         else:
             self.state, self.store_id, self.epoch = opened.state, opened.store_id, opened.epoch
@@ -449,7 +449,7 @@ class Service:
     def _evict(self, writing: str | None) -> None:
         started = time.perf_counter()
         was_full = self.state.memory_full
-        done = eviction.run(self.state, self.step(), writing)
+        done = retention.relieve_memory(self.state, self.step(), writing)
         self._eviction_seconds += time.perf_counter() - started
         if self.state.memory_full != was_full:
             self._log_memory()
@@ -674,7 +674,7 @@ class Service:
             return
         whose = [
             f"consumer {name!r} awaits {awaited} rollouts and holds {held}"
-            for name, awaited, held in wanted.in_the_way(state)
+            for name, awaited, held in training.in_the_way(state)
         ]
         if state.waits_for is None:
             whose = []

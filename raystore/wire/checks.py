@@ -12,8 +12,8 @@ from typing import Any, TypeVar, get_args, overload
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from raystore.core.lifecycle import TRAINABLE
 from raystore.core.schema import Id, checker
-from raystore.core.wanted import TRAINABLE
 from raystore.errors import InvalidValueError
 from raystore.types import AttemptStatus, RolloutConfig, RolloutMode, Span
 from raystore.values.models import refusal

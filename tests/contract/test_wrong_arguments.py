@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 import raystore as rs
 from raystore.client.client import StoreClient
-from raystore.core.digest import parts
+from raystore.core.snapshot import parts
 from raystore.errors import StoreCorruptError, StoreError
 from raystore.spans import Event, Link, OtelResource, SpanContext, TraceStatus
 from raystore.types import LLM, EnqueueRolloutRequest, RolloutConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raystore.core import check, eviction, expiry, verbs
+from raystore.core import check, expiry, retention, verbs
 from raystore.core.claims import acknowledge, end_session, open_session, take_back
 from raystore.core.state import Session, Settings, State, Step
 
@@ -36,7 +36,7 @@ class Core:
         step = self.step(session)
         self.advance(step)
         answer = verbs.run(self.state, step, verb, arguments)
-        eviction.run(self.state, step, arguments.get("rollout_id"))
+        retention.relieve_memory(self.state, step, arguments.get("rollout_id"))
         return answer
 
     def open(self, name: str) -> Session:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from raystore.core import eviction, training
+from raystore.core import retention, training
 from raystore.core.state import CLAIM_SECONDS, Session
-from raystore.core.wanted import COMING, WANTED, eviction_class
+from raystore.core.training import COMING, WANTED, eviction_class
 from raystore.errors import BatchConflictError, BatchHeldError
 from tests.core.conftest import Core
 
@@ -131,7 +131,7 @@ def test_what_will_be_awaited_goes_only_if_memory_is_in_danger(
     make_core: Callable[..., Core], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What runs for a consumer stays beyond the threshold, as far as one call may bring."""
-    monkeypatch.setattr(eviction, "DANGER_BYTES", 20_000)
+    monkeypatch.setattr(retention, "DANGER_BYTES", 20_000)
     core = make_core(eviction_bytes=10_000, safe_bytes=8_000, spans_only=True)
     core.run("checkpoint", consumer="t", at_step=0)
     session, ids = core.open("one"), [core.enqueue() for _ in range(40)]

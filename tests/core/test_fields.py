@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from raystore.core.digest import digest
-from raystore.core.fields import declared, packed, unpacked
 from raystore.core.payload import OnDisk
-from raystore.core.records import Attempt, Config, Rollout, Span
+from raystore.core.records import Attempt, Config, Rollout, Span, declared, packed, unpacked
 from raystore.core.replies import BatchReplies, ReplyCache
+from raystore.core.snapshot import digest
 from raystore.core.state import AttemptClock, Chain, Consumer, Entry, Session, Settings, State, Taken
 from raystore.errors import OverloadedError
 from raystore.journal import snapshot_file

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from raystore.core import bounds, check, expiry, verbs, workers
-from raystore.core.digest import digest
 from raystore.core.payload import ERROR_BYTES, bounded_error, text_bytes
+from raystore.core.snapshot import digest
 from raystore.core.state import Step
 from raystore.core.verbs import STEPS
 from raystore.journal import snapshot_file

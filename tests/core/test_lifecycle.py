@@ -8,15 +8,15 @@ from typing import get_args
 import pytest
 
 from raystore import types
-from raystore.core import lifecycle, requests
+from raystore.core import lifecycle, schema
 from raystore.core.records import Config
 
 
 def test_statuses_are_those_of_the_public_types() -> None:
-    """Users, requests and tables say the same words."""
+    """Users and tables say the same words."""
     for name in ("RolloutStatus", "AttemptStatus", "WorkerStatus", "Outcome"):
-        assert getattr(types, name) is getattr(requests, name) is getattr(lifecycle, name)
-    assert get_args(types.RolloutMode) == get_args(requests.Mode)
+        assert getattr(types, name) is getattr(lifecycle, name)
+    assert get_args(types.RolloutMode) == get_args(schema.Mode)
 
 
 def test_events_lead_to_known_statuses_and_never_leave_a_settled_one() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from raystore.core import check
-from raystore.core.digest import parts
 from raystore.core.payload import Payload
+from raystore.core.snapshot import parts
 from raystore.core.state import State
 from raystore.core.verbs import STEPS
 from tests.core.conftest import Core

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raystore.core import requests
+from raystore.core import schema
 from raystore.core.payload import Payload
 from raystore.core.records import Span
 from raystore.core.schema import Id, Part, Row, Rule, Schema, Seconds, Tags, Value, Whole
@@ -116,7 +116,7 @@ def test_a_value_is_shown_briefly_and_once() -> None:
 
 def test_a_row_of_a_span_is_its_record() -> None:
     """In the order of the record, behind rollout and attempt."""
-    (row,) = requests.SpanRow.__metadata__
+    (row,) = schema.SpanRow.__metadata__
     assert [name for name, _ in row.columns] == [*Span.__dataclass_fields__][2:]
 
 

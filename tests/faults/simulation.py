@@ -19,7 +19,7 @@ from typing import Any
 
 from raystore.core import check
 from raystore.core.claims import JOB_ENDED
-from raystore.core.digest import digest
+from raystore.core.snapshot import digest
 from raystore.core.state import Settings
 from raystore.errors import FencedError
 from raystore.journal import snapshotter as snapshotting

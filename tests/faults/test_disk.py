@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.core.digest import digest
+from raystore.core.snapshot import digest
 from raystore.journal import format
 from raystore.journal.files import Directory
 from raystore.journal.opening import read_run

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from raystore.core import check
-from raystore.core.digest import digest, parts
+from raystore.core.snapshot import digest, parts
 from raystore.journal.compaction import compact
 from raystore.journal.files import Directory
 from raystore.journal.opening import read_run

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raystore.core.digest import parts
+from raystore.core.snapshot import parts
 from raystore.journal.opening import open_journal, read_run
 from raystore.options import StoreConfig, resolve
 from raystore.remote.server_session import Endpoint

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raystore.core.check import check
-from raystore.core.digest import parts
+from raystore.core.snapshot import parts
 from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue, request
 

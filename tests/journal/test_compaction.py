@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.core.digest import digest
+from raystore.core.snapshot import digest
 from raystore.journal import compaction, snapshotter
 from raystore.journal.files import BODIES, SNAPSHOT, Directory
 from raystore.journal.opening import read_run

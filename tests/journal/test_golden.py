@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.core.digest import digest
+from raystore.core.snapshot import digest
 from raystore.journal import format
 from raystore.journal.files import RECORDS, SNAPSHOT, Directory
 from raystore.journal.opening import read_run

@@ -10,8 +10,7 @@ import pytest
 
 import raystore as rs
 from raystore.core.payload import Payload
-from raystore.journal.files import Directory
-from raystore.journal.objects import OBJECTS, JournalObjects
+from raystore.journal.files import OBJECTS, Directory, JournalObjects
 from raystore.values.objects import Kept, ObjectFiles, Origin, Source, address_of, pickled, unpickled
 
 

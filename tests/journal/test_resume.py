@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.core.digest import digest, parts
+from raystore.core.snapshot import digest, parts
 from raystore.errors import JournalInUseError, JournalMissingError
 from raystore.journal.opening import read_run
 from raystore.types import EnqueueRolloutRequest, RolloutConfig

@@ -16,7 +16,7 @@ import pytest
 
 from raystore import errors
 from raystore.core.check import check
-from raystore.core.digest import parts
+from raystore.core.snapshot import parts
 from raystore.core.verbs import VERBS
 from raystore.remote.server_session import OWN
 from raystore.service.service import PROCESS_VERBS, PROTOCOL

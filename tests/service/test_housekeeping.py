@@ -16,7 +16,7 @@ import pytest
 
 import raystore as rs
 from raystore.core import state as core_state
-from raystore.core.digest import digest
+from raystore.core.snapshot import digest
 from raystore.journal.opening import read_run
 from raystore.options import StoreConfig
 from raystore.service import clock

@@ -321,7 +321,7 @@ async def test_advance_is_sliced(make_memory_store: MakeMemoryStore, monkeypatch
 
 async def test_eviction_goes_on_in_slices(make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that frees much is cut, so that nobody waits for all of it; it goes on although nobody calls."""
-    monkeypatch.setattr("raystore.core.eviction.SLICE_SPANS", 5)
+    monkeypatch.setattr("raystore.core.retention.SLICE_SPANS", 5)
     store = make_memory_store(eviction_memory_threshold=400_000, safe_memory_threshold=100_000)
     rollouts = [await store.start_rollout(number) for number in range(40)]
     text = "x" * 10_000
@@ -358,7 +358,7 @@ async def test_slices_of_an_eviction_spare_what_is_written(
     make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also the slices that come later, from the alarm: the rollout being written goes last."""
-    monkeypatch.setattr("raystore.core.eviction.SLICE_SPANS", 5)
+    monkeypatch.setattr("raystore.core.retention.SLICE_SPANS", 5)
     store = make_memory_store(eviction_memory_threshold=400_000, safe_memory_threshold=300_000)
     written, *others = [await store.start_rollout(number) for number in range(10)]
     text = "x" * 5_000
