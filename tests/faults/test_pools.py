@@ -53,9 +53,14 @@ async def stop_pools(store: rs.RayLightningStore, stops: int) -> Any:
         await until(is_running)
         before = other.worker_ids
         made = [rollout.rollout_id for rollout in await store.enqueue_group("x", 8 * stops)]
+
+        async def is_at_work() -> bool:
+            return len(await store.query_rollouts(rollout_id_in=made, status_in=["running"])) > 0
+
         for _ in range(stops):
             async with rs.RunnerPool(store, brief, size=2, concurrency=4, flush_seconds=0.05) as pool:
-                await asyncio.sleep(lots.uniform(0.1, 1.0))
+                await until(is_at_work)  # on a busy machine runners may need a while for their first claim
+                await asyncio.sleep(lots.uniform(0.0, 0.25))
                 await asyncio.to_thread(pool.stop, drain_seconds=lots.choice([0.0, 0.1]))
         async with rs.RunnerPool(store, brief, size=2, concurrency=16):
             done = await store.wait_for_rollouts(rollout_ids=made, timeout=200)
