@@ -133,8 +133,15 @@ class LocalTransport:
         if self._pid != forks.pid:
             self._begin()
         if self._is_quick and arguments.get("timeout", 0) == 0 and monotonic() < this_thread.turn_ends:
-            answer = self.service.call(self._session, 0, verb, arguments, _refuse)
-            if verb in HANDING and (keys := handed_keys(verb, arguments, answer)):  # the caller has it: no `await` here
+            try:
+                answer = self.service.call(self._session, 0, verb, arguments, _refuse)
+            except Exception:
+                await _give_way()
+                raise
+            if verb not in HANDING:
+                if monotonic() >= this_thread.turn_ends:
+                    await _give_way()
+            elif keys := handed_keys(verb, arguments, answer):  # the caller has it: no `await` here
                 self.service.acknowledge(self._session, keys)
             return answer
         waits = arguments
@@ -184,6 +191,14 @@ class LocalTransport:
 def _refuse(ticket: int, value: Any) -> bool:
     """Take no answer later: for operations that are not parked."""
     return False
+
+
+async def _give_way() -> None:
+    """Let the other tasks of the event loop run, if it is their turn."""
+    call = PendingCall("give way")
+    call.put(None, None)
+    call.wake()
+    await call
 
 
 def _wake(call: PendingCall) -> bool:

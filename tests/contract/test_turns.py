@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,34 @@ async def test_a_loop_of_calls_lets_other_tasks_run(
         calls += 1
     beside.cancel()
     assert next(turns) >= min(calls, 5)
+
+
+@pytest.mark.parametrize("name", ["read", "write", "span", "refused"])
+async def test_other_tasks_run_after_each_call_that_is_longer_than_a_turn(
+    make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """They do not wait for the next long one as well."""
+    store = make_memory_store()
+    mine = await store.start_rollout("mine")
+    call = store._service.call
+    turns = itertools.count()
+
+    def take_long(*arguments: Any) -> Any:
+        time.sleep(2 * transport.TURN_SECONDS)
+        return call(*arguments)
+
+    async def neighbour() -> None:
+        while True:
+            next(turns)
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(neighbour())
+    with monkeypatch.context() as patch:
+        patch.setattr(store._service, "call", take_long)
+        for number in range(6):
+            await LOOPS[name](store, mine, number)
+    beside.cancel()
+    assert next(turns) >= 6
 
 
 @pytest.fixture
