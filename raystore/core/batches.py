@@ -19,7 +19,7 @@ from raystore.core.retention import held_among
 from raystore.core.rollouts import chosen_among
 from raystore.core.state import Session, State
 from raystore.core.training import unreserve
-from raystore.core.verbs import CHANGING, VERBS, handed_again, hands_over
+from raystore.core.verbs import CHANGING, HANDING, VERBS, handed_again
 
 DIVISIBLE = frozenset({"cancel_rollouts", "release", "delete_rollouts"})
 RESERVING = frozenset({"delete_rollouts"})  #: of these, what a consumer who takes a rollout would refuse
@@ -127,7 +127,7 @@ def repeat(
     answers = []
     for number, (verb, arguments) in enumerate(map(_operation, operations)):
         reply = kept.replies[number] if number < len(kept.replies) else AGAIN
-        if reply[:1] == [VALUE] and hands_over(verb) and reply[1] and reply[1][0]:  # keys: it was not empty
+        if verb in HANDING and reply[:1] == [VALUE] and reply[1] and reply[1][0]:  # keys: it was not empty
             found = handed_again(state, session, reply[1])
             reply = [VALUE, found] if found is not None else AGAIN  # withdrawn meanwhile
         if not reply:
@@ -140,8 +140,7 @@ def repeat(
 
 def to_keep(verb: str, arguments: dict[str, Any], reply: Reply) -> Reply:
     """What is kept of an answer: of what was handed over the keys, of what may run again nothing."""
-    hands = hands_over(verb)
-    if hands and reply[:1] == [VALUE] and (keys := hands(arguments, reply[1])):
+    if verb in HANDING and reply[:1] == [VALUE] and (keys := HANDING[verb](arguments, reply[1])):
         return [VALUE, keys]
     return reply if not reply or verb in CHANGING or verb == "more" or reply[0] != VALUE else AGAIN
 

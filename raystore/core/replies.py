@@ -51,7 +51,7 @@ class ReplyCache:
     #: By ticket: the keys of claims, or of a batch, that parked calls were handed.
     handed: dict[int, list[Any]] = declare(make=dict, pack=pairs, unpack=_handed_again, in_digest=False)
 
-    def acknowledged(self, answered: int, ahead: Iterable[int]) -> None:
+    def answers_received(self, answered: int, ahead: Iterable[int]) -> None:
         """The client has the answers of all batches up to one, and those of some later ones."""
         for sequence in [number for number in self.kept if number <= answered]:
             del self.kept[sequence]

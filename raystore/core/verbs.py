@@ -3,7 +3,7 @@
 A verb takes the state, a step, and plain keyword arguments; it answers with records or plain values. `VERBS` says of
 each whether it changes the state, which rollouts it names, what its caller may have to wait for, and whether its answer
 hands something over that the caller must acknowledge. A verb whose caller must wait answers None, and is not blocked.
-Not here: calls that wait (`service.parking`), the batches in which operations come (`replies`).
+Not here: calls that wait (`service.parking`), the batches in which operations come (`batches`).
 """
 
 from __future__ import annotations
@@ -206,14 +206,9 @@ VERBS: dict[str, Verb] = {
 }
 
 
-def hands_over(verb: str) -> Callable[[dict[str, Any], Any], list[HandedKey]] | None:
-    """How to find the keys of what the answer of a verb hands over; None if it hands over nothing."""
-    spec = VERBS.get(verb)
-    return spec.hands if spec is not None else None
-
-
-HANDING = {name: verb.hands for name, verb in VERBS.items() if verb.hands}  #: whose answers are to be acknowledged
-CHANGING = frozenset(name for name, verb in VERBS.items() if verb.changes)  #: what must not run twice
+#: How to find the keys of what an answer hands over, by verb; the caller must acknowledge them.
+HANDING = {name: verb.hands for name, verb in VERBS.items() if verb.hands}
+CHANGING = frozenset(name for name, verb in VERBS.items() if verb.changes)  #: must not run twice
 
 
 # -- changes that no caller asks for -----------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ class Replay:
         header, *operations = frames.split(parts, None)
         _, _, session_id, sequence, answered, ahead, first_ticket, *_ = header
         cache = self._session(head).replies
-        cache.acknowledged(answered, ahead)
+        cache.answers_received(answered, ahead)
         count, begun = head.arguments
         kept = cache.begin(sequence, first_ticket)
         del kept.replies[begun:]

@@ -92,7 +92,7 @@ class ServerSession:
             return await asyncio.shield(running)
         done = self._running[sequence] = asyncio.get_running_loop().create_future()
         try:
-            self.session.replies.acknowledged(*answered)
+            self.session.replies.answers_received(*answered)
             if self._turns:
                 self._take_turns()
             if sequence > self.session.replies.expected:

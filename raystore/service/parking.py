@@ -76,13 +76,13 @@ class Parking:
         step: Callable[[Session | None], Step],
         do: Callable[..., Any],
         clock: Clock,
-        is_disk_full: Callable[[], bool],
+        regain_space: Callable[[], bool],
         liveness: LivenessChecks,
         pools: Pools,
     ) -> None:
-        """`step` begins a change of the state, `do` makes and records it; none is handed out while `is_disk_full`."""
+        """`step` begins a change of the state, `do` makes and records it; without `regain_space` none is."""
         self._state, self._step, self._do, self._clock = state, step, do, clock
-        self._is_disk_full, self._liveness, self._pools = is_disk_full, liveness, pools
+        self._regain_space, self._liveness, self._pools = regain_space, liveness, pools
         self._made = 0
         self._all: _Calls = {}
         self._by_ticket: dict[tuple[str, int], ParkedCall] = {}
@@ -303,7 +303,7 @@ class Parking:
         session = state.sessions.get(call.session_id)
         if session is None or session.ended_at is not None:
             return
-        if not any(map(state.queues.offers, asked["queues"])) or self._is_disk_full():
+        if not any(map(state.queues.offers, asked["queues"])) or not self._regain_space():
             return
         if call.session_id in self._liveness:
             self._liveness.ask_soon(self._clock.age())
@@ -337,7 +337,7 @@ class Parking:
             return
         if not (is_over or training.is_ready(state, known, count)):
             return
-        if not training.has_something(state, known) or self._is_disk_full():
+        if not training.has_something(state, known) or not self._regain_space():
             if is_over:
                 self._answer(call, ([], 0))
             return

@@ -99,7 +99,7 @@ class Service:
         self.liveness = LivenessChecks()
         self.pools = Pools()
         self.parking = Parking(
-            self.state, step=self.step, do=self.do, clock=self.clock, is_disk_full=lambda: self.is_disk_full,
+            self.state, step=self.step, do=self.do, clock=self.clock, regain_space=self.regain_space,
             liveness=self.liveness, pools=self.pools,
         )  # fmt: skip
         self.operations = 0
@@ -287,7 +287,7 @@ class Service:
 
     def _advance(self, step: Step, verb: str = "", arguments: dict[str, Any] | None = None) -> bool:
         """Work off a slice of what is due; whether there was anything."""
-        if self.is_disk_full:
+        if not self.regain_space():
             return False  # what is due stays due
         spec = VERBS.get(verb)
         named = spec.rollouts_named(arguments) if spec and arguments else ()
@@ -346,10 +346,9 @@ class Service:
         """Whether nothing ever changes here, so that there is nothing to wait for."""
         return isinstance(self._failed, ReadOnlyError)
 
-    @property
-    def is_disk_full(self) -> bool:
-        """Whether nothing can be written down at the moment."""
-        return self._recorder is not None and not self._recorder.writer.regain_space()
+    def regain_space(self) -> bool:
+        """Allocate space for the journal again if its disk was full; whether changes can be written down."""
+        return self._recorder is None or self._recorder.writer.regain_space()
 
     # -- durability --------------------------------------------------------------------------------------------------
 
@@ -482,7 +481,7 @@ class Service:
             in_seconds += [TICK_SECONDS] if core else []
         if self.state.eviction_pass is not None:
             in_seconds.append(0.0)
-        if self.is_disk_full:
+        if not self.regain_space():
             in_seconds = [max(seconds, FULL_SECONDS) for seconds in in_seconds]
         # Deadlines are strict: a hair later, so that the ring finds them passed.
         self._alarm.set(min(in_seconds) + 0.001 if in_seconds else None)
@@ -562,7 +561,7 @@ class Service:
     def end_sessions(self, ended: list[tuple[str, str]]) -> None:
         """Client processes are gone, all of them before anything is handed to somebody else; and why each is."""
         with self._held():
-            if self._closed or self._failed is not None or self.is_disk_full:
+            if self._closed or self._failed is not None or not self.regain_space():
                 return
             for session_id, why in ended:
                 if self.is_live(session_id):
