@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo examples test test-faults test-examples test-long test-agentlightning test-tracers faults fuzz test-ray-oldest bench bench-long bench-peers reference lint lint-types clean
+.PHONY: demo examples test test-faults test-examples test-long test-agentlightning test-tracers faults fuzz test-ray-oldest bench bench-long bench-peers reference lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
@@ -78,14 +78,12 @@ bench-peers: .venv-agentlightning/installed
 reference: .venv/installed
 	$(BIN)/python -m tools.reference
 
+# Also that any type checker knows the type of every public name, and infers no other.
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-# Which public names have types that type checkers could infer differently; not all are annotated yet.
-lint-types: .venv/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" basedpyright --verifytypes raystore --ignoreexternal
+	@PATH="$(CURDIR)/$(BIN):$$PATH" basedpyright --verifytypes raystore --ignoreexternal > .venv/types || { cat .venv/types; exit 1; }
 
 .venv/installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

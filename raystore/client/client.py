@@ -70,7 +70,7 @@ from raystore.wire.checks import model_of, validated
 
 T = TypeVar("T")
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 PART_ITEMS = 512  #: a bulk call is cut into parts of at most so many items ...
 PART_BYTES = 1024 * 1024  #: ... and so many bytes, so that one caller cannot hold up the others

@@ -273,7 +273,7 @@ class RecoveredRun(StoreClient):
         self._service = Service(config, capacity_bytes=memory_capacity(), alarm=NoAlarm, opened=opened)
         self._transport = LocalTransport(self._service)
         self._encoder = Encoder(config.all_limits(), None)
-        self.sync = SyncStore(self)
+        self.sync: SyncStore = SyncStore(self)
 
     def _origin_of_objects(self) -> Origin:
         return _origin_of(self._service)

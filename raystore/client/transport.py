@@ -24,7 +24,7 @@ from raystore.core.claims import is_batch
 from raystore.core.state import HandedKey
 from raystore.core.verbs import HANDING
 
-logger = logging.getLogger("raystore")
+logger: logging.Logger = logging.getLogger("raystore")
 
 T = TypeVar("T")
 
@@ -38,10 +38,10 @@ class _Thread(threading.local):
     """How coroutines run in this thread."""
 
     is_blocking = False  # whether `run_blocking` drives the current one
-    turn_ends = 0.0  # time (`monotonic`) at which the event loop's other tasks get their turn
+    turn_ends: float = 0.0  # time (`monotonic`) at which the event loop's other tasks get their turn
 
 
-this_thread = _Thread()
+this_thread: _Thread = _Thread()
 
 
 class PendingCall:
@@ -53,10 +53,10 @@ class PendingCall:
     __slots__ = ("_error", "_event", "_future", "answer", "arguments", "leader", "loop", "parked", "ticket", "verb")
 
     def __init__(self, verb: str, ticket: int = 0, awaited: bool = True) -> None:
-        self.verb = verb
-        self.ticket = ticket
+        self.verb: str = verb
+        self.ticket: int = ticket
         self.arguments: dict[str, Any] | None = None  # kept if it may wait, or if the answer is to be acknowledged
-        self.parked = False
+        self.parked: bool = False
         self.leader: PendingCall | None = None  # of a part of a bulk call: the first part, which has the same caller
         self.answer: Any = None  # so far; None also if it is an error
         self._error: Exception | None = None

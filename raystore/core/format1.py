@@ -505,7 +505,7 @@ class Run(BatchRun):
         number = self.next
         if number >= len(self._operations):
             raise StopIteration
-        self.next += 1
+        self.next: int = number + 1
         verb, arguments = "", {}
         match self._operations[number]:
             case [str(name), dict(given)]:

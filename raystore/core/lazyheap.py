@@ -97,9 +97,9 @@ class Deadlines(LazyHeap[K, float]):
 
     def __init__(self, deadline_of: Callable[[K], float | None]) -> None:
         super().__init__()
-        self.deadline_of = deadline_of
-        self.fires = 0
-        self.soonest = NEVER  #: nothing is due before this; may be earlier than `next`, which looks closer
+        self.deadline_of: Callable[[K], float | None] = deadline_of
+        self.fires: int = 0
+        self.soonest: float = NEVER  #: nothing is due before this; may be earlier than `next`, which looks closer
 
     def guard(self, key: K) -> None:
         """Make sure that `key` is met no later than its deadline."""

@@ -368,9 +368,9 @@ class State:
         self.spans: SpanTable = SpanTable(keep_duplicates=settings.keep_duplicates)
         self.sessions: dict[str, Session] = {}
         self.deleting: dict[str, Session] = {}  # those of which a long deletion is under way
-        self.changes = ChangeFeed()
-        self.completions = CompletionLog()
-        self.watched = WatchSets()  # of callers of this process; no journal keeps them
+        self.changes: ChangeFeed = ChangeFeed()
+        self.completions: CompletionLog = CompletionLog()
+        self.watched: WatchSets = WatchSets()  # of callers of this process; no journal keeps them
         self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
         self.claim_deadlines: Deadlines[tuple[str, HandedKey]] = Deadlines(self._claim_deadline)
         self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)
@@ -378,8 +378,8 @@ class State:
         self.paused: float = 0.0  # seconds in which the store stood still, by which deadlines move
         self.rollouts_made = 0
         self.attempts_made = 0
-        self.attempt_count = 0
-        self.payload_bytes = 0  # of rollouts with their attempts, and of workers: what a user gave
+        self.attempt_count: int = 0
+        self.payload_bytes: int = 0  # of rollouts with their attempts, and of workers: what a user gave
         # Rollouts with spans in memory: a heap for each `training.eviction_class`, by when they started.
         self.eviction_heaps: list[LazyHeap[str, tuple[float, int]]] = [LazyHeap() for _ in range(7)]
         # Rollouts that the retention rule may delete, by when they ended: released or consumed; read, and neither.
@@ -394,7 +394,7 @@ class State:
         # it does not need this: `gather` finds them after it.
         self.ended_sessions: dict[str, None] = {}
         self.idle_workers: dict[str, None] = {}
-        self.effects = Effects()
+        self.effects: Effects = Effects()
         self.resources.freed = self.effects.freed
         self.withdrawals = 0
         self.reservations = 0

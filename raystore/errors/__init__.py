@@ -66,7 +66,7 @@ class _Facts(StoreError):
 
     def _set(self, **facts: Any) -> None:
         vars(self).update(facts)
-        self.args = tuple(facts.values())
+        self.args: tuple[Any, ...] = tuple(facts.values())
 
     def __str__(self) -> str:
         return self._message.format(**vars(self))
@@ -96,7 +96,7 @@ class RolloutNotFoundError(_Facts, ValueError):
 
     def __init__(self, rollout_id: str, *others: str) -> None:
         self._set(rollout_id=rollout_id, others=others)
-        self.args = (rollout_id, *others)
+        self.args: tuple[Any, ...] = (rollout_id, *others)
 
     def __str__(self) -> str:
         ids, others = self.rollout_id, self.others

@@ -17,8 +17,8 @@ _passed: Counter[str] = Counter()
 _ERRORS = {"raise": errno.EIO, "full": errno.ENOSPC}
 
 for _given in filter(None, os.environ.get("RAYSTORE_FAILPOINTS", "").split(",")):
-    _name, _, _action = _given.strip().partition("=")
-    _do, _, _at = _action.partition("@")
+    _name, _equals, _action = _given.strip().partition("=")
+    _do, _sign, _at = _action.partition("@")
     _actions[_name] = (_do, int(_at or 0))
 
 

@@ -216,7 +216,7 @@ class JournalObjects:
 
     def __init__(self, directory: Directory, *, needed: Collection[str], bound: int) -> None:
         """`needed` are the addresses of objects that some version refers to; `bound` is the most bytes of one."""
-        self.files = ObjectFiles(directory.path / OBJECTS)
+        self.files: ObjectFiles = ObjectFiles(directory.path / OBJECTS)
         self.bound = bound
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.files.path):

@@ -23,7 +23,7 @@ from raystore.journal import files, format, snapshot_file
 from raystore.journal.files import SNAPSHOT, Directory, JournalFile, JournalPosition, TornTail
 from raystore.journal.format import FORMAT, START, Chunks, WriterInfo
 
-logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logging.getLogger("raystore.store")
 
 T = TypeVar("T")
 
@@ -36,11 +36,11 @@ class JournalReader:
 
     def __init__(self, directory: Directory, epoch: int | None = None, until: tuple[int, int] | None = None) -> None:
         self.torn_tails: list[TornTail] = []
-        self.position = JournalPosition(0, 0, 0, 0)  # behind the last record that was read
+        self.position: JournalPosition = JournalPosition(0, 0, 0, 0)  # behind the last record that was read
         self.writer: WriterInfo = {}  # the newest writer; empty if there is none
         self.snapshot: Path | None = None  # to begin with
-        self.format = FORMAT  # of the record that was read last
-        self.is_old = False  # something that was read has an earlier format
+        self.format: int = FORMAT  # of the record that was read last
+        self.is_old: bool = False  # something that was read has an earlier format
 
         def is_wanted(found: JournalFile) -> bool:
             return (epoch is None or found.epoch < epoch) and (until is None or found[:2] <= until)
@@ -150,6 +150,9 @@ class CrashMarker:
     _FILE = "progress"
     _FORM = struct.Struct("<QQ")  # the record that is being read (0: none), how often that has ended a process before
 
+    died_at: int
+    deaths: int
+
     def __init__(self, path: Path) -> None:
         fd = os.open(path / self._FILE, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -176,8 +179,8 @@ class ReadingProgress:
     """How far a reading has come, for other threads and, now and then, for the log."""
 
     def __init__(self) -> None:
-        self.steps = 0  #: grows as long as the reading makes progress
-        self.record = 0  #: that is being read; 0 before the first
+        self.steps: int = 0  #: grows as long as the reading makes progress
+        self.record: int = 0  #: that is being read; 0 before the first
         self.known_last = 0  #: the journal goes at least up to this record
         self._logged_at = time.monotonic()
 

@@ -28,14 +28,14 @@ class Source:
     def __init__(
         self, session_id: str, sequence: int, first_ticket: int, parts: Sequence[bytes], begun: int = 0
     ) -> None:
-        self.session_id = session_id
-        self.sequence = sequence
-        self.first_ticket = first_ticket
-        self.begun = begun  # operations that ran before, when it was interrupted
+        self.session_id: str = session_id
+        self.sequence: int = sequence
+        self.first_ticket: int = first_ticket
+        self.begun: int = begun  # operations that ran before, when it was interrupted
         self.refused: StoreError | None = None  # why no operation of it may change anything
-        self.parts = parts
-        self.record = 0  # number of the record that holds the bytes, once there is one
-        self.unwritten = 0  # items that ran since the last record
+        self.parts: Sequence[bytes] = parts
+        self.record: int = 0  # number of the record that holds the bytes, once there is one
+        self.unwritten: int = 0  # items that ran since the last record
 
 
 class Recorder:
@@ -43,7 +43,7 @@ class Recorder:
 
     def __init__(self, writer: JournalWriter) -> None:
         self.writer = writer
-        self.operations = 0  # recorded
+        self.operations: int = 0  # recorded
         self._source: Source | None = None
         self._step: Step | None = None
         self._minted = 0

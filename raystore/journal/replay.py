@@ -65,11 +65,11 @@ class Replay:
     """A state that follows a journal."""
 
     def __init__(self) -> None:
-        self.state = State(Settings(eviction_bytes=1, safe_bytes=0))
-        self.last = 0  # number of the newest record
-        self.now = 0.0  # its time
+        self.state: State = State(Settings(eviction_bytes=1, safe_bytes=0))
+        self.last: int = 0  # number of the newest record
+        self.now: float = 0.0  # its time
         self.writer: WriterInfo = {}  # the newest writer
-        self.operations = 0  # that were replayed
+        self.operations: int = 0  # that were replayed
         self.differences: list[int] = []  # records at which the writer had found another digest
         self.state.spans.keeps_bodies = False
         self._settings: dict[str, Any] = {}

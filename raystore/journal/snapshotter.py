@@ -49,9 +49,9 @@ class Snapshotter:
         """
         self.directory = directory
         self.epoch = epoch
-        self.snapshots_made = 0
-        self.longest_seconds = 0.0  # that the store was held up by a digest
-        self.failed = failed  # why there will be no more snapshots
+        self.snapshots_made: int = 0
+        self.longest_seconds: float = 0.0  # that the store was held up by a digest
+        self.failed: str = failed  # why there will be no more snapshots
         self.last: Outcome = {}  # of the last helper that made a snapshot
         self._on_snapshot = on_snapshot
         self._since = -operations  # number of the operation behind the last snapshot

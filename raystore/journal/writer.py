@@ -82,8 +82,8 @@ class JournalWriter:
         self.directory = directory
         self.epoch = epoch
         self.failure: StoreError | None = None
-        self.last = first - 1  #: number of the newest record
-        self.durable = first - 1  #: everything up to this record is as durable as was asked for
+        self.last: int = first - 1  #: number of the newest record
+        self.durable: int = first - 1  #: everything up to this record is as durable as was asked for
         self._store_id = store_id
         self._syncs = durability == "power"
         self._waits = durability != "none"

@@ -314,7 +314,9 @@ OWN_PROTOCOL = f"raystore {__version__}, protocol {PROTOCOL}"  #: of this side o
 #: The header of a batch behind the protocol: version of the client, session id, number of the batch, the last batch up
 #: to which the client has all answers, later ones whose answers it has, ticket of the first operation, keys of claims
 #: that are acknowledged, tickets of parked calls and notices that were received.
-is_header = checker(tuple[str, Id, int, int, list[int], int, list[tuple[Id, Id | Positive]], list[int]])
+is_header: Callable[[Any], bool] = checker(
+    tuple[str, Id, int, int, list[int], int, list[tuple[Id, Id | Positive]], list[int]]
+)
 
 
 class Endpoint:

@@ -55,11 +55,11 @@ class ClientSession:
         self.handle = handle
         self.store = store  # its name, for errors
         self.call_bytes = call_bytes
-        self.connection = ray_connection()
+        self.connection: tuple[str, str] | None = ray_connection()
         self.users = 0
-        self.notices = NoticeHandlers()
+        self.notices: NoticeHandlers = NoticeHandlers()
         process = this_process()
-        self.state = SessionState(
+        self.state: SessionState = SessionState(
             store,
             epoch,
             CLIENT,

@@ -31,6 +31,7 @@ from raystore.errors import (
     from_record,
 )
 from raystore.wire import frames
+from raystore.wire.frames import Packed
 
 BATCH_BYTES = 384 * 1024  #: of a batch, which Ray carries inline
 BULK_BYTES = 1024 * 1024  #: of a batch once as much as this waits
@@ -60,6 +61,8 @@ class Operation(PendingCall):
 
     __slots__ = ("abandoned", "changes", "hands", "issued", "packed", "sent", "size", "then")
 
+    packed: Packed
+
     def __init__(
         self,
         verb: str,
@@ -72,14 +75,16 @@ class Operation(PendingCall):
         """`then` is called with the value that answers it, before anybody else has it."""
         PendingCall.__init__(self, verb, 0, awaited)
         self.packed = packed = frames.pack_operation(verb, arguments)
-        self.size = len(packed.frame) + sum(map(len, packed.large))
-        self.arguments = arguments if "timeout" in arguments else None  # kept of one that may have to wait anew
-        self.issued = now
-        self.then = then
-        self.changes = verb in CHANGING  # running it twice would be wrong
-        self.hands = HANDING.get(verb)  # keys of what its answer hands over
-        self.sent = False
-        self.abandoned = False
+        self.size: int = len(packed.frame) + sum(map(len, packed.large))
+        # kept of one that may have to wait anew
+        self.arguments: dict[str, Any] | None = arguments if "timeout" in arguments else None
+        self.issued: float = now
+        self.then: Callable[[Any], None] | None = then
+        self.changes: bool = verb in CHANGING  # running it twice would be wrong
+        # keys of what its answer hands over
+        self.hands: Callable[[dict[str, Any], Any], list[HandedKey]] | None = HANDING.get(verb)
+        self.sent: bool = False
+        self.abandoned: bool = False
 
     def repack(self, now: float, **more: Any) -> None:
         """Pack a call that waits anew: its timeout is what is left of it by now. `more`: further arguments."""
@@ -109,13 +114,13 @@ class Batch:
     __slots__ = ("failing_since", "header", "operations", "refs", "retries", "sequence", "session_id")
 
     def __init__(self, session_id: str, sequence: int, operations: list[Operation], header: list[Any]) -> None:
-        self.session_id = session_id
-        self.sequence = sequence
-        self.operations = operations
-        self.header = header  # what the actor's `Endpoint.exchange` takes beside the operations
-        self.refs = {number: op.packed.refs for number, op in enumerate(operations) if op.packed.refs}
+        self.session_id: str = session_id
+        self.sequence: int = sequence
+        self.operations: list[Operation] = operations
+        self.header: list[Any] = header  # what the actor's `Endpoint.exchange` takes beside the operations
+        self.refs: dict[int, list[Any]] = {n: op.packed.refs for n, op in enumerate(operations) if op.packed.refs}
         self.failing_since: float | None = None
-        self.retries = 0
+        self.retries: int = 0
 
     def has(self, ticket: int) -> bool:
         """Whether the operation with this ticket is in it."""
@@ -219,11 +224,11 @@ class SessionState:
             jitter: gives a factor for each pause, so that a thousand clients do not come back at once.
         """
         self.store = store
-        self.epoch = epoch
-        self.session_id = make_id()
+        self.epoch: int = epoch
+        self.session_id: str = make_id()
         self.failure: Exception | None = None  # why no operation can succeed any more
         self.is_closing = False
-        self.held = HeldObjects()
+        self.held: HeldObjects = HeldObjects()
         self._client = client
         self._process = process
         self._make_id = make_id

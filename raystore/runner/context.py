@@ -29,7 +29,7 @@ from raystore.types import LLM, Attempt, AttemptedRollout
 from raystore.values import plain
 from raystore.values.plain import pack_floats, pack_integers
 
-logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logging.getLogger("raystore.runner")
 
 STOPPED = "the runner stops"  #: reason of a cancellation after which the work is given back
 ALONE = "run_one"  #: worker id of a call without a store

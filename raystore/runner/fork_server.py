@@ -48,7 +48,7 @@ class ForkServer:
     """Starts a fork server and sends it requests; on the runner's event loop."""
 
     def __init__(self) -> None:
-        self.has_ended = False
+        self.has_ended: bool = False
         self._control, theirs = socket.socketpair()
         self._control.setblocking(False)
         starter = subprocess.Popen(

@@ -81,7 +81,7 @@ class Life:
     """
 
     def __init__(self, source: Agent, concurrency: int = 1) -> None:
-        self.is_over = False
+        self.is_over: bool = False
         self._source = source
         self._is_class = agents.is_class(source)
         self._is_async = agents.is_async(source)

@@ -112,7 +112,7 @@ class RunnerPool:
             max_agent_seconds=max_agent_seconds,
             isolation=isolation,
         )
-        self.pool_id = secrets.token_hex(4)
+        self.pool_id: str = secrets.token_hex(4)
         self._runners: LocalRunners | RunnerActors
         if isinstance(store, InMemoryLightningStore):
             sent = agents.pickled(agent) if isolation == "process" else agent

@@ -93,7 +93,7 @@ class Parking:
         self._completions: _Calls = {}
         self.changes: _Calls = {}  #: the calls that wait for changes, of whatever kind
         self._deadlines: LazyHeap[int, float] = LazyHeap()  # of calls by number
-        self.timed = 0  #: how many calls have a deadline
+        self.timed: int = 0  #: how many calls have a deadline
 
     def __len__(self) -> int:
         return len(self._all)

@@ -41,6 +41,7 @@ from raystore.errors.words import meant
 from raystore.journal.files import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
+from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
 from raystore.options import StoreConfig, resident_bytes, resolve
@@ -93,16 +94,16 @@ class Service:
             self._bodies = opened.bodies
         self.objects: JournalObjects | None = None
         self.state.gather()
-        self.snapshotter = None if opened is None else opened.snapshotter
+        self.snapshotter: Snapshotter | None = None if opened is None else opened.snapshotter
         self.on_failure = on_failure
         self.clock: Clock = (ManualClock if config.clock == "manual" else Clock)(not_before)
-        self.liveness = LivenessChecks()
-        self.pools = Pools()
-        self.parking = Parking(
+        self.liveness: LivenessChecks = LivenessChecks()
+        self.pools: Pools = Pools()
+        self.parking: Parking = Parking(
             self.state, step=self.step, do=self.do, clock=self.clock, regain_space=self.regain_space,
             liveness=self.liveness, pools=self.pools,
         )  # fmt: skip
-        self.operations = 0
+        self.operations: int = 0
         self.actor_calls = 0
         self.spans_lost: Counter[str] = Counter()  # by reason, as runners tell this process
         self.overloads: int = 0  # what was refused since there was too much of something

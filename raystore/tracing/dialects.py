@@ -45,12 +45,12 @@ class CallFacts:
     )  # fmt: skip
 
     def __init__(self, span: Span, attributes: Mapping[str, Any]) -> None:
-        self.span = span
-        self.attributes = attributes
+        self.span: Span = span
+        self.attributes: Mapping[str, Any] = attributes
         self._tree: dict[str, Any] | None = None
         self.tool_calls: list[dict[str, Any]] = []  #: from spans of their own
-        self.prompt_ids = self._ids("prompt_ids")
-        self.response_ids = self._ids("response_ids")
+        self.prompt_ids: array[int] | None = self._ids("prompt_ids")
+        self.response_ids: array[int] | None = self._ids("response_ids")
         response_id = self._first("response_id")[1]
         self.response_id: str | None = response_id if isinstance(response_id, str) and response_id else None
         self.logprobs: array[float] | None = None
