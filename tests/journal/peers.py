@@ -5,6 +5,7 @@ The clients of these tests are written by hand, so that they may also send what 
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from raystore.core.snapshot import parts
@@ -41,6 +42,11 @@ class Store:
 
     def difference(self) -> list[Any]:
         """The first thing in which a replay of the journal differs from the state."""
+        assert self.service.journal is not None and self.service.journal.recorder is not None
+        writer, is_written = self.service.journal.recorder.writer, threading.Event()
+        # An answer waits for its own changes only; those that no caller asked for may still be on their way to disk.
+        if writer.when_durable(writer.last, lambda _: is_written.set()):
+            assert is_written.wait(30)
         pairs = zip(parts(self.state), parts(read_run(self.path).state), strict=False)
         return [pair for pair in pairs if pair[0] != pair[1]][:1]
 
