@@ -23,6 +23,7 @@ from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
 from raystore.client.transport import PendingCall, Transport
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
 from raystore.core.records import Many
+from raystore.core.verbs import VERBS
 from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.calls import NOT_GIVEN, explain_methods, typed_as, unfit
 from raystore.tracing.losses import Reason
@@ -272,12 +273,15 @@ class StoreClient(RunnerStore):
     async def _claim(
         self, limit: int, worker_id: str | None, timeout: float, queues: Sequence[str]
     ) -> list[AttemptedRollout]:
-        arguments = {
-            "queues": checks.queue_names(queues),
-            "limit": checks.whole("limit", limit, at_least=-(2**31)),
-            "worker_id": checks.optional_identifier("worker_id", worker_id),
-            "timeout": checks.duration("timeout", timeout),
-        }
+        names = list(queues) if type(queues) in (list, tuple) else []
+        arguments: dict[str, Any] = {"queues": names, "limit": limit, "worker_id": worker_id, "timeout": timeout}
+        if not VERBS["dequeue"].fits(arguments) or not 0 < len(names) == len(set(names)):  # which is rare
+            arguments = {
+                "queues": checks.queue_names(queues),
+                "limit": checks.whole("limit", limit, at_least=-(2**31)),
+                "worker_id": checks.optional_identifier("worker_id", worker_id),
+                "timeout": checks.duration("timeout", timeout),
+            }
         return [convert.to_attempted_rollout(claim) for claim in await self._transport.call("dequeue", arguments)]
 
     async def query_rollouts(

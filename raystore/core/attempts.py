@@ -29,11 +29,14 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
         state.notify(entry, before.attempt_id, "superseded")
     if before is not None and before.status in ACTIVE:
         state.put_attempt(entry, len(entry.attempts) - 1, before.evolve(outcome="superseded"))
-    newest = state.resources.newest(rollout.resources_id)
+    newest = None if rollout.resources_id is None else state.resources.newest(rollout.resources_id)
     state.attempts_made += 1
+    taken: Container[str] = entry.holders
+    if len(entry.holders) < len(entry.attempts):  # else each was made by a session, which holds it for ever
+        taken = {attempt.attempt_id for attempt in entry.attempts}
     attempt = Attempt(
         rollout_id=rollout.rollout_id,
-        attempt_id=step.new_id("at-", 8, attempt_ids(entry)),
+        attempt_id=step.mint("at-", 8, taken),
         sequence_id=before.sequence_id + 1 if before else 1,
         start_time=step.now,
         end_time=None,
@@ -55,13 +58,6 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
     if worker_id is not None:
         workers.busy(state, step, worker_id, attempt, claimed=kind == "claimed")
     return attempt
-
-
-def attempt_ids(entry: Entry) -> Container[str]:
-    """The ids of a rollout's attempts."""
-    if len(entry.holders) >= len(entry.attempts):  # each was made by a session, which holds it for ever
-        return entry.holders
-    return {attempt.attempt_id for attempt in entry.attempts}
 
 
 def start_rollout(state: State, step: Step, *, request: Request, worker_id: Id | None) -> Pair:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from raystore.core.replies import AGAIN, ERROR, PARTLY, VALUE, BatchReplies, Reply
 from raystore.core.retention import held_among
 from raystore.core.rollouts import chosen_among
+from raystore.core.schema import checker
 from raystore.core.state import Session, State
 from raystore.core.training import unreserve
 from raystore.core.verbs import CHANGING, HANDING, VERBS, handed_again
@@ -37,10 +38,9 @@ class Item(NamedTuple):
     is_last: bool = True  # of its operation
 
 
-def _operation(given: Any) -> tuple[str, dict[str, Any]]:
-    """Verb and arguments; of what is neither, a verb that does not exist."""
-    verb, arguments = given if isinstance(given, (list, tuple)) and len(given) == 2 else ("", {})
-    return (verb, arguments) if isinstance(verb, str) and isinstance(arguments, dict) else ("", {})
+#: Whether something is an operation: a verb and its arguments.
+is_operation: Callable[[Any], bool] = checker(tuple[str, dict[Any, Any]])
+NO_OPERATION: tuple[str, dict[str, Any]] = ("", {})  #: what stands for everything else: a verb that does not exist
 
 
 class BatchRun:
@@ -76,7 +76,8 @@ class BatchRun:
         if number >= len(self._operations):
             raise StopIteration
         self.next += 1
-        verb, arguments = _operation(self._operations[number])
+        given = self._operations[number]
+        verb, arguments = given if is_operation(given) else NO_OPERATION
         ticket = self._kept.first_ticket + number
         if verb not in DIVISIBLE:
             return Item(number, ticket, verb, arguments)
@@ -103,8 +104,8 @@ class BatchRun:
     @property
     def may_change(self) -> bool:
         """Whether anything is left that may change something."""
-        left = (_operation(operation)[0] for operation in self._operations[self.next :])
-        return bool(self.cut) or any(verb in CHANGING for verb in left)
+        left = filter(is_operation, self._operations[self.next :])
+        return bool(self.cut) or any(verb in CHANGING for verb, _ in left)
 
     def answer(self, item: Item, reply: Reply) -> None:
         """Note the answer of an item; a piece that was refused is the last one of its operation."""
@@ -125,7 +126,8 @@ def repeat(
 ) -> list[Reply]:
     """The answers of a batch that comes again; `run` runs what changes nothing, or nothing any more."""
     answers = []
-    for number, (verb, arguments) in enumerate(map(_operation, operations)):
+    for number, given in enumerate(operations):
+        verb, arguments = given if is_operation(given) else NO_OPERATION
         reply = kept.replies[number] if number < len(kept.replies) else AGAIN
         if verb in HANDING and reply[:1] == [VALUE] and reply[1] and reply[1][0]:  # keys: it was not empty
             found = handed_again(state, session, reply[1])

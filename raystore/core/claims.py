@@ -6,7 +6,7 @@ offered again at their old place. A rollout that was lost with its process may h
 neighbour; it is a *suspect*, and waits for a session of its own, so that the next loss tells. It does so for a bounded
 time, since there may never be one: then any session gets it. Of what is lost together, what was lost most often before
 is to blame; so what ends its processes is found there as well.
-Not here: who waits for work (`waiters`), when acknowledgements are sent (`session`).
+Not here: calls that wait for work (`service.parking`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from raystore.core.state import AttemptKey, BatchKey, Entry, HandedKey, Session,
 
 Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
 
+USUAL_LINES: tuple[int, ...] = (PLAIN, OVERDUE)  #: from which a session is served
 SUSPICIOUS_WITHDRAWALS = 2  #: a rollout with so many claims that nobody acknowledged is a suspect
 # Why a session ended: its driver is gone; its pool has stopped it; it said so itself.
 JOB_ENDED, STOPPED, CLOSED = STOPS = ("job ended", "stopped", "closed")  #: no losses: nothing is charged or suspected
@@ -43,7 +44,8 @@ def dequeue(
     """Claim work; None if there is none and the caller waits. `of` asks for what a parked call was handed."""
     if of is not None and step.session is not None and (handed := taken_over(state, step.session, of)):
         return handed
-    workers.admit(state, worker_id)
+    if worker_id not in state.workers:
+        workers.admit(state, worker_id)
     claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id)
     if not claimed and timeout > 0 and limit > 0:
         return None
@@ -60,13 +62,17 @@ def claim(
     claimed: list[Entry] = []
     session = step.session
     while len(claimed) < limit and not state.memory_full:
-        entry = _next(state, step, queues)
-        if entry is None:
+        lines = USUAL_LINES
+        if state.suspects or session is None or session.eternal or session.reserved_since is not None:
+            lines = _lines_for(state, step, queues)
+        rollout_id = state.queues.first(queues, lines)
+        if rollout_id is None:
             break
-        is_alone = session is not None and not session.eternal and session.is_idle
+        entry = state.entries[rollout_id]
+        is_alone = entry.suspect and session is not None and not session.eternal and session.is_idle
         hand_out(state, step, entry, worker_id)
         claimed.append(entry)
-        if session is not None and entry.suspect and is_alone:
+        if session is not None and is_alone:
             _reserve(state, step, session)
             break
     if not claimed and note_empty and worker_id is not None:
@@ -85,30 +91,18 @@ def hand_out(state: State, step: Step, entry: Entry, worker_id: str | None) -> N
         state.claim_deadlines.guard((session.session_id, key))
 
 
-def _next(state: State, step: Step, queues: list[str]) -> Entry | None:
-    """The rollout that the session of a step gets next; None if there is none for it."""
+def _lines_for(state: State, step: Step, queues: list[str]) -> tuple[int, ...]:
+    """The lines from which the session of a step is served, where suspects wait or the session is a special one."""
     session = step.session
-    lines: tuple[int, ...] = (PLAIN, OVERDUE)
     if session is None or session.eternal:  # a suspect can only end the store itself here
-        lines = (PLAIN, ASIDE, OVERDUE)
-    elif state.suspects and (waiting := _head(state, queues, (ASIDE,))) is not None:
+        return (PLAIN, ASIDE, OVERDUE)
+    if state.suspects and state.queues.first(queues, (ASIDE,)) is not None:
         if session.is_idle:
-            return waiting
+            return (ASIDE,)
         if session.reserved_since is None and not _is_drained(state, step):
             state.drained = session.session_id
             _reserve(state, step, session)
-    if session is not None and session.reserved_since is not None and _is_reserved(state, step, session):
-        lines = (OVERDUE,)
-    return _head(state, queues, lines)
-
-
-def _head(state: State, queues: list[str], lines: tuple[int, ...]) -> Entry | None:
-    """The first rollout of these lines, in the first queue that has one."""
-    for queue in queues:
-        head = state.queues.first(queue, lines)
-        if head is not None:
-            return state.entries[head]
-    return None
+    return (OVERDUE,) if _is_reserved(state, step, session) else USUAL_LINES
 
 
 def _reserve(state: State, step: Step, session: Session) -> None:

@@ -59,13 +59,13 @@ def claim(
 def _next(state: State, session: Session | None, queues: list[str], claimed: list[Entry]) -> Entry | None:
     """What this session should do next, None if there is nothing for it."""
     if session is None or session.eternal:  # a suspect can only end the store itself here
-        heads = (state.queues.first(queue, (PLAIN_LINE, ASIDE)) for queue in queues)
-        return next((state.entries[head] for head in heads if head is not None), None)
+        head = state.queues.first(queues, (PLAIN_LINE, ASIDE))
+        return None if head is None else state.entries[head]
     if state.suspects:
-        waiting = [head for queue in queues if (head := state.queues.first(queue, (ASIDE,))) is not None]
-        if waiting:
+        head = state.queues.first(queues, (ASIDE,))
+        if head is not None:
             if session.is_idle:
-                return state.entries[waiting[0]]
+                return state.entries[head]
             drained = state.sessions.get(state.drained or "")
             if drained is None or drained.ended_at is not None:
                 state.drained = session.session_id
@@ -73,8 +73,8 @@ def _next(state: State, session: Session | None, queues: list[str], claimed: lis
                 return None
     if _runs_suspect(state, session):
         return None
-    heads = (state.queues.first(queue) for queue in queues)  # suspects wait aside, for a session of their own
-    return next((state.entries[head] for head in heads if head is not None), None)
+    head = state.queues.first(queues)  # suspects wait aside, for a session of their own
+    return None if head is None else state.entries[head]
 
 
 def _runs_suspect(state: State, session: Session) -> bool:

@@ -46,6 +46,8 @@ OVER = SETTLED - {"unresponsive"}  #: ... and a span of a runner that only looke
 COMPLETED = frozenset({"failed", "succeeded"})  #: it has an end time, and its worker is free again
 AT_WORK = "running"  #: another span changes neither the attempt nor its rollout, if both are so
 
+BUSY: WorkerStatus = "busy"  #: a worker that has an attempt
+
 # Events that move an attempt.
 SPAN = "span"  # a span arrived
 HEARTBEAT = "heartbeat"  # its runner says that it is at work on it
@@ -157,7 +159,7 @@ def follows_attempts(rollout_status: str) -> bool:
 def worker_after(attempt_status: str) -> WorkerStatus:
     """The status of a worker whose attempt just took a status: unknown if nobody reported its end."""
     if attempt_status in ACTIVE:
-        return "busy"
+        return BUSY
     return "idle" if attempt_status in COMPLETED else "unknown"
 
 
@@ -201,7 +203,7 @@ def notice_of(rollout_status: str) -> str:
 
 def is_busy(worker: Worker) -> bool:
     """Whether a worker has an attempt."""
-    return worker.status == "busy"
+    return worker.status == BUSY
 
 
 def is_idle(worker: Worker) -> bool:

@@ -38,7 +38,7 @@ def put(
     """A new version, without what was published, which the caller has. `objects`: address and size of each."""
     before = state.resources.policy_version
     made = state.resources.publish(
-        step.new_id("rs-", 12, state.resources) if resources_id is None else resources_id,
+        step.mint("rs-", 12, state.resources) if resources_id is None else resources_id,
         resources,
         now=step.now,
         policy_version=policy_version,

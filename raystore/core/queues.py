@@ -150,15 +150,18 @@ class Queues:
         """In which line a rollout waits."""
         return self._line_of[rollout_id][1]
 
-    def first(self, queue: str, lines: Iterable[int] = (PLAIN,)) -> str | None:
-        """The next rollout of some lines of a queue, left in place."""
-        best: tuple[Order, int, str] | None = None
-        for line in lines:
-            heap = self._lines.get((queue, line))
-            found = heap.first() if heap is not None else None
-            if found is not None and (best is None or found < best):
-                best = found
-        return None if best is None else best[2]
+    def first(self, queues: Iterable[str], lines: Iterable[int] = (PLAIN,)) -> str | None:
+        """The next rollout of some lines, left in place: that of the first queue that has one."""
+        for queue in queues:
+            best: tuple[Order, int, str] | None = None
+            for line in lines:
+                heap = self._lines.get((queue, line))
+                found = heap.first() if heap is not None else None
+                if found is not None and (best is None or found < best):
+                    best = found
+            if best is not None:
+                return best[2]
+        return None
 
     def check(self) -> None:
         """Verify that every waiting rollout is in its line, and that the counts are right."""

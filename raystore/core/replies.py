@@ -56,14 +56,16 @@ class ReplyCache:
         for sequence in [number for number in self.kept if number <= answered]:
             del self.kept[sequence]
         self.answered = max(self.answered, answered)
-        self.ahead = {number for number in self.ahead.union(ahead) if number > self.answered}
-        self._expect(max(self.expected, answered + 1))
+        if ahead or self.ahead:
+            self.ahead = {number for number in self.ahead.union(ahead) if number > self.answered}
+        self.expected = max(self.expected, answered + 1)
+        if self.ahead:
+            self._pass_over_answered()
 
-    def _expect(self, sequence: int) -> None:
-        """Expect the first batch from here on that the client has no answer of: a batch of reads leaves no trace."""
-        while sequence in self.ahead:
-            sequence += 1
-        self.expected = sequence
+    def _pass_over_answered(self) -> None:
+        """Expect no batch that the client has the answer of: a batch of reads leaves no trace here."""
+        while self.expected in self.ahead:
+            self.expected += 1
 
     def find(self, sequence: int, first_ticket: int) -> BatchReplies | None:
         """The replies of a batch that came before; None if the client has them.
@@ -80,7 +82,9 @@ class ReplyCache:
 
     def end(self, sequence: int) -> None:
         """A batch has run to its end."""
-        self._expect(sequence + 1)
+        self.expected = sequence + 1
+        if self.ahead:
+            self._pass_over_answered()
 
     def hand(self, ticket: int, keys: list[Any], *still_open: Collection[Any]) -> None:
         """A parked call was handed claims, or a batch."""

@@ -53,7 +53,7 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
     resources_id = request.get("resources_id")
     config = request.get("config")
     rollout = Rollout(
-        rollout_id=step.new_id("ro-", 12, state.entries) if rollout_id is None else rollout_id,
+        rollout_id=step.mint("ro-", 12, state.entries) if rollout_id is None else rollout_id,
         input=request["input"],
         start_time=step.now,
         end_time=None,
@@ -203,9 +203,10 @@ def move(
         state.completions.discard(rollout_id)
         entry.read = False
     state.put_rollout(entry, before.evolve(status=status, end_time=end_time))
-    if state.consumers and (end_time is not None or before.status in FINISHED):
-        follow(state, entry, has_finished=end_time is not None)
-    enter_retention(state, entry)
+    if status in FINISHED or before.status in FINISHED:
+        if state.consumers:
+            follow(state, entry, has_finished=end_time is not None)
+        enter_retention(state, entry)
     if status in QUEUED:
         if rollout_id not in state.queues:
             place = entry.order if keep_place else None
@@ -215,7 +216,7 @@ def move(
     if status != before.status:
         latest = entry.latest
         state.changes.append(step.now, kind or status, rollout_id, latest.attempt_id if latest else None)
-        if state.spans.has(rollout_id):
+        if rollout_id in state.spans.by_rollout and state.spans.has(rollout_id):
             enter_eviction(state, entry)
     if status in ACTIVE:
         state.deadlines.guard(rollout_id)

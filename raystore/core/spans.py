@@ -91,7 +91,7 @@ class SpanTable:
         self.keep_duplicates = keep_duplicates
         self.keeps_bodies = True  # else every body stays where it is on disk
         self.written = 0  # records of a journal up to here can be read from disk
-        self._by_rollout: dict[str, _Stored] = {}
+        self.by_rollout: dict[str, _Stored] = {}
         self._on_disk: dict[str, int] = {}  # rollouts whose index is on disk: where (times NUMBERS), newest number
         self.read_index: Callable[[int], Index] = lambda place: (array("Q"), [])
         self._counters: dict[str, int] = {}
@@ -165,7 +165,7 @@ class SpanTable:
             if span.reward is not None:
                 written.reward = span.reward
         if kept:
-            self._by_rollout[rollout_id] = held
+            self.by_rollout[rollout_id] = held
         held.cached += len(kept) - before
         written.bytes = size
         held.bytes += size
@@ -182,7 +182,7 @@ class SpanTable:
                     span.body, span.size = OnDisk(place, body), span.size - min(body, max(span.size, 0))
         written = self.add(rollout_id, spans)
         if any(written.stored):
-            held = self._by_rollout[rollout_id]
+            held = self.by_rollout[rollout_id]
             if held.places is None:
                 held.places = array("Q")
             for span, place, is_stored in zip(spans, places, written.stored, strict=True):
@@ -195,14 +195,14 @@ class SpanTable:
 
     def _held(self, rollout_id: str) -> _Stored | None:
         """The spans of a rollout, in memory from now on."""
-        held = self._by_rollout.get(rollout_id)
+        held = self.by_rollout.get(rollout_id)
         known = self._on_disk.pop(rollout_id, 0) if held is None else 0
         if not known:
             return held
         place, newest = divmod(known, NUMBERS)
         self._counters.setdefault(rollout_id, newest)
         index = self.read_index(place)
-        held = self._by_rollout[rollout_id] = _Stored()
+        held = self.by_rollout[rollout_id] = _Stored()
         for number, span in enumerate(_indexed(rollout_id, index)):
             key: tuple[str, str] | int = (span.attempt_id, span.span_id)
             held.spans[number if key in held.spans else key] = span
@@ -217,7 +217,7 @@ class SpanTable:
 
     def index(self, rollout_id: str) -> Index | None:
         """The index of a rollout that is in memory, to be written to disk."""
-        held = self._by_rollout.get(rollout_id)
+        held = self.by_rollout.get(rollout_id)
         if held is None or held.places is None:
             return None
         return held.places, [_row(span) for span in held.spans.values()]
@@ -242,7 +242,7 @@ class SpanTable:
 
     def of(self, rollout_id: str, attempt_id: str | None = None) -> list[Span]:
         """The spans of a rollout, or of one of its attempts, in the order of their arrival."""
-        held = self._by_rollout.get(rollout_id)
+        held = self.by_rollout.get(rollout_id)
         if held is not None:
             spans = list(held.spans.values())
         elif rollout_id in self._on_disk:
@@ -253,7 +253,7 @@ class SpanTable:
 
     def has(self, rollout_id: str) -> bool:
         """Whether there is a span to evict."""
-        held = self._by_rollout.get(rollout_id)
+        held = self.by_rollout.get(rollout_id)
         return held is not None and held.cached > 0
 
     # -- freeing -------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class SpanTable:
 
         With a journal their bodies leave the memory. Without one they are gone, which is remembered.
         """
-        held = self._by_rollout[rollout_id]
+        held = self.by_rollout[rollout_id]
         if held.places is not None:
             return self._drop_bodies(held)
         self._remove(rollout_id)
@@ -299,7 +299,7 @@ class SpanTable:
         self._counters.pop(rollout_id, None)
 
     def _remove(self, rollout_id: str) -> _Stored:
-        held = self._by_rollout.pop(rollout_id)
+        held = self.by_rollout.pop(rollout_id)
         self.bytes -= held.bytes
         self.count -= len(held.spans)
         return held
@@ -308,15 +308,15 @@ class SpanTable:
         """Verify the sums, and that every span belongs to a rollout that exists."""
         known = set(rollout_ids)
         assert self._on_disk.keys() <= known, "spans on disk of an unknown rollout"
-        assert self._by_rollout.keys() <= known, "spans of an unknown rollout"
+        assert self.by_rollout.keys() <= known, "spans of an unknown rollout"
         assert self.evicted <= known, "an evicted mark of an unknown rollout"
         assert self._counters.keys() <= known, "a counter of an unknown rollout"
-        for rollout_id, held in self._by_rollout.items():
+        for rollout_id, held in self.by_rollout.items():
             assert held.spans, f"an empty span list of {rollout_id}"
             assert held.bytes == sum(span.size for span in held.spans.values()), f"span bytes of {rollout_id}"
             highest = max(span.sequence_id for span in held.spans.values())
             assert self._counters.get(rollout_id, 0) >= highest, f"counter of {rollout_id} below its spans"
-        assert self.bytes == sum(held.bytes for held in self._by_rollout.values()), "total span bytes"
+        assert self.bytes == sum(held.bytes for held in self.by_rollout.values()), "total span bytes"
         elsewhere = sum(len(self.read_index(place)[0]) for place in map(self.place, self._on_disk))
-        assert self.count == elsewhere + sum(len(held.spans) for held in self._by_rollout.values()), "span count"
-        assert not self._on_disk.keys() & self._by_rollout.keys(), "spans that are in memory and on disk"
+        assert self.count == elsewhere + sum(len(held.spans) for held in self.by_rollout.values()), "span count"
+        assert not self._on_disk.keys() & self.by_rollout.keys(), "spans that are in memory and on disk"

@@ -79,14 +79,13 @@ class Step:
         self.record: int = 0  # number of the record of a journal that has the bytes of what runs; 0 without one
         self.operation: int = 0  # and of the operation within it
 
-    def mint(self, prefix: str, digits: int) -> str:
-        """An id in the contract's format, the same at every replay of this step."""
-        self.minted += 1
-        return prefix + sha1(f"{self.seed}/{self.minted}".encode()).hexdigest()[:digits]
+    def mint(self, prefix: str, digits: int, taken: Container[str]) -> str:
+        """An id in the contract's format, the same at every replay of this step, and not one that is taken.
 
-    def new_id(self, prefix: str, digits: int, taken: Container[str]) -> str:
-        """The same, and nobody has it: among ten million rollouts two would get one id in one store of six."""
-        made = self.mint(prefix, digits)
+        Among ten million rollouts two would get one id in one store of six.
+        """
+        self.minted += 1
+        made = prefix + sha1(f"{self.seed}/{self.minted}".encode()).hexdigest()[:digits]
         while made in taken:
             made = prefix + sha1(made.encode()).hexdigest()[:digits]
         return made
@@ -509,7 +508,8 @@ class State:
             entry.attempts[index] = attempt
         was_live, lives = old is not None and is_live(old), is_live(attempt)
         if was_live != lives:
-            self._refer(entry, attempt, 1 if lives else -1)
+            if attempt.resources_version is not None:
+                self._refer(entry, attempt, 1 if lives else -1)
             if lives:
                 self.hold(entry, attempt.attempt_id)
             else:

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from raystore.core import bounds, queries
-from raystore.core.lifecycle import ACTIVE, WorkerStatus, is_busy, is_idle, worker_after
+from raystore.core.lifecycle import ACTIVE, BUSY, WorkerStatus, is_busy, is_idle, worker_after
 from raystore.core.payload import size_of
 from raystore.core.records import Attempt, Many, Worker
 from raystore.core.schema import Id, Logic, SortOrder, WorkerChanges
@@ -35,8 +35,15 @@ def update(state: State, step: Step, *, worker_id: Id, changes: WorkerChanges) -
 
 def busy(state: State, step: Step, worker_id: str, attempt: Attempt, *, claimed: bool) -> None:
     """A worker started an attempt."""
-    changes: dict[str, Any] = {"last_dequeue_time": step.now} if claimed else {}
-    _follow(state, worker_id, worker_after(attempt.status), attempt, last_busy_time=step.now, **changes)
+    _put(
+        state,
+        state.workers.get(worker_id) or Worker(worker_id),
+        status=BUSY,
+        current_rollout_id=attempt.rollout_id,
+        current_attempt_id=attempt.attempt_id,
+        last_busy_time=step.now,
+        **({"last_dequeue_time": step.now} if claimed else {}),
+    )
 
 
 def came_away_empty(state: State, step: Step, worker_id: str) -> None:

@@ -188,7 +188,7 @@ class Replay:
             run.answer(item, self._operation(step, item.verb, item.arguments))
 
     def _call(self, head: RecordHead, record: Chunks) -> None:
-        verb, arguments = frames.unpack(record[1], [], (bytes(part) for part in record[2:]))
+        verb, arguments = frames.unpack(record[1], [], [bytes(part) for part in record[2:]])
         step = self._step(head)
         step.record = self.last
         reply = self._operation(step, verb, arguments)

@@ -125,11 +125,3 @@ def find_actor(name: str, namespace: str) -> Any:
         return ray.get_actor(name, namespace=namespace)
     except ValueError:  # Ray's way to say that there is no such actor
         return None
-
-
-def ray_connection() -> tuple[str, str] | None:
-    """The cluster that this process is connected to, and its id there; None if it is not connected."""
-    if not ray.is_initialized():
-        return None
-    context = ray.get_runtime_context()
-    return context.gcs_address, context.get_worker_id()

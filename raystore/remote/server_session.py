@@ -193,14 +193,15 @@ class ServerSession:
         if self.session.notices:
             self._collect_notices()
         later = self._later() if self._listener is None else []
-        replies = [self._paged(reply) for reply in replies]
+        replies = [self._paged(reply) if isinstance(reply[-1], (Many, tuple)) else reply for reply in replies]
         return frames.pack_answer(self.service.epoch, frames.DONE, replies, later, lost, self._hint())
 
     def _hint(self) -> tuple[int, bool]:
         """Whether the client should keep a listen call parked. Numbered, since answers overtake each other."""
         service, session_id = self.service, self.session.session_id
-        holds = not self.session.is_idle or bool(self.session.batches) or bool(self._outbox)
-        wanted = holds or service.is_waiting(session_id) or service.state.resources.is_publishing(session_id)
+        session = self.session
+        holds = session.claims or session.held or session.batches or self._outbox
+        wanted = bool(holds) or service.is_waiting(session_id) or service.state.resources.is_publishing(session_id)
         return next(self._hints), wanted
 
     # -- answers that come later -------------------------------------------------------------------------------------

@@ -29,14 +29,13 @@ from raystore.api import NoticeHandler
 from raystore.client import forks
 from raystore.client.transport import NoticeHandlers, PendingCall, with_time_left, without
 from raystore.core.claims import is_claim
-from raystore.core.state import HandedKey
 from raystore.errors import (
     ForkedError,
     PayloadTooLargeError,
     StoreClosedError,
     StoreUnavailableError,
 )
-from raystore.remote.handshake import CLIENT, describe, find_actor, ray_connection
+from raystore.remote.handshake import CLIENT, describe, find_actor
 from raystore.remote.lifelines import this_process
 from raystore.remote.session_state import PENDING_SECONDS, Actions, Batch, Listen, Operation, SessionState, Version
 from raystore.wire import frames
@@ -45,6 +44,14 @@ logger: logging.Logger = logging.getLogger("raystore")
 
 AGAIN_SECONDS = 1.0  #: to the next look of the timer after an error that nobody foresaw
 CLOSE_SECONDS = 1.0  #: that the store is given to take a goodbye
+
+
+def ray_connection() -> tuple[str, str] | None:
+    """The cluster that this process is connected to, and its id there; None if it is not connected."""
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.gcs_address, context.get_worker_id()
 
 
 class ClientSession:
@@ -122,15 +129,16 @@ class ClientSession:
                 answer = await operation
                 if operation.hands is None or not (keys := operation.hands(arguments, answer)):
                     return answer
-                if not (is_claim(keys[0]) and any(is_suspect for _, _, is_suspect in answer)):
-                    self._seen(keys)
+                is_watched = is_claim(keys[0]) and any(is_suspect for _, _, is_suspect in answer)
+                if is_watched:  # lost or withdrawn once: the store is told first, so that whoever dies of it is found
+                    lost = await self.call("acknowledge", {"keys": keys})
+                    answer = without(verb, answer, lost)
+                with self._lock:
+                    self.state.seen(keys, time.monotonic(), is_acknowledged=is_watched)
+                if self._is_asleep:
+                    self.wake()
+                if answer:
                     return answer
-                # Once lost or withdrawn: known to the store before its caller sees it, so that whoever dies of it
-                # is found.
-                lost = await self.call("acknowledge", {"keys": keys})
-                self._seen(keys, is_acknowledged=True)
-                if kept := without(verb, answer, lost):
-                    return kept
                 arguments = with_time_left(waits, time.monotonic() - started)
             except GeneratorExit:  # a collection strikes anywhere, also where the lock is held
                 self._orphans.append(operation)
@@ -147,12 +155,6 @@ class ClientSession:
             self._flush()
             if self._is_asleep:
                 self.wake()
-
-    def _seen(self, keys: list[HandedKey], *, is_acknowledged: bool = False) -> None:
-        with self._lock:
-            self.state.seen(keys, time.monotonic(), is_acknowledged=is_acknowledged)
-        if self._is_asleep:
-            self.wake()
 
     def hold(self, version: Version, references: tuple[Any, ...], *, again: bool) -> None:
         """Refer to objects that this process has published; `again`: the store may not know that they are here."""
@@ -421,7 +423,10 @@ class ActorTransport:
             return found
 
     def call(self, verb: str, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
-        return self.session.call(verb, arguments)
+        session = self._session
+        if session is None or self._pid != forks.pid or session.state.failure is not None:
+            session = self.session
+        return session.call(verb, arguments)
 
     def post(self, verb: str, arguments: dict[str, Any]) -> PendingCall:
         return self.session.post(verb, arguments)

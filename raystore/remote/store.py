@@ -22,8 +22,8 @@ from raystore.client.transport import in_thread
 from raystore.core.payload import Opaque, Payload
 from raystore.errors import JournalFailedError, StoreUnavailableError
 from raystore.options import StoreConfig
-from raystore.remote.handshake import describe, find_actor, join_cluster_of, ray_connection
-from raystore.remote.session import ActorTransport, ClientSession
+from raystore.remote.handshake import describe, find_actor, join_cluster_of
+from raystore.remote.session import ActorTransport, ClientSession, ray_connection
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 from raystore.wire.convert import Encoder

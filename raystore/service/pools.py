@@ -15,6 +15,7 @@ from raystore.core.lifecycle import ACTIVE
 from raystore.core.state import State
 from raystore.errors import PoolFailedError
 
+NO_QUEUES: frozenset[str] = frozenset()
 UNSERVED_SECONDS = 30.0  #: that rollouts wait in a queue which nobody serves, before it is named
 
 
@@ -34,16 +35,16 @@ class Pools:
     def __init__(self) -> None:
         self._failed: dict[str, _Failed] = {}
         self._servers: dict[str, dict[str, None]] = {}  # sessions that asked for work, by queue
-        self._served: dict[str, set[str]] = {}  # and the other way round
+        self.asked_by: dict[str, set[str]] = {}  #: and the other way round
         self._unserved: dict[str, float] = {}  # queues in which something waits, and since when
         self._named: set[str] = set()  # of these
         self.at: float | None = None  #: when the next is to be named, on the clock by which sessions age
 
     def asked(self, session_id: str, queues: Iterable[str]) -> None:
         """A session has asked for work of these queues."""
-        served = self._served.get(session_id)
+        served = self.asked_by.get(session_id)
         if served is None:
-            served = self._served[session_id] = set()
+            served = self.asked_by[session_id] = set()
         for queue in queues:
             if queue not in served:
                 served.add(queue)
@@ -61,7 +62,7 @@ class Pools:
     def drop_session(self, session_id: str) -> list[str]:
         """A process has ended, and what it served is served by it no more; the queues that nobody serves now."""
         left = []
-        for queue in self._served.pop(session_id, ()):
+        for queue in self.asked_by.pop(session_id, ()):
             servers = self._servers[queue]
             del servers[session_id]
             if not servers:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
 from raystore.core import bounds, check, claims, expiry, retention, training, verbs, workers
+from raystore.core.lazyheap import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, Positive, Rule, Text, Whole
 from raystore.core.state import EvictionPass, HandedKey, Session, State, Step
@@ -48,7 +49,7 @@ from raystore.options import StoreConfig, resident_bytes, resolve
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.liveness import LivenessChecks
 from raystore.service.parking import Caller, Deliver, Parking
-from raystore.service.pools import UNSERVED_SECONDS, Pools
+from raystore.service.pools import NO_QUEUES, UNSERVED_SECONDS, Pools
 from raystore.tracing.losses import Reason
 
 logger: logging.Logger = logging.getLogger("raystore.store")
@@ -115,7 +116,7 @@ class Service:
         self._alarm = alarm(self._ring)
         self._seeds = random.Random()  # seeded by the system; ids need to be different, not secret
         self._armed: float | None = None
-        self._armed_for: tuple[Any, ...] = ()
+        self._rings_at: float = NEVER  # when the alarm rings, on the clock by which sessions age
         self._failed: StoreError | None = None
         if self._recorder is not None:
             self._watch(self._recorder.writer)
@@ -233,7 +234,9 @@ class Service:
                     raise SessionEndedError(step.session.session_id)
                 return spec.run(self, Caller(step, ticket, deliver), **arguments)
             if spec.serves and step.session is not None:
-                self.pools.asked(step.session.session_id, arguments[spec.serves])
+                queues = arguments[spec.serves]
+                if not self.pools.asked_by.get(step.session.session_id, NO_QUEUES).issuperset(queues):
+                    self.pools.asked(step.session.session_id, queues)
             answer = verbs.perform(state, step, spec, arguments)
             if answer is not None or spec.waits_for is None:
                 return answer
@@ -282,7 +285,7 @@ class Service:
         if self._armed is not None and now > self._armed + LATE_SECONDS and not self.clock.is_manual:
             self.do("pause", Step(now), now - self._armed)
             logger.warning("The store stood still for %.1f s; deadlines move by as much", now - self._armed)
-            self._armed, self._armed_for = None, ()
+            self._armed, self._rings_at = None, NEVER
         age = self.clock.age() if self.clock.is_manual else now
         return Step(now, seed=self._seeds.getrandbits(64), session=session, age=age)
 
@@ -466,41 +469,41 @@ class Service:
 
         It may ring for nothing: what moves a deadline later, or makes it meaningless, leaves it set.
         """
-        if self._soonest() == self._armed_for:
+        state, is_manual = self.state, self.clock.is_manual
+        soonest = min(
+            state.claim_deadlines.soonest, state.session_deadlines.soonest, state.patience_deadlines.soonest,
+            self.liveness.at or NEVER, self.pools.at or NEVER, NEVER if state.eviction_pass is None else 0.0,
+        )  # fmt: skip
+        if not is_manual:  # else these wait for a tick
+            waiting = self.parking.next_deadline() if self.parking.timed else None
+            soonest = min(soonest, state.deadlines.soonest + state.paused, waiting or NEVER)
+        if soonest >= self._rings_at:
             return
-        age_deadline = expiry.next_age_deadline(self.state)
+        age = self.clock.age()
+        age_deadline = expiry.next_age_deadline(state)
         ages = [deadline for deadline in (age_deadline, self.liveness.at, self.pools.at) if deadline is not None]
-        in_seconds = [max(deadline - self.clock.age(), 0.0) for deadline in ages]
-        deadline = expiry.next_deadline(self.state)
+        in_seconds = [max(deadline - age, 0.0) for deadline in ages]
+        deadline = expiry.next_deadline(state)
         self._armed = None
-        if not self.clock.is_manual:
+        if not is_manual:
             now = self.clock.now()
             times = [time for time in (deadline, self.parking.next_deadline()) if time is not None]
             in_seconds += [max(time - now, 0.0) for time in times]
             core = [time for time in (deadline, age_deadline) if time is not None]
             self._armed = min(max(min(core), now), now + TICK_SECONDS) if core else None
             in_seconds += [TICK_SECONDS] if core else []
-        if self.state.eviction_pass is not None:
+        if state.eviction_pass is not None:
             in_seconds.append(0.0)
+        self._rings_at = age + min(in_seconds, default=NEVER)
         if not self.regain_space():
             in_seconds = [max(seconds, FULL_SECONDS) for seconds in in_seconds]
+            self._rings_at = 0.0  # not before, whatever comes
         # Deadlines are strict: a hair later, so that the ring finds them passed.
         self._alarm.set(min(in_seconds) + 0.001 if in_seconds else None)
-        self._armed_for = self._soonest()  # as it is now that `next_deadline` has looked
-
-    def _soonest(self) -> tuple[Any, ...]:
-        """What the alarm depends on: while it stays the same, the alarm may stay."""
-        state = self.state
-        return (
-            state.deadlines.soonest, state.claim_deadlines.soonest, state.session_deadlines.soonest,
-            state.patience_deadlines.soonest, state.paused,
-            self.parking.timed and self.parking.next_deadline(), self.liveness.at, self.pools.at,
-            state.eviction_pass and state.eviction_pass.spans,
-        )  # fmt: skip
 
     def _ring(self) -> None:
         with self._held():
-            self._armed_for = ()  # it has rung
+            self._rings_at = NEVER  # it has rung
             if self._closed or self._failed is not None:
                 return
             with contextlib.suppress(StoreCorruptError):  # which has been said
@@ -653,6 +656,7 @@ class Service:
         if not isinstance(self.clock, ManualClock):
             raise InvalidValueError("clock", self.config.clock, "a store started with clock='manual'")
         self.clock.tick(seconds, sessions=sessions)
+        self._rings_at = NEVER  # what it was set for may be due earlier now
         self.advance()
 
     # -- what the log is told ----------------------------------------------------------------------------------------

@@ -130,8 +130,6 @@ def id_pairs(name: str, values: Any) -> list[tuple[str, str]]:
 
 def queue_names(values: Any) -> list[str]:
     """Names of queues to claim from, at least one, each once."""
-    if type(values) is tuple and values == ("default",):
-        return ["default"]
     names = list(dict.fromkeys(identifiers("queues", values)))
     if not names:
         raise InvalidValueError("queues", values, "at least one name of a queue")

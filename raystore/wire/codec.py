@@ -9,6 +9,7 @@ Not here: how payloads cross to an actor (`frames`).
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from array import array
@@ -87,8 +88,7 @@ def _packb(*values: Any) -> bytes:
     return data
 
 
-def _unpackb(data: bytes | memoryview) -> Any:
-    return msgpack.unpackb(data, strict_map_key=False, ext_hook=_restored)
+_unpackb = functools.partial(msgpack.unpackb, strict_map_key=False, ext_hook=_restored)
 
 
 _EMPTY = _packb(PLAIN, {})

@@ -8,7 +8,7 @@ Not here: what the values mean (`convert`), when batches are sent (`remote.sessi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -46,32 +46,23 @@ class _Packing:
     """Packs frames, and collects the references and large payloads in them."""
 
     def __init__(self) -> None:
-        self._refs: list[Any] = []
-        self._large: list[bytes] = []
-        self._packer = msgpack.Packer(default=self._extended, unicode_errors="surrogatepass", autoreset=False)
+        self.refs: list[Any] = []
+        self.large: list[bytes] = []
+        self.packer = msgpack.Packer(default=self._extended, unicode_errors="surrogatepass", autoreset=False)
 
     def _extended(self, value: Any) -> Any:
         if isinstance(value, Record):
             return value.row()
         if isinstance(value, Payload) and not value.refs and not self.is_answer:
-            self._large.append(value.data)
+            self.large.append(value.data)
             return msgpack.ExtType(_LARGE, b"")
         if isinstance(value, Payload):
-            place = msgpack.packb([value.data, len(self._refs), len(value.refs)])
-            self._refs.extend(value.refs)
+            place = msgpack.packb([value.data, len(self.refs), len(value.refs)])
+            self.refs.extend(value.refs)
             return msgpack.ExtType(_REFS, place)
         raise TypeError(f"{type(value).__name__} cannot travel")
 
     is_answer = False  #: in an answer, a `Payload` without references is one that has lost them, and stays a `Payload`
-
-    def pack(self, value: Any) -> Packed:
-        """A frame and what belongs to it. If this raises, the object must not be used again."""
-        self._packer.pack(value)
-        frame = bytes(self._packer.bytes())
-        self._packer.reset()
-        packed = Packed(frame, self._refs, self._large)
-        self._refs, self._large = [], []
-        return packed
 
 
 _spare: list[_Packing] = []  # reused, since making one costs as much as packing a small frame; taken out while in use
@@ -85,8 +76,12 @@ def pack(value: Any, *, is_answer: bool = False) -> Packed:
     except IndexError:
         packing = _Packing()
     packing.is_answer = is_answer
-    packed = packing.pack(value)
-    if len(packed.frame) <= _SPARE_BYTES:
+    packing.packer.pack(value)  # if this raises, it is not used again
+    frame = bytes(packing.packer.bytes())
+    packing.packer.reset()
+    packed = Packed(frame, packing.refs, packing.large)
+    packing.refs, packing.large = [], []
+    if len(frame) <= _SPARE_BYTES:
         _spare.append(packing)
     return packed
 
@@ -121,9 +116,12 @@ def _opener(refs: list[Any], large: Iterator[bytes]) -> Any:
     return hook
 
 
-def unpack(frame: bytes | memoryview, refs: list[Any], large: Iterable[bytes] = ()) -> Any:
+_NOTHING_TO_OPEN = _opener([], iter(()))
+
+
+def unpack(frame: bytes | memoryview, refs: list[Any], large: Sequence[bytes] = ()) -> Any:
     """The value of a frame, with its references and large payloads."""
-    opener = _opener(refs, iter(large))
+    opener = _opener(refs, iter(large)) if refs or large else _NOTHING_TO_OPEN
     return msgpack.unpackb(frame, ext_hook=opener, strict_map_key=False, unicode_errors="surrogatepass")
 
 
@@ -163,9 +161,9 @@ def split(parts: Sequence[bytes], refs: dict[int, list[Any]] | None) -> list[Any
     """The header of a batch, and its operations; `refs` has the references of an operation by its number."""
     count = parts[0][0]
     frame = memoryview(parts[0] if count == 1 else b"".join(parts[:count]))[1:]
-    large = iter(parts[count:])
     if not refs:
-        return list(unpack(frame, [], large))
+        return list(unpack(frame, [], parts[count:]))
+    large = iter(parts[count:])
     values: list[Any] = []
 
     def open_payload(code: int, data: bytes) -> Any:

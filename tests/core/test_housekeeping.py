@@ -12,18 +12,17 @@ import pytest
 from raystore.core import bounds, check, expiry, verbs, workers
 from raystore.core.payload import ERROR_BYTES, bounded_error, text_bytes
 from raystore.core.snapshot import digest
-from raystore.core.state import Step
 from raystore.core.verbs import STEPS
 from raystore.journal import snapshot_file
 from raystore.journal.format import FileHead
 from tests.core.conftest import Core
+from tests.support.ids import mint_short_ids
 
 
 @pytest.fixture
 def few_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids are minted of one digit, so that most of them are taken."""
-    before = Step.mint
-    monkeypatch.setattr(Step, "mint", lambda self, prefix, digits: before(self, prefix, 1))
+    mint_short_ids(monkeypatch, 1)
 
 
 def test_ids_are_minted_until_nobody_has_them(core: Core, few_ids: None) -> None:

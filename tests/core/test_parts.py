@@ -32,7 +32,7 @@ def test_queue_keeps_places_through_any_traffic() -> None:
             orders[name] = model[name] = order
             queues.put("q", name, order)
         expected = min(model, key=model.get) if model else None
-        assert queues.first("q") == expected and queues.length("q") == len(model)
+        assert queues.first(["q"]) == expected and queues.length("q") == len(model)
         if number % 500 == 0:
             queues.check()
 
@@ -102,9 +102,9 @@ def test_completion_log_stays_small() -> None:
 def test_ids_follow_from_the_seed() -> None:
     """A step that is replayed mints the same ids, in the contract's formats."""
     first, again, other = (Step(0.0, seed=seed) for seed in (7, 7, 8))
-    ids = [first.mint("ro-", 12), first.mint("at-", 8)]
-    assert ids == [again.mint("ro-", 12), again.mint("at-", 8)]
-    assert other.mint("ro-", 12) != ids[0]
+    ids = [first.mint("ro-", 12, ()), first.mint("at-", 8, ())]
+    assert ids == [again.mint("ro-", 12, ()), again.mint("at-", 8, ())]
+    assert other.mint("ro-", 12, ()) != ids[0]
     assert [len(i) for i in ids] == [15, 11]
 
 

@@ -221,8 +221,8 @@ class Crowd:
     def came_away_empty(self, session: Any) -> None:
         """A call is parked only while nothing it may claim is queued: no exception but the patience."""
         queues = self.core.state.queues
-        assert queues.first("default", (OVERDUE,)) is None, "what has waited for long enough is for anybody"
-        if queues.first("default") is None:
+        assert queues.first(["default"], (OVERDUE,)) is None, "what has waited for long enough is for anybody"
+        if queues.first(["default"]) is None:
             self.empty_since.pop(session.session_id, None)
             return
         since = self.empty_since.setdefault(session.session_id, self.core.now)

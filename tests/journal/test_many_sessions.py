@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from raystore.core import bounds
-from raystore.core.state import Step
 from raystore.journal.opening import read_run
 from raystore.options import StoreConfig, resident_bytes
 from raystore.remote.server_session import Endpoint
@@ -18,6 +17,7 @@ from raystore.service.clock import NoAlarm
 from raystore.service.service import Service
 from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue
+from tests.support.ids import mint_short_ids
 
 
 async def live_and_die(store: Store | SimpleNamespace, number: int) -> None:
@@ -96,8 +96,7 @@ async def test_ids_that_were_taken_are_others_in_a_replay_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: int
 ) -> None:
     """A journal holds no ids, only what they are made of."""
-    before = Step.mint
-    monkeypatch.setattr(Step, "mint", lambda self, prefix, _: before(self, prefix, digits))
+    mint_short_ids(monkeypatch, digits)
     store, peer = Store(tmp_path / "j"), Peer("p")
     for number in range(12):
         await peer.send(store, peer.batch(enqueue(number), enqueue(number)))
