@@ -179,7 +179,7 @@ async def test_whatever_the_arguments_are(tmp_path: Path, verb: str) -> None:
     right = with_attempt(RIGHT[verb], started[1][1][1])
     await other.call(store, "update_rollout", rollout_id="r1", changes={"status": "succeeded"})
     await other.call(store, "take", consumer="c", count=1)
-    log = store.service.journal.recorder.writer
+    log = store.writer
     await peer.send(store, peer.batch())
     answered = refused = 0
     before: Any = None
