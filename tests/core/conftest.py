@@ -9,7 +9,7 @@ import pytest
 
 from raystore.core import check, expiry, retention, verbs
 from raystore.core.claims import acknowledge, end_session, open_session, take_back
-from raystore.core.state import Session, Settings, State, Step
+from raystore.core.state import HandedKey, Session, Settings, State, Step
 
 
 class Core:
@@ -44,7 +44,8 @@ class Core:
 
     def enqueue(self, task: str = "x", **request: Any) -> str:
         ((rollout, _),) = self.run("enqueue", requests=[{"input": task.encode(), "metadata": None, **request}])
-        return rollout.rollout_id
+        rollout_id: str = rollout.rollout_id
+        return rollout_id
 
     def claim(self, session: Session, limit: int = 1, worker_id: str | None = None) -> list[tuple[str, str]]:
         got = self.run("dequeue", session=session, queues=["default"], limit=limit, worker_id=worker_id)
@@ -58,7 +59,7 @@ class Core:
         assert self.acknowledge(session, keys) == []
         return keys
 
-    def decline(self, session: Session, key: tuple[str, str]) -> bool:
+    def decline(self, session: Session, key: HandedKey) -> bool:
         return take_back(self.state, self.step(session), session, key, why="declined")
 
     def end(self, session: Session) -> None:

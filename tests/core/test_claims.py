@@ -352,6 +352,7 @@ def test_an_agent_process_that_dies_is_charged_and_no_suspect(core: Core) -> Non
         changes = {"status": "unresponsive", "outcome": "runner_lost", "error": "signal 9", "died": True}
         core.run("finish", session=session, rollout_id=rollout_id, attempt_id=attempt_id, spans=[], changes=changes)
         entry = core.state.entries[rollout_id]
+        assert entry.latest is not None
         assert (entry.deliveries, entry.suspect, entry.latest.error) == (delivery, False, "signal 9")
         assert entry.rollout.status == ("requeuing" if delivery < 3 else "failed")
         if delivery == 3:
@@ -370,7 +371,8 @@ def test_a_heartbeat_tells_what_is_of_no_use_any_more(core: Core) -> None:
     core.run("cancel_rollouts", rollout_ids=[cancelled], group_id=None, tags=None)
     told = core.run("heartbeat", session=session, attempts_alive=[*keys, ("ro-gone", "at-gone")])
     assert [key[0] for key in told] == [superseded, cancelled, "ro-gone"]
-    assert core.state.entries[fine].latest.last_heartbeat_time == core.now
+    latest = core.state.entries[fine].latest
+    assert latest is not None and latest.last_heartbeat_time == core.now
 
 
 @pytest.mark.parametrize(
@@ -385,4 +387,5 @@ def test_a_report_of_a_settled_attempt_does_not_reopen_its_rollout(core: Core, s
     assert core.status(key[0]) == "failed"
     core.finish(key, status, outcome, session)
     entry = core.state.entries[key[0]]
+    assert entry.latest is not None
     assert (entry.rollout.status, entry.latest.status, entry.latest.outcome) == ("failed", "timeout", "timeout")

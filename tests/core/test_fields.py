@@ -23,7 +23,7 @@ CHAIN.notes, CHAIN.refusal = {"latest": "rs-1"}, OverloadedError(1, 2, 3.0)
 ATTEMPT = Attempt("mine", "at-9", 9, 1.0, None, "running", None, None, None, None, None, None, None, None)
 
 #: For each field of each record a value that it does not have by itself.
-SAMPLES = {
+SAMPLES: dict[Any, dict[str, Any]] = {
     Rollout: {
         "input": b"\x01\x02", "start_time": 5.0, "end_time": 6.0, "mode": "val", "resources_id": "rs-1",
         "status": "running", "config": Config(1.0, 2.0, 3, ("failed",)), "metadata": b"\x01\x80", "group_id": "g",
@@ -89,7 +89,7 @@ def made_state(kind: Any = None, name: Any = None, value: Any = None) -> State:
         holders={"at": "s"}, taken=MappingProxyType({"t": Taken(1)}),
     )  # fmt: skip
     span = Span("mine", "at", 1, "s1", "t", None, "n", 1.0, 2.0, None, OnDisk(0, 5), 10)
-    records = {
+    records: dict[Any, Any] = {
         Entry: entry, AttemptClock: entry.clocks[0], Taken: entry.taken["t"],
         Consumer: Consumer(), Session: Session("s", 1.0),
     }  # fmt: skip

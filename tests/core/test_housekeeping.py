@@ -170,7 +170,7 @@ def test_workers_that_were_not_heard_of_for_the_longest_time_go_and_busy_ones_st
     core: Core, few_records: None
 ) -> None:
     """Whatever order they came in; who comes back is a worker again."""
-    dice, heard = random.Random(1), {}
+    dice, heard = random.Random(1), dict[str, float]()
     session = core.open("s")
     for number in range(10):
         core.enqueue()

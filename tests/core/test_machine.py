@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 
 from raystore.core.check import check
+from raystore.core.queues import Order
 from raystore.errors import BatchConflictError, BatchHeldError, SealedError
 from tests.core.conftest import Core
 
@@ -371,12 +372,18 @@ class Machine(RuleBasedStateMachine):
         if len(due) > 1:
             self._adopt_order(before)
 
+    def _order(self, rollout_id: str) -> Order:
+        """The place of a rollout that is queued."""
+        order = self.core.state.entries[rollout_id].order
+        assert order is not None
+        return order
+
     def _adopt_order(self, before: tuple[list[str], list[str]]) -> None:
         """Take over the core's order among those that became due in the same tick."""
         new = [i for i in self.model.queue() if i not in before[0]]
         orders = sorted(self.model.rollouts[i].place for i in new)
-        core_new = sorted(new, key=lambda i: self.core.state.entries[i].order)
-        by_priority = {}
+        core_new = sorted(new, key=self._order)
+        by_priority: dict[int, list[Order]] = {}
         for place in orders:
             by_priority.setdefault(place[0], []).append(place)
         for rollout_id in core_new:
@@ -398,7 +405,7 @@ class Machine(RuleBasedStateMachine):
             shown = [(a.attempt_id, a.status) for a in entries[rollout.id].attempts]
             assert shown == [(a.id, a.status) for a in rollout.attempts]
         queue = self.core.state.queues
-        assert sorted(queue, key=lambda i: entries[i].order) == self.model.queue()
+        assert sorted(queue, key=self._order) == self.model.queue()
         assert [i for _, i in self.core.state.completions.after(None)] == self.model.completions
         for name, consumer in self.model.consumers.items():
             known = self.core.state.consumers[name]

@@ -10,17 +10,18 @@ import pytest
 from raystore.core import expiry
 from raystore.core.changes import ChangeFeed, CompletionLog
 from raystore.core.lazyheap import Deadlines, LazyHeap
-from raystore.core.queues import Queues
+from raystore.core.queues import Order, Queues
 from raystore.core.replies import ReplyCache
-from raystore.core.state import Step
+from raystore.core.state import AttemptKey, Step
 from raystore.errors import CursorTooOldError
 from tests.core.conftest import Core
 
 
 def test_queue_keeps_places_through_any_traffic() -> None:
     """Against a sorted list: put, discard, put back at the old place."""
-    rng, queues, model = random.Random(1), Queues(), {}
-    orders = {}
+    rng, queues = random.Random(1), Queues()
+    model: dict[str, Order] = {}
+    orders: dict[str, Order] = {}
     for number in range(3000):
         name = f"r{rng.randrange(200)}"
         if name in model:
@@ -31,7 +32,7 @@ def test_queue_keeps_places_through_any_traffic() -> None:
             order = order or queues.tail(rng.randrange(3))
             orders[name] = model[name] = order
             queues.put("q", name, order)
-        expected = min(model, key=model.get) if model else None
+        expected = min(model, key=model.__getitem__) if model else None
         assert queues.first(["q"]) == expected and queues.length("q") == len(model)
         if number % 500 == 0:
             queues.check()
@@ -39,21 +40,24 @@ def test_queue_keeps_places_through_any_traffic() -> None:
 
 def test_a_lazy_heap_is_a_dictionary_that_knows_its_first() -> None:
     """Whatever was put, put again and discarded: the lowest priority comes first, of equal ones what was put first."""
-    rng, heap, model = random.Random(2), LazyHeap(), {}
+    rng = random.Random(2)
+    heap, model = LazyHeap[int, int](), dict[int, tuple[int, int]]()
     for number in range(3000):
         key, priority = rng.randrange(100), rng.randrange(20)
         if rng.random() < 0.5:
             heap.discard(key)
             model.pop(key, None)
-        elif (heap.put(key, priority), model.get(key, (None,))[0] != priority)[1]:
-            model[key] = (priority, number)
+        else:
+            heap.put(key, priority)
+            if key not in model or model[key][0] != priority:
+                model[key] = (priority, number)
         first = heap.first()
-        assert (first and first[2]) == min(model, key=model.get, default=None)
+        assert (first and first[2]) == min(model, key=model.__getitem__, default=None)
         assert len(heap) == len(model) and sum(1 for _ in heap) == len(model)
         if first and rng.random() < 0.1:
             assert heap.pop() == first[2]
             del model[first[2]]
-    other = LazyHeap()
+    other = LazyHeap[int, int]()
     other.fill(heap.priorities())
     assert dict(other.priorities()) == {key: priority for key, (priority, _) in model.items()}
 
@@ -151,7 +155,7 @@ def test_eviction_does_not_sort_everything(make_core: Callable[..., Core]) -> No
     assert core.state.spans.evicted == set(ids) - set(kept)
 
 
-class Counted(dict):
+class Counted(dict[AttemptKey, float]):
     """A mapping that counts how often somebody looks for a key."""
 
     looks = 0
@@ -192,7 +196,7 @@ def test_a_full_store_resumes_once_it_is_below_the_safe_threshold(make_core: Cal
         core.run("add_spans", session=session, rollout_id=key[0], attempt_id=key[1], spans=[row])
         core.report(key, "succeeded", session)
     core.enqueue("next")
-    assert core.state.memory_full and core.claim(session) == []
+    assert (core.state.memory_full, core.claim(session)) == (True, [])
     for rollout_id in ids[:3]:
         core.run("release", rollout_ids=[rollout_id])
     assert not core.state.memory_full and len(core.claim(session)) == 1

@@ -190,8 +190,8 @@ class Crowd:
         self.core, self.lots, self.places = core, random.Random(seed), places
         self.names = (f"p{number}" for number in itertools.count())
         self.sessions = [core.open(next(self.names)) for _ in range(processes)]
-        self.poison = set()
-        self.empty_since = {}
+        self.poison: set[str] = set()
+        self.empty_since: dict[str, float] = {}
 
     def turn(self, *, kills: float = 0.0, never_idle: bool = False) -> None:
         """A second passes."""

@@ -316,7 +316,7 @@ async def _send(store: Store, client: Client, operations: list[Any], rng: random
     for ticket, reply in later:
         client.tickets.append(ticket)
         _learn(client, client.verbs.pop(ticket, ""), reply)
-    return replies
+    return list(replies)
 
 
 def _learn(client: Client, verb: str, reply: list[Any]) -> None:
@@ -409,8 +409,7 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
             if rng.random() < 0.03:
                 store = _seeded(store.follow(), rng)
         check.check(store.state)
-        assert store.service.journal is not None and store.service.journal.recorder is not None
-        store.service.journal.recorder.writer.close()  # so that all of it is on disk
+        store.writer.close()  # so that all of it is on disk
         again = read_run(path)
         if again.differences:
             raise Broken(f"a replay differs at records {again.differences}")

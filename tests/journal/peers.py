@@ -10,9 +10,10 @@ from typing import Any
 
 from raystore.core.snapshot import parts
 from raystore.journal.opening import open_journal, read_run
+from raystore.journal.writer import JournalWriter
 from raystore.options import StoreConfig, resolve
 from raystore.remote.server_session import Endpoint
-from raystore.service.clock import NoAlarm
+from raystore.service.clock import ManualClock, NoAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
 from raystore.wire.codec import encode
@@ -34,16 +35,25 @@ class Store:
     def state(self) -> Any:
         return self.service.state
 
+    @property
+    def writer(self) -> JournalWriter:
+        """What writes its journal."""
+        assert self.service.journal is not None and self.service.journal.recorder is not None
+        return self.service.journal.recorder.writer
+
+    def tick(self, seconds: float) -> None:
+        """Let time pass, but not for claims and sessions."""
+        assert isinstance(self.service.clock, ManualClock)
+        self.service.clock.tick(seconds, sessions=False)
+
     def follow(self) -> Store:
         """The process that goes on; this one has died."""
-        assert self.service.journal is not None and self.service.journal.recorder is not None
-        self.service.journal.recorder.writer.close()
+        self.writer.close()
         return Store(self.path, resume="must", **self.options)
 
     def difference(self) -> list[Any]:
         """The first thing in which a replay of the journal differs from the state."""
-        assert self.service.journal is not None and self.service.journal.recorder is not None
-        writer, is_written = self.service.journal.recorder.writer, threading.Event()
+        writer, is_written = self.writer, threading.Event()
         # An answer waits for its own changes only; those that no caller asked for may still be on their way to disk.
         if writer.when_durable(writer.last, lambda _: is_written.set()):
             assert is_written.wait(30)

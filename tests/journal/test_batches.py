@@ -107,7 +107,7 @@ async def test_what_is_due_is_worked_off_before_a_long_operation_is_cut(path: Pa
     await peer.call(store, "enqueue", requests=[request(rollout_id=i, group_id="g") for i in done + waiting])
     await peer.call(store, "cancel_rollouts", rollout_ids=done, group_id=None, tags=None)
     await peer.call(store, "release", rollout_ids=done)
-    store.service.clock.tick(20, sessions=False)
+    store.tick(20)
     reply = await peer.call(store, "cancel_rollouts", rollout_ids=None, group_id="g", tags=None)
     assert len(reply[1]) == 90
     assert set(store.state.entries) == set(waiting)
@@ -183,6 +183,7 @@ async def test_a_payload_whose_references_are_gone_says_so(path: Path) -> None:
 def test_reading_lost_references_raises_by_name() -> None:
     """Not an IndexError of a pickle."""
     whole = encode([ray.ObjectRef.nil()], "x", 1000)
+    assert isinstance(whole, Payload)
     with pytest.raises(rs.PayloadLostError, match="journal"):
         decode(Payload(whole.data, ()))
 
@@ -201,7 +202,7 @@ async def test_a_bulk_call_of_which_a_part_found_no_room_is_refused(
 
     assert (await peer.send(store, peer.batch(part("1", False))))[0][0] == frames.VALUE
     with monkeypatch.context() as full:
-        full.setattr(store.service.journal.recorder.writer, "reserve", refuse)
+        full.setattr(store.writer, "reserve", refuse)
         refused = await peer.send(store, peer.batch(part("2", False)))
     assert refused[0][1] == "JournalFullError"
     replies = await peer.send(store, peer.batch(enqueue("beside"), part("3", True), enqueue("behind")))

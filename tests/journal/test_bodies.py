@@ -12,8 +12,8 @@ import pytest
 
 import raystore as rs
 from raystore.journal import snapshotter, span_bodies, writer
-from raystore.journal.files import BODIES, RECORDS, Directory
-from tests.helpers import make_span
+from raystore.journal.files import BODIES, RECORDS, Directory, JournalFile
+from tests.helpers import make_span, present
 from tests.journal.test_compaction import newest, snapshotter_of, until_snapshot
 
 
@@ -30,9 +30,9 @@ def store_of(path: Path, **options: Any) -> rs.InMemoryLightningStore:
     return rs.InMemoryLightningStore(journal=path, durability="process", **options)
 
 
-async def record(store: rs.InMemoryLightningStore, numbers: range) -> dict[str, Any]:
+async def record(store: rs.InMemoryLightningStore, numbers: range) -> dict[int, str]:
     """A rollout with three spans for each number; their ids."""
-    made = {}
+    made: dict[int, str] = {}
     for number in numbers:
         rollout = await store.start_rollout(number)
         spans = [make_span(rollout, n, attributes={"body": f"{number}/{n}" * 30}) for n in (1, 2, 3)]
@@ -43,7 +43,7 @@ async def record(store: rs.InMemoryLightningStore, numbers: range) -> dict[str, 
     return made
 
 
-async def read(store: rs.InMemoryLightningStore, made: dict[str, Any], numbers: list[int] | list[Any]) -> None:
+async def read(store: rs.InMemoryLightningStore, made: dict[int, str], numbers: list[int]) -> None:
     """Read the spans of these, and compare."""
     for number in numbers:
         found = await store.query_spans(made[number])
@@ -65,7 +65,7 @@ def open_files(path: Path) -> int:
 def evict(store: rs.InMemoryLightningStore) -> None:
     """Let every body be on disk only."""
     state = store._service.state
-    state.spans.written = store._service._recorder.writer.durable
+    state.spans.written = present(store._service._recorder).writer.durable
     for rollout_id in list(state.entries):
         if state.spans.has(rollout_id):
             state.spans.evict(rollout_id)
@@ -77,7 +77,12 @@ async def test_few_files_are_open_and_few_are_looked_at(tmp_path: Path, monkeypa
     with store_of(path) as store:
         made = await record(store, range(150))
     listed, before = [], Directory.segments
-    monkeypatch.setattr(Directory, "segments", lambda *asked: (listed.append(asked), before(*asked))[1])
+
+    def segments(directory: Directory, *kinds: str) -> list[JournalFile]:
+        listed.append(kinds)
+        return before(directory, *kinds)
+
+    monkeypatch.setattr(Directory, "segments", segments)
     with store_of(path) as store:
         assert len(before(Directory(path), RECORDS)) > 3 * span_bodies.FILES_OPEN
         listed.clear()
@@ -94,7 +99,7 @@ async def test_bodies_are_found_while_the_writer_goes_on_and_helpers_replace_fil
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In new segments, in those that a helper renamed, copied or dropped, and those of another process."""
-    path, dice, made = tmp_path / "j", random.Random(2), {}
+    path, dice, made = tmp_path / "j", random.Random(2), dict[int, str]()
     for round_ in range(2):
         with store_of(path) as store:
             for part in range(2):

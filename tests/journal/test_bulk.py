@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import types
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_pieces_answer_as_the_whole(
             replies = [plain(reply) for reply in await peer.send(store, peer.batch(*operations))]
             check(store.state)
             assert store.difference() == []
-            store.service.journal.recorder.writer.close()
+            store.writer.close()
             return replies, comparable(store)
 
     assert asyncio.run(run(piece, -1.0)) == asyncio.run(run(1_000, 1.0))
@@ -123,11 +124,12 @@ def test_others_come_in_between_and_the_process_dies(
             deleting = Peer("deleting")
             there = set(store.state.entries)
             sequence = deleting.batch(["delete_rollouts", {"rollout_ids": IDS}], enqueue("behind", rollout_id="behind"))
-            running = store.endpoint.exchange(deleting.parts(sequence), None)
+            exchange = store.endpoint.exchange(deleting.parts(sequence), None)
+            running: Coroutine[Any, Any, Any] | None = exchange
             is_done, taken, ended, answer = False, [], False, None
             for _ in range(stop + 1):
                 try:
-                    if is_done := (awaited := running.send(None)) is not None:  # all has run, and is to be written
+                    if is_done := (awaited := exchange.send(None)) is not None:  # all has run, and is to be written
                         break
                 except StopIteration as end:  # and is written
                     is_done, answer = True, end.value
@@ -166,7 +168,7 @@ def test_others_come_in_between_and_the_process_dies(
                 assert replies is None or replies[0][1] in ("SealedError", "SessionEndedError")
                 assert left == there or "delete" in between or ended
             elif not ended or is_done:
-                assert replies[0][0] == frames.VALUE
+                assert replies is not None and replies[0][0] == frames.VALUE
                 assert left == set()
                 assert replies[0][1] == len(there) - ("delete" in between and bool(reserved))
                 assert "behind" in store.state.entries
@@ -178,7 +180,7 @@ def test_others_come_in_between_and_the_process_dies(
             assert sorted(pair[0][0] for pair in reply[1][0]) == sorted(
                 i for i in wanted if store.state.entries[i].rollout.status == "succeeded"
             )
-            store.service.journal.recorder.writer.close()
+            store.writer.close()
 
     asyncio.run(run())
 
@@ -291,7 +293,7 @@ async def test_a_session_that_ends_in_its_own_batch_claims_nothing_more(tmp_path
     """What comes behind the operation that ended it is refused by name, and changes nothing; reads are answered too."""
     store, peer, other = Store(tmp_path / "journal"), Peer("p"), Peer("o")
     await other.send(store, other.batch(*(enqueue(n, rollout_id=f"r{n}") for n in range(4))))
-    claim = ["dequeue", {"queues": ["default"], "limit": 1, "worker_id": "w", "timeout": 0.0}]
+    claim: list[Any] = ["dequeue", {"queues": ["default"], "limit": 1, "worker_id": "w", "timeout": 0.0}]
     behind = [
         claim, ["dequeue", claim[1] | {"timeout": 9.0}], ["start_rollout", {"request": request(), "worker_id": None}],
         ["start_attempt", {"rollout_id": "r2", "worker_id": None}], enqueue("late"),

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.core.snapshot import digest
+from raystore.core.snapshot import digest, verify
 from raystore.journal import compaction, snapshotter
-from raystore.journal.files import BODIES, SNAPSHOT, Directory
+from raystore.journal.files import BODIES, SNAPSHOT, Directory, JournalFile
 from raystore.journal.opening import read_run
-from tests.helpers import make_span
+from tests.helpers import make_span, present
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ async def work(store: rs.InMemoryLightningStore, count: int, *, text: str = "x")
     made = []
     for number in range(count):
         enqueued = await store.enqueue_rollout({"n": number, "text": text * 50}, tags={"even": number % 2 == 0})
-        rollout = await store.dequeue_rollout()
+        rollout = present(await store.dequeue_rollout())
         spans = [make_span(rollout, sequence_id=i, attributes={"body": f"{number}/{i}" * 20}) for i in (1, 2)]
         await store.add_many_spans(spans)
         if number % 10:
@@ -47,11 +47,7 @@ async def work(store: rs.InMemoryLightningStore, count: int, *, text: str = "x")
     return made
 
 
-async def until(
-    happened: Callable[..., Any] | Callable[..., bool] | Callable[..., list[tuple[int, int, Path]]],
-    what: str,
-    seconds: int = 30,
-) -> None:
+async def until(happened: Callable[[], Any], what: str, seconds: int = 30) -> None:
     """Wait for a helper."""
     end = time.monotonic() + seconds
     while not happened():
@@ -61,6 +57,11 @@ async def until(
 
 def snapshotter_of(store: Any) -> Any:
     return store._service.journal.snapshotter
+
+
+async def until_idle(store: rs.InMemoryLightningStore) -> None:
+    """Wait until no helper makes a snapshot."""
+    await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
 
 
 def newest(path: Path) -> tuple[int, int]:
@@ -149,9 +150,9 @@ async def test_a_helper_that_dies_leaves_everything(tmp_path: Path) -> None:
             helper.send_signal(signal.SIGKILL)
             kills += 1
             if kills % 5 == 1:
-                await until(lambda: snapshotter_of(store)._thread is None, "a helper hangs")
+                await until_idle(store)
                 assert digest(read_run(path).state) == digest(store._service.state)
-    await until(lambda: snapshotter_of(store)._thread is None, "a helper hangs")
+    await until_idle(store)
     assert kills > 2
     await until_made(store, path, newest(path))
     assert digest(read_run(path).state) == digest(store._service.state)
@@ -171,7 +172,7 @@ async def test_a_helper_on_a_full_disk_leaves_nothing_behind(
     store = store_of(path, retention={"max_rollouts": 20})
     await store.release(await work(store, 300))
     await until(lambda: f"failpoint {point}" in caplog.text, "it did not fail")
-    await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
+    await until_idle(store)
     assert not list(path.glob("*.snapshot.*.new")) and not list(path.glob("*.bodies.*.new"))
     monkeypatch.delenv("RAYSTORE_FAILPOINTS")
     await until_made(store, path, newest(path))
@@ -190,17 +191,17 @@ async def test_a_helper_that_is_killed_is_no_snapshot(
     for tries in range(1, 4):
         for _ in range(60):
             await work(store, 40)
-            await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
+            await until_idle(store)
             if caplog.text.count("SIGKILL") == tries:
                 break
         assert caplog.text.count("no snapshot was made (the helper was ended by SIGKILL") == tries
         assert snapshotter_of(store).operations >= snapshotter.OPERATIONS << (tries - 1)
     assert newest(path) == (0, 0)
-    told = (await store.statistics())["journal"]
+    told = present((await store.statistics())["journal"])
     assert (told["snapshots"], told["snapshot_bytes"], told["failed"]) == (0, 0, "")
     monkeypatch.delenv("RAYSTORE_FAILPOINTS")
     await until_made(store, path, newest(path))
-    assert (await store.statistics())["journal"]["snapshots"] == 1
+    assert present((await store.statistics())["journal"])["snapshots"] == 1
     assert digest(read_run(path).state) == digest(store._service.state)
     store.close()
 
@@ -227,10 +228,10 @@ async def test_what_a_helper_says_is_believed_only_with_a_snapshot(
     python.write_text(f"#!{sys.executable}\n{script}\n")
     python.chmod(0o755)
     store = store_of(path)
-    monkeypatch.setattr(snapshotter.sys, "executable", str(python))
+    monkeypatch.setattr(sys, "executable", str(python))
     for _ in range(40):
         await work(store, 40)
-        await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
+        await until_idle(store)
         if why in caplog.text:
             break
     assert f"no snapshot was made ({'' if why == 'no room' else 'the helper'}" in caplog.text and why in caplog.text
@@ -240,12 +241,12 @@ async def test_what_a_helper_says_is_believed_only_with_a_snapshot(
 
 async def until_made(store: rs.InMemoryLightningStore, path: Path, before: tuple[int, int]) -> list[str]:
     """Work until another snapshot is there; ids of the rollouts."""
-    made = []
+    made: list[str] = []
     for _ in range(40):
         if newest(path) > before:
             return made
         made += await work(store, 100)
-        await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
+        await until_idle(store)
     raise AssertionError("no snapshot was made")
 
 
@@ -254,8 +255,7 @@ async def test_a_state_that_differs_deletes_nothing(
 ) -> None:
     """A replay that does not find what the writer found is an alarm, and the evidence stays."""
     path = tmp_path / "j"
-    the_verify = compaction.replay.__globals__["verify"]
-    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (the_verify(state, count), "another")[1])
+    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (verify(state, count), "another")[1])
     store = store_of(path)
     await work(store, 200)
     await until(lambda: "differs" in caplog.text, "nobody noticed")
@@ -367,7 +367,7 @@ async def test_a_reading_begins_anew_if_files_are_replaced_while_it_lists_them(
     list_them = Directory.segments
     asked = []
 
-    def replaced_meanwhile(self: Any, *kinds: Any) -> list[tuple[int, int, Path]]:
+    def replaced_meanwhile(self: Directory, *kinds: str) -> list[JournalFile]:
         listed = list_them(self, *kinds)
         asked.append(kinds)
         if len(asked) == 2:  # of the check whether anything is there, then of the snapshots
@@ -404,13 +404,13 @@ async def test_a_torn_snapshot_is_refused(tmp_path: Path) -> None:
 async def test_a_journal_of_many_processes_is_compacted(tmp_path: Path) -> None:
     """Each process goes on with the snapshot of another, and makes its own."""
     path = tmp_path / "j"
-    made = []
+    made: list[str] = []
     for _ in range(5):
         store = store_of(path)
         assert store._service.state.entries.keys() == set(made)
         made += await work(store, 120)
         made += await until_made(store, path, (store.info.epoch, 0))
-        await until(lambda store=store: snapshotter_of(store)._thread is None, "a helper hangs")
+        await until_idle(store)
         store.close()
     assert newest(path)[0] == store.info.epoch
     store = store_of(path)
@@ -431,7 +431,7 @@ async def test_what_else_a_helper_prints_is_not_taken_for_its_outcome(
     path = tmp_path / "j"
     store = store_of(path)
     await until_made(store, path, newest(path))
-    await until(lambda: not snapshotter_of(store)._thread, "a helper hangs")
+    await until_idle(store)
     assert not snapshotter_of(store)._failures and snapshotter_of(store).snapshots_made == 1
     assert_replaced(path)
     store.close()

@@ -13,8 +13,7 @@ import pytest
 
 import raystore as rs
 from raystore.core.verbs import STEPS
-from raystore.journal import writer
-from tests.helpers import until
+from tests.helpers import present, until
 from tests.journal.peers import Peer, Store, enqueue
 
 
@@ -32,7 +31,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.2)
         before(fd)
 
-    monkeypatch.setattr(writer.os, "fdatasync", slowly)
+    monkeypatch.setattr(os, "fdatasync", slowly)
 
 
 @pytest.mark.parametrize("timeout", [0.0, 30.0])
@@ -44,7 +43,7 @@ async def test_a_dequeue_that_is_cancelled_while_it_waits_for_the_disk_gives_its
         made = await store.enqueue_rollout("x")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(store.dequeue_rollout("w", timeout=timeout), 0.05)
-        claimed = await store.dequeue_rollout("w", timeout=5)
+        claimed = present(await store.dequeue_rollout("w", timeout=5))
         assert claimed.rollout_id == made.rollout_id
         assert claimed.attempt.sequence_id == 1
         await store.check()
@@ -61,7 +60,7 @@ async def test_a_parked_dequeue_that_is_cancelled_while_it_waits_for_the_disk_gi
         await asyncio.sleep(0.05)  # handed over, and not on disk yet
         waiting.cancel()
         made = await enqueuing
-        assert (await store.dequeue_rollout("w", timeout=5)).rollout_id == made.rollout_id
+        assert present(await store.dequeue_rollout("w", timeout=5)).rollout_id == made.rollout_id
         await store.check()
 
 
@@ -86,7 +85,7 @@ async def test_those_who_wait_are_told_when_the_disk_fails(path: Path, monkeypat
     def fail(fd: Any) -> None:
         raise OSError(errno.EIO, "the disk is gone")
 
-    monkeypatch.setattr(writer.os, "fdatasync", fail)
+    monkeypatch.setattr(os, "fdatasync", fail)
     with pytest.raises(rs.JournalFailedError, match="the disk is gone"):
         await asyncio.wait_for(store.enqueue_rollout("y"), 5)
     with pytest.raises(rs.JournalFailedError):
@@ -103,15 +102,15 @@ async def test_a_writer_that_failed_before_its_store_was_used_says_so(
 ) -> None:
     """Another one has begun meanwhile: the first call is told."""
     store = rs.InMemoryLightningStore(journal=path)
-    service = store._service
+    writer = present(store._service._recorder).writer
     newer = rs.InMemoryLightningStore(journal=path, resume="must")
 
     async def has_failed() -> rs.StoreError | None:
-        return service._recorder.writer.failure
+        return writer.failure
 
     await until(has_failed)
-    told = []
-    service._recorder.writer.when_failed(told.append)
+    told: list[rs.StoreError] = []
+    writer.when_failed(told.append)
     assert isinstance(told[0], rs.FencedError)
     with pytest.raises(rs.FencedError):
         await asyncio.wait_for(store.enqueue_rollout("x"), 5)
@@ -122,12 +121,12 @@ async def test_a_writer_that_failed_before_its_store_was_used_says_so(
 @pytest.mark.parametrize("durability", ["power", "none"])
 async def test_a_step_that_fails_ends_the_process(path: Path, monkeypatch: pytest.MonkeyPatch, durability: str) -> None:
     """What has half happened has no record: nobody goes on from it, whoever asked for the step, a read included."""
-    ended = []
+    ended: list[rs.StoreError] = []
     store, peer = Store(path, durability=durability), Peer("p")
     store.service.on_failure = ended.append
     await peer.send(store, peer.batch(enqueue("x", config=[1.0, None, 1, []])))
     await peer.call(store, "dequeue", queues=["default"], limit=1, worker_id=None, timeout=0.0)
-    store.service.clock._ticked += 5
+    store.tick(5)
 
     def fail(state: Any, step: Any, *due: Any) -> None:
         raise ZeroDivisionError("a bug")

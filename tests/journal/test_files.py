@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from raystore.core.state import Step
-from raystore.errors import FencedError, JournalDamagedError, JournalFormatError, JournalFullError
+from raystore.errors import FencedError, JournalDamagedError, JournalFormatError, JournalFullError, StoreError
 from raystore.journal import format, writer
 from raystore.journal.files import Directory
 from raystore.journal.reader import JournalReader
@@ -120,7 +120,7 @@ def test_a_writer_stops_before_its_answers_leave_once_there_is_a_newer_one(direc
     """What it commits after that was acknowledged by nobody, and is read by nobody."""
     first = directory.begin_epoch()
     old = JournalWriter(directory, store_id="s", epoch=first, first=1, durability="power")
-    failures = []
+    failures: list[StoreError] = []
     old.when_failed(failures.append)
     old.append(start_record())
     old.append([b"head", b"acknowledged"])

@@ -6,6 +6,7 @@ import gc
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,12 @@ from raystore.remote.server_session import Endpoint
 from raystore.service.clock import NoAlarm
 from raystore.service.service import Service
 from raystore.wire import frames
+from tests.helpers import present
 from tests.journal.peers import Peer, Store, enqueue
 from tests.support.ids import mint_short_ids
 
 
-async def live_and_die(store: Store | SimpleNamespace, number: int) -> None:
+async def live_and_die(store: Store, number: int) -> None:
     """A short session: a process with a worker of its own that does a rollout, or asks for one in vain, and ends."""
     peer = Peer(f"p-{number}")
     worker = f"worker-{number}"
@@ -38,7 +40,7 @@ async def live_and_die(store: Store | SimpleNamespace, number: int) -> None:
     await store.endpoint.exchange(peer.parts(sequence), None)
 
 
-def sizes(store: Store | SimpleNamespace) -> dict[str, int]:
+def sizes(store: Store) -> dict[str, int]:
     """How many of each thing there are that come with a session."""
     state = store.state
     return {
@@ -77,7 +79,7 @@ async def test_short_sessions_leave_nothing_that_grows(tmp_path: Path, monkeypat
 async def test_three_hundred_thousand_short_sessions_are_flat() -> None:
     """In memory and in time, with the bounds as they are."""
     service = Service(StoreConfig(), capacity_bytes=2**33, alarm=NoAlarm)
-    store = SimpleNamespace(service=service, endpoint=Endpoint(service), state=service.state)
+    store: Any = SimpleNamespace(service=service, endpoint=Endpoint(service), state=service.state)
     seconds, rss = [], []
     for part in range(30):
         started = time.process_time()
@@ -85,7 +87,7 @@ async def test_three_hundred_thousand_short_sessions_are_flat() -> None:
             await live_and_die(store, number)
         seconds.append(time.process_time() - started)
         gc.collect()
-        rss.append(resident_bytes())
+        rss.append(present(resident_bytes()))
     print(f"seconds {seconds[3]:.1f} -> {seconds[-1]:.1f}, MB {[value >> 20 for value in rss[3::4]]}, {sizes(store)}")
     assert rss[-1] - rss[5] < 20 * 2**20
     assert seconds[-1] < 1.5 * seconds[3]

@@ -11,10 +11,11 @@ import pytest
 import raystore as rs
 from raystore.core.payload import Payload
 from raystore.journal.files import OBJECTS, Directory, JournalObjects
-from raystore.values.objects import Kept, ObjectFiles, Origin, Source, address_of, pickled, unpickled
+from raystore.values.objects import Kept, ObjectFiles, Origin, Parts, Source, address_of, pickled, unpickled
+from tests.helpers import present
 
 
-def whole(parts: list[bytes | memoryview[int]] | None) -> bytes:
+def whole(parts: Parts) -> bytes:
     """An object as one piece of bytes."""
     return b"".join(bytes(memoryview(part).cast("B")) for part in parts)
 
@@ -28,7 +29,7 @@ def files(tmp_path: Path) -> ObjectFiles:
 def test_an_object_comes_back_as_it_was(files: ObjectFiles) -> None:
     """Arrays of any order beside plain values; what is the same has one file."""
     value = {"a": np.arange(1000.0), "f": np.ones((3, 4), order="F"), "rest": [1, "x", None]}
-    parts = pickled(value)
+    parts = present(pickled(value))
     address = address_of(parts)
     assert address == address_of([whole(parts)])
     files.write(address, parts)
@@ -41,7 +42,7 @@ def test_an_object_comes_back_as_it_was(files: ObjectFiles) -> None:
 
 def test_an_object_that_comes_in_pieces_is_whole_or_not_there(files: ObjectFiles) -> None:
     """Pieces in order make the file; a gap, or other bytes, are noticed."""
-    data = whole(pickled(np.arange(5000.0)))
+    data = whole(present(pickled(np.arange(5000.0))))
     address = address_of([data])
     cuts = range(0, len(data), 10_000)
     for at in cuts:
@@ -67,7 +68,7 @@ def test_only_addresses_name_files(files: ObjectFiles, address: Any) -> None:
 
 def test_a_damaged_file_is_not_taken_for_an_object(files: ObjectFiles) -> None:
     """Its digest tells; the error says that it is lost, and of which version."""
-    parts = pickled(np.arange(1000.0))
+    parts = present(pickled(np.arange(1000.0)))
     address = address_of(parts)
     files.write(address, parts)
     source = Source(Kept(address, 8000), Origin(path=str(files.path)), "w", 3)
@@ -112,7 +113,7 @@ async def publish(store: rs.InMemoryLightningStore, address: str) -> Any:
 async def test_files_go_once_no_version_refers_to_them(tmp_path: Path) -> None:
     """Two versions of the same object keep it; the file of a superseded one goes when that is durable."""
     store = rs.InMemoryLightningStore(journal=tmp_path)
-    files = store._service.objects
+    files = present(store._service.objects)
     files.description()
     one, two = (address_of([data]) for data in (b"one", b"two"))
     for address in (one, two):
@@ -132,7 +133,7 @@ async def test_a_restart_holds_back_what_no_file_keeps(tmp_path: Path) -> None:
     """References lead nowhere then; with its file a version is there, without it what waits is held back."""
     address = address_of([b"one"])
     store = rs.InMemoryLightningStore(journal=tmp_path)
-    store._service.objects.description()
+    present(store._service.objects).description()
     (tmp_path / OBJECTS / address).write_bytes(b"x")
     await publish(store, address)
     rollout = await store.enqueue_rollout("x")
@@ -150,7 +151,7 @@ async def test_a_restart_holds_back_what_no_file_keeps(tmp_path: Path) -> None:
         store.close()
     store = rs.InMemoryLightningStore(journal=tmp_path)
     await store.update_resources("w", {})
-    assert (await store.dequeue_rollout()).rollout_id == rollout.rollout_id
+    assert present(await store.dequeue_rollout()).rollout_id == rollout.rollout_id
     store.close()
 
 
@@ -160,6 +161,7 @@ async def test_an_object_in_process_survives_a_restart_exactly(tmp_path: Path) -
     await store.update_resources("w", {"o": rs.ObjectResource(value=np.arange(200_000.0))}, policy_version=3)
     store.close()
     store = rs.InMemoryLightningStore(journal=tmp_path)
-    found = (await store.get_latest_resources()).resources["o"]
+    found = present(await store.get_latest_resources()).resources["o"]
+    assert isinstance(found, rs.ObjectResource)
     assert (found.get() == np.arange(200_000.0)).all() and (await found.aget()).dtype == np.float64
     store.close()

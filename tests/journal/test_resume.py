@@ -55,7 +55,7 @@ KINDS = [
 
 async def some_work(store: Any, lots: Random, count: int = 60) -> None:
     """Calls of all kinds, drawn by lot."""
-    claimed = []
+    claimed: list[Any] = []
     for number in range(count):
         kind = lots.choice(KINDS)
         running = claimed[-1] if claimed else None
@@ -284,7 +284,7 @@ def test_a_session_that_is_reserved_while_it_waits_is_in_the_journal(
         changes={"status": "succeeded"},
     )
     start()
-    assert busy.reserved_since is None and service.state.drained == "busy"
+    assert (busy.reserved_since, service.state.drained) == (None, "busy")
     call(busy, "dequeue", queues=["two"], timeout=60.0, **wanted)
     lose("two")
     assert busy.reserved_since is not None

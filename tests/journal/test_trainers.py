@@ -26,7 +26,10 @@ def open_store(path: Any, **options: Any) -> rs.InMemoryLightningStore:
 
 
 def finish(
-    store: rs.InMemoryLightningStore, count: int, status: str = "succeeded", mode: str | None = None
+    store: rs.InMemoryLightningStore,
+    count: int,
+    status: rs.AttemptStatus = "succeeded",
+    mode: rs.RolloutMode | None = None,
 ) -> list[Any]:
     done = []
     for _ in range(count):

@@ -12,7 +12,7 @@ import raystore as rs
 from raystore.core.resources import FREED
 from raystore.errors import to_record
 from raystore.remote import session_state
-from raystore.remote.session_state import Actions, Batch, Operation, SessionState
+from raystore.remote.session_state import Actions, Batch, Listen, Operation, SessionState
 from raystore.wire import frames
 
 CLIENT = (7, "test")
@@ -88,7 +88,7 @@ def told(batch: Batch | None) -> list[tuple[str, dict[str, Any]]]:
 
 def acknowledged(batch: Batch) -> list[Any]:
     """The claims that a batch acknowledges."""
-    return frames.split(batch.parts(), None)[0][7]
+    return list(frames.split(batch.parts(), None)[0][7])
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_a_listen_call_is_parked_while_something_is_parked(peer: Peer) -> None:
     """One at a time; it says what was received, and an answer that comes again is not given twice."""
     operation = peer.post("wait", {"timeout": 60.0})
     listen = peer.reply(peer.batch(), [frames.PARKED]).listen
-    assert listen == ("0", [], 1)
+    assert listen == Listen("0", [], 1)
     later = [[operation.ticket, [frames.VALUE, []]]]
     actions = peer.state.listened(listen, 1, frames.DONE, [later, [9, False]], peer.now)
     assert [op for op, _, _ in actions.answers] == [operation]

@@ -43,7 +43,7 @@ class Base:
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.number == self.number
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def things(self) -> Any:
         return Base, helper()
@@ -100,7 +100,8 @@ class Concrete(Abstract):
 
 class Node:
     def __init__(self, parent: Node | None = None) -> None:
-        self.parent, self.children = parent, []
+        self.parent = parent
+        self.children: list[Node] = []
 
 
 class Trouble(Exception):
@@ -151,8 +152,10 @@ def through_runners() -> None:
             made = store.sync.enqueue_rollout(task, rollout_id=isolation)
             with rs.RunnerPool(store, agent, size=1, isolation=isolation):
                 done = store.sync.wait_for_rollout(made.rollout_id, timeout=60)
-            assert done.reward == 1.0, store.sync.get_latest_attempt(made.rollout_id)
-        back = store.sync.dequeue_rollout(queues=["back"]).input
+            assert done is not None and done.reward == 1.0, store.sync.get_latest_attempt(made.rollout_id)
+        claimed = store.sync.dequeue_rollout(queues=["back"])
+        assert claimed is not None
+        back = claimed.input
         assert back.pop("mine") is Kind.CODE
         print(check(back), "values came back")
 

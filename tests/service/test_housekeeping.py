@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from raystore.service import clock
 from raystore.service.clock import LoopAlarm, NoAlarm, ThreadAlarm
 from raystore.service.service import Service
 from tests.conftest import MakeMemoryStore
-from tests.helpers import claim, until
+from tests.helpers import claim, present, until
 
 
 class Blocked:
@@ -31,7 +32,8 @@ class Blocked:
 
     def __init__(self, store: rs.InMemoryLightningStore, timeout: float) -> None:
         self.parked, self.go = threading.Event(), threading.Event()
-        self.got, self.seconds = None, 0.0
+        self.got: Sequence[rs.AttemptedRollout] | None = None
+        self.seconds = 0.0
         self._thread = threading.Thread(target=lambda: asyncio.run(self._work(store, timeout)))
         self._thread.start()
         self.parked.wait()
@@ -67,9 +69,10 @@ def test_claims_that_came_too_late_in_part_come_back(
     thieves = store.sync.dequeue_many_rollouts(limit=stolen)
     assert len(thieves) == stolen
     victim.end()
-    assert [rollout.input for rollout in victim.got] == [0, 1, 2][stolen:]
+    got = present(victim.got)
+    assert [rollout.input for rollout in got] == [0, 1, 2][stolen:]
     assert victim.seconds < 3.0, "the time of the call began anew"
-    for rollout in [*thieves, *victim.got]:
+    for rollout in [*thieves, *got]:
         store.sync.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")
     finished = store.sync.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=0)
     assert [rollout.status for rollout in finished] == ["succeeded"] * 3
@@ -130,7 +133,7 @@ def test_a_store_that_is_not_closed_is_collected(
 ) -> None:
     """With its threads, and a journal is let go of, so that another store may go on with it."""
     monkeypatch.setattr(clock, "IDLE_SECONDS", 0.05)
-    options = {"journal": tmp_path / "j", "durability": "process"} if with_journal else {}
+    options: dict[str, Any] = {"journal": tmp_path / "j", "durability": "process"} if with_journal else {}
     before = set(threading.enumerate())
 
     def use() -> Any:
@@ -208,7 +211,7 @@ async def test_sets_of_a_process_that_ended_are_let_go_of() -> None:
 
     made = call("enqueue", requests=[{"input": b"\x01x", "metadata": None}] * 20)
     ids = [rollout.rollout_id for rollout, _ in made]
-    token = None
+    token: Any = None
     for _ in range(50):
         _, (_, unfinished, token) = call("sort_out", rollout_ids=ids, instead_of=token)
         assert unfinished == ids and len(service.state.watched) == 20

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(not here(), reason="processes are looked for on 
 def child(node: str = "n", job: str = "j", *, is_driver: bool = False) -> Iterator[Any]:
     """Another process, and who it says it is."""
     started = subprocess.Popen([sys.executable, "-c", SAYING + "sys.stdin.read()"], stdin=-1, stdout=-1)
+    assert started.stdout is not None
     machine, pid, since = started.stdout.readline().decode().split()
     try:
         yield started, Process(node, machine, int(pid), int(since), job, is_driver)
@@ -214,7 +215,7 @@ async def test_those_that_are_gone_together_get_nothing_of_each_other(watched: C
             store.holding(name, process)
         os.kill(first.pid, signal.SIGKILL)
         os.kill(second.pid, signal.SIGKILL)
-    told = {}
+    told: dict[str, Any] = {}
     for name in ("first", "second"):
         session = store.service.state.sessions[name]
         wanted = {"queues": ["default"], "limit": 1, "worker_id": None, "timeout": 60.0}

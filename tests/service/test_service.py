@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from asyncio import Task
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ from raystore.core import expiry
 from raystore.core.verbs import VERBS, Verb
 from raystore.options import StoreConfig
 from raystore.service.clock import Clock, ThreadAlarm
-from raystore.service.parking import Parking
+from raystore.service.parking import ParkedCall, Parking
 from raystore.service.service import Service
 from raystore.types import RolloutConfig
 from tests.conftest import MakeMemoryStore
-from tests.helpers import claim, make_span, until
+from tests.helpers import claim, make_span, present, until
 
 
 def test_several_loops_and_threads_use_one_store(make_memory_store: MakeMemoryStore) -> None:
@@ -31,7 +32,7 @@ def test_several_loops_and_threads_use_one_store(make_memory_store: MakeMemorySt
     async def work(number: Any) -> None:
         for i in range(10):
             rollout = await store.enqueue_rollout((number, i))
-            claimed = await store.dequeue_rollout(f"w{number}")
+            claimed = present(await store.dequeue_rollout(f"w{number}"))
             spans = [store.add_span(make_span(claimed, n)) for n in range(1, 6)]
             await asyncio.gather(*spans)
             await store.update_attempt(claimed.rollout_id, "latest", status="succeeded")
@@ -64,21 +65,27 @@ def test_no_lock_is_held_across_an_await(make_memory_store: MakeMemoryStore) -> 
         await asyncio.to_thread(store.sync.enqueue_rollout, "x")
         return await waiting
 
-    assert asyncio.run(main()).input == "x"
+    assert present(asyncio.run(main())).input == "x"
 
 
 async def test_work_goes_to_those_who_wait_longest_and_nobody_else_is_tried(
     make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls that wait for several queues among them."""
-    store, tried, before = make_memory_store(), [], Parking.offer
+    store, before = make_memory_store(), Parking.offer
+    tried: list[ParkedCall] = []
+
+    def offer(parking: Parking, call: ParkedCall) -> None:
+        tried.append(call)
+        before(parking, call)
+
     wanted = [["a"], ["b"], ["b", "a"], ["c"], ["a", "b"], *[["a"]] * 500]
     calls = [asyncio.ensure_future(store.dequeue_rollout(f"w{n}", queues=q, timeout=20)) for n, q in enumerate(wanted)]
     await asyncio.sleep(0)
-    monkeypatch.setattr(Parking, "offer", lambda parking, call: (tried.append(call), before(parking, call)))
+    monkeypatch.setattr(Parking, "offer", offer)
     for number, queue in zip([0, 2, 1, 4, 5], "aabaa", strict=True):
         await store.enqueue_rollout("x", queue=queue)
-        assert (await calls[number]).attempt.worker_id == f"w{number}"
+        assert present(await calls[number]).attempt.worker_id == f"w{number}"
     assert len(tried) == 5 and sum(call.done() for call in calls) == 5
     for call in calls:
         call.cancel()
@@ -117,7 +124,7 @@ async def test_attempts_time_out_although_nobody_calls(make_memory_store: MakeMe
     assert finished.status == "failed"
     silent = await claim(store, unresponsive_seconds=0.2)
     (finished,) = await store.wait_for_rollouts(rollout_ids=[silent.rollout_id], timeout=10)
-    assert (await store.get_latest_attempt(silent.rollout_id)).status == "unresponsive"
+    assert present(await store.get_latest_attempt(silent.rollout_id)).status == "unresponsive"
 
 
 async def test_a_jump_of_the_wall_clock_changes_nothing_but_stamps(
@@ -132,7 +139,7 @@ async def test_a_jump_of_the_wall_clock_changes_nothing_but_stamps(
         assert (await store.get_rollout_by_id(rollout.rollout_id)).status == "preparing"
     (finished,) = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=10)
     assert finished.status == "failed"
-    assert 0.9 < finished.end_time - rollout.attempt.start_time < 5
+    assert 0.9 < present(finished.end_time) - rollout.attempt.start_time < 5
 
 
 def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +150,7 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch: pytest.Monkey
     class Silent:
         """An alarm that does not ring by itself: the process is stopped."""
 
-        def __init__(self, ring: Any) -> None:
+        def __init__(self, ring: Callable[[], None]) -> None:
             alarms.append(ring)
 
         def set(self, seconds: float | None) -> None:
@@ -152,14 +159,14 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch: pytest.Monkey
         def close(self) -> None:
             self.seconds = None
 
-    alarms = []
+    alarms: list[Callable[[], None]] = []
     service = Service(StoreConfig(), capacity_bytes=10**9, alarm=Silent)
     session = service.open_session("a", eternal=True)
 
     def call(verb: str, **arguments: Any) -> Any:
         return service.call(session, 0, verb, arguments, lambda ticket, value: False)
 
-    request = {"input": b"\x01\xc0", "metadata": None, "config": [10.0, None, 1, []]}
+    request: dict[str, Any] = {"input": b"\x01\xc0", "metadata": None, "config": [10.0, None, 1, []]}
     rollout, _ = call("start_rollout", request=request, worker_id=None)
     moment[0] += 300
     assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "preparing"
@@ -210,7 +217,7 @@ async def test_close_answers_those_who_wait(make_memory_store: MakeMemoryStore) 
 async def test_a_blocked_loop_and_its_claim(make_memory_store: MakeMemoryStore) -> None:
     """A claim handed to a loop that is blocked for too long goes to another; the blocked caller gets the next one."""
     store = make_memory_store()
-    got = []
+    got: list[rs.AttemptedRollout | None] = []
 
     def run() -> None:
         async def block() -> None:
@@ -225,18 +232,18 @@ async def test_a_blocked_loop_and_its_claim(make_memory_store: MakeMemoryStore) 
     thread.start()
     await asyncio.sleep(0.3)
     first = await store.enqueue_rollout("first")
-    claimed = await store.dequeue_rollout(timeout=10)
+    claimed = present(await store.dequeue_rollout(timeout=10))
     assert (claimed.rollout_id, claimed.attempt.sequence_id) == (first.rollout_id, 1)
     second = await store.enqueue_rollout("second")
     await asyncio.to_thread(thread.join)
-    assert [r.rollout_id for r in got] == [second.rollout_id]
+    assert [present(r).rollout_id for r in got] == [second.rollout_id]
 
 
 async def test_a_closed_loop_and_its_claim(make_memory_store: MakeMemoryStore) -> None:
     """Work for a loop that has ended goes to the next who waits."""
     store = make_memory_store()
 
-    def run() -> Task:
+    def run() -> Task[Any]:
         loop = asyncio.new_event_loop()
         task = loop.create_task(store.dequeue_rollout(timeout=30))
         loop.run_until_complete(asyncio.sleep(0.05))
@@ -245,8 +252,10 @@ async def test_a_closed_loop_and_its_claim(make_memory_store: MakeMemoryStore) -
 
     abandoned = await asyncio.to_thread(run)
     made = await store.enqueue_rollout("x")
-    assert (await store.dequeue_rollout(timeout=5)).rollout_id == made.rollout_id
-    abandoned.get_coro().close()
+    assert present(await store.dequeue_rollout(timeout=5)).rollout_id == made.rollout_id
+    coroutine = abandoned.get_coro()
+    assert coroutine is not None
+    coroutine.close()
 
 
 async def test_eviction_is_logged_and_unread_rollouts_warn(
@@ -303,7 +312,7 @@ async def test_a_due_timer_costs_nothing_when_nothing_is_due(make_memory_store: 
     assert (await store.statistics())["deadline_fires"] == 0
 
     async def silent() -> bool:
-        return (await store.get_latest_attempt(rollout.rollout_id)).status == "unresponsive"
+        return present(await store.get_latest_attempt(rollout.rollout_id)).status == "unresponsive"
 
     await until(silent)
     assert (await store.statistics())["deadline_fires"] == 1
@@ -350,7 +359,7 @@ async def test_the_alarm_is_set_for_a_deadline_that_returns(make_memory_store: M
     await asyncio.sleep(0)
     await store.add_span(make_span(rollout, 2))  # its agent goes on
     started = time.monotonic()
-    assert (await waiting).status == "failed"
+    assert present(await waiting).status == "failed"
     assert time.monotonic() - started < 10
 
 

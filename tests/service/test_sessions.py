@@ -16,7 +16,7 @@ from raystore.remote import session
 from raystore.wire import frames
 from raystore.wire.codec import encode
 from tests.conftest import MakeMemoryStore
-from tests.helpers import until
+from tests.helpers import present, until
 from tests.service.near import NearStore
 
 ENQUEUE = {"requests": [{"input": encode("x", "input", 1000), "metadata": None}]}
@@ -51,7 +51,7 @@ async def test_a_session_that_was_refused_is_served_once_there_is_room(
 @pytest.mark.parametrize("verb", ["exchange", "listen"])
 async def test_an_answer_that_cannot_be_read_is_asked_for_again(near: NearStore, verb: str) -> None:
     """It is as if none had come: the batch is sent again and has its effect once, the listen call is parked again."""
-    spoilt = []
+    spoilt: list[Any] = []
 
     def spoil(name: Any, answer: Any) -> Any:
         if name != verb or len(spoilt) == 2:
@@ -90,7 +90,7 @@ async def _true(value: bool | int) -> bool | int:
 async def test_claims_that_came_too_late_are_asked_for_again(make_memory_store: MakeMemoryStore, taken: int) -> None:
     """Its loop was blocked until they were withdrawn: it gets those nobody else took, or waits for its time's rest."""
     store = make_memory_store(clock="manual")
-    go, got = threading.Event(), []
+    go, got = threading.Event(), list[rs.AttemptedRollout]()
 
     async def waits() -> int:
         return (await store.statistics())["waiters"]
@@ -110,7 +110,7 @@ async def test_claims_that_came_too_late_are_asked_for_again(make_memory_store: 
     await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=number) for number in range(3)])
     await store.testing.tick(20, sessions=True)
     for _ in range(taken):
-        claimed = await store.dequeue_rollout()
+        claimed = present(await store.dequeue_rollout())
         await store.update_attempt(claimed.rollout_id, "latest", status="succeeded")
     go.set()
     await until(lambda: _true(not worker.is_alive() or store.sync.statistics()["waiters"]))
