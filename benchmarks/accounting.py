@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+from typing import Any
 
 import psutil
 
@@ -26,15 +27,16 @@ CASES = {  # sizes of span bodies, rollouts, spans of each
 }
 
 
-def from_wire(verb: str, arguments: dict) -> tuple[str, dict]:
+def from_wire(verb: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """An operation as the actor gets it."""
-    return frames.unpack(frames.pack_operation(verb, arguments)[0], [])
+    operation: tuple[str, dict[str, Any]] = frames.unpack(frames.pack_operation(verb, arguments)[0], [])
+    return operation
 
 
 def fill(sizes: list[int], rollouts: int, spans: int) -> tuple[int, int]:
     """Accounted bytes, and growth of the process."""
     state = State(Settings(10**12, 10**11))
-    session = state.sessions["s"] = Session("s", age=0.0)
+    session = state.sessions["s"] = Session("s", 0.0)
     rng = random.Random(0)
     gc.collect()
     before = psutil.Process().memory_info().rss

@@ -19,9 +19,10 @@ from benchmarks.journals import write_snapshot
 from benchmarks.lifecycles import LIFECYCLE, lifecycle_rate
 from benchmarks.scope import Scope
 from benchmarks.table import Line, alternate, at_least, at_most, bound, compare
+from raystore.options import Durability
 from tests.support import shapes
 
-LEVELS = ("power", "process", "none")  #: of durability
+LEVELS: tuple[Durability, ...] = ("power", "process", "none")
 
 
 @contextmanager
@@ -38,7 +39,9 @@ async def throughput(scope: Scope) -> list[Line]:
     """Row 21."""
     with ExitStack() as stack:
         folder = stack.enter_context(_folder())
-        stores = {level: stack.enter_context(rs.start(journal=folder / level, durability=level)) for level in LEVELS}
+        stores: dict[str, rs.RayLightningStore] = {
+            level: stack.enter_context(rs.start(journal=folder / level, durability=level)) for level in LEVELS
+        }
         stores["no journal"] = stack.enter_context(rs.start())
         workers = shapes.desks(rs.Span, "lifecycle", 64)
         many = scope.amount(4096)

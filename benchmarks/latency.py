@@ -63,7 +63,7 @@ async def waking(scope: Scope) -> list[Line]:
     with ExitStack() as stack:
         store = stack.enter_context(rs.start())
         limit = stack.enter_context(killing(Limit.remote()))
-        prober: Any = stack.enter_context(killing(Prober.remote(store.actor)))
+        prober = stack.enter_context(killing(Prober.remote(store.actor)))
         woken: dict[str, list[float]] = {"ours": [], "empty": []}
         for _ in range(scope.rounds):
             waits, empties = [], []
@@ -92,14 +92,14 @@ async def waking(scope: Scope) -> list[Line]:
         after_reply, beside = [], []
         for number in range(scope.rounds):
             ids = await enqueue(store, many, group_id=f"g{number}")
-            waiting = [asyncio.create_task(_woken(store, rollout_id)) for rollout_id in ids]
+            many_waiting = [asyncio.create_task(_woken(store, rollout_id)) for rollout_id in ids]
             while (await store.statistics())["waiters"] < many:  # noqa: ASYNC110 - the store tells nobody who waits
                 await asyncio.sleep(0.05)
             probing = prober.spans_until_stopped.remote(0.005)
             await asyncio.sleep(0.7)
             await store.cancel_rollouts(group_id=f"g{number}")
             replied = time.monotonic()
-            instants = await asyncio.gather(*waiting)
+            instants = await asyncio.gather(*many_waiting)
             after_reply.append(percentile([max(at - replied, 0.0) for at in instants], 99) * 1000)
             await asyncio.sleep(max(replied + 0.7 - time.monotonic(), 0))
             await prober.stop.remote()

@@ -33,9 +33,8 @@ def _agl_rate(agl: Agl | None, concurrency: int, rollouts: int) -> Measure | Non
 
     async def measure() -> float:
         await agl.enqueue(rollouts)
-        return rollouts / await agl.clients[0].ask(
-            "work", shape="lifecycle", concurrency=concurrency, rollouts=rollouts
-        )
+        asked = agl.clients[0].ask("work", shape="lifecycle", concurrency=concurrency, rollouts=rollouts)
+        return rollouts / float(await asked)
 
     return measure
 
@@ -197,7 +196,7 @@ async def in_process(scope: Scope) -> list[Line]:
 
         async def theirs() -> float:
             assert agl is not None
-            return few / await agl.ask("lifecycle_in_process", rollouts=few, concurrency=concurrency)
+            return few / float(await agl.ask("lifecycle_in_process", rollouts=few, concurrency=concurrency))
 
         samples = await alternate(scope.rounds, {"ours": mine, "agl-memory": theirs if agl else None})
     did = f"{LIFECYCLE}; InMemoryLightningStore, {concurrency} coroutines, {many} rollouts a round (agl {few})"

@@ -26,8 +26,7 @@ PEERS_PYTHON = ROOT / ".venv-agentlightning/bin/python"
 # -- naive -------------------------------------------------------------------------------------------------------------
 
 
-@ray.remote(num_cpus=0, max_concurrency=1000)
-class NaiveActor:
+class _NaiveActor:
     """What most people would write: the store in an actor, its methods as they are, pydantic objects across."""
 
     def __init__(self) -> None:
@@ -36,6 +35,9 @@ class NaiveActor:
     async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One method of the store."""
         return await getattr(self.store, method)(*args, **kwargs)
+
+
+NaiveActor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(_NaiveActor)
 
 
 class Naive:
@@ -62,8 +64,7 @@ class Naive:
 # -- runners -----------------------------------------------------------------------------------------------------------
 
 
-@ray.remote(num_cpus=0)
-class Runner:
+class _Runner:
     """A process with sequential workers, on our store or a naive one."""
 
     def __init__(self, actor: Any, naive: bool) -> None:
@@ -76,6 +77,9 @@ class Runner:
         if key not in self.desks:
             self.desks[key] = shapes.desks(rs.Span, shape, concurrency)
         return await shapes.work(self.store, shape, self.desks[key], rollouts)
+
+
+Runner: Any = ray.remote(num_cpus=0)(_Runner)
 
 
 class Runners:

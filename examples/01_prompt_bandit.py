@@ -10,6 +10,7 @@ driver reads the rewards, updates its preferences, and publishes the next versio
 import random
 import time
 from math import exp
+from typing import Any
 
 import harness
 
@@ -24,7 +25,7 @@ SKILL = [0.35, 0.55, 0.85]  # how often the grader is content with each; the dri
 BATCH = 32
 
 
-def agent(task: dict, ctx: rs.Context) -> float:
+def agent(task: dict[str, Any], ctx: rs.Context) -> float:
     """Ask the "LLM" with the template that the driver chose for this task; the reward is 1 or 0."""
     template = ctx.resources[f"template_{task['arm']}"]
     with ctx.span("chat", template=template.template) as span:

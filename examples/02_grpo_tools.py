@@ -28,6 +28,7 @@ def check_versions(history: dict[int, np.ndarray], groups: list[list[list[rs.Tri
     """Each turn was taken by the version of the policy that its attempt names."""
     for turns in (turns for group in groups for turns in group):
         for turn in turns:
+            assert turn.policy_version is not None and turn.logprobs is not None
             behaviour = history[turn.policy_version][turn.prompt_ids[0], turn.response_ids[0]]
             assert abs(np.log(behaviour) - turn.logprobs[0]) < 1e-6
 
@@ -47,13 +48,15 @@ async def kill_a_runner(store: rs.RayLightningStore, chance: random.Random, kill
     killed.add(pid)
 
 
-async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -> tuple[list[float], Counter]:
+async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -> tuple[list[float], Counter[str]]:
     """The algorithm. Returns the mean reward of each step, and a ledger of rollouts."""
     logits = new_policy()
-    history, curve, ledger = {}, [], Counter()
+    history: dict[int, np.ndarray] = {}  # version -> policy
+    curve: list[float] = []
+    ledger: Counter[str] = Counter()
     trained: set[str] = set()
     killed: set[int] = set()
-    asked_at: dict[str, int] = {}  # group -> step that it was enqueued for, until it is trained on
+    asked_at: dict[str | None, int] = {}  # group -> step that it was enqueued for, until it is trained on
     chance = random.Random(run.seed)
 
     async def publish(version: int) -> None:
@@ -71,7 +74,8 @@ async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -
     await publish(0)
     await ask(0)
     await ask(1)
-    cursor, finished = 0, {}
+    cursor: int | None = None
+    finished: dict[str | None, list[rs.AttemptedRollout]] = {}  # group -> its rollouts so far
     for step in range(run.steps):
         started = time.monotonic()
         # The first groups that are complete, but none is put off by more than a step: that bounds how old a rollout is.
@@ -104,7 +108,7 @@ async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -
         if step + 2 < run.steps:
             await ask(step + 2)
         curve.append(float(np.mean([r.reward for group in rollouts for r in group])))
-        age = step - min(r.attempt.policy_version for group in rollouts for r in group)
+        age = step - min(r.attempt.policy_version or 0 for group in rollouts for r in group)
         run.log(kills=kills, step=step, reward=curve[-1], staleness=age, seconds=time.monotonic() - started)
         if run.shows(step):
             print(f"step {step:3}  reward {curve[-1]:.2f}  {'#' * round(30 * curve[-1])}")

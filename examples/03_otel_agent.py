@@ -11,7 +11,9 @@ import json
 import random
 import threading
 import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import calculator
 import harness
@@ -57,7 +59,7 @@ class Stub(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def agent(task: dict, ctx: rs.Context) -> float:
+def agent(task: dict[str, Any], ctx: rs.Context) -> float:
     llm, prompt = ctx.resources["llm"], ctx.resources["instructions"]
     rs.otel.instrument()  # 1: what it emits goes to the rollout that it runs for
     answer = calculator.solve(  # 2: it is called with what the driver has published
@@ -66,19 +68,19 @@ def agent(task: dict, ctx: rs.Context) -> float:
     return float(answer == str(task["answer"]))
 
 
-def tasks(seed: int, step: int) -> list[dict]:
+def tasks(seed: int, step: int) -> list[dict[str, Any]]:
     draw = random.Random(f"{seed}/{step}")
     pairs = [(draw.randrange(1000), draw.randrange(1000)) for _ in range(QUESTIONS)]
     return [{"question": f"{a}+{b} = ?", "answer": a + b} for a, b in pairs]
 
 
-def describe(spans: list[rs.Span]) -> list[str]:
+def describe(spans: Sequence[rs.Span]) -> list[str]:
     """Spans as an indented tree, in the order in which they began."""
-    depth = {None: -1}
+    depth: dict[str | None, int] = {None: -1}
     lines = []
-    for span in sorted(spans, key=lambda span: span.start_time):
+    for span in sorted(spans, key=lambda span: span.start_time or 0.0):
         depth[span.span_id] = depth[span.parent_id] + 1
-        text = span.attributes.get("answer", span.attributes.get("gen_ai.usage.input_tokens", ""))
+        text: Any = span.attributes.get("answer", span.attributes.get("gen_ai.usage.input_tokens", ""))
         lines.append(f"    {'  ' * depth[span.span_id]}{span.name}  {text}")
     return lines
 
@@ -101,7 +103,9 @@ async def train(store: rs.RayLightningStore, run: harness.Run, endpoint: str) ->
         async for rollout in store.as_completed(asked):
             *calls, solve, _ = spans = await store.query_spans(rollout.rollout_id)
             complete &= solve.name == "solve" and bool(calls) and all(c.parent_id == solve.span_id for c in calls)
-            total += rs.find_final_reward(spans)
+            final = rs.find_final_reward(spans)
+            assert final is not None
+            total += final
         return total / len(asked)
 
     for step in range(run.steps):

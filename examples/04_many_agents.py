@@ -10,6 +10,7 @@ rollout, and memory of the store and of the largest runner.
 import asyncio
 import math
 import time
+from typing import Any
 
 import harness
 import numpy as np
@@ -19,7 +20,7 @@ import raystore as rs
 AGENTS, BEST_SECONDS = 2_000, 1.0
 
 
-async def agent(task: dict, ctx: rs.Context) -> float:
+async def agent(task: dict[str, Any], ctx: rs.Context) -> float:
     """Wait; the nearer to the best time, the higher the reward."""
     with ctx.span("wait", seconds=task["seconds"]):
         await asyncio.sleep(task["seconds"])
@@ -54,7 +55,7 @@ async def train(store: rs.RayLightningStore, run: harness.Run) -> tuple[list[flo
         run.log(step=step, reward=curve[-1], seconds=seconds, store_seconds=worked, calls_per_rollout=calls)
         print(
             f"step {step:2}  reward {curve[-1]:.2f}  {seconds:4.1f} s, of which the longest wait {times.max():.1f} s; "
-            f"store {worked:.2f} s, {calls:.3f} calls a rollout, {after['rss_bytes'] / 2**20:.0f} MiB; "
+            f"store {worked:.2f} s, {calls:.3f} calls a rollout, {(after['rss_bytes'] or 0) / 2**20:.0f} MiB; "
             f"runner {max(runners) / 2**20:.0f} MiB"
         )
     return curve, everything

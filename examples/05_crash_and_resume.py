@@ -93,7 +93,7 @@ async def train(told: dict[str, Any]) -> None:
             batch = await store.take(GROUPS * SIZE, consumer="trainer", timeout=60)
             if len(batch.rollouts) < GROUPS * SIZE:
                 raise SystemExit(f"step {step}: {len(batch.rollouts)} rollouts after a minute")
-            groups: dict[str, list[Any]] = {}
+            groups: dict[str | None, list[Any]] = {}
             for rollout in batch.rollouts:
                 groups.setdefault(rollout.group_id, []).append(rollout)
             ids = [rollout.rollout_id for rollout in batch.rollouts]
@@ -205,7 +205,7 @@ async def check(store: rs.RayLightningStore, folder: Path, run: harness.Run) -> 
     asked = {request.rollout_id: step + 1 for step in range(run.steps) for request in requests(run.seed, step)}
     ledger = {entry.rollout_id: entry for entry in await store.ledger("trainer")}
     _, step, consumed = load(folder / "model.npz")
-    into = Counter(consumed)
+    into: Counter[str | None] = Counter(consumed)
     return Counter(
         asked=len(asked),
         trained=sum(into[rollout_id] == 1 for rollout_id in asked),

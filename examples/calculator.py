@@ -30,8 +30,11 @@ def solve(question: str, *, instructions: str, base_url: str, model: str) -> str
 def ask(question: str, instructions: str, base_url: str, model: str) -> str:
     attributes = {"gen_ai.operation.name": "chat", "gen_ai.request.model": model}
     with tracer.start_as_current_span(f"chat {model}", attributes=attributes) as span:
-        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
-        reply = client(base_url).chat.completions.create(model=model, messages=messages)
-        span.set_attribute("gen_ai.usage.input_tokens", reply.usage.prompt_tokens)
-        span.set_attribute("gen_ai.usage.output_tokens", reply.usage.completion_tokens)
-        return reply.choices[0].message.content
+        reply = client(base_url).chat.completions.create(
+            model=model,
+            messages=[{"role": "system", "content": instructions}, {"role": "user", "content": question}],
+        )
+        if reply.usage is not None:
+            span.set_attribute("gen_ai.usage.input_tokens", reply.usage.prompt_tokens)
+            span.set_attribute("gen_ai.usage.output_tokens", reply.usage.completion_tokens)
+        return reply.choices[0].message.content or ""

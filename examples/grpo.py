@@ -5,6 +5,7 @@ logits; what an agent does follows from the id of its rollout and the policy, so
 """
 
 import asyncio
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +31,11 @@ def codes(seed: int, step: int) -> list[list[int]]:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
+    probabilities: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
+    return probabilities
 
 
-async def agent(task: dict, ctx: rs.Context) -> float:
+async def agent(task: dict[str, Any], ctx: rs.Context) -> float:
     """Look up digits until the policy wants to answer; the reward is the part of the code that is right."""
     policy = softmax(ctx.resources["policy"].get())
     draw = np.random.default_rng(int(ctx.rollout.rollout_id.removeprefix("ro-"), 16))
@@ -64,6 +66,7 @@ def improve(logits: np.ndarray, groups: list[list[list[rs.Triplet]]]) -> np.ndar
         rewards = np.array([turns[0].reward for turns in group])
         for turns, advantage in zip(group, (rewards - rewards.mean()) / (rewards.std() + 1e-4), strict=True):
             for turn in turns:
+                assert turn.logprobs is not None
                 state, token = turn.prompt_ids[0], turn.response_ids[0]
                 ratio = policy[state, token] / np.exp(turn.logprobs[0])
                 if not (advantage > 0 and ratio > 1 + CLIP) and not (advantage < 0 and ratio < 1 - CLIP):

@@ -51,8 +51,7 @@ def make_span(rollout: Any, sequence_id: int = 1, *, attempt_id: str | None = No
 async def claim(store: AnyStore, *, worker_id: str | None = None, **config: Any) -> AttemptedRollout:
     """A rollout that was enqueued and claimed; keywords make its configuration."""
     await store.enqueue_rollout("task", config=RolloutConfig(**config) if config else None)
-    claimed: AttemptedRollout = await store.dequeue_rollout(worker_id)
-    return claimed
+    return present(await store.dequeue_rollout(worker_id))
 
 
 async def status_of(store: AnyStore, rollout: Any) -> str:

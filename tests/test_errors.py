@@ -45,9 +45,10 @@ def test_an_error_is_constructed_like_a_dataclass() -> None:
     assert rs.ClaimLostError(attempt_id="at", rollout_id="ro").args == ("ro", "at")
     assert list(inspect.signature(rs.JournalHeldError).parameters) == ["path", "record", "deaths"]
     assert list(inspect.signature(rs.SealedError).parameters) == ["rollout_id", "consumers"]
-    for wrong in (lambda: rs.ClaimLostError("ro"), lambda: rs.ClaimLostError("ro", "at", 1)):
+    wrong: list[tuple[Any, ...]] = [("ro",), ("ro", "at", 1)]
+    for arguments in wrong:
         with pytest.raises(TypeError, match="argument"):
-            wrong()
+            rs.ClaimLostError(*arguments)
 
 
 def test_errors_of_users_own() -> None:

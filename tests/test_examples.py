@@ -18,8 +18,6 @@ from typing import Any
 import psutil
 import pytest
 
-from raystore.remote.lifelines import Process
-
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(1000)
 PATIENCE = 900  #: seconds for one example; on a quiet machine none takes two minutes
@@ -28,7 +26,7 @@ ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local"}
 
 def example(name: Any, *arguments: Any, cwd: Path) -> Any:
     """Run an example on a local Ray of its own; its output, which must be quiet, and its metrics."""
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, arguments)]
+    command: list[str | Path] = [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=ENVIRONMENT)
     (run,) = (cwd / "runs").iterdir()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -42,7 +40,7 @@ def ran(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return *example(name, "--steps", steps, cwd=tmp_path), steps
 
 
-def short_and_long(name: str, short: int, long: int) -> Any:
+def short_and_long(name: str, short: int, long: int) -> pytest.MarkDecorator:
     """A test of an example with so many steps; in `make test-long` also with more."""
     forms = [(name, short), pytest.param((name, long), marks=pytest.mark.long)]
     return pytest.mark.parametrize("ran", forms, indirect=True, ids=[f"{name}-{short}", f"{name}-{long}"])
@@ -143,7 +141,7 @@ def test_many_agents_wait_at_once(ran: Any) -> None:
     assert all(line["calls_per_rollout"] < 1 for line in metrics)
 
 
-def family(process: Process) -> list[Any]:
+def family(process: psutil.Process) -> list[psutil.Process]:
     """A process with all that it started: Ray's processes, runners, and theirs."""
     return [process, *process.children(recursive=True)]
 
@@ -152,13 +150,15 @@ def family(process: Process) -> list[Any]:
 @pytest.mark.long
 def test_examples_stop_quietly(tmp_path: Path, name: str, kills: bool) -> None:
     """Ctrl+C in mid-run: back at the prompt within 5 s, no traceback, and no process is left."""
-    command = [sys.executable, "-u", ROOT / "examples" / f"{name}.py", "--steps", "6" if kills else "500"]
+    steps = "6" if kills else "500"
+    command: list[str | Path] = [sys.executable, "-u", ROOT / "examples" / f"{name}.py", "--steps", steps]
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=ENVIRONMENT,
         start_new_session=True,
     )  # fmt: skip
     try:
         begun = 0
+        assert running.stdout is not None
         for line in running.stdout:  # until the first step, or that of the second run, in which runners are killed
             begun += line.startswith("step   0")
             if begun == 1 + kills:

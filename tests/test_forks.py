@@ -14,9 +14,9 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.remote import handshake
 from raystore.remote.store import _rebuild
 from tests.conftest import MakeMemoryStore, MakeRayStore
+from tests.helpers import present
 
 
 def in_child(*functions: Any) -> Any:
@@ -60,10 +60,10 @@ def test_a_store_in_process_after_a_fork(make_memory_store: MakeMemoryStore) -> 
         lambda: used.testing.tick(1) and None,
         used.close,
         lambda: unused.sync.enqueue_rollout("y").input,
-        lambda: unused.sync.dequeue_rollout().input,
+        lambda: present(unused.sync.dequeue_rollout()).input,
     )
     assert seen == ["ForkedError", "ForkedError", "ForkedError", None, "y", "y"]
-    assert used.sync.dequeue_rollout().rollout_id == made.rollout_id
+    assert present(used.sync.dequeue_rollout()).rollout_id == made.rollout_id
     assert unused.sync.dequeue_rollout() is None
 
 
@@ -105,12 +105,13 @@ def test_a_store_that_was_not_used_connects_in_the_child(make_ray_store: MakeRay
 def test_it_has_ended_is_said_of_the_dead_only(make_ray_store: MakeRayStore) -> None:
     """Of a store in another cluster it is said where it is."""
     info = make_ray_store().info
+    own, namespace = present(info.name), present(info.namespace)
     here = ray.get_runtime_context().gcs_address
     with pytest.raises(rs.StoreUnavailableError, match="it has ended"):
-        _rebuild("no such store", info.namespace, info.store_id, here).sync.statistics()
-    for name in ("no such store", info.name):
+        _rebuild("no such store", namespace, info.store_id, here).sync.statistics()
+    for name in ("no such store", own):
         with pytest.raises(rs.StoreUnavailableError) as raised:
-            _rebuild(name, info.namespace, "another id", "192.0.2.99:6379").sync.statistics()
+            _rebuild(name, namespace, "another id", "192.0.2.99:6379").sync.statistics()
         assert "has ended" not in str(raised.value)
         assert "192.0.2.99:6379" in str(raised.value) and here in str(raised.value)
 
@@ -153,12 +154,12 @@ def test_no_cluster_is_started_unasked_in_an_agents_process() -> None:
 
 def test_ray_client_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """By an argument, by RAY_ADDRESS, and where it is connected already."""
-    monkeypatch.setattr(handshake.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     for address in ("ray://head:10001", None):
         monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
         with pytest.raises(rs.RayClientError, match=r"ray://head:10001.*ray job submit"):
             rs.start(address=address)
-    monkeypatch.setattr(handshake.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(handshake.ray.util.client.ray, "is_connected", lambda: True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
     with pytest.raises(rs.RayClientError, match="Ray Client"):
         rs.connect("any")

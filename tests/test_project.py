@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 def script(path: Path, *arguments: Any, cwd: Path) -> CompletedProcess[str]:
     """Run a program on a local Ray of its own."""
-    command = [sys.executable, path, *map(str, arguments)]
+    command: list[str | Path] = [sys.executable, path, *map(str, arguments)]
     environment = os.environ | {"RAY_ADDRESS": "local"}
     return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=cwd, env=environment)
 
@@ -45,7 +45,7 @@ async def test_readme_driver_keeps_rollouts_in_flight() -> None:
     """Never more than n, and all of them in the end, also on a store with a past."""
     most, done = 0, []
     with rs.InMemoryLightningStore() as store:
-        names = {"asyncio": asyncio, "store": store, "n": 7}
+        names: dict[str, Any] = {"asyncio": asyncio, "store": store, "n": 7}
         exec(readme_examples()[1], names)
         await store.update_rollout((await store.enqueue_rollout("earlier")).rollout_id, status="failed")
         requests = [rs.EnqueueRolloutRequest(input=i) for i in range(50)]
@@ -86,28 +86,24 @@ def test_example_as_a_client_and_as_a_submitted_job(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment["RAY_AUTH_MODE"] = "token"  # what newer Rays start clusters with; clients must say so
     port, dashboard, temporary = "6399", "8299", f"/tmp/raystore-{os.getpid()}"
-    start = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
-    start += ["--dashboard-agent-listen-port=52399", "--num-cpus=4"]  # ports beside those of a Ray that may run here
+    start: list[str | Path] = [
+        ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}",
+        "--dashboard-agent-listen-port=52399", "--num-cpus=4",  # ports beside those of a Ray that may run here
+    ]  # fmt: skip
     # `ray stop` would end every Ray of this machine; so the processes are ended by their session folder.
     started = subprocess.run(start, capture_output=True, text=True, timeout=100, env=environment)
     assert started.returncode == 0, started.stderr
     try:
-        client = [sys.executable, ROOT / "examples/01_prompt_bandit.py", "--steps", "12"]
+        client: list[str | Path] = [sys.executable, ROOT / "examples/01_prompt_bandit.py", "--steps", "12"]
         done = subprocess.run(
             client, capture_output=True, text=True, timeout=100, cwd=tmp_path,
             env=environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        submit = [
-            ray,
-            "job",
-            "submit",
-            "--address",
-            f"http://127.0.0.1:{dashboard}",
-            "--working-dir",
-            ROOT / "examples",
-        ]
-        command = [*submit, "--", sys.executable, "01_prompt_bandit.py", "--steps", "12"]
+        command: list[str | Path] = [
+            ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ROOT / "examples",
+            "--", sys.executable, "01_prompt_bandit.py", "--steps", "12",
+        ]  # fmt: skip
         for _ in range(20):  # the agent that takes jobs comes up after the cluster
             done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
             if "No available agent" not in done.stderr:

@@ -7,14 +7,13 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import raystore as rs
 from raystore.types import LightningStoreStatistics
 from tests.conftest import MakeMemoryStore
-from tests.helpers import claim
+from tests.helpers import claim, present
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +64,7 @@ async def test_every_way_to_a_rollout_gives_its_attempt(make_memory_store: MakeM
     }
     for way, found in ways.items():
         assert [type(rollout) for rollout in found] == [rs.AttemptedRollout], way
-        assert found[0].attempt.attempt_id == made.attempt.attempt_id, way
+        assert present(found[0]).attempt.attempt_id == made.attempt.attempt_id, way
     for plain in (
         await store.get_rollout_by_id(never.rollout_id),
         *await store.wait_for_rollouts(rollout_ids=[never.rollout_id]),
@@ -96,7 +95,7 @@ def test_a_batch_keeps_its_attempts_as_json() -> None:
     ],
 )
 def test_a_page_shows_itself_as_the_references(
-    items: list[Any] | list[str], limit: int, offset: int, total: int, text: str
+    items: list[str], limit: int, offset: int, total: int, text: str
 ) -> None:
     """Which part of how many, and the first item."""
     assert repr(rs.PaginatedResult(items=items, limit=limit, offset=offset, total=total)) == text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from concurrent.futures import Future
 from threading import Thread
 from typing import Any
@@ -29,12 +30,12 @@ class Handle:
 
     def __init__(self, *script: Any) -> None:
         self.script = list(script)
-        self.batches = []
+        self.batches: list[tuple[str, int]] = []
         self.exchange = self
         self.listen = self
 
     def remote(self, frame: Any, *more: Any) -> Any:
-        answer = Future()
+        answer: Future[Any] = Future()
         if frame[0] == 1:  # a batch of one part, not a listen call
             self.batches.append(tuple(frames.split([frame], None)[0][2:4]))
             outcome = self.script.pop(0)
@@ -52,7 +53,7 @@ HINTS = itertools.count(1)
 
 
 def answered(
-    *replies: Any, later: tuple[Any] | list[list[Any]] = (), wanted: bool = False, epoch: int = 1
+    *replies: Any, later: Sequence[list[Any]] = (), wanted: bool = False, epoch: int = 1
 ) -> bytes | tuple[bytes, list[Any]]:
     """The answer to a batch."""
     return frames.pack_answer(epoch, frames.DONE, replies, later, [], [next(HINTS), wanted])
@@ -123,9 +124,9 @@ async def test_an_answer_of_an_older_incarnation_is_not_accepted() -> None:
 async def test_an_answer_may_overtake_the_word_that_its_call_is_parked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replies of two batches come in either order; the answer of a parked call is not lost by that."""
     monkeypatch.setattr(session_state, "WORTH_OPERATIONS", 1)
-    handle = Handle()
-    slow, quick = Future(), Future()
-    handle.script = [slow, quick]
+    slow: Future[Any] = Future()
+    quick: Future[Any] = Future()
+    handle = Handle(slow, quick)
     session = ClientSession(handle, "s", 1, 10**6)
     waiting = asyncio.ensure_future(session.call("dequeue", {"timeout": 5.0}))
     await asyncio.sleep(0)

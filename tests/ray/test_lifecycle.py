@@ -17,7 +17,7 @@ import ray
 import raystore as rs
 from raystore.service.service import PROTOCOL
 from tests.conftest import MakeRayStore
-from tests.helpers import until
+from tests.helpers import present, until
 
 
 async def test_names(make_ray_store: MakeRayStore) -> None:
@@ -27,7 +27,7 @@ async def test_names(make_ray_store: MakeRayStore) -> None:
     assert (a.info.namespace, a.info.protocol, a.info.capabilities["thread_safe"]) == ("raystore", PROTOCOL, True)
     assert a.info.limits["value_bytes"] == 16 * 2**20
     assert {a.info.name, b.info.name} <= {info.name for info in rs.list_stores()}
-    assert a.info.name in repr(a)
+    assert present(a.info.name) in repr(a)
     await a.enqueue_rollout("x")
     assert (await b.query_rollouts()).total == 0
 
@@ -43,8 +43,9 @@ async def test_a_name_that_exists(make_ray_store: MakeRayStore) -> None:
         rs.start("taken", max_queued=6, exist="attach")
     attached.close()
     await store.enqueue_rollout("still here")
+    wrong: Any = "maybe"
     with pytest.raises(ValueError, match="exist='maybe'"):
-        rs.start("taken", exist="maybe")
+        rs.start("taken", exist=wrong)
 
 
 async def test_connect(make_ray_store: MakeRayStore) -> None:
@@ -100,13 +101,13 @@ async def test_close_ends_what_this_process_started(cluster: None) -> None:
 async def test_not_a_store(cluster: None) -> None:
     """A handle, or a name, of something else is refused by what it is."""
 
-    @ray.remote(num_cpus=0)
     class Other:
         def describe(self) -> int:
             return 5
 
-    actor = Other.options(name="other", namespace="raystore").remote()
-    for thing in (actor, 5, None, Other):
+    other = ray.remote(num_cpus=0)(Other)
+    actor = other.options(name="other", namespace="raystore").remote()
+    for thing in (actor, 5, None, other):
         with pytest.raises(rs.NotAStoreError, match="is not a raystore store"):
             rs.RayLightningStore(thing)
     with pytest.raises(rs.NotAStoreError):
@@ -120,17 +121,16 @@ async def test_clients_travel(make_ray_store: MakeRayStore) -> None:
     """A client may be pickled, passed to tasks, and made from the handle there; store.actor is what to pass on."""
     store = make_ray_store(span_size_estimator=lambda span: 7)
 
-    @ray.remote(num_cpus=0)
     def use(client: rs.RayLightningStore, handle: Any) -> Any:
         client.sync.enqueue_rollout("by client")
         made = rs.RayLightningStore(handle)
-        rollout = made.sync.dequeue_rollout()
+        rollout = present(made.sync.dequeue_rollout())
         made.sync.add_span(rs.Span.from_attributes(
             attributes={}, rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id
         ))  # fmt: skip
         return rollout.input, client.info.store_id, pickle.dumps(client)
 
-    task_input, store_id, pickled = await use.remote(store, store.actor)
+    task_input, store_id, pickled = await ray.remote(num_cpus=0)(use).remote(store, store.actor)
     assert (task_input, store_id) == ("by client", store.info.store_id)
     copy = pickle.loads(pickled)
     assert (await copy.statistics())["total_span_bytes"] == 7
@@ -165,14 +165,14 @@ async def test_errors_survive_a_real_call(cluster: None) -> None:
         rs.SessionEndedError("s"), rs.BatchHeldError("c", [[1, 2, "s"]], 1), rs.ConsumerFilterError("c", "a", "b"),
     ]  # fmt: skip
 
-    @ray.remote(num_cpus=0)
     def fail(error: Any) -> None:
         raise error
 
     from raystore import errors
 
     assert {type(e).__name__ for e in examples} == {*errors.__all__} - {"StoreError", "Abort", "Drop"}
-    refs = [fail.remote(example) for example in examples]
+    failing = ray.remote(num_cpus=0)(fail)
+    refs = [failing.remote(example) for example in examples]
     for example, ref in zip(examples, refs, strict=True):
         with pytest.raises(type(example)) as caught:
             ray.get(ref)

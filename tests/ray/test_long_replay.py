@@ -46,10 +46,8 @@ async def test_a_long_replay_is_waited_for_at_the_start_and_when_the_store_comes
     """By whoever starts it, connects, or was a client before; a list of stores does not wait."""
     caplog.set_level(logging.INFO, "raystore")
     started = time.monotonic()
-    starting = asyncio.to_thread(
-        make_ray_store, name="long", journal=path, actor_options=with_points("replay.record=sleep:0.05")
-    )
-    starting = asyncio.ensure_future(starting)
+    slow = with_points("replay.record=sleep:0.05")
+    starting = asyncio.ensure_future(asyncio.to_thread(make_ray_store, name="long", journal=path, actor_options=slow))
 
     async def is_reading() -> bool:
         return "reads its journal: at record" in caplog.text

@@ -15,7 +15,7 @@ from ray._private.internal_api import memory_summary
 import raystore as rs
 from raystore.types import ObjectResource
 from tests.conftest import MakeRayStore
-from tests.helpers import claim, until
+from tests.helpers import claim, present, until
 
 MIB = 2**20
 
@@ -24,6 +24,13 @@ def is_referred_to(name: str) -> bool:
     """Whether any process refers to an object, by Ray's table of references."""
     address = ray.get_runtime_context().gcs_address
     return name in memory_summary(address=address, stats_only=False)
+
+
+def weights_of(update: rs.ResourcesUpdate | None) -> ObjectResource:
+    """The only resource of an update, which is an object."""
+    (resource,) = present(update).resources.values()
+    assert isinstance(resource, ObjectResource)
+    return resource
 
 
 async def test_a_reference_is_freed_with_its_resource(make_ray_store: MakeRayStore) -> None:
@@ -36,7 +43,7 @@ async def test_a_reference_is_freed_with_its_resource(make_ray_store: MakeRaySto
     await store.update_resources("weights", {"w": ObjectResource(value=1)}, policy_version=2)
     del ref
     old = await store.get_resources_by_id("weights", version=1)
-    assert old.resources["w"].get().nbytes == 50 * MIB
+    assert weights_of(old).get().nbytes == 50 * MIB
     del old
     assert is_referred_to(name)
     await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
@@ -54,32 +61,30 @@ async def test_a_large_value_moves_to_the_object_store(make_ray_store: MakeRaySt
     await store.add_resources({"w": ObjectResource(value=weights)})
     assert (await store.statistics())["payload_bytes"] < 10_000
 
-    @ray.remote(num_cpus=0)
     def read(handle: Any) -> float:
         update = rs.RayLightningStore(handle).sync.get_latest_resources()
-        return float(update.resources["w"].get().sum())
+        return float(weights_of(update).get().sum())
 
-    assert await read.remote(store.actor) == weights.sum()
+    assert await ray.remote(num_cpus=0)(read).remote(store.actor) == weights.sum()
 
 
 async def test_a_dead_owner_gives_payload_lost(make_ray_store: MakeRayStore) -> None:
     """An object whose owner died raises PayloadLostError, which says what to do."""
     store = make_ray_store()
 
-    @ray.remote(num_cpus=0)
     class Publisher:
         def publish(self, handle: Any) -> None:
             value = np.zeros(MIB, dtype=np.uint8)
             rs.RayLightningStore(handle).sync.add_resources({"w": ObjectResource(value=value)})
 
-    publisher = Publisher.remote()
+    publisher = ray.remote(num_cpus=0)(Publisher).remote()
     await publisher.publish.remote(store.actor)
     ray.kill(publisher)
 
     async def lost() -> str:
         update = await store.get_latest_resources()
         try:
-            update.resources["w"].get(timeout=1)
+            weights_of(update).get(timeout=1)
         except rs.PayloadLostError as error:
             return str(error)
         except ray.exceptions.GetTimeoutError:
@@ -94,7 +99,7 @@ async def test_references_in_tasks_travel_beside_the_bytes(make_ray_store: MakeR
     store = make_ray_store()
     ref = ray.put([1, 2, 3])
     await store.enqueue_rollout({"data": ref, "n": 1})
-    claimed = await store.dequeue_rollout()
+    claimed = present(await store.dequeue_rollout())
     assert ray.get(claimed.input["data"]) == [1, 2, 3]
     assert (await store.query_rollouts())[0].input["data"] == ref
 
@@ -103,18 +108,17 @@ async def test_objects_go_to_the_journal_and_outlive_their_owner(make_ray_store:
     """Written by who publishes them; read from their file once the owner is dead, by others and after a restart."""
     store = make_ray_store(journal=tmp_path)
 
-    @ray.remote(num_cpus=0)
     class Publisher:
         def publish(self, handle: Any) -> None:
             value = {"w": np.ones(MIB, dtype=np.uint8)}
             rs.RayLightningStore(handle).sync.update_resources("w", {"w": ObjectResource(value=value)})
 
-    publisher = Publisher.remote()
+    publisher = ray.remote(num_cpus=0)(Publisher).remote()
     await publisher.publish.remote(store.actor)
     (address,) = (path.name for path in (tmp_path / "objects").iterdir() if path.name != "token")
     update = await store.get_latest_resources()
     ray.kill(publisher)
-    assert (await update.resources["w"].aget())["w"].sum() == MIB
+    assert (await weights_of(update).aget())["w"].sum() == MIB
     await store.update_resources("w", {"w": ObjectResource(value=1)})
 
     async def gone() -> bool:
@@ -133,8 +137,8 @@ async def test_a_client_that_does_not_see_the_journal_uses_the_store(
     monkeypatch.setattr("raystore.remote.store.PIECE_BYTES", 300_000)
     store = make_ray_store(journal=tmp_path, journal_object_bytes=MIB)
     await store.update_resources("w", {"w": ObjectResource(value=np.arange(MIB, dtype=np.uint8))})
-    resource = (await store.get_latest_resources()).resources["w"]
-    assert (resource.source.read("asked") == np.arange(MIB, dtype=np.uint8)).all()
+    source = present(weights_of(await store.get_latest_resources()).source)
+    assert (source.read("asked") == np.arange(MIB, dtype=np.uint8)).all()
     assert len(list((tmp_path / "objects").iterdir())) == 2  # the object, and the token
 
 
@@ -147,7 +151,7 @@ async def test_a_large_object_is_said_not_to_survive(
         await store.update_resources("w", {"w": ObjectResource(value=np.ones(MIB, dtype=np.uint8))})
     told = [record.getMessage() for record in caplog.records if "journal_object_bytes" in record.getMessage()]
     assert len(told) == 1 and str(MIB) in told[0] and str(MIB // 2) in told[0]
-    assert (await store.get_latest_resources()).resources["w"].get().sum() == MIB
+    assert weights_of(await store.get_latest_resources()).get().sum() == MIB
 
 
 async def test_the_store_is_given_references_again(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
@@ -158,8 +162,8 @@ async def test_the_store_is_given_references_again(make_ray_store: MakeRayStore,
     assert len(held) == 1
     os.kill((await store.actor.describe.remote())["pid"], signal.SIGKILL)
     rollout = await store.enqueue_rollout("x")
-    assert (await store.dequeue_rollout(timeout=30)).rollout_id == rollout.rollout_id
-    resource = (await store.get_resources_by_id("w")).resources["w"]
+    assert present(await store.dequeue_rollout(timeout=30)).rollout_id == rollout.rollout_id
+    resource = weights_of(await store.get_resources_by_id("w"))
     assert isinstance(resource.value, ray.ObjectRef) and resource.get().sum() == MIB
     await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
     await store.update_resources("w", {})

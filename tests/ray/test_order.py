@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
 
+import raystore as rs
 from tests.conftest import MakeRayStore
 from tests.helpers import claim, make_span
 
@@ -20,7 +22,8 @@ async def test_unawaited_operations_of_mixed_sizes_keep_their_order(make_ray_sto
     store = make_ray_store()
     rng = random.Random(run)
     rollout = await claim(store)
-    operations, inputs, names = [], [], []
+    operations: list[Awaitable[object]] = []
+    inputs, names = [], []
     for number in range(2000):
         size = rng.choice([10, 100, 1000, 20_000, 150_000] if number % 20 == 0 else [10, 100, 1000])
         if number % 2:
@@ -62,7 +65,9 @@ async def test_an_operation_that_fails_does_not_disturb_the_others(make_ray_stor
         return_exceptions=True,
     )
     assert [type(answer).__name__ for answer in answers] == ["Span", "RolloutNotFoundError", "Span"]
-    assert answers[1].__cause__ is None and "Traceback" not in str(answers[1])
+    refused = answers[1]
+    assert isinstance(refused, rs.RolloutNotFoundError)
+    assert refused.__cause__ is None and "Traceback" not in str(refused)
 
 
 async def test_an_operation_cancelled_before_it_leaves_is_dropped(make_ray_store: MakeRayStore) -> None:

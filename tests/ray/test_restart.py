@@ -89,11 +89,11 @@ async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_d
     store = make_durable()
     handle = store.actor
     request = {"input": b"\x01\xa1x", "metadata": None}
-    operations = [
-        ["enqueue", {"requests": [request, request]}],
-        ["dequeue", {"queues": ["default"], "limit": 1, "worker_id": "w", "timeout": 0.0}],
-        ["update_rollout", {"rollout_id": "ro-unknown", "changes": {}}],
-        ["statistics", {}],
+    operations: list[tuple[str, dict[str, Any]]] = [
+        ("enqueue", {"requests": [request, request]}),
+        ("dequeue", {"queues": ["default"], "limit": 1, "worker_id": "w", "timeout": 0.0}),
+        ("update_rollout", {"rollout_id": "ro-unknown", "changes": {}}),
+        ("statistics", {}),
     ]
     packed = [frames.pack_operation(*operation).frame for operation in operations]
 

@@ -15,12 +15,11 @@ import raystore as rs
 from raystore.service.service import PROTOCOL
 from raystore.wire import frames
 from tests.conftest import SLACK, MakeRayStore
-from tests.helpers import claim, make_span, until
+from tests.helpers import claim, make_span, present, until
 
 CLIENT = (PROTOCOL, "test")
 
 
-@ray.remote(num_cpus=0)
 class Waiter:
     """Another process with many coroutines that wait."""
 
@@ -38,8 +37,9 @@ class Waiter:
 async def test_thousand_waiters_use_one_parked_call(make_ray_store: MakeRayStore) -> None:
     """1,000 coroutines of one process wait; another process writes; all wake soon (median, best of three)."""
     store = make_ray_store()
-    waiter = Waiter.remote(store.actor)
-    medians, bar = [], 0.1 * SLACK
+    waiter = ray.remote(num_cpus=0)(Waiter).remote(store.actor)
+    medians: list[float] = []
+    bar = 0.1 * SLACK
     while len(medians) < 3 and min(medians, default=1) > bar:  # other work on the machine is not the store's doing
         made = await store.enqueue_group("x", 1000)
         woken = waiter.wait.remote([r.rollout_id for r in made])
@@ -78,7 +78,7 @@ async def test_short_lived_loops_and_threads_share_one_session(make_ray_store: M
                 return
             try:
                 if number % 5 == 0:
-                    rollout = store.sync.dequeue_rollout()
+                    rollout = present(store.sync.dequeue_rollout())
                     store.sync.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")
                 else:
                     rollout = asyncio.run(one())
@@ -86,8 +86,8 @@ async def test_short_lived_loops_and_threads_share_one_session(make_ray_store: M
             except Exception as error:
                 failures.append(error)
 
-    async def one() -> rs.AttemptedRollout | None:
-        rollout = await store.dequeue_rollout()
+    async def one() -> rs.AttemptedRollout:
+        rollout = present(await store.dequeue_rollout())
         spans = [store.add_unnumbered_spans([make_span(rollout, name=str(i))]) for i in range(8)]
         done = store.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="succeeded")
         await asyncio.gather(*spans, done)
@@ -110,7 +110,7 @@ async def test_sync_twin_works_inside_a_running_loop(make_ray_store: MakeRayStor
     """Blocking calls use the same session and see what was awaited before."""
     store = make_ray_store()
     await store.enqueue_rollout("x")
-    assert store.sync.dequeue_rollout().input == "x"
+    assert present(store.sync.dequeue_rollout()).input == "x"
     assert store.sync.wait_for_rollouts(rollout_ids=["nope"], timeout=1) == []
     assert store.sync.dequeue_rollout(timeout=0.1) is None
     assert (await store.statistics())["sessions"] == 1
@@ -133,7 +133,7 @@ async def _exchange(
 async def test_a_repeated_batch_has_its_effect_once(make_ray_store: MakeRayStore) -> None:
     """The same batch again gets the same answer: enqueued once, claimed once, numbered once."""
     store = make_ray_store()
-    operations = (
+    operations: tuple[tuple[str, dict[str, Any]], ...] = (
         ("enqueue", {"requests": [{"input": b"\x01\xa1x", "metadata": b"\x01\x80"}]}),
         ("dequeue", {"queues": ["default"], "limit": 1, "worker_id": None, "timeout": 0.0}),
         ("next_numbers", {"rollout_ids": ["r"]}),
@@ -162,7 +162,7 @@ async def test_a_batch_of_an_ended_session_is_not_executed(make_ray_store: MakeR
     """The client opens a new session and sends it again, unseen; what the old one held was given back."""
     store = make_ray_store()
     rollout = await claim(store)
-    session = store._transport.session
+    session = store._session()
     other = rs.RayLightningStore(store.actor)
     assert session.session_id == other.session_id
     before = session.session_id
@@ -190,23 +190,20 @@ async def test_parked_calls_survive_the_end_of_their_session(make_ray_store: Mak
     assert [r.status for r in await waiting] == ["cancelled"]
 
 
-async def test_protocols_that_do_not_match_refuse_each_other(make_ray_store: MakeRayStore) -> None:
+async def test_protocols_that_do_not_match_refuse_each_other(
+    make_ray_store: MakeRayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both sides name both versions."""
     store = make_ray_store()
     outcome, _ = await _exchange(store, "s", 1, 1)
     assert outcome == frames.DONE
     outcome, text = await _exchange(store, "t", 1, 1, client=(PROTOCOL + 1, "raystore 9"))
     assert outcome == frames.REFUSED and f"protocol {PROTOCOL}" in text
-    import raystore.remote.session
-
-    ours = raystore.remote.session.CLIENT
-    raystore.remote.session.CLIENT = (PROTOCOL + 1, "raystore 9.0")
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr("raystore.remote.session.CLIENT", (PROTOCOL + 1, "raystore 9.0"))
         with pytest.raises(rs.ProtocolMismatchError, match=f"raystore 9.0.*protocol {PROTOCOL}"):
             await store.enqueue_rollout("x")
-    finally:
-        raystore.remote.session.CLIENT = ours
-        store.close()
+    store.close()
 
 
 async def test_attempts_time_out_although_nobody_calls(make_ray_store: MakeRayStore) -> None:
@@ -223,7 +220,6 @@ async def test_a_greedy_session_does_not_starve_the_others(make_ray_store: MakeR
     """Small calls of another process go on while one process sends bulk."""
     store = make_ray_store()
 
-    @ray.remote(num_cpus=0)
     def greedy(handle: Any) -> bool:
         bulk = rs.RayLightningStore(handle)
         rollout = bulk.sync.start_rollout("x")
@@ -232,7 +228,7 @@ async def test_a_greedy_session_does_not_starve_the_others(make_ray_store: MakeR
             bulk.sync.add_many_spans(spans)
         return True
 
-    ref = greedy.remote(store.actor)
+    ref = ray.remote(num_cpus=0)(greedy).remote(store.actor)
     delays = []
     while not ray.wait([ref], timeout=0)[0]:
         started = time.monotonic()
@@ -290,7 +286,6 @@ async def test_closing_ends_the_session_although_others_go_on_calling(make_ray_s
     store = make_ray_store(detached=True, name="closing")
     other = rs.RayLightningStore(store.actor)
 
-    @ray.remote(num_cpus=0)
     class Client:
         def __init__(self, handle: Any) -> None:
             self.store = rs.RayLightningStore(handle)
@@ -318,7 +313,7 @@ async def test_closing_ends_the_session_although_others_go_on_calling(make_ray_s
                 thread.join(10)
             return [thread.is_alive() for thread in threads]
 
-    client = Client.remote(store.actor)
+    client = ray.remote(num_cpus=0)(Client).remote(store.actor)
     assert await client.run.remote() == [False, False, False]
     found = await other.statistics()
     assert (found["waiters"], found["sessions"]) == (0, 1)

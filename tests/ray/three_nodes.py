@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raystore as rs
-from tests.helpers import QUICK_HEALTH_CHECKS
+from tests.helpers import QUICK_HEALTH_CHECKS, present
 
 ROLLOUTS = 60
 
@@ -25,7 +25,6 @@ async def agent(task: Any, ctx: rs.Context) -> float:
     return 1.0
 
 
-@ray.remote
 class UsersRunner:
     """A runner as users write it: it is given the store's handle."""
 
@@ -33,7 +32,7 @@ class UsersRunner:
         store = rs.RayLightningStore(handle)
         done = []
         for _ in range(count):
-            claimed = await store.dequeue_rollout("users", timeout=30, queues=("mine",))
+            claimed = present(await store.dequeue_rollout("users", timeout=30, queues=("mine",)))
             await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="succeeded")
             done.append(claimed.rollout_id)
         return ray.get_runtime_context().get_node_id(), done
@@ -46,7 +45,7 @@ async def holds_something(store: rs.RayLightningStore, node: Any) -> None:
             running = await store.query_rollouts(status_in=["running"])
             spans = await store.query_many_spans([r.rollout_id for r in running])
             begun = [of_one[0] for of_one in spans.values() if of_one and of_one[0].attributes["node"] == node.node_id]
-            if any(time.time() - span.end_time < 0.5 for span in begun):
+            if any(time.time() - present(span.end_time) < 0.5 for span in begun):
                 return
             await asyncio.sleep(0.05)
 
@@ -59,7 +58,8 @@ async def main(cluster: Any, second: Any, third: Any) -> None:
     async with rs.start() as store:
         mine = [r.rollout_id for r in await store.enqueue_group("x", 5, queue="mine")]
         there = NodeAffinitySchedulingStrategy(second.node_id, soft=False)
-        users = UsersRunner.options(scheduling_strategy=there).remote().run.remote(store.actor, 5)
+        runner = ray.remote(UsersRunner).options(scheduling_strategy=there).remote()
+        users = runner.run.remote(store.actor, 5)
         made = [r.rollout_id for r in await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=0)] * ROLLOUTS)]
         async with rs.RunnerPool(store, agent, size=5, concurrency=2, flush_seconds=0.1) as pool:
             before = set(pool.worker_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from typing import Any
 import ray
 
 import raystore as rs
+
+# An actor gets its class with the call that makes it: an empty one imports nothing of ours, as one of Ray's own.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @contextmanager
@@ -22,8 +26,7 @@ def killing(actor: Any) -> Iterator[Any]:
         ray.kill(actor)
 
 
-@ray.remote(num_cpus=0, max_concurrency=1000)
-class Limit:
+class _Limit:
     """An actor that does nothing."""
 
     async def take(self, data: bytes) -> None:
@@ -34,8 +37,10 @@ class Limit:
         return data
 
 
-@ray.remote(num_cpus=0)
-class Prober:
+Limit: Any = ray.remote(num_cpus=0, max_concurrency=1000)(_Limit)
+
+
+class _Prober:
     """A process that makes small calls one after the other and remembers how long each took."""
 
     def __init__(self, actor: Any) -> None:
@@ -79,7 +84,7 @@ class Prober:
             await self.store.add_span(span)
             taken.append((issued, time.monotonic() - issued))
 
-        pending = []
+        pending: list[asyncio.Task[None]] = []
         started = time.monotonic()
         while not self.stopped:
             pending.append(asyncio.create_task(one(len(pending) + 1)))
@@ -92,3 +97,6 @@ class Prober:
         issued = time.monotonic()
         await self.store.update_attempt(rollout_id, attempt_id, status="succeeded")
         return issued
+
+
+Prober: Any = ray.remote(num_cpus=0)(_Prober)
