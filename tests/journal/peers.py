@@ -21,14 +21,23 @@ from raystore.wire.codec import encode
 CAPACITY = 2**33
 
 
+class StillClock(ManualClock):
+    """A manual clock by which claims and sessions too age only in ticks, however slow the machine is."""
+
+    def age(self) -> float:
+        return self._start_wall + self._aged
+
+
 class Store:
-    """One process of a store; `follow` makes the next one, as after a SIGKILL."""
+    """One process of a store, on a clock that stands still; `follow` makes the next one, as after a SIGKILL."""
 
     def __init__(self, path: Any, *, resume: str = "auto", **options: Any) -> None:
         self.path, self.options = path, options
         config = StoreConfig(**{"clock": "manual", "journal": str(path), "durability": "process", **options})
         opened = open_journal(config, resolve(config, CAPACITY), name="s", resume=resume, now=1e9)
         self.service = Service(config, capacity_bytes=CAPACITY, alarm=NoAlarm, name="s", opened=opened)
+        if type(self.service.clock) is ManualClock:
+            self.service.clock.__class__ = StillClock
         self.endpoint = Endpoint(self.service)
 
     @property
