@@ -22,8 +22,7 @@ def killing(actor: Any) -> Iterator[Any]:
         ray.kill(actor)
 
 
-@ray.remote(num_cpus=0, max_concurrency=1000)
-class Limit:
+class _Limit:
     """An actor that does nothing."""
 
     async def take(self, data: bytes) -> None:
@@ -34,8 +33,10 @@ class Limit:
         return data
 
 
-@ray.remote(num_cpus=0)
-class Prober:
+Limit: Any = ray.remote(num_cpus=0, max_concurrency=1000)(_Limit)
+
+
+class _Prober:
     """A process that makes small calls one after the other and remembers how long each took."""
 
     def __init__(self, actor: Any) -> None:
@@ -79,7 +80,7 @@ class Prober:
             await self.store.add_span(span)
             taken.append((issued, time.monotonic() - issued))
 
-        pending = []
+        pending: list[asyncio.Task[None]] = []
         started = time.monotonic()
         while not self.stopped:
             pending.append(asyncio.create_task(one(len(pending) + 1)))
@@ -92,3 +93,6 @@ class Prober:
         issued = time.monotonic()
         await self.store.update_attempt(rollout_id, attempt_id, status="succeeded")
         return issued
+
+
+Prober: Any = ray.remote(num_cpus=0)(_Prober)
