@@ -3,7 +3,7 @@
 `pool` keeps a number of runners alive, in this process or on Ray (`actors`). `worker` is one runner, `context` is the
 agent's view of its rollout, `agents` calls an agent and tells how the call ends, `agent_errors` has the texts of its
 errors, and `life` its thread and task. An agent runs in its runner's process (`inline_agents`) or in one of its own
-(`process_agents`, `fork_server`, `process_tree`), or once without a store (`run_one`).
+(`process_agents`, `fork_server`), or once without a store (`run_one`).
 """
 
 from raystore.runner.context import Context as Context

@@ -46,9 +46,8 @@ from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
 from raystore.options import StoreConfig, resident_bytes, resolve
 from raystore.service.clock import Alarm, Clock, ManualClock
-from raystore.service.liveness import LivenessChecks
 from raystore.service.parking import Caller, Deliver, Parking
-from raystore.service.pools import UNSERVED_SECONDS, Pools
+from raystore.service.presence import UNSERVED_SECONDS, LivenessChecks, Pools
 from raystore.tracing.losses import Reason
 
 logger: logging.Logger = logging.getLogger("raystore.store")
