@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 from raystore.core.lifecycle import AttemptStatus, Outcome, RolloutStatus
 from raystore.core.payload import Payload
 from raystore.errors import InvalidValueError
-from raystore.errors.words import shown
+from raystore.errors.text import shown
 
 ID_LENGTH = 512
 

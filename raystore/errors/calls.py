@@ -14,7 +14,7 @@ from functools import wraps
 from inspect import Parameter, Signature
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from raystore.errors.words import either, meant
+from raystore.errors.text import either, meant
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")

@@ -37,7 +37,7 @@ from raystore.errors import (
     StoreError,
     copy_of,
 )
-from raystore.errors.words import meant
+from raystore.errors.text import meant
 from raystore.journal.files import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
