@@ -48,11 +48,7 @@ class Run:
 
 @explained
 def run_one(
-    agent: Agent,
-    task: Any,
-    resources: Mapping[str, Any] | None = None,
-    *,
-    policy_version: int | None = None,
+    agent: Agent, task: Any, resources: Mapping[str, Any] | None = None, *, policy_version: int | None = None
 ) -> Run:
     """Run an agent on one task in this thread, as a runner would, and return its spans and reward.
 

@@ -85,10 +85,7 @@ def optional_identifier(name: str, value: Any) -> str | None:
 
 def attempt_ids(rollout_id: Any, attempt_id: Any) -> dict[str, Any]:
     """The two arguments that name an attempt."""
-    return {
-        "rollout_id": identifier("rollout_id", rollout_id),
-        "attempt_id": identifier("attempt_id", attempt_id),
-    }
+    return {"rollout_id": identifier("rollout_id", rollout_id), "attempt_id": identifier("attempt_id", attempt_id)}
 
 
 # -- lists and mappings ------------------------------------------------------------------------------------------------
