@@ -5,7 +5,6 @@ must find what the writer found. Only then the new snapshot counts, and the segm
 hold bodies of spans that are still there. A writer closes a segment only while it has no successor, so every later
 writer has read all of it: a snapshot of closed segments is right whoever writes by then, and a helper goes on when its
 store has died. Only one helper works at a time.
-Not here: when this is done (`snapshotter`).
 """
 
 from __future__ import annotations

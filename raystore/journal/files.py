@@ -6,7 +6,6 @@ writer that has not noticed yet may still append to its last segment; the first 
 its writer read.
 A client that publishes a large object writes its file once the store has the version that refers to it. The file is
 deleted when no version refers to it any more; files that a crash left are deleted when the next process begins.
-Not here: the contents of a file with an object (`raystore.values.objects`).
 """
 
 from __future__ import annotations

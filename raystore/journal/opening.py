@@ -1,7 +1,4 @@
-"""Opening a journal: to write it, as a new run or going on with the run that is there; or to read it.
-
-Not here: the options (`config`), reading itself (`reader`, `replay`).
-"""
+"""Opening a journal: to write it, as a new run or going on with the run that is there; or to read it."""
 
 from __future__ import annotations
 

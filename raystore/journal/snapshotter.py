@@ -3,7 +3,6 @@
 The writer begins a new segment, and the helper reads the closed ones; the store's own process only starts the helper
 and hears of its end. From time to time the digest of the rollouts that were touched longest ago is recorded, and every
 replay must find the same. If a helper does not, that is logged as critical, and nothing more is deleted.
-Not here: the work of the helper (`compaction`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 An object is pickled with its buffers beside the pickle, so that an array is written as it lies in memory. Its address
 is the digest of these bytes: the same object is written once, and a damaged file is noticed. A reader tries Ray's
 object store, then the file, then the store that keeps the file.
-Not here: when a file is deleted (`journal.files`), the resource class (`types`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes,
 tuples and string- or number-keyed dicts of these) becomes msgpack; everything else is pickled (`pickler`), so that
 any picklable object comes back as it was, type included. Object references found in a value travel beside the bytes
 (see `raystore.core.payload`).
-Not here: how payloads cross to an actor (`frames`).
 """
 
 from __future__ import annotations
