@@ -38,10 +38,10 @@ from raystore.errors import (
     copy_of,
 )
 from raystore.errors.text import meant
+from raystore.journal.compaction import Snapshotter
 from raystore.journal.files import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
-from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
 from raystore.options import StoreConfig, resident_bytes, resolve
