@@ -23,10 +23,10 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.client.local import RecoveredRun as RecoveredRun
     from raystore.client.local import recover as recover
     from raystore.errors import *  # noqa: F403
-    from raystore.integrations import otel as otel
     from raystore.options import StoreOptions as StoreOptions
-    from raystore.remote.cluster import start as start, connect as connect, list_stores as list_stores, stop as stop
+    from raystore.remote.store import start as start, connect as connect, list_stores as list_stores, stop as stop
     from raystore.remote.store import RayLightningStore as RayLightningStore
+    from raystore.runner import otel as otel
     from raystore.runner import RunnerPool as RunnerPool, Context as Context, current as current, run_one as run_one
     from raystore.spans import (
         Span as Span, SpanContext as SpanContext, SpanCoreFields as SpanCoreFields, TraceStatus as TraceStatus,
@@ -50,8 +50,7 @@ _NAMES = {
     "raystore.api": "LightningStore",
     "raystore.client.local": "InMemoryLightningStore RecoveredRun recover",
     "raystore.options": "StoreOptions",
-    "raystore.remote.cluster": "start connect list_stores stop",
-    "raystore.remote.store": "RayLightningStore",
+    "raystore.remote.store": "RayLightningStore start connect list_stores stop",
     "raystore.runner": "RunnerPool Context current run_one",
     "raystore.tracing.calls": "ModelCall model_calls",
     "raystore.tracing.trajectories": "Triplet triplets Trajectory Split trajectories collate",
@@ -68,7 +67,7 @@ _NAMES = {
         find_final_reward estimate_model_size
     """,
 }
-_MODULES = {"otel": "raystore.integrations.otel", "semconv": "raystore.tracing.semconv"}
+_MODULES = {"otel": "raystore.runner.otel", "semconv": "raystore.tracing.semconv"}
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted([*_ERRORS, *_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]

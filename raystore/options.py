@@ -23,7 +23,7 @@ from raystore.core.records import Config
 from raystore.core.state import Settings
 from raystore.core.training import USUAL, make_filter
 from raystore.errors import AgentNotPicklableError, InvalidValueError
-from raystore.errors.words import either, meant
+from raystore.errors.text import either, meant
 from raystore.values import pickler
 from raystore.values.plain import number, plain, scalar, whole
 

@@ -13,33 +13,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    Self,
-    TypedDict,
-    TypeVar,
-    overload,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypedDict, TypeVar, overload
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED
-from raystore.core.lifecycle import AttemptStatus as AttemptStatus
-from raystore.core.lifecycle import Outcome as Outcome
-from raystore.core.lifecycle import RolloutStatus as RolloutStatus
-from raystore.core.lifecycle import WorkerStatus as WorkerStatus
+from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, AttemptStatus, Outcome, RolloutStatus, WorkerStatus
 from raystore.errors import PayloadLostError
 from raystore.spans import AttributeValue as AttributeValue
 from raystore.spans import Event as Event

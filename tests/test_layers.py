@@ -32,7 +32,6 @@ LAYERS = [
     ["client"],
     ["remote"],
     ["runner"],
-    ["integrations"],
 ]
 LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 

@@ -82,11 +82,29 @@ class BatchRun:
         if verb not in DIVISIBLE:
             return Item(number, ticket, verb, arguments)
         self._catch_up()
-        cuts = _pieces(self._state, self._session, verb, arguments, is_more=self._is_more)
+        cuts = self._pieces(verb, arguments)
         for index, piece in enumerate(cuts, 1):
             self.cut.append(Item(number, ticket, verb, piece, self._is_more or index > 1, index == len(cuts)))
         self._is_more = False
         return self._piece()
+
+    def _pieces(self, verb: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        """The arguments of each piece of an operation that is divisible, or of what is left of one.
+
+        One that will be refused stays whole, so that it is refused as a whole.
+        """
+        state, session = self._state, self._session
+        if not VERBS[verb].fits(arguments) or session.ended_at is not None:
+            return [arguments]
+        ids, rest = named(state, verb, arguments)
+        if verb in RESERVING and self._is_more and session.session_id in state.deleting:
+            ids = [rollout_id for rollout_id in dict.fromkeys(ids) if rollout_id in session.deleting]
+        elif verb in RESERVING and len(ids) > PIECE:
+            if held_among(state, ids) is not None:
+                return [arguments]
+            ids = [rollout_id for rollout_id in dict.fromkeys(ids) if rollout_id in state.entries]
+            state.reserve(session, ids)
+        return cut(ids, rest)
 
     def _piece(self) -> Item:
         """The next piece; of a deletion without what others have deleted meanwhile, or made anew since."""
@@ -116,7 +134,7 @@ class BatchRun:
             if self._state.deleting:
                 unreserve(self._state, self._session)
         if item.is_more:
-            reply = _joined(kept.pop()[1], reply)
+            reply = joined(kept.pop()[1], reply)
         self.ran[item.number] = reply
         kept.append(to_keep(item.verb, item.arguments, reply) if is_last else [PARTLY, reply])
 
@@ -147,32 +165,21 @@ def to_keep(verb: str, arguments: dict[str, Any], reply: Reply) -> Reply:
     return reply if not reply or verb in CHANGING or verb == "more" or reply[0] != VALUE else AGAIN
 
 
-def _joined(reply: Reply, more: Reply) -> Reply:
+def joined(reply: Reply, more: Reply) -> Reply:
     """The answer of two pieces of one operation."""
     if reply[0] != VALUE:
         return reply
     return [VALUE, reply[1] + more[1]] if more[0] == VALUE else more
 
 
-def _pieces(
-    state: State, session: Session, verb: str, arguments: dict[str, Any], *, is_more: bool = False
-) -> list[dict[str, Any]]:
-    """The arguments of each piece of an operation that is divisible; `is_more`: of what is left of one.
-
-    One that will be refused stays whole, so that it is refused as a whole.
-    """
-    if not VERBS[verb].fits(arguments) or session.ended_at is not None:
-        return [arguments]
+def named(state: State, verb: str, arguments: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The rollouts that an operation which is divisible is about, and its other arguments in each piece."""
     if verb == "cancel_rollouts":
-        ids, rest = chosen_among(state, **arguments), {"group_id": None, "tags": None}
-    else:
-        ids, rest = arguments["rollout_ids"], {}
-    if verb in RESERVING and is_more and session.session_id in state.deleting:
-        ids = [rollout_id for rollout_id in dict.fromkeys(ids) if rollout_id in session.deleting]
-    elif verb in RESERVING and len(ids) > PIECE:
-        if held_among(state, ids) is not None:
-            return [arguments]
-        ids = [rollout_id for rollout_id in dict.fromkeys(ids) if rollout_id in state.entries]
-        state.reserve(session, ids)
+        return chosen_among(state, **arguments), {"group_id": None, "tags": None}
+    return arguments["rollout_ids"], {}
+
+
+def cut(ids: list[str], rest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of each piece; at least one, so that there is an answer."""
     cuts = [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)]
     return [rest | {"rollout_ids": part} for part in cuts or [[]]]

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from raystore.core import attempts, claims, expiry, retention, training, verbs, workers
-from raystore.core.batches import BatchRun, Item, to_keep
+from raystore.core.batches import BatchRun, Item, cut, joined, named, to_keep
 from raystore.core.claims import Claimed, taken_over
 from raystore.core.lifecycle import ACTIVE, FINISHED, OVER, TRAINABLE, is_dropped, is_live
 from raystore.core.payload import of_attempt, of_rollout, size_of
@@ -23,12 +23,12 @@ from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
 from raystore.core.replies import ERROR, PARTLY, VALUE, Reply
-from raystore.core.rollouts import CONTENT, RETRY_AFTER_SECONDS, chosen_among, create, enter_queue, existing_of, release
+from raystore.core.rollouts import CONTENT, check_requests, create, enter_queue, existing_of, release
 from raystore.core.snapshot import column
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Pair, Session, State, Step, Taken
 from raystore.core.training import enter_retention, others, settle
 from raystore.core.verbs import Verb
-from raystore.errors import BatchConflictError, InvalidValueError, OverloadedError, StoreError, copy_of
+from raystore.errors import BatchConflictError, InvalidValueError, StoreError, copy_of
 
 # -- handing out -------------------------------------------------------------------------------------------------------
 
@@ -262,15 +262,7 @@ def _enqueue(
     """A repetition was refused at `max_queued`, and content that is pickled always counted as the same."""
     latest = chain.notes.setdefault("latest", state.resources.latest_id) if chain else state.resources.latest_id
     existing = [existing_of(state, request) for request in requests]
-    seen: dict[str, dict[str, Any]] = {}
-    for request in requests:
-        rollout_id = request.get("rollout_id")
-        if rollout_id is not None and seen.setdefault(rollout_id, request) is not request:
-            raise InvalidValueError("rollout_id", rollout_id, "each caller-given id once per call")
-    new = existing.count(None) if admit is None else admit
-    limit = state.settings.max_queued
-    if limit is not None and new and len(state.queues) + new > limit:
-        raise OverloadedError(len(state.queues), limit, RETRY_AFTER_SECONDS, new)
+    check_requests(state, requests, new=existing.count(None) if admit is None else admit)
     made = []
     for request, entry in zip(requests, existing, strict=True):
         if entry is None:
@@ -486,9 +478,6 @@ def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
 
 # -- batches -----------------------------------------------------------------------------------------------------------
 
-DIVISIBLE = frozenset({"cancel_rollouts", "release", "delete_rollouts"})
-PIECE = 100  #: rollouts of a long operation that were worked off at once
-
 
 class Run(BatchRun):
     """A batch under way. A refused piece of a long operation did not stop the pieces behind it.
@@ -499,49 +488,20 @@ class Run(BatchRun):
 
     __slots__ = ()
 
-    def __next__(self) -> Item:
-        if self.cut:
-            return self.cut.popleft()
-        number = self.next
-        if number >= len(self._operations):
-            raise StopIteration
-        self.next: int = number + 1
-        verb, arguments = "", {}
-        match self._operations[number]:
-            case [str(name), dict(given)]:
-                verb, arguments = name, given
-        ticket = self._kept.first_ticket + number
-        if verb not in DIVISIBLE:
-            return Item(number, ticket, verb, arguments)
-        cuts = _pieces(self._state, verb, arguments)
-        for index, piece in enumerate(cuts, 1):
-            self.cut.append(Item(number, ticket, verb, piece, self._is_more or index > 1, index == len(cuts)))
-        self._is_more = False
-        return self.cut.popleft()
+    def _pieces(self, verb: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        """Nothing was looked at but the names of arguments, and nothing was reserved."""
+        try:
+            _require_names(VERBS[verb], verb, arguments)
+            return cut(*named(self._state, verb, arguments))
+        except (InvalidValueError, TypeError, AttributeError):
+            return [arguments]
 
     def answer(self, item: Item, reply: Reply) -> None:
         """Note the answer of an item."""
         replies = self._kept.replies
         if item.is_more:
-            before = replies.pop()[1]
-            if before[0] != VALUE:
-                reply = before
-            elif reply[0] == VALUE:
-                reply = [VALUE, before[1] + reply[1]]
+            reply = joined(replies.pop()[1], reply)
         replies.append(to_keep(item.verb, item.arguments, reply) if item.is_last else [PARTLY, reply])
-
-
-def _pieces(state: State, verb: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    try:
-        _require_names(VERBS[verb], verb, arguments)
-        if verb == "cancel_rollouts":
-            ids, rest = chosen_among(state, **arguments), {"group_id": None, "tags": None}
-        else:
-            ids, rest = arguments["rollout_ids"], {}
-        cuts = [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)]
-    except (InvalidValueError, TypeError, AttributeError):
-        return [arguments]
-    return [rest | {"rollout_ids": part} for part in cuts or [[]]]
 
 
 # -- snapshots ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 A payload is `bytes` (one tag byte and a body), or a `Payload` where object references travel beside the bytes: a
 reference pickled *inside* bytes would stay pinned for ever, beside them it is freed with the record.
-Not here: encoding and decoding (`raystore.wire.codec`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ an id is known to be *missing*, the rollouts that wait for that id keep their pl
 at rest, and are not handed out. A newer version releases them, or the return of the process that had the objects.
 A version is missing if the process that held its objects has ended, if the store was started again without them, or if
 two sessions could not read them; one session that could not is no proof, since the fault may be its own.
-Not here: the table of versions (`resources`).
 """
 
 from __future__ import annotations

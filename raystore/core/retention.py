@@ -11,7 +11,6 @@ Reading evicted spans raises. What a consumer awaits or holds is not evicted: if
 anything. Spans of running rollouts that will be awaited go only if memory itself is in danger.
 With a journal only the bodies of spans leave the memory. They are read from disk when asked for, so any of them may go,
 and nothing pauses.
-Not here: resources (`resources`).
 """
 
 from __future__ import annotations

@@ -135,15 +135,7 @@ def enqueue_many(
     `latest` is the resources id for requests that name none.
     """
     existing = [existing_of(state, request) for request in requests]
-    seen: dict[str, Mapping[str, Any]] = {}
-    for request in requests:
-        rollout_id = request.get("rollout_id")
-        if rollout_id is not None and seen.setdefault(rollout_id, request) is not request:
-            raise InvalidValueError("rollout_id", rollout_id, "each caller-given id once per call")
-    new = existing.count(None)
-    limit = state.settings.max_queued
-    if limit is not None and new and len(state.queues) + new > limit:
-        raise OverloadedError(len(state.queues), limit, RETRY_AFTER_SECONDS, new)
+    check_requests(state, requests, new=existing.count(None))
     made = []
     for request, entry in zip(requests, existing, strict=True):
         if entry is None:
@@ -153,6 +145,18 @@ def enqueue_many(
             state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
         made.append(entry.rollout)
     return made
+
+
+def check_requests(state: State, requests: Sequence[Mapping[str, Any]], *, new: int) -> None:
+    """Refuse requests with the same id, and so many new rollouts that more would wait than may."""
+    seen: dict[str, Mapping[str, Any]] = {}
+    for request in requests:
+        rollout_id = request.get("rollout_id")
+        if rollout_id is not None and seen.setdefault(rollout_id, request) is not request:
+            raise InvalidValueError("rollout_id", rollout_id, "each caller-given id once per call")
+    limit = state.settings.max_queued
+    if limit is not None and new and len(state.queues) + new > limit:
+        raise OverloadedError(len(state.queues), limit, RETRY_AFTER_SECONDS, new)
 
 
 def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int]) -> None:

@@ -21,9 +21,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 from raystore.core.lifecycle import AttemptStatus, Outcome, RolloutStatus
 from raystore.core.payload import Payload
 from raystore.errors import InvalidValueError
-from raystore.errors.words import shown
+from raystore.errors.text import shown
 
 ID_LENGTH = 512
+MAX_TAGS = 16
+MAX_PRIORITY = 2**53
+MAX_SPAN_NUMBER = 2**62
 
 
 class Rule(NamedTuple):
@@ -61,7 +64,8 @@ Encoded = Annotated[bytes, Rule("{v}", "an encoded value")] | Payload  #: a user
 Value = Encoded | None
 TagValue = str | bool | int | float
 Tags = Annotated[
-    dict[Id, TagValue], Rule("len({v}) <= 16", "a mapping of at most 16 tags, each a str, int, float or bool")
+    dict[Id, TagValue],
+    Rule(f"len({{v}}) <= {MAX_TAGS}", f"a mapping of at most {MAX_TAGS} tags, each a str, int, float or bool"),
 ]
 Logic = Literal["and", "or"]
 SortOrder = Literal["asc", "desc"]
@@ -74,7 +78,7 @@ Mode = Literal["train", "val", "test"]
 
 #: A configuration in field order: timeout, silence, number of attempts, what is tried again.
 ConfigRow = tuple[Seconds | None, Seconds | None, Positive, list[AttemptStatus]]
-Priority = Annotated[int, Rule(f"{-(2**53)} <= {{v}} <= {2**53}", "a whole number of at most 53 bits")]
+Priority = Annotated[int, Rule(f"{-MAX_PRIORITY} <= {{v}} <= {MAX_PRIORITY}", "a whole number of at most 53 bits")]
 Time = Annotated[float, Rule("abs({v}) < 1e18", "a time in seconds")]
 
 
@@ -156,6 +160,7 @@ class SpanTexts(TypedDict, total=False):
     name: str
 
 
+_SPAN_NUMBER = Annotated[int, Rule(f"-1 <= {{v}} < {MAX_SPAN_NUMBER}", "a number from 0 to 2**62, or -1")]
 _SPAN_ID = Annotated[str, Rule("{v}", "text of at least 1 character")]
 
 #: A span without rollout and attempt, in the order of `records.Span`. Number -1: the next one; size -1: to be measured.
@@ -163,7 +168,7 @@ SpanRow = Annotated[
     list[Any],
     Row(
         (
-            ("sequence_id", Annotated[int, Rule(f"-1 <= {{v}} < {2**62}", "a number from 0 to 2**62, or -1")]),
+            ("sequence_id", _SPAN_NUMBER),
             ("span_id", _SPAN_ID),
             ("trace_id", _SPAN_ID),
             ("parent_id", str | None),

@@ -8,7 +8,6 @@ A consumer takes batches, in completion order, each rollout once. It says which 
 A batch belongs to the session that took it and is handed over like a claim. A batch that its caller never got is given
 back, and the batches of an ended session come again before anything else. A rollout in a batch is sealed: later reports
 are kept on its attempts, and decide nothing.
-Not here: waiting for enough to take (`service.parking`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Verbs of those who wait: for rollouts to finish, for completions, for changes.
 
 A verb answers None if its caller has to wait.
-Not here: calls that wait (`service.parking`), the completion log and the feed of changes (`changes`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from inspect import Parameter, Signature
 from typing import Any, dataclass_transform
 
-from raystore.errors.words import NAMED, quoted, shown
+from raystore.errors.text import NAMED, quoted, shown
 
 __all__ = [
     "Abort", "AgentNotPicklableError", "AgentProcessError", "AnswerGoneError", "AttemptNotFoundError",

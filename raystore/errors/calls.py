@@ -2,7 +2,6 @@
 
 Python says that a name is unexpected or an argument missing, and not what to write instead. To be told costs a frame
 for each call (`explained`); the four methods that are called most take what is not theirs themselves (`unfit`).
-Not here: arguments with a wrong value (`values.models`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from functools import wraps
 from inspect import Parameter, Signature
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from raystore.errors.words import either, meant
+from raystore.errors.text import either, meant
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")

@@ -2,5 +2,5 @@
 
 A `recorder` makes records, in the form that `format` says; a `writer` commits them to the segments of a directory
 (`files`). A `reader` finds them again, and `replay` makes the state anew, through the same core. Now and then a
-`snapshotter` lets a helper replace old segments by a snapshot (`compaction`, `snapshot_file`).
+helper process replaces old segments by a snapshot (`compaction`, `snapshot_file`).
 """

@@ -6,7 +6,6 @@ writer that has not noticed yet may still append to its last segment; the first 
 its writer read.
 A client that publishes a large object writes its file once the store has the version that refers to it. The file is
 deleted when no version refers to it any more; files that a crash left are deleted when the next process begins.
-Not here: the contents of a file with an object (`raystore.values.objects`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 from raystore.errors import JournalDamagedError
 from raystore.journal import format
 from raystore.journal.format import FileHead, Frame
-from raystore.values.objects import TOKEN, ObjectFiles
+from raystore.values.objects import TOKEN, ObjectFiles, sync
 
 EPOCH = "epoch.{:08d}"
 SEGMENT = "{:08d}-{:08d}"  # epoch and number
@@ -144,15 +143,6 @@ class Directory:
                 epoch = self.path / EPOCH.format(segments[-1].epoch)
                 return epoch.read_text() if epoch.exists() else "another process"
         return None
-
-
-def sync(path: Path) -> None:
-    """Make durable what was written to a file, or the names in a directory."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

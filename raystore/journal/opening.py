@@ -1,7 +1,4 @@
-"""Opening a journal: to write it, as a new run or going on with the run that is there; or to read it.
-
-Not here: the options (`config`), reading itself (`reader`, `replay`).
-"""
+"""Opening a journal: to write it, as a new run or going on with the run that is there; or to read it."""
 
 from __future__ import annotations
 
@@ -23,14 +20,13 @@ from raystore.errors import (
     StoreError,
 )
 from raystore.journal import format
-from raystore.journal.compaction import upgrade
+from raystore.journal.compaction import Snapshotter, upgrade
 from raystore.journal.failpoints import failpoint
 from raystore.journal.files import RECORDS, SNAPSHOT, Directory, JournalPosition
 from raystore.journal.format import WriterInfo
 from raystore.journal.reader import CrashMarker, JournalReader, ReadingProgress, retry_on_replacement
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
-from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter, is_full
 from raystore.options import StoreConfig

@@ -22,6 +22,7 @@ from raystore.errors import JournalDamagedError
 from raystore.journal import files, format, snapshot_file
 from raystore.journal.files import SNAPSHOT, Directory, JournalFile, JournalPosition, TornTail
 from raystore.journal.format import FORMAT, START, Chunks, WriterInfo
+from raystore.values import objects
 
 logger: logging.Logger = logging.getLogger("raystore.store")
 
@@ -119,7 +120,7 @@ class JournalReader:
     def sync(self) -> None:
         """Make durable what was read; only the last segment may not be."""
         if self._segments:
-            files.sync(self._segments[-1].path)
+            objects.sync(self._segments[-1].path)
 
 
 def _beginning(segments: list[JournalFile]) -> tuple[WriterInfo, JournalPosition] | None:

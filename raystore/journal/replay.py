@@ -2,7 +2,6 @@
 
 Bodies of spans are not kept: they stay where they are on disk. The digests that the writer recorded from time to time
 are compared with those of the replayed state.
-Not here: finding and checking the records (`reader`), going on with the journal (`opening`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 The file begins with a head like a segment. Then come the indexes of the spans, one for each rollout, each read when
 somebody asks for it; then the sections of the image in frames; and last the offset of the first section. The file gets
 its name only once it is whole and on disk. Bodies of spans stay in the segments: an index says where.
-Not here: which segments it replaces (`compaction`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 The place of a body is the number of its record, an operation in that, and a span of that. The record is found by the
 heads of files, and by a sparse index of the frames of a file, which is made from their heads when it is first needed.
-Not here: which bodies are in memory (`core.spans`).
 """
 
 from __future__ import annotations

@@ -29,12 +29,7 @@ from raystore.api import NoticeHandler
 from raystore.client import forks
 from raystore.client.transport import NoticeHandlers, PendingCall, with_time_left, without
 from raystore.core.claims import is_claim
-from raystore.errors import (
-    ForkedError,
-    PayloadTooLargeError,
-    StoreClosedError,
-    StoreUnavailableError,
-)
+from raystore.errors import ForkedError, PayloadTooLargeError, StoreClosedError, StoreUnavailableError
 from raystore.remote.handshake import CLIENT, describe, find_actor
 from raystore.remote.lifelines import this_process
 from raystore.remote.session_state import PENDING_SECONDS, Actions, Batch, Listen, Operation, SessionState, Version

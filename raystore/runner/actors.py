@@ -19,7 +19,7 @@ from typing import Any, Literal
 from raystore.client.client import StoreClient
 from raystore.client.transport import run_blocking
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
-from raystore.runner.agent_errors import last_line, portable, text_of
+from raystore.errors.text import last_line, portable, text_of
 from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all
 
 logger: logging.Logger = logging.getLogger("raystore.runner")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raystore.errors import Abort, AgentNotPicklableError, Drop, PayloadLostError
-from raystore.runner.agent_errors import leaves, report, summary, text_of, with_causes
+from raystore.errors.text import leaves, report, summary, text_of, with_causes
 from raystore.runner.context import Context
 from raystore.spans import Span
 from raystore.types import AttemptStatus, Outcome

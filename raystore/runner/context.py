@@ -19,8 +19,7 @@ from typing import Any, NoReturn
 
 from raystore.client import forks
 from raystore.errors import InvalidValueError, NoSuchResourceError
-from raystore.errors.words import meant
-from raystore.runner.agent_errors import report, summary, text_of
+from raystore.errors.text import meant, report, summary, text_of
 from raystore.spans import AttributeValue, Event, Span, TraceStatus, attributes_of
 from raystore.tracing import semconv
 from raystore.tracing.calls import CallCounter

@@ -24,8 +24,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import NoReturn
 
+import psutil
+
 from raystore.errors import AgentProcessError
-from raystore.runner.process_tree import kill_group, kill_tree
 from raystore.values import pickler
 
 #: What the server's interpreter runs. It forks and its parent exits, so the server is no child of the runner.
@@ -40,6 +41,28 @@ FORKED = -1
 CLOSE_SECONDS = 1.0  #: that the server may take to end
 
 Exit = asyncio.Future[int]  # of a process: its status, as `os.waitpid` gives it
+
+
+def kill_tree(pid: int) -> None:
+    """Kill the leader of a process group and all its descendants; it may be the calling process."""
+    try:
+        descendants = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        descendants = []
+    for process in descendants:  # some may have left the group
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    kill_group(pid)
+
+
+def kill_group(pid: int) -> None:
+    """Kill a process and the group that it leads."""
+    # macOS answers PermissionError for a group in which all processes have ended.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # a fork that has not become the leader of its group yet
+        os.kill(pid, signal.SIGKILL)
+
 
 # -- the runner's end --------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from raystore.runner.agent_errors import summary
+from raystore.errors.text import summary
 from raystore.runner.agents import Agent, Ending, retry_delays
 from raystore.runner.context import Context
 from raystore.runner.life import Life

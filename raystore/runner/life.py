@@ -26,8 +26,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from raystore.errors.text import add_note, text_of, with_causes
 from raystore.runner import agents
-from raystore.runner.agent_errors import add_note, text_of, with_causes
 from raystore.runner.agents import Agent, Ending
 from raystore.runner.context import Context, outside_rollouts
 

@@ -18,9 +18,9 @@ from raystore.client.client import StoreClient
 from raystore.client.local import InMemoryLightningStore
 from raystore.errors import InvalidValueError, NotAStoreError, PoolStartError
 from raystore.errors.calls import explained
+from raystore.errors.text import last_line, report
 from raystore.runner import agents
 from raystore.runner.actors import RunnerActors
-from raystore.runner.agent_errors import last_line, report
 from raystore.runner.agents import Agent
 from raystore.runner.context import outside_rollouts
 from raystore.runner.worker import EXPLAIN_SECONDS, STOP_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all

@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from raystore.errors import AgentProcessError
-from raystore.runner.agent_errors import report, summary
+from raystore.errors.text import report, summary
 from raystore.runner.agents import Ending, retry_delays
 from raystore.runner.context import Context
-from raystore.runner.fork_server import Exit, ForkServer
+from raystore.runner.fork_server import Exit, ForkServer, kill_tree
 from raystore.runner.life import Life
-from raystore.runner.process_tree import kill_tree
 from raystore.spans import Span
 from raystore.types import AttemptedRollout, ObjectResource
 from raystore.values import pickler

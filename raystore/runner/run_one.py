@@ -14,8 +14,8 @@ from typing import Any
 from raystore.client.client import TO_PUBLISH
 from raystore.errors import InvalidValueError
 from raystore.errors.calls import explained
+from raystore.errors.text import add_note
 from raystore.runner import agents
-from raystore.runner.agent_errors import add_note
 from raystore.runner.agents import Agent
 from raystore.runner.context import ALONE, Context, Outbox
 from raystore.runner.life import Life
@@ -48,11 +48,7 @@ class Run:
 
 @explained
 def run_one(
-    agent: Agent,
-    task: Any,
-    resources: Mapping[str, Any] | None = None,
-    *,
-    policy_version: int | None = None,
+    agent: Agent, task: Any, resources: Mapping[str, Any] | None = None, *, policy_version: int | None = None
 ) -> Run:
     """Run an agent on one task in this thread, as a runner would, and return its spans and reward.
 

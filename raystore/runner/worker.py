@@ -34,7 +34,7 @@ from raystore.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from raystore.runner.agent_errors import last_line, summary
+from raystore.errors.text import last_line, summary
 from raystore.runner.agents import Agent, Ending, lost_resources, pickled
 from raystore.runner.context import STOPPED, Context, Outbox, outside_rollouts
 from raystore.runner.inline_agents import InlineAgents

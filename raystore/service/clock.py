@@ -3,7 +3,6 @@
 Time is the wall time at start plus monotonic time since, so that a jump of the wall clock is not seen. A manual clock
 stands still until it is told to move; claims and sessions then go on ageing in real time, since they watch over real
 processes.
-Not here: deadlines (`raystore.core.lazyheap`).
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ from raystore.core.state import Pair, Session, State, Step
 from raystore.core.verbs import WaitsFor
 from raystore.errors import StoreError, copy_of
 from raystore.service.clock import Clock
-from raystore.service.liveness import LivenessChecks
-from raystore.service.pools import Pools
+from raystore.service.presence import LivenessChecks, Pools
 
 FOR_EVER_SECONDS = 1e9  #: a call with a longer timeout waits without a limit
 #: What waits for rollouts to finish, which pools that cannot work will not do.

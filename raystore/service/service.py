@@ -38,18 +38,17 @@ from raystore.errors import (
     StoreError,
     copy_of,
 )
-from raystore.errors.words import meant
+from raystore.errors.text import meant
+from raystore.journal.compaction import Snapshotter
 from raystore.journal.files import JournalObjects
 from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
-from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
 from raystore.options import StoreConfig, resident_bytes, resolve
 from raystore.service.clock import Alarm, Clock, ManualClock
-from raystore.service.liveness import LivenessChecks
 from raystore.service.parking import Caller, Deliver, Parking
-from raystore.service.pools import NO_QUEUES, UNSERVED_SECONDS, Pools
+from raystore.service.presence import NO_QUEUES, UNSERVED_SECONDS, LivenessChecks, Pools
 from raystore.tracing.losses import Reason
 
 logger: logging.Logger = logging.getLogger("raystore.store")

@@ -2,7 +2,6 @@
 
 `semconv` has the table of places for each fact. A place is looked up in the attributes, in attributes that a tracer
 flattened, and in texts that are JSON or that Python printed. Messages come out in the form of OpenAI's chat API.
-Not here: which spans are one call (`calls`), rewards (`raystore.spans`).
 """
 
 from __future__ import annotations

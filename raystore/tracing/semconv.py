@@ -2,7 +2,6 @@
 
 The GenAI conventions (`gen_ai.*`) have no names for token ids and log-probabilities, which RL needs; those below
 continue their scheme. A tracer with names of its own is a line in the tables, and no code.
-Not here: how a place is read (`raystore.tracing.dialects`).
 """
 
 from __future__ import annotations

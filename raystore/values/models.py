@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from raystore.errors import InvalidValueError, PayloadNotReadableError, StoreError
-from raystore.errors.words import either, meant
+from raystore.errors.text import either, meant
 
 EXTRA = "__pydantic_extra__"  #: stands for the fields that a model does not know, among the names of its fields
 PLACE_SHOWN = 200  #: characters of the place of a value that an error shows

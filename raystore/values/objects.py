@@ -3,7 +3,6 @@
 An object is pickled with its buffers beside the pickle, so that an array is written as it lies in memory. Its address
 is the digest of these bytes: the same object is written once, and a damaged file is noticed. A reader tries Ray's
 object store, then the file, then the store that keeps the file.
-Not here: when a file is deleted (`journal.files`), the resource class (`types`).
 """
 
 from __future__ import annotations
@@ -87,6 +86,15 @@ def address_of(parts: Iterable[bytes | memoryview]) -> str:
     return made.hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Make durable what was written to a file, or the names in a directory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class ObjectFiles:
     """The files of the objects of one store."""
 
@@ -135,7 +143,7 @@ class ObjectFiles:
         except BaseException:
             new.unlink(missing_ok=True)  # it would stay, and the disk may be full
             raise
-        self.sync()
+        sync(self.path)
 
     def write_piece(self, upload: str, address: str, offset: int, total: int, data: bytes) -> None:
         """Write a piece of an object, of which the pieces come in order; the last one completes it."""
@@ -157,7 +165,7 @@ class ObjectFiles:
             new.unlink(missing_ok=True)
             raise ValueError(f"object {address} did not arrive whole: what came has the digest {found}")
         new.rename(self.file(address))
-        self.sync()
+        sync(self.path)
 
     def read_piece(self, address: str, offset: int) -> bytes:
         """The piece of an object at an offset; empty at its end. Raises FileNotFoundError."""
@@ -167,14 +175,6 @@ class ObjectFiles:
     def read(self, address: str) -> bytes:
         """All bytes of an object. Raises FileNotFoundError."""
         return self.file(address).read_bytes()
-
-    def sync(self) -> None:
-        """Flush the names of files to disk."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 @dataclass(slots=True, frozen=True)

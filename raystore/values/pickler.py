@@ -242,6 +242,8 @@ _FORMER_MODULES = {
     "raystore.objects": "raystore.values.objects",
     "raystore.triplet": "raystore.tracing.trajectories",
     "raystore.trajectory": "raystore.tracing.trajectories",
+    "raystore.integrations.otel": "raystore.runner.otel",
+    "raystore.remote.cluster": "raystore.remote.store",
 }
 
 

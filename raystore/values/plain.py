@@ -3,7 +3,6 @@
 `scalar` looks at one value, `plain` goes into lists and mappings, and `pack_integers` and `pack_floats` make packed
 arrays of lists of numbers. What has no plain form is refused by name and place: nothing becomes its text. No library is
 imported for it; a value is known by what it can do (`item`, `tolist`, `dtype`).
-Not here: any picklable value (`wire.codec`).
 """
 
 from __future__ import annotations

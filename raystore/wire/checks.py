@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, overload
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raystore.core.lifecycle import TRAINABLE
-from raystore.core.schema import Id, checker
+from raystore.core.schema import MAX_TAGS, Id, checker
 from raystore.errors import InvalidValueError
 from raystore.types import AttemptStatus, RolloutConfig, RolloutMode, Span
 from raystore.values.models import refusal
@@ -26,7 +26,6 @@ T = TypeVar("T")
 
 AN_ID: str = get_args(Id)[1].expected
 SHOWN_IN_A_LIST = 50  #: characters of a text that is shown as the list it should be in
-MAX_TAGS = 16
 
 #: Whether a value is an id in plain form.
 is_id: Callable[[Any], bool] = checker(Id)
@@ -85,10 +84,7 @@ def optional_identifier(name: str, value: Any) -> str | None:
 
 def attempt_ids(rollout_id: Any, attempt_id: Any) -> dict[str, Any]:
     """The two arguments that name an attempt."""
-    return {
-        "rollout_id": identifier("rollout_id", rollout_id),
-        "attempt_id": identifier("attempt_id", attempt_id),
-    }
+    return {"rollout_id": identifier("rollout_id", rollout_id), "attempt_id": identifier("attempt_id", attempt_id)}
 
 
 # -- lists and mappings ------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ Plain data (what msgpack gives back exactly: None, bool, int, float, str, bytes,
 tuples and string- or number-keyed dicts of these) becomes msgpack; everything else is pickled (`pickler`), so that
 any picklable object comes back as it was, type included. Object references found in a value travel beside the bytes
 (see `raystore.core.payload`).
-Not here: how payloads cross to an actor (`frames`).
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ import msgpack
 from raystore.core.payload import PICKLED, PLAIN, Opaque, Payload
 from raystore.errors import PayloadLostError, PayloadNotPicklableError, PayloadTooLargeError
 from raystore.values import pickler
-from raystore.values.plain import TYPECODES
+from raystore.values.plain import LEAVES, TYPECODES
 
-_PLAIN_LEAVES = frozenset({str, int, float, bool, type(None), bytes})
 _PACKED = 1  # msgpack extension: a type code and the array's bytes, little-endian
 _TUPLE = 2  # msgpack extension: the items as a list
 LARGE_BYTES = 32 * 1024  #: from here on a copy costs more than an argument of its own
@@ -32,15 +30,15 @@ _MAX_DEPTH = 64  # deeper values are pickled, which has its own limit and says s
 def _is_plain(value: Any, depth: int = 0) -> bool:
     kind = type(value)
     if kind is dict:
-        if not _PLAIN_LEAVES.issuperset(map(type, value)):
+        if not LEAVES.issuperset(map(type, value)):
             return False
         value = value.values()
     elif kind is not list and kind is not tuple:
-        return kind in _PLAIN_LEAVES or (kind is array and value.typecode in TYPECODES)
+        return kind in LEAVES or (kind is array and value.typecode in TYPECODES)
     if depth == _MAX_DEPTH:
         return False
     for item in value:  # noqa: SIM110 - half the cost of `all`
-        if type(item) not in _PLAIN_LEAVES and not _is_plain(item, depth + 1):
+        if type(item) not in LEAVES and not _is_plain(item, depth + 1):
             return False
     return True
 

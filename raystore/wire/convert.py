@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from raystore.core.payload import Opaque
 from raystore.core.records import Record
-from raystore.core.schema import ID_LENGTH
+from raystore.core.schema import ID_LENGTH, MAX_PRIORITY, MAX_SPAN_NUMBER
 from raystore.errors import InvalidValueError
 from raystore.spans import reward_of
 from raystore.types import (
@@ -46,9 +46,6 @@ from raystore.wire.codec import decode, encode, is_pickled
 
 M = TypeVar("M", bound=BaseModel)
 Row = Sequence[Any] | Record
-
-MAX_PRIORITY = 2**53
-MAX_SPAN_NUMBER = 2**62
 
 
 def row(answer: Row) -> Sequence[Any]:

@@ -13,13 +13,13 @@ import random
 import sys
 
 import raystore as rs
-from raystore.journal import snapshotter, writer
+from raystore.journal import compaction, writer
 from tests.channel import take_stdout
 from tests.helpers import make_span
 
 writer.SEGMENT_BYTES = int(os.environ.get("SEGMENT_BYTES", writer.SEGMENT_BYTES))
 writer.SPACE_BYTES = int(os.environ.get("SPACE_BYTES", writer.SPACE_BYTES))
-snapshotter.VERIFY_LAG = 10
+compaction.VERIFY_LAG = 10
 
 
 def say(*what: object) -> None:

@@ -22,13 +22,13 @@ from raystore.core.claims import JOB_ENDED
 from raystore.core.snapshot import digest
 from raystore.core.state import Settings
 from raystore.errors import FencedError
-from raystore.journal import snapshotter as snapshotting
+from raystore.journal import compaction
+from raystore.journal.compaction import Snapshotter
 from raystore.journal.files import Directory, JournalPosition
 from raystore.journal.format import WriterInfo
 from raystore.journal.opening import Opened, resume_writing
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay
-from raystore.journal.snapshotter import Snapshotter
 from raystore.journal.span_bodies import SpanBodies
 from raystore.options import StoreConfig
 from raystore.remote import server_session
@@ -224,7 +224,7 @@ class World:
         """Let every peer do so much; what came of it."""
         self.tasks: list[asyncio.Future[Any]] = []
         server_session.SLICE_SECONDS = self.lots.choice([-1.0, 1.0])  # a batch is cut behind each operation, or never
-        snapshotting.VERIFY_LAG = self.lots.choice([0, 5])
+        compaction.VERIFY_LAG = self.lots.choice([0, 5])
         working = [_start(peer.work(operations)) for peer in self.peers]
         while not all(task.done() for task in working):
             for task in working:
@@ -499,13 +499,13 @@ class Peer:
 
 def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int], int]:
     """The counts of one run, and how often the store was killed in it."""
-    slice_seconds, verify_lag = server_session.SLICE_SECONDS, snapshotting.VERIFY_LAG
+    slice_seconds, verify_lag = server_session.SLICE_SECONDS, compaction.VERIFY_LAG
     loop = asyncio.new_event_loop()
     world = World(seed, **how)
     try:
         return loop.run_until_complete(asyncio.wait_for(world.run(operations), 20)), world.kills
     finally:
-        server_session.SLICE_SECONDS, snapshotting.VERIFY_LAG = slice_seconds, verify_lag
+        server_session.SLICE_SECONDS, compaction.VERIFY_LAG = slice_seconds, verify_lag
         shutil.rmtree(world.disk.path)
         loop.run_until_complete(_end())
         loop.close()

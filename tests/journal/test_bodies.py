@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.journal import snapshotter, span_bodies, writer
+from raystore.journal import compaction, span_bodies, writer
 from raystore.journal.files import BODIES, RECORDS, Directory, JournalFile
 from tests.helpers import make_span, present
 from tests.journal.test_compaction import newest, snapshotter_of, until_snapshot
@@ -22,8 +22,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of a few records, indexes of a few frames, and a snapshot only when a test asks for one."""
     monkeypatch.setattr(writer, "SEGMENT_BYTES", 3_000)
     monkeypatch.setattr(span_bodies, "SPARSE_BYTES", 500)
-    monkeypatch.setattr(snapshotter, "OPERATIONS", 10**9)
-    monkeypatch.setattr(snapshotter, "SEGMENT_BYTES", 10**12)
+    monkeypatch.setattr(compaction, "OPERATIONS", 10**9)
+    monkeypatch.setattr(compaction, "SEGMENT_BYTES", 10**12)
 
 
 def store_of(path: Path, **options: Any) -> rs.InMemoryLightningStore:
@@ -111,11 +111,11 @@ async def test_bodies_are_found_while_the_writer_goes_on_and_helpers_replace_fil
             gone = dice.sample(sorted(made), 15)
             await store.delete_rollouts([made.pop(number) for number in gone])
             before = newest(path)
-            monkeypatch.setattr(snapshotter, "SEGMENT_BYTES", 1)
+            monkeypatch.setattr(compaction, "SEGMENT_BYTES", 1)
             made |= await record(store, range(1_000 * round_ + 500, 1_000 * round_ + 510))
             while snapshotter_of(store)._thread:
                 await read(store, made, dice.sample(sorted(made), 3))
-            monkeypatch.setattr(snapshotter, "SEGMENT_BYTES", 10**12)
+            monkeypatch.setattr(compaction, "SEGMENT_BYTES", 10**12)
             await until_snapshot(store, path, before)
             evict(store)
             await read(store, made, dice.sample(sorted(made), len(made)))

@@ -16,7 +16,7 @@ import pytest
 
 import raystore as rs
 from raystore.core.snapshot import digest, verify
-from raystore.journal import compaction, snapshotter
+from raystore.journal import compaction
 from raystore.journal.files import BODIES, SNAPSHOT, Directory, JournalFile
 from raystore.journal.opening import read_run
 from tests.helpers import make_span, present
@@ -25,8 +25,8 @@ from tests.helpers import make_span, present
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot every few hundred operations, and digests nearly at once."""
-    monkeypatch.setattr(snapshotter, "OPERATIONS", 300)
-    monkeypatch.setattr(snapshotter, "VERIFY_LAG", 20)
+    monkeypatch.setattr(compaction, "OPERATIONS", 300)
+    monkeypatch.setattr(compaction, "VERIFY_LAG", 20)
 
 
 def store_of(path: Path, **options: Any) -> rs.InMemoryLightningStore:
@@ -195,7 +195,7 @@ async def test_a_helper_that_is_killed_is_no_snapshot(
             if caplog.text.count("SIGKILL") == tries:
                 break
         assert caplog.text.count("no snapshot was made (the helper was ended by SIGKILL") == tries
-        assert snapshotter_of(store).operations >= snapshotter.OPERATIONS << (tries - 1)
+        assert snapshotter_of(store).operations >= compaction.OPERATIONS << (tries - 1)
     assert newest(path) == (0, 0)
     told = present((await store.statistics())["journal"])
     assert (told["snapshots"], told["snapshot_bytes"], told["failed"]) == (0, 0, "")
@@ -255,7 +255,7 @@ async def test_a_state_that_differs_deletes_nothing(
 ) -> None:
     """A replay that does not find what the writer found is an alarm, and the evidence stays."""
     path = tmp_path / "j"
-    monkeypatch.setattr(snapshotter, "verify", lambda state, count: (verify(state, count), "another")[1])
+    monkeypatch.setattr(compaction, "verify", lambda state, count: (verify(state, count), "another")[1])
     store = store_of(path)
     await work(store, 200)
     await until(lambda: "differs" in caplog.text, "nobody noticed")
@@ -293,8 +293,8 @@ async def test_a_helper_of_an_earlier_writer_finishes_what_it_began(tmp_path: Pa
 WITH_A_HELPER = """
 import asyncio, sys
 from tests.journal import test_compaction as tests
-from raystore.journal import snapshotter
-snapshotter.OPERATIONS = snapshotter.VERIFY_LAG = 100
+from raystore.journal import compaction
+compaction.OPERATIONS = compaction.VERIFY_LAG = 100
 async def main():
     store = tests.store_of(sys.argv[1])
     while tests.snapshotter_of(store)._helper is None:
@@ -307,7 +307,7 @@ asyncio.run(main())
 
 async def test_a_helper_outlives_the_store_that_began_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were each to die with its store, one that is killed over and over would never have a snapshot."""
-    monkeypatch.setattr(snapshotter, "OPERATIONS", 10**9)
+    monkeypatch.setattr(compaction, "OPERATIONS", 10**9)
     path = tmp_path / "j"
     command = [sys.executable, "-c", WITH_A_HELPER, str(path)]
     slow = {"RAYSTORE_FAILPOINTS": "snapshot.written=sleep:3"}  # which only helpers come to

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.service.pools import UNSERVED_SECONDS
+from raystore.service.presence import UNSERVED_SECONDS
 from tests.conftest import MakeMemoryStore
 from tests.helpers import until
 from tests.service.near import NearStore
@@ -78,7 +78,7 @@ async def test_one_whose_server_has_ended_is_named(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the timer, without another call."""
-    monkeypatch.setattr("raystore.service.pools.UNSERVED_SECONDS", 0.3)
+    monkeypatch.setattr("raystore.service.presence.UNSERVED_SECONDS", 0.3)
     near = NearStore()
     try:
         driver, runner = near.connect(), near.connect()

@@ -1,9 +1,6 @@
-"""Pools whose runners do not come up, and who else asks for work: whether a call waits for what nobody will do.
+"""Who is there to work: queues that nobody serves, pools whose runners do not come up, sessions that may be dead.
 
-A pool tells its store when its runners fail before they are ready, each time it has tried again, and when one is ready.
-Known to the process of the store only, and told anew to the next one. Whoever asked for work of a queue, and lives,
-serves it; a queue in which rollouts wait and that nobody serves is named after a while, once.
-Not here: trying again (`runner.actors`), answering those who wait (`offers`).
+Known to the process of the store only, and told anew to the next one.
 """
 
 from __future__ import annotations
@@ -17,6 +14,8 @@ from raystore.errors import PoolFailedError
 
 NO_QUEUES: frozenset[str] = frozenset()
 UNSERVED_SECONDS = 30.0  #: that rollouts wait in a queue which nobody serves, before it is named
+ASKED_AT_ONCE = 16  #: suspended sessions
+PAUSE_SECONDS = 1.0  #: until the next ones are asked
 
 
 @dataclass(slots=True, frozen=True)
@@ -30,7 +29,12 @@ class _Failed:
 
 
 class Pools:
-    """What is known of the pools of one store."""
+    """The pools of one store that cannot work, and who else asks for work.
+
+    A pool tells its store when its runners fail before they are ready, each time it has tried again, and when one is
+    ready. Whoever asked for work of a queue, and lives, serves it; a queue in which rollouts wait and that nobody
+    serves is named after a while, once.
+    """
 
     def __init__(self) -> None:
         self._failed: dict[str, _Failed] = {}
@@ -129,3 +133,43 @@ class Pools:
             return None
         name, pool = in_charge[0]
         return PoolFailedError(name, pool.failures, sorted(queues), pool.error)
+
+
+class LivenessChecks:
+    """The sessions that must show that they live before they are handed work, in the order in which they are asked.
+
+    A claim that nobody acknowledged was perhaps handed to a dead process, and others may have died with it. So every
+    session that waits for work is suspended until it speaks. Some are asked at once, the next ones a second later.
+    """
+
+    def __init__(self) -> None:
+        self.suspended: dict[str, None] = {}  #: sessions that are handed nothing
+        self.at: float | None = None  #: when the next sessions are to be asked, on the clock by which sessions age
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self.suspended
+
+    def suspend(self, session_ids: Iterable[str], age: float) -> None:
+        """Hand nothing to these sessions until they have spoken."""
+        self.suspended.update(dict.fromkeys(session_ids))
+        self.at = age
+
+    def ask_soon(self, age: float) -> None:
+        """There is work for a suspended session: ask it, unless that is planned already."""
+        if self.at is None:
+            self.at = age
+
+    def spoke(self, session_id: str) -> bool:
+        """A session has spoken; whether it was suspended."""
+        return self.suspended.pop(session_id, 0) is None
+
+    def due(self, age: float, *, is_work_waiting: bool) -> list[str]:
+        """Sessions to ask now; plans when to ask the next ones."""
+        if self.at is None or age < self.at:
+            return []
+        asked = list(self.suspended)[:ASKED_AT_ONCE]
+        for session_id in asked:  # to the end of the line
+            del self.suspended[session_id]
+            self.suspended[session_id] = None
+        self.at = age + PAUSE_SECONDS if asked and is_work_waiting else None
+        return asked

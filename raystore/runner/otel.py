@@ -28,7 +28,7 @@ except ModuleNotFoundError as _why:
     raise ModuleNotFoundError(f"{_why}. raystore.otel needs the OpenTelemetry SDK: install raystore[otel]") from _why
 
 from raystore.errors import InvalidValueError
-from raystore.runner.agent_errors import summary
+from raystore.errors.text import summary
 from raystore.runner.context import Position, any_running, current, is_outside_rollouts
 from raystore.spans import Span
 from raystore.tracing import semconv
