@@ -76,7 +76,7 @@ logger: logging.Logger = logging.getLogger("raystore")
 PART_ITEMS = 512  #: a bulk call is cut into parts of at most so many items ...
 PART_BYTES = 1024 * 1024  #: ... and so many bytes, so that one caller cannot hold up the others
 GROUP_ITEMS = 1_000_000  #: most rollouts of a group that one call makes
-READ_AGAIN = 3  #: how often a long read is begun again that a restart of the store interrupted
+READ_AGAIN = 3  #: how often a long read starts over after a restart of the store interrupted it
 LOOK_AGAIN_SECONDS = 10.0  #: after which `as_completed` asks whether the rollouts that it waits for still exist
 
 # Remedies, told in errors.
@@ -926,7 +926,7 @@ class StoreClient(RunnerStore):
         )
 
     async def _rows(self, verb: str, arguments: dict[str, Any], tries: int = READ_AGAIN) -> tuple[list[Any], Any]:
-        """All rows of an answer, and what comes with them; begun again if the store is restarted in the middle."""
+        """Read all pages of an answer, and the value beside its rows; starts over if the store restarts meanwhile."""
         answer = await self._transport.call(verb, arguments)
         try:
             return await self._all_rows(answer)

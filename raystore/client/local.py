@@ -1,6 +1,7 @@
 """Stores in this process, without Ray: one in memory, for tests and notebooks, and a finished run, for reading.
 
-The same core, service and client as on Ray, usable from all threads and event loops of the process.
+The same core, service and client as on Ray, usable from all threads and event loops of the process. With a journal, an
+answer waits until its changes are as durable as the configuration asks for (`LocalTransport._give`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Running a session's batch: each operation once, in order; in a repeated batch again what may run again.
+"""Runs the batches of a session: each operation once, in order. If a batch is repeated, only its reads run again.
 
 A batch runs in items: its operations, long ones in pieces, so that others may come in between. A batch that was
 interrupted by the end of its process goes on after the last operation that is known to have run.
-Each rollout is changed by one piece, whole. The answers of the pieces are joined (lists) or added up (numbers). What a
-long operation would be refused for is looked at before it is cut, and its rollouts are kept from what would make a
-later piece fail: those of a deletion are reserved, and consumers are not given them any more.
+Each piece changes whole rollouts. The answers of the pieces are joined (lists) or added up (numbers). A long operation
+is checked before it is cut, so that no later piece fails: a deletion reserves its rollouts, and consumers are not given
+reserved rollouts.
 Not here: the replies that are kept (`replies`), parking (`service`), sending (`remote.server_session`).
 """
 
@@ -23,7 +23,7 @@ from raystore.core.training import unreserve
 from raystore.core.verbs import CHANGING, HANDING, VERBS, handed_again
 
 DIVISIBLE = frozenset({"cancel_rollouts", "release", "delete_rollouts"})
-RESERVING = frozenset({"delete_rollouts"})  #: of these, what a consumer who takes a rollout would refuse
+RESERVING = frozenset({"delete_rollouts"})  #: of these, those that fail if a rollout is taken by a consumer
 PIECE = 100  #: rollouts of a long operation that are worked off at once
 
 
@@ -56,7 +56,7 @@ class BatchRun:
         operations: list[Any],
         catch_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """`catch_up` works off what is due before a long operation is cut, so that the cuts stay what they are."""
+        """`catch_up` applies passed deadlines before a long operation is cut, so that none changes its pieces."""
         self._state, self._session, self._kept, self._operations = state, session, kept, operations
         self._catch_up = catch_up
         self.ran: dict[int, Reply] = {}  #: answers of operations that ran here, whole, by number of the operation
@@ -142,7 +142,7 @@ class BatchRun:
 def repeat(
     state: State, session: Session, kept: BatchReplies, operations: list[Any], run: Callable[[Item], Reply]
 ) -> list[Reply]:
-    """The answers of a batch that comes again; `run` runs what changes nothing, or nothing any more."""
+    """The answers of a repeated batch. `run` runs its reads again, and dequeues whose claims were taken back."""
     answers = []
     for number, given in enumerate(operations):
         verb, arguments = given if is_operation(given) else NO_OPERATION
@@ -159,7 +159,7 @@ def repeat(
 
 
 def to_keep(verb: str, arguments: dict[str, Any], reply: Reply) -> Reply:
-    """What is kept of an answer: of what was handed over the keys, of what may run again nothing."""
+    """What to keep of a reply: the keys if it hands over claims or a batch, nothing of a read, else all of it."""
     if verb in HANDING and reply[:1] == [VALUE] and (keys := HANDING[verb](arguments, reply[1])):
         return [VALUE, keys]
     return reply if not reply or verb in CHANGING or verb == "more" or reply[0] != VALUE else AGAIN

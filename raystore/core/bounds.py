@@ -1,6 +1,7 @@
-"""How many of each thing a store holds: beyond, whatever would make one more is refused, and nothing is changed.
+"""Fixed limits of a store: a call that would exceed one is refused, and changes nothing.
 
-Not here: what a user chooses (`max_queued`, `limits`), bytes (`retention`, and those that wait for a journal's disk).
+Not here: limits that a user sets (`max_queued`, `limits`), memory (`retention`), bytes that wait for the disk
+(`journal.writer`).
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class ChangeFeed:
         return found, cursor
 
     def of(self, rollout_id: str, since: float = 0.0) -> list[Change]:
-        """What is still known of one rollout's history, from a time on; looks at what happened since then only."""
+        """The kept changes of one rollout since a time. Looks at no older change."""
         newer = takewhile(lambda change: change.time >= since, reversed(self._kept))
         return [change for change in newer if change.rollout_id == rollout_id][::-1]
 

@@ -1,7 +1,7 @@
-"""What a store can say of itself: whether every invariant of the state holds, the story of a rollout, its counts.
+"""Diagnostics of a store: `check` verifies its invariants, `story` tells the history of a rollout, `counts` counts.
 
-`check` is for tests and debugging: it walks everything and raises AssertionError at the first thing that cannot be.
-`story` is for people: what is still known of how a rollout came to be where it is.
+`check` is for tests and debugging: it reads the whole state, and raises AssertionError at the first broken invariant.
+`story` is for people: the known events of one rollout, one line for each.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
 """Handing work out so that none is lost: claims, their acknowledgement, and sessions that end.
 
-A dequeue makes a *claim*: an attempt that its caller must acknowledge. A claim that is declined or not acknowledged is
-taken back as if it had never been. A session that ends gives back its claims, and its attempts are lost: they are
-offered again at their old place. A rollout that was lost with its process may have ended it or may be an innocent
-neighbour; it is a *suspect*, and waits for a session of its own, so that the next loss tells. It does so for a bounded
-time, since there may never be one: then any session gets it. Of what is lost together, what was lost most often before
-is to blame; so what ends its processes is found there as well.
-Not here: calls that wait for work (`service.parking`).
+A dequeue makes a *claim*: an attempt that its caller must acknowledge. `take_back` undoes a claim that its caller
+declined, or that nobody acknowledged in time: the attempt disappears, and the rollout returns to its place in line.
+`end_session` takes back the claims of a session that ended. The attempts that it had acknowledged are withdrawn without
+a charge if its process was stopped, and lost if it died. Withdrawn rollouts are offered again, and lost ones as long as
+`max_deliveries` allows.
+
+A lost rollout may have killed its process, or may only have run beside the one that did. It becomes a *suspect*: it
+waits for a session that runs nothing else, so that another loss shows whether it is to blame. After a bounded time any
+session may take it. If several rollouts are lost together, the one with the most earlier losses is charged.
+Not here: a client that gives a claim back (`remote.session_state`, `client.local`), attempts that are withdrawn
+(`attempts.withdraw`), calls that wait for work (`service.parking`).
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ def dequeue(
     timeout: Seconds = 0.0,
     of: int | None = None,
 ) -> list[Claimed] | None:
-    """Claim work; None if there is none and the caller waits. `of` asks for what a parked call was handed."""
+    """Claim work; None if there is none and the caller waits. `of`: a parked dequeue whose claims to return first."""
     if of is not None and step.session is not None and (handed := taken_over(state, step.session, of)):
         return handed
     if worker_id not in state.workers:
@@ -92,7 +96,7 @@ def hand_out(state: State, step: Step, entry: Entry, worker_id: str | None) -> N
 
 
 def _lines_for(state: State, step: Step, queues: list[str]) -> tuple[int, ...]:
-    """The lines from which the session of a step is served, where suspects wait or the session is a special one."""
+    """The queue lines that the session of a step may take from, if suspects wait or it is reserved or eternal."""
     session = step.session
     if session is None or session.eternal:  # a suspect can only end the store itself here
         return (PLAIN, ASIDE, OVERDUE)
@@ -132,7 +136,7 @@ def offer_to_anybody(state: State, rollout_id: str) -> None:
 
 
 def decline(state: State, step: Step, *, rollout_id: Id, attempt_id: Id) -> bool:
-    """The caller of a dequeue had gone when its answer came; whether there was a claim to give back."""
+    """Take back a claim whose caller was gone when the answer came. Returns whether there was such a claim."""
     assert step.session is not None
     return take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
 
@@ -331,7 +335,7 @@ def _separate(state: State, rollout_ids: list[str]) -> None:
 
 
 def _lost_most_often(state: State, keys: list[AttemptKey]) -> AttemptKey | None:
-    """Of what is lost together, what was lost most often before; None if several were."""
+    """The attempt whose rollout has the most earlier losses; None if several rollouts have equally many."""
     losses = {key: entry.losses for key in keys if (entry := state.entries.get(key[0])) is not None}
     most = max(losses.values(), default=0)
     often = [key for key, count in losses.items() if count == most]
@@ -341,7 +345,7 @@ def _lost_most_often(state: State, keys: list[AttemptKey]) -> AttemptKey | None:
 def report_session(
     state: State, step: Step, *, session_id: Id | None, worker_id: Id | None = None, stopped: bool = False
 ) -> bool:
-    """End the session of a process that somebody saw end, or has `stopped`; whether there was a live one.
+    """End the session of a process that has ended, or was `stopped`. Returns whether the session was live.
 
     If the session is not known, end those that hold work of its worker.
     """
@@ -354,7 +358,7 @@ def report_session(
 
 
 def _sessions_of_worker(state: State, worker_id: str | None) -> list[Session]:
-    """The sessions that hold an attempt of a worker; by what they hold, since a worker's past may be long."""
+    """The sessions that hold an attempt of a worker. Looks at held attempts only: a worker may have had many others."""
 
     def is_of_worker(key: AttemptKey) -> bool:
         latest = state.entries[key[0]].latest

@@ -1,10 +1,11 @@
-"""What time brings: attempts that time out or fall silent, claims and sessions that age, retention.
+"""Deadlines: attempts that time out or fall silent, claims and sessions that expire, rollouts that retention deletes.
 
-What is `due` is worked off (`advance`) before every step, so that no caller sees a state older than its call. The cost
-is that of what has expired, not of what exists. Many at once are worked off in slices; a verb first has the rollouts
-worked off that it names. Finding and working off are two steps: what was found is recorded, and a replay works off the
-same.
-Not here: reading a clock; the timer for when nobody calls (`service`, at `next_deadline`).
+Before every operation the service calls `due`, which finds the deadlines that have passed, and `advance`, which applies
+them. So no answer shows an attempt that runs past its deadline. The cost depends on how many deadlines have passed, not
+on the size of the store. If there are many, a slice of them is applied, and always those of the rollouts that the
+operation names. A journal records what `due` found, so that a replay applies the same.
+Not here: how a deadline is computed (`state`), the clock and its alarm (`service.clock`), when the alarm is set
+(`service.service`), calls whose timeout is over (`service.parking`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The rules of journal format 1 (written up to 2026-11-29), by which its records are read.
 
-A replay must decide as its writer did. Where a rule has changed since, its old form stands here and nowhere else: verbs
-in `VERBS`, steps in `STEPS`, the start of a process in `resume`, batches in `Run`, and what a snapshot of that format
-held in `section`. What is not here is as it was. Only a replay comes here, and what goes on after it follows the rules
-of today.
+A replay must make the decisions that its writer made. This file has the old form of each rule that has changed since:
+verbs in `VERBS`, steps in `STEPS`, the start of a process in `resume`, batches in `Run`, snapshots in `section`. All
+other rules are unchanged. Only a replay uses this file; a store that goes on after the replay uses the rules of today.
 Not here: which records are of that format (`journal.reader`); digests, which are not compared across formats.
 """
 
@@ -87,7 +86,7 @@ def _runs_suspect(state: State, session: Session) -> bool:
 
 
 def take_back(state: State, step: Step, session: Session, key: AttemptKey, *, why: str) -> bool:
-    """Undo a claim. One that nobody acknowledged counted as a loss in company."""
+    """Undo a claim. In format 1 a rollout was a suspect after one claim that nobody acknowledged."""
 
     def blame(entry: Entry) -> None:
         entry.suspect = True
@@ -208,7 +207,7 @@ def resume(state: State, step: Step, away: float) -> None:
 
 
 def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A heartbeat moved no status."""
+    """In format 1 a heartbeat did not change a status."""
     useless = []
     for rollout_id, attempt_id in attempts_alive:
         entry = state.entries.get(rollout_id)
@@ -231,7 +230,7 @@ def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]
 def _add_spans(
     state: State, step: Step, *, rollout_id: str, attempt_id: str, spans: list[list[Any]], chain: Chain | None = None
 ) -> list[tuple[bool, int]]:
-    """Spans of the attempt "latest" were those of the newest."""
+    """In format 1 spans for the attempt "latest" were stored for the newest attempt."""
     attempt_id = _meant(state, rollout_id, attempt_id)
     made = [Span(rollout_id, attempt_id, *row) for row in spans]
     written = attempts.put_spans(state, step, rollout_id, attempt_id, made)
@@ -241,7 +240,7 @@ def _add_spans(
 def _finish(
     state: State, step: Step, *, rollout_id: str, attempt_id: str, spans: list[list[Any]], changes: dict[str, Any]
 ) -> tuple[Attempt, list[bool]]:
-    """The same; and an error was kept as long as it was."""
+    """In format 1 the attempt "latest" was the newest one, and the text of an error was not shortened."""
     attempt_id = _meant(state, rollout_id, attempt_id)
     made = [Span(rollout_id, attempt_id, *row) for row in spans]
     attempt, written = attempts.end(state, step, rollout_id, attempt_id, made, changes)
@@ -259,7 +258,7 @@ def _meant(state: State, rollout_id: str, attempt_id: str) -> str:
 def _enqueue(
     state: State, step: Step, *, requests: list[dict[str, Any]], admit: int | None = None, chain: Chain | None = None
 ) -> list[Pair]:
-    """A repetition was refused at `max_queued`, and content that is pickled always counted as the same."""
+    """In format 1 `max_queued` also refused repeated requests, and two pickled contents always counted as equal."""
     latest = chain.notes.setdefault("latest", state.resources.latest_id) if chain else state.resources.latest_id
     existing = [existing_of(state, request) for request in requests]
     check_requests(state, requests, new=existing.count(None) if admit is None else admit)
@@ -480,10 +479,10 @@ def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
 
 
 class Run(BatchRun):
-    """A batch under way. A refused piece of a long operation did not stop the pieces behind it.
+    """A batch under way. In format 1 a refused piece of a long operation did not stop the pieces behind it.
 
-    What came of that was never told: the writer failed while it joined the answers, and its client repeated the batch.
-    Here the refusal is the answer that it should have been.
+    No client got the answer of such an operation: the store failed while it joined the answers of the pieces, and the
+    client repeated the batch. A replay answers with the refusal.
     """
 
     __slots__ = ()
@@ -549,8 +548,8 @@ def section(name: str, value: Any) -> Any:
         return _chunk(value)
     if name == "consumers":
         return {consumer: _consumer(row) for consumer, row in value.items()}
-    if name == "waiting":  # since when suspects waited was not known: for long
-        orders, arrivals, suspects = value  # the second line was told by a bool
+    if name == "waiting":  # format 1 did not keep since when suspects wait: long enough
+        orders, arrivals, suspects = value  # format 1 had two lines, told apart by a bool
         return orders, arrivals, [(rollout_id, 0.0) for rollout_id in suspects]
     if name == "disposable":  # when each of them ended is found when it is looked at
         return [[(rollout_id, 0.0) for rollout_id in ids] for ids in value]

@@ -1,7 +1,7 @@
-"""Keys in the order of a priority, of which the first is found at once: heaps that drop what lost its meaning lazily.
+"""Heaps with lazy deletion: `LazyHeap` has keys by priority, `Deadlines` finds the keys whose deadline has passed.
 
-A key that is moved or discarded leaves its old entry in the heap. It is skipped when met, and all such entries go once
-they are the most.
+A key that is moved or discarded leaves a stale entry in the heap. A stale entry is skipped when it comes first, and all
+are removed once most of the heap is stale.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ class LazyHeap(Generic[K, P]):
 
 
 class Deadlines(LazyHeap[K, float]):
-    """Keys that must be looked at again at some time: each has an entry no later than its deadline.
+    """Keys with deadlines: each key has an entry that is no later than its deadline.
 
-    `deadline_of` says when a key is really due, None when it no longer is. What moves a deadline later (a heartbeat)
-    does not come here: an entry that is due too early is entered anew when it is met. What may move a deadline earlier
-    guards the key once more.
+    `deadline_of` gives the present deadline of a key, None if it has none now. A change that makes a deadline later
+    (a heartbeat) need not be reported: an entry that turns out to be too early is moved when it is reached. A change
+    that may make a deadline earlier must call `guard`.
     """
 
     __slots__ = ("deadline_of", "fires", "soonest")

@@ -54,7 +54,7 @@ HEARTBEAT = "heartbeat"  # its runner says that it is at work on it
 TIMEOUT = "timeout"  # config.timeout_seconds since its start
 SILENCE = "silence"  # config.unresponsive_seconds without a heartbeat
 LOSS = "loss"  # the process that ran it has ended
-WITHDRAWAL = "withdrawal"  # whoever had it run was stopped
+WITHDRAWAL = "withdrawal"  # its runner was stopped, or could not read its resources, and gave it back
 ABORT = "abort"  # the agent raised Abort: the infrastructure failed
 DROP = "drop"  # the agent raised Drop: not worth training on
 CANCEL = "cancel"  # the driver cancelled the rollout
@@ -111,7 +111,7 @@ ROLLOUT_ON_SPAN = {
     "requeuing": "running",  # an unresponsive runner came back: its retry is withdrawn
 }
 
-#: The same for a heartbeat, which brings nothing back that waits for a retry: only a span shows work worth saving.
+#: The same for a heartbeat. It does not bring back a rollout that waits for a retry: only a span shows work to save.
 ROLLOUT_ON_HEARTBEAT = {"preparing": "running"}
 
 #: Attempts that say nothing about the agent, so `max_attempts` does not count them.
@@ -121,7 +121,7 @@ UNCHARGED = frozenset({"runner_lost", "withdrawn", "infra"})
 def attempt_after(status: str, event: str, outcome: str | None = None) -> str:
     """The status of an attempt after an event; `outcome` is what it had before.
 
-    What was withdrawn was given up by whoever ran it, so that no sign of life brings it back.
+    A withdrawn attempt was given up by its runner, so a late span or heartbeat does not make it run again.
     """
     if outcome == "withdrawn" and event in (SPAN, HEARTBEAT):
         return status

@@ -1,4 +1,4 @@
-"""Verbs of resources: publish, read, delete; and rollouts that are held back since theirs cannot be had.
+"""Verbs of resources: publish, read, delete; and holding back the rollouts whose resources cannot be read.
 
 An attempt that cannot read its resources can only fail, which is not its agent's fault. So once the newest version of
 an id is known to be *missing*, the rollouts that wait for that id keep their place in the queue, with their deadlines
@@ -34,7 +34,7 @@ def put(
     holds_objects: bool,
     objects: list[tuple[Address | None, Whole]] | None = None,
 ) -> Resources:
-    """A new version, without what was published, which the caller has. `objects`: address and size of each."""
+    """Publish a new version; returns its record without the value. `objects`: address and size of each object."""
     before = state.resources.policy_version
     made = state.resources.publish(
         step.mint("rs-", 12, state.resources) if resources_id is None else resources_id,
@@ -128,7 +128,7 @@ def _put_anew(state: State, step: Step, rollout_ids: list[str]) -> None:
 
 
 def publisher_gone(state: State, step: Step, session: Session) -> None:
-    """A process that held objects has died: what is in no journal is missing."""
+    """A process that held objects has died: hold back the rollouts whose objects are in no journal."""
     for resources_id, version in state.resources.published_by(session.session_id):
         if any(address is None for address, _ in state.resources.objects_of(resources_id, version)):
             hold_back(state, step, resources_id, version, "the process that published it has ended")
@@ -155,7 +155,7 @@ def unread(
 
 
 def hold_objects(state: State, step: Step, *, versions: list[tuple[Id, Positive, Encoded]]) -> list[tuple[str, int]]:
-    """A process has the objects of versions; those of which it may let go, since nobody needs them any more."""
+    """Note that a process holds the objects of these versions; returns the versions whose objects it may drop."""
     session = step.session
     assert session is not None
     unneeded = []

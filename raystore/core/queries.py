@@ -1,8 +1,8 @@
 """How records are found: the indexes of rollouts, and one set of rules for filters, sorting and pages.
 
 An index maps a value (a status, group, tag, queue or worker) to the ids of rollouts. It is kept with every change, so
-that a query need not scan. A condition is a predicate over a record; `and`/`or` joins the conditions of a caller. What
-must hold anyway (the rollout of a span query) is applied beforehand, so that `or` never leaks other rollouts.
+that a query need not scan. A condition is a predicate over a record; `and`/`or` joins the conditions of a caller. A
+condition that always applies (the rollout of a span query) is applied first, so that `or` never leaks other rollouts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which rollout is next: named queues ordered by priority, then by arrival.
 
 One order key per waiting rollout, `(-priority, arrival)`; with defaults everywhere that is the contract's FIFO. A
-rollout keeps its key for life, so that one that comes back keeps its place. What is *held back* waits as well, and is
-nobody's next until it is put in line.
+rollout keeps its key for life, so that one that comes back keeps its place. A rollout that is *held back* keeps its key
+too, and is not handed out until it is put in line again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from raystore.core.lazyheap import LazyHeap
 Order = tuple[int, int]
 Line = tuple[str, int]  #: queue, and one of
 
-#: Lines of a queue: for anybody; for a session of its own; for anybody too, after such a session did not come; for
-#: nobody, since it is held back.
+#: Lines of a queue. PLAIN: for any session. ASIDE: suspects, for a session that runs nothing else. OVERDUE: suspects
+#: for which no such session came in time, for any session. HELD: rollouts that are held back, for none.
 PLAIN, ASIDE, OVERDUE, HELD = LINES = range(4)
 
 
@@ -41,7 +41,7 @@ class Queues:
         return iter(self._line_of)
 
     def orders(self) -> list[tuple[str, tuple[Any, ...], Order]]:
-        """What waits, in which line (of what is held back with what it waits for), at which place."""
+        """Each rollout that waits, its line (with the resources id that it waits for, if any), and its order key."""
         return [
             (
                 rollout_id,
@@ -57,7 +57,7 @@ class Queues:
         return self._arrivals
 
     def restore(self, orders: Iterable[tuple[str, tuple[Any, ...], Order]], arrivals: int) -> None:
-        """Let wait what waited."""
+        """Fill empty queues with what `orders` and `arrivals` returned."""
         for rollout_id, (queue, line, *waits_for), order in orders:
             place = (order[0], order[1])
             if waits_for:

@@ -101,7 +101,7 @@ def packed(record: Any) -> dict[str, Any]:
 
 
 def unpacked(cls: Any, values: dict[str, Any]) -> Any:
-    """A record of plain data; what is not there takes its default, what is not known any more is left out."""
+    """A record from plain data: a missing field takes its default, an unknown one is ignored."""
     made: Any = object.__new__(cls)
     for field in declared(cls):
         if field.stored_as in values and field.in_snapshot:

@@ -1,7 +1,7 @@
 """The replies of a session's batches, kept in case a batch comes again.
 
-The reply of a change is kept until the client has it. Of what an answer handed over only the keys are kept, and of an
-operation that changes nothing only that it is to be run again.
+The reply of a change is kept until the client has received it. Of a reply that handed over claims or a batch only the
+keys are kept. Nothing is kept of a read, which runs again.
 Not here: running batches (`batches`).
 """
 

@@ -4,8 +4,11 @@ A version is immutable. Of each id the newest versions stay, and those that some
 ended. An older version that holds an object is *superseded*: once nobody refers to it, its value is freed at once,
 since weights are large; its record stays and says so.
 An object is in an object store for as long as the process lives that published it, and in the journal if it is small
-enough. The newest version of an id that is in neither is *missing*, which others find out and say here.
-Not here: who refers to a version (`attempts` counts references up and down), what waits for a version (`publishing`).
+enough. The newest version of an id is *missing* if its object is in neither; `publishing` finds that out and notes it
+in `missing`. What is freed is listed in `freed`: the service then tells the publisher to drop its references, and
+deletes the files of objects that no version needs.
+Not here: which attempts refer to a version (`state.put_attempt`), rollouts that wait for a version (`publishing`), who
+acts on `freed` (`service.service`).
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ Object = tuple[str | None, int]  #: address in the journal (None: it is not kept
 
 
 class Freed(NamedTuple):
-    """A version whose value has gone: who may let go of it, and which objects of the journal nobody needs any more."""
+    """A version whose value was freed: the session that may drop its objects, and the journal files to delete."""
 
     resources_id: str
     version: int
@@ -54,7 +57,7 @@ class ResourceTable:
         self._publishing: dict[str, int] = {}  # how many versions each of them holds
         self._unread: dict[Version, list[str]] = {}  # sessions that could not read a version
         self.missing: dict[str, tuple[int, str]] = {}  # by id: the newest version, which cannot be had, and why
-        self.freed: list[Freed] = []  #: what was freed since this was replaced (`State.take_effects`)
+        self.freed: list[Freed] = []  #: what was freed since `State.take_effects` was called last
 
     def __len__(self) -> int:
         return len(self._versions)

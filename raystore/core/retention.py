@@ -1,7 +1,8 @@
 """Forgetting: rollouts are deleted by hand and by rule, and spans are evicted when memory is full.
 
 The rule `retention` deletes finished rollouts by age or number: first those that were released or whose consumers are
-done with them, then those that were read. No other rollout is deleted, and none that a consumer awaits or holds.
+done with them, then those that were read. No other rollout is deleted, and none that a consumer awaits or holds:
+`training.enter_retention` decides which rollouts may go.
 Deletion frees everything: rollout, attempts, spans, counters, marks, log entries.
 
 Above the eviction threshold a pass evicts the spans of whole rollouts until memory is below the safe threshold. The
@@ -79,7 +80,7 @@ def delete(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
 
 
 def held_among(state: State, rollout_ids: list[str]) -> str | None:
-    """The first of these that a consumer holds; of many without a look at each, since old ones are on disk."""
+    """The first of these rollouts that a consumer holds. Of many, no entries are read: old ones are on disk."""
     if len(rollout_ids) < FEW:
         held = (i for i in rollout_ids if (entry := state.entries.get(i)) is not None and entry.is_held)
         return next(held, None)
@@ -109,7 +110,7 @@ def due(state: State, now: float, limit: int) -> list[str]:
             disposable.pop()
             if is_wanted(state, entry):  # a consumer has become known since
                 continue
-            if ended != (actual := entry.rollout.end_time or ended):  # of a snapshot that does not say
+            if ended != (actual := entry.rollout.end_time or ended):  # from a snapshot without end times
                 disposable.put(rollout_id, actual)
                 continue
             met.append((rollout_id, ended))

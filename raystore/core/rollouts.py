@@ -41,7 +41,7 @@ LONG_BYTES = 512 * 1024  #: and one with more bytes
 
 
 def _content(request: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What must be the same if a caller-given id comes again, in the order of `CONTENT`."""
+    """The values that must be equal when a caller-given id is enqueued again, in the order of `CONTENT`."""
     values = [request.get(name) for name in _VALUES]
     digests = dict(zip(_VALUES, request.get("digests") or map(digest_of_bytes, values), strict=True))
     return tuple(digests[name] if name in digests else request.get(name) for name in CONTENT)
@@ -104,9 +104,9 @@ def existing_of(state: State, request: Mapping[str, Any]) -> Entry | None:
 def enqueue(
     state: State, step: Step, *, requests: list[Request], admit: Whole | None = None, chain: InChain | None = None
 ) -> list[Pair] | tuple[list[Pair], int]:
-    """All of them or none, also if they come in parts: those wait for the last one, which is answered for all.
+    """Enqueue all requests or none. Parts of one call are kept until its last part, whose answer is for all.
 
-    `admit` says how many there are in all, so that a part that is missing is noticed.
+    `admit` is the number of requests in all parts, so that a missing part is noticed.
     """
     latest = state.resources.latest_id
     if chain is not None:
@@ -261,7 +261,7 @@ def update(state: State, step: Step, *, rollout_id: Id, changes: RolloutChanges)
 
 
 def _move_references(state: State, entry: Entry, before: str | None) -> None:
-    """Attempts that run were given the old resources; the rollout names others from now on."""
+    """Move the references of running attempts from the old resources id `before` to the new id of their rollout."""
     for index, attempt in enumerate(entry.attempts):
         if is_live(attempt):
             state.resources.refer(before, attempt.resources_version, -1)
@@ -292,7 +292,7 @@ def release(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
 
 
 def mark_read(state: State, entry: Entry) -> None:
-    """Note that somebody has read the spans of a finished rollout; costs nothing in a journal, so it is no step."""
+    """Note that somebody has read the spans of a finished rollout. It is no step: a journal does not keep it."""
     if entry.read or entry.rollout.status not in FINISHED:
         return
     entry.read = True

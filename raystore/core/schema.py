@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 
 
 class As(NamedTuple):
-    """What a value is when it comes in, where the verb is given something else for it."""
+    """The type in which a value arrives, where the verb gets another type."""
 
     annotation: Any
 
@@ -137,7 +137,7 @@ class WorkerChanges(TypedDict, total=False):
 
 
 class Filters(TypedDict, total=False):
-    """Which rollouts; what is None or absent says nothing."""
+    """Selects rollouts; a filter that is None or absent selects all."""
 
     group_id: Id | None
     tags: Tags | None
@@ -413,7 +413,7 @@ class _Fields(_Node):
 
 
 class _Arguments(_Fields):
-    """The arguments of a verb: written out one by one, since every operation comes by."""
+    """The arguments of a verb. Their checks are unrolled, since every operation runs them."""
 
     def whole(self) -> Callable[[Any], bool]:
         """Whether arguments are right, as one function."""

@@ -1,10 +1,10 @@
 """A whole state as plain values: section by section and back, and as one number, its digest.
 
-What `restore` makes of the sections is the state they were taken of, in everything that a replay must reproduce.
-Rollouts are known by their numbers here, in the order in which they came. What an index or a table needs is made at
-once. The rest of a rollout stands in a chunk of columns, and its entry is empty until somebody looks at a field of it:
-that fills the whole chunk. So a store of a million rollouts starts in seconds, since most of them have finished and
-nobody asks for them; and a chunk that nobody needed goes into the next snapshot as it is.
+`restore` rebuilds from `sections` everything that a replay must reproduce. A snapshot refers to a rollout by its number
+in the order of creation. Indexes and tables are restored at once. Other fields of rollouts are in chunks of columns:
+an entry stays empty until one of its fields is read, which loads its whole chunk. So a store of a million rollouts
+starts in seconds, since most of them have finished and are not read. A chunk that was not loaded is copied into the
+next snapshot.
 A digest tells two processes whether they hold the same state. It covers everything that a replay must reproduce, and
 nothing that only one process knows: what was read, who was heard when, which bodies are in memory, what is to be sent.
 Not here: the file (`journal.snapshot_file`), batches under way (`journal.replay`).
@@ -69,7 +69,7 @@ def sections(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
 
 
 def _chunks(state: State) -> Iterator[tuple[dict[str, Any] | LazyChunk, list[int]]]:
-    """Chunks with the numbers of their rollouts; what moves is apart from what waits, and that from what has ended."""
+    """Chunks with the numbers of their rollouts. Running, waiting and finished rollouts are in chunks of their own."""
     unread: dict[int, tuple[LazyChunk, list[int]]] = {}
     gathering: dict[bool | None, tuple[list[Entry], list[int]]] = {}
     for number, entry in enumerate(state.entries.values()):
@@ -323,7 +323,7 @@ def digest(state: State) -> str:
 
 
 def verify(state: State, count: int) -> str:
-    """A digest of the rollouts that were touched longest ago, so many, which count as untouched from now on.
+    """The digest of the `count` rollouts that were touched longest ago; they count as untouched from now on.
 
     Two processes that follow the same steps touch the same rollouts in the same order, and find the same digest.
     """

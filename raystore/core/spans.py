@@ -1,7 +1,7 @@
 """Spans as encoded bodies with a small index, their numbers and their bytes.
 
-Tells the rest of the core only a summary of what was written (`SpansWritten`), and keeps the sequence counters, so that
-spans could one day live on another node than the rollouts they belong to.
+The table also keeps the sequence counters. The rest of the core gets only a summary of each write (`SpansWritten`), so
+that spans could be stored on another node than their rollouts.
 The index of a rollout may be on disk only (in a snapshot), and is read when somebody asks for it.
 Not here: whether rollout and attempt exist, what a span does to a status (`attempts`).
 """

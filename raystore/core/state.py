@@ -1,8 +1,8 @@
 """Everything a store knows, and the few ways in which a record is replaced.
 
-`State` holds the tables; the verbs live beside it, one file for each noun (`rollouts`, `attempts`, `claims`, `workers`,
-`retention`). Whatever replaces a rollout or an attempt goes through `put_rollout` and `put_attempt`, so that indexes,
-references and holders cannot drift.
+`State` holds the tables; the functions that change them are in one file for each noun (`verbs` lists them). Code that
+replaces a rollout or an attempt calls `put_rollout` or `put_attempt`, which keep indexes, references and holders
+consistent.
 Not here: decisions (`lifecycle` and the verbs), time (`Step` carries it), durability.
 """
 
@@ -132,7 +132,7 @@ class Session:
     session_id: str
     #: When it was heard last, on the clock by which sessions age.
     last_heard: float = declare(in_digest=False)
-    #: It is the process that owns the store.
+    #: Whether it is the session of the store's own process, which ends with the store.
     eternal: bool = declare(False)
     ended_at: float | None = declare(None)
     #: Claims that are not acknowledged, and since when.
@@ -157,7 +157,7 @@ class Session:
     )
     #: Which process it is: see `raystore.remote.lifelines`. None if it did not say.
     process: list[Any] | None = declare(None)
-    #: Since when it takes nothing else, for it runs a suspect or is drained for one. Once until it is idle again.
+    #: Since when it gets no other work, because it runs a suspect or is drained for one; None once it is idle again.
     reserved_since: float | None = declare(None)
 
     @property
@@ -184,9 +184,9 @@ class Consumer:
     filter: dict[str, Any] | None = declare(None)
     #: What it is to be given, in this order.
     awaiting: OrderedDict[str, None] = declare(make=OrderedDict, pack=list, unpack=OrderedDict.fromkeys, shows=list)
-    #: Of that, what it had before.
+    #: Those of `awaiting` that it had taken before.
     returned: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
-    #: What is not finished and may come; found when it is needed, if the filter is a narrow one.
+    #: Unfinished rollouts that fit its filter; None until they are needed.
     coming: dict[str, None] | None = declare(None, in_snapshot=False, in_digest=False)
     #: Batches so far.
     made: int = declare(0)
@@ -234,7 +234,7 @@ class Entry:
     number: int
     #: The arguments of a caller-given id, to tell a repetition from a conflict.
     given: tuple[Any, ...] | None = declare(None, unpack=lambda row: row if row is None else tuple(row))
-    #: That count for it, beside its spans.
+    #: Bytes that count for it, apart from its spans.
     bytes: int = declare(0)
     #: In the order of their sequence ids; each with its clock.
     attempts: list[Attempt] = declare(make=list)
@@ -418,7 +418,7 @@ class State:
         return effects
 
     def offer_all(self) -> None:
-        """There may be something to hand out from any queue: who may have it has changed."""
+        """Offer the work of all queues again: which sessions may have it has changed."""
         self.effects.queues.update(self.queues.lengths())
 
     def gather(self) -> None:

@@ -1,7 +1,7 @@
 """Training on each finished rollout exactly once: what consumers await and take, and what a durable model has seen.
 
 A consumer awaits the finished rollouts that its filter selects; as long as it has no filter, all that can be trained
-on. What each awaits is kept with every change of a rollout (`follow`), so that taking costs only what is taken.
+on. Each change of a rollout updates what consumers await (`follow`), so that the cost of a take is that of its batch.
 A consumer takes batches, in completion order, each rollout once. It says which step of its model consumed a batch
 (`ack`), and up to which step the model is durable (`checkpoint`). When the model falls back to an earlier step
 (`rewind`), what was consumed after that comes again, in the order in which it was taken.
@@ -173,7 +173,7 @@ def enter_retention(state: State, entry: Entry) -> None:
 
 
 def settle(state: State, entry: Entry) -> None:
-    """Somebody wants a rollout no longer, or does again: where it stands for retention and eviction."""
+    """Update the place of a rollout for retention and eviction, after what consumers await or hold has changed."""
     enter_retention(state, entry)
     if state.spans.has(entry.rollout.rollout_id):
         enter_eviction(state, entry)
@@ -196,7 +196,7 @@ def check_filter(state: State, consumer: str, asked: Filter | None) -> None:
 
 
 def know(state: State, consumer: str, wanted: Filter | None = None) -> Consumer:
-    """The consumer of this name, known from now on; a filter, if there is one, is its own from now on."""
+    """The consumer of this name, made known if it is new; sets its filter if one is given."""
     known = state.consumers.get(consumer)
     if known is None:
         bounds.admit("consumers", len(state.consumers), bounds.CONSUMERS)
@@ -247,7 +247,7 @@ def _accepts(state: State, consumer: str, wanted: Filter | None, *, is_new: bool
 
 
 def let_go(state: State, consumer: str) -> list[str]:
-    """Forget a consumer: the rollouts that it awaited or held, and keeps from nobody any more."""
+    """Forget a consumer; returns the rollouts that it awaited or held."""
     known = state.consumers.pop(consumer, None)
     if known is None:
         return []
@@ -275,7 +275,7 @@ def others(entry: Entry, consumer: str) -> Mapping[str, Taken]:
 
 
 def _sort_coming(state: State) -> None:
-    """What runs may be awaited by nobody now."""
+    """Classify again the rollouts that a consumer was going to await: perhaps none is any more."""
     for rollout_id in list(state.eviction_heaps[COMING]):
         enter_eviction(state, state.entries[rollout_id])
 
@@ -335,7 +335,7 @@ def _left_behind(known: Consumer) -> int | None:
 
 
 def is_ready(state: State, known: Consumer, count: int) -> bool:
-    """Whether waiting longer would bring a consumer no more than it can have now."""
+    """Whether a take should be answered now, because waiting would not make its batch larger."""
     if _left_behind(known) is not None:
         return True
     there = len(_next(state, known, count)) if state.deleting else min(len(known.awaiting), count)
@@ -484,7 +484,7 @@ def decline(state: State, step: Step, session: Session, key: BatchKey) -> bool:
 
 
 def _mine(state: State, step: Step, known: Consumer, consumer: str, batch: int) -> None:
-    """Refuse a session whose batch another one has taken over. What the holder says of a batch acknowledges it."""
+    """Refuse a session whose batch another session has taken over. A call of the holder also acknowledges the batch."""
     whose = known.holders.get(batch)
     session = step.session
     if session is None or whose is None:

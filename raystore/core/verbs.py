@@ -2,8 +2,11 @@
 
 A verb takes the state, a step, and plain keyword arguments; it answers with records or plain values. `VERBS` says of
 each whether it changes the state, which rollouts it names, what its caller may have to wait for, and whether its answer
-hands something over that the caller must acknowledge. A verb whose caller must wait answers None, and is not blocked.
-Not here: calls that wait (`service.parking`), the batches in which operations come (`batches`).
+hands something over that the caller must acknowledge. A verb never blocks: it answers None if its caller must wait.
+To add a verb: write its function in the file of its noun, enter it in `VERBS`, and add a method to `raystore.api` and
+`client.client`.
+Not here: verbs about the store's process (`service.service.PROCESS_VERBS`) and about a session
+(`remote.server_session.OWN`), calls that wait (`service.parking`), the batches in which operations come (`batches`).
 """
 
 from __future__ import annotations
@@ -40,12 +43,12 @@ class Verb:
         object.__setattr__(self, "fits", schema.fits)
 
     def require(self, verb: str, arguments: dict[str, Any]) -> None:
-        """Refuse what are no arguments of the verb; nobody's nonsense may fail inside the core."""
+        """Raise `InvalidValueError` unless the arguments fit the verb: wrong ones must not fail inside the core."""
         if not self.fits(arguments):
             raise self.schema.refusal(verb, arguments)
 
     def rollouts_named(self, arguments: dict[str, Any]) -> list[str]:
-        """The rollouts a call is about, which time must have caught up with before it runs; it may still be refused."""
+        """The rollouts that a call names. Their deadlines are applied before it runs, even if it is then refused."""
         named: list[str] = []
         for name in self.names:
             value = arguments.get(name)
@@ -107,7 +110,7 @@ def perform(state: State, step: Step, spec: Verb, arguments: dict[str, Any]) -> 
 
 
 def _end_chain(state: State, step: Step, *, chain_id: int) -> bool:
-    """The caller of a bulk call has gone before its last part left; whether there was anything of it."""
+    """Drop a bulk call whose caller was gone before its last part left. Returns whether a part had come."""
     assert step.session is not None
     return step.session.chains.pop(chain_id, None) is not None
 
@@ -225,7 +228,7 @@ def _advance(state: State, step: Step, *due: list[Any]) -> None:
 def _hand_over(
     state: State, step: Step, session_id: str, ticket: int, queues: list[str], limit: int, worker_id: str | None
 ) -> list[Entry]:
-    """Give work to a call that waits for it; it was told that it waits, so that it came away empty is no news."""
+    """Give work to a parked call. That there is none is not recorded again: it was recorded when the call came."""
     session = state.sessions[session_id]
     step.session = session
     claimed = claims.claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
@@ -270,8 +273,8 @@ def _forget_workers(state: State, step: Step, worker_ids: list[str]) -> None:
     workers.forget(state, worker_ids)
 
 
-#: Changes of the state that time, waiting, and the life of sessions bring, under the names by which a journal knows
-#: them. Whoever has a clock decides that one is needed, and with which arguments; doing it is the same at a replay.
+#: Changes that no caller asks for: deadlines, work for parked calls, sessions that begin or end. The keys are the names
+#: that a journal uses. The service decides when a step runs, and with which arguments; a replay runs the recorded ones.
 STEPS: dict[str, Callable[..., Any]] = {
     "pause": _pause,
     "advance": _advance,

@@ -1,4 +1,4 @@
-"""Verbs of those who wait: for rollouts to finish, for completions, for changes.
+"""Verbs whose callers may wait: for rollouts to finish, for completions, for changes.
 
 A verb answers None if its caller has to wait.
 """
@@ -43,8 +43,8 @@ def sort_out(
 ) -> tuple[list[Pair], tuple[int, list[str], int | None]]:
     """The finished rollouts among these in the order of completion; then a cursor, the unfinished ones, and a token.
 
-    All of one moment. By the token `completed` is asked for what finishes of the unfinished ones; it takes the place
-    of an earlier token.
+    All of it is from one step. Pass the token to `completed` to learn which of the unfinished ones finish. It replaces
+    an earlier token.
     """
     assert step.session is not None
     if instead_of is not None:

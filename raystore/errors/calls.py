@@ -1,7 +1,8 @@
-"""What somebody is told whose call does not fit a function: the argument that was meant, and the form of the call.
+"""Better TypeErrors for calls that do not fit a function: they name the argument that was meant, and the signature.
 
-Python says that a name is unexpected or an argument missing, and not what to write instead. To be told costs a frame
-for each call (`explained`); the four methods that are called most take what is not theirs themselves (`unfit`).
+Python says that a name is unexpected or an argument missing, and not what to write instead. `explained` wraps a
+function, which costs a stack frame for each call. So the four methods that are called most are not wrapped: they accept
+any arguments, and raise `unfit`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def explained(function: F) -> F:
 
 
 def explained_with(options: Iterable[Parameter]) -> Callable[[F], F]:
-    """Do the same to a function whose `**options` are these: its signature shows them, and it is given no others."""
+    """The same for a function with these `**options`: its signature lists them, and any other is refused."""
 
     def decorate(function: F) -> F:
         own = inspect.signature(function)
@@ -77,7 +78,7 @@ def explained_with(options: Iterable[Parameter]) -> Callable[[F], F]:
 
 
 def explain_methods(cls: type, names: Iterable[str]) -> None:
-    """Do this to methods of a class, also to inherited ones. Those that take what is not theirs do not show it."""
+    """Wrap methods of a class, also inherited ones, in `explained`; those that accept any arguments only hide that."""
     for name in names:
         method = getattr(cls, name, None)
         if not inspect.isfunction(method):
@@ -94,12 +95,12 @@ def explain_methods(cls: type, names: Iterable[str]) -> None:
 
 
 def typed_as(form: Callable[Concatenate[Any, P], R]) -> Callable[[Callable[..., R]], Callable[Concatenate[Any, P], R]]:
-    """For a type checker, the form of another method: so that one that takes what is not its own can be overridden."""
+    """Give a method the signature of another one for type checkers, so that subclasses can override it."""
     return lambda method: method
 
 
 def unfit(method: Callable[..., Any], unnamed: Sequence[Any], unknown: Mapping[str, Any], **required: Any) -> TypeError:
-    """The error for a call of a method with too much without a name, names it has not, or `NOT_GIVEN`."""
+    """The TypeError for too many positional arguments, unknown keywords, or a required argument that is `NOT_GIVEN`."""
     signature = inspect.signature(method)
     signature = signature.replace(parameters=list(signature.parameters.values())[1:])
     taken = [None for parameter in signature.parameters.values() if parameter.kind in _BY_POSITION]

@@ -5,11 +5,14 @@ starts the helper and hears of its end. From time to time the digest of the roll
 recorded, and every replay must find the same. If a helper does not, that is logged as critical, and nothing more is
 deleted.
 
-The helper (`python -m raystore.journal.compaction PATH EPOCH NUMBER`) replays the snapshot before, and behind it the
-segments up to the named one, which its writer has closed, and must find what the writer found. Only then the new
-snapshot counts, and the segments are deleted, but for records that hold bodies of spans that are still there. A writer
-closes a segment only while it has no successor, so every later writer has read all of it: a snapshot of closed segments
-is right whoever writes by then, and a helper goes on when its store has died. Only one helper works at a time.
+The helper (`python -m raystore.journal.compaction PATH EPOCH NUMBER`) reads the previous snapshot, and replays the
+segments after it up to the named one, which the writer has closed. The replay must reproduce the digests that the
+writer recorded. Only then the new snapshot counts, and the segments are deleted, except for records with bodies of
+spans that still exist.
+
+A writer closes a segment only while it is the newest writer, so every later writer has read the whole segment. So a
+snapshot of closed segments stays valid when another writer takes over, and a helper goes on when its store has died.
+Only one helper works at a time.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def find_frame(data: memoryview, at: int) -> Frame | None:
 
 # -- heads of records --------------------------------------------------------------------------------------------------
 
-#: Kinds of records. Any other kind is the name of a step (`core.steps`), with its arguments.
+#: Kinds of records. Any other kind is the name of a step (`core.verbs.STEPS`), with its arguments.
 START = (
     "start"  # a process begins to write: [writer info, settings, position up to which it read, seconds away or None]
 )

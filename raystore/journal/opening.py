@@ -158,7 +158,7 @@ def _read(
 def _hold(
     directory: Directory, epoch: int, settings: Settings, marker: CrashMarker, progress: ReadingProgress | None
 ) -> Opened:
-    """Open a journal of which one record ended several processes: with the state before that record, for reading."""
+    """Open a journal in which one record has ended several processes: read-only, with the state before that record."""
     _, replayed = _read(directory, epoch, marker, progress, stop_at=marker.died_at)
     held = JournalHeldError(str(directory.path), marker.died_at, marker.deaths)
     logger.critical("%s", held)

@@ -1,7 +1,7 @@
 """Writes the journal records of one service. Not thread-safe: the service holds its lock.
 
-A batch is recorded when it has run as far as it runs without interruption: at its end, or before anything else is
-recorded. Batches of reads leave no record.
+A batch is recorded at its end, or when it is interrupted, before anything else is recorded. Batches of reads leave no
+record.
 """
 
 from __future__ import annotations

@@ -391,7 +391,7 @@ class Endpoint:
         if served is None or served.session.ended_at is not None:
             return frames.pack_answer(service.epoch, frames.ENDED)
         service.heard(served.session)
-        # A client that knows the process before believes in parked calls that are no more: it is told at once.
+        # A client with an older epoch has parked calls in a process that has ended: answer at once, so that it knows.
         seconds = LISTEN_SECONDS * random.uniform(0.7, 1.0) if epoch == service.epoch else 0.0
         answer = await served.listen(received, seconds)
         if self._is_durable:

@@ -135,7 +135,7 @@ class ClientSession:
                 if answer:
                     return answer
                 arguments = with_time_left(waits, time.monotonic() - started)
-            except GeneratorExit:  # a collection strikes anywhere, also where the lock is held
+            except GeneratorExit:  # garbage collection may run anywhere, also while the lock is held
                 self._orphans.append(operation)
                 raise
             except BaseException:
@@ -340,11 +340,11 @@ class ClientSession:
     # -- the lifeline ------------------------------------------------------------------------------------------------
 
     def _tie(self, session_id: str, epoch: int) -> None:
-        """See to it that this process of the store learns of our end, although it cannot look for us.
+        """Make the lifeline: let the store learn of the end of this process where it cannot look for it.
 
-        We own the result of a call that never ends (`linger`), and lend it to the store, which waits for it as well
-        (`hold`). When we are gone, Ray tells the store that the owner of what it waits for has died; one that is frozen
-        still owns it.
+        This process owns the result of a call that does not return (`linger`), and passes it to another call (`hold`),
+        in which the store waits for that result. When this process ends, Ray tells the store that the owner of the
+        result has died. A frozen process still owns it.
         """
         self._tied = (session_id, epoch)
         if self._machine is None or epoch == self._near:  # the next process of the store may be elsewhere
@@ -354,7 +354,7 @@ class ClientSession:
             reference.future().add_done_callback(self._on_torn)
 
     def _on_torn(self, future: Any) -> None:
-        """A call came back: with the session, or since the store could not be reached, which is to be tried again."""
+        """A call of the lifeline returned: the session ended, or the store could not be reached; then tie it again."""
         with contextlib.suppress(Exception):
             if future.exception() is not None:
                 self._tied = None

@@ -603,7 +603,7 @@ class SessionState:
     # -- another process of the store, another session, the end ------------------------------------------------------
 
     def _follow(self, epoch: int) -> list[Operation]:
-        """A newer process of the store answers; the calls that are parked in the one before."""
+        """Take the epoch of a newer process of the store; returns the calls that were parked in the one before."""
         self.epoch = epoch
         self._hint, self._is_wanted = 0, True  # its hints are numbered from the beginning
         return list(self._parked.values())
@@ -611,7 +611,7 @@ class SessionState:
     def _resume(self, operations: list[Operation], now: float) -> None:
         """Send calls again that were parked in a process that is no more, unless it had answered them.
 
-        One that may have been handed something there asks for that first.
+        A call that may have been handed work in that process asks for this work first.
         """
         operations = [op for op in operations if op.ticket in self._parked and not op.abandoned]
         for operation in operations:

@@ -162,7 +162,7 @@ def _is_switched_off() -> bool:
 
 
 def _handing_on(submit: Any) -> Any:
-    """Wrap `ThreadPoolExecutor.submit`: a function that is submitted within a rollout runs in it, its thread not."""
+    """Wrap `ThreadPoolExecutor.submit`, so that a function that is submitted within a rollout also runs within it."""
     no_threads = getattr(concurrent.futures, "InterpreterPoolExecutor", ())  # a subclass
 
     @functools.wraps(submit)
@@ -233,7 +233,7 @@ class RolloutSpanProcessor(SpanProcessor):
             self._drop_oldest()
 
     def _is_outside(self, span: Any) -> bool:
-        """Whether a span is surely no agent's: none runs, or it goes on with what began when none did."""
+        """Whether a span is certainly of no agent: no agent runs, or its parent started outside of every rollout."""
         if any_running() is None or is_outside_rollouts():
             return True
         return span.parent is not None and (span.parent.trace_id, span.parent.span_id) in self._outside

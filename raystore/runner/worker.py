@@ -1,7 +1,9 @@
 """One runner: it claims rollouts by long poll, runs the agent on them, sends the spans and reports the endings.
 
 The last spans, the final status and the next claim leave together. Heartbeats come from a thread that an agent cannot
-block. An exception of the agent fails its attempt and nothing else.
+block. An exception of the agent fails its attempt and nothing else. A runner that is stopped without draining cancels
+its agents, and gives their rollouts back: `_finish` reports the outcome "withdrawn".
+Not here: runners that are killed before they gave everything back (`actors`), what the store does (`core.claims`).
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class LoopAlarm:
 class ThreadAlarm:
     """An alarm with a daemon thread of its own, started when first set (in process).
 
-    A store that nobody refers to any more is not kept by it, and the thread ends.
+    The alarm does not keep its store alive: the thread ends after the store was garbage collected.
     """
 
     def __init__(self, ring: Callable[[], None]) -> None:
@@ -152,7 +152,7 @@ class ThreadAlarm:
 
 
 def _rung(ring: Callable[[], None]) -> bool:
-    """Ring; an error that nobody foresaw is told, and must not be the last thing that this clock did."""
+    """Ring; an unexpected error is logged, and must not stop the clock. Returns whether there was none."""
     try:
         ring()
     except Exception:

@@ -22,7 +22,7 @@ from raystore.service.clock import Clock
 from raystore.service.presence import LivenessChecks, Pools
 
 FOR_EVER_SECONDS = 1e9  #: a call with a longer timeout waits without a limit
-#: What waits for rollouts to finish, which pools that cannot work will not do.
+#: Kinds of calls that wait for runners: they are refused if only pools that cannot work serve their queues.
 _NEEDS_RUNNERS = frozenset({"rollouts", "batch", "completions"})
 
 PARKED: Any = object()  #: answer of a call that waits; the real one goes to its `deliver`
@@ -79,7 +79,7 @@ class Parking:
         liveness: LivenessChecks,
         pools: Pools,
     ) -> None:
-        """`step` begins a change of the state, `do` makes and records it; without `regain_space` none is."""
+        """`step` begins a step, `do` runs and records it; nothing is changed while `regain_space` returns False."""
         self._state, self._step, self._do, self._clock = state, step, do, clock
         self._regain_space, self._liveness, self._pools = regain_space, liveness, pools
         self._made = 0
@@ -224,7 +224,7 @@ class Parking:
             self._answer(call, self.what_there_is(call))
 
     def what_there_is(self, call: ParkedCall) -> Any:
-        """The answer of a call, a batch apart, that waits no longer."""
+        """The answer of a call whose time is over; for a call that waits for a batch see `_offer_batch`."""
         if call.waits_for == "rollouts":
             return waiting.finished_by_now(self._state, call.arguments["rollout_ids"])
         return [] if call.waits_for == "work" else ([], call.cursor)

@@ -39,7 +39,7 @@ class Pools:
     def __init__(self) -> None:
         self._failed: dict[str, _Failed] = {}
         self._servers: dict[str, dict[str, None]] = {}  # sessions that asked for work, by queue
-        self.asked_by: dict[str, set[str]] = {}  #: and the other way round
+        self.asked_by: dict[str, set[str]] = {}  #: queues that each session has asked for work of
         self._unserved: dict[str, float] = {}  # queues in which something waits, and since when
         self._named: set[str] = set()  # of these
         self.at: float | None = None  #: when the next is to be named, on the clock by which sessions age
@@ -113,7 +113,7 @@ class Pools:
         return bool(self._failed)
 
     def why_never(self, state: State, rollout_ids: Iterable[str] | None = None) -> PoolFailedError | None:
-        """Why none of these rollouts (of all, without them) will finish: all wait for pools that cannot work."""
+        """The error if all these rollouts (None: all) wait for pools that cannot work; None if one may finish."""
         if not self._failed:
             return None
         if rollout_ids is None:

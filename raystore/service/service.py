@@ -76,7 +76,7 @@ class Service:
         opened: Opened | None = None,
         on_failure: Callable[[StoreError], None] | None = None,
     ) -> None:
-        """`on_failure` ends the process, for which another one goes on; without it callers are told."""
+        """`on_failure` ends this process, so that another one takes its place; without it, callers get the error."""
         self.config = config
         self.name = name
         self.capacity_bytes = capacity_bytes
@@ -106,7 +106,7 @@ class Service:
         self.operations: int = 0
         self.actor_calls = 0
         self.spans_lost: Counter[str] = Counter()  # by reason, as runners tell this process
-        self.overloads: int = 0  # what was refused since there was too much of something
+        self.overloads: int = 0  # calls that were refused at a limit
         self.last_eviction_seconds: float = 0.0
         self._eviction_seconds = 0.0  # of the pass that is under way
         self.on_notice: Callable[[str], None] = lambda session_id: None  # wakes the session's listen call
@@ -133,7 +133,7 @@ class Service:
         self._wait_in(self.state.queues.lengths())
 
     def _hold_back_what_is_missing(self) -> None:
-        """References of a process before this one lead nowhere; only what the journal keeps can still be had."""
+        """After a restart, hold back the rollouts whose resources refer to objects that the journal does not keep."""
         assert self.objects is not None
         resources = self.state.resources
         for held in resources.all_newest():
@@ -300,7 +300,7 @@ class Service:
         return bool(due)
 
     def do(self, kind: str, step: Step, *arguments: Any) -> Any:
-        """A change that is no operation of a caller."""
+        """Run and record a step (`core.verbs.STEPS`): a change that is no operation of a caller."""
         minted, reservations = step.minted, self.state.reservations
         try:
             done = STEPS[kind](self.state, step, *arguments)
@@ -364,7 +364,7 @@ class Service:
         return recorder is not None and recorder.writer.when_durable(recorder.position, told)
 
     def _watch(self, writer: JournalWriter) -> None:
-        """Hear of the end of the journal; one of a store that nobody refers to any more is let go of."""
+        """Learn of a failure of the journal; close the journal when this service is garbage collected."""
         failed = weakref.WeakMethod(self._journal_failed)
 
         def tell(error: StoreError) -> None:
@@ -422,7 +422,7 @@ class Service:
             self.on_notice(session_id)
 
     def _let_go_of_objects(self, freed: list[Freed]) -> None:
-        """Values were freed: tell who holds their objects, and delete files once that is as durable as they were."""
+        """Values were freed: notify the processes that hold their objects; delete files once the change is durable."""
         for one in freed:
             session = self.state.sessions.get(one.publisher or "")
             if session is not None and session.ended_at is None and not session.eternal:
@@ -546,7 +546,7 @@ class Service:
                 self._do(self._afterwards)
 
     def claims_left(self, session: Session) -> None:
-        """The claims of a session leave only now, so that the time in which they are to be acknowledged begins."""
+        """Start the time to acknowledge the claims of a session anew: the answer with them leaves only now."""
         with self._lock:
             age = self.clock.age()
             for key in session.claims:

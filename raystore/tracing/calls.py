@@ -157,7 +157,7 @@ class _Joined:
         self.prompt_ids, self.response_ids = facts.prompt_ids, facts.response_ids
 
     def agrees_with(self, other: _Joined) -> bool:
-        """Whether nothing that both know differs."""
+        """Whether the two are equal in every fact that both have."""
         return all(
             mine is None or theirs is None or mine == theirs
             for mine, theirs in (
