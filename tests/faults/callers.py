@@ -79,7 +79,7 @@ async def main() -> None:
         store = rs.connect(name)
     if kind == "resume":
         began = time.monotonic()
-        offered = {}
+        offered: dict[str, Any] = {}
         while len(offered) < int(more[1]):
             claimed = await store.dequeue_rollout(timeout=float(more[2]))
             if claimed is None:

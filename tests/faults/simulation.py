@@ -69,8 +69,8 @@ class Disk:
 
     def follow(self, upto: int | None = None, *, from_snapshot: bool = True) -> Replay:
         """What whoever looks now finds."""
-        is_there = from_snapshot and self.snapshot is not None
-        follower = Replay.from_snapshot(self.snapshot) if is_there else Replay()
+        snapshot = self.snapshot if from_snapshot else None
+        follower = Replay() if snapshot is None else Replay.from_snapshot(snapshot)
         for number, record in enumerate(self.records[:upto], 1):
             if number > follower.last:
                 follower.apply(number, [memoryview(chunk) for chunk in record])
@@ -278,7 +278,7 @@ class World:
         """Lost, doubled, unexpected, out of order, and whether the disk says the same as the memory."""
         state = self.service.state
         check.check(state)
-        made: dict[bytes, list[Any]] = {}
+        made: dict[Any, list[Any]] = {}
         for entry in state.entries.values():
             made.setdefault(entry.rollout.input, []).append(entry)
         asked = {value for peer in self.peers for value in peer.asked}
@@ -513,7 +513,7 @@ def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int
 
 def _start(coroutine: Any) -> asyncio.Future[Any]:
     """A task whose end is seen by somebody in any case, also if its run is broken off."""
-    task = asyncio.ensure_future(coroutine)
+    task: asyncio.Future[Any] = asyncio.ensure_future(coroutine)
     task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     return task
 

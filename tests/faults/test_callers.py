@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
 import sys
 import time
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,9 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.remote.lifelines import Process
 from tests.conftest import MakeRayStore
 from tests.faults.processes import ROOT, broken, describe, later
-from tests.helpers import until
+from tests.helpers import present, until
 
 
 @contextlib.asynccontextmanager
@@ -31,7 +32,7 @@ async def caller(kind: str, store_name: str | None, *more: Any, address: str | N
     """A process that does something with a store, killed at the end; and what it says, line by line."""
     address = address or ray.get_runtime_context().gcs_address
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.faults.callers", kind, address, store_name, *map(str, more),
+        sys.executable, "-m", "tests.faults.callers", kind, address, present(store_name), *map(str, more),
         stdout=asyncio.subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
     try:
@@ -45,7 +46,7 @@ async def caller(kind: str, store_name: str | None, *more: Any, address: str | N
 async def said(process: Process) -> Any:
     """The next line of a caller."""
     async with asyncio.timeout(90):
-        line = await process.stdout.readline()
+        line = await present(process.stdout).readline()
     assert line, "the caller ended"
     return json.loads(line)
 
@@ -112,7 +113,7 @@ async def kill_holders(store: rs.RayLightningStore, times: int, kind: str = "hol
                         return None, True
                     await asyncio.sleep(0.02)
                 delays.append(time.monotonic() - killed)
-                assert (await store.get_latest_attempt(held)).outcome == "runner_lost"
+                assert present(await store.get_latest_attempt(held)).outcome == "runner_lost"
             if number == min(times - 1, 1):  # in a minute its silence would tell
                 await asyncio.sleep(5)
                 is_kept = (await store.get_rollout_by_id(kept)).status == "preparing"
@@ -230,12 +231,12 @@ async def test_row_64_finds_a_store_that_does_not_know_who_was_there(
 # -- stores ------------------------------------------------------------------------------------------------------------
 
 
-@ray.remote(num_cpus=0)
-class Busy:
+class _Busy:
     """A process that keeps a store busy, and counts what was acknowledged."""
 
     def __init__(self, handle: Any) -> None:
-        self.store, self.made, self.is_over = rs.RayLightningStore(handle), [], False
+        self.store, self.is_over = rs.RayLightningStore(handle), False
+        self.made: list[str] = []
 
     async def work(self) -> list[Any]:
         async def one(number: int) -> None:
@@ -249,6 +250,9 @@ class Busy:
 
     async def stop(self) -> None:
         self.is_over = True
+
+
+Busy: Any = ray.remote(num_cpus=0)(_Busy)
 
 
 async def tell_to_end(store: rs.RayLightningStore, times: int) -> Any:
@@ -273,7 +277,7 @@ async def tell_to_end(store: rs.RayLightningStore, times: int) -> Any:
 
         await until(ended, within=100)
         delays.append(time.monotonic() - told)
-        await until(lambda epoch=known["epoch"]: later(store, epoch), within=60)
+        await until(functools.partial(later, store, known["epoch"]), within=60)
     waiting.cancel()
     await asyncio.gather(*(worker.stop.remote() for worker in workers))
     made = [rollout_id for told in [await work for work in working] for rollout_id in told]

@@ -26,6 +26,7 @@ from raystore.journal.reader import JournalReader
 from raystore.journal.writer import JournalWriter
 from tests.conftest import SLACK
 from tests.faults.busy import __name__ as BUSY
+from tests.helpers import present
 from tests.journal.test_files import bodies, start_record, wait, write
 from tests.journal.test_resume import some_work
 
@@ -93,7 +94,7 @@ def test_a_process_dies_at_a_chosen_point(
     for point, often in points.items():
         for number in range(rounds):
             path = tmp_path / f"{point}-{number}"
-            small = {"SEGMENT_BYTES": 5_000, "SPACE_BYTES": 4_096}
+            small: dict[str, Any] = {"SEGMENT_BYTES": 5_000, "SPACE_BYTES": 4_096}
             said = []
             if point in ("opening.read", "replay.record", "opening.epoch"):
                 said, _ = busy(path, 1, count=15, **small)
@@ -217,7 +218,13 @@ async def test_a_slow_disk(
 ) -> None:
     """The loop does not stall: reads of what is safe answer at once, changes when the disk has them."""
     delay, figures = 0.2, {}
-    monkeypatch.setattr(os, "fdatasync", lambda fd, before=os.fdatasync: (time.sleep(delay), before(fd))[1])
+    fdatasync = os.fdatasync
+
+    def slowly(fd: Any) -> None:
+        time.sleep(delay)
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", slowly)
     store = rs.InMemoryLightningStore(journal=tmp_path / "j")
     ticks, acks = [], []
 
@@ -254,7 +261,7 @@ def test_a_log_cut_anywhere(tmp_path: Path, report: Callable[..., None], amount:
     write(directory, amount(60, 900), each=3)
     (_, _, path), data = directory.segments()[0], directory.segments()[0][2].read_bytes()
     whole, head = bodies(directory), format.unpack_head(data, "x")[1]
-    first = format.read_frame(memoryview(data), head).end
+    first = present(format.read_frame(memoryview(data), head)).end
     silent = 0
     for length in range(max(first, len(data) - 65_536), len(data) + 1):
         path.write_bytes(data[:length])

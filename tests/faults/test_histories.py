@@ -79,8 +79,7 @@ def test_registers_are_told_apart(calls: list[Call], is_right: bool) -> None:
     assert is_register(calls) is is_right
 
 
-@ray.remote(num_cpus=0)
-class Client:
+class _Client:
     """A process that calls and remembers when."""
 
     def __init__(self, handle: Any, name: str, seed: int) -> None:
@@ -106,7 +105,7 @@ class Client:
 
     async def registers(self, ids: list[Any], coroutines: int, count: int) -> dict[Any, list[Any]]:
         """Read and write the modes of rollouts."""
-        calls = {rollout_id: [] for rollout_id in ids}
+        calls: dict[Any, list[Call]] = {rollout_id: [] for rollout_id in ids}
 
         async def one(number: Any) -> None:
             for step in range(count):
@@ -117,11 +116,14 @@ class Client:
                     calls[rollout_id].append(Call("write", value, start, time.monotonic()))
                 else:
                     found = await self.store.get_rollout_by_id(rollout_id)
-                    value = (found.metadata or {}).get("value")
-                    calls[rollout_id].append(Call("read", value, start, time.monotonic()))
+                    seen = (found.metadata or {}).get("value")
+                    calls[rollout_id].append(Call("read", seen, start, time.monotonic()))
 
         await asyncio.gather(*(one(number) for number in range(coroutines)))
         return calls
+
+
+Client: Any = ray.remote(num_cpus=0)(_Client)
 
 
 @pytest.mark.timeout(900)

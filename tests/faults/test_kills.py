@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import raystore as rs
 from raystore.journal.opening import read_run
 from tests.conftest import MakeRayStore
 from tests.faults.processes import describe, later
-from tests.helpers import make_span, until
+from tests.helpers import make_span, present, until
 
 ENDS = {
     "SIGKILL": lambda pid: os.kill(pid, signal.SIGKILL),
@@ -28,13 +29,14 @@ ENDS = {
 }
 
 
-@ray.remote(num_cpus=0)
-class Worker:
+class _Worker:
     """A process that works, and remembers what the store acknowledged."""
 
     def __init__(self, handle: Any, name: str) -> None:
         self.store, self.name = rs.RayLightningStore(handle), name
-        self.enqueued, self.finished, self.spans = [], [], []
+        self.enqueued: list[Any] = []
+        self.finished: list[Any] = []
+        self.spans: list[Any] = []
         self.withdrawn = self.unknown = 0
         self.is_over = False
 
@@ -68,6 +70,9 @@ class Worker:
         self.is_over = True
 
 
+Worker: Any = ray.remote(num_cpus=0)(_Worker)
+
+
 @pytest.mark.timeout(2_400)
 @pytest.mark.parametrize(
     ("row", "ends"),
@@ -98,7 +103,7 @@ async def test_a_store_that_is_killed_loses_nothing(
         await asyncio.sleep(lots.uniform(0.1, 1.2))
         ENDS[ends[number % len(ends)]](known["pid"])
         killed = time.monotonic()
-        await until(lambda epoch=known["epoch"]: later(store, epoch), within=60)
+        await until(functools.partial(later, store, known["epoch"]), within=60)
         back.append(time.monotonic() - killed)
     await asyncio.sleep(0.5)
     await asyncio.gather(*(worker.stop.remote() for worker in workers))
@@ -117,7 +122,7 @@ async def test_a_store_that_is_killed_loses_nothing(
             doubled += len(there) > 1
     doubled += len(by_input) - len(set(by_input))
     await store.check()
-    behind = (await store.statistics())["journal"]["operations_since_snapshot"]
+    behind = present((await store.statistics())["journal"])["operations_since_snapshot"]
     assert read_run(tmp_path / "journal").state.entries.keys() == rollouts.keys()
     back.sort()
     figure = {

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import ray
@@ -23,6 +23,7 @@ import ray
 import raystore as rs
 from tests.conftest import IS_LONG, MakeRayStore
 from tests.faults.processes import ROOT, describe, program
+from tests.helpers import present
 
 # -- poison ------------------------------------------------------------------------------------------------------------
 
@@ -38,14 +39,18 @@ async def agent(task: Any, ctx: rs.Context) -> float:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("isolation", ["process", pytest.param("actor", marks=pytest.mark.long)])
 async def test_a_task_that_kills_its_runner(
-    make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int], isolation: str
+    make_ray_store: MakeRayStore,
+    report: Callable[..., None],
+    amount: Callable[[int, int], int],
+    isolation: Literal["actor", "process"],
 ) -> None:
     """It ends as failed after `max_deliveries`, and takes nothing else with it."""
-    store, count, seconds = make_ray_store(max_deliveries=3), amount(40, 1_500), {True: [], False: []}
+    store, count = make_ray_store(max_deliveries=3), amount(40, 1_500)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
     async with rs.RunnerPool(store, agent, size=2, concurrency=2, isolation=isolation):
         for number in range(amount(2, 6)):
             is_poisoned = number % 2 == 1
-            tasks = list(range(count))
+            tasks: list[Any] = list(range(count))
             if is_poisoned:
                 tasks.insert(count // 4, "poison")
             requests = [rs.EnqueueRolloutRequest(input=task) for task in tasks]
@@ -80,7 +85,7 @@ class Hostile:
 class Raises:
     """A value that cannot be written down."""
 
-    def __reduce__(self) -> None:
+    def __reduce__(self) -> Any:
         raise SystemError("not me")
 
 
@@ -95,8 +100,8 @@ Unknown.__module__ = "a_module_that_nobody_has"
 sys.modules["a_module_that_nobody_has"] = sys.modules[__name__]
 
 
-def nested(depth: int) -> list[list[list[list[Any]]]]:
-    value = []
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
     for _ in range(depth):
         value = [value]
     return value
@@ -129,10 +134,11 @@ async def test_odd_values(
     store, lots, count = make_ray_store(), random.Random(42), amount(400, 20_000)
     pid = (await describe(store))["pid"]
     wrong = []
-    for value, error in [
+    refused: list[tuple[Any, type[Exception]]] = [
         (b"x" * 100_000_000, rs.PayloadTooLargeError), (nested(10_000), rs.PayloadNotPicklableError),
-        (Raises(), rs.PayloadNotPicklableError), ((i for i in ()), rs.PayloadNotPicklableError),
-    ]:  # fmt: skip
+        (Raises(), rs.PayloadNotPicklableError), ((i for i in ""), rs.PayloadNotPicklableError),
+    ]  # fmt: skip
+    for value, error in refused:
         with pytest.raises(error):
             await store.enqueue_rollout(value)
     hostile = await store.enqueue_rollout("x", queue="hostile", rollout_id="hostile")
@@ -153,7 +159,7 @@ async def test_odd_values(
         for value, rollout_id in zip(values, made, strict=True):
             came = found[rollout_id]
             # By what is shown, since a nan is not equal to itself.
-            if [repr(came.input), repr(came.metadata["value"])] != [repr(value)] * 2:
+            if [repr(came.input), repr(present(came.metadata)["value"])] != [repr(value)] * 2:
                 wrong.append((start, value))
         await store.delete_rollouts(made)
     assert (await describe(store))["pid"] == pid
@@ -163,8 +169,7 @@ async def test_odd_values(
            did=f"{count} values of any type, text and depth; large, deep, hostile and unwilling ones")  # fmt: skip
 
 
-@ray.remote(num_cpus=0)
-class Asking:
+class _Asking:
     """A process that opens what it should not have."""
 
     def __init__(self, handle: Any) -> None:
@@ -174,17 +179,19 @@ class Asking:
         return (await self.store.enqueue_rollout(Hostile(), queue="hostile")).input
 
 
+Asking: Any = ray.remote(num_cpus=0)(_Asking)
+
+
 # -- names, leftovers, leaks -------------------------------------------------------------------------------------------
 
 
-@ray.remote(num_cpus=0)
-class Creator:
+class _Creator:
     """A process that starts a store from many threads at once."""
 
     def create(self, name: str, threads: int, other: int | None) -> list[str]:
         def one(number: Any) -> str:
             try:
-                options = {"max_queued": 7} if number == other else {}
+                options: Any = {"max_queued": 7} if number == other else {}
                 store = rs.start(name, detached=True, exist="attach", **options)
             except rs.StoreExistsError as error:
                 return f"refused: {'max_queued' in str(error)}"
@@ -193,6 +200,9 @@ class Creator:
 
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(one, range(threads)))
+
+
+Creator: Any = ray.remote(num_cpus=0)(_Creator)
 
 
 @pytest.mark.timeout(900)

@@ -21,7 +21,7 @@ from raystore.runner import actors
 from raystore.runner.actors import RunnerActors
 from tests.conftest import MakeRayStore
 from tests.faults.processes import broken
-from tests.helpers import until
+from tests.helpers import present, until
 
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
@@ -114,12 +114,12 @@ async def telling(task: Any, ctx: rs.Context) -> float:
 async def kill_runners(store: rs.RayLightningStore, kills: int) -> Any:
     """Kill runners of two pools, one after the other: what came of their work."""
     lots = random.Random(73)
-    killed = set()
+    killed: set[str | None] = set()
     async with (
         rs.RunnerPool(store, telling, size=2, concurrency=2, queues=["a"], flush_seconds=0.05) as a,
         rs.RunnerPool(store, telling, size=2, concurrency=2, queues=["b"], flush_seconds=0.05) as b,
     ):
-        made = []
+        made: list[str] = []
         for number in range(kills):
             pool = (a, b)[number % 2]
             inputs = range(len(made), len(made) + 32)  # two seconds of work
@@ -130,8 +130,8 @@ async def kill_runners(store: rs.RayLightningStore, kills: int) -> Any:
                 found = await store.query_rollouts(status_in=["running"])
                 return sorted({r.attempt.worker_id for r in found} & {*pool.worker_ids} - killed)
 
-            victim = await store.get_worker_by_id(lots.choice(await until(at_work, within=60)))
-            os.kill(victim.heartbeat_stats["pid"], signal.SIGKILL)
+            victim = present(await store.get_worker_by_id(lots.choice(await until(at_work, within=60))))
+            os.kill(present(victim.heartbeat_stats)["pid"], signal.SIGKILL)
             killed.add(victim.worker_id)
             await asyncio.sleep(lots.uniform(0.2, 1.0))
         done = await store.wait_for_rollouts(rollout_ids=made, timeout=60 + 10 * kills)
@@ -209,7 +209,8 @@ def make_shaky(folder: Path) -> type[Any]:
 
 async def kill_the_shaky(store: rs.RayLightningStore, folder: Path, kills: int) -> Any:
     """Kill runners whose successors come up half the time: what became of their work, and what the driver was told."""
-    starts, killed = folder / "starts", set()
+    starts = folder / "starts"
+    killed: set[str] = set()
     starts.mkdir()
     async with rs.RunnerPool(store, make_shaky(starts), size=3, concurrency=2) as pool:
         made = [rollout.rollout_id for rollout in await store.enqueue_group("x", 60 * kills)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from raystore.remote.session_state import SessionState
 from tests.channel import CODE
 from tests.conftest import SLACK, MakeRayStore
 from tests.faults.processes import describe, kill, later, program
-from tests.helpers import make_span, until
+from tests.helpers import make_span, present, until
 
 HERE = Path(__file__).parent
 
@@ -31,8 +32,7 @@ HERE = Path(__file__).parent
 # -- runners and callers -----------------------------------------------------------------------------------------------
 
 
-@ray.remote(num_cpus=0, max_concurrency=10)
-class Claimer:
+class _Claimer:
     """A process whose dequeue waits."""
 
     def __init__(self, handle: Any) -> None:
@@ -44,6 +44,9 @@ class Claimer:
 
     async def pid(self) -> int:
         return os.getpid()
+
+
+Claimer: Any = ray.remote(num_cpus=0, max_concurrency=10)(_Claimer)
 
 
 @pytest.mark.timeout(900)
@@ -61,7 +64,7 @@ async def test_a_runner_is_killed_while_its_dequeue_waits(
             os.kill(pid, signal.SIGKILL)
         started = time.monotonic()
         made = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=i) for i in range(batch)])
-        got = set()
+        got: set[str] = set()
         while len(got) < batch and (claimed := await store.dequeue_rollout(timeout=15)) is not None:
             assert claimed.attempt.sequence_id == 1
             got.add(claimed.rollout_id)
@@ -225,12 +228,13 @@ asyncio.run(main())
 
 async def test_the_driver_is_killed(cluster: None, report: Callable[..., None]) -> None:
     """A detached store is there for the next driver with all it had; of an owned one nothing is left."""
-    address, figure = ray.get_runtime_context().gcs_address, {}
+    address = ray.get_runtime_context().gcs_address
+    figure: dict[str, Any] = {}
     for kind in ("detached", "owned"):
         driver = await asyncio.create_subprocess_exec(
             sys.executable, "-c", DRIVER, address, kind, stdout=asyncio.subprocess.PIPE
         )
-        pid, *made = (await driver.stdout.readline()).decode().split()
+        pid, *made = (await present(driver.stdout).readline()).decode().split()
         driver.kill()
         await driver.wait()
         if kind == "detached":
@@ -240,7 +244,7 @@ async def test_the_driver_is_killed(cluster: None, report: Callable[..., None]) 
             rs.stop("driven-detached")
             store.close()
         else:
-            await until(lambda pid=int(pid): _is_gone(pid), within=30)
+            await until(functools.partial(_is_gone, int(pid)), within=30)
             figure["left"] = [info.name for info in rs.list_stores() if info.name == "driven-owned"]
     report(16, "driver killed", figure=figure, bar="0 lost; nothing left after 30 s",
            met=figure == {"lost": 0, "left": []})  # fmt: skip
@@ -284,7 +288,7 @@ async def test_two_incarnations(
         made += [(await new.enqueue_rollout(i)).rollout_id for i in range(20)]
         os.kill(known["pid"], signal.SIGCONT)
         woken = time.monotonic()
-        await until(lambda pid=known["pid"]: _is_gone(pid), within=10)
+        await until(functools.partial(_is_gone, known["pid"]), within=10)
         slowest = max(slowest, time.monotonic() - woken)
         (told,) = await asyncio.gather(frozen, return_exceptions=True)  # by the process that Ray starts in its place
         slowest_word = max(slowest_word, time.monotonic() - woken)
@@ -319,7 +323,7 @@ async def test_the_store_stands_still(
     config = rs.RolloutConfig(unresponsive_seconds=5, timeout_seconds=20, max_attempts=3, retry_condition=["timeout"])
     for number in range(10):
         await store.enqueue_rollout(number, config=config)
-    claimed = [await store.dequeue_rollout() for _ in range(10)]
+    claimed = [present(await store.dequeue_rollout()) for _ in range(10)]
     pid = (await describe(store))["pid"]
     os.kill(pid, signal.SIGSTOP)
     await asyncio.sleep(seconds)
@@ -354,8 +358,7 @@ async def test_a_crash_loop(make_ray_store: MakeRayStore, tmp_path: Path, report
     assert (await again.statistics())["total_rollouts"] == 20
 
 
-@ray.remote(num_cpus=0)
-class Crowd:
+class _Crowd:
     """A client process with many callers, which counts how often it sends again what got no answer."""
 
     def __init__(self, handle: Any, count: int) -> None:
@@ -367,7 +370,7 @@ class Crowd:
             self.again += 1
             return no_answer(state, *arguments)
 
-        SessionState.no_answer = counted
+        SessionState.no_answer = counted  # type: ignore[method-assign, assignment]  # its arguments are handed on
 
     async def work(self) -> Any:
         async def one() -> None:
@@ -383,6 +386,9 @@ class Crowd:
 
     async def stop(self) -> None:
         self.is_over = True
+
+
+Crowd: Any = ray.remote(num_cpus=0)(_Crowd)
 
 
 @pytest.mark.timeout(300)

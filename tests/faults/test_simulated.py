@@ -6,13 +6,12 @@ A failing seed is run again by `python -m tests.faults.test_simulated SEED`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from raystore.core import batches
-from raystore.core.batches import Item
 from raystore.core.state import Step
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay
@@ -24,7 +23,7 @@ NOTHING = dict.fromkeys(
 )
 
 
-def run(seeds: range | Item, **how: Any) -> Any:
+def run(seeds: Iterable[int], **how: Any) -> Any:
     """The sum of the counts, the number of kills, and the first seed that failed."""
     total, kills, failed = dict(NOTHING), 0, None
     for seed in seeds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import ray
 import raystore as rs
 from tests.conftest import MakeRayStore
 from tests.faults.processes import kill, later
-from tests.helpers import make_span, status_of, until
+from tests.helpers import make_span, present, status_of, until
 
 HOUR, YEAR = 3600.0, 365 * 24 * 3600.0
 
@@ -81,14 +82,14 @@ async def test_a_store_that_was_down_for_hours(
     for hours in (2, 0):  # down for two hours; and back with a clock that is two hours behind
         config = rs.RolloutConfig(unresponsive_seconds=period)
         await asyncio.gather(*(store.enqueue_rollout(number, config=config) for number in range(count)))
-        made = await asyncio.gather(*(store.dequeue_rollout() for _ in range(count)))
+        made = [present(rollout) for rollout in await asyncio.gather(*(store.dequeue_rollout() for _ in range(count)))]
         await asyncio.gather(*(store.add_span(make_span(rollout)) for rollout in made))
         ids = [rollout.rollout_id for rollout in made]
         assert {rollout.status for rollout in await store.query_rollouts(rollout_ids=ids)} == {"running"}
         shift(hours * HOUR)
         before = await kill(store)
         killed = time.monotonic()
-        await until(lambda epoch=before["epoch"]: later(store, epoch))
+        await until(functools.partial(later, store, before["epoch"]))
         back = time.monotonic()
         while time.monotonic() < killed + period - 0.2:
             early += sum(rollout.status != "running" for rollout in await store.query_rollouts(rollout_ids=ids))
@@ -100,8 +101,7 @@ async def test_a_store_that_was_down_for_hours(
            did=f"{count} running attempts, down for 2 h, and back with a clock 2 h behind")  # fmt: skip
 
 
-@ray.remote(num_cpus=0)
-class Off:
+class _Off:
     """A runner whose wall clock is off."""
 
     def __init__(self, handle: Any) -> None:
@@ -114,6 +114,9 @@ class Off:
             make_span(rollout_id, number, attempt_id=attempt_id, start_time=now, end_time=now + 0.001)
         )
         return number, now
+
+
+Off: Any = ray.remote(num_cpus=0)(_Off)
 
 
 async def test_clocks_of_runners_disagree(
@@ -132,7 +135,9 @@ async def test_clocks_of_runners_disagree(
     told = [await writers[number % 3].write.remote(*ids) for number in range(count)]
     spans = await store.query_spans(rollout.rollout_id)
     misordered = sum(span.sequence_id != number + 1 for number, span in enumerate(spans)) + abs(len(spans) - count)
-    backwards = sum(later.start_time < earlier.start_time for earlier, later in itertools.pairwise(spans))
+    backwards = sum(
+        present(later.start_time) < present(earlier.start_time) for earlier, later in itertools.pairwise(spans)
+    )
     assert [number for number, _ in told] == list(range(1, count + 1))
     assert backwards > count / 4, "the clocks agreed"
     assert await status_of(store, rollout) == "running", await store.story(rollout.rollout_id)
@@ -140,12 +145,14 @@ async def test_clocks_of_runners_disagree(
            did=f"{count} spans of three processes, {backwards} of which start before the span before")  # fmt: skip
 
 
-@ray.remote(num_cpus=0)
-class Empty:
+class _Empty:
     """What Ray takes for an actor that does nothing."""
 
     async def cpu_seconds(self) -> float:
         return time.process_time()
+
+
+Empty: Any = ray.remote(num_cpus=0)(_Empty)
 
 
 async def test_nobody_calls(
@@ -157,7 +164,7 @@ async def test_nobody_calls(
     bare, ours = await empty.cpu_seconds.remote(), (await store.statistics())["cpu_seconds"]
     await asyncio.sleep(seconds)
     bare, ours = await empty.cpu_seconds.remote() - bare, (await store.statistics())["cpu_seconds"] - ours
-    ended = (await store.get_rollout_by_id(rollout.rollout_id)).end_time
+    ended = present((await store.get_rollout_by_id(rollout.rollout_id)).end_time)
     late = ended - rollout.attempt.start_time - seconds / 2
     figure = {"expired late by s": round(late, 3), "share of a core": round(ours / seconds, 4),
               "of an empty actor": round(bare / seconds, 4)}  # fmt: skip

@@ -30,7 +30,8 @@ async def train_slowly(count: int, seconds: int = 60, retention: int | None = 3)
         eviction_memory_threshold=60_000, safe_memory_threshold=30_000, consumers=["t"],
         retention=None if retention is None else {"max_rollouts": retention},
     )  # fmt: skip
-    trained, lost, pauses = [], 0, 0
+    trained: list[Any] = []
+    lost = pauses = 0
     with store:
         async with rs.RunnerPool(store, agent, size=1, concurrency=4):
             made = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=n) for n in range(count)])
@@ -92,8 +93,7 @@ async def test_a_store_that_lets_go_too_early_is_found_out(monkeypatch: pytest.M
 # -- a taker that dies -------------------------------------------------------------------------------------------------
 
 
-@ray.remote(num_cpus=0, max_concurrency=4)
-class Taker:
+class _Taker:
     """A process whose take waits."""
 
     def __init__(self, handle: Any) -> None:
@@ -106,12 +106,17 @@ class Taker:
         return os.getpid()
 
 
+Taker: Any = ray.remote(num_cpus=0, max_concurrency=4)(_Taker)
+
+
 @pytest.mark.timeout(600)
 async def test_a_trainer_is_killed_while_its_take_waits(
     make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
 ) -> None:
     """What the dead one would have had comes to the next, first and in its order; nothing is lost or given twice."""
-    store, kills, delays, given, made = make_ray_store(), amount(3, 40), [], [], []
+    store, kills, delays = make_ray_store(), amount(3, 40), []
+    given: list[str] = []
+    made: list[str] = []
     for number in range(kills):
         taker = Taker.remote(store.actor)
         pid = await taker.pid.remote()

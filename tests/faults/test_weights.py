@@ -21,7 +21,7 @@ import raystore as rs
 from tests.channel import CODE
 from tests.conftest import MakeRayStore
 from tests.faults.processes import kill
-from tests.helpers import until
+from tests.helpers import present, until
 
 ROLLOUTS = 30
 
@@ -103,7 +103,7 @@ class Driver:
         said = {}
         try:
             async with asyncio.timeout(within):
-                while line := await self.process.stdout.readline():
+                while line := await present(self.process.stdout).readline():
                     said = json.loads(line)
                     if condition(said):
                         break
@@ -114,8 +114,9 @@ class Driver:
 
     async def publish(self) -> None:
         """Let it publish weights."""
-        self.process.stdin.write(b"\n")
-        await self.process.stdin.drain()
+        stdin = present(self.process.stdin)
+        stdin.write(b"\n")
+        await stdin.drain()
 
 
 def _done(said: Any) -> Any:
@@ -199,7 +200,7 @@ async def agent(task: Any, ctx: rs.Context) -> float:
     return float(weights.sum() >= 0)
 
 
-async def store_killed(store: rs.RayLightningStore, count: int) -> Counter:
+async def store_killed(store: rs.RayLightningStore, count: int) -> Counter[str]:
     """Kill a store in the middle of rollouts with weights of 400 KB; what became of them."""
     weights = rs.ObjectResource(value=np.zeros(50_000))
     await store.update_resources("policy", {"policy": weights}, policy_version=0)

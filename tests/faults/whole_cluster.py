@@ -46,14 +46,14 @@ def run(folder: Path, lines: int) -> list[list[str]]:
         said.append(line.split())
         if len(said) == lines:
             break
-    everybody = [process, *psutil.Process(process.pid).children(recursive=True)]
-    for one in everybody:
+    children = psutil.Process(process.pid).children(recursive=True)
+    for pid in (process.pid, *(child.pid for child in children)):
         try:
-            os.kill(one.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
     rest, _ = process.communicate(timeout=30)
-    psutil.wait_procs(everybody[1:], timeout=10)
+    psutil.wait_procs(children, timeout=10)
     return said + [line.split() for line in rest.splitlines() if len(line.split()) == 2]
 
 

@@ -33,7 +33,7 @@ async def test_actor_calls_of_a_runner_with_concurrency_1(
 
     async with rs.RunnerPool(store, agent, size=1, heartbeat_seconds=1000) as pool:
 
-        async def has_begun() -> bool | dict[str, Any] | None:
+        async def has_begun() -> Any:
             worker = await store.get_worker_by_id(pool.worker_ids[0])
             return worker and worker.heartbeat_stats and (await store.statistics())["waiters"] == 1
 

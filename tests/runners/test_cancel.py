@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -15,7 +15,7 @@ import pytest
 import raystore as rs
 from raystore.types import RolloutConfig
 from tests.conftest import MakeRayStore
-from tests.helpers import AnyStore, mostly_in_memory, until
+from tests.helpers import AnyStore, mostly_in_memory, present, until
 from tests.runners.sleepers import patient, sleeping
 
 
@@ -48,7 +48,7 @@ async def test_ways_to_be_of_no_use_any_more(
         elif by == "superseded":
             await store.start_attempt(made.rollout_id)
         quick = await store.enqueue_rollout("quick")
-        assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
+        assert present(await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
     first = (await store.query_attempts(made.rollout_id))[0]
     why = by if by in ("timeout", "superseded") else "cancelled"
     assert first.outcome == why
@@ -74,7 +74,7 @@ async def test_a_cancel_that_overtakes_its_claim(store: AnyStore) -> None:
             assert (made.rollout_id, [r.status for r in cancelled]) == (name, ["cancelled"])
             assert [cancelled[0].attempt.worker_id] == pool.worker_ids
         quick = await store.enqueue_rollout("quick")
-        assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
+        assert present(await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
 
 
 @mostly_in_memory
@@ -92,7 +92,7 @@ async def test_an_agent_that_does_not_listen_is_told_of(store: AnyStore, caplog:
         await running(store, [made.rollout_id])
         await store.cancel_rollouts([made.rollout_id])
         quick = await store.enqueue_rollout("quick")
-        assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
+        assert present(await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
     assert (await store.get_rollout_by_id(made.rollout_id)).status == "cancelled"
     if store.info.name is None:  # a runner on Ray logs in its own process
         assert "isolation='process'" in caplog.text and made.rollout_id in caplog.text
@@ -101,7 +101,9 @@ async def test_an_agent_that_does_not_listen_is_told_of(store: AnyStore, caplog:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("cancels", [20, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_cancels_are_quick(make_ray_store: MakeRayStore, tmp_path: Path, isolation: str, cancels: int) -> None:
+async def test_cancels_are_quick(
+    make_ray_store: MakeRayStore, tmp_path: Path, isolation: Literal["actor", "process"], cancels: int
+) -> None:
     """From the driver's call: an async agent has seen it, or its process is dead, within 1 s; so is its place busy."""
     store = make_ray_store()
     size, concurrency = 2, 5
@@ -120,7 +122,7 @@ async def test_cancels_are_quick(make_ray_store: MakeRayStore, tmp_path: Path, i
     async with rs.RunnerPool(
         store, agent, size, concurrency=concurrency, isolation=isolation, cancel_grace_seconds=0, flush_seconds=0.02
     ):
-        made = [await store.enqueue_rollout(i) for i in range(size * concurrency)]
+        made: Sequence[rs.Rollout] = [await store.enqueue_rollout(i) for i in range(size * concurrency)]
         await running(store, [r.rollout_id for r in made])
         for _ in range(cancels // len(made)):
             began = await store.query_many_spans([r.rollout_id for r in made])
@@ -129,11 +131,11 @@ async def test_cancels_are_quick(make_ray_store: MakeRayStore, tmp_path: Path, i
             await store.cancel_rollouts([r.rollout_id for r in made])
 
             async def ended(
-                made: list[rs.Rollout] | Sequence[rs.Rollout] = made, began: dict[str, list[rs.Span]] = began
+                made: Sequence[rs.Rollout] = made, began: dict[str, list[rs.Span]] = began
             ) -> list[float] | list[Any] | None:
                 """When each agent was seen to have ended."""
                 if isolation == "process":
-                    pids = [spans[0].attributes["pid"] for spans in began.values()]
+                    pids: list[Any] = [spans[0].attributes["pid"] for spans in began.values()]
                     return [time.time() for pid in pids] if not any(map(psutil.pid_exists, pids)) else None
                 spans = await store.query_many_spans([r.rollout_id for r in made])
                 times = [of_one[-1].end_time for of_one in spans.values() if of_one[-1].name == "seen"]
@@ -142,7 +144,7 @@ async def test_cancels_are_quick(make_ray_store: MakeRayStore, tmp_path: Path, i
             seen += [moment - cancelled for moment in await until(ended)]
             await running(store, [r.rollout_id for r in following])
             spans = await store.query_many_spans([r.rollout_id for r in following])
-            busy += [of_one[0].start_time - cancelled for of_one in spans.values()]
+            busy += [present(of_one[0].start_time) - cancelled for of_one in spans.values()]
             made = following
     assert len(seen) == len(busy) == cancels
     seen.sort()

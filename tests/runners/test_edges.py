@@ -14,7 +14,7 @@ import time
 from array import array
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import ray
@@ -22,7 +22,7 @@ import ray
 import raystore as rs
 from raystore.types import RolloutConfig
 from tests.conftest import MakeMemoryStore, MakeRayStore
-from tests.helpers import AnyStore, until
+from tests.helpers import AnyStore, present, until
 from tests.runners.sleepers import patient, sleeping
 from tests.runners.test_isolation import gone
 
@@ -71,7 +71,8 @@ async def test_a_task_that_an_agents_process_cannot_open(make_ray_store: MakeRay
     finished = await run(store, lambda task, ctx: len(ctx.resources["prompt"].template), tasks, isolation="process")
     assert [(r.status, r.reward) for r in finished] == [("failed", None), ("succeeded", 4.0)]
     attempts = await store.query_attempts(finished[0].rollout_id)
-    assert {a.outcome for a in attempts} == {"infra"} and "cannot be opened in the agent's process" in attempts[0].error
+    assert {a.outcome for a in attempts} == {"infra"}
+    assert "cannot be opened in the agent's process" in present(attempts[0].error)
 
 
 async def test_everything_ends_with_a_killed_runner(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
@@ -92,8 +93,8 @@ async def test_everything_ends_with_a_killed_runner(make_ray_store: MakeRayStore
 
         (file,) = await until(started)
         pids = [int(pid) for pid in file.read_text().split()]
-        worker = await store.get_worker_by_id(pool.worker_ids[0])
-        os.kill(worker.heartbeat_stats["pid"], signal.SIGKILL)
+        worker = present(await store.get_worker_by_id(pool.worker_ids[0]))
+        os.kill(present(worker.heartbeat_stats)["pid"], signal.SIGKILL)
         await until(lambda: gone(pids), within=10)
 
 
@@ -133,7 +134,7 @@ async def test_a_refused_span_fails_its_attempt_and_no_other_span(
             time.sleep(0.3)
         if task == "strange":
             strange = rs.Span.from_attributes(attributes={})
-            strange.__pydantic_extra__["lock"] = threading.Lock()
+            present(strange.__pydantic_extra__)["lock"] = threading.Lock()
             return [strange]
         return 1.0
 
@@ -142,8 +143,8 @@ async def test_a_refused_span_fails_its_attempt_and_no_other_span(
     for rollout in finished:
         names = [s.name for s in await store.query_spans(rollout.rollout_id)]
         assert names[:2] == ["fine", "fine too"]
-        attempt = await store.get_latest_attempt(rollout.rollout_id)
-        assert attempt.outcome == "agent_error" and "span of the agent was refused" in attempt.error
+        attempt = present(await store.get_latest_attempt(rollout.rollout_id))
+        assert attempt.outcome == "agent_error" and "span of the agent was refused" in present(attempt.error)
 
 
 def test_the_interpreter_does_not_wait_for_an_agent() -> None:
@@ -164,7 +165,9 @@ pool.stop(drain=False)
 
 
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_an_agent_that_answers_a_stop_with_an_error(store: AnyStore, isolation: str) -> None:
+async def test_an_agent_that_answers_a_stop_with_an_error(
+    store: AnyStore, isolation: Literal["actor", "process"]
+) -> None:
     """It was stopped all the same: the timeout is retried, and a stopped pool gives the work back."""
 
     async def agent(task: Any, ctx: rs.Context) -> float:
@@ -205,7 +208,7 @@ async def test_a_cancel_right_behind_its_rollout_is_heard_in_its_process(
             await asyncio.sleep(0.0005 * (number % 10))
             await store.cancel_rollouts([made.rollout_id])
         quick = await store.enqueue_rollout("quick")
-        assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
+        assert present(await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
 
 
 async def test_an_attempt_that_was_cancelled_does_not_time_out_too(store: AnyStore) -> None:
@@ -225,7 +228,7 @@ async def test_an_attempt_that_was_cancelled_does_not_time_out_too(store: AnySto
 
         await until(runs)
         await store.cancel_rollouts([made.rollout_id])
-    assert (await store.get_latest_attempt(made.rollout_id)).outcome == "cancelled"
+    assert present(await store.get_latest_attempt(made.rollout_id)).outcome == "cancelled"
 
 
 async def test_a_process_that_cannot_be_set_up_again_is_tried_again(store: AnyStore, tmp_path: Path) -> None:
@@ -272,11 +275,13 @@ async def test_a_process_that_hangs_in_setup_can_be_cancelled(store: AnyStore, t
         await until(hangs)
         await store.cancel_rollouts([made.rollout_id])
         quick = await store.enqueue_rollout("quick")
-        assert (await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
+        assert present(await store.wait_for_rollout(quick.rollout_id, timeout=10)).status == "succeeded"
 
 
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_context_variables_do_not_leak_from_one_rollout_to_the_next(store: AnyStore, isolation: str) -> None:
+async def test_context_variables_do_not_leak_from_one_rollout_to_the_next(
+    store: AnyStore, isolation: Literal["actor", "process"]
+) -> None:
     """What an agent sets is gone when it has returned."""
 
     def agent(task: Any, ctx: rs.Context) -> float:
@@ -320,7 +325,8 @@ async def test_packed_arrays_are_copies(store: AnyStore) -> None:
 
     first, second, mine = rs.run_one(agent, "x").spans
     assert [list(t.prompt_ids) for t in rs.triplets([first, second])] == [[1], [1, 7]]
-    assert list(mine.attributes["ids"]) == [1, 7, 7]
+    ids: Any = mine.attributes["ids"]
+    assert list(ids) == [1, 7, 7]
 
 
 def test_what_is_no_agent() -> None:
@@ -333,7 +339,8 @@ def test_what_is_no_agent() -> None:
         yield 1.0
 
     with rs.InMemoryLightningStore() as store:
-        for wrong in (NotCallable, generator, 7, lambda task: 1.0, lambda a, b, c: 1.0):
+        no_agents: list[Any] = [NotCallable, generator, 7, lambda task: 1.0, lambda a, b, c: 1.0]
+        for wrong in no_agents:
             with pytest.raises(rs.InvalidValueError, match="agent="):
                 rs.RunnerPool(store, wrong)
         for right in (lambda *a: 1.0, functools.partial(lambda x, task, ctx: 1.0, 1), lambda task, ctx, more=1: 1.0):

@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -19,7 +19,7 @@ import pytest
 import raystore as rs
 from raystore.types import RolloutConfig
 from tests.conftest import MakeMemoryStore
-from tests.helpers import AnyStore, mostly_in_memory, until
+from tests.helpers import AnyStore, mostly_in_memory, present, until
 from tests.runners.sleepers import patient, sleeping
 
 
@@ -74,7 +74,7 @@ async def test_agents_run_in_processes_of_their_own(store: AnyStore) -> None:
         ("succeeded", 0.5), ("failed", None), ("failed", None), ("succeeded", 0.5),
     ]  # fmt: skip
     spans = await store.query_many_spans([r.rollout_id for r in finished])
-    pids = set()
+    pids: set[Any] = set()
     for rollout, text in ((finished[0], "a!"), (finished[3], "b!")):
         inner, outer, llm, reward = spans[rollout.rollout_id]
         assert inner.parent_id == outer.span_id and inner.attributes["text"] == text
@@ -82,13 +82,13 @@ async def test_agents_run_in_processes_of_their_own(store: AnyStore) -> None:
         assert rs.triplets([llm, reward])[0].reward == 0.5
         pids.add(inner.attributes["pid"])
     assert len(pids) == 1 and os.getpid() not in pids
-    outcomes = [(await store.get_latest_attempt(r.rollout_id)).outcome for r in finished]
+    outcomes = [present(await store.get_latest_attempt(r.rollout_id)).outcome for r in finished]
     assert outcomes == ["ok", "agent_error", "dropped", "ok"]
-    assert "KeyError: 'gone wrong'" in (await store.get_latest_attempt(finished[1].rollout_id)).error
+    assert "KeyError: 'gone wrong'" in present(present(await store.get_latest_attempt(finished[1].rollout_id)).error)
     await until(lambda: gone(pids), within=10)  # ended with the pool
 
 
-async def gone(pids: set | list[int]) -> bool:
+async def gone(pids: Iterable[int]) -> bool:
     """Whether all of these have ended."""
     return not any(is_alive(pid) for pid in pids)
 
@@ -112,7 +112,7 @@ async def test_async_agents_and_classes_in_processes(store: AnyStore) -> None:
     finished = await run(store, Agent, range(6), concurrency=2)
     assert [r.status for r in finished] == ["succeeded"] * 6
     spans = [s for of_one in (await store.query_many_spans([r.rollout_id for r in finished])).values() for s in of_one]
-    by_pid = {}
+    by_pid: dict[Any, list[Any]] = {}
     for span in spans:
         by_pid.setdefault(span.attributes["pid"], []).append(span.attributes["calls"])
     assert len(by_pid) == 2 and all(sorted(calls) == list(range(1, len(calls) + 1)) for calls in by_pid.values())
@@ -149,7 +149,7 @@ async def test_a_process_is_killed_with_all_that_its_agent_started(store: AnySto
         (finished,) = await store.wait_for_rollouts(rollout_ids=[other.rollout_id], timeout=10)
         assert finished.status == "succeeded"
     assert (await store.get_rollout_by_id(made.rollout_id)).status == "cancelled"
-    assert (await store.get_latest_attempt(made.rollout_id)).outcome == "cancelled"
+    assert present(await store.get_latest_attempt(made.rollout_id)).outcome == "cancelled"
 
 
 @mostly_in_memory
@@ -203,7 +203,7 @@ async def test_a_process_that_dies_takes_only_its_own_rollout(store: AnyStore, w
     assert {(a.outcome, a.status) for a in attempts} == {("runner_lost", "unresponsive")}
     assert 1 < len(attempts) <= 4
     said = {"SIGKILL": "signal 9 (SIGKILL)", "segfault": "signal 11 (SIGSEGV)", "_exit": "exited with status 3"}
-    assert said[way] in attempts[-1].error
+    assert said[way] in present(attempts[-1].error)
     spans = await store.query_spans(finished[0].rollout_id)
     assert [s.name for s in spans] == ["last words"] * len(attempts)  # a span is sent when it ends
 
@@ -241,7 +241,7 @@ async def test_the_fork_server_may_be_killed(make_memory_store: MakeMemoryStore,
 
 @mostly_in_memory
 @pytest.mark.parametrize("isolation", ["actor", "process"])
-async def test_an_agent_that_takes_too_long_times_out(store: AnyStore, isolation: str) -> None:
+async def test_an_agent_that_takes_too_long_times_out(store: AnyStore, isolation: Literal["actor", "process"]) -> None:
     """After `max_agent_seconds` its attempt has status timeout at once; a retry follows the configuration."""
 
     async def agent(task: Any, ctx: rs.Context) -> float:
@@ -256,4 +256,4 @@ async def test_an_agent_that_takes_too_long_times_out(store: AnyStore, isolation
         assert [r.status for r in finished] == ["failed", "succeeded"]
         attempts = [await store.query_attempts(r.rollout_id) for r in finished]
         assert [[a.outcome for a in several] for several in attempts] == [["timeout"], ["timeout", "ok"]]
-        assert "max_agent_seconds=0.5" in attempts[0][0].error
+        assert "max_agent_seconds=0.5" in present(attempts[0][0].error)

@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import pytest
@@ -27,7 +27,7 @@ import raystore as rs
 from raystore.runner.context import Context
 from raystore.runner.life import Life
 from tests.conftest import MakeMemoryStore
-from tests.helpers import until
+from tests.helpers import present, until
 
 variable = contextvars.ContextVar("variable", default=0)
 
@@ -52,7 +52,7 @@ class Place:
     def __init__(self, name: Any, store: Any) -> None:
         self.name = name
         self.store = store
-        self.isolation = "process" if name == "process" else "actor"
+        self.isolation: Literal["actor", "process"] = "process" if name == "process" else "actor"
 
     def pool(self, agent: Any, **options: Any) -> rs.RunnerPool:
         """A pool there."""
@@ -150,7 +150,7 @@ class Async:
 
     def __init__(self, path: Any) -> None:
         self.path = path
-        self.tasks = set()
+        self.tasks: set[tuple[int, asyncio.Task[Any] | None]] = set()
         self.beats = 0
         self.note()
 
@@ -217,7 +217,7 @@ class Decorated(Async):
 
 @pytest.mark.parametrize("kind", [Async, Decorated])
 async def test_everything_of_an_async_agent_is_in_one_task(
-    place: Place, kind: type[Async] | type[Decorated], tmp_path: Path
+    place: Place, kind: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Task groups and cancel scopes of `setup` are left in `close`, and what they started goes on meanwhile."""
     if kind is Decorated and place.name == "actor":
@@ -231,7 +231,8 @@ async def test_everything_of_an_async_agent_is_in_one_task(
 @pytest.mark.parametrize("kind", ["plain", "async", "decorated"])
 async def test_above_concurrency_1_calls_run_beside(make_memory_store: MakeMemoryStore, kind: str) -> None:
     """One instance; `setup` and `close` share a thread and a task, and as many calls as that are under way at once."""
-    lives, met = [], threading.Barrier(4, timeout=20)
+    lives: list[list[Any]] = []
+    met = threading.Barrier(4, timeout=20)
 
     class Agent:
         def __init__(self) -> None:
@@ -262,7 +263,8 @@ async def test_above_concurrency_1_calls_run_beside(make_memory_store: MakeMemor
         assert asyncio.run(asyncio.sleep(0, 1)) == asyncio.get_event_loop_policy().get_event_loop().time() * 0 + 1
         return float(threading.get_ident() != self.place[0])
 
-    Agent.__call__ = {"plain": plain, "async": Agent.solve, "decorated": decorated(Agent.solve)}[kind]
+    agent: Any = Agent
+    agent.__call__ = {"plain": plain, "async": Agent.solve, "decorated": decorated(Agent.solve)}[kind]
     if kind == "plain":  # get_event_loop first: asyncio.run takes the loop of its thread away, as anywhere
 
         def plain(self: Any, task: Any, ctx: rs.Context) -> float:
@@ -271,7 +273,7 @@ async def test_above_concurrency_1_calls_run_beside(make_memory_store: MakeMemor
             assert asyncio.run(asyncio.sleep(0, 1)) == 1
             return float(threading.get_ident() != self.place[0])
 
-        Agent.__call__ = plain
+        agent.__call__ = plain
     seen = await Place("memory", make_memory_store()).run(Agent, range(8 if kind == "plain" else 4), concurrency=4)
     assert {(s.outcome, s.reward) for s in seen} == {("ok", 1.0)}, seen
     ((first, last),) = lives
@@ -284,7 +286,7 @@ async def test_above_concurrency_1_calls_run_beside(make_memory_store: MakeMemor
 class Mute(Exception):
     """Says nothing of itself."""
 
-    def __str__(self) -> None:
+    def __str__(self) -> str:
         raise AttributeError("no message")
 
     __repr__ = __str__
@@ -336,7 +338,7 @@ async def throw(error: Any, *, after: float = 0) -> None:
 
 async def cancel_itself() -> None:
     """Cancel the task of the agent, for which nobody has asked."""
-    asyncio.current_task().cancel()
+    present(asyncio.current_task()).cancel()
     await asyncio.sleep(1)
 
 
@@ -363,7 +365,7 @@ def both() -> ExceptionGroup[ValueError | rs.Drop | rs.Abort]:
 
 
 # By name: what the agent does, the outcome in a pool, what its error says, and what `run_one` raises.
-ENDINGS = {
+ENDINGS: dict[str, tuple[Callable[[rs.Context], Any], str, str, str | None]] = {
     "a coroutine": (lambda ctx: give(0.5), "ok", "", None),
     "of a method": (lambda ctx: Waits().method(), "ok", "", None),
     "an awaitable": (lambda ctx: Waits(), "ok", "", None),
@@ -609,7 +611,9 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("kind", ["plain", "async"])
 async def test_nothing_of_a_finished_rollout_is_kept(make_memory_store: MakeMemoryStore, kind: str) -> None:
     """Its context, and with it task and resources, goes, also if it left spans and streams open."""
-    store, provider, alive, left = make_memory_store(), TracerProvider(), weakref.WeakSet(), []
+    store, provider = make_memory_store(), TracerProvider()
+    alive: weakref.WeakSet[rs.Context] = weakref.WeakSet()
+    left: list[Any] = []
 
     def leave_open(ctx: rs.Context) -> None:
         rs.otel.instrument(provider)
@@ -648,7 +652,7 @@ async def test_nothing_of_a_finished_rollout_is_kept(make_memory_store: MakeMemo
 def test_a_block_that_a_generator_leaves() -> None:
     """Closed elsewhere than it was entered: a span like others, in order, and no failure."""
 
-    def stream(ctx: rs.Context) -> Iterator[int]:
+    def stream(ctx: rs.Context) -> Generator[int]:
         with ctx.span("stream"):
             yield 1
 
@@ -700,7 +704,8 @@ def test_a_call_that_is_cancelled_before_its_first_step_ends() -> None:
             made.set()
             life.serve()
 
-    lives, made = [], threading.Event()
+    lives: list[Life] = []
+    made = threading.Event()
     thread = threading.Thread(target=serve)
     thread.start()
     made.wait(10)

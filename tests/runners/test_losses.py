@@ -20,7 +20,7 @@ import raystore as rs
 from raystore.types import RolloutConfig
 from tests.channel import CODE
 from tests.conftest import MakeRayStore
-from tests.helpers import make_span, until
+from tests.helpers import make_span, present, until
 from tests.runners.sleepers import patient, sleeping
 
 
@@ -64,7 +64,7 @@ async def test_ways_to_die(make_ray_store: MakeRayStore, way: str) -> None:
         statuses = [r.status for r in finished]
         lost, *done = await store.query_attempts(deadly.rollout_id)
         if way == "exit_actor":  # Ray lets an actor end itself from its own methods only; elsewhere it is an exception
-            assert lost.outcome == "agent_error" and "exit_actor" in lost.error
+            assert lost.outcome == "agent_error" and "exit_actor" in present(lost.error)
             assert statuses == ["failed"] + ["succeeded"] * 6
             return
         assert statuses == ["succeeded"] * 7
@@ -88,7 +88,7 @@ async def test_a_runner_that_dies_before_its_claim_was_acknowledged(make_ray_sto
         made = await store.enqueue_rollout("x")
         assert (await store.get_rollout_by_id(made.rollout_id)).status == "preparing"  # handed to a frozen process
         os.kill(pid, signal.SIGKILL)
-        assert (await store.wait_for_rollout(made.rollout_id, timeout=10)).status == "succeeded"
+        assert present(await store.wait_for_rollout(made.rollout_id, timeout=10)).status == "succeeded"
         (attempt,) = await store.query_attempts(made.rollout_id)
         assert (attempt.sequence_id, attempt.worker_id) == (1, f"{worker_id}.1")
 
@@ -116,7 +116,7 @@ async def test_a_runner_that_only_looks_dead(
         os.kill(pid, signal.SIGSTOP)
         try:
             stopped = time.monotonic()
-            again = await store.dequeue_rollout("somebody-else", timeout=silence + 10)
+            again = present(await store.dequeue_rollout("somebody-else", timeout=silence + 10))
             assert (again.rollout_id, again.attempt.sequence_id) == (made.rollout_id, 2)
             await store.add_span(make_span(again))
             while time.monotonic() < stopped + frozen:
@@ -136,10 +136,10 @@ async def test_a_runner_that_only_looks_dead(
         assert await store.heartbeat([(made.rollout_id, again.attempt.attempt_id)]) == []
         await store.update_attempt(made.rollout_id, again.attempt.attempt_id, status="succeeded")
         quick = await store.enqueue_rollout("quick")
-        assert (await store.wait_for_rollout(quick.rollout_id, timeout=20)).status == "succeeded"
+        assert present(await store.wait_for_rollout(quick.rollout_id, timeout=20)).status == "succeeded"
         first, second = await store.query_attempts(made.rollout_id)
         assert (first.outcome, second.outcome) == ("superseded", "ok")
-        assert (await store.get_latest_attempt(quick.rollout_id)).worker_id == worker_id  # the same runner
+        assert present(await store.get_latest_attempt(quick.rollout_id)).worker_id == worker_id  # the same runner
     assert (await store.get_rollout_by_id(made.rollout_id)).status == "succeeded"
 
 
@@ -161,7 +161,7 @@ async def kill_one(store: rs.RayLightningStore, killed: dict[str, tuple[float, l
     victim = chance.choice(sorted(victims, key=lambda worker: worker.worker_id))
     active = await store.query_rollouts(status_in=["preparing", "running"])
     held = [r.rollout_id for r in active if r.attempt.worker_id == victim.worker_id]
-    os.kill(victim.heartbeat_stats["pid"], signal.SIGKILL)
+    os.kill(present(victim.heartbeat_stats)["pid"], signal.SIGKILL)
     return victim.worker_id, held
 
 
@@ -188,7 +188,7 @@ async def test_runners_are_killed_under_load(
             while finished < count:
                 page = await store.completed(cursor, timeout=60)
                 assert page.items, "nothing finished for a minute"
-                cursor, finished = page.cursor, finished + len(page.items)
+                cursor, finished = present(page.cursor), finished + len(page.items)
                 while len(killed) < min(finished // 10, kills):
                     worker_id, held = await kill_one(store, killed, chance)
                     if worker_id is None:
@@ -242,7 +242,7 @@ async def test_a_killed_drivers_attempts_are_settled(make_ray_store: MakeRayStor
     driver = await asyncio.create_subprocess_exec(
         sys.executable, "-c", DRIVER, address, "shared", stdout=asyncio.subprocess.PIPE
     )
-    ids = (await driver.stdout.readline()).decode().split()
+    ids = (await present(driver.stdout).readline()).decode().split()
     driver.kill()
     await driver.wait()
     killed = time.monotonic()
@@ -254,5 +254,5 @@ async def test_a_killed_drivers_attempts_are_settled(make_ray_store: MakeRayStor
     await until(settled, within=70)
     after = round(time.monotonic() - killed, 1)
     for rollout_id in ids:
-        assert (await store.get_latest_attempt(rollout_id)).outcome == "runner_lost"
+        assert present(await store.get_latest_attempt(rollout_id)).outcome == "runner_lost"
     report(11, "another holder of claims killed", figure={"offered again after s": after}, bar="≤ 3", met=after <= 3)

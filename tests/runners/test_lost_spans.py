@@ -28,7 +28,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 import raystore as rs
 from raystore.tracing import calls, losses
 from tests.conftest import MakeMemoryStore, MakeRayStore
-from tests.helpers import AnyStore, until
+from tests.helpers import AnyStore, present, until
 
 HAD = {"of a library", "outer", "in a thread of an executor", "within", "chat", "bare", "after what is odd"}
 LOST = {
@@ -54,7 +54,7 @@ def agent(task: Any, ctx: rs.Context) -> None:
     with ctx.span("outer"), ThreadPoolExecutor(1) as threads:
 
         def tool() -> None:
-            with tracer.start_as_current_span("in a thread of an executor"), rs.current().span("within"):
+            with tracer.start_as_current_span("in a thread of an executor"), present(rs.current()).span("within"):
                 pass
 
         threads.submit(tool).result()
@@ -70,7 +70,7 @@ def agent(task: Any, ctx: rs.Context) -> None:
     thread = threading.Thread(target=lambda: tracer.start_span("in a thread of its own").end())
     thread.start()
     thread.join()
-    odd = tracer.start_span("odd")
+    odd: Any = tracer.start_span("odd")
     odd._status = None
     odd.end()
     tracer.start_span("after what is odd").end()
@@ -78,8 +78,8 @@ def agent(task: Any, ctx: rs.Context) -> None:
         tracer.start_span("too large", attributes={"text": "x" * 200_000}).end()
     with ctx.span("bare", **{"gen_ai.operation.name": "chat"}):
         pass
-    for given in ({}, {}, {"logprobs": [-1.0]}):
-        ctx.llm(prompt_ids=[1], response_ids=[2], **given)
+    for logprobs in (None, None, [-1.0]):
+        ctx.llm(prompt_ids=[1], response_ids=[2], logprobs=logprobs)
 
 
 def check_told(records: Any) -> list[Any]:
@@ -113,7 +113,7 @@ async def count(store: AnyStore, **options: Any) -> dict[str, Any]:
     before = (await store.statistics())["spans_lost"]
     made = await store.enqueue_rollout("x")
     async with rs.RunnerPool(store, agent, size=1, **options):
-        finished = await store.wait_for_rollout(made.rollout_id, timeout=60)
+        finished = present(await store.wait_for_rollout(made.rollout_id, timeout=60))
     assert finished.status == "succeeded", finished.attempt.error
     assert {span.name for span in await store.query_spans(made.rollout_id)} == HAD
     after = (await store.statistics())["spans_lost"]
@@ -149,7 +149,7 @@ async def test_in_actors_and_their_processes(make_ray_store: MakeRayStore) -> No
         finished = await store.wait_for_rollouts(rollout_ids=ids, timeout=60)
         found = await store.query_many_spans(ids)
     assert [rollout.status for rollout in finished] == ["failed"] * 10
-    assert all("200" in rollout.attempt.error for rollout in finished)
+    assert all("200" in present(rollout.attempt.error) for rollout in finished)
     for spans in found.values():
         assert {span.name for span in spans} == {"first", "last", "agentlightning.annotation"}
     assert (await store.statistics())["spans_lost"]["refused"] == 12
@@ -170,7 +170,8 @@ async def test_runners_tell_while_they_work(make_memory_store: MakeMemoryStore) 
 async def test_only_known_reasons_are_counted(make_memory_store: MakeMemoryStore) -> None:
     """So that no runner makes the store's memory grow."""
     store = make_memory_store()
-    for wrong in ({"nonsense": 1}, {"refused": 0}, {"refused": "many"}):
+    wrongs: list[Any] = [{"nonsense": 1}, {"refused": 0}, {"refused": "many"}]
+    for wrong in wrongs:
         with pytest.raises(rs.InvalidValueError):
             await store.report_spans_lost(wrong)
     assert (await store.statistics())["spans_lost"] == {}
@@ -259,7 +260,9 @@ async def test_a_task_that_begins_after_its_rollout(make_memory_store: MakeMemor
 
 def test_a_thread_that_outlives_a_rollout_belongs_to_none() -> None:
     """Its spans go where it is told that they belong, and are counted where it is not; those of drivers are not."""
-    provider, jobs, done = TracerProvider(), queue.SimpleQueue(), queue.SimpleQueue()
+    provider = TracerProvider()
+    jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     tracer = provider.get_tracer("t")
 
     def work() -> None:
@@ -328,10 +331,12 @@ def test_a_garbage_collection_may_end_a_span_anywhere() -> None:
     """Of a generator in a cycle, say, while another span is taken; its own thread must not wait for itself."""
 
     class Stream:
+        end: Any  # never reached
+
         def __init__(self, ctx: rs.Context) -> None:
             self.items = self.all_of_them(ctx)
 
-        def all_of_them(self, ctx: rs.Context) -> Iterator[None]:
+        def all_of_them(self, ctx: rs.Context) -> Iterator[int]:
             with ctx.span("stream"):
                 yield from range(10)
                 self.end()
@@ -340,7 +345,7 @@ def test_a_garbage_collection_may_end_a_span_anywhere() -> None:
         lots = random.Random(7)
         for _ in range(3_000):
             next(Stream(ctx).items)  # and no more
-            padding = [[] for _ in range(lots.randrange(30))]  # so that a collection comes at any place
+            padding: list[Any] = [[] for _ in range(lots.randrange(30))]  # so that a collection comes at any place
             ctx.llm(prompt_ids=[1, 2], response_ids=[3], logprobs=[-0.1], padding=len(padding))
 
     names = [span.name for span in rs.run_one(agent, "x").spans]
@@ -488,7 +493,7 @@ async def test_odd_spans_of_tracers_fail_nothing(
     for rollout in made:
         assert [span.name for span in await store.query_spans(rollout.rollout_id)] == ["first", "last"]
     assert fine.status == "succeeded"
-    assert own.status == "failed" and "trace_id" in own.attempt.error
+    assert own.status == "failed" and "trace_id" in present(own.attempt.error)
     assert (await store.statistics())["spans_lost"] == {"not_convertible": 6, "refused": 3}
     said = [record.getMessage() for record in told.records if record.name == "raystore.tracing"]
     for name in ("large", "no status", "odd parent", "odd time"):
@@ -497,7 +502,8 @@ async def test_odd_spans_of_tracers_fail_nothing(
 
 def test_spans_that_never_end_keep_nothing_of_their_rollout() -> None:
     """Neither its context nor what others recorded, though somebody keeps them."""
-    provider, alive, kept = TracerProvider(), weakref.WeakSet(), []
+    provider, kept = TracerProvider(), []
+    alive: weakref.WeakSet[rs.Context] = weakref.WeakSet()
 
     def agent(task: Any, ctx: rs.Context) -> None:
         rs.otel.instrument(provider)

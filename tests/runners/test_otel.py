@@ -167,7 +167,7 @@ assert [s.name for s in rs.run_one(agent, "x").spans] == ["global"]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     with pytest.raises(rs.InvalidValueError, match="provider="):
-        rs.otel.instrument("nonsense")
+        rs.otel.instrument("nonsense")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_model_calls_of_other_tracers_carry_the_policy_version() -> None:
@@ -198,6 +198,8 @@ def test_a_real_span_is_taken_over_exactly() -> None:
                 inner.add_event("said", {"words": ("a", "b")}, timestamp=1_700_000_000_500_000_000)
                 inner.set_status(trace.StatusCode.ERROR, "bad")
 
+    inner: Any
+    outer: Any
     inner, outer = rs.run_one(agent, "x").spans
     assert len(inner.trace_id) == 32 and len(inner.span_id) == 16 and int(inner.trace_id, 16)
     assert (inner.parent_id, inner.trace_id, outer.parent) == (outer.span_id, outer.trace_id, None)
@@ -216,7 +218,7 @@ def test_a_real_span_is_taken_over_exactly() -> None:
 def test_a_span_that_has_not_ended_is_taken_over_too() -> None:
     """Its tracer's own things (locks, processors, limits) are no part of a trace."""
     span = tracer.start_span("open", kind=trace.SpanKind.SERVER)
-    taken = rs.Span.from_opentelemetry(span, "r", "a", 1)
+    taken: Any = rs.Span.from_opentelemetry(span, "r", "a", 1)
     assert taken.kind == "SpanKind.SERVER" and taken.end_time is None
     assert taken.model_extra.keys() <= {"kind", "instrumentation_info", "instrumentation_scope"}
     span.end()

@@ -15,7 +15,7 @@ import ray
 import raystore as rs
 from raystore.types import RolloutConfig
 from tests.conftest import MakeRayStore
-from tests.helpers import AnyStore, mostly_in_memory, until
+from tests.helpers import AnyStore, mostly_in_memory, present, until
 
 
 class Undecodable:
@@ -58,9 +58,9 @@ async def test_an_agent_returns_a_reward_and_emits_spans(store: AnyStore) -> Non
         assert inner.parent_id == outer.span_id and outer.parent_id is None
         assert outer.attributes == {"task": i, "prompt": f"{i}!", "nested": {"a": 1}, "numbers": [1, 2]}
         assert [s.sequence_id for s in (inner, outer, reward)] == [1, 2, 3]
-        attempt = await store.get_latest_attempt(rollout.rollout_id)
+        attempt = present(await store.get_latest_attempt(rollout.rollout_id))
         assert (attempt.outcome, attempt.policy_version) == ("ok", 7)
-        assert attempt.worker_id.startswith("runner-")
+        assert present(attempt.worker_id).startswith("runner-")
 
 
 async def test_async_agents_share_a_runner_without_mixing(store: AnyStore) -> None:
@@ -69,7 +69,7 @@ async def test_async_agents_share_a_runner_without_mixing(store: AnyStore) -> No
     async def agent(task: Any, ctx: rs.Context) -> None:
         with ctx.span(f"a{task}"):
             await asyncio.sleep(0.05)
-            with rs.current().span(f"b{task}"):
+            with present(rs.current()).span(f"b{task}"):
                 await asyncio.sleep(0.05)
         ctx.reward(task, length=3)
 
@@ -141,7 +141,8 @@ async def test_what_agents_raise(store: AnyStore) -> None:
     assert [[a.outcome for a in several] for several in attempts] == [
         ["agent_error"], ["infra"] * 3, ["dropped"], ["agent_error"], ["ok"],
     ]  # fmt: skip
-    assert "KeyError: 'gone wrong'" in attempts[0][0].error and "expected a number" in attempts[3][0].error
+    assert "KeyError: 'gone wrong'" in present(attempts[0][0].error)
+    assert "expected a number" in present(attempts[3][0].error)
     spans = await store.query_spans(finished[0].rollout_id)
     assert spans[0].status.status_code == "ERROR" and spans[0].events[0].name == "exception"
 
@@ -189,9 +190,10 @@ async def test_short_rollouts_do_not_keep_a_long_one_from_its_heartbeats(store: 
     long = await store.enqueue_rollout("long", config=RolloutConfig(unresponsive_seconds=0.6))
     await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input="short")] * 300)
     async with rs.RunnerPool(store, agent, size=1, concurrency=3) as pool:
-        finished = await store.wait_for_rollout(long.rollout_id, timeout=30)
+        finished = present(await store.wait_for_rollout(long.rollout_id, timeout=30))
         assert finished.status == "succeeded" and len(await store.query_attempts(long.rollout_id)) == 1
-        assert (await store.get_worker_by_id(pool.worker_ids[0])).heartbeat_stats["pid"]
+        worker = present(await store.get_worker_by_id(pool.worker_ids[0]))
+        assert present(worker.heartbeat_stats)["pid"]
 
 
 @mostly_in_memory
@@ -271,7 +273,7 @@ async def test_bad_arguments(store: AnyStore) -> None:
     with pytest.raises(ValueError, match="size=0"):
         rs.RunnerPool(store, lambda task, ctx: None, size=0)
     with pytest.raises(ValueError, match="agent="):
-        rs.RunnerPool(store, "agent")
+        rs.RunnerPool(store, "agent")  # type: ignore[arg-type]  # wrong on purpose
 
 
 async def test_a_killed_runner_is_replaced_and_its_work_done(make_ray_store: MakeRayStore) -> None:
@@ -359,7 +361,6 @@ async def test_users_can_write_their_own_runner(make_ray_store: MakeRayStore) ->
     """A user's actor wraps the handle; the pool is a convenience."""
     store = make_ray_store()
 
-    @ray.remote(num_cpus=0)
     class MyRunner:
         def __init__(self, handle: Any) -> None:
             self.store = rs.RayLightningStore(handle)
@@ -367,10 +368,12 @@ async def test_users_can_write_their_own_runner(make_ray_store: MakeRayStore) ->
         async def run(self, n: Any) -> None:
             for _ in range(n):
                 rollout = await self.store.dequeue_rollout("mine", timeout=10)
+                assert rollout is not None
                 await self.store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
 
     made = await store.enqueue_group("x", 5)
-    await MyRunner.remote(store.actor).run.remote(5)
+    runner: Any = ray.remote(num_cpus=0)(MyRunner).remote(store.actor)
+    await runner.run.remote(5)
     finished = await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in made], timeout=0)
     assert len(finished) == 5
 
@@ -388,7 +391,7 @@ async def test_an_agent_that_cancels_itself_fails_alone(store: AnyStore) -> None
 
     finished = await run(store, agent, ["cancels", "fine"], size=1)
     assert [r.status for r in finished] == ["failed", "succeeded"]
-    assert "cancelled itself" in (await store.get_latest_attempt(finished[0].rollout_id)).error
+    assert "cancelled itself" in present(present(await store.get_latest_attempt(finished[0].rollout_id)).error)
 
 
 async def test_a_stopped_runner_gives_back_what_it_runs(store: AnyStore) -> None:
@@ -409,7 +412,7 @@ async def test_a_stopped_runner_gives_back_what_it_runs(store: AnyStore) -> None
     await until(is_running)
     await asyncio.to_thread(pool.stop, drain=False)
     assert (await store.get_rollout_by_id(made.rollout_id)).status == "requeuing"
-    assert (await store.dequeue_rollout()).rollout_id == made.rollout_id
+    assert present(await store.dequeue_rollout()).rollout_id == made.rollout_id
 
 
 async def test_a_task_that_nobody_can_decode_fails_in_the_end(store: AnyStore) -> None:
@@ -425,7 +428,7 @@ async def test_a_task_that_nobody_can_decode_fails_in_the_end(store: AnyStore) -
 
         await until(both, within=40)
     attempts = await store.query_attempts("bad")
-    assert {a.outcome for a in attempts} == {"infra"} and "PayloadNotReadableError" in attempts[0].error
+    assert {a.outcome for a in attempts} == {"infra"} and "PayloadNotReadableError" in present(attempts[0].error)
 
 
 @mostly_in_memory
@@ -446,8 +449,8 @@ async def test_an_agent_that_wants_to_end_the_process_fails_alone(
 
     finished = await run(store, async_agent if is_async else agent, ["exit", "fine"], size=1)
     assert [r.status for r in finished] == ["failed", "succeeded"]
-    attempt = await store.get_latest_attempt(finished[0].rollout_id)
-    assert attempt.outcome == "agent_error" and type(ending).__name__ in attempt.error
+    attempt = present(await store.get_latest_attempt(finished[0].rollout_id))
+    assert attempt.outcome == "agent_error" and type(ending).__name__ in present(attempt.error)
     assert any(type(ending).__name__ in line for line in await store.story(finished[0].rollout_id))
 
 
@@ -459,20 +462,20 @@ async def test_rewards_of_any_kind_of_number() -> None:
 
     def agent(task: Any, ctx: rs.Context) -> Any:
         if task == "text":
-            ctx.reward("0.5")
+            ctx.reward("0.5")  # type: ignore[arg-type]  # wrong on purpose
         return values.get(task)
 
     with rs.InMemoryLightningStore() as store:
         finished = await run(store, agent, [*values, "text"])
         assert [r.reward for r in finished] == [0.5, 0.25, 1.0, None, None]
         assert [r.status for r in finished] == ["succeeded"] * 3 + ["failed"] * 2
-        attempt = await store.get_latest_attempt(finished[3].rollout_id)
-        assert "reward=nan is not valid" in attempt.error
+        attempt = present(await store.get_latest_attempt(finished[3].rollout_id))
+        assert "reward=nan is not valid" in present(attempt.error)
         lost = await store.enqueue_rollout("np", resources_id="nope")
         async with rs.RunnerPool(store, agent, size=1):
             await store.wait_for_rollout(lost.rollout_id, timeout=20)
-        attempt = await store.get_latest_attempt(lost.rollout_id)
-        assert (attempt.outcome, "Resources nope not found" in attempt.error) == ("infra", True)
+        attempt = present(await store.get_latest_attempt(lost.rollout_id))
+        assert (attempt.outcome, "Resources nope not found" in present(attempt.error)) == ("infra", True)
 
 
 async def test_agent_errors_are_told_once_for_each_place(caplog: pytest.LogCaptureFixture) -> None:
@@ -506,4 +509,4 @@ async def test_bad_options_of_a_pool(bad: dict[str, str] | dict[str, tuple[Any]]
     with rs.InMemoryLightningStore() as store, pytest.raises(ValueError, match=next(iter(bad))):
         rs.RunnerPool(store, lambda task, ctx: None, **bad)
     with pytest.raises(rs.NotAStoreError):
-        rs.RunnerPool("store", lambda task, ctx: None)
+        rs.RunnerPool("store", lambda task, ctx: None)  # type: ignore[arg-type]  # wrong on purpose

@@ -13,7 +13,7 @@ import pytest
 
 import raystore as rs
 from tests.conftest import MakeMemoryStore, MakeRayStore
-from tests.helpers import AnyStore, until
+from tests.helpers import AnyStore, present, until
 
 WHY = "ConnectionError: no model server"
 
@@ -113,7 +113,7 @@ async def test_a_pool_whose_runners_stop_coming_up(make_ray_store: MakeRayStore,
             return (await store.get_rollout_by_id(made.rollout_id)).status == "succeeded"
 
         await until(is_done, within=40)
-        assert (await store.wait_for_rollout(made.rollout_id, timeout=10)).reward == 1.0
+        assert present(await store.wait_for_rollout(made.rollout_id, timeout=10)).reward == 1.0
 
 
 class Slow:
@@ -166,7 +166,7 @@ async def test_a_patience_without_end(make_memory_store: MakeMemoryStore, monkey
     pool = rs.RunnerPool(store, Late, size=1, start_timeout=float("inf"))
     await asyncio.to_thread(pool.start)
     made = await store.enqueue_rollout("x")
-    assert (await store.wait_for_rollout(made.rollout_id, timeout=20)).reward == 1.0
+    assert present(await store.wait_for_rollout(made.rollout_id, timeout=20)).reward == 1.0
     await asyncio.to_thread(pool.stop, drain_seconds=float("inf"))
 
 
@@ -202,5 +202,5 @@ async def test_a_pool_in_process_that_cannot_grow_in_time(make_memory_store: Mak
         await asyncio.to_thread(pool.resize, 2)
         assert len(pool.worker_ids) == 2
         made = await store.enqueue_rollout("x")
-        assert (await store.wait_for_rollout(made.rollout_id, timeout=20)).reward == 1.0
+        assert present(await store.wait_for_rollout(made.rollout_id, timeout=20)).reward == 1.0
         held.set()

@@ -21,7 +21,7 @@ from raystore.runner import worker
 from raystore.runner.worker import ResourceCache
 from raystore.types import ObjectResource, PromptTemplate
 from tests.conftest import MakeMemoryStore, MakeRayStore
-from tests.helpers import claim, until
+from tests.helpers import claim, present, until
 
 WEIGHTS = 100_000  # numbers of 8 bytes: enough to go to the object store
 
@@ -99,7 +99,7 @@ async def test_nothing_of_a_rollout_is_kept_while_its_runner_waits(make_memory_s
     try:
         async with rs.RunnerPool(store, agent, size=1):
             rollout = await store.enqueue_rollout("x")
-            assert (await store.wait_for_rollout(rollout.rollout_id, timeout=10)).status == "succeeded"
+            assert present(await store.wait_for_rollout(rollout.rollout_id, timeout=10)).status == "succeeded"
 
             async def is_gone() -> bool:
                 return seen[0]() is None
@@ -142,17 +142,16 @@ async def test_an_object_can_be_awaited(make_ray_store: MakeRayStore) -> None:
     """`aget` gives the object of a reference, of a value, and says that there is none in time."""
     store = make_ray_store()
     await store.add_resources({"large": ObjectResource(value=np.ones(WEIGHTS)), "small": ObjectResource(value=[1])})
-    resources = (await store.get_latest_resources()).resources
+    resources: Any = present(await store.get_latest_resources()).resources
     assert (await resources["large"].aget()).sum() == WEIGHTS
     assert await resources["small"].aget() == [1]
 
-    @ray.remote(num_cpus=0)
     def slow() -> None:
         import time
 
         time.sleep(3)
 
-    late = ObjectResource(value=slow.remote())
+    late = ObjectResource(value=ray.remote(num_cpus=0)(slow).remote())
     with pytest.raises(ray.exceptions.GetTimeoutError):
         await late.aget(timeout=0.1)
     with pytest.raises(ray.exceptions.GetTimeoutError):

@@ -7,14 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import ray
 
 import raystore as rs
 from tests.conftest import MakeMemoryStore, MakeRayStore
-from tests.helpers import AnyStore, mostly_in_memory, until
+from tests.helpers import AnyStore, mostly_in_memory, present, until
 
 
 def running(store: AnyStore | AnyStore, *made: Any) -> Callable[..., Coroutine[Any, Any, bool]]:
@@ -62,7 +62,9 @@ def deaf(task: Any, ctx: rs.Context) -> None:
 )
 @mostly_in_memory
 async def test_a_polite_stop_charges_nobody(
-    store: AnyStore, agent: Callable[..., Coroutine[Any, Any, None]] | Callable[..., None], isolation: str
+    store: AnyStore,
+    agent: Callable[..., Coroutine[Any, Any, None]] | Callable[..., None],
+    isolation: Literal["actor", "process"],
 ) -> None:
     """More often than there are deliveries: each time the rollout waits at its old place, before younger ones."""
     made = await store.enqueue_rollout("long")
@@ -75,7 +77,7 @@ async def test_a_polite_stop_charges_nobody(
         found = await store.get_rollout_by_id(made.rollout_id)
         assert (found.status, found.attempt.outcome, found.attempt.error) == ("requeuing", "withdrawn", None)
         assert (await store.statistics())["suspects"] == 0
-    claimed = await store.dequeue_rollout()
+    claimed = present(await store.dequeue_rollout())
     assert (claimed.rollout_id, claimed.attempt.sequence_id) == (made.rollout_id, 5)
 
 
@@ -140,7 +142,8 @@ async def test_a_pool_is_resized(store: AnyStore) -> None:
         assert sorted(statuses) == ["requeuing", "requeuing", "running"]
         await asyncio.to_thread(pool.resize, 2)
         assert len(pool.worker_ids) == 2 and not {*pool.worker_ids} & {f"runner-{pool.pool_id}-1"}
-        for wrong in (0, -1, 1.5, True, "2"):
+        wrongs: list[Any] = [0, -1, 1.5, True, "2"]
+        for wrong in wrongs:
             with pytest.raises(rs.InvalidValueError, match="size"):
                 pool.resize(wrong)
         await asyncio.to_thread(pool.stop, drain_seconds=0)
@@ -166,7 +169,7 @@ async def test_a_pool_that_cannot_grow_stays_as_it_was(store: AnyStore, tmp_path
             await asyncio.to_thread(pool.resize, 2)
         assert pool.worker_ids == before
         made = await store.enqueue_rollout("x")
-        assert (await store.wait_for_rollout(made.rollout_id, timeout=20)).status == "succeeded"
+        assert present(await store.wait_for_rollout(made.rollout_id, timeout=20)).status == "succeeded"
 
 
 async def test_what_did_not_grow_is_not_replaced(make_ray_store: MakeRayStore, tmp_path: Path) -> None:
