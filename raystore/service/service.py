@@ -494,9 +494,9 @@ class Service:
         if state.eviction_pass is not None:
             in_seconds.append(0.0)
         self._rings_at = age + min(in_seconds, default=NEVER)
-        if not self.regain_space():
+        if in_seconds and not self.regain_space():
             in_seconds = [max(seconds, FULL_SECONDS) for seconds in in_seconds]
-            self._rings_at = 0.0  # not before, whatever comes
+            self._rings_at = 0.0  # it is left set until it rings, whatever comes
         # Deadlines are strict: a hair later, so that the ring finds them passed.
         self._alarm.set(min(in_seconds) + 0.001 if in_seconds else None)
 
