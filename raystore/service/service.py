@@ -116,6 +116,7 @@ class Service:
         self._seeds = random.Random()  # seeded by the system; ids need to be different, not secret
         self._armed: float | None = None
         self._rings_at: float = NEVER  # when the alarm rings, on the clock by which sessions age
+        self._rings_not_before: float = 0.0  # whatever is due
         self._failed: StoreError | None = None
         if self._recorder is not None:
             self._watch(self._recorder.writer)
@@ -476,7 +477,7 @@ class Service:
         if not is_manual:  # else these wait for a tick
             waiting = self.parking.next_deadline() if self.parking.timed else None
             soonest = min(soonest, state.deadlines.soonest + state.paused, waiting or NEVER)
-        if soonest >= self._rings_at:
+        if max(soonest, self._rings_not_before) >= self._rings_at:
             return
         age = self.clock.age()
         age_deadline = expiry.next_age_deadline(state)
@@ -493,12 +494,11 @@ class Service:
             in_seconds += [TICK_SECONDS] if core else []
         if state.eviction_pass is not None:
             in_seconds.append(0.0)
-        self._rings_at = age + min(in_seconds, default=NEVER)
-        if in_seconds and not self.regain_space():
-            in_seconds = [max(seconds, FULL_SECONDS) for seconds in in_seconds]
-            self._rings_at = 0.0  # it is left set until it rings, whatever comes
+        least = 0.0 if self.regain_space() else FULL_SECONDS  # else nothing could be written down sooner
+        seconds = max(min(in_seconds, default=NEVER), least)
+        self._rings_at, self._rings_not_before = age + seconds, age + least
         # Deadlines are strict: a hair later, so that the ring finds them passed.
-        self._alarm.set(min(in_seconds) + 0.001 if in_seconds else None)
+        self._alarm.set(seconds + 0.001 if in_seconds else None)
 
     def _ring(self) -> None:
         with self._held():

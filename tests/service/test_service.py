@@ -15,6 +15,7 @@ import pytest
 import raystore as rs
 from raystore.core import expiry
 from raystore.core.verbs import VERBS, Verb
+from raystore.journal.writer import FULL_SECONDS
 from raystore.options import StoreConfig
 from raystore.service.clock import Clock, ThreadAlarm
 from raystore.service.parking import ParkedCall, Parking
@@ -146,6 +147,7 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch: pytest.Monkey
     """A process that was stopped (SIGSTOP, frozen machine) finds its deadlines moved by as long, and says so."""
     moment = [1000.0]
     monkeypatch.setattr(Clock, "now", lambda self: moment[0])
+    monkeypatch.setattr(Clock, "age", lambda self: moment[0])
 
     class Silent:
         """An alarm that does not ring by itself: the process is stopped."""
@@ -177,6 +179,67 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch: pytest.Monkey
         assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "preparing"
     moment[0] += 1.5
     assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "failed"
+
+
+def test_the_timer_is_set_for_what_is_due_before_it_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And left for what is due later; also where the disk is full, and something is due for the first time."""
+    moment, has_space = [1000.0], [True]
+    monkeypatch.setattr(Clock, "now", lambda self: moment[0])
+    monkeypatch.setattr(Clock, "age", lambda self: moment[0])
+    monkeypatch.setattr(Service, "regain_space", lambda self: has_space[0])
+
+    class Recorded:
+        """An alarm that rings only when the test says so."""
+
+        def __init__(self, ring: Callable[[], None]) -> None:
+            self.ring = ring
+            alarms.append(self)
+
+        def set(self, seconds: float | None) -> None:
+            settings.append(seconds)
+
+        def close(self) -> None:
+            pass
+
+    alarms: list[Recorded] = []
+    settings: list[float | None] = []
+
+    def set_to_hundredths() -> list[float | None]:
+        """What the alarm was set to since this was asked last."""
+        made = [seconds and round(seconds, 2) for seconds in settings]
+        settings.clear()
+        return made
+
+    service = Service(StoreConfig(), capacity_bytes=10**9, alarm=Recorded)
+    session = service.open_session("a", eternal=True)
+
+    def start(timeout_seconds: float) -> None:
+        config: list[Any] = [timeout_seconds, None, 1, []]
+        request: dict[str, Any] = {"input": b"\x01\xc0", "metadata": None, "config": config}
+        service.call(session, 0, "start_rollout", {"request": request, "worker_id": None}, lambda ticket, value: False)
+
+    assert set_to_hundredths() == []
+    start(30.0)
+    assert set_to_hundredths() == [1.0]  # a look at the clock each second
+    start(20.0)
+    start(2.0)
+    assert set_to_hundredths() == []
+    start(0.5)
+    assert set_to_hundredths() == [0.5]
+    moment[0] += 0.6
+    alarms[0].ring()
+    assert set_to_hundredths() == [1.0]
+
+    full = Service(StoreConfig(), capacity_bytes=10**9, alarm=Recorded)
+    session, service, has_space[0] = full.open_session("a", eternal=True), full, False
+    start(0.5)
+    start(0.3)
+    assert set_to_hundredths() == [0.5, 0.3]
+    start(0.01)
+    assert set_to_hundredths() == [FULL_SECONDS]
+    moment[0] += 0.05
+    start(0.01)
+    assert set_to_hundredths() == []  # or each call would put it off
 
 
 async def test_a_failing_core_takes_no_more_writes(
