@@ -3,7 +3,7 @@
 An agent that is instrumented already needs no change: `rs.otel.instrument()` adds a span processor that finds the
 rollout by context variable, so that concurrent rollouts of one process do not mix, and hands a span to the runner when
 it ends, before the final status. Other processors and exporters of the agent go on as before. Spans that are lost are
-counted, and logged once (`tracing.losses`).
+counted, and logged once (`tracing.calls`).
 Not here: receiving spans of other processes.
 """
 
@@ -27,13 +27,13 @@ try:
 except ModuleNotFoundError as _why:
     raise ModuleNotFoundError(f"{_why}. raystore.otel needs the OpenTelemetry SDK: install raystore[otel]") from _why
 
+from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError
 from raystore.errors.text import summary
 from raystore.runner.context import Position, any_running, current, is_outside_rollouts
 from raystore.spans import Span
 from raystore.tracing import semconv
 from raystore.tracing.dialects import is_model_call
-from raystore.tracing.losses import Reason
 
 OPEN_SPANS: int = 100_000  #: that a process follows; an agent that never ends its spans must not fill the memory
 
@@ -182,7 +182,7 @@ def _go_on(position: Position, traced: Any, function: Any, /, *args: Any, **kwar
         tracing.detach(token)
 
 
-def _lose(lose: Callable[[Reason, str, str], None], reason: Reason, name: str, story: str) -> None:
+def _lose(lose: Callable[[LossReason, str, str], None], reason: LossReason, name: str, story: str) -> None:
     lose(reason, name, f"Span {name!r} {story}")
 
 
@@ -198,7 +198,7 @@ class _Open:
     attempt_id: str
     policy_version: int | None
     sink: Callable[[Span], None]
-    lose: Callable[[Reason, str, str], None]
+    lose: Callable[[LossReason, str, str], None]
 
 
 class RolloutSpanProcessor(SpanProcessor):

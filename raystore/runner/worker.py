@@ -42,7 +42,7 @@ from raystore.runner.context import STOPPED, Context, Outbox, outside_rollouts
 from raystore.runner.inline_agents import InlineAgents
 from raystore.runner.process_agents import ProcessAgents
 from raystore.spans import Span, is_traced
-from raystore.tracing.losses import Losses
+from raystore.tracing.calls import Losses
 from raystore.types import Attempt, AttemptedRollout
 from raystore.values import pickler
 

@@ -37,12 +37,11 @@ from raystore.types import (
     TraceStatus,
     Worker,
 )
-from raystore.values.content import digest
 from raystore.values.models import EXTRA, Undecoded, decode_all
 from raystore.values.objects import Kept, Origin, Source
 from raystore.values.plain import LEAVES, plainest
 from raystore.wire import checks
-from raystore.wire.codec import decode, encode, is_pickled
+from raystore.wire.codec import decode, digest, encode, is_pickled
 
 M = TypeVar("M", bound=BaseModel)
 Row = Sequence[Any] | Record
