@@ -346,7 +346,7 @@ class StoreClient(RunnerStore):
         if not isinstance(status, Unset):
             changes["status"] = validated("status", RolloutStatus, status)
         if not isinstance(config, Unset):
-            changes["config"] = self._encoder.config(validated("config", RolloutConfig, config))
+            changes["config"] = checks.rollout_config("config", validated("config", RolloutConfig, config))
         if not isinstance(metadata, Unset):
             changes["metadata"] = self._encoder.mapping("metadata", metadata)
         arguments = {"rollout_id": checks.identifier("rollout_id", rollout_id), "changes": changes}

@@ -379,7 +379,6 @@ class Outbox:
         self._calls = CallCounter()
 
     def add(self, span: Span) -> None:
-        """Take a span."""
         if self._pid != forks.pid:  # in a forked child the lock may stay locked for ever
             self._warn_of_fork(span)
             return

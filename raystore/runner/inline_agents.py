@@ -62,20 +62,9 @@ class InlineAgents:
 
     async def open(self) -> None:
         """Make the agents; raises the error of an agent's `__init__` or `setup`."""
-        self._thread = await self._start_thread()
-
-    async def _start_thread(self) -> _AgentThread:
-        """A thread whose agent is set up; raises the error of the agent's `__init__` or `setup`."""
-        thread = _AgentThread(self._agent, self._concurrency)
-        error = await thread.opened
-        if error is None:
-            return thread
-        if isinstance(error, Exception):
-            raise error
-        raise RuntimeError(f"the agent could not be made: {error!r}") from error  # not SystemExit: the process goes on
+        await self._living_thread()
 
     async def run(self, context: Context) -> Ending:
-        """Run the agent on one rollout."""
         pending = self._pending[context] = _Pending(asyncio.get_running_loop().create_future())
         delays = retry_delays()
         try:
@@ -102,7 +91,12 @@ class InlineAgents:
             if self._thread is None or not self._thread.is_usable:
                 if self._thread is not None:
                     await self._thread.ended
-                self._thread = await self._start_thread()
+                thread = _AgentThread(self._agent, self._concurrency)
+                if (error := await thread.opened) is not None:
+                    if isinstance(error, Exception):
+                        raise error
+                    raise RuntimeError(f"the agent could not be made: {error!r}") from error  # the process goes on
+                self._thread = thread
             return self._thread
 
     def cancel(self, context: Context) -> None:

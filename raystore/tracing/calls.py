@@ -157,25 +157,18 @@ class _Joined:
     def __init__(self, facts: CallFacts) -> None:
         self.facts = [facts]
         self.response_id = facts.response_id
-        self.prompt_ids, self.response_ids = facts.prompt_ids, facts.response_ids
+        self.ids = [facts.prompt_ids, facts.response_ids]
 
     def agrees_with(self, other: _Joined) -> bool:
         """Whether the two are equal in every fact that both have."""
-        return all(
-            mine is None or theirs is None or mine == theirs
-            for mine, theirs in (
-                (self.response_id, other.response_id),
-                (self.prompt_ids, other.prompt_ids),
-                (self.response_ids, other.response_ids),
-            )
-        )
+        pairs = zip((self.response_id, *self.ids), (other.response_id, *other.ids), strict=True)
+        return all(mine is None or theirs is None or mine == theirs for mine, theirs in pairs)
 
     def join(self, other: _Joined) -> None:
         """Add what the spans of another say."""
         self.facts += other.facts
-        self.response_id = other.response_id if self.response_id is None else self.response_id
-        self.prompt_ids = other.prompt_ids if self.prompt_ids is None else self.prompt_ids
-        self.response_ids = other.response_ids if self.response_ids is None else self.response_ids
+        self.response_id = self.response_id or other.response_id
+        self.ids = [theirs if mine is None else mine for mine, theirs in zip(self.ids, other.ids, strict=True)]
 
 
 def _calls_of(spans: Sequence[Span], unreadable: list[tuple[Span, Exception]]) -> Iterator[ModelCall]:
@@ -204,8 +197,8 @@ def _calls_of(spans: Sequence[Span], unreadable: list[tuple[Span, Exception]]) -
         versions = (facts.attributes.get(semconv.POLICY_VERSION) for facts in joined.facts)
         yield ModelCall(
             spans=tuple(facts.span for facts in joined.facts),
-            prompt_ids=joined.prompt_ids,
-            response_ids=joined.response_ids,
+            prompt_ids=joined.ids[0],
+            response_ids=joined.ids[1],
             logprobs=next((facts.logprobs for facts in joined.facts if facts.logprobs is not None), None),
             response_id=joined.response_id,
             role=next((role for role in roles if role is not None), None),

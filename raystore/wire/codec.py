@@ -191,10 +191,6 @@ _DIGEST_BYTES = 16
 _WALKS = 10_000  # visits to parts of cycles, whose forms cannot be remembered; beyond them the bytes are hashed
 
 
-class _NoForm(Exception):
-    """There is no canonical form of this."""
-
-
 def digest(value: Any, encoded: bytes | Payload | None) -> bytes:
     """The digest of a value; `encoded` is its payload."""
     try:
@@ -219,17 +215,13 @@ def _number(value: float) -> bytes:
     return b"d" + (struct.pack("<d", value) if value == value else b"nan")
 
 
-def _text(value: str) -> bytes:
-    return b"s" + value.encode("utf-8", "surrogatepass")
-
-
 _SHORT_FORMS: dict[type, Callable[[Any], bytes]] = {
     type(None): lambda _: b"n",
     bool: lambda value: b"1" if value else b"0",
     int: lambda value: b"i%x" % value if value >= 0 else b"i-%x" % -value,
     float: _number,
     complex: lambda value: b"c" + _number(value.real) + _number(value.imag),
-    str: _text,
+    str: lambda value: b"s" + value.encode("utf-8", "surrogatepass"),
     bytes: lambda value: b"b" + value,
     bytearray: lambda value: b"B" + bytes(value),
 }
@@ -267,7 +259,7 @@ class _Form:
         else:
             self._walks -= 1
             if self._walks < 0:
-                raise _NoForm
+                raise RecursionError("its cycles have too many parts")
         self._highest = min(outer, self._highest)
         return form
 
