@@ -30,7 +30,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from inspect import isfunction
 from typing import Any, Literal
 
-from raystore.tracing.losses import Reason
+from raystore.core.schema import LossReason
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -673,7 +673,7 @@ class RunnerStore(LightningStore):
         """
 
     @abstractmethod
-    async def report_spans_lost(self, counts: Mapping[Reason, int]) -> None:
+    async def report_spans_lost(self, counts: Mapping[LossReason, int]) -> None:
         """Add numbers of lost spans, by reason, to `statistics()["spans_lost"]`."""
 
     @abstractmethod

@@ -276,13 +276,9 @@ def is_traced(span: Span) -> bool:
 
 def _extras(source: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     """What an SDK span holds beyond the model, by its public names."""
-    extras = {}
-    for private, value in vars(source).items():
-        name = private.lstrip("_")
-        if private.startswith("__") or name in known or name in _NOT_EXTRA:
-            continue
-        extras[name] = json.loads(json.dumps(value, default=str))
-    return extras
+    held = {private.lstrip("_"): value for private, value in vars(source).items() if not private.startswith("__")}
+    extras = held.keys() - known.keys() - _NOT_EXTRA
+    return {name: json.loads(json.dumps(value, default=str)) for name, value in held.items() if name in extras}
 
 
 def _context(source: Any) -> SpanContext | None:

@@ -23,7 +23,7 @@ import raystore as rs
 from raystore.api import METHODS, LightningStore
 from raystore.client.client import Testing
 from raystore.runner.context import OpenSpan
-from raystore.runner.run_one import Run
+from raystore.runner.inline_agents import Run
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 WIDTH = 100  #: of a signature that stands on one line
@@ -136,7 +136,7 @@ ALIASES = {
     "Attributes": "those of a span",
     "AttributeValue": "the value of a span's attribute",
     "PackedArray": "numbers in an `array.array`",
-    "Reason": "why a span was lost, or a model call cannot be trained on: docs/spans.md lists them",
+    "LossReason": "why a span was lost, or a model call cannot be trained on: docs/spans.md lists them",
     "Call": "an operation on its way, which may be awaited",
     "NamedResources": "resources by name",
     "ResourceUnion": "any kind of resource; `resource_type` tells which",

@@ -23,10 +23,10 @@ from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
 from raystore.client.transport import PendingCall, Transport
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
 from raystore.core.records import Many
+from raystore.core.schema import LossReason
 from raystore.core.verbs import VERBS
 from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.calls import NOT_GIVEN, explain_methods, typed_as, unfit
-from raystore.tracing.losses import Reason
 from raystore.types import (
     LLM,
     UNSET,
@@ -346,7 +346,7 @@ class StoreClient(RunnerStore):
         if not isinstance(status, Unset):
             changes["status"] = validated("status", RolloutStatus, status)
         if not isinstance(config, Unset):
-            changes["config"] = self._encoder.config(validated("config", RolloutConfig, config))
+            changes["config"] = checks.rollout_config("config", validated("config", RolloutConfig, config))
         if not isinstance(metadata, Unset):
             changes["metadata"] = self._encoder.mapping("metadata", metadata)
         arguments = {"rollout_id": checks.identifier("rollout_id", rollout_id), "changes": changes}
@@ -888,7 +888,7 @@ class StoreClient(RunnerStore):
         arguments = {"rollout_id": rollout_id, "attempt_id": attempt_id, "resources_id": resources_id}
         await self._transport.call("unread", arguments | {"version": version, "error": error})
 
-    async def report_spans_lost(self, counts: Mapping[Reason, int]) -> None:
+    async def report_spans_lost(self, counts: Mapping[LossReason, int]) -> None:
         lost = {reason: checks.whole(f"counts[{reason!r}]", number, at_least=1) for reason, number in counts.items()}
         await self._transport.call("report_spans_lost", {"counts": lost})
 

@@ -70,6 +70,11 @@ Tags = Annotated[
 Logic = Literal["and", "or"]
 SortOrder = Literal["asc", "desc"]
 Part = tuple[int, bool]  #: of a bulk call: which call, and whether this is its last part
+#: Why an agent's span is lost, or a model call cannot be trained on (`tracing.calls`).
+LossReason = Literal[
+    "sampled_out", "sdk_disabled", "no_context", "not_convertible", "refused", "not_sent", "too_late", "too_many_open",
+    "without_token_ids", "without_logprobs",
+]  # fmt: skip
 
 
 # -- what comes in with operations ------------------------------------------------------------------------------------

@@ -12,22 +12,21 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any
 
 from raystore.client.client import StoreClient
 from raystore.client.transport import run_blocking
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.errors.text import last_line, portable, text_of
+from raystore.runner.agents import retry_delays
 from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all
 
 logger: logging.Logger = logging.getLogger("raystore.runner")
 
 NAMESPACE = "raystore-runners"  #: Ray's namespace in which the runners' worker ids are the names of their actors
 REPLACE_SECONDS = 1.0  #: after a death the runner is replaced, even if the store did not answer whether it was useful
-RESTART_SECONDS = 0.2  #: until a runner that died before it was useful is replaced; doubles each time ...
-MAX_RESTART_SECONDS = 10.0  #: ... up to this
 FAILURES_REPORTED = 3  #: after so many runners in a row that died before they were ready, the pool reports a failure
 
 
@@ -93,7 +92,7 @@ class _Member:
         self.actor.stop.remote(drain)
 
 
-_PoolEvent = tuple[Literal["ready", "slow", "ended"], _Member, Future[Any] | None]
+_PoolEvent = tuple[Callable[[_Member, Any], None], _Member, Future[Any] | None]  #: a handler, and its arguments
 
 
 class RunnerActors:
@@ -124,7 +123,7 @@ class RunnerActors:
         self._class = ray.remote(RunnerActor)
         self._ids = WorkerIds(pool_id)
         self._members: dict[int, _Member] = {}
-        self._delays: dict[int, float] = {}  # until the next replacement of each number
+        self._delays: dict[int, Iterator[float]] = {}  # until the next replacements of each number
         self._events: queue.SimpleQueue[_PoolEvent | None] = queue.SimpleQueue()  # for the watcher; None ends it
         self._failures = 0  # runners in a row that died before they were ready
         self._stopping = False
@@ -132,11 +131,9 @@ class RunnerActors:
         self._resizing = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="raystore-pool", daemon=True)
 
-    def worker_ids(self) -> list[str]:
-        return [member.worker_id for member in list(self._members.values())]
-
-    def actors(self) -> list[Any]:
-        return [member.actor for member in list(self._members.values())]
+    def members(self) -> list[_Member]:
+        """The runners that work now."""
+        return list(self._members.values())
 
     # -- starting ----------------------------------------------------------------------------------------------------
 
@@ -188,7 +185,7 @@ class RunnerActors:
         options |= {"name": worker_id, "namespace": NAMESPACE, "enable_task_events": False, **self._requirements}
         actor = self._class.options(**options).remote(self._store, self._agent, worker_id, self._options)
         member = self._members[number] = _Member(number, worker_id, actor)
-        actor.run.remote().future().add_done_callback(lambda future: self._events.put(("ended", member, future)))
+        actor.run.remote().future().add_done_callback(lambda future: self._events.put((self._on_end, member, future)))
         return member
 
     def _error(self, cause: str | None = None, *, setting_up: int = 0) -> PoolStartError:
@@ -218,27 +215,22 @@ class RunnerActors:
     def _watch(self) -> None:
         """The watcher thread."""
         while (event := self._events.get()) is not None:
+            handle, member, future = event
             try:
-                self._on_event(*event)
+                handle(member, future)
             except Exception:  # the other runners must still be watched
-                logger.exception("An event of runner %s could not be handled", event[1].worker_id)
+                logger.exception("An event of runner %s could not be handled", member.worker_id)
 
-    def _on_event(self, kind: str, member: _Member, future: Future[Any] | None) -> None:
-        if future is None:  # it is slow to start
-            if not member.is_ready and not member.ended.is_set() and not self._stopping:
-                self._log_waiting([member])
-            return
+    def _on_slow(self, member: _Member, future: None) -> None:
+        if not member.is_ready and not member.ended.is_set() and not self._stopping:
+            self._log_waiting([member])
+
+    def _on_end(self, member: _Member, future: Future[None]) -> None:
         member.is_ready = True
-        if kind == "ready":
-            if not future.exception():
-                member.session_id = future.result()
-                self._on_ready()
-        else:
-            member.ended.set()
-            if not member.is_stopped:
-                self._on_end(member, future.exception())
-
-    def _on_end(self, member: _Member, error: BaseException | None) -> None:
+        member.ended.set()
+        if member.is_stopped:
+            return
+        error = future.exception()
         if error is None:
             logger.warning("Runner %s has ended because its store is gone", member.worker_id)
             with self._lock:
@@ -252,8 +244,12 @@ class RunnerActors:
                 self._later(0, lambda: self._report_pool(failures, cause))
         self._later(0, lambda: self._on_death(member, error))
 
-    def _on_ready(self) -> None:
+    def _on_ready(self, member: _Member, future: Future[str]) -> None:
         """Reset the count of failures; if they were reported to the store, report that the pool works again."""
+        member.is_ready = True
+        if future.exception():
+            return
+        member.session_id = future.result()
         failures, self._failures = self._failures, 0
         if failures >= FAILURES_REPORTED:
             self._later(0, lambda: self._report_pool(0, None))
@@ -288,8 +284,9 @@ class RunnerActors:
             if member.is_replaced:
                 return
             member.is_replaced = True
-        delay = 0.0 if was_useful else self._delays.get(member.number, RESTART_SECONDS)
-        self._delays[member.number] = RESTART_SECONDS if was_useful else min(2 * delay, MAX_RESTART_SECONDS)
+        if was_useful:
+            self._delays.pop(member.number, None)
+        delay = 0.0 if was_useful else next(self._delays.setdefault(member.number, retry_delays()))
         logger.warning("Runner %s died and is replaced: %s", member.worker_id, _cause(error))
         self._later(delay, lambda: self._start_replacement(member))
 
@@ -299,9 +296,9 @@ class RunnerActors:
                 return
             member = self._start_member(dead.number)
         member.actor.ready.remote().future().add_done_callback(
-            lambda future: self._events.put(("ready", member, future))
+            lambda future: self._events.put((self._on_ready, member, future))
         )
-        self._later(EXPLAIN_SECONDS, lambda: self._events.put(("slow", member, None)))
+        self._later(EXPLAIN_SECONDS, lambda: self._events.put((self._on_slow, member, None)))
 
     def _report_end(self, member: _Member, *, stopped: bool) -> None:
         """Report that the process of a runner has ended, so that the store offers its rollouts again at once."""
@@ -354,7 +351,7 @@ class RunnerActors:
             if self._stopping:
                 return
             self._stopping = True
-            members = list(self._members.values())
+            members = self.members()
         self._stop_members(members, drain_seconds)
         self._events.put(None)
 

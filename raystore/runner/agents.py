@@ -23,7 +23,7 @@ from raystore.spans import Span
 from raystore.types import AttemptStatus, Outcome
 from raystore.values import pickler
 
-RETRY_SECONDS = 0.2  #: between two tries to make an agent again; doubles each time ...
+RETRY_SECONDS = 0.2  #: between two tries to make an agent or runner again; doubles each time ...
 MAX_RETRY_SECONDS = 10.0  #: ... up to this
 ERROR_CHARACTERS = 16_000  #: of an agent's traceback that are kept
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -101,7 +101,7 @@ def pickled(agent: Agent) -> bytes:
 
 
 def retry_delays() -> Iterator[float]:
-    """Seconds to wait after each failure to make an agent, without end."""
+    """Seconds to wait after each failure to make an agent or runner, without end."""
     delay = RETRY_SECONDS
     while True:
         yield delay

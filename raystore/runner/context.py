@@ -18,12 +18,12 @@ from secrets import token_hex
 from typing import Any, NoReturn
 
 from raystore.client import forks
+from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError, NoSuchResourceError
 from raystore.errors.text import meant, report, summary, text_of
 from raystore.spans import AttributeValue, Event, Span, TraceStatus, attributes_of
 from raystore.tracing import semconv
-from raystore.tracing.calls import CallCounter
-from raystore.tracing.losses import Losses, Reason
+from raystore.tracing.calls import CallCounter, Losses
 from raystore.types import LLM, Attempt, AttemptedRollout
 from raystore.values import plain
 from raystore.values.plain import pack_floats, pack_integers
@@ -193,7 +193,7 @@ class Context:
         resources: Mapping[str, Any],
         worker_id: str,
         sink: Callable[[Span], None],
-        lose: Callable[[Reason, str, str], None],
+        lose: Callable[[LossReason, str, str], None],
     ) -> None:
         self.rollout = rollout
         self.resources: _Resources = _Resources(resources, _source_of(rollout, worker_id))
@@ -379,7 +379,6 @@ class Outbox:
         self._calls = CallCounter()
 
     def add(self, span: Span) -> None:
-        """Take a span."""
         if self._pid != forks.pid:  # in a forked child the lock may stay locked for ever
             self._warn_of_fork(span)
             return

@@ -1,4 +1,4 @@
-"""Agents in the process of their runner: `RunnerPool(isolation="actor")`.
+"""Agents in the process of their runner (`RunnerPool(isolation="actor")`), or of a user who calls one (`run_one`).
 
 The cancellation of a rollout cancels the await of its agent. An agent that does not await must look at `ctx.cancelled`
 itself, or call `ctx.check()`, which raises.
@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import logging
 import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from secrets import token_hex
 from typing import Any, TypeVar
 
-from raystore.errors.text import summary
+from raystore.client.client import TO_PUBLISH
+from raystore.core.schema import LossReason
+from raystore.errors import InvalidValueError
+from raystore.errors.calls import explained
+from raystore.errors.text import add_note, summary
+from raystore.runner import agents
 from raystore.runner.agents import Agent, Ending, retry_delays
-from raystore.runner.context import Context
+from raystore.runner.context import ALONE, Context, Outbox
 from raystore.runner.life import Life
+from raystore.spans import Span, find_final_reward
+from raystore.tracing.calls import Losses
+from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
+from raystore.wire.checks import validated
 
 logger: logging.Logger = logging.getLogger("raystore.runner")
 
@@ -48,20 +62,9 @@ class InlineAgents:
 
     async def open(self) -> None:
         """Make the agents; raises the error of an agent's `__init__` or `setup`."""
-        self._thread = await self._start_thread()
-
-    async def _start_thread(self) -> _AgentThread:
-        """A thread whose agent is set up; raises the error of the agent's `__init__` or `setup`."""
-        thread = _AgentThread(self._agent, self._concurrency)
-        error = await thread.opened
-        if error is None:
-            return thread
-        if isinstance(error, Exception):
-            raise error
-        raise RuntimeError(f"the agent could not be made: {error!r}") from error  # not SystemExit: the process goes on
+        await self._living_thread()
 
     async def run(self, context: Context) -> Ending:
-        """Run the agent on one rollout."""
         pending = self._pending[context] = _Pending(asyncio.get_running_loop().create_future())
         delays = retry_delays()
         try:
@@ -88,7 +91,12 @@ class InlineAgents:
             if self._thread is None or not self._thread.is_usable:
                 if self._thread is not None:
                     await self._thread.ended
-                self._thread = await self._start_thread()
+                thread = _AgentThread(self._agent, self._concurrency)
+                if (error := await thread.opened) is not None:
+                    if isinstance(error, Exception):
+                        raise error
+                    raise RuntimeError(f"the agent could not be made: {error!r}") from error  # the process goes on
+                self._thread = thread
             return self._thread
 
     def cancel(self, context: Context) -> None:
@@ -167,3 +175,91 @@ class _AgentThread:
 
         with contextlib.suppress(RuntimeError):  # the runner's loop is closed: nobody waits
             self._loop.call_soon_threadsafe(set_result)
+
+
+# -- one call, without Ray and without a store: to debug an agent, or to try it in a notebook --------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The record of one call of an agent.
+
+    Attributes:
+        rollout: the rollout that was made up for the call.
+        spans: those that the agent recorded, numbered in the order in which they ended.
+        reward: the final reward, or None.
+        spans_lost: how many spans were lost, and model calls cannot be trained on, by reason, as in `statistics()`.
+    """
+
+    rollout: AttemptedRollout
+    spans: list[Span]
+    reward: float | None
+    spans_lost: dict[LossReason, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        names = ", ".join(span.name for span in self.spans)
+        return f"<Run: reward {self.reward}, {len(self.spans)} spans: {names}>"
+
+
+@explained
+def run_one(
+    agent: Agent, task: Any, resources: Mapping[str, Any] | None = None, *, policy_version: int | None = None
+) -> Run:
+    """Run an agent on one task in this thread, as a runner would, and return its spans and reward.
+
+    Args:
+        agent: as for `RunnerPool`: a function, a coroutine function, or a class with `__call__`.
+        task: the rollout's input.
+        resources: by name, for `ctx.resources`, as for `update_resources`.
+        policy_version: for `ctx.policy_version`.
+
+    An error of the agent is raised unchanged, with a note of the spans recorded before. From `__init__` to `close` the
+    agent lives in the calling thread, or in another one if this thread has a running event loop (a notebook).
+    """
+    if (expected := agents.check(agent)) is not None:
+        raise InvalidValueError("agent", agent, expected)
+    now = time.time()
+    rollout_id, attempt_id = f"ro-{token_hex(6)}", f"at-{token_hex(4)}"
+    attempt = Attempt(
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        sequence_id=1,
+        start_time=now,
+        policy_version=validated("policy_version", int | None, policy_version),
+    )
+    rollout = AttemptedRollout(
+        rollout_id=rollout_id, input=task, start_time=now, config=RolloutConfig(), status="preparing", attempt=attempt
+    )
+    losses = Losses()
+    outbox = Outbox(losses)
+    given = validated("resources", NamedResources, {} if resources is None else resources, TO_PUBLISH)
+    context = Context(rollout, given, ALONE, outbox.add, losses.add)
+    too_late = f"A span of rollout {rollout_id} ended after run_one, and is lost"
+    try:
+        if asyncio._get_running_loop() is None:
+            _run_once(agent, context)
+        else:
+            thread = ThreadPoolExecutor(1, "raystore-run-one")  # `with` would wait for the agent after a Ctrl+C
+            thread.submit(contextvars.copy_context().run, _run_once, agent, context).result()
+    except Exception as error:
+        add_note(error, f"spans recorded before: {', '.join(span.name for span in outbox.take()) or 'none'}")
+        raise
+    finally:
+        context.leave()
+    spans = outbox.close(lambda span: losses.add("too_late", "", too_late))
+    for number, span in enumerate(spans, 1):
+        span.sequence_id = number
+    return Run(rollout, spans, find_final_reward(spans), losses.take())
+
+
+def _run_once(agent: Agent, context: Context) -> None:
+    """Make an agent, call it once and close it; raises the agent's own errors."""
+    with Life(agent) as life:
+        result, error = life.run(context)
+        if error is None:
+            agents.take_result(context, result)
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error  # no cycle with its traceback

@@ -69,7 +69,6 @@ class _Call:
         return True
 
     def end(self, result: Any, error: BaseException | None) -> None:
-        """Note the result of the call."""
         self.on_end(agents.ending_of(self.context, result, error))
 
 

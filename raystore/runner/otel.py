@@ -3,7 +3,7 @@
 An agent that is instrumented already needs no change: `rs.otel.instrument()` adds a span processor that finds the
 rollout by context variable, so that concurrent rollouts of one process do not mix, and hands a span to the runner when
 it ends, before the final status. Other processors and exporters of the agent go on as before. Spans that are lost are
-counted, and logged once (`tracing.losses`).
+counted, and logged once (`tracing.calls`).
 Not here: receiving spans of other processes.
 """
 
@@ -27,13 +27,13 @@ try:
 except ModuleNotFoundError as _why:
     raise ModuleNotFoundError(f"{_why}. raystore.otel needs the OpenTelemetry SDK: install raystore[otel]") from _why
 
+from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError
 from raystore.errors.text import summary
 from raystore.runner.context import Position, any_running, current, is_outside_rollouts
 from raystore.spans import Span
 from raystore.tracing import semconv
 from raystore.tracing.dialects import is_model_call
-from raystore.tracing.losses import Reason
 
 OPEN_SPANS: int = 100_000  #: that a process follows; an agent that never ends its spans must not fill the memory
 
@@ -182,7 +182,7 @@ def _go_on(position: Position, traced: Any, function: Any, /, *args: Any, **kwar
         tracing.detach(token)
 
 
-def _lose(lose: Callable[[Reason, str, str], None], reason: Reason, name: str, story: str) -> None:
+def _lose(lose: Callable[[LossReason, str, str], None], reason: LossReason, name: str, story: str) -> None:
     lose(reason, name, f"Span {name!r} {story}")
 
 
@@ -198,7 +198,7 @@ class _Open:
     attempt_id: str
     policy_version: int | None
     sink: Callable[[Span], None]
-    lose: Callable[[Reason, str, str], None]
+    lose: Callable[[LossReason, str, str], None]
 
 
 class RolloutSpanProcessor(SpanProcessor):
@@ -213,30 +213,24 @@ class RolloutSpanProcessor(SpanProcessor):
         self._outside: dict[tuple[int, int], weakref.ref[Any]] = {}  # open spans that started in no rollout
 
     def on_start(self, span: Any, parent_context: Any = None) -> None:
-        key = (span.context.trace_id, span.context.span_id)
+        key = _key(span.context)
         given_up = weakref.ref(span, functools.partial(_forget, self._open, key))
         if (context := current()) is not None:
             ids = (context.rollout.rollout_id, context.attempt.attempt_id)
             self._open[key] = _Open(given_up, *ids, context.policy_version, context.sink, context.lose)
-        else:
-            parent = None
-            if span.parent is not None:
-                parent = self._open.get((span.parent.trace_id, span.parent.span_id))
-            if parent is None:
-                if self._is_outside(span):
-                    self._outside[key] = weakref.ref(span, functools.partial(_forget, self._outside, key))
-                else:
-                    _tell_of_stray(span)
-                return
+        elif span.parent is not None and (parent := self._open.get(_key(span.parent))) is not None:
             self._open[key] = dataclasses.replace(parent, span=given_up)
+        elif (somebody := any_running()) is None or self._is_outside(span):
+            self._outside[key] = weakref.ref(span, functools.partial(_forget, self._outside, key))
+        else:  # an agent may have started it
+            where = f"in thread {threading.current_thread().name!r}, which knows no rollout"
+            _lose(somebody.lose, "no_context", span.name, f"is lost: it started {where}, while agents ran")
         if len(self._open) > OPEN_SPANS:
             self._drop_oldest()
 
     def _is_outside(self, span: Any) -> bool:
-        """Whether a span is certainly of no agent: no agent runs, or its parent started outside of every rollout."""
-        if any_running() is None or is_outside_rollouts():
-            return True
-        return span.parent is not None and (span.parent.trace_id, span.parent.span_id) in self._outside
+        """Whether a span is of no agent though one runs: its thread runs none, or its parent is outside of rollouts."""
+        return is_outside_rollouts() or (span.parent is not None and _key(span.parent) in self._outside)
 
     def _drop_oldest(self) -> None:
         place = self._open.pop(next(iter(self._open), None), None)  # type: ignore[arg-type]
@@ -246,10 +240,10 @@ class RolloutSpanProcessor(SpanProcessor):
             _lose(place.lose, "too_many_open", span.name, story)
 
     def on_end(self, span: ReadableSpan) -> None:
-        identity = span.context
-        place = self._open.pop((identity.trace_id, identity.span_id), None)
+        key = _key(span.context)
+        place = self._open.pop(key, None)
         if place is None:
-            self._outside.pop((identity.trace_id, identity.span_id), None)
+            self._outside.pop(key, None)
             return
         try:
             made = Span.from_opentelemetry(span, place.rollout_id, place.attempt_id, 0)
@@ -270,11 +264,8 @@ class RolloutSpanProcessor(SpanProcessor):
 _processor = RolloutSpanProcessor()
 
 
-def _tell_of_stray(span: Any) -> None:
-    """A span belongs to no rollout, and an agent may have started it."""
-    if (somebody := any_running()) is not None:
-        where = f"in thread {threading.current_thread().name!r}, which knows no rollout"
-        _lose(somebody.lose, "no_context", span.name, f"is lost: it started {where}, while agents ran")
+def _key(identity: Any) -> tuple[int, int]:
+    return identity.trace_id, identity.span_id
 
 
 def _forget(opened: dict[tuple[int, int], Any], key: tuple[int, int], span: object) -> None:

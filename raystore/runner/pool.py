@@ -131,12 +131,12 @@ class RunnerPool:
     @property
     def worker_ids(self) -> list[str]:
         """The ids of the runners that work now."""
-        return self._runners.worker_ids()
+        return [member.worker_id for member in self._runners.members()]
 
     @property
     def actors(self) -> list[Any]:
         """The actor handles of the runners; empty for a pool in this process."""
-        return self._runners.actors()
+        return [member.actor for member in self._runners.members() if member.actor is not None]
 
     def start(self) -> None:
         """Start the runners; `with` does it."""
@@ -201,6 +201,7 @@ class _Member:
 
     def __init__(self, runner: Runner) -> None:
         self.worker_id = runner.worker_id
+        self.actor = None
         self.ended = threading.Event()
         self._runner = runner
         self._loop = asyncio.get_running_loop()
@@ -236,11 +237,9 @@ class LocalRunners:
         self._resizing = threading.Lock()
         self._stopping = False
 
-    def worker_ids(self) -> list[str]:
-        return [member.worker_id for member in list(self._members.values())] if self._thread.is_alive() else []
-
-    def actors(self) -> list[Any]:
-        return []
+    def members(self) -> list[_Member]:
+        """The runners that work now."""
+        return list(self._members.values()) if self._thread.is_alive() else []
 
     def start(self) -> None:
         """Make all agents, and start to work."""

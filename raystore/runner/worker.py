@@ -18,9 +18,9 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import psutil
 
@@ -42,7 +42,7 @@ from raystore.runner.context import STOPPED, Context, Outbox, outside_rollouts
 from raystore.runner.inline_agents import InlineAgents
 from raystore.runner.process_agents import ProcessAgents
 from raystore.spans import Span, is_traced
-from raystore.tracing.losses import Losses
+from raystore.tracing.calls import Losses
 from raystore.types import Attempt, AttemptedRollout
 from raystore.values import pickler
 
@@ -58,6 +58,7 @@ EARLY_NOTICES_KEPT = 1_000  #: that arrived before their claim, or after the end
 PLACES_WARNED = 20  #: places in the agents' code whose errors a runner logs
 RESOURCES_IDLE_SECONDS = 1.0  #: that a version of resources stays cached after its last user
 
+T = TypeVar("T")
 Key = tuple[str, str]  # rollout id, attempt id
 Version = tuple[str, int]  # resources id, version
 Report = Callable[[], Awaitable[object]]
@@ -231,21 +232,24 @@ class Runner:
         reporting = asyncio.create_task(_logging_errors(reports.pop())) if reports else None
         claimed: AttemptedRollout | None = None
         if not self._stopping.is_set():
-            claiming = asyncio.create_task(
+            claiming = await self._until_stopped(
                 self._store.dequeue_rollout(self.worker_id, timeout=CLAIM_SECONDS, queues=self._options.queues)
             )
-            self._claiming.add(claiming)
-            try:
-                await asyncio.wait([claiming])
-            finally:
-                self._claiming.discard(claiming)
-                if not claiming.done():
-                    claiming.cancel()
-            if not claiming.cancelled():
-                claimed = claiming.result()
+            claimed = None if claiming.cancelled() else claiming.result()
         if reporting is not None:
             await reporting
         return claimed
+
+    async def _until_stopped(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Await a coroutine as a task, which `stop` cancels; returns the task."""
+        task = asyncio.create_task(coroutine)
+        self._claiming.add(task)
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._claiming.discard(task)
+            task.cancel()  # unless it is done
+        return task
 
     async def _run(self, rollout: AttemptedRollout) -> Report:
         """Run the agent on one rollout; returns the report of its end."""
@@ -357,10 +361,7 @@ class Runner:
         await self._send(work.rollout.rollout_id, work.outbox.take())
         await self._store.report_unread(*work.key, resources_id, version, error=error)
         self._unread_pause = min(max(2 * self._unread_pause, CLAIM_PAUSE_SECONDS), MAX_UNREAD_PAUSE_SECONDS)
-        pause = asyncio.create_task(asyncio.sleep(self._unread_pause))
-        self._claiming.add(pause)  # cancelled when the runner stops
-        await asyncio.wait([pause])
-        self._claiming.discard(pause)
+        await self._until_stopped(asyncio.sleep(self._unread_pause))
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
@@ -429,8 +430,9 @@ class Runner:
         return next((refusal for refusal in refusals if refusal is not None), None)
 
     def _raise_unless_refusal(self, error: Exception, spans: list[Span]) -> None:
-        """Raise an error that is no refusal of these spans; then all of them are lost."""
-        if not _is_refusal(error):
+        """Raise an error unless it refuses spans (too large, invalid, not picklable); then all of these are lost."""
+        refusals = (PayloadTooLargeError, PayloadNotPicklableError, InvalidValueError)
+        if isinstance(error, StoreError) and not isinstance(error, refusals):
             if not isinstance(error, ValueError):  # a ValueError says that the attempt has ended
                 self._losses.count("not_sent", len(spans))
             raise error
@@ -530,12 +532,6 @@ def _on_late_span(runner: weakref.ref[Runner], losses: Losses, span: Span) -> No
 
 def _lose_late_span(losses: Losses, rollout_id: str) -> None:
     losses.add("too_late", "", f"A span of rollout {rollout_id} ended after its runner, and is lost")
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether the store refused the spans (too large, invalid, not picklable); else it could not be asked."""
-    wrong = (PayloadTooLargeError, PayloadNotPicklableError, InvalidValueError)
-    return isinstance(error, wrong) or not isinstance(error, StoreError)
 
 
 def _ending_of_refusal(refusal: Exception) -> Ending:

@@ -25,7 +25,7 @@ from typing import Annotated, Any, NoReturn
 from raystore.core import bounds, check, claims, expiry, retention, training, verbs, workers
 from raystore.core.lazyheap import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
-from raystore.core.schema import Id, Positive, Rule, Text, Whole
+from raystore.core.schema import Id, LossReason, Positive, Rule, Text, Whole
 from raystore.core.state import EvictionPass, HandedKey, Session, State, Step
 from raystore.core.verbs import CHANGING, STEPS, VERBS, Verb
 from raystore.errors import (
@@ -49,7 +49,6 @@ from raystore.options import StoreConfig, resident_bytes, resolve
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.presence import NO_QUEUES, UNSERVED_SECONDS, LivenessChecks, Pools
-from raystore.tracing.losses import Reason
 
 logger: logging.Logger = logging.getLogger("raystore.store")
 
@@ -620,7 +619,7 @@ class Service:
         self.pools.report(pool_id, caller.session_id, queues, failures, error)
         self.parking.pools_changed()
 
-    def _report_spans_lost(self, caller: Caller, *, counts: dict[Reason, Positive]) -> None:
+    def _report_spans_lost(self, caller: Caller, *, counts: dict[LossReason, Positive]) -> None:
         """What a runner has counted of lost spans since its last report."""
         self.spans_lost.update(counts)
 

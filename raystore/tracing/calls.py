@@ -1,23 +1,26 @@
 """The calls of language models that spans trace: one record for each call, however many spans trace it.
 
 `model_calls` reads the spans of whole rollouts; `CallCounter` counts, as spans end, the calls that lack what training
-needs. A span that cannot be read is named in the log and left out: it never fails the others.
+needs, and `Losses` counts those and the spans that are lost, by reason; the first of each is logged with its remedy.
+A span that cannot be read is named in the log and left out: it never fails the others.
 Not here: reading one span (`dialects`), sequences to train on (`trajectories`).
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError, PayloadNotReadableError
 from raystore.spans import Span
 from raystore.tracing import semconv
 from raystore.tracing.dialects import CallFacts, is_model_call, tool_call
-from raystore.tracing.losses import Losses
 
 logger: logging.Logger = logging.getLogger("raystore.tracing")
 
@@ -154,25 +157,18 @@ class _Joined:
     def __init__(self, facts: CallFacts) -> None:
         self.facts = [facts]
         self.response_id = facts.response_id
-        self.prompt_ids, self.response_ids = facts.prompt_ids, facts.response_ids
+        self.ids = [facts.prompt_ids, facts.response_ids]
 
     def agrees_with(self, other: _Joined) -> bool:
         """Whether the two are equal in every fact that both have."""
-        return all(
-            mine is None or theirs is None or mine == theirs
-            for mine, theirs in (
-                (self.response_id, other.response_id),
-                (self.prompt_ids, other.prompt_ids),
-                (self.response_ids, other.response_ids),
-            )
-        )
+        pairs = zip((self.response_id, *self.ids), (other.response_id, *other.ids), strict=True)
+        return all(mine is None or theirs is None or mine == theirs for mine, theirs in pairs)
 
     def join(self, other: _Joined) -> None:
         """Add what the spans of another say."""
         self.facts += other.facts
-        self.response_id = other.response_id if self.response_id is None else self.response_id
-        self.prompt_ids = other.prompt_ids if self.prompt_ids is None else self.prompt_ids
-        self.response_ids = other.response_ids if self.response_ids is None else self.response_ids
+        self.response_id = self.response_id or other.response_id
+        self.ids = [theirs if mine is None else mine for mine, theirs in zip(self.ids, other.ids, strict=True)]
 
 
 def _calls_of(spans: Sequence[Span], unreadable: list[tuple[Span, Exception]]) -> Iterator[ModelCall]:
@@ -201,8 +197,8 @@ def _calls_of(spans: Sequence[Span], unreadable: list[tuple[Span, Exception]]) -
         versions = (facts.attributes.get(semconv.POLICY_VERSION) for facts in joined.facts)
         yield ModelCall(
             spans=tuple(facts.span for facts in joined.facts),
-            prompt_ids=joined.prompt_ids,
-            response_ids=joined.response_ids,
+            prompt_ids=joined.ids[0],
+            response_ids=joined.ids[1],
             logprobs=next((facts.logprobs for facts in joined.facts if facts.logprobs is not None), None),
             response_id=joined.response_id,
             role=next((role for role in roles if role is not None), None),
@@ -392,3 +388,61 @@ def _ended_call(span: Span) -> _EndedCall | None:
         return _EndedCall(span, None, False, False)
     has_logprobs = facts.has_token_ids and (facts.logprobs is not None or not facts.response_ids)
     return _EndedCall(span, facts.response_id, facts.has_token_ids, has_logprobs)
+
+
+# -- spans that are lost -----------------------------------------------------------------------------------------------
+
+NAMES_LOGGED: int = 20  #: spans with a fault of their own, of different names, that a process logs for each reason
+
+_REMEDIES: dict[LossReason, str] = {
+    "sampled_out": (
+        "Unset OTEL_TRACES_SAMPLER, or give the TracerProvider sampler=ALWAYS_ON; one that is based on the parent also "
+        "drops what has a parent that was not sampled, here or in the process that sent a request."
+    ),
+    "sdk_disabled": "Unset OTEL_SDK_DISABLED, and set no NoOpTracerProvider, where the agent runs.",
+    "no_context": (
+        "A thread does not know for which rollout it works: start it with "
+        "Thread(target=contextvars.copy_context().run, args=[function]), give its work to a "
+        "concurrent.futures.ThreadPoolExecutor, or give the span a parent that has not ended."
+    ),
+    "too_late": "Let the agent wait for what it has started.",
+    "too_many_open": "Let the agent end its spans.",
+}
+_OF_ONE_SPAN: tuple[LossReason, ...] = ("not_convertible", "refused")  #: other spans of the agent are kept
+
+_logged: dict[LossReason, set[str]] = {}  # names of spans that this process has logged
+
+
+class Losses:
+    """The counts of one runner; any thread may add to them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a garbage collection may end a span while it is held
+        self._counts: Counter[LossReason] = Counter()
+
+    def count(self, reason: LossReason, number: int = 1) -> None:
+        """Count losses without a log line."""
+        with self._lock:
+            self._counts[reason] += number
+
+    def add(self, reason: LossReason, name: str, story: str) -> None:
+        """Count the loss of a span, and log it: once for each reason, or for each name if the span is at fault."""
+        self.count(reason)
+        logged = _logged.setdefault(reason, set())
+        if name not in logged and len(logged) < (NAMES_LOGGED if reason in _OF_ONE_SPAN else 1):
+            logged.add(name)
+            remedy = _REMEDIES.get(reason, "The others are kept.")
+            # A runner reports no more when such a span comes.
+            counted = "" if reason == "too_late" else ", and counted"
+            logger.warning("%s. %s (Told once%s.)", story.rstrip("."), remedy, counted)
+
+    def take(self) -> dict[LossReason, int]:
+        """The counts since the last call."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+    def give_back(self, counts: Mapping[LossReason, int]) -> None:
+        """Add counts that were taken and could not be reported."""
+        with self._lock:
+            self._counts.update(counts)

@@ -77,9 +77,7 @@ class CallFacts:
         """The places of a fact that have a value, and the values, if places are taken for paths."""
         if self._tree is None:
             self._tree = _tree_of(self.attributes)
-        for place in semconv.PLACES[fact]:
-            if (value := _at(self._tree, place.split("."))) is not None:
-                yield place, value
+        return _found(self._tree, fact)
 
     def text(self, fact: str) -> str | None:
         """The first value of a fact that is a text; None if none is."""
@@ -129,16 +127,19 @@ class CallFacts:
         found: list[dict[str, Any]] = []
         for event in self.span.events:
             if event.name in semconv.DETAIL_EVENTS:
-                inner = _tree_of(event.attributes)
-                for place in semconv.PLACES[fact]:
-                    if (value := _at(inner, place.split("."))) is not None:
-                        found += _messages(_parsed(value), role)
-                        break
+                _, value = next(_found(_tree_of(event.attributes), fact), ("", None))
+                found += _messages(_parsed(value), role)
             elif fact == "messages" and event.name in semconv.MESSAGE_EVENTS:
                 found += _of_event(event, semconv.MESSAGE_EVENTS[event.name])
             elif fact == "answer" and event.name == semconv.CHOICE_EVENT:
                 found += _of_event(event, role)
         return found
+
+
+def _found(tree: dict[str, Any], fact: str) -> Iterator[tuple[str, Any]]:
+    for place in semconv.PLACES[fact]:
+        if (value := _at(tree, place.split("."))) is not None:
+            yield place, value
 
 
 def _of_event(event: Event, role: str) -> Iterator[dict[str, Any]]:

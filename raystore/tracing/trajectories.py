@@ -206,7 +206,7 @@ class _Sequence:
 
     def is_continued_by(self, prompt: array[int]) -> bool:
         """Whether a prompt begins with all tokens of this sequence."""
-        return len(self.token_ids) <= len(prompt) and _agree(self.token_ids, prompt, len(self.token_ids))
+        return self.token_ids.tobytes() == _wide(prompt[: len(self.token_ids)]).tobytes()
 
     def add(self, call: ModelCall, prompt: array[int], response: array[int]) -> None:
         """Add a turn, whose prompt continues this sequence."""
@@ -255,10 +255,6 @@ def _split(prompt: array[int], known: Sequence[_Sequence]) -> Split | None:
     else:
         reason = "branch"
     return Split(reason, agreed, nearest.span_ids[-1])
-
-
-def _agree(one: array[int], other: array[int], length: int) -> bool:
-    return one[:length].tobytes() == _wide(other[:length]).tobytes()
 
 
 def _agreed(one: array[int], other: array[int]) -> int:

@@ -208,8 +208,8 @@ def refusal(name: str, annotation: Any, error: ValidationError, remedy: str = ""
     elif kind == "missing" and (holder := _model_at(annotation, place[:-1])):
         expected = f"{_a(holder.__name__)}, which needs {place[-1]!r}{_takes(holder, place[-1])}"
         place = place[:-1]
-    elif kind in _NO_MODEL and (models := [model.__name__ for model in _models(_walked(annotation, place)[0])]):
-        expected = _a(either(models))
+    elif kind in _NO_MODEL and (models := list(filter(_is_model, _within(_walked(annotation, place)[0])))):
+        expected = _a(either([model.__name__ for model in models]))
     elif kind == "literal_error" and (words := _words(_walked(annotation, place)[0])):
         expected = either([repr(word) for word in words]) + meant(line["input"], words)
     elif kind == "greater_than_equal" and isinstance(least := line["ctx"]["ge"], (int, float)):
@@ -324,10 +324,6 @@ def _within(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation) if get_origin(annotation) is not Literal else ():
         yield from _within(part)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    return (part for part in _within(annotation) if _is_model(part))
 
 
 def _words(annotation: Any) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import secrets
 import struct
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -121,11 +122,9 @@ class ObjectFiles:
     def write(self, address: str, parts: Parts) -> None:
         """Write an object, under its name only once it is on disk. Raises OSError."""
         for _ in range(2):
-            try:
+            with suppress(FileNotFoundError):  # deleted by a store that has just begun to use the directory
                 self._write(address, parts)
                 return
-            except FileNotFoundError:  # deleted by a store that has just begun to use the directory
-                continue
         self._write(address, parts)
 
     def _write(self, address: str, parts: Parts) -> None:

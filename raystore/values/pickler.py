@@ -244,6 +244,7 @@ _FORMER_MODULES = {
     "raystore.trajectory": "raystore.tracing.trajectories",
     "raystore.integrations.otel": "raystore.runner.otel",
     "raystore.remote.cluster": "raystore.remote.store",
+    "raystore.runner.run_one": "raystore.runner.inline_agents",
 }
 
 

@@ -111,7 +111,7 @@ def plain(name: str, value: Any) -> Any:
 
 def plainest(value: Any) -> Any:
     """The same, but parts that have no plain form stay as they are."""
-    return _plain("", value, 0, _keep)
+    return _plain("", value, 0, lambda _, part: part)
 
 
 def _plain(name: str, value: Any, depth: int, otherwise: Callable[[str, Any], Any]) -> Any:
@@ -153,10 +153,6 @@ def _refuse(name: str, value: Any) -> Any:
         "text, a number, a bool, bytes, None, or lists, arrays and mappings of these; of a "
         f"{type(value).__qualname__} give what is to be kept (its fields, its text, a list)",
     )
-
-
-def _keep(name: str, value: Any) -> Any:
-    return value
 
 
 # -- packed arrays -----------------------------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ def duration(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False."""
     found = scalar(value)
     if type(found) is not bool:
         raise InvalidValueError(name, value, "True or False")
@@ -52,7 +51,6 @@ def flag(name: str, value: Any) -> bool:
 
 
 def optional_text(name: str, value: Any) -> str | None:
-    """Text, or None."""
     if value is None or type(value) is str:
         return value
     if not isinstance(value, str):
@@ -78,7 +76,6 @@ def _id_of_a_record(name: str, value: Any) -> str:
 
 
 def optional_identifier(name: str, value: Any) -> str | None:
-    """An id, or None."""
     return None if value is None else identifier(name, value)
 
 
@@ -188,7 +185,7 @@ def within(place: str, name: str, *rest: Any) -> tuple[Any, ...]:
     return f"{place}{'' if name[:1] in ('', '[') else '.'}{name}", *rest
 
 
-def rollout_config(name: str, config: Any) -> tuple[Any, ...]:
+def rollout_config(name: str, config: Any) -> list[Any]:
     """A rollout's configuration in field order; checked even if it is one, since assignment is not validated."""
     if isinstance(config, RolloutConfig):
         fields = config.__dict__
@@ -197,29 +194,26 @@ def rollout_config(name: str, config: Any) -> tuple[Any, ...]:
         config = model_of(RolloutConfig, name, fields)
     else:
         config = validated(name, RolloutConfig, config)
-    return config.timeout_seconds, config.unresponsive_seconds, config.max_attempts, list(config.retry_condition)
+    return [config.timeout_seconds, config.unresponsive_seconds, config.max_attempts, list(config.retry_condition)]
 
 
 def spans(values: Any) -> list[Span]:
-    """A list of spans."""
     found = listed("spans", values, "a list of spans")
     return [span if type(span) is Span else validated(f"spans[{n}]", Span, span) for n, span in enumerate(found)]
 
 
-_MODES = frozenset(get_args(RolloutMode))
-_ATTEMPT_STATUSES = frozenset(get_args(AttemptStatus))
+def _word(name: str, annotation: Any) -> Callable[[Any], Any]:
+    """The check of a literal; the value is looked up first, since asking pydantic costs ten times as much."""
+    words = frozenset(get_args(annotation))
+
+    def checked(value: Any) -> Any:
+        return value if type(value) is str and value in words else validated(name, annotation, value)
+
+    return checked
 
 
-def mode(value: Any) -> RolloutMode:
-    """The mode of a rollout; looked up first, since asking pydantic costs ten times as much."""
-    is_known = type(value) is str and value in _MODES
-    return value if is_known else validated("mode", RolloutMode, value)  # type: ignore[no-any-return]
-
-
-def attempt_status(value: Any) -> AttemptStatus:
-    """The status of an attempt; looked up first, like a mode."""
-    is_known = type(value) is str and value in _ATTEMPT_STATUSES
-    return value if is_known else validated("status", AttemptStatus, value)  # type: ignore[no-any-return]
+mode: Callable[[Any], RolloutMode] = _word("mode", RolloutMode)
+attempt_status: Callable[[Any], AttemptStatus] = _word("status", AttemptStatus)
 
 
 def statuses(name: str, annotation: Any, values: Any) -> list[Any] | None:

@@ -37,12 +37,11 @@ from raystore.types import (
     TraceStatus,
     Worker,
 )
-from raystore.values.content import digest
 from raystore.values.models import EXTRA, Undecoded, decode_all
 from raystore.values.objects import Kept, Origin, Source
 from raystore.values.plain import LEAVES, plainest
 from raystore.wire import checks
-from raystore.wire.codec import decode, encode, is_pickled
+from raystore.wire.codec import decode, digest, encode, is_pickled
 
 M = TypeVar("M", bound=BaseModel)
 Row = Sequence[Any] | Record
@@ -86,12 +85,6 @@ class Encoder:
             raise InvalidValueError(what, value, "a mapping")
         return encode(dict(value), what, self._value_bytes)
 
-    def config(self, config: RolloutConfig | None) -> list[Any] | None:
-        """A rollout's configuration in field order."""
-        if config is None:
-            return None
-        return list(checks.rollout_config("config", config))
-
     def request(self, request: EnqueueRolloutRequest) -> dict[str, Any]:
         """What makes a rollout; group and tags come from the metadata if the request has none."""
         if len(request.__dict__) < len(_REQUEST):  # made without validation
@@ -110,7 +103,7 @@ class Encoder:
         encoded: dict[str, Any] = {"input": self.task(request.input)}
         encoded["metadata"] = self.mapping("metadata", metadata)
         if request.config is not None:
-            encoded["config"] = self.config(request.config)
+            encoded["config"] = checks.rollout_config("config", request.config)
         if request.mode is not None:
             encoded["mode"] = checks.mode(request.mode)
         if request.resources_id is not None:
@@ -361,7 +354,6 @@ def to_rollout(answer: Row) -> Rollout:
 
 
 def to_attempt(answer: Row) -> Attempt:
-    """An attempt."""
     values = dict(zip(_ATTEMPT, row(answer), strict=True))
     return build(Attempt, values, None, _decode_fields(values, ("metadata",), "attempt"))
 
@@ -379,13 +371,11 @@ def to_any_rollout(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
 
 
 def to_worker(answer: Row) -> Worker:
-    """A worker."""
     values = dict(zip(_WORKER, row(answer), strict=True))
     return build(Worker, values, None, _decode_fields(values, ("heartbeat_stats",), "worker"))
 
 
 def to_change(answer: Row) -> Change:
-    """A change."""
     values = dict(zip(Change.model_fields, row(answer), strict=True))
     values["detail"] = dict(values["detail"]) if values["detail"] is not None else None
     return build(Change, values)

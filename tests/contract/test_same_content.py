@@ -26,7 +26,7 @@ import pytest
 
 import raystore as rs
 from raystore.core.payload import BY_BYTES, CANONICAL
-from raystore.values.content import digest
+from raystore.wire.codec import digest
 from tests.conftest import MakeMemoryStore
 from tests.contract.test_numbers import Tensor
 from tests.helpers import AnyStore

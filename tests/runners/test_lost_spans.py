@@ -26,7 +26,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 
 import raystore as rs
-from raystore.tracing import calls, losses
+from raystore.core.schema import LossReason
+from raystore.tracing import calls
 from tests.conftest import MakeMemoryStore, MakeRayStore
 from tests.helpers import AnyStore, present, until
 
@@ -40,7 +41,7 @@ LOST = {
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
     """A process that has been told nothing yet; what it is told."""
-    monkeypatch.setattr(losses, "_logged", {})
+    monkeypatch.setattr(calls, "_logged", {})
     monkeypatch.setattr(calls, "_warned", set())
     caplog.set_level(logging.WARNING, "raystore")
     return caplog
@@ -181,7 +182,7 @@ def test_every_reason_is_documented() -> None:
     """With what to do."""
     text = (Path(__file__).parents[2] / "docs" / "spans.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \|", text.partition("## Spans that are lost")[2], re.MULTILINE)
-    assert listed == list(get_args(losses.Reason))
+    assert listed == list(get_args(LossReason))
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import raystore as rs
-from raystore.tracing import calls, losses, semconv
+from raystore.tracing import calls, semconv
 from tests.spans.written import DIALECTS, MESSAGES, TOOL_CALL, Turn, indexed, parts, span
 
 TURN = Turn([1, 2, 3], [4, 5], [-0.5, -0.25])
@@ -377,7 +377,7 @@ def test_calls_that_lack_something_are_known_as_their_spans_end(inner: str, oute
         (middle,) = within([between], top)
         spans = [*within(DIALECTS[inner](first), middle), middle, *around]
         found = [*rs.model_calls(spans), *rs.model_calls([lone := span("chat", {"gen_ai.operation.name": "chat"})])]
-        counter, counts = calls.CallCounter(), losses.Losses()
+        counter, counts = calls.CallCounter(), calls.Losses()
         depths = {one.span_id: one for one in spans}
         for one in sorted([*spans, lone], key=lambda one: -_depth(one, depths)):
             counter.add(one)
