@@ -331,5 +331,12 @@ def _finds_nothing(case: Case, place: Place, one: Any, other: Any) -> bool:
 
 @listed("eviction-spares-who-is-needed")
 def _eviction(case: Case, place: Place, one: Any, other: Any) -> bool:
-    evicting = {p[0] for p in (case.after.keys() | case.theirs_after.keys()) - case.before.keys()} & {"evicted"}
-    return "span" in case.name and place[0] in ("evicted", "span") and bool(evicting)
+    if "span" not in case.name or place[0] not in ("evicted", "span"):
+        return False
+    held = {p for p in case.before if p[0] == "span"}
+    for after in (case.after, case.theirs_after):
+        if any(p[0] == "evicted" for p in after.keys() - case.before.keys()):
+            return True
+        if any(("evicted", p[1]) in after for p in held - after.keys()):  # evicted before, and written to since
+            return True
+    return False

@@ -232,3 +232,6 @@ async def _eviction(pair: Pair) -> None:
     await pair.ask("update_attempt", rollout_id=finished.rollout_id, attempt_id="latest", status="succeeded")
     for number in (3, 4):
         await pair.ask("add_span", span=span(running, number))
+    for number in (5, 6, 7):  # rollouts whose spans were evicted before are evicted again
+        await pair.ask("add_span", span=span(finished, number))
+        await pair.ask("add_span", span=span(running, number))
