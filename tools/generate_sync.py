@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from raystore.api import METHODS, LightningStore
 from raystore.client.transport import iterate_blocking, run_blocking
-from raystore.errors.calls import explain_methods
+from raystore.errors.text import explain_methods
 '''
 
 CLASS = '''

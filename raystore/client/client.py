@@ -25,7 +25,7 @@ from raystore.core.payload import Opaque, Payload, bounded_error, size_of
 from raystore.core.records import Many
 from raystore.core.verbs import VERBS
 from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
-from raystore.errors.calls import NOT_GIVEN, explain_methods, typed_as, unfit
+from raystore.errors.text import NOT_GIVEN, explain_methods, typed_as, unfit
 from raystore.tracing.losses import Reason
 from raystore.types import (
     LLM,

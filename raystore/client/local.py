@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Unpack
 
 from raystore._sync import SyncStore
 from raystore.api import NoticeHandler
-from raystore.client import forks
+from raystore.client import transport
 from raystore.client.client import StoreClient, Testing, store_info
 from raystore.client.transport import (
     NoticeHandlers,
@@ -39,7 +39,7 @@ from raystore.errors import (
     StoreCorruptError,
     StoreError,
 )
-from raystore.errors.calls import explained, explained_with
+from raystore.errors.text import explained, explained_with
 from raystore.journal.files import OBJECTS
 from raystore.journal.opening import open_for_reading, open_journal
 from raystore.options import OPTIONS, StoreConfig, StoreOptions, directory, make_config, memory_capacity, resolve
@@ -84,10 +84,10 @@ class LocalTransport:
         """Remember the process of the first use; raises `ForkedError` in a child that was forked from it."""
         if self._pid:
             raise ForkedError("This store")
-        self._pid = forks.pid
+        self._pid = transport.pid
 
     def post(self, verb: str, arguments: dict[str, Any]) -> PendingCall:
-        if self._pid != forks.pid:
+        if self._pid != transport.pid:
             self._begin()
         call = PendingCall(verb, next(self._tickets))
         call.arguments = arguments
@@ -131,7 +131,7 @@ class LocalTransport:
         return is_own or _wake(call)
 
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
-        if self._pid != forks.pid:
+        if self._pid != transport.pid:
             self._begin()
         if self._is_quick and arguments.get("timeout", 0) == 0 and monotonic() < this_thread.turn_ends:
             try:
@@ -170,7 +170,7 @@ class LocalTransport:
 
     def tell(self, verb: str, arguments: dict[str, Any]) -> None:
         with contextlib.suppress(StoreError):
-            if self._pid != forks.pid:
+            if self._pid != transport.pid:
                 self._begin()
             self.service.call(self._session, 0, verb, arguments, _refuse)
 
@@ -185,7 +185,7 @@ class LocalTransport:
                     self.service.call(self._session, 0, *giving_back(key), _refuse)
 
     def close(self) -> None:
-        if self._pid in (0, forks.pid):  # in a forked child it is the parent's
+        if self._pid in (0, transport.pid):  # in a forked child it is the parent's
             self.service.close()
 
 

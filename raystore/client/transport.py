@@ -6,6 +6,7 @@ they were issued. It gives back claims and batches whose caller was cancelled.
 A coroutine awaits a `PendingCall`; a blocking thread waits for it. The same `async def` methods serve both:
 `run_blocking` drives a coroutine by hand and blocks its thread on each `PendingCall` that the coroutine awaits, so it
 needs no event loop and works inside a running one.
+Also here: whether this process was forked (`pid`, `ray_is_inherited`), and so must not use what it has inherited.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
@@ -270,3 +273,35 @@ class NoticeHandlers:
                 handler(*notice)
             except Exception:  # an error of a user's handler must not stop the session
                 logger.exception("A handler of notices failed")
+
+
+# -- forks -------------------------------------------------------------------------------------------------------------
+
+# A fork copies neither the threads of a store nor Ray's: a lock that one of them held stays locked, and an answer never
+# comes. So stores that were used before the fork raise `ForkedError` in the child, at once.
+
+#: of this process, kept here since the system takes longer to answer than a store to take its lock
+pid: int = os.getpid()
+_has_inherited_ray = False
+
+
+def _in_child() -> None:
+    global pid, _has_inherited_ray
+    pid = os.getpid()
+    _has_inherited_ray = _is_ray_initialized()
+
+
+def _is_ray_initialized() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def ray_is_inherited() -> bool:
+    """Whether Ray was connected before the fork that made this process, and was not shut down since."""
+    global _has_inherited_ray
+    if _has_inherited_ray and not _is_ray_initialized():
+        _has_inherited_ray = False
+    return _has_inherited_ray
+
+
+os.register_at_fork(after_in_child=_in_child)

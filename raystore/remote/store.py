@@ -18,7 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raystore._sync import SyncStore
-from raystore.client import forks
+from raystore.client import transport
 from raystore.client.client import Boxed, StoreClient, Testing, store_info
 from raystore.client.transport import in_thread
 from raystore.core.payload import Opaque, Payload
@@ -31,12 +31,21 @@ from raystore.errors import (
     StoreNotFoundError,
     StoreUnavailableError,
 )
-from raystore.errors.calls import explained, explained_with
+from raystore.errors.text import explained, explained_with
 from raystore.journal.opening import checked_directory
 from raystore.options import OPTIONS, StoreConfig, StoreOptions, make_config
 from raystore.remote.actor import StoreActor
-from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, join_cluster_of
-from raystore.remote.session import ActorTransport, ClientSession, ray_connection
+from raystore.remote.session import (
+    ActorTransport,
+    ClientSession,
+    check_connection,
+    describe,
+    find_actor,
+    is_store,
+    join_cluster,
+    join_cluster_of,
+    ray_connection,
+)
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 from raystore.wire.checks import identifier
@@ -180,7 +189,7 @@ class RayLightningStore(StoreClient):
     def close(self) -> None:
         """Stop using the store; ends it if this object started it and it is not detached."""
         self._transport.close()
-        if self._owns and not forks.ray_is_inherited():  # in a forked child it is the parent's
+        if self._owns and not transport.ray_is_inherited():  # in a forked child it is the parent's
             self._owns = False
             end(self.actor)
 

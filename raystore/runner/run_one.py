@@ -13,8 +13,7 @@ from typing import Any
 
 from raystore.client.client import TO_PUBLISH
 from raystore.errors import InvalidValueError
-from raystore.errors.calls import explained
-from raystore.errors.text import add_note
+from raystore.errors.text import add_note, explained
 from raystore.runner import agents
 from raystore.runner.agents import Agent
 from raystore.runner.context import ALONE, Context, Outbox
