@@ -25,6 +25,7 @@ from raystore.client.transport import (
     giving_back,
     handed_keys,
     this_thread,
+    wake_elsewhere,
     with_time_left,
     without,
 )
@@ -78,7 +79,7 @@ class LocalTransport:
         """Take notices within a step, and call the handlers after it, since they may use the store."""
         notices, self._session.notices = self._session.notices, []
         self._handlers.add(notices)
-        self.service.afterwards(self._handlers.hand_out)
+        self.service.afterwards.append(self._handlers.hand_out)
 
     def _begin(self) -> None:
         """Remember the process of the first use; raises `ForkedError` in a child that was forked from it."""
@@ -98,7 +99,7 @@ class LocalTransport:
                 return False
             if isinstance(value, StoreError):
                 call.put(None, value)
-                return _wake(call)
+                return wake_elsewhere(call)
             return self._give(call, value)
 
         try:
@@ -120,7 +121,7 @@ class LocalTransport:
 
         def give(lost: StoreError | None) -> None:
             call.put(answer, lost or error)
-            _wake(call)
+            wake_elsewhere(call)
 
         call.answer = answer
         if self.service.when_safe(give):
@@ -128,7 +129,7 @@ class LocalTransport:
         call.put(answer, error)
         if is_own:
             call.wake()
-        return is_own or _wake(call)
+        return is_own or wake_elsewhere(call)
 
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
         if self._pid != transport.pid:
@@ -152,7 +153,7 @@ class LocalTransport:
             try:
                 answer = await call
             except GeneratorExit:  # garbage collection, at any point of what this thread does: not now
-                self.service.defer(functools.partial(self.abandon, call))
+                self.service.deferred.append(functools.partial(self.abandon, call))
                 raise
             except BaseException:
                 self.abandon(call)
@@ -202,23 +203,6 @@ async def _give_way() -> None:
     await call
 
 
-def _wake(call: PendingCall) -> bool:
-    """Wake the caller of a call, on any thread; whether it is still there."""
-    if call.loop is None:  # a blocking thread, which the answer itself has woken
-        return True
-    try:
-        call.loop.call_soon_threadsafe(call.wake)
-    except RuntimeError:  # the loop is closed, and its caller with it
-        return False
-    return True
-
-
-def _origin_of(service: Service) -> Origin:
-    """Where the journal of a service keeps objects."""
-    opened = service.journal
-    return Origin() if opened is None else Origin(path=str(opened.directory.path / OBJECTS))
-
-
 class InMemoryLightningStore(StoreClient):
     """A LightningStore in this process.
 
@@ -242,6 +226,7 @@ class InMemoryLightningStore(StoreClient):
         self._service = Service(config, capacity_bytes=capacity, alarm=ThreadAlarm, opened=opened)
         self._transport = LocalTransport(self._service)
         self._encoder = Encoder(config.all_limits(), config.estimator())
+        self._objects_at = Origin(None if opened is None else str(opened.directory.path / OBJECTS))
         self.sync: SyncStore = SyncStore(self)
         self.testing: Testing = Testing(self._transport)
 
@@ -249,9 +234,6 @@ class InMemoryLightningStore(StoreClient):
     def info(self) -> StoreInfo:
         """Identity, limits and capabilities of this store."""
         return store_info(self._service.info() | {"name": None, "namespace": None, "node": None, "endpoints": {}})
-
-    def _origin_of_objects(self) -> Origin:
-        return _origin_of(self._service)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -274,10 +256,8 @@ class RecoveredRun(StoreClient):
         self._service = Service(config, capacity_bytes=memory_capacity(), alarm=NoAlarm, opened=opened)
         self._transport = LocalTransport(self._service)
         self._encoder = Encoder(config.all_limits(), None)
+        self._objects_at = Origin(str(opened.directory.path / OBJECTS))
         self.sync: SyncStore = SyncStore(self)
-
-    def _origin_of_objects(self) -> Origin:
-        return _origin_of(self._service)
 
 
 @explained

@@ -12,7 +12,6 @@ Also here: whether this process was forked (`pid`, `ray_is_inherited`), and so m
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import sys
@@ -117,6 +116,17 @@ class PendingCall:
         return self.result()
 
 
+def wake_elsewhere(call: PendingCall) -> bool:
+    """Wake the caller of a call, on any thread; whether it is still there."""
+    if call.loop is None:  # a blocking thread, which the answer itself has woken
+        return True
+    try:
+        call.loop.call_soon_threadsafe(call.wake)
+    except RuntimeError:  # the loop is closed, and its caller with it
+        return False
+    return True
+
+
 def in_thread(function: Callable[..., Any], *arguments: Any) -> PendingCall:
     """Run a function on a thread of its own. The call may be awaited on an event loop or by `run_blocking`."""
     call = PendingCall("thread")
@@ -126,9 +136,7 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> PendingCall:
             call.put(function(*arguments), None)
         except Exception as error:
             call.put(None, error)
-        if call.loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                call.loop.call_soon_threadsafe(call.wake)
+        wake_elsewhere(call)
 
     threading.Thread(target=run, name="raystore-object", daemon=True).start()
     return call

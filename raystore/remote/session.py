@@ -41,6 +41,7 @@ from raystore.errors import (
     StoreUnavailableError,
     from_record,
 )
+from raystore.errors.text import last_line
 from raystore.remote.lifelines import this_process
 from raystore.remote.session_state import PENDING_SECONDS, Actions, Batch, Listen, Operation, SessionState, Version
 from raystore.service.service import PROTOCOL
@@ -104,7 +105,7 @@ def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
                 logger.info("Waiting for store %r, which reads its journal: %s", known["name"], where)
             time.sleep(HANDSHAKE_RETRY_SECONDS)
     except ray.exceptions.ActorDiedError as error:
-        raise StoreUnavailableError(repr(handle), f"its actor has died. {_cause(error)}") from None
+        raise StoreUnavailableError(repr(handle), f"its actor has died. {last_line(str(error))}") from None
     except TimeoutError:
         raise StoreUnavailableError(repr(handle), f"no answer within {HANDSHAKE_SECONDS:g} s") from None
     if not isinstance(known, dict) or known.get("kind") != "raystore":
@@ -120,11 +121,6 @@ def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
 def is_store(handle: Any) -> bool:
     """Whether an actor has the methods of a store."""
     return all(hasattr(handle, method) for method in ("describe", "exchange", "listen"))
-
-
-def _cause(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def join_cluster(address: str | None) -> None:
@@ -200,20 +196,6 @@ class ClientSession:
         self._near = epoch if machine == process.machine != "" else None  # this process of the store looks for us
         self._tied: tuple[str, int] | None = None  # session and epoch
         self._lifeline: Any = None  # as long as we live
-
-    @property
-    def session_id(self) -> str:
-        return self.state.session_id
-
-    @property
-    def epoch(self) -> int:
-        """Number of the store's process that answered last."""
-        return self.state.epoch
-
-    @property
-    def failure(self) -> Exception | None:
-        """Why no operation can succeed any more."""
-        return self.state.failure
 
     # -- operations --------------------------------------------------------------------------------------------------
 
@@ -515,8 +497,8 @@ class ActorTransport:
             raise StoreClosedError(self._known["name"])
         if (session is not None and self._pid != transport.pid) or transport.ray_is_inherited():
             raise ForkedError(f"Store {self._known['name']!r}")
-        if session is not None and session.failure is not None:
-            if isinstance(session.failure, StoreClosedError) or ray_connection() in (None, session.connection):
+        if session is not None:
+            if isinstance(session.state.failure, StoreClosedError) or ray_connection() in (None, session.connection):
                 return session  # which says why
             self._handle = find_actor(self._known["name"], self._known["namespace"])  # Ray was started anew
             if self._handle is None or describe(self._handle)["store_id"] != self._known["store_id"]:
@@ -526,7 +508,7 @@ class ActorTransport:
             if self._session is not None and self._session is not session and self._pid == pid:
                 return self._session  # another thread was quicker
             owner, found = _sessions.get(self._actor_id, (0, None))
-            if found is None or owner != pid or found.failure is not None:
+            if found is None or owner != pid or found.state.failure is not None:
                 limit = self._known["limits"]["call_bytes"]
                 machine = self._known.get("machine")
                 found = ClientSession(self._handle, self._known["name"], self._known["epoch"], limit, machine)
@@ -557,7 +539,7 @@ class ActorTransport:
 
     @property
     def session_id(self) -> str:
-        return self.session.session_id
+        return self.session.state.session_id
 
     def close(self) -> None:
         if self._closed:

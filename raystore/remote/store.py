@@ -119,6 +119,8 @@ class RayLightningStore(StoreClient):
         config: StoreConfig = known["config"]
         self._transport = ActorTransport(handle, known)
         self._encoder = Encoder(config.all_limits(), config.estimator())
+        told = known["objects"] or {"path": None, "token": None}
+        self._objects_at = Origin(told["path"], told["token"], known["name"], known["namespace"])
         self.sync: SyncStore = SyncStore(self)
         self.testing: Testing = Testing(self._transport)
 
@@ -154,8 +156,8 @@ class RayLightningStore(StoreClient):
 
     def _store_process(self) -> tuple[int, str]:
         """The store's process that answered last, and the session by which it knows this process."""
-        session = self._session()
-        return session.epoch, session.session_id
+        state = self._session().state
+        return state.epoch, state.session_id
 
     def _session(self) -> ClientSession:
         assert isinstance(self._transport, ActorTransport)
@@ -180,11 +182,7 @@ class RayLightningStore(StoreClient):
             is_unknown = boxed.asked != self._store_process()
             self._session().hold((answer[0], answer[1]), payload.refs, again=is_unknown)
         for address, parts in boxed.files:
-            await in_thread(keep, self._origin_of_objects(), address, parts)
-
-    def _origin_of_objects(self) -> Origin:
-        told = self._known["objects"] or {"path": None, "token": None}
-        return Origin(told["path"], told["token"], self._known["name"], self._known["namespace"])
+            await in_thread(keep, self._objects_at, address, parts)
 
     def close(self) -> None:
         """Stop using the store; ends it if this object started it and it is not detached."""
@@ -196,8 +194,7 @@ class RayLightningStore(StoreClient):
     def __reduce__(self) -> tuple[Callable[..., RayLightningStore], tuple[str, str, str, str | None]]:
         if self._origin is not None:
             return _rebuild, self._origin
-        connection = ray_connection()
-        address = None if connection is None else connection[0]
+        address, _ = ray_connection() or (None, None)
         return _rebuild, (self._known["name"], self._known["namespace"], self._known["store_id"], address)
 
     def __repr__(self) -> str:
@@ -207,8 +204,7 @@ class RayLightningStore(StoreClient):
 
 def _why_not_found(address: str | None, other: dict[str, Any] | None) -> str:
     """The reason why a store is not found; that it has ended only if this process is connected to its cluster."""
-    connection = ray_connection()
-    here = None if connection is None else connection[0]
+    here, _ = ray_connection() or (None, None)
     if address is not None and here != address:
         return (
             f"it was started in the cluster at {address}, and this process is connected to another one, at {here}. "

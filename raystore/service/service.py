@@ -123,9 +123,11 @@ class Service:
             self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
         self._has_warned_of_object_ids = False
-        self._deferred: deque[Callable[[], None]] = deque()
+        #: To be done before the next operation; may be added to from anywhere, a garbage collection included.
+        self.deferred: deque[Callable[[], None]] = deque()
         self._unneeded: deque[list[str]] = deque()  # objects of the journal whose files may go now
-        self._afterwards: deque[Callable[[], None]] = deque()
+        #: To be done once the lock is released, under which it is added to: it may use the store.
+        self.afterwards: deque[Callable[[], None]] = deque()
         if opened is not None and self._recorder is not None:
             needed = self.state.resources.addresses
             self.objects = JournalObjects(opened.directory, needed=needed, bound=config.journal_object_bytes)
@@ -157,8 +159,8 @@ class Service:
         source = None
         if self._recorder is not None and verb in CHANGING:
             source = local_source(session.session_id, ticket, verb, arguments)
-        if self._deferred:
-            self._do(self._deferred)
+        if self.deferred:
+            self._do(self.deferred)
         try:
             with self._lock:
                 step = self._begin(session, source)
@@ -167,8 +169,8 @@ class Service:
                 finally:
                     self._end()
         finally:
-            if self._afterwards:
-                self._do(self._afterwards)
+            if self.afterwards:
+                self._do(self.afterwards)
 
     @contextlib.contextmanager
     def slice(
@@ -186,8 +188,8 @@ class Service:
                 finally:
                     self._end()
         finally:
-            if self._afterwards:
-                self._do(self._afterwards)
+            if self.afterwards:
+                self._do(self.afterwards)
 
     def _end(self) -> None:
         if self._unneeded:
@@ -249,17 +251,9 @@ class Service:
                 raise
             self._fail(verb, arguments, is_item=is_item)
         finally:
-            if state.effects or state.is_full or self.parking.changes:
+            if state.effects or state.is_full or "changes" in self.parking.by_kind:
                 rollout_id = arguments.get("rollout_id")
                 self._settle(rollout_id if isinstance(rollout_id, str) else None)
-
-    def defer(self, action: Callable[[], None]) -> None:
-        """Do something before the next operation; may be called from anywhere, a garbage collection included."""
-        self._deferred.append(action)
-
-    def afterwards(self, action: Callable[[], None]) -> None:
-        """Do something once the lock is released, under which this is called: it may use the store."""
-        self._afterwards.append(action)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
@@ -268,7 +262,7 @@ class Service:
             with self._lock:
                 yield
         finally:
-            self._do(self._afterwards)
+            self._do(self.afterwards)
 
     def _do(self, actions: deque[Callable[[], None]]) -> None:
         """Do what was put off; without the lock."""
@@ -537,13 +531,13 @@ class Service:
                 if self._closed:
                     raise StoreClosedError(self.name or self.store_id)
                 lost: list[HandedKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
-                if lost or self.state.effects or self.parking.changes:
+                if lost or self.state.effects or "changes" in self.parking.by_kind:
                     self._settle()
                 self._arm()
                 return lost
         finally:
-            if self._afterwards:
-                self._do(self._afterwards)
+            if self.afterwards:
+                self._do(self.afterwards)
 
     def claims_left(self, session: Session) -> None:
         """Start the time to acknowledge the claims of a session anew: the answer with them leaves only now."""
@@ -577,10 +571,6 @@ class Service:
         """Whether a session is known and has not ended."""
         session = self.state.sessions.get(session_id)
         return session is not None and session.ended_at is None
-
-    def is_waiting(self, session_id: str) -> bool:
-        """Whether a call of this session is parked."""
-        return self.parking.has_session(session_id)
 
     def _forget_session(self, session_id: str) -> None:
         self.parking.drop_session(session_id)
