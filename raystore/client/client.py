@@ -26,6 +26,7 @@ from raystore.core.records import Many
 from raystore.core.verbs import VERBS
 from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.text import NOT_GIVEN, explain_methods, typed_as, unfit
+from raystore.options import StoreConfig
 from raystore.tracing.losses import Reason
 from raystore.types import (
     LLM,
@@ -130,6 +131,13 @@ class StoreClient(RunnerStore):
     _transport: Transport
     _encoder: convert.Encoder
     _objects_at: Origin  # where to find objects that are not in Ray's object store any more
+
+    def _reach(self, transport: Transport, config: StoreConfig, objects_at: Origin) -> None:
+        """Use a store of this configuration over a transport."""
+        self._transport = transport
+        self._encoder = convert.Encoder(config.all_limits(), config.estimator())
+        self._objects_at = objects_at
+        self.sync = SyncStore(self)
 
     # -- what a store is -----------------------------------------------------------------------------------------------
 

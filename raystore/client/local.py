@@ -15,7 +15,6 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, NoReturn, Unpack
 
-from raystore._sync import SyncStore
 from raystore.api import NoticeHandler
 from raystore.client import transport
 from raystore.client.client import StoreClient, Testing, store_info
@@ -49,7 +48,6 @@ from raystore.service.parking import PARKED
 from raystore.service.service import Service
 from raystore.types import StoreInfo
 from raystore.values.objects import Origin
-from raystore.wire.convert import Encoder
 
 
 class LocalTransport:
@@ -224,10 +222,8 @@ class InMemoryLightningStore(StoreClient):
         settings = resolve(config, capacity)
         opened = open_journal(config, settings, name=None, resume=resume, now=time.time()) if config.journal else None
         self._service = Service(config, capacity_bytes=capacity, alarm=ThreadAlarm, opened=opened)
-        self._transport = LocalTransport(self._service)
-        self._encoder = Encoder(config.all_limits(), config.estimator())
-        self._objects_at = Origin(None if opened is None else str(opened.directory.path / OBJECTS))
-        self.sync: SyncStore = SyncStore(self)
+        origin = Origin(None if opened is None else str(opened.directory.path / OBJECTS))
+        self._reach(LocalTransport(self._service), config, origin)
         self.testing: Testing = Testing(self._transport)
 
     @property
@@ -254,10 +250,7 @@ class RecoveredRun(StoreClient):
         config = StoreConfig(clock="manual", journal=path)
         opened = open_for_reading(path)
         self._service = Service(config, capacity_bytes=memory_capacity(), alarm=NoAlarm, opened=opened)
-        self._transport = LocalTransport(self._service)
-        self._encoder = Encoder(config.all_limits(), None)
-        self._objects_at = Origin(str(opened.directory.path / OBJECTS))
-        self.sync: SyncStore = SyncStore(self)
+        self._reach(LocalTransport(self._service), config, Origin(str(opened.directory.path / OBJECTS)))
 
 
 @explained

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, Unpack
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raystore._sync import SyncStore
 from raystore.client import transport
 from raystore.client.client import Boxed, StoreClient, Testing, store_info
 from raystore.client.transport import in_thread
@@ -49,7 +48,6 @@ from raystore.remote.session import (
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 from raystore.wire.checks import identifier
-from raystore.wire.convert import Encoder
 
 logger: logging.Logger = logging.getLogger("raystore")
 
@@ -116,12 +114,9 @@ class RayLightningStore(StoreClient):
         self._known = known
         self._owns = owns
         self._warned: set[tuple[str | None, str]] = set()  # of these resources that they do not survive
-        config: StoreConfig = known["config"]
-        self._transport = ActorTransport(handle, known)
-        self._encoder = Encoder(config.all_limits(), config.estimator())
         told = known["objects"] or {"path": None, "token": None}
-        self._objects_at = Origin(told["path"], told["token"], known["name"], known["namespace"])
-        self.sync: SyncStore = SyncStore(self)
+        origin = Origin(told["path"], told["token"], known["name"], known["namespace"])
+        self._reach(ActorTransport(handle, known), known["config"], origin)
         self.testing: Testing = Testing(self._transport)
 
     @property
