@@ -307,8 +307,7 @@ def _is_ray_initialized() -> bool:
 def ray_is_inherited() -> bool:
     """Whether Ray was connected before the fork that made this process, and was not shut down since."""
     global _has_inherited_ray
-    if _has_inherited_ray and not _is_ray_initialized():
-        _has_inherited_ray = False
+    _has_inherited_ray = _has_inherited_ray and _is_ray_initialized()
     return _has_inherited_ray
 
 

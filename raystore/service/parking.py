@@ -298,7 +298,7 @@ class Parking:
             return
         if not any(map(state.queues.offers, asked["queues"])) or not self._regain_space():
             return
-        if call.session_id in self._liveness:
+        if call.session_id in self._liveness.suspended:
             self._liveness.ask_soon(self._clock.age())
             return
         wanted = (asked["queues"], asked["limit"], asked["worker_id"])

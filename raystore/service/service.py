@@ -19,7 +19,7 @@ import time
 import traceback
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
 from raystore.core import bounds, check, claims, expiry, retention, training, verbs, workers
@@ -241,7 +241,8 @@ class Service:
             answer = verbs.perform(state, step, spec, arguments)
             if answer is not None or spec.waits_for is None:
                 return answer
-            park = self.parking.answer_of if self.stands_still else self.parking.park
+            stands_still = isinstance(self._failed, ReadOnlyError)  # so that there is nothing to wait for
+            park = self.parking.answer_of if stands_still else self.parking.park
             return park(Caller(step, ticket, deliver), spec.waits_for, arguments)
         except StoreError as refusal:  # before anything changed
             self.overloads += isinstance(refusal, OverloadedError)
@@ -338,11 +339,6 @@ class Service:
         """Spans with those bodies that are on disk only; other records as they are."""
         return items if self._bodies is None else self._bodies.load(items)
 
-    @property
-    def stands_still(self) -> bool:
-        """Whether nothing ever changes here, so that there is nothing to wait for."""
-        return isinstance(self._failed, ReadOnlyError)
-
     def regain_space(self) -> bool:
         """Allocate space for the journal again if its disk was full; whether changes can be written down."""
         return self._recorder is None or self._recorder.writer.regain_space()
@@ -403,7 +399,7 @@ class Service:
             if effects.finished or effects.has_batches:
                 self.parking.finished(effects.finished)
             if effects.queues:
-                if not self.pools.are_served(effects.queues):
+                if not effects.queues <= self.pools.servers.keys():
                     self._wait_in(effects.queues)
                 self.parking.work_came(effects.queues)
             noticed |= effects.noticed
@@ -586,7 +582,7 @@ class Service:
     def _name_unserved(self) -> None:
         lengths = self.state.queues.lengths()
         for queue in self.pools.to_name(lengths, self.clock.age()):
-            _log_unserved(queue, lengths[queue], self.pools.served)
+            _log_unserved(queue, lengths[queue], self.pools.servers.keys())
 
     def _suspend(self) -> None:
         """A claim was withdrawn: ask those who wait for work whether they live, before handing out more."""
@@ -729,7 +725,7 @@ PROCESS_VERBS: dict[str, Verb] = {
 }
 
 
-def _log_unserved(queue: str, waiting: int, served: list[str]) -> None:
+def _log_unserved(queue: str, waiting: int, served: Collection[str]) -> None:
     """Rollouts wait in a queue of which nobody has asked for work for a while: a misspelt name, perhaps."""
     if served:
         others = ", ".join(repr(name) for name in sorted(served)[:5])
