@@ -4,6 +4,8 @@ They take effect in order with the calls that are awaited, and may be used insid
 block. `raystore.api.LightningStore` says what each method means.
 """
 
+# fmt: off
+# isort: off
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,34 +13,11 @@ from typing import Any, Literal
 
 from raystore.api import METHODS, LightningStore
 from raystore.client.transport import iterate_blocking, run_blocking
-from raystore.errors.calls import explain_methods
+from raystore.errors.text import explain_methods
 from raystore.types import (
-    UNSET,
-    AnyRollout,
-    Attempt,
-    AttemptedRollout,
-    AttemptStatus,
-    Batch,
-    Change,
-    EnqueueRolloutRequest,
-    FilterLogic,
-    FoundRollout,
-    LedgerEntry,
-    LightningStoreStatistics,
-    NamedResources,
-    Page,
-    PaginatedResult,
-    ResourcesUpdate,
-    Rollout,
-    RolloutConfig,
-    RolloutMode,
-    RolloutStatus,
-    SortOrder,
-    Span,
-    TagValue,
-    TaskInput,
-    Unset,
-    Worker,
+    AnyRollout, Attempt, AttemptStatus, AttemptedRollout, Batch, Change, EnqueueRolloutRequest, FilterLogic,
+    FoundRollout, LedgerEntry, LightningStoreStatistics, NamedResources, Page, PaginatedResult, ResourcesUpdate,
+    Rollout, RolloutConfig, RolloutMode, RolloutStatus, SortOrder, Span, TagValue, TaskInput, UNSET, Unset, Worker,
     WorkerStatus,
 )
 
@@ -62,162 +41,84 @@ class SyncStore:
         return run_blocking(self._store.check())
 
     def start_rollout(
-        self,
-        input: TaskInput,
-        mode: RolloutMode | None = None,
-        resources_id: str | None = None,
-        config: RolloutConfig | None = None,
-        metadata: dict[str, Any] | None = None,
-        worker_id: str | None = None,
+        self, input: TaskInput, mode: RolloutMode | None = None, resources_id: str | None = None,
+        config: RolloutConfig | None = None, metadata: dict[str, Any] | None = None, worker_id: str | None = None,
     ) -> AttemptedRollout:
         """Create a rollout that the caller runs itself: "preparing", with a first attempt, never queued."""
         return run_blocking(self._store.start_rollout(input, mode, resources_id, config, metadata, worker_id))
 
     def enqueue_rollout(
-        self,
-        input: TaskInput,
-        mode: RolloutMode | None = None,
-        resources_id: str | None = None,
-        config: RolloutConfig | None = None,
-        metadata: dict[str, Any] | None = None,
-        *,
-        rollout_id: str | None = None,
-        group_id: str | None = None,
-        queue: str = "default",
-        priority: int = 0,
+        self, input: TaskInput, mode: RolloutMode | None = None, resources_id: str | None = None,
+        config: RolloutConfig | None = None, metadata: dict[str, Any] | None = None, *, rollout_id: str | None = None,
+        group_id: str | None = None, queue: str = "default", priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Rollout:
         """Create a rollout with status "queuing" at the tail of its queue."""
-        return run_blocking(
-            self._store.enqueue_rollout(
-                input,
-                mode,
-                resources_id,
-                config,
-                metadata,
-                rollout_id=rollout_id,
-                group_id=group_id,
-                queue=queue,
-                priority=priority,
-                tags=tags,
-            )
-        )
+        return run_blocking(self._store.enqueue_rollout(
+            input, mode, resources_id, config, metadata, rollout_id=rollout_id, group_id=group_id, queue=queue,
+            priority=priority, tags=tags,
+        ))
 
     def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         """Enqueue many rollouts; the answers are in the order of the requests."""
         return run_blocking(self._store.enqueue_many_rollouts(rollouts))
 
     def enqueue_group(
-        self,
-        input: TaskInput,
-        n: int,
-        *,
-        group_id: str | None = None,
-        mode: RolloutMode | None = None,
-        resources_id: str | None = None,
-        config: RolloutConfig | None = None,
-        metadata: dict[str, Any] | None = None,
-        queue: str = "default",
-        priority: int = 0,
-        tags: Mapping[str, TagValue] | None = None,
+        self, input: TaskInput, n: int, *, group_id: str | None = None, mode: RolloutMode | None = None,
+        resources_id: str | None = None, config: RolloutConfig | None = None, metadata: dict[str, Any] | None = None,
+        queue: str = "default", priority: int = 0, tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[Rollout]:
         """Enqueue `n` rollouts with the same input and group id, as GRPO needs them."""
-        return run_blocking(
-            self._store.enqueue_group(
-                input,
-                n,
-                group_id=group_id,
-                mode=mode,
-                resources_id=resources_id,
-                config=config,
-                metadata=metadata,
-                queue=queue,
-                priority=priority,
-                tags=tags,
-            )
-        )
+        return run_blocking(self._store.enqueue_group(
+            input, n, group_id=group_id, mode=mode, resources_id=resources_id, config=config, metadata=metadata,
+            queue=queue, priority=priority, tags=tags,
+        ))
 
     def dequeue_rollout(
-        self, worker_id: str | None = None, *, timeout: float = 0.0, queues: Sequence[str] = ("default",)
+        self, worker_id: str | None = None, *, timeout: float = 0.0, queues: Sequence[str] = ("default",),
     ) -> AttemptedRollout | None:
         """Claim the next rollout, or return None if there is none within `timeout`."""
         return run_blocking(self._store.dequeue_rollout(worker_id, timeout=timeout, queues=queues))
 
     def dequeue_many_rollouts(
-        self,
-        *,
-        limit: int = 1,
-        worker_id: str | None = None,
-        timeout: float = 0.0,
+        self, *, limit: int = 1, worker_id: str | None = None, timeout: float = 0.0,
         queues: Sequence[str] = ("default",),
     ) -> Sequence[AttemptedRollout]:
         """Claim up to `limit` rollouts that wait now; waits up to `timeout` for the first one."""
-        return run_blocking(
-            self._store.dequeue_many_rollouts(limit=limit, worker_id=worker_id, timeout=timeout, queues=queues)
-        )
+        return run_blocking(self._store.dequeue_many_rollouts(
+            limit=limit, worker_id=worker_id, timeout=timeout, queues=queues,
+        ))
 
     def query_rollouts(
-        self,
-        *,
-        status_in: Sequence[RolloutStatus] | None = None,
-        rollout_id_in: Sequence[str] | None = None,
-        rollout_id_contains: str | None = None,
-        filter_logic: FilterLogic = "and",
-        sort_by: str | None = None,
-        sort_order: SortOrder = "asc",
-        limit: int = -1,
-        offset: int = 0,
-        status: Sequence[RolloutStatus] | None = None,
-        rollout_ids: Sequence[str] | None = None,
-        group_id: str | None = None,
-        tags: Mapping[str, TagValue] | None = None,
-        queue: str | None = None,
-        worker_id: str | None = None,
+        self, *, status_in: Sequence[RolloutStatus] | None = None, rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None, filter_logic: FilterLogic = "and", sort_by: str | None = None,
+        sort_order: SortOrder = "asc", limit: int = -1, offset: int = 0, status: Sequence[RolloutStatus] | None = None,
+        rollout_ids: Sequence[str] | None = None, group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None, queue: str | None = None, worker_id: str | None = None,
         mode: RolloutMode | None = None,
     ) -> PaginatedResult[AnyRollout]:
         """A page of the rollouts that match, in the order of their creation unless `sort_by` is given."""
-        return run_blocking(
-            self._store.query_rollouts(
-                status_in=status_in,
-                rollout_id_in=rollout_id_in,
-                rollout_id_contains=rollout_id_contains,
-                filter_logic=filter_logic,
-                sort_by=sort_by,
-                sort_order=sort_order,
-                limit=limit,
-                offset=offset,
-                status=status,
-                rollout_ids=rollout_ids,
-                group_id=group_id,
-                tags=tags,
-                queue=queue,
-                worker_id=worker_id,
-                mode=mode,
-            )
-        )
+        return run_blocking(self._store.query_rollouts(
+            status_in=status_in, rollout_id_in=rollout_id_in, rollout_id_contains=rollout_id_contains,
+            filter_logic=filter_logic, sort_by=sort_by, sort_order=sort_order, limit=limit, offset=offset,
+            status=status, rollout_ids=rollout_ids, group_id=group_id, tags=tags, queue=queue, worker_id=worker_id,
+            mode=mode,
+        ))
 
     def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
         """The rollout with its latest attempt; None if it is unknown."""
         return run_blocking(self._store.get_rollout_by_id(rollout_id))
 
     def update_rollout(
-        self,
-        rollout_id: str,
-        input: TaskInput | Unset = UNSET,
-        mode: RolloutMode | Unset | None = UNSET,
-        resources_id: str | Unset | None = UNSET,
-        status: RolloutStatus | Unset = UNSET,
-        config: RolloutConfig | Unset = UNSET,
-        metadata: dict[str, Any] | Unset | None = UNSET,
+        self, rollout_id: str, input: TaskInput | Unset = UNSET, mode: RolloutMode | Unset | None = UNSET,
+        resources_id: str | Unset | None = UNSET, status: RolloutStatus | Unset = UNSET,
+        config: RolloutConfig | Unset = UNSET, metadata: dict[str, Any] | Unset | None = UNSET,
     ) -> AnyRollout:
         """Set fields of a rollout by hand, and return it. UNSET leaves a field as it is; None sets it to None."""
         return run_blocking(self._store.update_rollout(rollout_id, input, mode, resources_id, status, config, metadata))
 
     def cancel_rollouts(
-        self,
-        rollout_ids: Sequence[str] | None = None,
-        *,
-        group_id: str | None = None,
+        self, rollout_ids: Sequence[str] | None = None, *, group_id: str | None = None,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[AnyRollout]:
         """Cancel rollouts that have not finished, and return them. A rollout must match all filters that are given."""
@@ -244,25 +145,16 @@ class SyncStore:
         return iterate_blocking(self._store.as_completed(rollout_ids, timeout=timeout))
 
     def completed(
-        self,
-        cursor: int | None = None,
-        *,
-        limit: int = 256,
-        timeout: float = 0.0,
-        group_id: str | None = None,
-        tags: Mapping[str, TagValue] | None = None,
-        queue: str | None = None,
-        mode: RolloutMode | None = None,
+        self, cursor: int | None = None, *, limit: int = 256, timeout: float = 0.0, group_id: str | None = None,
+        tags: Mapping[str, TagValue] | None = None, queue: str | None = None, mode: RolloutMode | None = None,
     ) -> Page[AnyRollout]:
         """A page of the rollouts that finished after `cursor`, in that order; None starts at the beginning."""
-        return run_blocking(
-            self._store.completed(
-                cursor, limit=limit, timeout=timeout, group_id=group_id, tags=tags, queue=queue, mode=mode
-            )
-        )
+        return run_blocking(self._store.completed(
+            cursor, limit=limit, timeout=timeout, group_id=group_id, tags=tags, queue=queue, mode=mode,
+        ))
 
     def changes(
-        self, cursor: int | None = None, *, kinds: Sequence[str] | None = None, limit: int = 1024, timeout: float = 0.0
+        self, cursor: int | None = None, *, kinds: Sequence[str] | None = None, limit: int = 1024, timeout: float = 0.0,
     ) -> Page[Change]:
         """A page of what the store did after `cursor`, in order; None starts at the oldest change that is kept."""
         return run_blocking(self._store.changes(cursor, kinds=kinds, limit=limit, timeout=timeout))
@@ -272,36 +164,27 @@ class SyncStore:
         return run_blocking(self._store.start_attempt(rollout_id, worker_id))
 
     def query_attempts(
-        self,
-        rollout_id: str,
-        *,
-        sort_by: str | None = "sequence_id",
-        sort_order: SortOrder = "asc",
-        limit: int = -1,
+        self, rollout_id: str, *, sort_by: str | None = "sequence_id", sort_order: SortOrder = "asc", limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Attempt]:
         """A page of the attempts of a rollout; empty if the rollout is unknown."""
-        return run_blocking(
-            self._store.query_attempts(rollout_id, sort_by=sort_by, sort_order=sort_order, limit=limit, offset=offset)
-        )
+        return run_blocking(self._store.query_attempts(
+            rollout_id, sort_by=sort_by, sort_order=sort_order, limit=limit, offset=offset,
+        ))
 
     def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
         """The attempt of a rollout with the highest sequence id; None if there is none."""
         return run_blocking(self._store.get_latest_attempt(rollout_id))
 
     def update_attempt(
-        self,
-        rollout_id: str,
-        attempt_id: str | Literal["latest"],
-        status: AttemptStatus | Unset = UNSET,
-        worker_id: str | Unset | None = UNSET,
-        last_heartbeat_time: float | Unset = UNSET,
+        self, rollout_id: str, attempt_id: str | Literal["latest"], status: AttemptStatus | Unset = UNSET,
+        worker_id: str | Unset | None = UNSET, last_heartbeat_time: float | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
     ) -> Attempt:
         """Set fields of an attempt, and return it. UNSET leaves a field as it is."""
-        return run_blocking(
-            self._store.update_attempt(rollout_id, attempt_id, status, worker_id, last_heartbeat_time, metadata)
-        )
+        return run_blocking(self._store.update_attempt(
+            rollout_id, attempt_id, status, worker_id, last_heartbeat_time, metadata,
+        ))
 
     def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
         """The next span number of a rollout. Numbers start at 1, and none is given twice."""
@@ -320,90 +203,43 @@ class SyncStore:
         return run_blocking(self._store.add_many_spans(spans))
 
     def add_otel_span(
-        self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None
+        self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None,
     ) -> Span | None:
         """Store a `ReadableSpan` of OpenTelemetry; returns it as a `Span`, or None if it is stored already."""
         return run_blocking(self._store.add_otel_span(rollout_id, attempt_id, readable_span, sequence_id))
 
     def query_spans(
-        self,
-        rollout_id: str,
-        attempt_id: str | Literal["latest"] | None = None,
-        *,
-        trace_id: str | None = None,
-        trace_id_contains: str | None = None,
-        span_id: str | None = None,
-        span_id_contains: str | None = None,
-        parent_id: str | None = None,
-        parent_id_contains: str | None = None,
-        name: str | None = None,
-        name_contains: str | None = None,
-        filter_logic: FilterLogic = "and",
-        limit: int = -1,
-        offset: int = 0,
-        sort_by: str | None = "sequence_id",
-        sort_order: SortOrder = "asc",
-        allow_partial: bool = False,
+        self, rollout_id: str, attempt_id: str | Literal["latest"] | None = None, *, trace_id: str | None = None,
+        trace_id_contains: str | None = None, span_id: str | None = None, span_id_contains: str | None = None,
+        parent_id: str | None = None, parent_id_contains: str | None = None, name: str | None = None,
+        name_contains: str | None = None, filter_logic: FilterLogic = "and", limit: int = -1, offset: int = 0,
+        sort_by: str | None = "sequence_id", sort_order: SortOrder = "asc", allow_partial: bool = False,
     ) -> PaginatedResult[Span]:
         """A page of the spans of a rollout, or of one of its attempts."""
-        return run_blocking(
-            self._store.query_spans(
-                rollout_id,
-                attempt_id,
-                trace_id=trace_id,
-                trace_id_contains=trace_id_contains,
-                span_id=span_id,
-                span_id_contains=span_id_contains,
-                parent_id=parent_id,
-                parent_id_contains=parent_id_contains,
-                name=name,
-                name_contains=name_contains,
-                filter_logic=filter_logic,
-                limit=limit,
-                offset=offset,
-                sort_by=sort_by,
-                sort_order=sort_order,
-                allow_partial=allow_partial,
-            )
-        )
+        return run_blocking(self._store.query_spans(
+            rollout_id, attempt_id, trace_id=trace_id, trace_id_contains=trace_id_contains, span_id=span_id,
+            span_id_contains=span_id_contains, parent_id=parent_id, parent_id_contains=parent_id_contains, name=name,
+            name_contains=name_contains, filter_logic=filter_logic, limit=limit, offset=offset, sort_by=sort_by,
+            sort_order=sort_order, allow_partial=allow_partial,
+        ))
 
     def query_many_spans(
-        self,
-        rollout_ids: Sequence[str],
-        attempt_id: Literal["latest"] | None = "latest",
-        *,
+        self, rollout_ids: Sequence[str], attempt_id: Literal["latest"] | None = "latest", *,
         allow_partial: bool = False,
     ) -> dict[str, list[Span]]:
         """The spans of many rollouts by rollout id, each list in the order of span numbers."""
         return run_blocking(self._store.query_many_spans(rollout_ids, attempt_id, allow_partial=allow_partial))
 
     def take(
-        self,
-        n: int,
-        *,
-        consumer: str,
-        timeout: float = 0.0,
-        mode: RolloutMode | None = None,
-        tags: Mapping[str, TagValue] | None = None,
-        queue: str | None = None,
-        group_id: str | None = None,
-        status_in: Sequence[RolloutStatus] | None = None,
-        max_open: int = 1,
+        self, n: int, *, consumer: str, timeout: float = 0.0, mode: RolloutMode | None = None,
+        tags: Mapping[str, TagValue] | None = None, queue: str | None = None, group_id: str | None = None,
+        status_in: Sequence[RolloutStatus] | None = None, max_open: int = 1,
     ) -> Batch:
         """Take up to `n` finished rollouts for `consumer`, in the order in which they finished, each once."""
-        return run_blocking(
-            self._store.take(
-                n,
-                consumer=consumer,
-                timeout=timeout,
-                mode=mode,
-                tags=tags,
-                queue=queue,
-                group_id=group_id,
-                status_in=status_in,
-                max_open=max_open,
-            )
-        )
+        return run_blocking(self._store.take(
+            n, consumer=consumer, timeout=timeout, mode=mode, tags=tags, queue=queue, group_id=group_id,
+            status_in=status_in, max_open=max_open,
+        ))
 
     def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
         """Tell that step `step` of the consumer's model has consumed a batch."""
@@ -434,7 +270,7 @@ class SyncStore:
         return run_blocking(self._store.add_resources(resources, policy_version=policy_version))
 
     def update_resources(
-        self, resources_id: str, resources: NamedResources, *, policy_version: int | None = None
+        self, resources_id: str, resources: NamedResources, *, policy_version: int | None = None,
     ) -> ResourcesUpdate:
         """Publish a new version under an id, which becomes the latest. An unknown id gets version 1."""
         return run_blocking(self._store.update_resources(resources_id, resources, policy_version=policy_version))
@@ -448,54 +284,29 @@ class SyncStore:
         return run_blocking(self._store.get_latest_resources())
 
     def query_resources(
-        self,
-        *,
-        resources_id: str | None = None,
-        resources_id_contains: str | None = None,
-        sort_by: str | None = None,
-        sort_order: SortOrder = "asc",
-        limit: int = -1,
-        offset: int = 0,
+        self, *, resources_id: str | None = None, resources_id_contains: str | None = None, sort_by: str | None = None,
+        sort_order: SortOrder = "asc", limit: int = -1, offset: int = 0,
     ) -> PaginatedResult[ResourcesUpdate]:
         """A page of resources: the newest version of each id that matches, in the order in which the ids came."""
-        return run_blocking(
-            self._store.query_resources(
-                resources_id=resources_id,
-                resources_id_contains=resources_id_contains,
-                sort_by=sort_by,
-                sort_order=sort_order,
-                limit=limit,
-                offset=offset,
-            )
-        )
+        return run_blocking(self._store.query_resources(
+            resources_id=resources_id, resources_id_contains=resources_id_contains, sort_by=sort_by,
+            sort_order=sort_order, limit=limit, offset=offset,
+        ))
 
     def delete_resources(self, resources_id: str) -> None:
         """Delete all versions of an id. Raises `ResourcesNotFoundError`."""
         return run_blocking(self._store.delete_resources(resources_id))
 
     def query_workers(
-        self,
-        *,
-        status_in: Sequence[WorkerStatus] | None = None,
-        worker_id_contains: str | None = None,
-        filter_logic: FilterLogic = "and",
-        sort_by: str | None = None,
-        sort_order: SortOrder = "asc",
-        limit: int = -1,
+        self, *, status_in: Sequence[WorkerStatus] | None = None, worker_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and", sort_by: str | None = None, sort_order: SortOrder = "asc", limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
         """A page of the workers that match, in the order of their first appearance."""
-        return run_blocking(
-            self._store.query_workers(
-                status_in=status_in,
-                worker_id_contains=worker_id_contains,
-                filter_logic=filter_logic,
-                sort_by=sort_by,
-                sort_order=sort_order,
-                limit=limit,
-                offset=offset,
-            )
-        )
+        return run_blocking(self._store.query_workers(
+            status_in=status_in, worker_id_contains=worker_id_contains, filter_logic=filter_logic, sort_by=sort_by,
+            sort_order=sort_order, limit=limit, offset=offset,
+        ))
 
     def get_worker_by_id(self, worker_id: str) -> Worker | None:
         """The worker; None if it is unknown."""

@@ -291,26 +291,17 @@ def resolve_thresholds(config: StoreConfig, capacity_bytes: int) -> tuple[int, i
     """Eviction and safe threshold in bytes; a float is a ratio of the capacity, an int is bytes."""
     if capacity_bytes <= 0:
         raise ValueError(f"Detected memory capacity must be positive, got {capacity_bytes}")
-    eviction = config.eviction_memory_threshold
-    safe = config.safe_memory_threshold
-    if eviction is None:
-        eviction_bytes = int(DEFAULT_EVICTION_RATIO * capacity_bytes)
-    elif isinstance(eviction, float):
-        if not 0 < eviction <= 1:
-            raise ValueError(f"eviction_memory_threshold ratio must be greater than 0 and at most 1, got {eviction}")
-        eviction_bytes = int(eviction * capacity_bytes)
-    else:
-        eviction_bytes = _bytes("eviction_memory_threshold", eviction)
+    eviction, safe = config.eviction_memory_threshold, config.safe_memory_threshold
+    if isinstance(eviction, float) and not 0 < eviction <= 1:
+        raise ValueError(f"eviction_memory_threshold ratio must be greater than 0 and at most 1, got {eviction}")
+    eviction = DEFAULT_EVICTION_RATIO if eviction is None else eviction
+    eviction_bytes = _bytes("eviction_memory_threshold", eviction, capacity_bytes)
     if eviction_bytes < 1:
         raise ValueError(f"eviction_memory_threshold must be at least 1 bytes, got {eviction_bytes}")
-    if safe is None:
-        safe_bytes = max(int(DEFAULT_SAFE_RATIO * eviction_bytes), 0)
-    elif isinstance(safe, float):
-        if not 0 <= safe <= 1:
-            raise ValueError(f"safe_memory_threshold ratio must be between 0 and 1 inclusive, got {safe}")
-        safe_bytes = int(safe * capacity_bytes)
-    else:
-        safe_bytes = _bytes("safe_memory_threshold", safe)
+    if isinstance(safe, float) and not 0 <= safe <= 1:
+        raise ValueError(f"safe_memory_threshold ratio must be between 0 and 1 inclusive, got {safe}")
+    safe = int(DEFAULT_SAFE_RATIO * eviction_bytes) if safe is None else safe
+    safe_bytes = _bytes("safe_memory_threshold", safe, capacity_bytes)
     if safe_bytes >= eviction_bytes:
         raise ValueError(
             "safe_memory_threshold must be smaller than eviction_memory_threshold, "
@@ -319,7 +310,9 @@ def resolve_thresholds(config: StoreConfig, capacity_bytes: int) -> tuple[int, i
     return eviction_bytes, safe_bytes
 
 
-def _bytes(name: str, value: Any) -> int:
+def _bytes(name: str, value: Any, capacity_bytes: int) -> int:
+    if isinstance(value, float):
+        return int(value * capacity_bytes)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name}={value!r} must be a ratio (float), a number of bytes (int), or None")
     if value < 0:

@@ -6,10 +6,13 @@ Run `python tools/generate_sync.py` after a change of the contract; a test gener
 from __future__ import annotations
 
 import inspect
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from raystore import api, types
 from raystore.api import LightningStore
 
 WIDTH = 120  #: of lines
@@ -20,6 +23,8 @@ They take effect in order with the calls that are awaited, and may be used insid
 block. `raystore.api.LightningStore` says what each method means.
 """
 
+# fmt: off
+# isort: off
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,37 +32,10 @@ from typing import Any, Literal
 
 from raystore.api import METHODS, LightningStore
 from raystore.client.transport import iterate_blocking, run_blocking
-from raystore.errors.calls import explain_methods
-from raystore.types import (
-    UNSET,
-    AnyRollout,
-    Attempt,
-    AttemptedRollout,
-    AttemptStatus,
-    Batch,
-    Change,
-    EnqueueRolloutRequest,
-    FilterLogic,
-    FoundRollout,
-    LedgerEntry,
-    LightningStoreStatistics,
-    NamedResources,
-    Page,
-    PaginatedResult,
-    ResourcesUpdate,
-    Rollout,
-    RolloutConfig,
-    RolloutMode,
-    RolloutStatus,
-    SortOrder,
-    Span,
-    TagValue,
-    TaskInput,
-    Unset,
-    Worker,
-    WorkerStatus,
-)
+from raystore.errors.text import explain_methods
+'''
 
+CLASS = '''
 
 class SyncStore:
     """Blocking twins of a store's methods."""
@@ -69,7 +47,7 @@ class SyncStore:
 
 def generate() -> str:
     """The text of `_sync.py`."""
-    text = HEADER
+    text = CLASS
     for name, method in vars(LightningStore).items():
         if name.startswith("_") or not inspect.isfunction(method):
             continue
@@ -78,7 +56,9 @@ def generate() -> str:
             text += _twin(name, method, "run_blocking", answer)
         elif answer.startswith("AsyncIterator"):
             text += _twin(name, method, "iterate_blocking", answer.removeprefix("Async"))
-    return f"{text}\n\nexplain_methods(SyncStore, METHODS)\n"
+    used = {*re.findall(r"\w+", text)} - {*re.findall(r"\w+", HEADER)}
+    imports = _fold("from raystore.types import (", sorted(used & vars(types).keys() & vars(api).keys()), ")")
+    return f"{HEADER}{imports}\n{text}\n\nexplain_methods(SyncStore, METHODS)\n"
 
 
 def _twin(name: str, method: Callable[..., Any], driver: str, answer: str) -> str:
@@ -96,22 +76,19 @@ def _twin(name: str, method: Callable[..., Any], driver: str, answer: str) -> st
         if parameter.name != "self":
             passed.append(f"{parameter.name}={parameter.name}" if only_keywords else parameter.name)
     first_line = (method.__doc__ or "").strip().splitlines()[0]
-    call = _fold(f"            self._store.{name}(", passed, ")")
-    whole = f"        return {driver}({call.strip()})"
-    body = [whole] if "\n" not in call and len(whole) <= WIDTH else [f"        return {driver}(", call, "        )"]
-    lines = ["", _fold(f"    def {name}(", parameters, f") -> {answer}:"), f'        """{first_line}"""', *body]
-    return "\n".join(lines) + "\n"
+    head = _fold(f"    def {name}(", parameters, f") -> {answer}:")
+    body = _fold(f"        return {driver}(self._store.{name}(", passed, "))")
+    return f'\n{head}\n        """{first_line}"""\n{body}\n'
 
 
 def _fold(start: str, items: list[str], end: str) -> str:
-    """Items between brackets: in one line, in a line of their own, or in a line each, as `ruff format` has them."""
-    margin = start[: len(start) - len(start.lstrip())]
-    inner = f"{margin}    {', '.join(items)}"
+    """Items between brackets: in one line, or in lines of their own, each as full as it goes."""
     if len(whole := f"{start}{', '.join(items)}{end}") <= WIDTH:
         return whole
-    if len(inner) <= WIDTH:
-        return f"{start}\n{inner}\n{margin}{end}"
-    return "\n".join([start, *(f"{margin}    {item}," for item in items), f"{margin}{end}"])
+    margin = start[: len(start) - len(start.lstrip())]
+    words = [f"{item},".replace(" ", "\0") for item in items]  # an item stays in one line
+    inner = textwrap.fill(" ".join(words), WIDTH, initial_indent=f"{margin}    ", subsequent_indent=f"{margin}    ")
+    return f"{start}\n{inner}\n{margin}{end}".replace("\0", " ")
 
 
 if __name__ == "__main__":

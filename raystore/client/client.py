@@ -26,7 +26,8 @@ from raystore.core.records import Many
 from raystore.core.schema import LossReason
 from raystore.core.verbs import VERBS
 from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
-from raystore.errors.calls import NOT_GIVEN, explain_methods, typed_as, unfit
+from raystore.errors.text import NOT_GIVEN, explain_methods, typed_as, unfit
+from raystore.options import StoreConfig
 from raystore.types import (
     LLM,
     UNSET,
@@ -129,6 +130,14 @@ class StoreClient(RunnerStore):
     sync: SyncStore
     _transport: Transport
     _encoder: convert.Encoder
+    _objects_at: Origin  # where to find objects that are not in Ray's object store any more
+
+    def _reach(self, transport: Transport, config: StoreConfig, objects_at: Origin) -> None:
+        """Use a store of this configuration over a transport."""
+        self._transport = transport
+        self._encoder = convert.Encoder(config.all_limits(), config.estimator())
+        self._objects_at = objects_at
+        self.sync = SyncStore(self)
 
     # -- what a store is -----------------------------------------------------------------------------------------------
 
@@ -317,10 +326,8 @@ class StoreClient(RunnerStore):
                 "worker_id": checks.optional_identifier("worker_id", worker_id),
                 "mode": validated("mode", RolloutMode | None, mode),
             },
-            "sort_by": checks.optional_text("sort_by", sort_by),
-            "sort_order": sort_order,
         }
-        return await self._page("query_rollouts", arguments, limit, offset, convert.to_any_rollout)
+        return await self._page("query_rollouts", arguments, sort_by, sort_order, limit, offset, convert.to_any_rollout)
 
     async def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
         answer = await self._transport.call("get_rollout", {"rollout_id": checks.identifier("rollout_id", rollout_id)})
@@ -444,20 +451,8 @@ class StoreClient(RunnerStore):
         queue: str | None = None,
         mode: RolloutMode | None = None,
     ) -> Page[AnyRollout]:
-        filters = {
-            "group_id": checks.optional_identifier("group_id", group_id),
-            "tags": checks.tag_dict("tags", tags),
-            "queue": checks.optional_identifier("queue", queue),
-            "mode": validated("mode", RolloutMode | None, mode),
-        }
-        arguments = {
-            "cursor": None if cursor is None else checks.whole("cursor", cursor, at_least=0),
-            "limit": checks.whole("limit", limit, at_least=1),
-            "timeout": checks.duration("timeout", timeout),
-            "filters": {name: value for name, value in filters.items() if value is not None},
-        }
-        items, after = await self._rows("completed", arguments)
-        return convert.build(Page, {"items": [convert.to_any_rollout(item) for item in items], "cursor": after})
+        arguments = {"filters": checks.filter_arguments(mode=mode, tags=tags, queue=queue, group_id=group_id)}
+        return await self._feed("completed", arguments, cursor, limit, timeout, convert.to_any_rollout)
 
     async def changes(
         self,
@@ -467,14 +462,19 @@ class StoreClient(RunnerStore):
         limit: int = 1024,
         timeout: float = 0.0,
     ) -> Page[Change]:
-        arguments = {
+        arguments = {"kinds": None if kinds is None else checks.identifiers("kinds", kinds)}
+        return await self._feed("changes", arguments, cursor, limit, timeout, convert.to_change)
+
+    async def _feed(
+        self, verb: str, more: dict[str, Any], cursor: int | None, limit: int, timeout: float, made: Callable[[Any], T]
+    ) -> Page[T]:
+        arguments = more | {
             "cursor": None if cursor is None else checks.whole("cursor", cursor, at_least=0),
-            "kinds": None if kinds is None else checks.identifiers("kinds", kinds),
             "limit": checks.whole("limit", limit, at_least=1),
             "timeout": checks.duration("timeout", timeout),
         }
-        items, after = await self._rows("changes", arguments)
-        return convert.build(Page, {"items": [convert.to_change(item) for item in items], "cursor": after})
+        items, after = await self._rows(verb, arguments)
+        return convert.build(Page, {"items": list(map(made, items)), "cursor": after})
 
     # -- attempts ------------------------------------------------------------------------------------------------------
 
@@ -494,12 +494,8 @@ class StoreClient(RunnerStore):
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Attempt]:
-        arguments = {
-            "rollout_id": checks.identifier("rollout_id", rollout_id),
-            "sort_by": checks.optional_text("sort_by", sort_by),
-            "sort_order": sort_order,
-        }
-        return await self._page("query_attempts", arguments, limit, offset, convert.to_attempt)
+        arguments = {"rollout_id": checks.identifier("rollout_id", rollout_id)}
+        return await self._page("query_attempts", arguments, sort_by, sort_order, limit, offset, convert.to_attempt)
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
         answer = await self._transport.call(
@@ -622,28 +618,18 @@ class StoreClient(RunnerStore):
         sort_order: SortOrder = "asc",
         allow_partial: bool = False,
     ) -> PaginatedResult[Span]:
-        equal = {"trace_id": trace_id, "span_id": span_id, "parent_id": parent_id, "name": name}
-        containing = {
-            "trace_id": trace_id_contains,
-            "span_id": span_id_contains,
-            "parent_id": parent_id_contains,
-            "name": name_contains,
-        }
         arguments = {
             "rollout_id": checks.identifier("rollout_id", rollout_id),
             "attempt_id": checks.optional_identifier("attempt_id", attempt_id),
-            "equal": {field: checks.optional_text(field, value) for field, value in equal.items() if value is not None},
-            "containing": {
-                field: checks.optional_text(f"{field}_contains", value)
-                for field, value in containing.items()
-                if value is not None
-            },
+            "equal": _texts("", trace_id=trace_id, span_id=span_id, parent_id=parent_id, name=name),
+            "containing": _texts(
+                "_contains", trace_id=trace_id_contains, span_id=span_id_contains, parent_id=parent_id_contains,
+                name=name_contains,
+            ),
             "filter_logic": filter_logic,
-            "sort_by": checks.optional_text("sort_by", sort_by),
-            "sort_order": sort_order,
             "allow_partial": checks.flag("allow_partial", allow_partial),
-        }
-        return await self._page("query_spans", arguments, limit, offset, convert.to_span)
+        }  # fmt: skip
+        return await self._page("query_spans", arguments, sort_by, sort_order, limit, offset, convert.to_span)
 
     async def query_many_spans(
         self,
@@ -780,10 +766,8 @@ class StoreClient(RunnerStore):
         arguments = {
             "resources_id": checks.optional_identifier("resources_id", resources_id),
             "resources_id_contains": checks.optional_text("resources_id_contains", resources_id_contains),
-            "sort_by": sort_by,
-            "sort_order": sort_order,
         }
-        return await self._page("query_resources", arguments, limit, offset, self._opened)
+        return await self._page("query_resources", arguments, sort_by, sort_order, limit, offset, self._opened)
 
     async def delete_resources(self, resources_id: str) -> None:
         await self._transport.call(
@@ -797,12 +781,8 @@ class StoreClient(RunnerStore):
     async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:
         """Called once the store has the version, for what must be done with its objects then."""
 
-    def _origin_of_objects(self) -> Origin:
-        """Where to find objects that are not in Ray's object store any more."""
-        return Origin()
-
     def _opened(self, answer: convert.Row, payload: Opaque = None) -> ResourcesUpdate:
-        return convert.to_resources(answer, self._origin_of_objects(), payload)
+        return convert.to_resources(answer, self._objects_at, payload)
 
     # -- workers -------------------------------------------------------------------------------------------------------
 
@@ -821,10 +801,8 @@ class StoreClient(RunnerStore):
             "status_in": checks.statuses("status_in", list[WorkerStatus], status_in),
             "worker_id_contains": checks.optional_text("worker_id_contains", worker_id_contains),
             "filter_logic": filter_logic,
-            "sort_by": checks.optional_text("sort_by", sort_by),
-            "sort_order": sort_order,
         }
-        return await self._page("query_workers", arguments, limit, offset, convert.to_worker)
+        return await self._page("query_workers", arguments, sort_by, sort_order, limit, offset, convert.to_worker)
 
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:
         answer = await self._transport.call("get_worker", {"worker_id": checks.identifier("worker_id", worker_id)})
@@ -915,15 +893,22 @@ class StoreClient(RunnerStore):
     # -- how calls travel ----------------------------------------------------------------------------------------------
 
     async def _page(
-        self, verb: str, arguments: dict[str, Any], limit: int, offset: int, open_row: Callable[[Any], T]
+        self,
+        verb: str,
+        filters: dict[str, Any],
+        sort_by: str | None,
+        sort_order: SortOrder,
+        limit: int,
+        offset: int,
+        made: Callable[[Any], T],
     ) -> PaginatedResult[T]:
-        limit = checks.whole("limit", limit, at_least=-1)
-        offset = checks.whole("offset", offset, at_least=0)
-        items, total = await self._rows(verb, arguments | {"limit": limit, "offset": offset})
-        return convert.build(
-            PaginatedResult,
-            {"items": [open_row(item) for item in items], "limit": limit, "offset": offset, "total": total},
-        )
+        part = {
+            "limit": checks.whole("limit", limit, at_least=-1),
+            "offset": checks.whole("offset", offset, at_least=0),
+        }
+        order = {"sort_by": checks.optional_text("sort_by", sort_by), "sort_order": sort_order}
+        items, total = await self._rows(verb, filters | order | part)
+        return convert.build(PaginatedResult, {"items": list(map(made, items)), **part, "total": total})
 
     async def _rows(self, verb: str, arguments: dict[str, Any], tries: int = READ_AGAIN) -> tuple[list[Any], Any]:
         """Read all pages of an answer, and the value beside its rows; starts over if the store restarts meanwhile."""
@@ -1010,6 +995,11 @@ def cut(sizes: list[int]) -> list[tuple[int, int]]:
         size += item
     ends = [*cuts[1:], len(sizes)]
     return [(first, last) for first, last in zip(cuts, ends, strict=True) if last > first]
+
+
+def _texts(suffix: str, **fields: str | None) -> dict[str, str | None]:
+    """Those texts to look for that are given, by field; the name of an argument is the field's with the suffix."""
+    return {name: checks.optional_text(name + suffix, text) for name, text in fields.items() if text is not None}
 
 
 def _log_duplicate(span: Span) -> None:

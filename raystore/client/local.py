@@ -15,9 +15,8 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, NoReturn, Unpack
 
-from raystore._sync import SyncStore
 from raystore.api import NoticeHandler
-from raystore.client import forks
+from raystore.client import transport
 from raystore.client.client import StoreClient, Testing, store_info
 from raystore.client.transport import (
     NoticeHandlers,
@@ -25,6 +24,7 @@ from raystore.client.transport import (
     giving_back,
     handed_keys,
     this_thread,
+    wake_elsewhere,
     with_time_left,
     without,
 )
@@ -39,7 +39,7 @@ from raystore.errors import (
     StoreCorruptError,
     StoreError,
 )
-from raystore.errors.calls import explained, explained_with
+from raystore.errors.text import explained, explained_with
 from raystore.journal.files import OBJECTS
 from raystore.journal.opening import open_for_reading, open_journal
 from raystore.options import OPTIONS, StoreConfig, StoreOptions, directory, make_config, memory_capacity, resolve
@@ -48,7 +48,6 @@ from raystore.service.parking import PARKED
 from raystore.service.service import Service
 from raystore.types import StoreInfo
 from raystore.values.objects import Origin
-from raystore.wire.convert import Encoder
 
 
 class LocalTransport:
@@ -78,16 +77,16 @@ class LocalTransport:
         """Take notices within a step, and call the handlers after it, since they may use the store."""
         notices, self._session.notices = self._session.notices, []
         self._handlers.add(notices)
-        self.service.afterwards(self._handlers.hand_out)
+        self.service.afterwards.append(self._handlers.hand_out)
 
     def _begin(self) -> None:
         """Remember the process of the first use; raises `ForkedError` in a child that was forked from it."""
         if self._pid:
             raise ForkedError("This store")
-        self._pid = forks.pid
+        self._pid = transport.pid
 
     def post(self, verb: str, arguments: dict[str, Any]) -> PendingCall:
-        if self._pid != forks.pid:
+        if self._pid != transport.pid:
             self._begin()
         call = PendingCall(verb, next(self._tickets))
         call.arguments = arguments
@@ -98,7 +97,7 @@ class LocalTransport:
                 return False
             if isinstance(value, StoreError):
                 call.put(None, value)
-                return _wake(call)
+                return wake_elsewhere(call)
             return self._give(call, value)
 
         try:
@@ -120,7 +119,7 @@ class LocalTransport:
 
         def give(lost: StoreError | None) -> None:
             call.put(answer, lost or error)
-            _wake(call)
+            wake_elsewhere(call)
 
         call.answer = answer
         if self.service.when_safe(give):
@@ -128,10 +127,10 @@ class LocalTransport:
         call.put(answer, error)
         if is_own:
             call.wake()
-        return is_own or _wake(call)
+        return is_own or wake_elsewhere(call)
 
     async def call(self, verb: str, arguments: dict[str, Any]) -> Any:
-        if self._pid != forks.pid:
+        if self._pid != transport.pid:
             self._begin()
         if self._is_quick and arguments.get("timeout", 0) == 0 and monotonic() < this_thread.turn_ends:
             try:
@@ -152,7 +151,7 @@ class LocalTransport:
             try:
                 answer = await call
             except GeneratorExit:  # garbage collection, at any point of what this thread does: not now
-                self.service.defer(functools.partial(self.abandon, call))
+                self.service.deferred.append(functools.partial(self.abandon, call))
                 raise
             except BaseException:
                 self.abandon(call)
@@ -170,7 +169,7 @@ class LocalTransport:
 
     def tell(self, verb: str, arguments: dict[str, Any]) -> None:
         with contextlib.suppress(StoreError):
-            if self._pid != forks.pid:
+            if self._pid != transport.pid:
                 self._begin()
             self.service.call(self._session, 0, verb, arguments, _refuse)
 
@@ -185,7 +184,7 @@ class LocalTransport:
                     self.service.call(self._session, 0, *giving_back(key), _refuse)
 
     def close(self) -> None:
-        if self._pid in (0, forks.pid):  # in a forked child it is the parent's
+        if self._pid in (0, transport.pid):  # in a forked child it is the parent's
             self.service.close()
 
 
@@ -200,23 +199,6 @@ async def _give_way() -> None:
     call.put(None, None)
     call.wake()
     await call
-
-
-def _wake(call: PendingCall) -> bool:
-    """Wake the caller of a call, on any thread; whether it is still there."""
-    if call.loop is None:  # a blocking thread, which the answer itself has woken
-        return True
-    try:
-        call.loop.call_soon_threadsafe(call.wake)
-    except RuntimeError:  # the loop is closed, and its caller with it
-        return False
-    return True
-
-
-def _origin_of(service: Service) -> Origin:
-    """Where the journal of a service keeps objects."""
-    opened = service.journal
-    return Origin() if opened is None else Origin(path=str(opened.directory.path / OBJECTS))
 
 
 class InMemoryLightningStore(StoreClient):
@@ -240,18 +222,14 @@ class InMemoryLightningStore(StoreClient):
         settings = resolve(config, capacity)
         opened = open_journal(config, settings, name=None, resume=resume, now=time.time()) if config.journal else None
         self._service = Service(config, capacity_bytes=capacity, alarm=ThreadAlarm, opened=opened)
-        self._transport = LocalTransport(self._service)
-        self._encoder = Encoder(config.all_limits(), config.estimator())
-        self.sync: SyncStore = SyncStore(self)
+        origin = Origin(None if opened is None else str(opened.directory.path / OBJECTS))
+        self._reach(LocalTransport(self._service), config, origin)
         self.testing: Testing = Testing(self._transport)
 
     @property
     def info(self) -> StoreInfo:
         """Identity, limits and capabilities of this store."""
         return store_info(self._service.info() | {"name": None, "namespace": None, "node": None, "endpoints": {}})
-
-    def _origin_of_objects(self) -> Origin:
-        return _origin_of(self._service)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -272,12 +250,7 @@ class RecoveredRun(StoreClient):
         config = StoreConfig(clock="manual", journal=path)
         opened = open_for_reading(path)
         self._service = Service(config, capacity_bytes=memory_capacity(), alarm=NoAlarm, opened=opened)
-        self._transport = LocalTransport(self._service)
-        self._encoder = Encoder(config.all_limits(), None)
-        self.sync: SyncStore = SyncStore(self)
-
-    def _origin_of_objects(self) -> Origin:
-        return _origin_of(self._service)
+        self._reach(LocalTransport(self._service), config, Origin(str(opened.directory.path / OBJECTS)))
 
 
 @explained

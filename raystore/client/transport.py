@@ -6,13 +6,15 @@ they were issued. It gives back claims and batches whose caller was cancelled.
 A coroutine awaits a `PendingCall`; a blocking thread waits for it. The same `async def` methods serve both:
 `run_blocking` drives a coroutine by hand and blocks its thread on each `PendingCall` that the coroutine awaits, so it
 needs no event loop and works inside a running one.
+Also here: whether this process was forked (`pid`, `ray_is_inherited`), and so must not use what it has inherited.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
@@ -114,6 +116,17 @@ class PendingCall:
         return self.result()
 
 
+def wake_elsewhere(call: PendingCall) -> bool:
+    """Wake the caller of a call, on any thread; whether it is still there."""
+    if call.loop is None:  # a blocking thread, which the answer itself has woken
+        return True
+    try:
+        call.loop.call_soon_threadsafe(call.wake)
+    except RuntimeError:  # the loop is closed, and its caller with it
+        return False
+    return True
+
+
 def in_thread(function: Callable[..., Any], *arguments: Any) -> PendingCall:
     """Run a function on a thread of its own. The call may be awaited on an event loop or by `run_blocking`."""
     call = PendingCall("thread")
@@ -123,9 +136,7 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> PendingCall:
             call.put(function(*arguments), None)
         except Exception as error:
             call.put(None, error)
-        if call.loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                call.loop.call_soon_threadsafe(call.wake)
+        wake_elsewhere(call)
 
     threading.Thread(target=run, name="raystore-object", daemon=True).start()
     return call
@@ -270,3 +281,34 @@ class NoticeHandlers:
                 handler(*notice)
             except Exception:  # an error of a user's handler must not stop the session
                 logger.exception("A handler of notices failed")
+
+
+# -- forks -------------------------------------------------------------------------------------------------------------
+
+# A fork copies neither the threads of a store nor Ray's: a lock that one of them held stays locked, and an answer never
+# comes. So stores that were used before the fork raise `ForkedError` in the child, at once.
+
+#: of this process, kept here since the system takes longer to answer than a store to take its lock
+pid: int = os.getpid()
+_has_inherited_ray = False
+
+
+def _in_child() -> None:
+    global pid, _has_inherited_ray
+    pid = os.getpid()
+    _has_inherited_ray = _is_ray_initialized()
+
+
+def _is_ray_initialized() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def ray_is_inherited() -> bool:
+    """Whether Ray was connected before the fork that made this process, and was not shut down since."""
+    global _has_inherited_ray
+    _has_inherited_ray = _has_inherited_ray and _is_ray_initialized()
+    return _has_inherited_ray
+
+
+os.register_at_fork(after_in_child=_in_child)

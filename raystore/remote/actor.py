@@ -51,14 +51,7 @@ FAILED, FENCED = 70, 71  #: exit codes
 class StoreActor:
     """One store as an actor. Its methods are the store's protocol, not its API: wrap the handle in a client."""
 
-    def __init__(
-        self,
-        config: StoreConfig,
-        name: str,
-        namespace: str,
-        object_store_bytes: int | None = None,
-        resume: str = "auto",
-    ) -> None:
+    def __init__(self, config: StoreConfig, name: str, namespace: str, *, resume: str = "auto") -> None:
         self._config = config
         self._opened: Opened | None = None
         self._refusal: StoreError | None = None  # why this store could not start
@@ -66,10 +59,8 @@ class StoreActor:
         self._namespace = namespace
         self._service: Service | None = None  # for tests that look into the process
         self._endpoint: Endpoint | None = None
-        self._node, object_store = _this_node()
-        self._capacity = memory_capacity(
-            object_store_bytes=object_store if object_store_bytes is None else object_store_bytes
-        )
+        self._node, object_store_bytes = _this_node()
+        self._capacity = memory_capacity(object_store_bytes=object_store_bytes)
         self._remarks = _restore_priority()
         _end_when_told()
         self._progress = ReadingProgress()
@@ -81,9 +72,8 @@ class StoreActor:
         if _is_another_process():
             resume = "again"
         writer = ray.get_runtime_context().get_actor_id()
-        reading = threading.Thread(target=self._read_journal, args=(resume, writer), name="raystore-opening")
-        reading.daemon = True
-        reading.start()
+        arguments = (resume, writer)
+        threading.Thread(target=self._read_journal, args=arguments, name="raystore-opening", daemon=True).start()
 
     def _read_journal(self, resume: str, writer: str) -> None:
         """Read the journal and become its writer; on a thread of its own."""

@@ -58,14 +58,11 @@ def here() -> str:
         if os.readlink("/proc/self") != str(os.getpid()):  # a /proc of another namespace
             return ""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        spaces = [os.stat(f"/proc/self/ns/{name}").st_ino for name in ("pid", "time") if _has_namespace(name)]
+        files = [f"/proc/self/ns/{name}" for name in ("pid", "time")]
+        spaces = [os.stat(file).st_ino for file in files if os.path.exists(file)]
     except OSError:  # no Linux, or one that hides it
         return ""
     return f"{boot}/{'/'.join(map(str, spaces))}" if spaces else ""
-
-
-def _has_namespace(name: str) -> bool:
-    return os.path.exists(f"/proc/self/ns/{name}")
 
 
 def this_process() -> Process:

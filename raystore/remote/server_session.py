@@ -155,9 +155,7 @@ class ServerSession:
     def _take_turns(self) -> None:
         """Let the expected batch run if it is here; held batches before it are repeats, and are answered as such."""
         for sequence in [number for number in self._turns if number <= self.session.replies.expected]:
-            turn = self._turns.pop(sequence)
-            if not turn.done():
-                turn.set_result(None)
+            _set(self._turns.pop(sequence))
 
     def _again(self, kept: BatchReplies, operations: list[Any]) -> list[Reply]:
         return repeat(self.service.state, self.session, kept, operations, self._once_more)
@@ -198,19 +196,17 @@ class ServerSession:
 
     def _hint(self) -> tuple[int, bool]:
         """Whether the client should keep a listen call parked. Numbered, since answers overtake each other."""
-        service, session_id = self.service, self.session.session_id
-        session = self.session
-        holds = session.claims or session.held or session.batches or self._outbox
-        wanted = bool(holds) or service.is_waiting(session_id) or service.state.resources.is_publishing(session_id)
-        return next(self._hints), wanted
+        service, session = self.service, self.session
+        holds = bool(session.claims or session.held or session.batches or self._outbox)
+        waits = holds or service.parking.has_session(session.session_id)
+        return next(self._hints), waits or service.state.resources.is_publishing(session.session_id)
 
     # -- answers that come later -------------------------------------------------------------------------------------
 
     async def listen(self, received: list[int], seconds: float) -> frames.Answer:
         """Wait until the outbox has something, at most for `seconds`. `received`: tickets of answers that came."""
         self._forget(received)
-        if self._listener is not None and not self._listener.done():
-            self._listener.set_result(None)  # of an older call, which this one replaces
+        self.wake()  # an older call, which this one replaces
         self._collect_notices()
         if not self._outbox and self.session.ended_at is None:
             self._listener = listener = asyncio.get_running_loop().create_future()
@@ -235,8 +231,8 @@ class ServerSession:
 
     def wake(self) -> None:
         """Let the parked listen call return."""
-        if self._listener is not None and not self._listener.done():
-            self._listener.set_result(None)
+        if self._listener is not None:
+            _set(self._listener)
 
     def _collect_notices(self) -> None:
         """Move notices of the session to the outbox."""
@@ -253,8 +249,7 @@ class ServerSession:
         """The session has ended: let the listen call and held batches return."""
         self.wake()
         for turn in self._turns.values():
-            if not turn.done():
-                turn.set_result(None)
+            _set(turn)
 
     # -- long answers ------------------------------------------------------------------------------------------------
 
@@ -262,8 +257,7 @@ class ServerSession:
         """The answer; of one with a list of rows the first page, and a token for the rest if there is one."""
         value = reply[1] if len(reply) == 2 else None
         if isinstance(value, Many):
-            first, token = self._cut(value.items)
-            return [frames.VALUE, [first, value.total, token]]
+            value = value.items, value.total
         if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], list):
             first, token = self._cut(value[0])
             return [frames.VALUE, [first, value[1], token]]
@@ -422,7 +416,7 @@ class Endpoint:
                 del self._sessions[session_id]
 
 
-def _set(future: asyncio.Future[None], lost: StoreError | None) -> None:
+def _set(future: asyncio.Future[None], lost: StoreError | None = None) -> None:
     if future.done():
         return
     if lost is None:

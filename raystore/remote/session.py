@@ -1,4 +1,4 @@
-"""A client process's session to one store: its thread, its calls of Ray's, and the callers of its operations.
+"""The way of a client process to a store (`describe`), and its session there: its thread, calls of Ray's, and callers.
 
 All clients of a store in a process share one session, from any loop and thread. Operations issued within one tick of a
 loop, or while a batch is under way, leave together. Answers come on a thread of Ray's and go to each waiting loop at
@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import functools
 import logging
+import os
 import random
 import secrets
 import threading
@@ -25,20 +26,39 @@ from typing import Any
 
 import ray
 
+from raystore import __version__
 from raystore.api import NoticeHandler
-from raystore.client import forks
+from raystore.client import transport
 from raystore.client.transport import NoticeHandlers, PendingCall, with_time_left, without
 from raystore.core.claims import is_claim
-from raystore.errors import ForkedError, PayloadTooLargeError, StoreClosedError, StoreUnavailableError
-from raystore.remote.handshake import CLIENT, describe, find_actor
+from raystore.errors import (
+    ForkedError,
+    NotAStoreError,
+    PayloadTooLargeError,
+    ProtocolMismatchError,
+    RayClientError,
+    StoreClosedError,
+    StoreUnavailableError,
+    from_record,
+)
+from raystore.errors.text import last_line
 from raystore.remote.lifelines import this_process
 from raystore.remote.session_state import PENDING_SECONDS, Actions, Batch, Listen, Operation, SessionState, Version
+from raystore.service.service import PROTOCOL
 from raystore.wire import frames
 
 logger: logging.Logger = logging.getLogger("raystore")
 
+CLIENT = (PROTOCOL, f"raystore {__version__}")  #: protocol and version of this side of a session
+HANDSHAKE_SECONDS = 60.0  #: to wait for the first answer of a store
+STANDSTILL_SECONDS = 60.0  #: to wait for a store that makes no progress with reading its journal
+HANDSHAKE_RETRY_SECONDS = 0.2
+LOG_SECONDS = 10.0  #: between two log lines about a store that reads its journal
 AGAIN_SECONDS = 1.0  #: to the next look of the timer after an error that nobody foresaw
 CLOSE_SECONDS = 1.0  #: that the store is given to take a goodbye
+
+
+# -- the way to a store ------------------------------------------------------------------------------------------------
 
 
 def ray_connection() -> tuple[str, str] | None:
@@ -47,6 +67,100 @@ def ray_connection() -> tuple[str, str] | None:
         return None
     context = ray.get_runtime_context()
     return context.gcs_address, context.get_worker_id()
+
+
+def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
+    """Ask an actor for its description. If `waits`, wait for a store that makes progress with reading its journal.
+
+    Raises `NotAStoreError`, `ProtocolMismatchError`, `StoreUnavailableError` if it does not answer, and the error with
+    which it could not start.
+    """
+    check_connection()
+    if not isinstance(handle, ray.actor.ActorHandle):
+        raise NotAStoreError(f"{handle!r} (a {type(handle).__name__})")
+    if not is_store(handle):
+        raise NotAStoreError(f"The actor {handle!r}")
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
+    steps, progressed_at, logged_at = -1, 0.0, time.monotonic()
+    try:
+        while True:
+            try:
+                known = handle.describe.remote().future().result(timeout=max(deadline - time.monotonic(), 0))
+            except ray.exceptions.ActorUnavailableError:  # it may be back in a moment, and asking again is harmless
+                time.sleep(HANDSHAKE_RETRY_SECONDS)
+                continue
+            if not isinstance(known, dict) or known.get("reading") is None:
+                break
+            now, (count, where) = time.monotonic(), known["reading"]
+            deadline = now + HANDSHAKE_SECONDS
+            if count != steps:
+                steps, progressed_at = count, now
+            elif now - progressed_at > STANDSTILL_SECONDS:
+                why = f"it has not come on in its journal for {STANDSTILL_SECONDS:g} s, {where}. Its log says more"
+                raise StoreUnavailableError(known["name"], why)
+            if not waits:
+                raise StoreUnavailableError(known["name"], f"it reads its journal, {where}")
+            if now > logged_at + LOG_SECONDS:
+                logged_at = now
+                logger.info("Waiting for store %r, which reads its journal: %s", known["name"], where)
+            time.sleep(HANDSHAKE_RETRY_SECONDS)
+    except ray.exceptions.ActorDiedError as error:
+        raise StoreUnavailableError(repr(handle), f"its actor has died. {last_line(str(error))}") from None
+    except TimeoutError:
+        raise StoreUnavailableError(repr(handle), f"no answer within {HANDSHAKE_SECONDS:g} s") from None
+    if not isinstance(known, dict) or known.get("kind") != "raystore":
+        raise NotAStoreError(f"The actor {handle!r}")
+    if known.get("refusal") is not None:
+        raise from_record(*known["refusal"])
+    if known["protocol"] != PROTOCOL:
+        theirs = f"raystore {known['version']}, protocol {known['protocol']}"
+        raise ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", theirs)
+    return known
+
+
+def is_store(handle: Any) -> bool:
+    """Whether an actor has the methods of a store."""
+    return all(hasattr(handle, method) for method in ("describe", "exchange", "listen"))
+
+
+def join_cluster(address: str | None) -> None:
+    """Connect this process to Ray if it is not. Raises `RayClientError` and `ForkedError`: no store can be used."""
+    if not ray.is_initialized():
+        asked = address or os.environ.get("RAY_ADDRESS", "")
+        if asked.startswith("ray://"):
+            raise RayClientError(asked)
+        ray.init(address=address)
+    check_connection()
+
+
+def check_connection() -> None:
+    """Raise if no store can use this process's connection to Ray: it was inherited by a fork, or is Ray Client."""
+    if transport.ray_is_inherited():
+        raise ForkedError("Ray")
+    if ray.util.client.ray.is_connected():
+        raise RayClientError("ray://")
+
+
+def join_cluster_of(store: str, address: str | None) -> None:
+    """Connect to the cluster of a store, unless this process is connected or RAY_ADDRESS names a cluster."""
+    if ray.is_initialized() or address is None or os.environ.get("RAY_ADDRESS", "local") != "local":
+        join_cluster(None)
+        return
+    try:
+        join_cluster(address)
+    except ConnectionError as error:
+        raise StoreUnavailableError(store, f"its cluster at {address} cannot be reached from here: {error}") from None
+
+
+def find_actor(name: str, namespace: str) -> Any:
+    """The handle of a named actor, None if there is none."""
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except ValueError:  # Ray's way to say that there is no such actor
+        return None
+
+
+# -- the session -------------------------------------------------------------------------------------------------------
 
 
 class ClientSession:
@@ -82,20 +196,6 @@ class ClientSession:
         self._near = epoch if machine == process.machine != "" else None  # this process of the store looks for us
         self._tied: tuple[str, int] | None = None  # session and epoch
         self._lifeline: Any = None  # as long as we live
-
-    @property
-    def session_id(self) -> str:
-        return self.state.session_id
-
-    @property
-    def epoch(self) -> int:
-        """Number of the store's process that answered last."""
-        return self.state.epoch
-
-    @property
-    def failure(self) -> Exception | None:
-        """Why no operation can succeed any more."""
-        return self.state.failure
 
     # -- operations --------------------------------------------------------------------------------------------------
 
@@ -391,24 +491,24 @@ class ActorTransport:
     def session(self) -> ClientSession:
         """The session of this process, made at first use; raises `ForkedError` in a child that was forked later."""
         session = self._session
-        if session is not None and self._pid == forks.pid and session.state.failure is None:
+        if session is not None and self._pid == transport.pid and session.state.failure is None:
             return session
         if self._closed:
             raise StoreClosedError(self._known["name"])
-        if (session is not None and self._pid != forks.pid) or forks.ray_is_inherited():
+        if (session is not None and self._pid != transport.pid) or transport.ray_is_inherited():
             raise ForkedError(f"Store {self._known['name']!r}")
-        if session is not None and session.failure is not None:
-            if isinstance(session.failure, StoreClosedError) or ray_connection() in (None, session.connection):
+        if session is not None:
+            if isinstance(session.state.failure, StoreClosedError) or ray_connection() in (None, session.connection):
                 return session  # which says why
             self._handle = find_actor(self._known["name"], self._known["namespace"])  # Ray was started anew
             if self._handle is None or describe(self._handle)["store_id"] != self._known["store_id"]:
                 return session
         with _sessions_lock:
-            pid = forks.pid
+            pid = transport.pid
             if self._session is not None and self._session is not session and self._pid == pid:
                 return self._session  # another thread was quicker
             owner, found = _sessions.get(self._actor_id, (0, None))
-            if found is None or owner != pid or found.failure is not None:
+            if found is None or owner != pid or found.state.failure is not None:
                 limit = self._known["limits"]["call_bytes"]
                 machine = self._known.get("machine")
                 found = ClientSession(self._handle, self._known["name"], self._known["epoch"], limit, machine)
@@ -419,7 +519,7 @@ class ActorTransport:
 
     def call(self, verb: str, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         session = self._session
-        if session is None or self._pid != forks.pid or session.state.failure is not None:
+        if session is None or self._pid != transport.pid or session.state.failure is not None:
             session = self.session
         return session.call(verb, arguments)
 
@@ -439,14 +539,14 @@ class ActorTransport:
 
     @property
     def session_id(self) -> str:
-        return self.session.session_id
+        return self.session.state.session_id
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         session, self._session = self._session, None
-        if session is None or self._pid != forks.pid:
+        if session is None or self._pid != transport.pid:
             return
         with _sessions_lock:
             session.users -= 1
@@ -460,7 +560,7 @@ class ActorTransport:
 def close_sessions() -> None:
     """Say goodbye to all stores; at the exit of the process."""
     with _sessions_lock:
-        mine = [session for pid, session in _sessions.values() if pid == forks.pid]
+        mine = [session for pid, session in _sessions.values() if pid == transport.pid]
         _sessions.clear()
     for session in mine:
         session.close()

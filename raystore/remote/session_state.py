@@ -97,16 +97,6 @@ class Operation(PendingCall):
             self.packed = packed = frames.pack_operation(self.verb, self.arguments | more)
             self.size = len(packed.frame) + sum(map(len, packed.large))
 
-    @property
-    def is_caller_gone(self) -> bool:
-        """Whether the loop of its caller has ended."""
-        return self.loop is not None and self.loop.is_closed()
-
-    @property
-    def is_caller_running(self) -> bool:
-        """Whether its caller will take the answer sooner or later: it is a thread, or its loop runs."""
-        return self.loop is None or self.loop.is_running()
-
 
 class Batch:
     """Operations that travel together."""
@@ -212,27 +202,16 @@ class SessionState:
         make_id: Callable[[], str],
         jitter: Callable[[], float],
     ) -> None:
-        """Begin a session.
-
-        Args:
-            store: its name, for errors.
-            epoch: number of the store's process.
-            client: protocol and version of this side.
-            process: which process this is, as it is told to the store.
-            now: the time.
-            make_id: gives an id for each session.
-            jitter: gives a factor for each pause, so that a thousand clients do not come back at once.
-        """
-        self.store = store
-        self.epoch: int = epoch
+        self.store = store  # its name, for errors
+        self.epoch: int = epoch  # number of the store's process
         self.session_id: str = make_id()
         self.failure: Exception | None = None  # why no operation can succeed any more
         self.is_closing = False
         self.held: HeldObjects = HeldObjects()
-        self._client = client
-        self._process = process
+        self._client = client  # protocol and version of this side
+        self._process = process  # this one, as it is told to the store
         self._make_id = make_id
-        self._jitter = jitter
+        self._jitter = jitter  # a factor for each pause, so that a thousand clients do not come back at once
         self._sent_at = now
         # Operations that wait to leave, and the loops that will ask for a batch.
         self._waiting: deque[Operation] = deque()
@@ -592,9 +571,10 @@ class SessionState:
         """Acknowledge what arrived a while ago, its caller being busy; give back what came for a loop that ended."""
         gone = []
         for key, (operation, since) in list(self._arrived.items()):
-            if operation.is_caller_gone:
+            loop = operation.loop  # None: its caller is a thread
+            if loop is not None and loop.is_closed():
                 gone.append(operation)
-            elif since <= now - ACKNOWLEDGE_SECONDS and operation.is_caller_running:
+            elif since <= now - ACKNOWLEDGE_SECONDS and (loop is None or loop.is_running()):
                 self._acknowledgements.setdefault(key, since)
                 self._arrived[key] = (operation, float("inf"))
         for operation in gone:

@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple, Unpack
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raystore._sync import SyncStore
-from raystore.client import forks
+from raystore.client import transport
 from raystore.client.client import Boxed, StoreClient, Testing, store_info
 from raystore.client.transport import in_thread
 from raystore.core.payload import Opaque, Payload
@@ -31,16 +30,24 @@ from raystore.errors import (
     StoreNotFoundError,
     StoreUnavailableError,
 )
-from raystore.errors.calls import explained, explained_with
+from raystore.errors.text import explained, explained_with
 from raystore.journal.opening import checked_directory
 from raystore.options import OPTIONS, StoreConfig, StoreOptions, make_config
 from raystore.remote.actor import StoreActor
-from raystore.remote.handshake import check_connection, describe, find_actor, is_store, join_cluster, join_cluster_of
-from raystore.remote.session import ActorTransport, ClientSession, ray_connection
+from raystore.remote.session import (
+    ActorTransport,
+    ClientSession,
+    check_connection,
+    describe,
+    find_actor,
+    is_store,
+    join_cluster,
+    join_cluster_of,
+    ray_connection,
+)
 from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 from raystore.wire.checks import identifier
-from raystore.wire.convert import Encoder
 
 logger: logging.Logger = logging.getLogger("raystore")
 
@@ -107,10 +114,9 @@ class RayLightningStore(StoreClient):
         self._known = known
         self._owns = owns
         self._warned: set[tuple[str | None, str]] = set()  # of these resources that they do not survive
-        config: StoreConfig = known["config"]
-        self._transport = ActorTransport(handle, known)
-        self._encoder = Encoder(config.all_limits(), config.estimator())
-        self.sync: SyncStore = SyncStore(self)
+        told = known["objects"] or {"path": None, "token": None}
+        origin = Origin(told["path"], told["token"], known["name"], known["namespace"])
+        self._reach(ActorTransport(handle, known), known["config"], origin)
         self.testing: Testing = Testing(self._transport)
 
     @property
@@ -145,8 +151,8 @@ class RayLightningStore(StoreClient):
 
     def _store_process(self) -> tuple[int, str]:
         """The store's process that answered last, and the session by which it knows this process."""
-        session = self._session()
-        return session.epoch, session.session_id
+        state = self._session().state
+        return state.epoch, state.session_id
 
     def _session(self) -> ClientSession:
         assert isinstance(self._transport, ActorTransport)
@@ -171,24 +177,19 @@ class RayLightningStore(StoreClient):
             is_unknown = boxed.asked != self._store_process()
             self._session().hold((answer[0], answer[1]), payload.refs, again=is_unknown)
         for address, parts in boxed.files:
-            await in_thread(keep, self._origin_of_objects(), address, parts)
-
-    def _origin_of_objects(self) -> Origin:
-        told = self._known["objects"] or {"path": None, "token": None}
-        return Origin(told["path"], told["token"], self._known["name"], self._known["namespace"])
+            await in_thread(keep, self._objects_at, address, parts)
 
     def close(self) -> None:
         """Stop using the store; ends it if this object started it and it is not detached."""
         self._transport.close()
-        if self._owns and not forks.ray_is_inherited():  # in a forked child it is the parent's
+        if self._owns and not transport.ray_is_inherited():  # in a forked child it is the parent's
             self._owns = False
             end(self.actor)
 
     def __reduce__(self) -> tuple[Callable[..., RayLightningStore], tuple[str, str, str, str | None]]:
         if self._origin is not None:
             return _rebuild, self._origin
-        connection = ray_connection()
-        address = None if connection is None else connection[0]
+        address, _ = ray_connection() or (None, None)
         return _rebuild, (self._known["name"], self._known["namespace"], self._known["store_id"], address)
 
     def __repr__(self) -> str:
@@ -198,8 +199,7 @@ class RayLightningStore(StoreClient):
 
 def _why_not_found(address: str | None, other: dict[str, Any] | None) -> str:
     """The reason why a store is not found; that it has ended only if this process is connected to its cluster."""
-    connection = ray_connection()
-    here = None if connection is None else connection[0]
+    here, _ = ray_connection() or (None, None)
     if address is not None and here != address:
         return (
             f"it was started in the cluster at {address}, and this process is connected to another one, at {here}. "

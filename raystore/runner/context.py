@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from secrets import token_hex
 from typing import Any, NoReturn
 
-from raystore.client import forks
+from raystore.client import transport
 from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError, NoSuchResourceError
 from raystore.errors.text import meant, report, summary, text_of
@@ -371,7 +371,7 @@ class Outbox:
     def __init__(self, losses: Losses, on_full: Callable[[], None] = lambda: None) -> None:
         self._losses = losses
         self._on_full = on_full
-        self._pid = forks.pid
+        self._pid = transport.pid
         self._lock = threading.RLock()
         self._spans: list[Span] = []
         self._bytes = 0
@@ -379,7 +379,7 @@ class Outbox:
         self._calls = CallCounter()
 
     def add(self, span: Span) -> None:
-        if self._pid != forks.pid:  # in a forked child the lock may stay locked for ever
+        if self._pid != transport.pid:  # in a forked child the lock may stay locked for ever
             self._warn_of_fork(span)
             return
         weight = _weight(span)

@@ -22,8 +22,7 @@ from typing import Any, TypeVar
 from raystore.client.client import TO_PUBLISH
 from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError
-from raystore.errors.calls import explained
-from raystore.errors.text import add_note, summary
+from raystore.errors.text import add_note, explained, summary
 from raystore.runner import agents
 from raystore.runner.agents import Agent, Ending, retry_delays
 from raystore.runner.context import ALONE, Context, Outbox

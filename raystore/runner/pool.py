@@ -17,8 +17,7 @@ from typing import Any, Literal
 from raystore.client.client import StoreClient
 from raystore.client.local import InMemoryLightningStore
 from raystore.errors import InvalidValueError, NotAStoreError, PoolStartError
-from raystore.errors.calls import explained
-from raystore.errors.text import last_line, report
+from raystore.errors.text import explained, last_line, report
 from raystore.runner import agents
 from raystore.runner.actors import RunnerActors
 from raystore.runner.agents import Agent

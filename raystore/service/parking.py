@@ -88,9 +88,7 @@ class Parking:
         self._by_session: dict[str, _Calls] = {}
         self._by_rollout: dict[str, _Calls] = {}
         self._by_queue: dict[str, _Calls] = {}
-        self._batches: _Calls = {}
-        self._completions: _Calls = {}
-        self.changes: _Calls = {}  #: the calls that wait for changes, of whatever kind
+        self.by_kind: dict[str, _Calls] = {}  #: by what they wait for
         self._deadlines: LazyHeap[int, float] = LazyHeap()  # of calls by number
         self.timed: int = 0  #: how many calls have a deadline
 
@@ -107,12 +105,6 @@ class Parking:
         self._by_ticket[call.session_id, call.ticket] = call
         for calls, key in self._places(call):
             calls.setdefault(key, {})[call.number] = call
-        if waits_for == "batch":
-            self._batches[call.number] = call
-        elif waits_for == "completions":
-            self._completions[call.number] = call
-        elif waits_for == "changes":
-            self.changes[call.number] = call
         if call.deadline is not None:
             self._deadlines.put(call.number, call.deadline)
             self.timed += 1
@@ -138,6 +130,7 @@ class Parking:
         return call
 
     def _places(self, call: ParkedCall) -> Iterator[tuple[dict[str, _Calls], str]]:
+        yield self.by_kind, call.waits_for
         yield self._by_session, call.session_id
         for queue in call.arguments["queues"] if call.waits_for == "work" else ():
             yield self._by_queue, queue
@@ -155,8 +148,6 @@ class Parking:
                 there.pop(call.number, None)
                 if not there:
                     del calls[key]
-        for there in (self._batches, self._completions, self.changes):
-            there.pop(call.number, None)
 
     def _answer(self, call: ParkedCall, value: Any) -> bool:
         """Give a call its answer; whether its caller is there."""
@@ -187,6 +178,9 @@ class Parking:
 
     def _of_session(self, session_id: str) -> list[ParkedCall]:
         return list(self._by_session.get(session_id, {}).values())
+
+    def _of_kind(self, waits_for: WaitsFor) -> list[ParkedCall]:
+        return list(self.by_kind.get(waits_for, {}).values())
 
     def has_session(self, session_id: str) -> bool:
         """Whether a call of a session is parked."""
@@ -243,7 +237,7 @@ class Parking:
                 if not call.missing:
                     self._answer_wait(call)
         self.batches_changed()
-        for call in list(self._completions.values()):
+        for call in self._of_kind("completions"):
             if items := self._completed(call):
                 self._answer(call, (items, call.cursor))
 
@@ -265,7 +259,7 @@ class Parking:
 
     def changed(self) -> None:
         """Something has changed: answer those who wait for changes of that kind."""
-        for call in list(self.changes.values()):
+        for call in self._of_kind("changes"):
             if items := self._changed(call):
                 self._answer(call, (items, call.cursor))
 
@@ -304,7 +298,7 @@ class Parking:
             return
         if not any(map(state.queues.offers, asked["queues"])) or not self._regain_space():
             return
-        if call.session_id in self._liveness:
+        if call.session_id in self._liveness.suspended:
             self._liveness.ask_soon(self._clock.age())
             return
         wanted = (asked["queues"], asked["limit"], asked["worker_id"])
@@ -318,7 +312,7 @@ class Parking:
 
     def batches_changed(self) -> None:
         """Consumers await other rollouts than before: give batches to those who wait for one that is ready."""
-        for call in list(self._batches.values()):
+        for call in self._of_kind("batch"):
             self._offer_batch(call)
 
     def _offer_batch(self, call: ParkedCall, *, is_over: bool = False) -> None:

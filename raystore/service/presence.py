@@ -38,7 +38,7 @@ class Pools:
 
     def __init__(self) -> None:
         self._failed: dict[str, _Failed] = {}
-        self._servers: dict[str, dict[str, None]] = {}  # sessions that asked for work, by queue
+        self.servers: dict[str, dict[str, None]] = {}  #: sessions that asked for work, by queue; if there are any
         self.asked_by: dict[str, set[str]] = {}  #: queues that each session has asked for work of
         self._unserved: dict[str, float] = {}  # queues in which something waits, and since when
         self._named: set[str] = set()  # of these
@@ -52,7 +52,7 @@ class Pools:
         for queue in queues:
             if queue not in served:
                 served.add(queue)
-                self._servers.setdefault(queue, {})[session_id] = None
+                self.servers.setdefault(queue, {})[session_id] = None
                 self._unserved.pop(queue, None)
                 self._named.discard(queue)
 
@@ -67,28 +67,19 @@ class Pools:
         """A process has ended, and what it served is served by it no more; the queues that nobody serves now."""
         left = []
         for queue in self.asked_by.pop(session_id, ()):
-            servers = self._servers[queue]
+            servers = self.servers[queue]
             del servers[session_id]
             if not servers:
-                del self._servers[queue]
+                del self.servers[queue]
                 left.append(queue)
         if self._failed:
             self._failed = {name: pool for name, pool in self._failed.items() if pool.session_id != session_id}
         return left
 
-    @property
-    def served(self) -> list[str]:
-        """The queues that somebody serves."""
-        return list(self._servers)
-
-    def are_served(self, queues: set[str]) -> bool:
-        """Whether somebody serves each of these queues."""
-        return queues <= self._servers.keys()
-
     def wait_in(self, queues: Iterable[str], age: float) -> None:
         """Rollouts wait in these queues."""
         for queue in queues:
-            if queue not in self._servers and queue not in self._unserved:
+            if queue not in self.servers and queue not in self._unserved:
                 self._unserved[queue] = age
                 if self.at is None:
                     self.at = age + UNSERVED_SECONDS
@@ -126,7 +117,7 @@ class Pools:
                 if rollout_id not in state.queues:  # it runs, or is there no more
                     return None
                 queues.add(state.entries[rollout_id].rollout.queue)
-        if not queues or any(queue in self._servers for queue in queues):
+        if not queues or any(queue in self.servers for queue in queues):
             return None
         in_charge = [(name, pool) for name, pool in self._failed.items() if queues & {*pool.queues}]
         if not in_charge or not queues <= {queue for _, pool in in_charge for queue in pool.queues}:
@@ -145,9 +136,6 @@ class LivenessChecks:
     def __init__(self) -> None:
         self.suspended: dict[str, None] = {}  #: sessions that are handed nothing
         self.at: float | None = None  #: when the next sessions are to be asked, on the clock by which sessions age
-
-    def __contains__(self, session_id: str) -> bool:
-        return session_id in self.suspended
 
     def suspend(self, session_ids: Iterable[str], age: float) -> None:
         """Hand nothing to these sessions until they have spoken."""

@@ -19,7 +19,7 @@ import time
 import traceback
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
 from raystore.core import bounds, check, claims, expiry, retention, training, verbs, workers
@@ -123,9 +123,11 @@ class Service:
             self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
         self._has_warned_of_object_ids = False
-        self._deferred: deque[Callable[[], None]] = deque()
+        #: To be done before the next operation; may be added to from anywhere, a garbage collection included.
+        self.deferred: deque[Callable[[], None]] = deque()
         self._unneeded: deque[list[str]] = deque()  # objects of the journal whose files may go now
-        self._afterwards: deque[Callable[[], None]] = deque()
+        #: To be done once the lock is released, under which it is added to: it may use the store.
+        self.afterwards: deque[Callable[[], None]] = deque()
         if opened is not None and self._recorder is not None:
             needed = self.state.resources.addresses
             self.objects = JournalObjects(opened.directory, needed=needed, bound=config.journal_object_bytes)
@@ -157,8 +159,8 @@ class Service:
         source = None
         if self._recorder is not None and verb in CHANGING:
             source = local_source(session.session_id, ticket, verb, arguments)
-        if self._deferred:
-            self._do(self._deferred)
+        if self.deferred:
+            self._do(self.deferred)
         try:
             with self._lock:
                 step = self._begin(session, source)
@@ -167,8 +169,8 @@ class Service:
                 finally:
                     self._end()
         finally:
-            if self._afterwards:
-                self._do(self._afterwards)
+            if self.afterwards:
+                self._do(self.afterwards)
 
     @contextlib.contextmanager
     def slice(
@@ -186,8 +188,8 @@ class Service:
                 finally:
                     self._end()
         finally:
-            if self._afterwards:
-                self._do(self._afterwards)
+            if self.afterwards:
+                self._do(self.afterwards)
 
     def _end(self) -> None:
         if self._unneeded:
@@ -239,7 +241,8 @@ class Service:
             answer = verbs.perform(state, step, spec, arguments)
             if answer is not None or spec.waits_for is None:
                 return answer
-            park = self.parking.answer_of if self.stands_still else self.parking.park
+            stands_still = isinstance(self._failed, ReadOnlyError)  # so that there is nothing to wait for
+            park = self.parking.answer_of if stands_still else self.parking.park
             return park(Caller(step, ticket, deliver), spec.waits_for, arguments)
         except StoreError as refusal:  # before anything changed
             self.overloads += isinstance(refusal, OverloadedError)
@@ -249,17 +252,9 @@ class Service:
                 raise
             self._fail(verb, arguments, is_item=is_item)
         finally:
-            if state.effects or state.is_full or self.parking.changes:
+            if state.effects or state.is_full or "changes" in self.parking.by_kind:
                 rollout_id = arguments.get("rollout_id")
                 self._settle(rollout_id if isinstance(rollout_id, str) else None)
-
-    def defer(self, action: Callable[[], None]) -> None:
-        """Do something before the next operation; may be called from anywhere, a garbage collection included."""
-        self._deferred.append(action)
-
-    def afterwards(self, action: Callable[[], None]) -> None:
-        """Do something once the lock is released, under which this is called: it may use the store."""
-        self._afterwards.append(action)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
@@ -268,7 +263,7 @@ class Service:
             with self._lock:
                 yield
         finally:
-            self._do(self._afterwards)
+            self._do(self.afterwards)
 
     def _do(self, actions: deque[Callable[[], None]]) -> None:
         """Do what was put off; without the lock."""
@@ -344,11 +339,6 @@ class Service:
         """Spans with those bodies that are on disk only; other records as they are."""
         return items if self._bodies is None else self._bodies.load(items)
 
-    @property
-    def stands_still(self) -> bool:
-        """Whether nothing ever changes here, so that there is nothing to wait for."""
-        return isinstance(self._failed, ReadOnlyError)
-
     def regain_space(self) -> bool:
         """Allocate space for the journal again if its disk was full; whether changes can be written down."""
         return self._recorder is None or self._recorder.writer.regain_space()
@@ -409,7 +399,7 @@ class Service:
             if effects.finished or effects.has_batches:
                 self.parking.finished(effects.finished)
             if effects.queues:
-                if not self.pools.are_served(effects.queues):
+                if not effects.queues <= self.pools.servers.keys():
                     self._wait_in(effects.queues)
                 self.parking.work_came(effects.queues)
             noticed |= effects.noticed
@@ -536,13 +526,13 @@ class Service:
                 if self._closed:
                     raise StoreClosedError(self.name or self.store_id)
                 lost: list[HandedKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
-                if lost or self.state.effects or self.parking.changes:
+                if lost or self.state.effects or "changes" in self.parking.by_kind:
                     self._settle()
                 self._arm()
                 return lost
         finally:
-            if self._afterwards:
-                self._do(self._afterwards)
+            if self.afterwards:
+                self._do(self.afterwards)
 
     def claims_left(self, session: Session) -> None:
         """Start the time to acknowledge the claims of a session anew: the answer with them leaves only now."""
@@ -577,10 +567,6 @@ class Service:
         session = self.state.sessions.get(session_id)
         return session is not None and session.ended_at is None
 
-    def is_waiting(self, session_id: str) -> bool:
-        """Whether a call of this session is parked."""
-        return self.parking.has_session(session_id)
-
     def _forget_session(self, session_id: str) -> None:
         self.parking.drop_session(session_id)
         self.state.watched.drop_session(session_id)
@@ -595,7 +581,7 @@ class Service:
     def _name_unserved(self) -> None:
         lengths = self.state.queues.lengths()
         for queue in self.pools.to_name(lengths, self.clock.age()):
-            _log_unserved(queue, lengths[queue], self.pools.served)
+            _log_unserved(queue, lengths[queue], self.pools.servers.keys())
 
     def _suspend(self) -> None:
         """A claim was withdrawn: ask those who wait for work whether they live, before handing out more."""
@@ -738,7 +724,7 @@ PROCESS_VERBS: dict[str, Verb] = {
 }
 
 
-def _log_unserved(queue: str, waiting: int, served: list[str]) -> None:
+def _log_unserved(queue: str, waiting: int, served: Collection[str]) -> None:
     """Rollouts wait in a queue of which nobody has asked for work for a while: a misspelt name, perhaps."""
     if served:
         others = ", ".join(repr(name) for name in sorted(served)[:5])

@@ -3,7 +3,7 @@
 `Model` is for what users make: pydantic's errors in better words. `StoredModel` is for what a store answers with: a
 field whose value cannot be decoded in this process raises `PayloadNotReadableError` when it is read, and not before.
 `refusal` turns pydantic's error about an argument of a call into an `InvalidValueError` that names the place.
-Not here: calls that do not fit a method at all (`errors.calls`), checks of single values (`wire.checks`).
+Not here: calls that do not fit a method at all (`errors.text`), checks of single values (`wire.checks`).
 """
 
 from __future__ import annotations

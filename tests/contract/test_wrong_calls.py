@@ -22,7 +22,7 @@ import raystore as rs
 from raystore.api import METHODS, LightningStore
 from raystore.client.client import StoreClient
 from raystore.errors import InvalidValueError
-from raystore.errors.calls import explained
+from raystore.errors.text import explained
 from raystore.values.models import Model, refusal
 from tests.conftest import MakeMemoryStore
 from tests.helpers import AnyStore, claim, present

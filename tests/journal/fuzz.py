@@ -395,7 +395,7 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
             client = rng.choice(clients)
             operations = [_operation(history, rng) for _ in range(rng.choice([1, 1, 2, 4]))]
             is_alone = len(operations) == 1 and not client.claims and "chain" not in operations[0][1]
-            is_alone = is_alone and client.name not in store.service.liveness  # else it is handed work for speaking
+            is_alone = is_alone and client.name not in store.service.liveness.suspended  # else speaking brings it work
             store.service.catch_up()
             before = digest(store.state) if is_alone else ""
             ended = len(store.state.sessions)

@@ -141,7 +141,7 @@ class Ours:
 
     def opened(self, resources: Any) -> types.ResourcesUpdate:
         """Resources as its callers see them."""
-        return convert.to_resources(resources, self.store._origin_of_objects())
+        return convert.to_resources(resources, self.store._objects_at)
 
     def _put(self, seen: State, place: tuple[str, ...], record: Any, opened: Callable[[Any], BaseModel]) -> None:
         """The fields of a record, which is replaced and never edited, so that it needs to be looked at once."""

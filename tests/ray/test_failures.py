@@ -72,7 +72,7 @@ async def test_a_failed_batch_is_sent_again_with_the_same_identity() -> None:
     handle = Handle(UNAVAILABLE, UNAVAILABLE, done([7]))
     session = ClientSession(handle, "s", 1, 10**6)
     assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [7]
-    assert handle.batches == [(session.session_id, 1)] * 3
+    assert handle.batches == [(session.state.session_id, 1)] * 3
     session.fail(rs.StoreClosedError("s"))
 
 
@@ -80,14 +80,14 @@ async def test_a_write_that_was_repeated_into_an_ended_session_has_an_unknown_ou
     """It may have run the first time; reads simply run again in the new session."""
     handle = Handle(UNAVAILABLE, ENDED, done(None))
     session = ClientSession(handle, "s", 1, 10**6)
-    first = session.session_id
+    first = session.state.session_id
     write = asyncio.ensure_future(session.call("next_numbers", {"rollout_ids": ["r"]}))
     read = asyncio.ensure_future(session.call("get_latest_resources", {}))
     with pytest.raises(rs.OutcomeUnknownError, match="session ended before the answer came"):
         await write
     assert await read is None
-    assert handle.batches == [(first, 1), (first, 1), (session.session_id, 1)]
-    assert session.session_id != first
+    assert handle.batches == [(first, 1), (first, 1), (session.state.session_id, 1)]
+    assert session.state.session_id != first
     session.fail(rs.StoreClosedError("s"))
 
 
@@ -117,7 +117,7 @@ async def test_an_answer_of_an_older_incarnation_is_not_accepted() -> None:
     handle = Handle(done([99], epoch=0), done([1], epoch=2))
     session = ClientSession(handle, "s", 1, 10**6)
     assert await session.call("next_numbers", {"rollout_ids": ["r"]}) == [1]
-    assert session.epoch == 2
+    assert session.state.epoch == 2
     session.fail(rs.StoreClosedError("s"))
 
 

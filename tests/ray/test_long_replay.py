@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.remote import handshake
+from raystore.remote import session
 from tests.conftest import MakeRayStore
 from tests.helpers import until
 
@@ -32,8 +32,8 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "STANDSTILL_SECONDS", 3.0)
-    monkeypatch.setattr(handshake, "LOG_SECONDS", 1.0)
+    monkeypatch.setattr(session, "STANDSTILL_SECONDS", 3.0)
+    monkeypatch.setattr(session, "LOG_SECONDS", 1.0)
 
 
 def with_points(points: Any) -> dict[str, dict[str, dict[str, Any]]]:
@@ -56,13 +56,13 @@ async def test_a_long_replay_is_waited_for_at_the_start_and_when_the_store_comes
     assert [info.name for info in await asyncio.to_thread(rs.list_stores)] == []
     connecting = asyncio.ensure_future(asyncio.to_thread(rs.connect, "long"))
     store = await starting
-    assert time.monotonic() - started > 2 * handshake.STANDSTILL_SECONDS
+    assert time.monotonic() - started > 2 * session.STANDSTILL_SECONDS
     assert (await store.statistics())["total_rollouts"] == 120
     assert (await (await connecting).statistics())["total_rollouts"] == 120
     os.kill((await store.actor.describe.remote())["pid"], signal.SIGKILL)
     assert (await store.enqueue_rollout("meanwhile")).status == "queuing"
     assert (await store.statistics())["total_rollouts"] == 121
-    assert time.monotonic() - started > 4 * handshake.STANDSTILL_SECONDS
+    assert time.monotonic() - started > 4 * session.STANDSTILL_SECONDS
 
 
 async def test_a_replay_that_stands_still_is_not_waited_for(make_ray_store: MakeRayStore, path: Path) -> None:

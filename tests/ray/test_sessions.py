@@ -164,12 +164,12 @@ async def test_a_batch_of_an_ended_session_is_not_executed(make_ray_store: MakeR
     rollout = await claim(store)
     session = store._session()
     other = rs.RayLightningStore(store.actor)
-    assert session.session_id == other.session_id
-    before = session.session_id
+    assert session.state.session_id == other.session_id
+    before = session.state.session_id
     outcome, _ = await _exchange(store, "judge", 1, 1, ("report_session", {"session_id": before}))
     assert outcome == frames.DONE
     made = await store.enqueue_rollout("after")
-    assert session.session_id != before
+    assert session.state.session_id != before
     assert [r.rollout_id for r in await store.query_rollouts()] == [rollout.rollout_id, made.rollout_id]
     assert (await store.get_rollout_by_id(rollout.rollout_id)).status in ("queuing", "requeuing")
 

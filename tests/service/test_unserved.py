@@ -85,7 +85,7 @@ async def test_one_whose_server_has_ended_is_named(
         for _ in range(2):
             await driver.call("enqueue", ENQUEUE)
         assert await runner.call("dequeue", DEQUEUE)
-        near.service.end_session(near.service.state.sessions[runner.session_id], why="it has ended")
+        near.service.end_session(near.service.state.sessions[runner.state.session_id], why="it has ended")
 
         async def is_named() -> bool:
             return bool(named(caplog))
