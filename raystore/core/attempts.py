@@ -42,13 +42,8 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
         end_time=None,
         status="preparing",
         worker_id=worker_id,
-        last_heartbeat_time=None,
-        metadata=None,
-        outcome=None,
-        error=None,
         resources_version=newest.version if newest else None,
         policy_version=newest.policy_version if newest else state.resources.policy_version,
-        reward=None,
     )
     if step.session is not None:
         entry.holders[attempt.attempt_id] = step.session.session_id

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from raystore.core.lifecycle import FINISHED, is_live
+from raystore.core.queries import keys_of
 from raystore.core.rollouts import unqueue
 from raystore.core.schema import Id
 from raystore.core.state import Entry, EvictionPass, State, Step
@@ -63,7 +64,7 @@ def delete(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
             if is_live(attempt):
                 state.notify(entry, attempt.attempt_id, "cancelled")
                 state.put_attempt(entry, index, attempt.evolve(outcome="superseded"))
-        for key in state.index_keys(entry):
+        for key in keys_of(entry.rollout, entry.latest):
             state.indexes.remove(rollout_id, key)
         state.spans.forget(rollout_id)
         state.deadlines.discard(rollout_id)

@@ -12,18 +12,22 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from raystore.core import bounds, queries
+from raystore.core import queries
 from raystore.core.lifecycle import ACTIVE, BUSY, WorkerStatus, is_busy, is_idle, worker_after
 from raystore.core.payload import size_of
 from raystore.core.records import Attempt, Many, Worker
 from raystore.core.schema import Id, Logic, SortOrder, WorkerChanges
-from raystore.core.state import State, Step
+from raystore.core.state import State, Step, require_room
+
+WORKERS = 100_000  #: records of runners
+IDLE_WORKERS = 10_000  #: that are not busy: of these the newest are kept, by when they were heard of,
+SURPLUS = 250  #: and so many beyond go at once
 
 
 def admit(state: State, worker_id: str | None) -> None:
     """Refuse a worker that is new when there are too many."""
     if worker_id is not None and worker_id not in state.workers:
-        bounds.admit("workers", len(state.workers), bounds.WORKERS)
+        require_room("workers", len(state.workers), WORKERS)
 
 
 def update(state: State, step: Step, *, worker_id: Id, changes: WorkerChanges) -> Worker:
@@ -87,17 +91,17 @@ def _put(state: State, before: Worker, **changes: Any) -> Worker:
     idle.pop(worker.worker_id, None)
     if not is_busy(worker):
         idle[worker.worker_id] = None  # behind all others
-        if len(idle) >= bounds.IDLE_WORKERS + bounds.SURPLUS:
+        if len(idle) >= IDLE_WORKERS + SURPLUS:
             state.effects.has_surplus = True
     return worker
 
 
 def surplus(state: State) -> list[str]:
     """The workers that are not busy and were not heard of for the longest time, beyond those that are kept."""
-    return list(islice(state.idle_workers, max(len(state.idle_workers) - bounds.IDLE_WORKERS, 0)))
+    return list(islice(state.idle_workers, max(len(state.idle_workers) - IDLE_WORKERS, 0)))
 
 
-def forget(state: State, worker_ids: Iterable[str]) -> None:
+def forget(state: State, step: Step, worker_ids: Iterable[str]) -> None:
     """Drop the records of workers."""
     for worker_id in worker_ids:
         worker = state.workers.get(worker_id)

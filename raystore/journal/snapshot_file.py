@@ -156,8 +156,7 @@ def _write_indexes(file: BinaryIO, state: State, old: SpanIndexFile | None, need
 
 def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
     packed = bytes(value.packed) if isinstance(value, LazyChunk) else _pack(value, exactly=name in _EXACT)
-    for chunk in format.pack_frame([[name.encode(), packed]], number, 0):
-        file.write(chunk)
+    file.writelines(format.pack_frame([[name.encode(), packed]], number, 0))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
