@@ -17,7 +17,7 @@ from typing import Any
 from raystore.core import attempts, claims, expiry, training, verbs, workers
 from raystore.core.batches import BatchRun, Item, cut, joined, named, to_keep
 from raystore.core.claims import Claimed, taken_over
-from raystore.core.lifecycle import ACTIVE, FINISHED, OVER, TRAINABLE, is_dropped, is_live
+from raystore.core.lifecycle import TRAINABLE, is_dropped, is_live
 from raystore.core.payload import of_attempt, of_rollout, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
@@ -174,23 +174,7 @@ def resume(state: State, step: Step, away: float) -> None:
 
 def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """In format 1 a heartbeat did not change a status."""
-    useless = []
-    for rollout_id, attempt_id in attempts_alive:
-        entry = state.entries.get(rollout_id)
-        index = next((i for i, a in enumerate(entry.attempts) if a.attempt_id == attempt_id), None) if entry else None
-        if entry is None or index is None:
-            useless.append((rollout_id, attempt_id))
-            continue
-        attempt = entry.attempts[index]
-        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or attempt.status in OVER:
-            useless.append((rollout_id, attempt_id))
-        if attempt.status not in ACTIVE:
-            continue
-        attempts.confirm_holder(state, step, entry, attempt_id)
-        state.put_attempt(entry, index, attempt.evolve(last_heartbeat_time=step.now))
-        if index == len(entry.attempts) - 1:
-            entry.clocks[-1].beat = step.now - state.paused
-    return useless
+    return attempts.note_alive(state, step, attempts_alive, None)
 
 
 def _add_spans(

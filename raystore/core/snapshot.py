@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
 from operator import attrgetter
@@ -158,30 +159,23 @@ REPEATED = frozenset(
 )
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class LazyChunk:
     """Some rollouts of a snapshot, in columns until one of them is needed."""
 
-    __slots__ = ("_entries", "_ids", "_members", "_read", "packed")
-
-    def __init__(
-        self,
-        packed: bytes,
-        read: Callable[[bytes], dict[str, Any]],
-        members: Iterable[int],
-        ids: list[str],
-        entries: dict[str, Entry],
-    ) -> None:
-        """`members` are the places of its rollouts among `ids`; their entries will be in `entries`."""
-        self.packed: bytes = packed
-        self._read, self._members, self._ids, self._entries = read, members, ids, entries
+    packed: bytes
+    read: Callable[[bytes], dict[str, Any]]
+    members: Iterable[int]  # places of its rollouts among `ids`
+    ids: list[str]
+    entries: dict[str, Entry]  # in which theirs will be
 
     def load(self) -> None:
         """Fill the entries of all its rollouts."""
-        ids = [self._ids[member] for member in self._members]
-        entries = [self._entries[rollout_id] for rollout_id in ids]  # whoever deletes one looks at it first
+        ids = [self.ids[member] for member in self.members]
+        entries = [self.entries[rollout_id] for rollout_id in ids]  # whoever deletes one looks at it first
         for entry in entries:
             del entry.chunk
-        fill(entries, ids, self._read(self.packed))
+        fill(entries, ids, self.read(self.packed))
 
 
 #: Fields of an entry that have columns of their own: records, and what is kept for each attempt.
@@ -291,9 +285,8 @@ def fill(entries: list[Entry], ids: list[str], chunk: dict[str, Any]) -> None:
         rollout.config = configs[rollout.config]  # type: ignore[call-overload]  # its number among them
         end = at + count
         Entry.__init__(entry, rollout, 0, attempts=attempts[at:end], clocks=clocks[at:end])
-        for attempt, session_id in zip(entry.attempts, held_by[at:end], strict=True):
-            if session_id is not None:
-                entry.holders[attempt.attempt_id] = session_id
+        held = zip(entry.attempts, held_by[at:end], strict=True)
+        entry.holders.update((attempt.attempt_id, holder) for attempt, holder in held if holder is not None)
         at = end
     for n, others in chunk["others"]:
         entries[n].holders.update(others)

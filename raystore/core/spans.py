@@ -293,11 +293,10 @@ class SpanTable:
         self.evicted.discard(rollout_id)
         self._counters.pop(rollout_id, None)
 
-    def _remove(self, rollout_id: str) -> _Stored:
+    def _remove(self, rollout_id: str) -> None:
         held = self.by_rollout.pop(rollout_id)
         self.bytes -= held.bytes
         self.count -= len(held.spans)
-        return held
 
     def check(self, rollout_ids: Iterable[str]) -> None:
         """Verify the sums, and that every span belongs to a rollout that exists."""

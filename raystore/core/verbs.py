@@ -23,7 +23,7 @@ from raystore.errors import InvalidValueError, SessionEndedError, StoreError, co
 WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes"]
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, eq=False)
 class Verb:
     """One entry of a table of verbs."""
 
@@ -38,9 +38,8 @@ class Verb:
     schema: Schema = field(init=False)
 
     def __post_init__(self) -> None:
-        schema = Schema(self.run)
-        object.__setattr__(self, "schema", schema)
-        object.__setattr__(self, "fits", schema.fits)
+        self.schema = Schema(self.run)
+        self.fits = self.schema.fits
 
     def require(self, verb: str, arguments: dict[str, Any]) -> None:
         """Raise `InvalidValueError` unless the arguments fit the verb: wrong ones must not fail inside the core."""

@@ -33,15 +33,14 @@ def admit(state: State, worker_id: str | None) -> None:
 def update(state: State, step: Step, *, worker_id: Id, changes: WorkerChanges) -> Worker:
     """A heartbeat of a worker, with statistics if given; never changes its status."""
     admit(state, worker_id)
-    worker = state.workers.get(worker_id) or Worker(worker_id)
-    return _put(state, worker, last_heartbeat_time=step.now, **changes)
+    return _put(state, worker_id, last_heartbeat_time=step.now, **changes)
 
 
 def busy(state: State, step: Step, worker_id: str, attempt: Attempt, *, claimed: bool) -> None:
     """A worker started an attempt."""
     _put(
         state,
-        state.workers.get(worker_id) or Worker(worker_id),
+        worker_id,
         status=BUSY,
         current_rollout_id=attempt.rollout_id,
         current_attempt_id=attempt.attempt_id,
@@ -54,7 +53,7 @@ def came_away_empty(state: State, step: Step, worker_id: str) -> None:
     """A worker asked for work and there was none."""
     worker = state.workers.get(worker_id)
     if worker is not None and is_idle(worker):
-        _put(state, worker, last_dequeue_time=step.now)
+        _put(state, worker_id, last_dequeue_time=step.now)
     else:
         _follow(state, worker_id, "idle", None, last_dequeue_time=step.now, last_idle_time=step.now)
 
@@ -74,7 +73,7 @@ def follow(state: State, step: Step, attempt: Attempt) -> None:
 def _follow(state: State, worker_id: str, status: str, attempt: Attempt | None, **stamps: Any) -> None:
     _put(
         state,
-        state.workers.get(worker_id) or Worker(worker_id),
+        worker_id,
         status=status,
         current_rollout_id=attempt.rollout_id if attempt else None,
         current_attempt_id=attempt.attempt_id if attempt else None,
@@ -82,15 +81,16 @@ def _follow(state: State, worker_id: str, status: str, attempt: Attempt | None, 
     )
 
 
-def _put(state: State, before: Worker, **changes: Any) -> Worker:
-    """Replace the record of a worker, which was heard of just now."""
-    worker = state.workers[before.worker_id] = before.evolve(**changes)
+def _put(state: State, worker_id: str, **changes: Any) -> Worker:
+    """Replace the record of a worker, which was heard of just now, perhaps for the first time."""
+    before = state.workers.get(worker_id) or Worker(worker_id)
+    worker = state.workers[worker_id] = before.evolve(**changes)
     if worker.heartbeat_stats is not before.heartbeat_stats:
         state.payload_bytes += size_of(worker.heartbeat_stats) - size_of(before.heartbeat_stats)
     idle = state.idle_workers
-    idle.pop(worker.worker_id, None)
+    idle.pop(worker_id, None)
     if not is_busy(worker):
-        idle[worker.worker_id] = None  # behind all others
+        idle[worker_id] = None  # behind all others
         if len(idle) >= IDLE_WORKERS + SURPLUS:
             state.effects.has_surplus = True
     return worker

@@ -39,8 +39,7 @@ from raystore.core.snapshot import verify
 from raystore.core.state import State
 from raystore.errors import JournalInUseError, JournalMissingError, StoreError
 from raystore.journal import format
-from raystore.journal.failpoints import failpoint
-from raystore.journal.files import BODIES, RECORDS, SNAPSHOT, Directory, JournalPosition, unfinished
+from raystore.journal.files import BODIES, RECORDS, SNAPSHOT, Directory, JournalPosition, failpoint, whole_file
 from raystore.journal.reader import JournalReader
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
@@ -56,7 +55,6 @@ MOST_FAILURES = 8  #: each doubles the number of operations before the next try
 SHARE = 10  #: and one operation for so many rollouts, since each is read and written again
 
 DIFFERS = 3  #: exit code: the state is not the one that its writer found
-COPY_BYTES = 8 * 1024 * 1024
 LOCK = "compaction.lock"
 HELPER_PATIENCE_SECONDS = 60.0  #: for which the helper of another store is waited for
 
@@ -353,20 +351,14 @@ def _copy(path: Path, target: Path, live: set[int]) -> int:
     """Copy the records of a file that are needed; returns the size of the copy."""
     data = memoryview(path.read_bytes())
     head, at = format.unpack_head(data, str(path))
-    with unfinished(target) as new:
-        with open(new, "wb", buffering=COPY_BYTES) as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(format.pack_head(head))
-            while (frame := format.read_frame(data, at)) is not None:
-                at = frame.end
-                for number, record in enumerate(frame.records(), frame.first):
-                    if number in live:
-                        file.writelines(format.pack_frame([record], number, 0))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        failpoint("bodies.written")
-        new.rename(target)
+    with whole_file(target) as file:
+        file.write(format.pack_head(head))
+        while (frame := format.read_frame(data, at)) is not None:
+            at = frame.end
+            for number, record in enumerate(frame.records(), frame.first):
+                if number in live:
+                    file.writelines(format.pack_frame([record], number, 0))
+        size = file.tell()
     failpoint("bodies.named")
     return size
 

@@ -6,22 +6,26 @@ writer that has not noticed yet may still append to its last segment; the first 
 its writer read.
 A client that publishes a large object writes its file once the store has the version that refers to it. The file is
 deleted when no version refers to it any more; files that a crash left are deleted when the next process begins.
+At a `failpoint` a test lets the process die, or the disk fail.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import secrets
+import signal
 import socket
 import stat
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from raystore.errors import JournalDamagedError
 from raystore.journal import format
@@ -29,8 +33,8 @@ from raystore.journal.format import FileHead, Frame
 from raystore.values.objects import TOKEN, ObjectFiles, sync
 
 EPOCH = "epoch.{:08d}"
-SEGMENT = "{:08d}-{:08d}"  # epoch and number
 RECORDS, BODIES, SNAPSHOT = ".journal", ".bodies", ".snapshot"  # kinds of files
+WRITE_BYTES = 16 * 1024 * 1024  #: of a snapshot or copy, at once
 
 
 class JournalFile(NamedTuple):
@@ -102,7 +106,7 @@ class Directory:
 
     def segment(self, epoch: int, number: int, kind: str = RECORDS) -> Path:
         """The path of a segment or snapshot."""
-        return self.path / (SEGMENT.format(epoch, number) + kind)
+        return self.path / f"{epoch:08d}-{number:08d}{kind}"
 
     def begin_epoch(self) -> int:
         """Become the writer: from now on the earlier one is fenced. Returns the epoch."""
@@ -146,11 +150,18 @@ class Directory:
 
 
 @contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-    """A temporary name for a file that is being made; the caller renames it once it is whole. Removed on an error."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which gets its name once it is whole and on disk. Removed on an error."""
+    new, kind = path.with_name(f"{path.name}.{os.getpid()}.new"), path.suffix[1:]
     try:
-        yield new
+        with open(new, "wb", buffering=WRITE_BYTES) as file:
+            os.fchmod(file.fileno(), 0o600)
+            yield file
+            file.flush()
+            failpoint(f"{kind}.written")
+            os.fsync(file.fileno())
+        failpoint(f"{kind}.synced")
+        new.rename(path)
     except BaseException:
         new.unlink(missing_ok=True)  # a full disk has no room for it
         raise
@@ -235,3 +246,40 @@ class JournalObjects:
         """Delete the files of objects that no version refers to."""
         for address in addresses:
             self.files.file(address).unlink(missing_ok=True)
+
+
+# -- points at which a test lets this process die, fail or wait --------------------------------------------------------
+
+# RAYSTORE_FAILPOINTS="writer.written=kill@3,writer.synced=sleep:0.2" kills the process when it comes to the first point
+# for the third time, and lets it wait each time at the second. "raise" is an error of the disk (EIO), "full" no space.
+
+_actions: dict[str, tuple[str, int]] = {}  # by point: what to do, and at which time (0: each)
+_passed: Counter[str] = Counter()
+_ERRORS = {"raise": errno.EIO, "full": errno.ENOSPC}
+
+for _given in filter(None, os.environ.get("RAYSTORE_FAILPOINTS", "").split(",")):
+    _name, _equals, _action = _given.strip().partition("=")
+    _do, _sign, _at = _action.partition("@")
+    _actions[_name] = (_do, int(_at or 0))
+
+
+def failpoint(name: str) -> None:
+    """Die, fail or wait here if a test has asked for it."""
+    if _actions and name in _actions:
+        _act(name)
+
+
+def _act(name: str) -> None:
+    what, at = _actions[name]
+    _passed[name] += 1
+    if at and _passed[name] != at:
+        return
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)  # until it has arrived
+    elif what in _ERRORS:
+        raise OSError(_ERRORS[what], f"failpoint {name}")
+    elif what.startswith("sleep:"):
+        time.sleep(float(what.removeprefix("sleep:")))
+    else:
+        raise ValueError(f"RAYSTORE_FAILPOINTS: {what!r} is no action; expected kill, raise, full or sleep:SECONDS")

@@ -21,8 +21,7 @@ from raystore.errors import (
 )
 from raystore.journal import format
 from raystore.journal.compaction import Snapshotter, upgrade
-from raystore.journal.failpoints import failpoint
-from raystore.journal.files import RECORDS, SNAPSHOT, Directory, JournalPosition
+from raystore.journal.files import RECORDS, SNAPSHOT, Directory, JournalPosition, failpoint
 from raystore.journal.format import WriterInfo
 from raystore.journal.reader import CrashMarker, JournalReader, ReadingProgress, retry_on_replacement
 from raystore.journal.recorder import Recorder

@@ -19,8 +19,7 @@ from raystore.core.state import Session, Settings, State, Step
 from raystore.core.verbs import CHANGING, STEPS, VERBS
 from raystore.errors import StoreError, to_record
 from raystore.journal import format, snapshot_file
-from raystore.journal.failpoints import failpoint
-from raystore.journal.files import JournalPosition
+from raystore.journal.files import JournalPosition, failpoint
 from raystore.journal.format import FORMAT, Chunks, FileHead, RecordHead, WriterInfo
 from raystore.journal.reader import JournalReader, ReadingProgress
 from raystore.wire import frames

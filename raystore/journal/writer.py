@@ -27,8 +27,7 @@ from raystore.errors import (
     StoreOverloadedError,
 )
 from raystore.journal import format
-from raystore.journal.failpoints import failpoint
-from raystore.journal.files import Directory
+from raystore.journal.files import Directory, failpoint
 from raystore.journal.format import FileHead, Record
 
 logger: logging.Logger = logging.getLogger("raystore.store")
