@@ -1,8 +1,9 @@
 """The rules of journal format 1 (written up to 2026-11-29), by which its records are read.
 
 A replay must make the decisions that its writer made. This file has the old form of each rule that has changed since:
-verbs in `VERBS`, steps in `STEPS`, the start of a process in `resume`, batches in `Run`, snapshots in `section`. All
-other rules are unchanged. Only a replay uses this file; a store that goes on after the replay uses the rules of today.
+verbs in `VERBS`, steps in `STEPS` (most are those of today, given the old rules), the start of a process in `resume`,
+batches in `Run`, snapshots in `section`. All other rules are unchanged. Only a replay uses this file; a store that goes
+on after the replay uses the rules of today.
 Not here: which records are of that format (`journal.reader`); digests, which are not compared across formats.
 """
 

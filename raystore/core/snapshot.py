@@ -261,8 +261,8 @@ def _usual(field: Field) -> Any:
 
 
 def _row(config: Config) -> tuple[Any, ...]:
-    timeout, unresponsive, max_attempts, retry_condition = config.row()
-    return timeout, unresponsive, max_attempts, tuple(retry_condition)
+    *numbers, retry_condition = config.row()
+    return *numbers, tuple(retry_condition)
 
 
 def _other_holders(entry: Entry) -> list[tuple[str, str]]:
