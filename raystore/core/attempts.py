@@ -42,13 +42,8 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
         end_time=None,
         status="preparing",
         worker_id=worker_id,
-        last_heartbeat_time=None,
-        metadata=None,
-        outcome=None,
-        error=None,
         resources_version=newest.version if newest else None,
         policy_version=newest.policy_version if newest else state.resources.policy_version,
-        reward=None,
     )
     if step.session is not None:
         entry.holders[attempt.attempt_id] = step.session.session_id
@@ -319,6 +314,13 @@ def heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[Id, Id]]) 
 
     An unresponsive attempt whose rollout still waits for its retry is needed: the next span brings it back.
     """
+    return note_alive(state, step, attempts_alive, lifecycle.HEARTBEAT)
+
+
+def note_alive(
+    state: State, step: Step, attempts_alive: list[tuple[Id, Id]], event: str | None
+) -> list[tuple[str, str]]:
+    """Note signs of life, by an event that may change statuses; returns the attempts that nobody needs."""
     unneeded = []
     for rollout_id, attempt_id in attempts_alive:
         entry = state.entries.get(rollout_id)
@@ -332,11 +334,11 @@ def heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[Id, Id]]) 
         if attempt.status not in ACTIVE:
             continue
         confirm_holder(state, step, entry, attempt_id)
-        status = attempt_after(attempt.status, lifecycle.HEARTBEAT)
+        status = attempt.status if event is None else attempt_after(attempt.status, event)
         state.put_attempt(entry, index, attempt.evolve(status=status, last_heartbeat_time=step.now))
         if index == len(entry.attempts) - 1:
             entry.clocks[-1].beat = step.now - state.paused
-            if entry.rollout.status in lifecycle.ROLLOUT_ON_HEARTBEAT:
+            if event is not None and entry.rollout.status in lifecycle.ROLLOUT_ON_HEARTBEAT:
                 move(state, step, entry, lifecycle.ROLLOUT_ON_HEARTBEAT[entry.rollout.status])
     return unneeded
 

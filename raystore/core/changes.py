@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice, takewhile
 from typing import Any
 
@@ -49,13 +49,14 @@ class ChangeFeed:
         """Sequence number of the oldest change that is kept."""
         return self.last - len(self._kept) + 1
 
-    def after(self, cursor: int | None, kinds: frozenset[str] | None, limit: int) -> tuple[list[Change], int]:
+    def after(self, cursor: int | None, kinds: Collection[str] | None, limit: int) -> tuple[list[Change], int]:
         """Up to `limit` changes that follow `cursor`, and the cursor behind what was looked at."""
         if cursor is None:
             cursor = self.oldest - 1
         if cursor < self.oldest - 1:
             raise CursorTooOldError(cursor, self.oldest)
         found: list[Change] = []
+        wanted = None if kinds is None else frozenset(kinds)
         # A deque is quick at its ends only: what is new stands at the right one.
         new = max(self.last - cursor, 0)
         if new < len(self._kept) // 2:
@@ -66,7 +67,7 @@ class ChangeFeed:
             if len(found) == limit:
                 break
             cursor = change.sequence
-            if kinds is None or change.kind in kinds:
+            if wanted is None or change.kind in wanted:
                 found.append(change)
         return found, cursor
 

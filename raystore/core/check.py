@@ -12,6 +12,7 @@ from raystore.core import claims, lifecycle, training
 from raystore.core.changes import FEED_LENGTH
 from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, ROLLOUT_STATUSES, is_live
 from raystore.core.payload import of_attempt, of_rollout, size_of
+from raystore.core.queries import keys_of
 from raystore.core.queues import ASIDE
 from raystore.core.state import State
 from raystore.core.training import eviction_class, fits
@@ -22,7 +23,7 @@ def check(state: State) -> None:
     state.queues.check()
     state.resources.check()
     state.spans.check(state.entries)
-    state.indexes.check({rollout_id: state.index_keys(entry) for rollout_id, entry in state.entries.items()})
+    state.indexes.check({i: set(keys_of(entry.rollout, entry.latest)) for i, entry in state.entries.items()})
     evictable = [rollout_id for heap in state.eviction_heaps for rollout_id in heap]
     assert len(evictable) == len(set(evictable)), "a rollout has two classes"
     assert set(evictable) <= state.entries.keys(), "a rollout is to be evicted and does not exist"

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
-from raystore.core import attempts, bounds, publishing, training, workers
+from raystore.core import attempts, publishing, training, workers
 from raystore.core.lifecycle import is_untouched
 from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
@@ -32,6 +32,8 @@ USUAL_LINES: tuple[int, ...] = (PLAIN, OVERDUE)  #: from which a session is serv
 SUSPICIOUS_WITHDRAWALS = 2  #: a rollout with so many claims that nobody acknowledged is a suspect
 # Why a session ended: its driver is gone; its pool has stopped it; it said so itself.
 JOB_ENDED, STOPPED, CLOSED = STOPS = ("job ended", "stopped", "closed")  #: no losses: nothing is charged or suspected
+SESSIONS = 10_000  #: client processes
+ENDED_SESSIONS = 10_000  #: which answer late batches: of these the newest are kept (`workers.SURPLUS` go at once)
 LOST_CLAIMS_KEPT = 1_000  #: of a session, so that a late acknowledgement can be told what became of its claim
 
 
@@ -267,7 +269,7 @@ def taken_over(state: State, session: Session, ticket: int) -> list[Claimed]:
 
 
 def open_session(
-    state: State, step: Step, session_id: str, *, eternal: bool = False, process: list[Any] | None = None
+    state: State, step: Step, session_id: str, eternal: bool = False, process: list[Any] | None = None
 ) -> Session:
     """A client process speaks for the first time; it may say which process it is."""
     session = Session(session_id, step.age, eternal=eternal, process=process)
@@ -288,7 +290,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     session.ended_at = step.age
     state.effects.ended.append(session.session_id)
     state.ended_sessions[session.session_id] = None
-    if len(state.ended_sessions) >= bounds.ENDED_SESSIONS + bounds.SURPLUS:
+    if len(state.ended_sessions) >= ENDED_SESSIONS + workers.SURPLUS:
         state.effects.has_surplus = True
     for batch in list(session.batches):
         training.leave(state, session, batch)
@@ -366,8 +368,4 @@ def _sessions_of_worker(state: State, worker_id: str | None) -> list[Session]:
 
     if worker_id is None:
         return []
-    return [
-        session
-        for session in state.sessions.values()
-        if any(map(is_of_worker, session.held)) or any(map(is_of_worker, session.claims))
-    ]
+    return [session for session in state.sessions.values() if any(map(is_of_worker, (*session.held, *session.claims)))]

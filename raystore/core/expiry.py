@@ -10,14 +10,14 @@ Not here: how a deadline is computed (`state`), the clock and its alarm (`servic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from raystore.core import bounds, retention
+from raystore.core import claims, retention
 from raystore.core.attempts import settle
-from raystore.core.claims import end_session, offer_to_anybody, take_back
+from raystore.core.claims import end_session, offer_to_anybody
 from raystore.core.lifecycle import ACTIVE, OUTCOME_OF_EVENT, SILENCE, TIMEOUT
 from raystore.core.state import Entry, HandedKey, State, Step
 
@@ -78,8 +78,15 @@ def due(state: State, step: Step, named: Iterable[str] = ()) -> Due:
     )
 
 
-def advance(state: State, step: Step, due: Due) -> None:
-    """Work off what is due."""
+def advance(
+    state: State,
+    step: Step,
+    due: Due,
+    *,
+    take_back: Callable[..., Any] = claims.take_back,
+    end_session: Callable[..., Any] = claims.end_session,
+) -> None:
+    """Work off what is due. An earlier format has other rules for claims and sessions."""
     active_now = step.now - state.paused
     for rollout_id in due.expired:
         expire(state, step, state.entries[rollout_id], active_now)
@@ -120,7 +127,7 @@ def forget_session(state: State, session_id: str) -> None:
 
 def surplus(state: State) -> Due:
     """The sessions that ended first, beyond those that are kept."""
-    count = max(len(state.ended_sessions) - bounds.ENDED_SESSIONS, 0)
+    count = max(len(state.ended_sessions) - claims.ENDED_SESSIONS, 0)
     return Due([], [], [], list(islice(state.ended_sessions, count)), [])
 
 

@@ -1,8 +1,9 @@
 """The rules of journal format 1 (written up to 2026-11-29), by which its records are read.
 
 A replay must make the decisions that its writer made. This file has the old form of each rule that has changed since:
-verbs in `VERBS`, steps in `STEPS`, the start of a process in `resume`, batches in `Run`, snapshots in `section`. All
-other rules are unchanged. Only a replay uses this file; a store that goes on after the replay uses the rules of today.
+verbs in `VERBS`, steps in `STEPS` (most are those of today, given the old rules), the start of a process in `resume`,
+batches in `Run`, snapshots in `section`. All other rules are unchanged. Only a replay uses this file; a store that goes
+on after the replay uses the rules of today.
 Not here: which records are of that format (`journal.reader`); digests, which are not compared across formats.
 """
 
@@ -10,22 +11,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any
 
-from raystore.core import attempts, claims, expiry, retention, training, verbs, workers
+from raystore.core import attempts, claims, expiry, training, verbs, workers
 from raystore.core.batches import BatchRun, Item, cut, joined, named, to_keep
 from raystore.core.claims import Claimed, taken_over
-from raystore.core.lifecycle import ACTIVE, FINISHED, OVER, TRAINABLE, is_dropped, is_live
+from raystore.core.lifecycle import TRAINABLE, is_dropped, is_live
 from raystore.core.payload import of_attempt, of_rollout, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
-from raystore.core.records import Attempt, Span
+from raystore.core.records import Attempt, Rollout, Span
 from raystore.core.replies import ERROR, PARTLY, VALUE, Reply
 from raystore.core.rollouts import CONTENT, check_requests, create, enter_queue, existing_of, release
-from raystore.core.snapshot import column
+from raystore.core.snapshot import NAMES, REPEATED, column
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Pair, Session, State, Step, Taken
-from raystore.core.training import enter_retention, others, settle
+from raystore.core.training import settle, untake
 from raystore.core.verbs import Verb
 from raystore.errors import BatchConflictError, InvalidValueError, StoreError, copy_of
 
@@ -138,30 +140,9 @@ def _dequeue(
     return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
 
 
-def _hand_over(
-    state: State, step: Step, session_id: str, ticket: int, queues: list[str], limit: int, worker_id: str | None
-) -> list[Entry]:
-    session = state.sessions[session_id]
-    step.session = session
-    claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
-    if claimed:
-        keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
-        session.replies.hand(ticket, keys, session.claims)
-    return claimed
-
-
-def _take_back(state: State, step: Step, session_id: str, keys: list[AttemptKey]) -> None:
-    for key in keys:
-        take_back(state, step, state.sessions[session_id], key, why="declined")
-
-
 def _decline(state: State, step: Step, *, rollout_id: str, attempt_id: str) -> bool:
     assert step.session is not None
     return take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
-
-
-def _end_session(state: State, step: Step, session_id: str, why: str) -> None:
-    end_session(state, step, state.sessions[session_id], why=why)
 
 
 def _report_session(state: State, step: Step, *, session_id: str | None, worker_id: str | None = None) -> bool:
@@ -180,20 +161,6 @@ def _report_session(state: State, step: Step, *, session_id: str | None, worker_
     return bool(live)
 
 
-def _advance(state: State, step: Step, *due: list[Any]) -> None:
-    found = expiry.Due(*due)
-    active_now = step.now - state.paused
-    for rollout_id in found.expired:
-        expiry.expire(state, step, state.entries[rollout_id], active_now)
-    for session_id, key in found.withdrawn:
-        take_back(state, step, state.sessions[session_id], (key[0], str(key[1])), why="withdrawn")
-    for session_id in found.silent:
-        end_session(state, step, state.sessions[session_id], why="silence")
-    for session_id in found.forgotten:
-        expiry.forget_session(state, session_id)
-    retention.delete(state, step, rollout_ids=found.deleted)
-
-
 def resume(state: State, step: Step, away: float) -> None:
     """Another process went on with the store."""
     for session_id, session in list(state.sessions.items()):
@@ -208,23 +175,7 @@ def resume(state: State, step: Step, away: float) -> None:
 
 def _heartbeat(state: State, step: Step, *, attempts_alive: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """In format 1 a heartbeat did not change a status."""
-    useless = []
-    for rollout_id, attempt_id in attempts_alive:
-        entry = state.entries.get(rollout_id)
-        index = next((i for i, a in enumerate(entry.attempts) if a.attempt_id == attempt_id), None) if entry else None
-        if entry is None or index is None:
-            useless.append((rollout_id, attempt_id))
-            continue
-        attempt = entry.attempts[index]
-        if index < len(entry.attempts) - 1 or entry.rollout.status in FINISHED or attempt.status in OVER:
-            useless.append((rollout_id, attempt_id))
-        if attempt.status not in ACTIVE:
-            continue
-        attempts.confirm_holder(state, step, entry, attempt_id)
-        state.put_attempt(entry, index, attempt.evolve(last_heartbeat_time=step.now))
-        if index == len(entry.attempts) - 1:
-            entry.clocks[-1].beat = step.now - state.paused
-    return useless
+    return attempts.note_alive(state, step, attempts_alive, None)
 
 
 def _add_spans(
@@ -232,9 +183,7 @@ def _add_spans(
 ) -> list[tuple[bool, int]]:
     """In format 1 spans for the attempt "latest" were stored for the newest attempt."""
     attempt_id = _meant(state, rollout_id, attempt_id)
-    made = [Span(rollout_id, attempt_id, *row) for row in spans]
-    written = attempts.put_spans(state, step, rollout_id, attempt_id, made)
-    return [(stored, span.sequence_id) for stored, span in zip(written.stored, made, strict=True)]
+    return attempts.add_spans(state, step, rollout_id=rollout_id, attempt_id=attempt_id, spans=spans)
 
 
 def _finish(
@@ -270,7 +219,7 @@ def _enqueue(
                 entry.given = tuple(request.get(name) for name in CONTENT)
             enter_queue(state, step, entry, state.queues.tail(entry.rollout.priority))
             state.changes.append(step.now, "enqueued", entry.rollout.rollout_id)
-        made.append((entry.rollout, entry.latest))
+        made.append(entry.pair)
     return made
 
 
@@ -288,7 +237,7 @@ def _take_now(state: State, step: Step, consumer: str, count: int, must: bool) -
     known = state.consumers.get(consumer)
     if known is not None and known.open is not None:
         chosen = [i for i in known.batches[known.open] if i in state.entries]
-        return [_pair(state, i) for i in chosen], known.open
+        return [state.entries[i].pair for i in chosen], known.open
     chosen = _available(state, known, count)
     if not must and len(chosen) < count:
         return None
@@ -309,12 +258,7 @@ def _take_now(state: State, step: Step, consumer: str, count: int, must: bool) -
         else:
             known.cursor = state.completions.place(rollout_id)
     state.changes.append(step.now, "taken", consumer=consumer, batch=known.made, rollouts=len(chosen))
-    return [_pair(state, i) for i in chosen], known.made
-
-
-def _pair(state: State, rollout_id: str) -> Pair:
-    entry = state.entries[rollout_id]
-    return entry.rollout, entry.latest
+    return [state.entries[i].pair for i in chosen], known.made
 
 
 def _available(state: State, known: Consumer | None, count: int) -> list[str]:
@@ -353,26 +297,12 @@ def _nack(state: State, step: Step, *, consumer: str, batch: int) -> None:
 
 
 def _checkpoint(state: State, step: Step, *, consumer: str, at_step: int) -> int:
+    """In format 1 what nobody may have to train on again was also released."""
     known = state.consumers.setdefault(consumer, Consumer(cursor=0))
-    if known.checkpoint is not None and at_step < known.checkpoint:
-        raise BatchConflictError(consumer, f"checkpoint {at_step} is before its last one, {known.checkpoint}")
-    known.checkpoint = at_step
-    released: list[str] = []
-    count = 0
-    for batch in [batch for batch, consumed_by in known.steps.items() if consumed_by <= at_step]:
-        del known.steps[batch]
-        for rollout_id in known.batches.pop(batch):
-            entry = state.entries.get(rollout_id)
-            if entry is None:
-                continue
-            count += 1
-            entry.taken[consumer].is_durable = True
-            state.touch(rollout_id)
-            if not entry.is_held:
-                enter_retention(state, entry)
-                released.append(rollout_id)
-    release(state, step, rollout_ids=released)
-    state.changes.append(step.now, "checkpoint", consumer=consumer, step=at_step, rollouts=count)
+    durable = [i for batch, consumed_by in known.steps.items() if consumed_by <= at_step for i in known.batches[batch]]
+    count = training.checkpoint(state, step, consumer=consumer, at_step=at_step)
+    there = [i for i in durable if i in state.entries]
+    release(state, step, rollout_ids=[i for i in there if not state.entries[i].is_held])
     return count
 
 
@@ -390,13 +320,9 @@ def _rewind(state: State, step: Step, *, consumer: str, at_step: int) -> int:
 def _return(state: State, known: Consumer, consumer: str, batches: list[int]) -> int:
     back: dict[str, None] = {}
     for batch in sorted(batches):
-        for rollout_id in known.batches.pop(batch):
-            entry = state.entries.get(rollout_id)
-            if entry is not None:
-                entry.taken = others(entry, consumer)
-                back[rollout_id] = None
-                state.touch(rollout_id)
-                settle(state, entry)
+        for entry in untake(state, consumer, known.batches.pop(batch)):
+            back[entry.rollout.rollout_id] = None
+            settle(state, entry)
         known.steps.pop(batch, None)
         if known.open == batch:
             known.open = None
@@ -439,11 +365,11 @@ VERBS: dict[str, Verb] = verbs.VERBS | {
 }
 
 STEPS: dict[str, Callable[..., Any]] = verbs.STEPS | {
-    "advance": _advance,
-    "hand_over": _hand_over,
+    "advance": partial(verbs.advance, take_back=take_back, end_session=end_session),
+    "hand_over": partial(verbs.hand_over, claim=claim),
     "take": _take_now,
-    "take_back": _take_back,
-    "end_session": _end_session,
+    "take_back": partial(verbs.take_back, undo=take_back),
+    "end_session": partial(verbs.end_session, end=end_session),
 }
 
 
@@ -505,20 +431,6 @@ class Run(BatchRun):
 
 # -- snapshots ---------------------------------------------------------------------------------------------------------
 
-_ROLLOUT = (
-    "input", "start_time", "end_time", "mode", "resources_id", "status", "config", "metadata", "group_id", "queue",
-    "priority", "tags", "reward",
-)  # fmt: skip
-_ATTEMPT = (
-    "attempt_id", "sequence_id", "start_time", "end_time", "status", "worker_id", "last_heartbeat_time", "metadata",
-    "outcome", "error", "resources_version", "policy_version", "reward",
-)  # fmt: skip
-_FEW_VALUES = frozenset(
-    {"mode", "resources_id", "status", "config", "group_id", "queue", "priority"}
-    | {"sequence_id", "worker_id", "outcome", "error", "resources_version", "policy_version"}
-)
-
-
 PAYLOAD_BYTES = 4  #: where in the section "plain" the sum stands
 
 
@@ -532,10 +444,10 @@ def payload_bytes(name: str, value: Any) -> int:
 def _sizes(found: list[Any]) -> list[int]:
     """Bytes that each rollout of a chunk counts for."""
     _, rollouts, counts, attempts_, *_ = found
-    columns = dict(zip(_ROLLOUT, rollouts, strict=True))
+    columns = dict(zip(NAMES[Rollout], rollouts, strict=True))
     sizes = list(map(of_rollout, columns["input"], columns["metadata"], columns["tags"]))
     if sum(counts):
-        columns = dict(zip(_ATTEMPT, attempts_, strict=True))
+        columns = dict(zip(NAMES[Attempt], attempts_, strict=True))
         values = map(of_attempt, columns["metadata"], _expanded(columns["error"]))
         for row, count in enumerate(counts):
             sizes[row] += sum(islice(values, count))
@@ -563,9 +475,9 @@ def _expanded(packed: Any) -> list[Any]:
     return [values[row] for row in rows] if rows else list(values)
 
 
-def _columns(found: list[Any], names: tuple[str, ...]) -> dict[str, Any]:
-    named = zip(names, found, strict=True)
-    return {name: column(_expanded(c) if name in _FEW_VALUES else list(c)) for name, c in named}
+def _columns(found: list[Any], kind: type) -> dict[str, Any]:
+    named = zip(NAMES[kind], found, strict=True)
+    return {name: column(_expanded(c) if name in REPEATED else list(c)) for name, c in named}
 
 
 def _chunk(found: list[Any]) -> dict[str, Any]:
@@ -583,9 +495,9 @@ def _chunk(found: list[Any]) -> dict[str, Any]:
 
     return {
         "configs": configs,
-        "rollouts": _columns(rollouts, _ROLLOUT),
+        "rollouts": _columns(rollouts, Rollout),
         "counts": counts,
-        "attempts": _columns(attempts_, _ATTEMPT) if tried else {},
+        "attempts": _columns(attempts_, Attempt) if tried else {},
         "clocks": {"start": column(list(starts)), "beat": column(list(beats))},
         "holders": column(_expanded(holders) if tried else []),
         "others": others,

@@ -6,6 +6,7 @@ reference pickled *inside* bytes would stay pinned for ever, beside them it is f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -22,28 +23,24 @@ ERROR_BYTES = 64 * 1024  #: of the error of an attempt; of a longer one its begi
 ERROR_HEAD_BYTES = 16 * 1024
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Payload:
     """Encoded bytes with the object references that belong to them."""
 
-    __slots__ = ("data", "refs")
-
-    def __init__(self, data: bytes, refs: tuple[Any, ...]) -> None:
-        self.data: bytes = data
-        self.refs: tuple[Any, ...] = refs
+    data: bytes
+    refs: tuple[Any, ...]
 
 
+@dataclass(slots=True, eq=False)
 class OnDisk:
     """A body that is in the journal and not in memory; its place tells record, operation within it, and span."""
 
-    __slots__ = ("place", "size")
+    place: int
+    size: int  # in bytes, once it is read
 
     OPERATIONS = 1 << 10  #: what a place can tell apart within a record
     SPANS = 1 << 16
     RECORD = OPERATIONS * SPANS  #: from one record to the next
-
-    def __init__(self, place: int, size: int) -> None:
-        self.place: int = place
-        self.size: int = size  # in bytes, once it is read
 
     @staticmethod
     def place_of(record: int, operation: int, span: int) -> int:

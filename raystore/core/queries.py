@@ -116,14 +116,6 @@ def contains(field: str, part: str) -> Condition:
     return lambda record: (value := getattr(record, field)) is not None and part in value
 
 
-def has_tags(tags: dict[str, Any]) -> Condition:
-    """The record carries all these tags."""
-    return lambda record: all(record.tags.get(key, _ABSENT) == value for key, value in tags.items())
-
-
-_ABSENT = object()
-
-
 def check(logic: str = "and", sort_order: str = "asc") -> None:
     """Refuse what is no way to join conditions, or to sort."""
     if logic not in ("and", "or"):
@@ -137,9 +129,8 @@ def select(records: Iterable[R], conditions: list[Condition], logic: str) -> lis
     check(logic)
     if not conditions:
         return list(records)
-    if logic == "and":
-        return [record for record in records if all(condition(record) for condition in conditions)]
-    return [record for record in records if any(condition(record) for condition in conditions)]
+    joined = all if logic == "and" else any
+    return [record for record in records if joined(condition(record) for condition in conditions)]
 
 
 def arrange(records: list[R], sort_by: str | None, sort_order: str, sortable: dict[str, Any]) -> list[R]:

@@ -29,7 +29,7 @@ class Queues:
         self._lengths: dict[str, int] = {}
         self._held: dict[str, dict[str, None]] = {}  # by what they wait for
         self._waits_for: dict[str, str] = {}  # the same by rollout
-        self._arrivals = 0
+        self.arrivals: int = 0  #: places at the tail that were given
 
     def __len__(self) -> int:
         return len(self._line_of)
@@ -51,11 +51,6 @@ class Queues:
             for rollout_id, line in self._line_of.items()
         ]
 
-    @property
-    def arrivals(self) -> int:
-        """How many places at the tail were given."""
-        return self._arrivals
-
     def restore(self, orders: Iterable[tuple[str, tuple[Any, ...], Order]], arrivals: int) -> None:
         """Fill empty queues with what `orders` and `arrivals` returned."""
         for rollout_id, (queue, line, *waits_for), order in orders:
@@ -64,7 +59,7 @@ class Queues:
                 self.hold(queue, rollout_id, place, waits_for[0])
             else:
                 self.put(queue, rollout_id, place, line=int(line))
-        self._arrivals = arrivals
+        self.arrivals = arrivals
 
     def length(self, queue: str) -> int:
         """How many rollouts wait in one queue."""
@@ -76,8 +71,8 @@ class Queues:
 
     def tail(self, priority: int) -> Order:
         """The order key behind everything of this priority."""
-        self._arrivals += 1
-        return (-priority, self._arrivals)
+        self.arrivals += 1
+        return (-priority, self.arrivals)
 
     def put(self, queue: str, rollout_id: str, order: Order, *, line: int = PLAIN) -> None:
         """Let a rollout wait at its place; it must not be waiting yet."""

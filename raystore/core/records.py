@@ -33,34 +33,19 @@ class Field:
 
     name: str
     default: Callable[[], Any] | None  # None: whoever makes the record gives it
-    pack: Turn = _same
-    unpack: Turn = _same
-    shows: Turn = _same
+    pack: Turn = _same  # a value to plain data,
+    unpack: Turn = _same  # and back
+    shows: Turn = _same  # how it stands in a digest, if that is not what it is
     stored_as: str = ""  # its name in a snapshot
     in_snapshot: bool = True
     in_digest: bool = True
 
 
-def declare(
-    default: Any = MISSING,
-    *,
-    make: Callable[[], Any] | None = None,
-    pack: Turn = _same,
-    unpack: Turn = _same,
-    shows: Turn = _same,
-    name: str | None = None,
-    in_snapshot: bool = True,
-    in_digest: bool = True,
-) -> Any:
-    """A field of a record of the state.
+def declare(default: Any = MISSING, *, make: Callable[[], Any] | None = None, **how: Any) -> Any:
+    """A field of a record of the state; `how` is what `Field` has beyond name and default.
 
-    `make` makes a default that is not to be shared. `name` is its name in snapshots, if that is another. `pack` and
-    `unpack` turn a value into plain data and back; `shows` says how it stands in a digest, if that is not what it is.
+    `make` makes a default that is not to be shared.
     """
-    how: dict[str, Any] = {"pack": pack, "unpack": unpack, "shows": shows}
-    how |= {"in_snapshot": in_snapshot, "in_digest": in_digest}
-    if name is not None:
-        how["stored_as"] = name
     if make is not None:
         return dataclasses.field(default_factory=make, metadata=how)
     return dataclasses.field(default=default, metadata=how)
@@ -199,13 +184,13 @@ class Attempt(Record):
     end_time: float | None
     status: str
     worker_id: str | None
-    last_heartbeat_time: float | None
-    metadata: Opaque
-    outcome: str | None
-    error: str | None
-    resources_version: int | None
-    policy_version: int | None
-    reward: float | None
+    last_heartbeat_time: float | None = None
+    metadata: Opaque = None
+    outcome: str | None = None
+    error: str | None = None
+    resources_version: int | None = None
+    policy_version: int | None = None
+    reward: float | None = None
 
 
 @record

@@ -59,12 +59,7 @@ class ReplyCache:
         if ahead or self.ahead:
             self.ahead = {number for number in self.ahead.union(ahead) if number > self.answered}
         self.expected = max(self.expected, answered + 1)
-        if self.ahead:
-            self._pass_over_answered()
-
-    def _pass_over_answered(self) -> None:
-        """Expect no batch that the client has the answer of: a batch of reads leaves no trace here."""
-        while self.expected in self.ahead:
+        while self.expected in self.ahead:  # the client has its answer: a batch of reads leaves no trace here
             self.expected += 1
 
     def find(self, sequence: int, first_ticket: int) -> BatchReplies | None:
@@ -83,8 +78,8 @@ class ReplyCache:
     def end(self, sequence: int) -> None:
         """A batch has run to its end."""
         self.expected = sequence + 1
-        if self.ahead:
-            self._pass_over_answered()
+        while self.expected in self.ahead:
+            self.expected += 1
 
     def hand(self, ticket: int, keys: list[Any], *still_open: Collection[Any]) -> None:
         """A parked call was handed claims, or a batch."""

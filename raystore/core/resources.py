@@ -163,16 +163,15 @@ class ResourceTable:
         self.bytes -= size_of(held.resources) + RECORD_OVERHEAD_BYTES
         self._forget_objects(held)
 
-    def _referred(self, resources_id: str) -> bool:
-        return any((resources_id, version) in self._references for version in self._versions[resources_id])
-
     def _drop_old_ids(self) -> None:
         if self.keep is None or len(self._versions) <= self.keep:
             return
         by_age = sorted(self._versions, key=lambda key: self.all_versions(key)[-1].update_time)
         for resources_id in by_age[: len(by_age) - self.keep]:
             # Whatever waits for a version that is missing names its id.
-            if resources_id != self.latest_id and resources_id not in self.missing and not self._referred(resources_id):
+            is_named = resources_id == self.latest_id or resources_id in self.missing
+            versions = self._versions[resources_id]
+            if not is_named and not any((resources_id, version) in self._references for version in versions):
                 self._drop(resources_id)
 
     def all_versions(self, resources_id: str) -> list[Resources]:

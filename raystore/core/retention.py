@@ -18,24 +18,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from raystore.core import training
 from raystore.core.lifecycle import FINISHED, is_live
+from raystore.core.queries import keys_of
 from raystore.core.rollouts import unqueue
 from raystore.core.schema import Id
 from raystore.core.state import Entry, EvictionPass, State, Step
-from raystore.core.training import (
-    COMING,
-    CONSUMED,
-    READ,
-    RELEASED,
-    RUNNING,
-    UNREAD,
-    WANTED,
-    enter_eviction,
-    eviction_class,
-    forget,
-    in_the_way,
-    is_wanted,
-)
+from raystore.core.training import COMING, CONSUMED, READ, RELEASED, RUNNING, UNREAD, WANTED, enter_eviction
 from raystore.errors import SealedError
 
 FEW = 200  #: rollouts that are looked at one by one
@@ -58,12 +47,12 @@ def delete(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
         state.disposable_read.discard(rollout_id)
         for heap in state.eviction_heaps:
             heap.discard(rollout_id)
-        forget(state, rollout_id)
+        training.forget(state, rollout_id)
         for index, attempt in enumerate(entry.attempts):
             if is_live(attempt):
                 state.notify(entry, attempt.attempt_id, "cancelled")
                 state.put_attempt(entry, index, attempt.evolve(outcome="superseded"))
-        for key in state.index_keys(entry):
+        for key in keys_of(entry.rollout, entry.latest):
             state.indexes.remove(rollout_id, key)
         state.spans.forget(rollout_id)
         state.deadlines.discard(rollout_id)
@@ -108,7 +97,7 @@ def due(state: State, now: float, limit: int) -> list[str]:
                 break
             entry = state.entries[rollout_id]
             disposable.pop()
-            if is_wanted(state, entry):  # a consumer has become known since
+            if training.is_wanted(state, entry):  # a consumer has become known since
                 continue
             if ended != (actual := entry.rollout.end_time or ended):  # from a snapshot without end times
                 disposable.put(rollout_id, actual)
@@ -156,7 +145,7 @@ def _evict_slice(state: State, done: EvictionPass, until: int) -> None:
         heap = state.eviction_heaps[number]
         while state.total_bytes > down_to and done.spans < until and (first := heap.first()) is not None:
             entry = state.entries[heap.pop()]
-            if eviction_class(state, entry) != number:  # a consumer that wants it became known since
+            if training.eviction_class(state, entry) != number:  # a consumer that wants it became known since
                 enter_eviction(state, entry)
             elif first[2] in done.written:
                 spared.append(entry)
@@ -197,7 +186,7 @@ def _pause_or_go_on(state: State, step: Step) -> None:
     if state.total_bytes > settings.eviction_bytes and (settings.pause_when_full or is_wanted):
         state.memory_full = True
         state.effects.has_batches = True  # whoever waits for a batch gets what there is
-        whose = in_the_way(state) if is_wanted else []
+        whose = training.in_the_way(state) if is_wanted else []
         state.waits_for = whose[0][0] if whose else None
         detail: dict[str, Any] = dict(zip(("consumer", "awaited", "held"), whose[0], strict=True)) if whose else {}
         state.changes.append(step.now, "memory_full", bytes=state.total_bytes, **detail)
@@ -208,7 +197,7 @@ def _holds_wanted(state: State) -> bool:
     heap = state.eviction_heaps[WANTED]
     while (first := heap.first()) is not None:
         entry = state.entries[first[2]]
-        if eviction_class(state, entry) == WANTED:
+        if training.eviction_class(state, entry) == WANTED:
             return True
         enter_eviction(state, entry)
     return False

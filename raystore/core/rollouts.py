@@ -1,4 +1,4 @@
-"""Verbs of rollouts: enqueue, update, release, query.
+"""Verbs of rollouts: enqueue, update, release, query; and wait for some to finish, for completions, or for changes.
 
 `move` is the one way in which a rollout's status changes; it keeps queue, completion log, change feed and end time
 in step.
@@ -7,7 +7,7 @@ Not here: starting, settling and cancelling attempts (`attempts`), handing work 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any
 
@@ -16,10 +16,22 @@ from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, RolloutStatus, is_
 from raystore.core.payload import digest_of_bytes, is_digest, of_rollout, same_content, size_of
 from raystore.core.queries import keys_of
 from raystore.core.queues import ASIDE, PLAIN
-from raystore.core.records import Config, Many, Rollout, Span
-from raystore.core.schema import Id, Logic, Must, Request, RolloutChanges, SortOrder, SpanTexts, Whole
+from raystore.core.records import Change, Config, Many, Rollout, Span
+from raystore.core.schema import (
+    Filters,
+    Id,
+    Logic,
+    Must,
+    Positive,
+    Request,
+    RolloutChanges,
+    Seconds,
+    SortOrder,
+    SpanTexts,
+    Whole,
+)
 from raystore.core.state import Entry, InChain, Pair, State, Step
-from raystore.core.training import enter_eviction, enter_retention, follow, reconsider, settle
+from raystore.core.training import enter_eviction, enter_retention, fits, follow, reconsider, settle
 from raystore.errors import (
     ConflictError,
     InvalidValueError,
@@ -271,12 +283,6 @@ def _move_references(state: State, entry: Entry, before: str | None) -> None:
             state.resources.refer(entry.rollout.resources_id, version, 1)
 
 
-def matching(state: State, *, group_id: str | None, tags: dict[str, Any] | None) -> list[str]:
-    """Ids of the rollouts of a group, or with all these tags, in insertion order."""
-    keys = _index_keys({"group_id": group_id, "tags": tags})
-    return [entry.rollout.rollout_id for entry in _in_all(state, map(state.indexes.find, keys))]
-
-
 def release(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
     """Mark rollouts as done with: first to be evicted or deleted. Unknown ids are skipped."""
     released = 0
@@ -381,7 +387,8 @@ def chosen_among(
     """Ids of the rollouts that are named (None: any), in the group, and carry the tags, as far as these are given."""
     if group_id is None and not tags:
         return rollout_ids or []
-    found = matching(state, group_id=group_id, tags=tags)
+    keys = _index_keys({"group_id": group_id, "tags": tags})
+    found = [entry.rollout.rollout_id for entry in _in_all(state, map(state.indexes.find, keys))]
     named = None if rollout_ids is None else set(rollout_ids)
     return found if named is None else [i for i in found if i in named]
 
@@ -445,3 +452,86 @@ def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_parti
 def set_reward(state: State, entry: Entry, reward: float) -> None:
     """Lift the reward of the latest attempt to its rollout."""
     state.put_rollout(entry, entry.rollout.evolve(reward=reward))
+
+
+# -- verbs that answer None if their callers have to wait --------------------------------------------------------------
+
+
+def finished_among(state: State, rollout_ids: Iterable[str]) -> list[Pair]:
+    """The rollouts among these that are finished, in the order given; unknown ids are skipped."""
+    found = (state.entries.get(rollout_id) for rollout_id in rollout_ids)
+    return [entry.pair for entry in found if entry is not None and entry.rollout.status in FINISHED]
+
+
+def unfinished_among(state: State, rollout_ids: Iterable[str]) -> list[str]:
+    """The rollouts among these that exist and are not finished."""
+    completions, entries = state.completions, state.entries
+    return [i for i in rollout_ids if i not in completions and i in entries]
+
+
+def finished_by_now(state: State, rollout_ids: Iterable[str]) -> tuple[list[Pair], int]:
+    """The answer of `wait`: those that are finished, and the newest cursor of the completion log."""
+    return finished_among(state, rollout_ids), state.completions.last
+
+
+def wait(state: State, step: Step, *, rollout_ids: list[Id], timeout: float | None) -> tuple[list[Pair], int] | None:
+    if (timeout is None or timeout > 0) and unfinished_among(state, rollout_ids):
+        return None
+    return finished_by_now(state, rollout_ids)
+
+
+def sort_out(
+    state: State, step: Step, *, rollout_ids: list[Id], instead_of: Whole | None = None
+) -> tuple[list[Pair], tuple[int, list[str], int | None]]:
+    """The finished rollouts among these in the order of completion; then a cursor, the unfinished ones, and a token.
+
+    All of it is from one step. Pass the token to `completed` to learn which of the unfinished ones finish. It replaces
+    an earlier token.
+    """
+    assert step.session is not None
+    if instead_of is not None:
+        state.watched.drop(instead_of)
+    done = finished_among(state, rollout_ids)
+    done.sort(key=lambda pair: state.completions.place(pair[0].rollout_id))
+    rest = unfinished_among(state, rollout_ids)
+    token = state.watched.keep(step.session.session_id, rest, step.seed) if rest else None
+    return done, (state.completions.last, rest, token)
+
+
+def completed(
+    state: State,
+    step: Step,
+    *,
+    cursor: Whole | None,
+    limit: Positive,
+    timeout: Seconds,
+    filters: Filters,
+    among: Whole | None = None,
+) -> tuple[list[Pair], int | None] | None:
+    found, cursor = completed_after(state, cursor, limit, filters, state.watched.find(among))
+    return (found, cursor) if found or timeout <= 0 else None
+
+
+def completed_after(
+    state: State, cursor: int | None, limit: int, filters: Mapping[str, Any], among: Container[str] | None = None
+) -> tuple[list[Pair], int | None]:
+    """Finished rollouts that follow a cursor in completion order (only those `among` some), and the next cursor."""
+    found: list[Pair] = []
+    asked = {name: value for name, value in filters.items() if value is not None}
+    for sequence, rollout_id in state.completions.after(cursor):
+        if len(found) == limit:
+            break
+        cursor = sequence
+        if among is not None and rollout_id not in among:
+            continue
+        entry = state.entries[rollout_id]
+        if fits(asked, entry.rollout):
+            found.append(entry.pair)
+    return found, cursor
+
+
+def changes(
+    state: State, step: Step, *, cursor: Whole | None, kinds: list[str] | None, limit: Positive, timeout: Seconds
+) -> tuple[list[Change], int | None] | None:
+    found, cursor = state.changes.after(cursor, kinds, limit)
+    return (found, cursor) if found or timeout <= 0 else None

@@ -220,13 +220,13 @@ Complaint = tuple[str, Any, str]  #: name, value, what was expected
 
 
 class _Node:
-    """One annotation."""
+    """One annotation: here of a value that may be anything."""
 
     expected = "another value"
 
     def test(self, source: _Source, v: str) -> str:
         """An expression that says whether the value named `v` is right."""
-        raise NotImplementedError
+        return "True"
 
     def refuse(self, source: _Source, v: str) -> list[str]:
         """Lines of a function that ends with False if the value named `v` is wrong."""
@@ -245,11 +245,6 @@ class _Node:
     def complaint(self, name: str, value: Any) -> Complaint | None:
         """What is wrong with a value."""
         return None if self.fits(value) else self.inside(name, value) or (name, value, self.expected)
-
-
-class _Any(_Node):
-    def test(self, source: _Source, v: str) -> str:
-        return "True"
 
 
 _LIMITS = f"{-(2**63)} <= {{v}} < {2**63}"
@@ -394,41 +389,10 @@ class _Fields(_Node):
             self.expected += f", of which {', '.join(name for name in fields if name in required)} must be there"
 
     def test(self, source: _Source, v: str) -> str:
-        tests = {name: source.function([f"return {node.test(source, 'v')}"]) for name, node in self.fields.items()}
-        table = source.name({})
-        body = ["if type(v) is not dict: return False", "for k, x in v.items():", f"    f = {table}.get(k)"]
-        body += ["    if f is None or not f(x): return False"]
-        body += [f"return {' and '.join(f'{name!r} in v' for name in sorted(self.required)) or 'True'}"]
-        made = source.function(body)
-        source.lines += [f"{table}[{name!r}] = {function}" for name, function in tests.items()]
-        return f"{made}({v})"
+        return f"(type({v}) is dict and {self.function(source)}({v}))"
 
-    def inside(self, name: str, value: Any) -> Complaint | None:
-        if type(value) is not dict:
-            return None
-        prefix = f"{name}." if name else ""
-        for key, item in value.items():
-            node = self.fields.get(key)
-            if node is None:
-                return f"{prefix}{key}" if isinstance(key, str) else name or "argument", item, self.expected
-            if (found := node.complaint(prefix + key, item)) is not None:
-                return found
-        missing = next((field for field in self.fields if field in self.required and field not in value), None)
-        return None if missing is None else (f"{prefix}{missing}", None, "a value, which is missing")
-
-
-class _Arguments(_Fields):
-    """The arguments of a verb. Their checks are unrolled, since every operation runs them."""
-
-    def whole(self) -> Callable[[Any], bool]:
-        """Whether arguments are right, as one function."""
-        source = _Source()
-        return source.made(self._function(source))  # type: ignore[no-any-return]
-
-    def test(self, source: _Source, v: str) -> str:
-        return f"{self._function(source)}({v})"
-
-    def _function(self, source: _Source) -> str:
+    def function(self, source: _Source) -> str:
+        """The name of a function of a dict. Its checks are unrolled, since every operation runs them."""
         needed = [name for name in self.fields if name in self.required]
         body = ["try:"] + [f"    a{number} = v[{name!r}]" for number, name in enumerate(needed)] if needed else []
         body += ["except KeyError: return False"] if needed else []
@@ -446,12 +410,25 @@ class _Arguments(_Fields):
             body += ["return len(v) == n"]
         return source.function(body)
 
+    def inside(self, name: str, value: Any) -> Complaint | None:
+        if type(value) is not dict:
+            return None
+        prefix = f"{name}." if name else ""
+        for key, item in value.items():
+            node = self.fields.get(key)
+            if node is None:
+                return f"{prefix}{key}" if isinstance(key, str) else name or "argument", item, self.expected
+            if (found := node.complaint(prefix + key, item)) is not None:
+                return found
+        missing = next((field for field in self.fields if field in self.required and field not in value), None)
+        return None if missing is None else (f"{prefix}{missing}", None, "a value, which is missing")
+
 
 def _node(annotation: Any) -> _Node:
     """What an annotation comes to."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
-        return _Any()
+        return _Node()
     if origin is Annotated:
         return _annotated(arguments[0], arguments[1])
     if origin in (typing.Union, types.UnionType):
@@ -520,8 +497,9 @@ class Schema:
         hints = typing.get_type_hints(asked, globalns=function.__globals__, include_extras=True)
         required = frozenset(names) - frozenset(function.__kwdefaults__ or ())
         self.names, self.required = frozenset(names), required
-        self._node = _Arguments({name: _node(hints[name]) for name in names}, required)
-        self.fits: Callable[[Any], bool] = self._node.whole()
+        self._node = _Fields({name: _node(hints[name]) for name in names}, required)
+        source = _Source()
+        self.fits: Callable[[Any], bool] = source.made(self._node.function(source))
 
     def refusal(self, verb: str, arguments: Any) -> InvalidValueError:
         """What is wrong with arguments that do not fit."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
 from operator import attrgetter
@@ -121,10 +122,8 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
                 state.suspects.update(suspects)
             case "workers":
                 state.workers.update((row[0], Worker(*row)) for row in value)
-            case "consumers":
-                state.consumers.update((consumer, unpacked(Consumer, known)) for consumer, known in value.items())
-            case "forgotten":
-                state.forgotten.update((consumer, unpacked(Consumer, known)) for consumer, known in value.items())
+            case "consumers" | "forgotten":
+                getattr(state, name).update((consumer, unpacked(Consumer, known)) for consumer, known in value.items())
             case "resources":
                 state.resources.restore(value)
             case "session":
@@ -154,36 +153,29 @@ CHUNK_ROLLOUTS = 128
 Column = list[Any]
 
 #: Columns of few different texts or numbers, which are kept once.
-_REPEATED = frozenset(
+REPEATED = frozenset(
     {"mode", "resources_id", "status", "config", "group_id", "queue", "priority"}
     | {"sequence_id", "worker_id", "outcome", "error", "resources_version", "policy_version"}
 )
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class LazyChunk:
     """Some rollouts of a snapshot, in columns until one of them is needed."""
 
-    __slots__ = ("_entries", "_ids", "_members", "_read", "packed")
-
-    def __init__(
-        self,
-        packed: bytes,
-        read: Callable[[bytes], dict[str, Any]],
-        members: Iterable[int],
-        ids: list[str],
-        entries: dict[str, Entry],
-    ) -> None:
-        """`members` are the places of its rollouts among `ids`; their entries will be in `entries`."""
-        self.packed: bytes = packed
-        self._read, self._members, self._ids, self._entries = read, members, ids, entries
+    packed: bytes
+    read: Callable[[bytes], dict[str, Any]]
+    members: Iterable[int]  # places of its rollouts among `ids`
+    ids: list[str]
+    entries: dict[str, Entry]  # in which theirs will be
 
     def load(self) -> None:
         """Fill the entries of all its rollouts."""
-        ids = [self._ids[member] for member in self._members]
-        entries = [self._entries[rollout_id] for rollout_id in ids]  # whoever deletes one looks at it first
+        ids = [self.ids[member] for member in self.members]
+        entries = [self.entries[rollout_id] for rollout_id in ids]  # whoever deletes one looks at it first
         for entry in entries:
             del entry.chunk
-        fill(entries, ids, self._read(self.packed))
+        fill(entries, ids, self.read(self.packed))
 
 
 #: Fields of an entry that have columns of their own: records, and what is kept for each attempt.
@@ -194,12 +186,11 @@ _FIELDS = tuple(field for field in snapshot_fields(Entry) if field.name not in _
 _SPARSE, _REPEATS, _DENSE = range(3)
 
 
-def _names(kind: type) -> list[str]:
-    """The fields of a record, without the rollout's id, which is the entry's."""
-    return [field.name for field in snapshot_fields(kind) if field.name != "rollout_id"]
-
-
-_NAMES: dict[type, list[str]] = {kind: _names(kind) for kind in (Rollout, Attempt)}
+#: Fields that have columns, without the rollout's id, which is the entry's.
+NAMES: dict[type, list[str]] = {
+    kind: [field.name for field in snapshot_fields(kind) if field.name != "rollout_id"]
+    for kind in (Rollout, Attempt, AttemptClock)
+}
 
 
 def column(values: Column, usual: Any = None, *, repeats: bool = False) -> Any:
@@ -234,12 +225,12 @@ def expanded(packed_column: Any, length: int, usual: Any = None) -> Column:
 
 def _record_columns(records: list[Any], kind: type) -> dict[str, Any]:
     return {
-        name: column([getattr(record, name) for record in records], repeats=name in _REPEATED) for name in _NAMES[kind]
+        name: column([getattr(record, name) for record in records], repeats=name in REPEATED) for name in NAMES[kind]
     }
 
 
 def _record_fields(columns_: dict[str, Any], kind: type, length: int) -> list[Column]:
-    return [expanded(columns_.get(name), length) for name in _NAMES[kind]]
+    return [expanded(columns_.get(name), length) for name in NAMES[kind]]
 
 
 def columns(entries: list[Entry]) -> dict[str, Any]:
@@ -253,7 +244,7 @@ def columns(entries: list[Entry]) -> dict[str, Any]:
         "rollouts": _record_columns(rollouts, Rollout),
         "counts": [len(entry.attempts) for entry in entries],
         "attempts": _record_columns(attempts, Attempt),
-        "clocks": {f.name: column([getattr(clock, f.name) for clock in clocks]) for f in snapshot_fields(AttemptClock)},
+        "clocks": _record_columns(clocks, AttemptClock),
         "holders": column([e.holders.get(a.attempt_id) for e in entries for a in e.attempts], repeats=True),
         "others": [(n, others) for n, e in enumerate(entries) if (others := _other_holders(e))],
         "entries": {f.name: _entry_column(f, entries) for f in _FIELDS},
@@ -270,8 +261,8 @@ def _usual(field: Field) -> Any:
 
 
 def _row(config: Config) -> tuple[Any, ...]:
-    timeout, unresponsive, max_attempts, retry_condition = config.row()
-    return timeout, unresponsive, max_attempts, tuple(retry_condition)
+    *numbers, retry_condition = config.row()
+    return *numbers, tuple(retry_condition)
 
 
 def _other_holders(entry: Entry) -> list[tuple[str, str]]:
@@ -287,17 +278,15 @@ def fill(entries: list[Entry], ids: list[str], chunk: dict[str, Any]) -> None:
     rollouts = list(map(Rollout, ids, *_record_fields(chunk["rollouts"], Rollout, len(ids))))
     owners = [i for i, count in zip(ids, counts, strict=True) for _ in range(count)]
     attempts = list(map(Attempt, owners, *_record_fields(chunk["attempts"], Attempt, len(owners))))
-    fields = [expanded(chunk["clocks"].get(f.name), len(owners)) for f in snapshot_fields(AttemptClock)]
-    clocks = list(map(AttemptClock, *fields))
+    clocks = list(map(AttemptClock, *_record_fields(chunk["clocks"], AttemptClock, len(owners))))
     held_by = expanded(chunk["holders"], len(owners))
     at = 0
     for entry, rollout, count in zip(entries, rollouts, counts, strict=True):
         rollout.config = configs[rollout.config]  # type: ignore[call-overload]  # its number among them
         end = at + count
         Entry.__init__(entry, rollout, 0, attempts=attempts[at:end], clocks=clocks[at:end])
-        for attempt, session_id in zip(entry.attempts, held_by[at:end], strict=True):
-            if session_id is not None:
-                entry.holders[attempt.attempt_id] = session_id
+        held = zip(entry.attempts, held_by[at:end], strict=True)
+        entry.holders.update((attempt.attempt_id, holder) for attempt, holder in held if holder is not None)
         at = end
     for n, others in chunk["others"]:
         entries[n].holders.update(others)
@@ -391,10 +380,9 @@ def _content(field: Any) -> Any:
     """A field as a value; of long ones only what tells them apart."""
     if type(field) in _BRIEF:
         return field
-    if isinstance(field, bytes):
-        return len(field), crc32(field)
-    if isinstance(field, Payload):
-        return len(field.data), crc32(field.data)
+    if isinstance(field, (bytes, Payload)):
+        data = field if isinstance(field, bytes) else field.data
+        return len(data), crc32(data)
     return _plain(field)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raystore.core.payload import OnDisk, Payload, size_of
@@ -51,16 +51,14 @@ class SpansWritten:
     reward: float | None
 
 
+@dataclass(slots=True, eq=False)
 class _Stored:
     """The spans of one rollout."""
 
-    __slots__ = ("bytes", "cached", "places", "spans")
-
-    def __init__(self) -> None:
-        self.spans: dict[tuple[str, str] | int, Span] = {}
-        self.bytes = 0
-        self.cached = 0  # spans of which the body is in memory
-        self.places: array[int] | None = None  # in a journal, in the order of the spans
+    spans: dict[tuple[str, str] | int, Span] = field(default_factory=dict)
+    bytes: int = 0
+    cached: int = 0  # spans of which the body is in memory
+    places: array[int] | None = None  # in a journal, in the order of the spans
 
 
 Index = tuple["array[int]", list[list[Any]]]  #: of one rollout: where each body is in a journal, and a row for each
@@ -130,10 +128,6 @@ class SpanTable:
         number = self._counters.get(rollout_id)
         return self._on_disk.get(rollout_id, 0) % NUMBERS if number is None else number
 
-    def _lift(self, rollout_id: str, number: int) -> None:
-        if number > self._newest(rollout_id):
-            self._counters[rollout_id] = number
-
     # -- writing -------------------------------------------------------------------------------------------------
 
     def add(self, rollout_id: str, spans: Iterable[Span], places: Iterable[int] | None = None) -> SpansWritten:
@@ -171,7 +165,8 @@ class SpanTable:
         held.bytes += size
         self.bytes += size
         self.count += len(kept) - before
-        self._lift(rollout_id, highest)
+        if highest > self._newest(rollout_id):
+            self._counters[rollout_id] = highest
         return written
 
     def _add_on_disk(self, rollout_id: str, spans: list[Span], places: list[int]) -> SpansWritten:
@@ -298,11 +293,10 @@ class SpanTable:
         self.evicted.discard(rollout_id)
         self._counters.pop(rollout_id, None)
 
-    def _remove(self, rollout_id: str) -> _Stored:
+    def _remove(self, rollout_id: str) -> None:
         held = self.by_rollout.pop(rollout_id)
         self.bytes -= held.bytes
         self.count -= len(held.spans)
-        return held
 
     def check(self, rollout_ids: Iterable[str]) -> None:
         """Verify the sums, and that every span belongs to a rollout that exists."""

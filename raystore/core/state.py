@@ -19,7 +19,7 @@ from raystore.core.changes import ChangeFeed, CompletionLog, WatchSets
 from raystore.core.lazyheap import Deadlines, LazyHeap
 from raystore.core.lifecycle import ACTIVE, UNCHARGED, is_busy, is_live
 from raystore.core.payload import of_attempt
-from raystore.core.queries import Indexes, Key, keys_of
+from raystore.core.queries import Indexes
 from raystore.core.queues import Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker, declare, declared, packed, pairs, shown, unpacked
 from raystore.core.replies import ReplyCache
@@ -31,6 +31,7 @@ from raystore.errors import (
     ClaimLostError,
     RolloutNotFoundError,
     StoreError,
+    StoreOverloadedError,
     from_record,
     to_record,
 )
@@ -38,6 +39,8 @@ from raystore.errors import (
 CLAIM_SECONDS = 5.0  #: a claim that is not acknowledged for so long is withdrawn
 SESSION_SILENCE_SECONDS = 60.0  #: a session that was not heard for so long has ended
 SESSION_RECORD_SECONDS = 600.0  #: how long the record of an ended session answers its late batches
+
+RETRY_SECONDS = 5.0  #: after which a call that exceeded a fixed limit may be tried again
 
 Patience = tuple[bool, str]  #: what waits for a bounded time: True and a reserved session, False and a suspect
 AttemptKey = tuple[str, str]  #: rollout id and attempt id; an attempt id alone is only unique within its rollout
@@ -94,15 +97,13 @@ class Step:
 Pair = tuple[Rollout, Attempt | None]  #: a rollout with its latest attempt
 
 
+@dataclass(slots=True, eq=False)
 class Chain:
     """What the parts of one bulk call share."""
 
-    __slots__ = ("is_last", "notes", "refusal")
-
-    def __init__(self) -> None:
-        self.notes: dict[str, Any] = {}
-        self.refusal: StoreError | None = None
-        self.is_last: bool = False  # the part that runs is the last one
+    notes: dict[str, Any] = field(default_factory=dict)
+    refusal: StoreError | None = None
+    is_last: bool = False  # the part that runs is the last one
 
 
 def _by_key(rows: list[Any]) -> dict[Any, Any]:
@@ -119,9 +120,8 @@ def _chains_packed(chains: dict[int, Chain]) -> list[Any]:
 def _chains_unpacked(rows: list[Any]) -> dict[int, Chain]:
     chains = {}
     for number, notes, refusal in rows:
-        chain = chains[number] = Chain()
         error = from_record(*refusal) if refusal is not None else None
-        chain.notes, chain.refusal = notes, error if isinstance(error, StoreError) else None
+        chains[number] = Chain(notes, error if isinstance(error, StoreError) else None)
     return chains
 
 
@@ -153,7 +153,11 @@ class Session:
     #: Rollouts that a long deletion of it will reach, of which some pieces are still to run.
     deleting: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
     replies: ReplyCache = declare(
-        name="line", make=ReplyCache, pack=packed, unpack=lambda values: unpacked(ReplyCache, values), in_digest=False
+        stored_as="line",
+        make=ReplyCache,
+        pack=packed,
+        unpack=lambda values: unpacked(ReplyCache, values),
+        in_digest=False,
     )
     #: Which process it is: see `raystore.remote.lifelines`. None if it did not say.
     process: list[Any] | None = declare(None)
@@ -344,6 +348,12 @@ class Effects:
         )  # fmt: skip
 
 
+def require_room(what: str, number: int, bound: int) -> None:
+    """Raise `StoreOverloadedError` if a fixed limit leaves no room for one more. Other limits are set by users."""
+    if number >= bound:
+        raise StoreOverloadedError(what, number, bound, RETRY_SECONDS)
+
+
 def last_heard_of(worker: Worker) -> float:
     """When a worker was heard of last."""
     stamps = (worker.last_heartbeat_time, worker.last_dequeue_time, worker.last_busy_time, worker.last_idle_time)
@@ -509,7 +519,7 @@ class State:
         was_live, lives = old is not None and is_live(old), is_live(attempt)
         if was_live != lives:
             if attempt.resources_version is not None:
-                self._refer(entry, attempt, 1 if lives else -1)
+                self.resources.refer(entry.rollout.resources_id, attempt.resources_version, 1 if lives else -1)
             if lives:
                 self.hold(entry, attempt.attempt_id)
             else:
@@ -523,7 +533,7 @@ class State:
         self.let_go(entry, attempt.attempt_id)
         entry.holders.pop(attempt.attempt_id, None)
         if is_live(attempt):
-            self._refer(entry, attempt, -1)
+            self.resources.refer(entry.rollout.resources_id, attempt.resources_version, -1)
         self._index_worker(entry, entry.attempts[-2] if len(entry.attempts) > 1 else None)
         entry.attempts.pop()
         entry.clocks.pop()
@@ -536,9 +546,6 @@ class State:
         more -= of_attempt(old.metadata, old.error) if old is not None else 0
         entry.bytes += more
         self.payload_bytes += more
-
-    def _refer(self, entry: Entry, attempt: Attempt, change: int) -> None:
-        self.resources.refer(entry.rollout.resources_id, attempt.resources_version, change)
 
     def _index_worker(self, entry: Entry, attempt: Attempt | None) -> None:
         before = entry.latest.worker_id if entry.latest else None
@@ -658,7 +665,3 @@ class State:
         if self.settings.spans_only:
             return self.spans.bytes
         return self.spans.bytes + self.payload_bytes + self.resources.bytes
-
-    def index_keys(self, entry: Entry) -> set[Key]:
-        """The index keys that an entry must be found under."""
-        return set(keys_of(entry.rollout, entry.latest))

@@ -14,16 +14,28 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NoReturn
 
-from raystore.core import bounds
 from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, TRAINABLE, Trainable, is_dropped
 from raystore.core.records import Many, Rollout
 from raystore.core.schema import Id, Mode, Positive, Seconds, Tags, Text, Whole
-from raystore.core.state import NOBODY, BatchKey, Consumer, Entry, Pair, Session, Settings, State, Step, Taken
+from raystore.core.state import (
+    NOBODY,
+    BatchKey,
+    Consumer,
+    Entry,
+    Pair,
+    Session,
+    Settings,
+    State,
+    Step,
+    Taken,
+    require_room,
+)
 from raystore.errors import BatchConflictError, BatchHeldError, ConsumerFilterError
 
+CONSUMERS = 1_000  #: that are known: each is asked with every rollout that finishes
 USUAL = ["succeeded"]  #: what a consumer is given if it says nothing
 
 Filter = dict[str, Any]  #: what is to be equal, by field of a rollout; and "status_in", always
@@ -51,9 +63,7 @@ def make_filter(
 
 def fits(wanted: Filter | None, rollout: Rollout) -> bool:
     """Whether a rollout is what a filter asks for, however it may end."""
-    if wanted is None or len(wanted) == 1:
-        return True
-    for name, value in wanted.items():
+    for name, value in (wanted or {}).items():
         if name == "tags":
             if any(rollout.tags.get(tag, _ABSENT) != item for tag, item in value.items()):
                 return False
@@ -188,18 +198,11 @@ def reconsider(state: State, entry: Entry) -> None:
 # -- who is known ------------------------------------------------------------------------------------------------------
 
 
-def check_filter(state: State, consumer: str, asked: Filter | None) -> None:
-    """Refuse another filter than the one that a consumer has."""
-    known = state.consumers.get(consumer)
-    if known is not None and known.filter is not None and asked is not None and asked != known.filter:
-        raise ConsumerFilterError(consumer, known.filter, asked)
-
-
 def know(state: State, consumer: str, wanted: Filter | None = None) -> Consumer:
     """The consumer of this name, made known if it is new; sets its filter if one is given."""
     known = state.consumers.get(consumer)
     if known is None:
-        bounds.admit("consumers", len(state.consumers), bounds.CONSUMERS)
+        require_room("consumers", len(state.consumers), CONSUMERS)
         known = state.forgotten.pop(consumer, None)
         is_new = known is None
         known = known or Consumer()
@@ -252,26 +255,24 @@ def let_go(state: State, consumer: str) -> list[str]:
     if known is None:
         return []
     state.forgotten[consumer] = known
-    rollout_ids = list(known.awaiting)
-    for batch in known.batches.values():
-        for rollout_id in batch:
-            entry = state.entries.get(rollout_id)
-            if entry is not None:
-                entry.taken = others(entry, consumer)
-                state.touch(rollout_id)
-                rollout_ids.append(rollout_id)
+    held = untake(state, consumer, chain.from_iterable(known.batches.values()))
+    rollout_ids = [*known.awaiting, *(entry.rollout.rollout_id for entry in held)]
     known.awaiting, known.coming = OrderedDict(), None
-    for held in (known.returned, known.batches, known.steps, known.holders):
-        held.clear()
+    for kept in (known.returned, known.batches, known.steps, known.holders):
+        kept.clear()
     for rollout_id in rollout_ids:
         settle(state, state.entries[rollout_id])
     _sort_coming(state)
     return rollout_ids
 
 
-def others(entry: Entry, consumer: str) -> Mapping[str, Taken]:
-    """Who has taken a rollout, one consumer apart."""
-    return {name: taken for name, taken in entry.taken.items() if name != consumer} or NOBODY
+def untake(state: State, consumer: str, rollout_ids: Iterable[str]) -> list[Entry]:
+    """A consumer has not taken these rollouts any more; returns those that there are."""
+    entries = [entry for i in rollout_ids if (entry := state.entries.get(i)) is not None]
+    for entry in entries:
+        entry.taken = {name: taken for name, taken in entry.taken.items() if name != consumer} or NOBODY
+        state.touch(entry.rollout.rollout_id)
+    return entries
 
 
 def _sort_coming(state: State) -> None:
@@ -307,10 +308,11 @@ Batch = tuple[list[Pair], int]  #: rollouts, and its number
 
 def prepare(state: State, step: Step, consumer: str, asked: Filter | None, max_open: int) -> Consumer:
     """The consumer that asks for a batch; raises if it may have none, or asks for something else than before."""
-    check_filter(state, consumer, asked)
+    known = state.consumers.get(consumer)
+    if known is not None and known.filter is not None and asked is not None and asked != known.filter:
+        raise ConsumerFilterError(consumer, known.filter, asked)
     if (refusal := why_not(state, step.session, consumer, max_open)) is not None:
         raise refusal
-    known = state.consumers.get(consumer)
     if asked is None and (known is None or known.filter is None):
         asked = {"status_in": list(USUAL)}  # it has said now what it takes
     return know(state, consumer, asked)
@@ -421,16 +423,10 @@ def batch_again(state: State, session: Session, key: BatchKey) -> Batch | None:
 
 def get_batch(state: State, step: Step, *, consumer: Id, batch: int) -> Many:
     """What is in a batch that is open, for a caller that has lost a part of its answer."""
-    found = [state.entries[i].pair for i in rollouts_of(state, consumer, batch)]
-    return Many(found, batch)
-
-
-def rollouts_of(state: State, consumer: str, batch: int) -> list[str]:
-    """The rollouts of a batch that a consumer holds."""
     known = known_consumer(state, consumer, batch)
     if batch not in known.holders:
         refuse(known, consumer, batch)
-    return [i for i in known.batches[batch] if i in state.entries]
+    return Many([state.entries[i].pair for i in known.batches[batch] if i in state.entries], batch)
 
 
 # -- whose a batch is --------------------------------------------------------------------------------------------------
@@ -599,15 +595,12 @@ def forget_consumer(state: State, step: Step, *, consumer: Id) -> int:
 def _return(state: State, known: Consumer, consumer: str, batches: list[int]) -> int:
     back: dict[str, None] = {}
     for batch in sorted(batches):
-        for rollout_id in known.batches.pop(batch):
-            entry = state.entries.get(rollout_id)
-            if entry is not None:
-                entry.taken = others(entry, consumer)
-                back[rollout_id] = None
-                state.touch(rollout_id)
-                follow(state, entry)
-                if rollout_id not in known.awaiting:  # it asks for something else by now
-                    settle(state, entry)
+        for entry in untake(state, consumer, known.batches.pop(batch)):
+            rollout_id = entry.rollout.rollout_id
+            back[rollout_id] = None
+            follow(state, entry)
+            if rollout_id not in known.awaiting:  # it asks for something else by now
+                settle(state, entry)
         known.steps.pop(batch, None)
         _free(state, known, consumer, batch)
     if back:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raystore.core import attempts, claims, expiry, publishing, retention, rollouts, training, waiting, workers
+from raystore.core import attempts, claims, expiry, publishing, retention, rollouts, training, workers
 from raystore.core.schema import Part, Schema, checker
 from raystore.core.state import Chain, Entry, HandedKey, Session, State, Step
 from raystore.errors import InvalidValueError, SessionEndedError, StoreError, copy_of
@@ -23,7 +23,7 @@ from raystore.errors import InvalidValueError, SessionEndedError, StoreError, co
 WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes"]
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, eq=False)
 class Verb:
     """One entry of a table of verbs."""
 
@@ -38,9 +38,8 @@ class Verb:
     schema: Schema = field(init=False)
 
     def __post_init__(self) -> None:
-        schema = Schema(self.run)
-        object.__setattr__(self, "schema", schema)
-        object.__setattr__(self, "fits", schema.fits)
+        self.schema = Schema(self.run)
+        self.fits = self.schema.fits
 
     def require(self, verb: str, arguments: dict[str, Any]) -> None:
         """Raise `InvalidValueError` unless the arguments fit the verb: wrong ones must not fail inside the core."""
@@ -167,10 +166,10 @@ VERBS: dict[str, Verb] = {
     "query_rollouts": Verb(rollouts.query, changes=False, names=("rollout_id_in",)),
     "get_rollout": Verb(rollouts.get, changes=False, names=_ONE),
     "update_rollout": Verb(rollouts.update, names=_ONE),
-    "wait": Verb(waiting.wait, changes=False, waits_for="rollouts"),
-    "sort_out": Verb(waiting.sort_out, changes=False),
-    "completed": Verb(waiting.completed, changes=False, waits_for="completions"),
-    "changes": Verb(waiting.changes, changes=False, waits_for="changes"),
+    "wait": Verb(rollouts.wait, changes=False, waits_for="rollouts"),
+    "sort_out": Verb(rollouts.sort_out, changes=False),
+    "completed": Verb(rollouts.completed, changes=False, waits_for="completions"),
+    "changes": Verb(rollouts.changes, changes=False, waits_for="changes"),
     "cancel_rollouts": Verb(attempts.cancel, names=_LIST),
     "release": Verb(rollouts.release, names=_LIST),
     "delete_rollouts": Verb(retention.delete, names=_LIST),
@@ -217,21 +216,25 @@ CHANGING = frozenset(name for name, verb in VERBS.items() if verb.changes)  #: m
 # -- changes that no caller asks for -----------------------------------------------------------------------------------
 
 
-def _pause(state: State, step: Step, seconds: float) -> None:
-    expiry.pause(state, step, seconds)
+def advance(state: State, step: Step, *due: list[Any], **rules: Callable[..., Any]) -> None:
+    """Work off what was due; by other `rules` in an earlier format."""
+    expiry.advance(state, step, expiry.Due(*due), **rules)
 
 
-def _advance(state: State, step: Step, *due: list[Any]) -> None:
-    expiry.advance(state, step, expiry.Due(*due))
-
-
-def _hand_over(
-    state: State, step: Step, session_id: str, ticket: int, queues: list[str], limit: int, worker_id: str | None
+def hand_over(
+    state: State,
+    step: Step,
+    session_id: str,
+    ticket: int,
+    queues: list[str],
+    limit: int,
+    worker_id: str | None,
+    claim: Callable[..., list[Entry]] = claims.claim,
 ) -> list[Entry]:
     """Give work to a parked call. That there is none is not recorded again: it was recorded when the call came."""
     session = state.sessions[session_id]
     step.session = session
-    claimed = claims.claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
+    claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
     if claimed:
         keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
         session.replies.hand(ticket, keys, session.claims, session.batches)
@@ -247,43 +250,36 @@ def _hand_batch(state: State, step: Step, session_id: str, ticket: int, consumer
     return batch
 
 
-def _take_back(state: State, step: Step, session_id: str, keys: list[HandedKey]) -> None:
+def take_back(
+    state: State, step: Step, session_id: str, keys: list[HandedKey], undo: Callable[..., Any] = claims.take_back
+) -> None:
     """The caller of a parked call had gone when its answer came."""
     for key in keys:
-        claims.take_back(state, step, state.sessions[session_id], key, why="declined")
+        undo(state, step, state.sessions[session_id], key, why="declined")
 
 
 def _acknowledge(state: State, step: Step, session_id: str, keys: list[HandedKey]) -> list[HandedKey]:
     return claims.acknowledge(state, step, state.sessions[session_id], keys)
 
 
-def _open_session(state: State, step: Step, session_id: str, eternal: bool, process: list[Any] | None = None) -> None:
-    claims.open_session(state, step, session_id, eternal=eternal, process=process)
-
-
-def _end_session(state: State, step: Step, session_id: str, why: str) -> None:
-    claims.end_session(state, step, state.sessions[session_id], why=why)
-
-
-def _hold_back(state: State, step: Step, resources_id: str, version: int, why: str) -> bool:
-    return publishing.hold_back(state, step, resources_id, version, why)
-
-
-def _forget_workers(state: State, step: Step, worker_ids: list[str]) -> None:
-    workers.forget(state, worker_ids)
+def end_session(
+    state: State, step: Step, session_id: str, why: str, end: Callable[..., None] = claims.end_session
+) -> None:
+    """A client process has ended."""
+    end(state, step, state.sessions[session_id], why=why)
 
 
 #: Changes that no caller asks for: deadlines, work for parked calls, sessions that begin or end. The keys are the names
 #: that a journal uses. The service decides when a step runs, and with which arguments; a replay runs the recorded ones.
 STEPS: dict[str, Callable[..., Any]] = {
-    "pause": _pause,
-    "advance": _advance,
-    "hand_over": _hand_over,
+    "pause": expiry.pause,
+    "advance": advance,
+    "hand_over": hand_over,
     "hand_batch": _hand_batch,
-    "take_back": _take_back,
+    "take_back": take_back,
     "acknowledge": _acknowledge,
-    "open_session": _open_session,
-    "end_session": _end_session,
-    "hold_back": _hold_back,
-    "forget_workers": _forget_workers,
+    "open_session": claims.open_session,
+    "end_session": end_session,
+    "hold_back": publishing.hold_back,
+    "forget_workers": workers.forget,
 }

@@ -12,32 +12,35 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from raystore.core import bounds, queries
+from raystore.core import queries
 from raystore.core.lifecycle import ACTIVE, BUSY, WorkerStatus, is_busy, is_idle, worker_after
 from raystore.core.payload import size_of
 from raystore.core.records import Attempt, Many, Worker
 from raystore.core.schema import Id, Logic, SortOrder, WorkerChanges
-from raystore.core.state import State, Step
+from raystore.core.state import State, Step, require_room
+
+WORKERS = 100_000  #: records of runners
+IDLE_WORKERS = 10_000  #: that are not busy: of these the newest are kept, by when they were heard of,
+SURPLUS = 250  #: and so many beyond go at once
 
 
 def admit(state: State, worker_id: str | None) -> None:
     """Refuse a worker that is new when there are too many."""
     if worker_id is not None and worker_id not in state.workers:
-        bounds.admit("workers", len(state.workers), bounds.WORKERS)
+        require_room("workers", len(state.workers), WORKERS)
 
 
 def update(state: State, step: Step, *, worker_id: Id, changes: WorkerChanges) -> Worker:
     """A heartbeat of a worker, with statistics if given; never changes its status."""
     admit(state, worker_id)
-    worker = state.workers.get(worker_id) or Worker(worker_id)
-    return _put(state, worker, last_heartbeat_time=step.now, **changes)
+    return _put(state, worker_id, last_heartbeat_time=step.now, **changes)
 
 
 def busy(state: State, step: Step, worker_id: str, attempt: Attempt, *, claimed: bool) -> None:
     """A worker started an attempt."""
     _put(
         state,
-        state.workers.get(worker_id) or Worker(worker_id),
+        worker_id,
         status=BUSY,
         current_rollout_id=attempt.rollout_id,
         current_attempt_id=attempt.attempt_id,
@@ -50,7 +53,7 @@ def came_away_empty(state: State, step: Step, worker_id: str) -> None:
     """A worker asked for work and there was none."""
     worker = state.workers.get(worker_id)
     if worker is not None and is_idle(worker):
-        _put(state, worker, last_dequeue_time=step.now)
+        _put(state, worker_id, last_dequeue_time=step.now)
     else:
         _follow(state, worker_id, "idle", None, last_dequeue_time=step.now, last_idle_time=step.now)
 
@@ -70,7 +73,7 @@ def follow(state: State, step: Step, attempt: Attempt) -> None:
 def _follow(state: State, worker_id: str, status: str, attempt: Attempt | None, **stamps: Any) -> None:
     _put(
         state,
-        state.workers.get(worker_id) or Worker(worker_id),
+        worker_id,
         status=status,
         current_rollout_id=attempt.rollout_id if attempt else None,
         current_attempt_id=attempt.attempt_id if attempt else None,
@@ -78,26 +81,27 @@ def _follow(state: State, worker_id: str, status: str, attempt: Attempt | None, 
     )
 
 
-def _put(state: State, before: Worker, **changes: Any) -> Worker:
-    """Replace the record of a worker, which was heard of just now."""
-    worker = state.workers[before.worker_id] = before.evolve(**changes)
+def _put(state: State, worker_id: str, **changes: Any) -> Worker:
+    """Replace the record of a worker, which was heard of just now, perhaps for the first time."""
+    before = state.workers.get(worker_id) or Worker(worker_id)
+    worker = state.workers[worker_id] = before.evolve(**changes)
     if worker.heartbeat_stats is not before.heartbeat_stats:
         state.payload_bytes += size_of(worker.heartbeat_stats) - size_of(before.heartbeat_stats)
     idle = state.idle_workers
-    idle.pop(worker.worker_id, None)
+    idle.pop(worker_id, None)
     if not is_busy(worker):
-        idle[worker.worker_id] = None  # behind all others
-        if len(idle) >= bounds.IDLE_WORKERS + bounds.SURPLUS:
+        idle[worker_id] = None  # behind all others
+        if len(idle) >= IDLE_WORKERS + SURPLUS:
             state.effects.has_surplus = True
     return worker
 
 
 def surplus(state: State) -> list[str]:
     """The workers that are not busy and were not heard of for the longest time, beyond those that are kept."""
-    return list(islice(state.idle_workers, max(len(state.idle_workers) - bounds.IDLE_WORKERS, 0)))
+    return list(islice(state.idle_workers, max(len(state.idle_workers) - IDLE_WORKERS, 0)))
 
 
-def forget(state: State, worker_ids: Iterable[str]) -> None:
+def forget(state: State, step: Step, worker_ids: Iterable[str]) -> None:
     """Drop the records of workers."""
     for worker_id in worker_ids:
         worker = state.workers.get(worker_id)

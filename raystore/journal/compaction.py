@@ -40,8 +40,7 @@ from raystore.core.state import State
 from raystore.errors import JournalInUseError, JournalMissingError, StoreError
 from raystore.journal import format
 from raystore.journal.failpoints import failpoint
-from raystore.journal.files import BODIES, RECORDS, SNAPSHOT, Directory, JournalPosition, unfinished
-from raystore.journal.format import Chunks
+from raystore.journal.files import BODIES, RECORDS, SNAPSHOT, Directory, JournalPosition, whole_file
 from raystore.journal.reader import JournalReader
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
@@ -57,7 +56,6 @@ MOST_FAILURES = 8  #: each doubles the number of operations before the next try
 SHARE = 10  #: and one operation for so many rollouts, since each is read and written again
 
 DIFFERS = 3  #: exit code: the state is not the one that its writer found
-COPY_BYTES = 8 * 1024 * 1024
 LOCK = "compaction.lock"
 HELPER_PATIENCE_SECONDS = 60.0  #: for which the helper of another store is waited for
 
@@ -178,7 +176,7 @@ class Snapshotter:
                     command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=environment, process_group=0
                 )
             outcome = _outcome(*helper.communicate(), helper.returncode)
-            if "bytes" in outcome and not self._is_there(number):
+            if "bytes" in outcome and not _snapshot_up_to(self.directory, self.epoch, number):
                 outcome = {"error": "the helper says that it made one, and there is none"}
         except Exception as error:  # whatever it is, another helper must be able to begin
             outcome = {"error": f"{type(error).__name__}: {error}"}
@@ -198,11 +196,6 @@ class Snapshotter:
             logger.critical("Journal %s: %s; nothing of it is deleted any more", self.directory.path, self.failed)
         elif "error" not in outcome:
             self._on_snapshot()
-
-    def _is_there(self, number: int) -> bool:
-        """Whether there is a snapshot that goes up to a segment."""
-        snapshots = self.directory.segments(SNAPSHOT)
-        return bool(snapshots) and snapshots[-1][:2] >= (self.epoch, number)
 
     def _put_off(self, why: str) -> None:
         """No snapshot was made; wait twice as long for the next try."""
@@ -248,9 +241,8 @@ def compact(directory: Directory, epoch: int, number: int) -> Outcome:
     Raises `BlockingIOError` if another helper is at work.
     """
     with _only_helper(directory):
-        snapshots = directory.segments(SNAPSHOT)
-        if snapshots and snapshots[-1][:2] >= (epoch, number):
-            return {"seconds": 0.0, "bytes": snapshots[-1].path.stat().st_size}
+        if (made := _snapshot_up_to(directory, epoch, number)) is not None:
+            return {"seconds": 0.0, "bytes": made.stat().st_size}
         started = time.monotonic()
         reader = JournalReader(directory, until=(epoch, number))
         replayed = replay(reader)
@@ -266,6 +258,12 @@ def compact(directory: Directory, epoch: int, number: int) -> Outcome:
             "operations": replayed.operations,
             "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+
+def _snapshot_up_to(directory: Directory, epoch: int, number: int) -> Path | None:
+    """The newest snapshot, if it goes up to a segment."""
+    snapshots = directory.segments(SNAPSHOT)
+    return snapshots[-1].path if snapshots and snapshots[-1][:2] >= (epoch, number) else None
 
 
 @contextlib.contextmanager
@@ -354,28 +352,16 @@ def _copy(path: Path, target: Path, live: set[int]) -> int:
     """Copy the records of a file that are needed; returns the size of the copy."""
     data = memoryview(path.read_bytes())
     head, at = format.unpack_head(data, str(path))
-    with unfinished(target) as new:
-        with open(new, "wb", buffering=COPY_BYTES) as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(format.pack_head(head))
-            for number, record in _records(data, at):
+    with whole_file(target) as file:
+        file.write(format.pack_head(head))
+        while (frame := format.read_frame(data, at)) is not None:
+            at = frame.end
+            for number, record in enumerate(frame.records(), frame.first):
                 if number in live:
-                    for chunk in format.pack_frame([record], number, 0):
-                        file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        failpoint("bodies.written")
-        new.rename(target)
+                    file.writelines(format.pack_frame([record], number, 0))
+        size = file.tell()
     failpoint("bodies.named")
     return size
-
-
-def _records(data: memoryview, at: int) -> Iterator[tuple[int, Chunks]]:
-    """The records of a file, of which some may be missing, with their numbers."""
-    while (frame := format.read_frame(data, at)) is not None:
-        yield from enumerate(frame.records(), frame.first)
-        at = frame.end
 
 
 def main() -> int:

@@ -21,16 +21,17 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from raystore.errors import JournalDamagedError
 from raystore.journal import format
+from raystore.journal.failpoints import failpoint
 from raystore.journal.format import FileHead, Frame
 from raystore.values.objects import TOKEN, ObjectFiles, sync
 
 EPOCH = "epoch.{:08d}"
-SEGMENT = "{:08d}-{:08d}"  # epoch and number
 RECORDS, BODIES, SNAPSHOT = ".journal", ".bodies", ".snapshot"  # kinds of files
+WRITE_BYTES = 16 * 1024 * 1024  #: of a snapshot or copy, at once
 
 
 class JournalFile(NamedTuple):
@@ -102,7 +103,7 @@ class Directory:
 
     def segment(self, epoch: int, number: int, kind: str = RECORDS) -> Path:
         """The path of a segment or snapshot."""
-        return self.path / (SEGMENT.format(epoch, number) + kind)
+        return self.path / f"{epoch:08d}-{number:08d}{kind}"
 
     def begin_epoch(self) -> int:
         """Become the writer: from now on the earlier one is fenced. Returns the epoch."""
@@ -146,11 +147,18 @@ class Directory:
 
 
 @contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-    """A temporary name for a file that is being made; the caller renames it once it is whole. Removed on an error."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which gets its name once it is whole and on disk. Removed on an error."""
+    new, kind = path.with_name(f"{path.name}.{os.getpid()}.new"), path.suffix[1:]
     try:
-        yield new
+        with open(new, "wb", buffering=WRITE_BYTES) as file:
+            os.fchmod(file.fileno(), 0o600)
+            yield file
+            file.flush()
+            failpoint(f"{kind}.written")
+            os.fsync(file.fileno())
+        failpoint(f"{kind}.synced")
+        new.rename(path)
     except BaseException:
         new.unlink(missing_ok=True)  # a full disk has no room for it
         raise

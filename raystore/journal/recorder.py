@@ -7,6 +7,7 @@ record.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from raystore.core.state import Step
@@ -20,22 +21,18 @@ REFUSED_KEPT = 1_000  #: bulk calls of which a part found no space
 LOCAL = 0  #: sequence number of a call within the store's process, which is no batch
 
 
+@dataclass(slots=True, eq=False)
 class Source:
     """The batch, or part of a batch, that runs, with the bytes in which it arrived."""
 
-    __slots__ = ("begun", "first_ticket", "parts", "record", "refused", "sequence", "session_id", "unwritten")
-
-    def __init__(
-        self, session_id: str, sequence: int, first_ticket: int, parts: Sequence[bytes], begun: int = 0
-    ) -> None:
-        self.session_id: str = session_id
-        self.sequence: int = sequence
-        self.first_ticket: int = first_ticket
-        self.begun: int = begun  # operations that ran before, when it was interrupted
-        self.refused: StoreError | None = None  # why no operation of it may change anything
-        self.parts: Sequence[bytes] = parts
-        self.record: int = 0  # number of the record that holds the bytes, once there is one
-        self.unwritten: int = 0  # items that ran since the last record
+    session_id: str
+    sequence: int
+    first_ticket: int
+    parts: Sequence[bytes]
+    begun: int = 0  # operations that ran before, when it was interrupted
+    refused: StoreError | None = None  # why no operation of it may change anything
+    record: int = 0  # number of the record that holds the bytes, once there is one
+    unwritten: int = 0  # items that ran since the last record
 
 
 class Recorder:

@@ -118,7 +118,7 @@ class Replay:
         kinds: dict[str, Callable[[RecordHead, Chunks], None]] = {
             format.START: self._start,
             format.BATCH: self._batch,
-            format.MORE: self._more,
+            format.MORE: lambda head, record: self._run(head, head.arguments[1]),
             format.CALL: self._call,
             format.LEFT_OUT: self._left_out,
             format.VERIFIED: self._verified,
@@ -174,9 +174,6 @@ class Replay:
         run = self._rules.run_of(self.state, self._session(head), kept, operations)
         self._runs[session_id] = _Begun(self.last, sequence, run, parts)
         self._run(head, count)
-
-    def _more(self, head: RecordHead, record: Chunks) -> None:
-        self._run(head, head.arguments[1])
 
     def _run(self, head: RecordHead, count: int) -> None:
         session, step = self._session(head), self._step(head)

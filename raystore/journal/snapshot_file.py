@@ -25,8 +25,7 @@ from raystore.core.spans import Index
 from raystore.core.state import State
 from raystore.errors import JournalDamagedError
 from raystore.journal import format
-from raystore.journal.failpoints import failpoint
-from raystore.journal.files import JournalPosition, unfinished
+from raystore.journal.files import JournalPosition, whole_file
 from raystore.journal.files import read_head as read_file_head
 from raystore.journal.format import FileHead, WriterInfo
 
@@ -34,7 +33,6 @@ _END = struct.Struct("<8sQI")  # magic, where the sections begin, how many there
 _END_MAGIC = b"rs-image"
 _INDEX = struct.Struct("<III")  # checksum, bytes of the rows, spans
 _EXACT = frozenset({"session", "consumers", "more"})  # sections in which tuples and records stay what they are
-_READ_BYTES = 16 * 1024 * 1024
 
 # Codes of msgpack's extension types; records have one each, from _RECORD on.
 _PAYLOAD, _TUPLE, _RECORD = 1, 2, 16
@@ -117,22 +115,15 @@ def write(path: Path, head: FileHead, state: State, old: SpanIndexFile | None, m
     beside the state.
     """
     needed: set[int] = set()
-    with unfinished(path) as new:
-        with open(new, "wb", buffering=_READ_BYTES) as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(format.pack_head(head))
-            places = _write_indexes(file, state, old, needed)
-            begin, count = file.tell(), 0
-            for name, value in sections(state, places):
-                _write_section(file, name, value, count)
-                count += 1
-            _write_section(file, "more", more, count)
-            file.write(_END.pack(_END_MAGIC, begin, count + 1))
-            file.flush()
-            failpoint("snapshot.written")
-            os.fsync(file.fileno())
-        failpoint("snapshot.synced")
-        new.rename(path)
+    with whole_file(path) as file:
+        file.write(format.pack_head(head))
+        places = _write_indexes(file, state, old, needed)
+        begin, count = file.tell(), 0
+        for name, value in sections(state, places):
+            _write_section(file, name, value, count)
+            count += 1
+        _write_section(file, "more", more, count)
+        file.write(_END.pack(_END_MAGIC, begin, count + 1))
     return needed
 
 
@@ -156,8 +147,7 @@ def _write_indexes(file: BinaryIO, state: State, old: SpanIndexFile | None, need
 
 def _write_section(file: BinaryIO, name: str, value: Any, number: int) -> None:
     packed = bytes(value.packed) if isinstance(value, LazyChunk) else _pack(value, exactly=name in _EXACT)
-    for chunk in format.pack_frame([[name.encode(), packed]], number, 0):
-        file.write(chunk)
+    file.writelines(format.pack_frame([[name.encode(), packed]], number, 0))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -124,7 +124,10 @@ class SpanBodies:
 
     def _operations(self, number: int) -> list[Any]:
         with self._lock:
-            record = self._record(number)
+            record = retry_on_replacement(lambda: self._find(number))
+        if record is None:
+            where = str(self._directory.path)
+            raise JournalDamagedError(where, 0, f"record {number}, with spans, cannot be read any more")
         parts = [bytes(part) for part in record[1:]]
         if format.unpack_record_head(record[0]).kind == format.CALL:
             return [frames.unpack(parts[0], [], parts[1:])]
@@ -140,13 +143,6 @@ class SpanBodies:
             segment.close()
         self._segments.clear()
         self._files, self._firsts = [], {}
-
-    def _record(self, number: int) -> Chunks:
-        record = retry_on_replacement(lambda: self._find(number))
-        if record is None:
-            where = str(self._directory.path)
-            raise JournalDamagedError(where, 0, f"record {number}, with spans, cannot be read any more")
-        return record
 
     def _find(self, number: int) -> Chunks | None:
         """A record; the directory is listed again if it is not found."""

@@ -13,14 +13,15 @@ from heapq import merge
 from operator import attrgetter
 from typing import Any
 
-from raystore.core import bounds, training, waiting
+from raystore.core import rollouts, training
 from raystore.core.lazyheap import LazyHeap
-from raystore.core.state import Pair, Session, State, Step
+from raystore.core.state import Pair, Session, State, Step, require_room
 from raystore.core.verbs import WaitsFor
 from raystore.errors import StoreError, copy_of
 from raystore.service.clock import Clock
 from raystore.service.presence import LivenessChecks, Pools
 
+WAITERS = 100_000  #: calls that wait, at most
 FOR_EVER_SECONDS = 1e9  #: a call with a longer timeout waits without a limit
 #: Kinds of calls that wait for runners: they are refused if only pools that cannot work serve their queues.
 _NEEDS_RUNNERS = frozenset({"rollouts", "batch", "completions"})
@@ -99,7 +100,7 @@ class Parking:
 
     def park(self, caller: Caller, waits_for: WaitsFor, arguments: dict[str, Any]) -> Any:
         """Park the call of a verb that answered None; raises `StoreOverloadedError` if too many wait."""
-        bounds.admit("calls that wait", len(self._all), bounds.WAITERS)
+        require_room("calls that wait", len(self._all), WAITERS)
         call = self._call(caller, waits_for, arguments)
         self._all[call.number] = call
         self._by_ticket[call.session_id, call.ticket] = call
@@ -120,7 +121,7 @@ class Parking:
             self._made, caller.session_id, caller.ticket, waits_for, arguments, deadline, caller.deliver, set()
         )
         if waits_for == "rollouts":
-            call.missing.update(waiting.unfinished_among(self._state, arguments["rollout_ids"]))
+            call.missing.update(rollouts.unfinished_among(self._state, arguments["rollout_ids"]))
         elif waits_for == "completions":
             call.cursor, call.among = arguments["cursor"], self._state.watched.find(arguments.get("among"))
             self._completed(call)
@@ -220,7 +221,7 @@ class Parking:
     def what_there_is(self, call: ParkedCall) -> Any:
         """The answer of a call whose time is over; for a call that waits for a batch see `_offer_batch`."""
         if call.waits_for == "rollouts":
-            return waiting.finished_by_now(self._state, call.arguments["rollout_ids"])
+            return rollouts.finished_by_now(self._state, call.arguments["rollout_ids"])
         return [] if call.waits_for == "work" else ([], call.cursor)
 
     def answer_of(self, caller: Caller, waits_for: WaitsFor, arguments: dict[str, Any]) -> Any:
@@ -242,7 +243,7 @@ class Parking:
                 self._answer(call, (items, call.cursor))
 
     def _answer_wait(self, call: ParkedCall) -> None:
-        missing = waiting.unfinished_among(self._state, call.arguments["rollout_ids"])
+        missing = rollouts.unfinished_among(self._state, call.arguments["rollout_ids"])
         if not missing:
             self._answer(call, self.what_there_is(call))
             return
@@ -252,7 +253,7 @@ class Parking:
 
     def _completed(self, call: ParkedCall) -> list[Pair]:
         asked = call.arguments
-        items, call.cursor = waiting.completed_after(
+        items, call.cursor = rollouts.completed_after(
             self._state, call.cursor, asked["limit"], asked["filters"], call.among
         )
         return items
@@ -264,9 +265,8 @@ class Parking:
                 self._answer(call, (items, call.cursor))
 
     def _changed(self, call: ParkedCall) -> list[Any]:
-        items, call.cursor = waiting.changes_after(
-            self._state, call.cursor, call.arguments["kinds"], call.arguments["limit"]
-        )
+        asked = call.arguments
+        items, call.cursor = self._state.changes.after(call.cursor, asked["kinds"], asked["limit"])
         return items
 
     def work_came(self, queues: set[str]) -> None:

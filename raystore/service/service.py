@@ -22,11 +22,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
-from raystore.core import bounds, check, claims, expiry, retention, training, verbs, workers
+from raystore.core import check, claims, expiry, retention, training, verbs, workers
 from raystore.core.lazyheap import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, LossReason, Positive, Rule, Text, Whole
-from raystore.core.state import EvictionPass, HandedKey, Session, State, Step
+from raystore.core.state import EvictionPass, HandedKey, Session, State, Step, require_room
 from raystore.core.verbs import CHANGING, STEPS, VERBS, Verb
 from raystore.errors import (
     InvalidValueError,
@@ -505,7 +505,7 @@ class Service:
     def open_session(self, session_id: str, *, eternal: bool = False, process: list[Any] | None = None) -> Session:
         """A client process speaks for the first time; it may have said which process it is."""
         with self._held():
-            bounds.admit("sessions", claims.live_sessions(self.state), bounds.SESSIONS)
+            require_room("sessions", claims.live_sessions(self.state), claims.SESSIONS)
             self.do("open_session", self.step(), session_id, eternal, process)
             self._arm()
             return self.state.sessions[session_id]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raystore.core import bounds, check, expiry, verbs, workers
+from raystore.core import check, claims, expiry, verbs, workers
 from raystore.core.payload import ERROR_BYTES, bounded_error, text_bytes
 from raystore.core.snapshot import digest
 from raystore.core.verbs import STEPS
@@ -144,7 +144,7 @@ def test_every_value_of_a_user_is_in_the_sums(core: Core) -> None:
     assert grown("update_attempt", **names, changes={"metadata": None}) == -len(text)
     assert grown("finish", **names, spans=[], changes=changes | {"error": "short"}) < -60_000
     core.run("delete_rollouts", rollout_ids=[rollout_id])
-    workers.forget(core.state, ["w"])
+    workers.forget(core.state, core.step(), ["w"])
     check.check(core.state)
     assert sums.total_bytes == sums.payload_bytes == 0
 
@@ -154,9 +154,9 @@ def test_every_value_of_a_user_is_in_the_sums(core: Core) -> None:
 
 @pytest.fixture
 def few_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "IDLE_WORKERS", 20)
-    monkeypatch.setattr(bounds, "ENDED_SESSIONS", 20)
-    monkeypatch.setattr(bounds, "SURPLUS", 5)
+    monkeypatch.setattr(workers, "IDLE_WORKERS", 20)
+    monkeypatch.setattr(claims, "ENDED_SESSIONS", 20)
+    monkeypatch.setattr(workers, "SURPLUS", 5)
 
 
 def work_off(core: Core) -> None:

@@ -79,7 +79,7 @@ POINTS = {
 }  # fmt: skip
 OF_HELPERS = {
     "replay.record": 40, "snapshot.written": 1, "snapshot.synced": 1, "snapshot.named": 1, "snapshot.there": 1,
-    "segments.dropping": 2, "bodies.written": 1, "bodies.named": 1, "segments.dropped": 1,
+    "segments.dropping": 2, "bodies.written": 1, "bodies.synced": 1, "bodies.named": 1, "segments.dropped": 1,
 }  # fmt: skip
 
 

@@ -21,8 +21,8 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.core import bounds
 from raystore.remote.session import ClientSession
+from raystore.service import parking
 from tests.conftest import IS_LONG, SLACK, MakeRayStore
 from tests.faults.processes import describe
 from tests.helpers import make_span, present, until
@@ -131,10 +131,10 @@ async def test_more_waiters_than_there_is_room_for(
     make_ray_store: MakeRayStore, report: Callable[..., None], amount: Callable[[int, int], int]
 ) -> None:
     """Twice as many as a store takes: the rest are refused with a type, control calls go on, and nobody hangs."""
-    store, room = make_ray_store(), amount(1_000, bounds.WAITERS)
+    store, room = make_ray_store(), amount(1_000, parking.WAITERS)
 
     def make_room(actor: Any, room: int = room) -> None:
-        bounds.WAITERS = room
+        parking.WAITERS = room
 
     await store.actor.__ray_call__.remote(make_room)
     calls = [asyncio.ensure_future(store.dequeue_rollout(timeout=200)) for _ in range(2 * room)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raystore.core import bounds
+from raystore.core import claims, workers
 from raystore.journal.opening import read_run
 from raystore.options import StoreConfig, resident_bytes
 from raystore.remote.server_session import Endpoint
@@ -55,9 +55,9 @@ def sizes(store: Store) -> dict[str, int]:
 
 async def test_short_sessions_leave_nothing_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the newest records; with a journal, whose replay lets go of the same, and for the process that goes on."""
-    monkeypatch.setattr(bounds, "ENDED_SESSIONS", 100)
-    monkeypatch.setattr(bounds, "IDLE_WORKERS", 80)
-    monkeypatch.setattr(bounds, "SURPLUS", 10)
+    monkeypatch.setattr(claims, "ENDED_SESSIONS", 100)
+    monkeypatch.setattr(workers, "IDLE_WORKERS", 80)
+    monkeypatch.setattr(workers, "SURPLUS", 10)
     store = Store(tmp_path / "j")
     living = Peer("living")
     await living.send(store, living.batch(enqueue("stays", queue="other")))

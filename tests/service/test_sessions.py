@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.core import bounds
+from raystore.core import claims
 from raystore.errors import OutcomeUnknownError, StoreOverloadedError
 from raystore.remote import session
 from raystore.wire import frames
@@ -36,14 +36,14 @@ async def test_a_session_that_was_refused_is_served_once_there_is_room(
     near: NearStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error says so: each call asks the store again, and those that nobody refused are served."""
-    monkeypatch.setattr(bounds, "SESSIONS", 1)
+    monkeypatch.setattr(claims, "SESSIONS", 1)
     first, second = near.connect(), near.connect()
     await first.call("enqueue", ENQUEUE)
     for _ in range(3):
         before = near.calls
         told = await asyncio.gather(*(second.call("enqueue", ENQUEUE) for _ in range(3)), return_exceptions=True)
         assert [type(error) for error in told] == [StoreOverloadedError] * 3 and near.calls > before
-    monkeypatch.setattr(bounds, "SESSIONS", 2)
+    monkeypatch.setattr(claims, "SESSIONS", 2)
     assert len(await second.call("enqueue", ENQUEUE)) == 1
     assert (await second.call("statistics", {}))["total_rollouts"] == 2  # what was refused had no effect
 
