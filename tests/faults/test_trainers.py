@@ -83,7 +83,6 @@ async def test_a_store_that_lets_go_too_early_is_found_out(monkeypatch: pytest.M
     """What somebody has read is deleted; or what a consumer awaits or holds goes once memory is full."""
     if broken == "reading counts":
         monkeypatch.setattr("raystore.core.training.is_wanted", lambda state, entry: entry.is_held)
-        monkeypatch.setattr("raystore.core.retention.is_wanted", lambda state, entry: entry.is_held)
         assert not is_met(await train_slowly(60, 20))
     else:
         monkeypatch.setattr("raystore.core.training.is_wanted", lambda state, entry: False)
