@@ -37,7 +37,7 @@ _SPAN_BYTES = 300  # of a span without attributes, about
 _NUMBER_BYTES = 9
 
 _current: ContextVar[Context | None] = ContextVar("raystore_context", default=None)
-_parent: ContextVar[str | None] = ContextVar("raystore_span", default=None)  # id of the enclosing span
+_innermost: ContextVar[_Block | None] = ContextVar("raystore_span", default=None)  # block that was entered last
 _running: dict[Context, None] = {}  # contexts whose agents run in this process
 _outside: list[int] = []  # ids of threads in which no agent runs
 
@@ -79,15 +79,15 @@ class Position:
     """The current rollout and span, taken along to another thread."""
 
     def __init__(self) -> None:
-        self._context, self._parent = _current.get(), _parent.get()
+        self._context, self._block = _current.get(), _innermost.get()
 
     def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call a function within that rollout and span."""
-        context, parent = _current.set(self._context), _parent.set(self._parent)
+        context, block = _current.set(self._context), _innermost.set(self._block)
         try:
             return function(*args, **kwargs)
         finally:
-            _parent.reset(parent)
+            _innermost.reset(block)
             _current.reset(context)
 
 
@@ -160,21 +160,43 @@ class _Block:
     def __init__(self, context: Context, span: OpenSpan) -> None:
         self._context = context
         self._span = span
-        self._parent_id: str | None = None
         self._started = 0.0
+        self.span_id: str = span.span_id
+        self.outer: _Block | None = None
+        self.is_abandoned = False  # left by the end of a generator, and perhaps still the innermost of some contexts
 
     def __enter__(self) -> OpenSpan:
-        self._parent_id = _parent.get()
-        _parent.set(self._span.span_id)
+        self.outer = _enclosing()
+        _innermost.set(self)
         self._started = time.time()
         return self._span
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and not isinstance(error, GeneratorExit):
-            self._span.record_exception(error)
-        if _parent.get() == self._span.span_id:  # else a closed generator leaves it in another context than it entered
-            _parent.set(self._parent_id)
-        self._context._record(self._span, self._parent_id, self._started, time.time())
+        if isinstance(error, GeneratorExit):
+            # A garbage collection may have ended the generator, in any context and while a `ContextVar.set` is under
+            # way, which another one would crash. So the block is passed over from now on instead.
+            self.is_abandoned = True
+        else:
+            if error is not None:
+                self._span.record_exception(error)
+            if _enclosing() is self:  # else another context is being left
+                _innermost.set(self.outer)
+        parent_id = None if self.outer is None else self.outer.span_id
+        self._context._record(self._span, parent_id, self._started, time.time())
+
+
+def _enclosing() -> _Block | None:
+    """The block that the code is in; None if it is in none."""
+    block = _innermost.get()
+    while block is not None and block.is_abandoned:
+        block = block.outer
+    return block
+
+
+def _parent_id() -> str | None:
+    """The id of the span that the code is in."""
+    block = _enclosing()
+    return block.span_id if block is not None else None
 
 
 class Context:
@@ -284,7 +306,7 @@ class Context:
         known |= {name: value for name, value in optional.items() if value is not None}
         now = time.time()
         span = OpenSpan(f"{operation} {model}" if model else operation, known | attributes)
-        self._record(span, _parent.get(), now if start_time is None else start_time, now)
+        self._record(span, _parent_id(), now if start_time is None else start_time, now)
 
     def reward(self, value: float, /, **dimensions: float) -> None:
         """Emit the reward of the rollout; `dimensions` are further values with names of your choice."""
@@ -293,7 +315,7 @@ class Context:
             attributes[f"{semconv.REWARD_PREFIX}{index}.name"] = name
             attributes[f"{semconv.REWARD_PREFIX}{index}.value"] = plain.reward(name, number)
         now = time.time()
-        self._record(OpenSpan(semconv.REWARD_SPAN, attributes), _parent.get(), now, now)
+        self._record(OpenSpan(semconv.REWARD_SPAN, attributes), _parent_id(), now, now)
 
     def add(self, span: Span) -> None:
         """Record a span that was made elsewhere, as a copy with the ids of this attempt."""
@@ -345,7 +367,7 @@ class Context:
     def enter(self) -> None:
         """Make this the `current` context, in the calling code's context variables; for the runner."""
         _current.set(self)
-        _parent.set(None)
+        _innermost.set(None)
         _running[self] = None
         if self._is_over:  # another thread has called `leave` meanwhile
             _running.pop(self, None)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
@@ -351,6 +351,36 @@ def test_a_garbage_collection_may_end_a_span_anywhere() -> None:
 
     names = [span.name for span in rs.run_one(agent, "x").spans]
     assert names.count("chat") == 3_000 and names.count("stream") > 2_000
+
+
+def test_a_generator_that_ends_early_leaves_its_span() -> None:
+    """What comes after it is within the block around it, however many were begun and left before."""
+
+    def some_of_them(ctx: rs.Context, name: str) -> Generator[int, None, None]:
+        with ctx.span(name):
+            yield from range(10)
+
+    def agent(task: Any, ctx: rs.Context) -> None:
+        with ctx.span("around"):
+            first, second = some_of_them(ctx, "first"), some_of_them(ctx, "second")
+            next(first), next(second)
+            ctx.llm(prompt_ids=[1], response_ids=[2], logprobs=[-0.1], at="within the second")
+            first.close()
+            second.close()
+            ctx.llm(prompt_ids=[1], response_ids=[2], logprobs=[-0.1], at="after both")
+        ctx.llm(prompt_ids=[1], response_ids=[2], logprobs=[-0.1], at="outside")
+
+    spans = rs.run_one(agent, "x").spans
+    ids: dict[Any, str | None] = {span.name: span.span_id for span in spans} | {None: None}
+    parents = {span.attributes.get("at", span.name): span.parent_id for span in spans}
+    wanted: dict[Any, str | None] = {
+        "first": "around",
+        "second": "first",
+        "within the second": "second",
+        "after both": "around",
+    }
+    wanted |= {"around": None, "outside": None}
+    assert parents == {name: ids[parent] for name, parent in wanted.items()}
 
 
 def test_spans_after_the_end_are_not_kept(told: Any) -> None:
