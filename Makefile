@@ -13,9 +13,9 @@ demo: .venv/installed
 examples: .venv/installed
 	@set -e; for example in examples/0*.py; do $(LOCAL) $(BIN)/python $$example $(ARGS); done
 
-# Two files at a time, since most tests wait for processes; the slow ones begin.
+# Two files at a time, since most tests wait for processes; the slow ones begin. A run that crashes an interpreter ends.
 PYTEST := $(LOCAL) $(BIN)/python -m pytest
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+TWO := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 FAULTS := tests/faults
 EXAMPLES := tests/test_examples.py
 
