@@ -22,10 +22,10 @@ from raystore.core.lifecycle import TRAINABLE, is_dropped, is_live
 from raystore.core.payload import of_attempt, of_rollout, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
-from raystore.core.records import Attempt, Rollout, Span
+from raystore.core.records import Attempt, Span
 from raystore.core.replies import ERROR, PARTLY, VALUE, Reply
 from raystore.core.rollouts import CONTENT, check_requests, create, enter_queue, existing_of, release
-from raystore.core.snapshot import NAMES, REPEATED, column
+from raystore.core.snapshot import column
 from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Pair, Session, State, Step, Taken
 from raystore.core.training import settle, untake
 from raystore.core.verbs import Verb
@@ -431,6 +431,19 @@ class Run(BatchRun):
 
 # -- snapshots ---------------------------------------------------------------------------------------------------------
 
+# The columns as they stand in files, in their order: fields that today's records gain are not among them.
+_ROLLOUT = (
+    "input", "start_time", "end_time", "mode", "resources_id", "status", "config", "metadata", "group_id", "queue",
+    "priority", "tags", "reward",
+)  # fmt: skip
+_ATTEMPT = (
+    "attempt_id", "sequence_id", "start_time", "end_time", "status", "worker_id", "last_heartbeat_time", "metadata",
+    "outcome", "error", "resources_version", "policy_version", "reward",
+)  # fmt: skip
+_FEW_VALUES = frozenset(
+    {"mode", "resources_id", "status", "config", "group_id", "queue", "priority"}
+    | {"sequence_id", "worker_id", "outcome", "error", "resources_version", "policy_version"}
+)
 PAYLOAD_BYTES = 4  #: where in the section "plain" the sum stands
 
 
@@ -444,10 +457,10 @@ def payload_bytes(name: str, value: Any) -> int:
 def _sizes(found: list[Any]) -> list[int]:
     """Bytes that each rollout of a chunk counts for."""
     _, rollouts, counts, attempts_, *_ = found
-    columns = dict(zip(NAMES[Rollout], rollouts, strict=True))
+    columns = dict(zip(_ROLLOUT, rollouts, strict=True))
     sizes = list(map(of_rollout, columns["input"], columns["metadata"], columns["tags"]))
     if sum(counts):
-        columns = dict(zip(NAMES[Attempt], attempts_, strict=True))
+        columns = dict(zip(_ATTEMPT, attempts_, strict=True))
         values = map(of_attempt, columns["metadata"], _expanded(columns["error"]))
         for row, count in enumerate(counts):
             sizes[row] += sum(islice(values, count))
@@ -475,9 +488,9 @@ def _expanded(packed: Any) -> list[Any]:
     return [values[row] for row in rows] if rows else list(values)
 
 
-def _columns(found: list[Any], kind: type) -> dict[str, Any]:
-    named = zip(NAMES[kind], found, strict=True)
-    return {name: column(_expanded(c) if name in REPEATED else list(c)) for name, c in named}
+def _columns(found: list[Any], names: tuple[str, ...]) -> dict[str, Any]:
+    named = zip(names, found, strict=True)
+    return {name: column(_expanded(c) if name in _FEW_VALUES else list(c)) for name, c in named}
 
 
 def _chunk(found: list[Any]) -> dict[str, Any]:
@@ -495,9 +508,9 @@ def _chunk(found: list[Any]) -> dict[str, Any]:
 
     return {
         "configs": configs,
-        "rollouts": _columns(rollouts, Rollout),
+        "rollouts": _columns(rollouts, _ROLLOUT),
         "counts": counts,
-        "attempts": _columns(attempts_, Attempt) if tried else {},
+        "attempts": _columns(attempts_, _ATTEMPT) if tried else {},
         "clocks": {"start": column(list(starts)), "beat": column(list(beats))},
         "holders": column(_expanded(holders) if tried else []),
         "others": others,
