@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import pickle
 import shutil
@@ -14,7 +15,10 @@ from typing import Any
 import pytest
 import ray
 
+import raystore as rs
 from raystore.core.payload import PICKLED
+from raystore.runner import inline_agents
+from raystore.values import pickler
 from raystore.values.objects import Kept, Origin, Source
 from raystore.wire import codec
 from tests.scripts import zoo
@@ -117,3 +121,17 @@ def test_objects_in_journals_of_the_first_version_are_read() -> None:
     source = Source(Kept("ab", 3), Origin("/objects"), "r", 1)
     written = pickle.dumps(source, 2).replace(b"raystore.values.objects", b"raystore.objects")
     assert codec.decode(bytes((PICKLED,)) + written) == source
+
+
+@pytest.mark.parametrize(("module", "name", "meant"), [
+    ("raystore.pickler", "loads_agent", pickler.loads_agent),
+    ("raystore.objects", "Kept", Kept),
+    ("raystore.triplet", "Triplet", rs.Triplet),
+    ("raystore.trajectory", "Trajectory", rs.Trajectory),
+    ("raystore.integrations.otel", "instrument", rs.otel.instrument),
+    ("raystore.remote.cluster", "connect", rs.connect),
+    ("raystore.runner.run_one", "Run", inline_agents.Run),
+])  # fmt: skip
+def test_names_of_former_modules_are_found(module: str, name: str, meant: Any) -> None:
+    """A value that names where something stood in an earlier version has what stands there now."""
+    assert pickler.Unpickler(io.BytesIO(f"c{module}\n{name}\n.".encode())).load() is meant
