@@ -36,8 +36,8 @@ from raystore.wire.frames import Packed
 BATCH_BYTES = 384 * 1024  #: of a batch, which Ray carries inline
 BULK_BYTES = 1024 * 1024  #: of a batch once as much as this waits
 BATCH_OPERATIONS = 512
-WINDOW = 2  #: batches under way at once
-WORTH_OPERATIONS = 32  #: a second batch leaves beside the first if so many operations wait ...
+WINDOW = 3  #: batches under way at once: one is on its way, one runs, the answers of one are on their way
+WORTH_OPERATIONS = 32  #: another batch leaves beside the first if so many operations wait ...
 WORTH_BYTES = 48 * 1024  #: ... or so many bytes: each batch costs two processes a millisecond, whatever it carries
 
 RETRY_SECONDS = 60.0  #: for so long a batch without an answer is sent again
@@ -286,8 +286,8 @@ class SessionState:
             return None
         limit = BULK_BYTES if self._waiting_bytes > BULK_BYTES else BATCH_BYTES
         most = len(waiting)
-        if most >= 2 * WORTH_OPERATIONS:
-            most = min(most // 2, BATCH_OPERATIONS)  # so that both sides of the window have something to do
+        if most >= 2 * WORTH_OPERATIONS:  # the free places of the window share what waits
+            most = min(max(-(-most // (WINDOW - under_way)), WORTH_OPERATIONS), BATCH_OPERATIONS)
         operations: list[Operation] = []
         size = 0
         while waiting and len(operations) < most:

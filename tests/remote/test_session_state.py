@@ -117,13 +117,13 @@ def test_operations_leave_together_and_in_order(peer: Peer) -> None:
     assert second.header == [7, "test", "0", 2, 1, [], 3, [], []]
 
 
-def test_a_second_batch_leaves_beside_the_first_if_it_is_worth_it(peer: Peer) -> None:
-    """Of much, a half; and never a third."""
+def test_more_batches_leave_beside_the_first_if_it_is_worth_it(peer: Peer) -> None:
+    """The free places of the window share what waits, and none is left for a fourth batch."""
     peer.post("a")
     peer.batch()
-    for _ in range(2 * session_state.WORTH_OPERATIONS):
+    for _ in range(4 * session_state.WORTH_OPERATIONS):
         peer.post("b")
-    assert len(peer.batch().operations) == session_state.WORTH_OPERATIONS
+    assert [len(peer.batch().operations) for _ in range(2)] == [2 * session_state.WORTH_OPERATIONS] * 2
     assert peer.state.next_batch(peer.now, is_needed=True) is None
 
 
