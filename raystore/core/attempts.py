@@ -254,7 +254,7 @@ def add_spans(
     """Store spans of one attempt; of each whether it is stored, or was before, and its number."""
     made = [Span(rollout_id, attempt_id, *row) for row in spans]
     written = put_spans(state, step, rollout_id, attempt_id, made)
-    return [(stored, span.sequence_id) for stored, span in zip(written.stored, made, strict=True)]
+    return list(zip(written.stored, [span.sequence_id for span in made], strict=True))
 
 
 def put_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans: list[Span]) -> SpansWritten:
@@ -266,7 +266,6 @@ def put_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans:
     for span in spans:
         if span.sequence_id < 0:  # "the next one", asked for in the same call
             span.sequence_id = state.spans.next_number(rollout_id, known=True)
-    had_none = not state.spans.has(rollout_id)
     places = None
     if step.record:
         places = [OnDisk.place_of(step.record, step.operation, number) for number in range(len(spans))]
@@ -274,7 +273,7 @@ def put_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans:
     if True not in written.stored:
         return written
     state.touch(rollout_id)
-    if had_none and state.spans.has(rollout_id):
+    if written.are_first:
         enter_eviction(state, entry)
     _beat(state, step, entry, index, written.reward)
     return written
@@ -286,7 +285,8 @@ def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | No
     is_latest = index == len(entry.attempts) - 1
     confirm_holder(state, step, entry, before.attempt_id)
     if reward is None and is_latest and before.status == entry.rollout.status == AT_WORK:  # nothing moves
-        entry.attempts[index] = before.evolve(last_heartbeat_time=step.now)
+        entry.attempts[index] = after = before.evolve()
+        after.last_heartbeat_time = step.now
         entry.clocks[-1].beat = step.now - state.paused
         return
     after = before.evolve(status=attempt_after(before.status, SPAN, before.outcome), last_heartbeat_time=step.now)

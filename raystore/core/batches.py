@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from raystore.core.replies import AGAIN, ERROR, PARTLY, VALUE, BatchReplies, Reply
@@ -37,6 +38,8 @@ class Item(NamedTuple):
     is_more: bool = False  # of the operation before
     is_last: bool = True  # of its operation
 
+
+_whole: Callable[[tuple[Any, ...]], Item] = partial(tuple.__new__, Item)  # in C: an item is made for each operation
 
 #: Whether something is an operation: a verb and its arguments.
 is_operation: Callable[[Any], bool] = checker(tuple[str, dict[Any, Any]])
@@ -80,7 +83,7 @@ class BatchRun:
         verb, arguments = given if is_operation(given) else NO_OPERATION
         ticket = self._kept.first_ticket + number
         if verb not in DIVISIBLE:
-            return Item(number, ticket, verb, arguments)
+            return _whole((number, ticket, verb, arguments, False, True))
         self._catch_up()
         cuts = self._pieces(verb, arguments)
         for index, piece in enumerate(cuts, 1):

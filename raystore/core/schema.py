@@ -366,8 +366,11 @@ class _Mapping(_Node):
         self.expected = rule.expected if rule is not None else f"a mapping of {key.expected} to {value.expected}"
 
     def test(self, source: _Source, v: str) -> str:
+        tests = [test for test in (self.key.test(source, "k"), self.value.test(source, "x")) if test != "True"]
+        if not tests and self.rule is None:
+            return f"type({v}) is dict"
         body = ["if type(v) is not dict: return False", "for k, x in v.items():"]
-        body += [f"    if not ({self.key.test(source, 'k')}) or not ({self.value.test(source, 'x')}): return False"]
+        body += [f"    if not ({' and '.join(tests) or True}): return False"]
         body += [f"return {self.rule.test.format(v='v') if self.rule is not None else 'True'}"]
         return f"{source.function(body)}({v})"
 

@@ -49,6 +49,7 @@ class SpansWritten:
     stored: list[bool]  # for each span, in order: False for a duplicate
     bytes: int
     reward: float | None
+    are_first: bool = False  # no span of their rollout was in memory before
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +138,7 @@ class SpanTable:
         """
         if places is not None:
             return self._add_on_disk(rollout_id, list(spans), list(places))
-        held = self._held(rollout_id) or _Stored()
+        held = self.by_rollout.get(rollout_id) or self._held(rollout_id) or _Stored()
         written = SpansWritten([], 0, None)
         kept, stored, size, highest = held.spans, written.stored, 0, 0
         before = len(kept)
@@ -160,12 +161,14 @@ class SpanTable:
                 written.reward = span.reward
         if kept:
             self.by_rollout[rollout_id] = held
+        written.are_first = held.cached == 0 and len(kept) > before
         held.cached += len(kept) - before
         written.bytes = size
         held.bytes += size
         self.bytes += size
         self.count += len(kept) - before
-        if highest > self._newest(rollout_id):
+        known = self._counters.get(rollout_id)
+        if highest > (self._newest(rollout_id) if known is None else known):
             self._counters[rollout_id] = highest
         return written
 
@@ -184,6 +187,7 @@ class SpanTable:
                 if is_stored:
                     held.places.append(place)
                     held.cached -= type(span.body) is OnDisk
+            written.are_first = written.are_first and held.cached > 0
         return written
 
     # -- an index on disk ----------------------------------------------------------------------------------------

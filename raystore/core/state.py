@@ -418,8 +418,7 @@ class State:
     @property
     def is_full(self) -> bool:
         """Whether something should be evicted."""
-        is_above = self.total_bytes > self.settings.eviction_bytes
-        return is_above or self.memory_full or self.eviction_pass is not None
+        return self.total_bytes > self.settings.eviction_bytes or self.memory_full or self.eviction_pass is not None
 
     def take_effects(self) -> Effects:
         """What steps have left to do since this was asked last."""
