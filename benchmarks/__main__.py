@@ -14,12 +14,14 @@ from pathlib import Path
 
 import ray
 
-from benchmarks import bulk, durability, ingest, latency, lifecycles, memory, scale
+from benchmarks import against, bulk, durability, ingest, latency, lifecycles, memory, scale
 from benchmarks.parties import close_idle, has_peers
 from benchmarks.scope import Scope
 from benchmarks.table import HEADER, Line, as_json, markdown
 
-ROWS = lifecycles.ROWS | ingest.ROWS | bulk.ROWS | latency.ROWS | scale.ROWS | memory.ROWS | durability.ROWS
+ROWS = (
+    lifecycles.ROWS | ingest.ROWS | bulk.ROWS | latency.ROWS | scale.ROWS | memory.ROWS | durability.ROWS | against.ROWS
+)
 
 
 def _commit() -> str:

@@ -176,7 +176,7 @@ async def sequential(scope: Scope) -> list[Line]:
     calls = {kind: counts[-scope.rounds :] for kind, counts in calls.items()}  # a first round warms up
     return [
         bound(3, "(a) actor calls per rollout", calls["plain"], at_most(2.0, "calls"), did=did),
-        compare(3, "(a) plain code", samples, "naive", at_least(5), unit="rollouts/s", did=did, ours="plain"),
+        compare(3, "(a) plain code", samples, "naive", at_least(3.5), unit="rollouts/s", did=did, ours="plain"),
         bound(3, "(b) actor calls per rollout", calls["pool"], at_most(1.1, "calls"), did=did_pool),
         compare(3, "(b) in a pool", samples, "naive", at_least(8), unit="rollouts/s", did=did_pool, ours="pool"),
     ]

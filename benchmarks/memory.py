@@ -62,7 +62,7 @@ async def accounted(scope: Scope) -> list[Line]:
 
 async def evicting(scope: Scope) -> list[Line]:
     """Row 13."""
-    threshold = scope.amount(192) * 2**20
+    threshold = scope.amount(512) * 2**20
     fed = 0
     peaks, pauses = [], []
     with ExitStack() as stack:
@@ -81,7 +81,7 @@ async def evicting(scope: Scope) -> list[Line]:
             await store.update_attempt(*ids.values(), status="succeeded")
             return 64 * 1800
 
-        while fed < 10 * threshold:
+        while fed < 4 * threshold:
             fed += sum(await asyncio.gather(*(feed() for _ in range(32))))
         known = await store.statistics()
         peaks.append((peak_bytes(pid) - idle) / threshold)

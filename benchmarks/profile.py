@@ -1,8 +1,9 @@
 """Where the time of a lifecycle goes: py-spy samples both processes, and the samples are sorted by what they belong to.
 
 Run `python -m benchmarks.profile [COROUTINES]`. Only threads that hold the interpreter's lock are sampled; what Ray
-does in threads of its own shows in the CPU time. Writes `runs/profile-client.txt` and `runs/profile-store.txt` as
-collapsed stacks, which any flame graph tool reads.
+does in threads of its own shows in the CPU time of each thread: the busiest one runs the event loop, and with it our
+code. Writes `runs/profile-client.txt` and `runs/profile-store.txt` as collapsed stacks, which any flame graph tool
+reads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE
 
@@ -50,26 +52,41 @@ def sort(path: Path) -> dict[str, float]:
     return {kind: 100 * samples / total for kind, samples in counts.most_common()}
 
 
+def cpu_by_thread(pid: int) -> dict[str, float]:
+    """Seconds of CPU so far, by id of the thread."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            found[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
+    return found
+
+
+def busiest(before: dict[str, float], after: dict[str, float]) -> str:
+    """What the busiest threads took meanwhile, and all others, for each rollout."""
+    taken = sorted((seconds - before.get(thread, 0.0) for thread, seconds in after.items()), reverse=True)
+    figures = [*taken[:3], sum(taken[3:])]
+    return " + ".join(f"{seconds / ROLLOUTS * 1e6:.0f}" for seconds in figures)
+
+
 async def main(coroutines: int, runs: Path) -> None:
     """Profile both sides while lifecycles run."""
     with rs.start() as store:
         workers = shapes.desks(rs.Span, "lifecycle", coroutines)
+        pids = {"client": os.getpid(), "store": ray.get(store.actor.describe.remote())["pid"]}
 
         async def measured() -> str:
             await enqueue(store, ROLLOUTS)
-            before, mine = await store.statistics(), time.process_time()
-            seconds = await shapes.work(store, "lifecycle", workers, ROLLOUTS)
-            mine, after = time.process_time() - mine, await store.statistics()
-            served, calls = (after[name] - before[name] for name in ("cpu_seconds", "actor_calls"))
-            wall, mine, served = (value / ROLLOUTS * 1e6 for value in (seconds, mine, served))
+            before, threads = await store.statistics(), {name: cpu_by_thread(pid) for name, pid in pids.items()}
+            wall = await shapes.work(store, "lifecycle", workers, ROLLOUTS) / ROLLOUTS * 1e6
+            client, served = (busiest(threads[name], cpu_by_thread(pid)) for name, pid in pids.items())
+            calls = ((await store.statistics())["actor_calls"] - before["actor_calls"]) / ROLLOUTS
             return (
-                f"{coroutines} coroutines: {1e6 / wall:,.0f} rollouts/s; a rollout takes {wall:.0f} us, "
-                f"{mine:.0f} us CPU of its client, {served:.0f} us CPU of the store, {calls / ROLLOUTS:.2f} actor calls"
+                f"{coroutines} coroutines: {1e6 / wall:,.0f} rollouts/s; a rollout takes {wall:.0f} us and {calls:.2f} "
+                f"actor calls; us of CPU of the three busiest threads + all others: client {client}, store {served}"
             )
 
         await measured()
         print(await measured())
-        pids = {"client": os.getpid(), "store": ray.get(store.actor.describe.remote())["pid"]}
         spies = []
         for name, pid in pids.items():
             output = runs / f"profile-{name}.txt"

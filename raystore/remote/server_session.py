@@ -349,7 +349,7 @@ class Endpoint:
         told, more = more[3:], more[:3]  # at first, a client says which process it is
         served = self._sessions.get(session_id)
         if served is None:
-            # A client that has no answer yet is new, although its second batch may overtake its first.
+            # A client that has no answer yet is new, although a later batch may overtake its first.
             if answered or ahead or session_id in service.state.sessions:
                 return frames.pack_answer(service.epoch, frames.ENDED)
             try:
