@@ -49,8 +49,8 @@ async def _addressed(store: Any, templates: list[Any], calls: int, per_call: int
         ids = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
         made.append(
             [
-                templates[index % len(templates)].model_copy(
-                    update=ids | {"span_id": f"{number:08x}{index:08x}", "sequence_id": index + 1}
+                shapes.renamed(
+                    templates[index % len(templates)], f"{number:08x}{index:08x}", sequence_id=index + 1, **ids
                 )
                 for index in range(per_call)
             ]

@@ -33,11 +33,8 @@ async def single_call(scope: Scope) -> list[Line]:
         data = os.urandom(frame_bytes(store, desk.spans[:1]))
         for _ in range(scope.rounds):
             rollout = await store.start_rollout("one")
-            spans = [
-                desk.spans[0].model_copy(update={"span_id": f"{n:016x}", "rollout_id": rollout.rollout_id,
-                                                 "attempt_id": rollout.attempt.attempt_id})
-                for n in range(count)
-            ]  # fmt: skip
+            ids = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+            spans = [shapes.renamed(desk.spans[0], f"{n:016x}", **ids) for n in range(count)]
             taken: dict[str, list[float]] = {"ours": [], "empty": []}
             for span in spans:
                 started = time.perf_counter()

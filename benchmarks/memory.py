@@ -76,7 +76,7 @@ async def evicting(scope: Scope) -> list[Line]:
         async def feed() -> int:
             rollout = await store.start_rollout("bulk")
             ids = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
-            spans = [desk.spans[n % 8].model_copy(update=ids | {"span_id": f"{n:016x}"}) for n in range(64)]
+            spans = [shapes.renamed(desk.spans[n % 8], f"{n:016x}", **ids) for n in range(64)]
             await store.add_many_spans(spans)
             await store.update_attempt(*ids.values(), status="succeeded")
             return 64 * 1800

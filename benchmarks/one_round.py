@@ -58,7 +58,7 @@ async def _spans(store: Any, rollouts: int) -> tuple[Work, int]:
     async def one(desk: Any) -> None:
         for turn in range(turns):
             span = desk.spans[turn % len(desk.spans)]
-            span.span_id = f"{time.perf_counter_ns():016x}"
+            span.span_id = span.context.span_id = f"{turn:016x}"
             await store.add_span(span)
 
     async def work() -> None:

@@ -81,6 +81,12 @@ class Desk:
         return self.spans
 
 
+def renamed(span: Any, span_id: str, **changes: Any) -> Any:
+    """A copy of a span under another id, which its own context names as well, as in every span of a tracer."""
+    context = span.context and span.context.model_copy(update={"span_id": span_id})
+    return span.model_copy(update={**changes, "span_id": span_id, "context": context})
+
+
 Shape = Callable[[Any, Desk], Awaitable[None]]
 
 
