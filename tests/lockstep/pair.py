@@ -139,6 +139,7 @@ class Pair:
             self.theirs.become(self.ours)
             left = list(_differ(self._state, self.theirs.state()))
             assert not left, f"could not make the reference's store hold what ours holds: {left[:3]}"
+        self.theirs.look_again(self.ours)
         return None if isinstance(mine, Exception) else mine
 
     def _note_beats(self, case: Case) -> None:

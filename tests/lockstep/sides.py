@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 import raystore as rs
 from raystore import types
+from raystore.core.lifecycle import ACTIVE
 from raystore.wire import convert
 
 State = dict[tuple[str, ...], Any]  #: what a store holds, by place: ("rollout", id, field), ("queue",), ...
@@ -230,6 +231,15 @@ class Theirs:
         held = self.store.collections
         return [i for i in held.rollout_queue._items if held.rollouts._items[i].status not in ("queuing", "requeuing")]
 
+    def look_again(self, ours: Ours) -> None:
+        """Look for deadlines again of those rollouts that were left out, once their attempts are at work again."""
+        entries = ours._state.entries
+        for rollout_id in self.looked_at & entries.keys():
+            rollout, attempt = entries[rollout_id].pair
+            if rollout.status in ACTIVE and attempt is not None and attempt.status in ACTIVE:
+                self.looked_at.discard(rollout_id)
+                self.store._running_rollout_ids.add(rollout_id)
+
     def become(self, ours: Ours) -> None:
         """Take over what ours holds, after a difference that is on the list."""
         state, held, made = ours._state, self.store.collections, reference_types
@@ -258,9 +268,8 @@ class Theirs:
         held.span_sequence_ids._values = dict(state.spans.counters())
         store = self.store
         store._latest_resources_id = state.resources.latest_id
-        active = ("preparing", "running")
-        over = {i for i in self.looked_at & state.entries.keys() if state.entries[i].latest.status not in active}
-        store._running_rollout_ids = {i for i, r in rollouts.items() if r.status in active} - over
+        over = {i for i in self.looked_at & state.entries.keys() if state.entries[i].latest.status not in ACTIVE}
+        store._running_rollout_ids = {i for i, r in rollouts.items() if r.status in ACTIVE} - over
         store._start_time_by_rollout = {i: r.start_time for i, r in rollouts.items()}
         store._evicted_rollout_span_sets = set(state.spans.evicted)
         store._span_bytes_by_rollout.clear()

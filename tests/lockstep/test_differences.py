@@ -48,3 +48,27 @@ def test_what_is_not_on_the_list_is_found() -> None:
         pair.close()
 
     asyncio.run(run())
+
+
+def test_an_attempt_that_runs_again_is_timed_out_by_both() -> None:
+    """Also if its rollout was left out before, as one that runs without an attempt that does."""
+
+    async def run() -> None:
+        pair = Pair()
+        config = Made("RolloutConfig", unresponsive_seconds=1.5, max_attempts=3, retry_condition=["unresponsive"])
+        made = await pair.ask("start_rollout", input=1, config=config)
+        await pair.ask("update_attempt", rollout_id=made.rollout_id, attempt_id="latest", status="failed")
+        await pair.ask("update_rollout", rollout_id=made.rollout_id, status="running")
+        ours, beat = pair.ours.store, pair.now
+        await pair.ask("update_attempt", rollout_id=made.rollout_id, attempt_id="latest", last_heartbeat_time=beat)
+        await pair.tick(2.0)
+        assert pair.met["only-attempts-that-run-time-out"]
+        await pair.ask(
+            "update_attempt", rollout_id=made.rollout_id, attempt_id="latest", status="running",
+            last_heartbeat_time=pair.now,
+        )  # fmt: skip
+        await pair.tick(2.0)
+        assert (await ours.get_rollout_by_id(made.rollout_id)).status == "requeuing"
+        pair.close()
+
+    asyncio.run(run())
