@@ -18,19 +18,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.one_round import SHAPES
 from benchmarks.scope import Scope
 from benchmarks.table import Line, at_most, compare
 
 ROOT = Path(__file__).parent.parent
 BASE = "f178722"  #: the commit that row 25 is held against
-SHAPES = ("spans", "lifecycle-64", "lifecycle-256", "gathered", "in-process")
 
 Round = dict[str, dict[str, float]]  #: shape -> figure -> microseconds for each operation, and calls
 
 
 def worktree(commit: str) -> Path:
     """The files of a commit, checked out once. Raises `CalledProcessError` if this repository does not have it."""
-    path = ROOT / "runs" / f"at-{commit}"
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"]  # a branch may move meanwhile
+    commit = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    path = ROOT / "runs" / f"at-{commit[:12]}"
     if not path.exists():
         subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
         command = ["git", "worktree", "add", "--quiet", "--detach", str(path), commit]
@@ -96,6 +98,15 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
     options = parser.parse_args()
     shapes = options.only.split(",")
+    if unknown := set(shapes) - SHAPES.keys():
+        parser.error(f"--only names shapes {sorted(unknown)}; there are {', '.join(SHAPES)}")
+    if options.rounds < 1 or options.scale <= 0:
+        parser.error(f"--rounds {options.rounds} --scale {options.scale:g}: expected at least 1, and more than 0")
+    try:
+        worktree(options.commit)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip() or "no such commit; fetch it if this clone is shallow"
+        parser.error(f"commit {options.commit!r} cannot be checked out here: {said}")
     there, here = rounds(options.commit, shapes, options.rounds, options.scale)
     print(f"CPU per operation in us, medians of {options.rounds} rounds; ratio: median of the rounds (spread)\n")
     print(f"| shape | figure | {options.commit} | here | ratio (spread) |\n|---|---|---|---|---|")

@@ -34,8 +34,8 @@ KINDS = {
     "core": ("raystore/core/",),
     "service": ("raystore/service/",),
     "server session and actor": ("remote/server_session.py", "remote/actor.py"),
-    "session": ("remote/", "raystore/client/pending.py", "/transport.py"),
-    "methods and caller": ("raystore/client/", "benchmarks/shapes.py"),
+    "session": ("remote/", "raystore/client/transport.py"),
+    "methods and caller": ("raystore/client/", "tests/support/shapes.py"),
     "Ray, Python": ("ray/",),
     "asyncio": ("asyncio/",),
 }  # fmt: skip

@@ -369,8 +369,9 @@ class _Mapping(_Node):
         tests = [test for test in (self.key.test(source, "k"), self.value.test(source, "x")) if test != "True"]
         if not tests and self.rule is None:
             return f"type({v}) is dict"
-        body = ["if type(v) is not dict: return False", "for k, x in v.items():"]
-        body += [f"    if not ({' and '.join(tests) or True}): return False"]
+        body = ["if type(v) is not dict: return False"]
+        if tests:
+            body += ["for k, x in v.items():", *(f"    if not ({test}): return False" for test in tests)]
         body += [f"return {self.rule.test.format(v='v') if self.rule is not None else 'True'}"]
         return f"{source.function(body)}({v})"
 
