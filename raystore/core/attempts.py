@@ -5,54 +5,19 @@ An attempt changes, then its rollout follows (`_follow`) if it is the latest, th
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from raystore.core import lifecycle, queries, workers
 from raystore.core.lifecycle import ACTIVE, AT_WORK, FINISHED, SPAN, attempt_after
 from raystore.core.payload import OnDisk, bounded_error
 from raystore.core.records import Attempt, Many, Span
-from raystore.core.rollouts import chosen_among, create, move, set_reward
+from raystore.core.rollouts import begin, chosen_among, create, move, set_reward
 from raystore.core.schema import AttemptChanges, FinalChanges, Id, Request, SortOrder, SpanRow, Tags
 from raystore.core.spans import SpansWritten
 from raystore.core.state import Entry, InChain, Pair, State, Step
 from raystore.core.training import enter_eviction, reconsider
 from raystore.errors import AttemptNotFoundError, SealedError
-
-
-def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind: str) -> Attempt:
-    """Add an attempt to a rollout and set the rollout to preparing; an attempt that still ran is superseded."""
-    rollout = entry.rollout
-    before = entry.latest
-    entry.former = rollout.status
-    if before is not None and rollout.status not in FINISHED:
-        state.notify(entry, before.attempt_id, "superseded")
-    if before is not None and before.status in ACTIVE:
-        state.put_attempt(entry, len(entry.attempts) - 1, before.evolve(outcome="superseded"))
-    newest = None if rollout.resources_id is None else state.resources.newest(rollout.resources_id)
-    state.attempts_made += 1
-    taken: Container[str] = entry.holders
-    if len(entry.holders) < len(entry.attempts):  # else each was made by a session, which holds it for ever
-        taken = {attempt.attempt_id for attempt in entry.attempts}
-    attempt = Attempt(
-        rollout_id=rollout.rollout_id,
-        attempt_id=step.mint("at-", 8, taken),
-        sequence_id=before.sequence_id + 1 if before else 1,
-        start_time=step.now,
-        end_time=None,
-        status="preparing",
-        worker_id=worker_id,
-        resources_version=newest.version if newest else None,
-        policy_version=newest.policy_version if newest else state.resources.policy_version,
-    )
-    if step.session is not None:
-        entry.holders[attempt.attempt_id] = step.session.session_id
-    state.put_attempt(entry, len(entry.attempts), attempt)
-    move(state, step, entry, "preparing", kind=kind)
-    state.deadlines.guard(rollout.rollout_id)
-    if worker_id is not None:
-        workers.busy(state, step, worker_id, attempt, claimed=kind == "claimed")
-    return attempt
 
 
 def start_rollout(state: State, step: Step, *, request: Request, worker_id: Id | None) -> Pair:

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from raystore.core.replies import AGAIN, ERROR, PARTLY, VALUE, BatchReplies, Reply
 from raystore.core.retention import held_among
 from raystore.core.rollouts import chosen_among
 from raystore.core.schema import checker
-from raystore.core.state import Session, State
+from raystore.core.state import AGAIN, ERROR, PARTLY, VALUE, BatchReplies, Reply, Session, State
 from raystore.core.training import unreserve
 from raystore.core.verbs import CHANGING, HANDING, VERBS, handed_again
 

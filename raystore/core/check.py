@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from raystore.core import claims, lifecycle, training
-from raystore.core.changes import FEED_LENGTH
+from raystore.core.indexes import FEED_LENGTH, keys_of
 from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, ROLLOUT_STATUSES, is_live
 from raystore.core.payload import of_attempt, of_rollout, size_of
-from raystore.core.queries import keys_of
 from raystore.core.queues import ASIDE
 from raystore.core.state import State
 from raystore.core.training import eviction_class, fits

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from raystore.core import attempts, publishing, training, workers
-from raystore.core.lifecycle import is_untouched
+from raystore.core.lifecycle import BUSY, is_untouched
 from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
-from raystore.core.rollouts import move, stop_waiting, unqueue
+from raystore.core.rollouts import begin, move, stop_waiting, unqueue
 from raystore.core.schema import Id, Positive, Seconds
-from raystore.core.state import AttemptKey, BatchKey, Entry, HandedKey, Session, State, Step
+from raystore.core.state import SURPLUS, AttemptKey, BatchKey, Entry, HandedKey, Session, State, Step
 
 Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
 
@@ -33,7 +33,7 @@ SUSPICIOUS_WITHDRAWALS = 2  #: a rollout with so many claims that nobody acknowl
 # Why a session ended: its driver is gone; its pool has stopped it; it said so itself.
 JOB_ENDED, STOPPED, CLOSED = STOPS = ("job ended", "stopped", "closed")  #: no losses: nothing is charged or suspected
 SESSIONS = 10_000  #: client processes
-ENDED_SESSIONS = 10_000  #: which answer late batches: of these the newest are kept (`workers.SURPLUS` go at once)
+ENDED_SESSIONS = 10_000  #: which answer late batches: of these the newest are kept (`SURPLUS` more go at once)
 LOST_CLAIMS_KEPT = 1_000  #: of a session, so that a late acknowledgement can be told what became of its claim
 
 
@@ -76,7 +76,7 @@ def claim(
             break
         entry = state.entries[rollout_id]
         is_alone = entry.suspect and session is not None and not session.eternal and session.is_idle
-        hand_out(state, step, entry, worker_id)
+        begin(state, step, entry, worker_id=worker_id, kind="claimed")
         claimed.append(entry)
         if session is not None and is_alone:
             _reserve(state, step, session)
@@ -84,17 +84,6 @@ def claim(
     if not claimed and note_empty and worker_id is not None:
         workers.came_away_empty(state, step, worker_id)
     return claimed
-
-
-def hand_out(state: State, step: Step, entry: Entry, worker_id: str | None) -> None:
-    """Give a rollout an attempt, which the session that asks is to acknowledge."""
-    attempt = attempts.begin(state, step, entry, worker_id=worker_id, kind="claimed")
-    session = step.session
-    if session is not None:
-        key = (entry.rollout.rollout_id, attempt.attempt_id)
-        session.held.pop(key, None)
-        session.claims[key] = step.age
-        state.claim_deadlines.guard((session.session_id, key))
 
 
 def _lines_for(state: State, step: Step, queues: list[str]) -> tuple[int, ...]:
@@ -180,7 +169,10 @@ def _reinstate(state: State, step: Step, session: Session, key: AttemptKey) -> b
     move(state, step, entry, attempt.status, kind="reinstated")
     state.deadlines.guard(key[0])
     if attempt.worker_id is not None:
-        workers.busy(state, step, attempt.worker_id, attempt, claimed=True)
+        state.put_worker(
+            attempt.worker_id, status=BUSY, current_rollout_id=key[0], current_attempt_id=key[1],
+            last_busy_time=step.now, last_dequeue_time=step.now,
+        )  # fmt: skip
     return True
 
 
@@ -290,7 +282,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     session.ended_at = step.age
     state.effects.ended.append(session.session_id)
     state.ended_sessions[session.session_id] = None
-    if len(state.ended_sessions) >= ENDED_SESSIONS + workers.SURPLUS:
+    if len(state.ended_sessions) >= ENDED_SESSIONS + SURPLUS:
         state.effects.has_surplus = True
     for batch in list(session.batches):
         training.leave(state, session, batch)

@@ -122,7 +122,7 @@ def forget_session(state: State, session_id: str) -> None:
     """Drop the record of a session that has ended."""
     if state.sessions.pop(session_id, None) is not None:
         state.ended_sessions.pop(session_id, None)
-        state.session_deadlines.discard(session_id)
+        state.session_deadlines.pop(session_id, None)
 
 
 def surplus(state: State) -> Due:

@@ -23,10 +23,23 @@ from raystore.core.payload import of_attempt, of_rollout, size_of
 from raystore.core.queues import ASIDE
 from raystore.core.queues import PLAIN as PLAIN_LINE
 from raystore.core.records import Attempt, Span
-from raystore.core.replies import ERROR, PARTLY, VALUE, Reply
-from raystore.core.rollouts import CONTENT, check_requests, create, enter_queue, existing_of, release
+from raystore.core.rollouts import CONTENT, begin, check_requests, create, enter_queue, existing_of, release
 from raystore.core.snapshot import column
-from raystore.core.state import AttemptKey, Chain, Consumer, Entry, Pair, Session, State, Step, Taken
+from raystore.core.state import (
+    ERROR,
+    PARTLY,
+    VALUE,
+    AttemptKey,
+    Chain,
+    Consumer,
+    Entry,
+    Pair,
+    Reply,
+    Session,
+    State,
+    Step,
+    Taken,
+)
 from raystore.core.training import settle, untake
 from raystore.core.verbs import Verb
 from raystore.errors import BatchConflictError, InvalidValueError, StoreError, copy_of
@@ -46,7 +59,7 @@ def claim(
         entry = _next(state, step.session, queues, claimed)
         if entry is None:
             break
-        claims.hand_out(state, step, entry, worker_id)
+        begin(state, step, entry, worker_id=worker_id, kind="claimed")
         claimed.append(entry)
         session = step.session
         if session is not None and entry.suspect and not session.eternal:

@@ -46,6 +46,9 @@ OVER = SETTLED - {"unresponsive"}  #: ... and a span of a runner that only looke
 COMPLETED = frozenset({"failed", "succeeded"})  #: it has an end time, and its worker is free again
 AT_WORK = "running"  #: another span changes neither the attempt nor its rollout, if both are so
 
+#: Status and outcome of an attempt that somebody should be running.
+LIVE = frozenset((status, None) for status in ACTIVE)
+
 BUSY: WorkerStatus = "busy"  #: a worker that has an attempt
 
 # Events that move an attempt.
@@ -168,7 +171,7 @@ def worker_after(attempt_status: str) -> WorkerStatus:
 
 def is_live(attempt: Attempt) -> bool:
     """Whether somebody should be running an attempt; a superseded one only keeps its status."""
-    return attempt.status in ACTIVE and attempt.outcome is None
+    return (attempt.status, attempt.outcome) in LIVE
 
 
 def is_untouched(attempt: Attempt) -> bool:

@@ -1,16 +1,139 @@
-"""Which rollout is next: named queues ordered by priority, then by arrival.
+"""What comes next: heaps with lazy deletion, deadlines, and the queues in which rollouts wait.
 
-One order key per waiting rollout, `(-priority, arrival)`; with defaults everywhere that is the contract's FIFO. A
-rollout keeps its key for life, so that one that comes back keeps its place. A rollout that is *held back* keeps its key
-too, and is not handed out until it is put in line again.
+A key that is moved or discarded leaves a stale entry in its heap. A stale entry is skipped when it comes first, and all
+are removed once most of the heap is stale.
+
+A queue is ordered by priority, then by arrival: one order key per waiting rollout, `(-priority, arrival)`; with
+defaults everywhere that is the contract's FIFO. A rollout keeps its key for life, so that one that comes back keeps its
+place. A rollout that is *held back* keeps its key too, and is not handed out until it is put in line again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from heapq import heapify, heappop, heappush
+from typing import Any, Generic, TypeVar
 
-from raystore.core.lazyheap import LazyHeap
+K = TypeVar("K")
+P = TypeVar("P")  # priorities can be compared with each other; keys are not compared
+
+NEVER = float("inf")
+
+
+class LazyHeap(dict[K, tuple[P, int, K]], Generic[K, P]):
+    """Each key once, with its entry: the priority, a number that no other entry has, and the key.
+
+    The lowest priority comes first, and of equal ones what was put first. `pop(key, None)` forgets a key.
+    """
+
+    __slots__ = ("_heap", "_number")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[P, int, K]] = []  # of the entries, and of some that were replaced or forgotten
+        self._number = 0
+
+    def put(self, key: K, priority: P) -> None:
+        """Enter a key, or give it another priority."""
+        known = self.get(key)
+        if known is not None and known[0] == priority:
+            return
+        self._number += 1
+        entry = self[key] = (priority, self._number, key)
+        heap = self._heap
+        heappush(heap, entry)
+        if len(heap) > 64 and len(heap) > 4 * len(self):
+            heap[:] = self.values()
+            heapify(heap)
+
+    def first(self) -> tuple[P, int, K] | None:
+        """The first entry, left in place."""
+        heap = self._heap
+        while heap:
+            entry = heap[0]
+            if self.get(entry[2]) is entry:
+                return entry
+            heappop(heap)
+        return None
+
+    def take(self) -> K:
+        """Take out the first key, which `first` has just found."""
+        key = heappop(self._heap)[2]
+        del self[key]
+        return key
+
+    def priorities(self) -> list[tuple[K, P]]:
+        """All keys with their priorities."""
+        return [(key, priority) for priority, _, key in self.values()]
+
+    def fill(self, priorities: Iterable[tuple[K, P]]) -> None:
+        """Enter what another heap had, into an empty one."""
+        for number, (key, priority) in enumerate(priorities, 1):
+            self[key] = (priority, number, key)
+        self._heap[:] = self.values()
+        heapify(self._heap)
+        self._number = len(self._heap)
+
+
+class Deadlines(LazyHeap[K, float]):
+    """Keys with deadlines: each key has an entry that is no later than its deadline.
+
+    `deadline_of` gives the present deadline of a key, None if it has none now. A change that makes a deadline later
+    (a heartbeat) need not be reported: an entry that turns out to be too early is moved when it is reached. A change
+    that may make a deadline earlier must call `guard`.
+    """
+
+    __slots__ = ("deadline_of", "fires", "soonest")
+
+    def __init__(self, deadline_of: Callable[[K], float | None]) -> None:
+        super().__init__()
+        self.deadline_of: Callable[[K], float | None] = deadline_of
+        self.fires: int = 0
+        self.soonest: float = NEVER  #: nothing is due before this; may be earlier than `next`, which looks closer
+
+    def guard(self, key: K) -> None:
+        """Make sure that `key` is met no later than its deadline."""
+        deadline = self.deadline_of(key)
+        if deadline is not None:
+            self.guard_at(key, deadline)
+
+    def guard_at(self, key: K, deadline: float) -> None:
+        """Do the same where the deadline is known."""
+        known = self.get(key)
+        if known is None or deadline < known[0]:
+            self.put(key, deadline)
+            self.soonest = self._heap[0][0]
+
+    def next(self) -> float | None:
+        """The earliest instant at which something may be due."""
+        while (entry := self.first()) is not None:
+            deadline, _, key = entry
+            actual = self.deadline_of(key)
+            if actual == deadline:
+                self.soonest = deadline
+                return deadline
+            self.take()
+            if actual is not None:
+                self.put(key, actual)
+        self.soonest = NEVER
+        return None
+
+    def due(self, now: float, limit: int) -> Iterator[K]:
+        """Up to `limit` keys whose deadline lies before `now` (strictly, as in the contract)."""
+        while limit > 0:
+            deadline = self.next()
+            if deadline is None or not now > deadline:
+                return
+            self.fires += 1
+            limit -= 1
+            yield self.take()
+
+    def check(self, key: K) -> None:
+        """Verify that `key` will be met in time."""
+        deadline = self.deadline_of(key)
+        assert deadline is None or (key in self and self[key][0] <= deadline), f"{key} is not guarded"
+
+
+# -- queues ------------------------------------------------------------------------------------------------------------
 
 Order = tuple[int, int]
 Line = tuple[str, int]  #: queue, and one of
@@ -24,7 +147,7 @@ class Queues:
     """All queues of a store; a rollout waits at most once."""
 
     def __init__(self) -> None:
-        self._line_of: dict[str, Line] = {}
+        self.line_of: dict[str, Line] = {}  #: where each rollout waits
         self._lines: dict[Line, LazyHeap[str, Order]] = {}
         self._lengths: dict[str, int] = {}
         self._held: dict[str, dict[str, None]] = {}  # by what they wait for
@@ -32,13 +155,13 @@ class Queues:
         self.arrivals: int = 0  #: places at the tail that were given
 
     def __len__(self) -> int:
-        return len(self._line_of)
+        return len(self.line_of)
 
     def __contains__(self, rollout_id: str) -> bool:
-        return rollout_id in self._line_of
+        return rollout_id in self.line_of
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._line_of)
+        return iter(self.line_of)
 
     def orders(self) -> list[tuple[str, tuple[Any, ...], Order]]:
         """Each rollout that waits, its line (with the resources id that it waits for, if any), and its order key."""
@@ -46,9 +169,9 @@ class Queues:
             (
                 rollout_id,
                 (*line, self._waits_for[rollout_id]) if line[1] == HELD else line,
-                self._lines[line].priority(rollout_id),
+                self._lines[line][rollout_id][0],
             )
-            for rollout_id, line in self._line_of.items()
+            for rollout_id, line in self.line_of.items()
         ]
 
     def restore(self, orders: Iterable[tuple[str, tuple[Any, ...], Order]], arrivals: int) -> None:
@@ -76,7 +199,7 @@ class Queues:
 
     def put(self, queue: str, rollout_id: str, order: Order, *, line: int = PLAIN) -> None:
         """Let a rollout wait at its place; it must not be waiting yet."""
-        place = self._line_of[rollout_id] = (queue, line)
+        place = self.line_of[rollout_id] = (queue, line)
         heap = self._lines.get(place)
         if heap is None:
             heap = self._lines[place] = LazyHeap()
@@ -108,14 +231,14 @@ class Queues:
     @property
     def are_offering(self) -> bool:
         """Whether any queue has a rollout that is not held back."""
-        return len(self._line_of) > len(self._waits_for)
+        return len(self.line_of) > len(self._waits_for)
 
     def discard(self, rollout_id: str) -> bool:
         """Take a rollout out of line wherever it stands; whether it stood there."""
-        line = self._line_of.pop(rollout_id, None)
+        line = self.line_of.pop(rollout_id, None)
         if line is None:
             return False
-        self._lines[line].discard(rollout_id)
+        del self._lines[line][rollout_id]
         queue = line[0]
         if line[1] == HELD:
             waits_for = self._waits_for.pop(rollout_id)
@@ -133,17 +256,16 @@ class Queues:
 
     def make_overdue(self, rollout_id: str) -> str:
         """Let a rollout that waits aside be for anybody, at the same place; its queue."""
-        line = self._line_of[rollout_id]
+        line = self.line_of[rollout_id]
         queue, heap = line[0], self._lines[line]
-        order = heap.priority(rollout_id)
-        heap.discard(rollout_id)
-        self._line_of[rollout_id] = (queue, OVERDUE)
+        order = heap.pop(rollout_id)[0]
+        self.line_of[rollout_id] = (queue, OVERDUE)
         self._lines.setdefault((queue, OVERDUE), LazyHeap()).put(rollout_id, order)
         return queue
 
     def line(self, rollout_id: str) -> int:
         """In which line a rollout waits."""
-        return self._line_of[rollout_id][1]
+        return self.line_of[rollout_id][1]
 
     def first(self, queues: Iterable[str], lines: Iterable[int] = (PLAIN,)) -> str | None:
         """The next rollout of some lines, left in place: that of the first queue that has one."""
@@ -151,7 +273,7 @@ class Queues:
             best: tuple[Order, int, str] | None = None
             for line in lines:
                 heap = self._lines.get((queue, line))
-                found = heap.first() if heap is not None else None
+                found = heap.first() if heap else None
                 if found is not None and (best is None or found < best):
                     best = found
             if best is not None:
@@ -161,14 +283,14 @@ class Queues:
     def check(self) -> None:
         """Verify that every waiting rollout is in its line, and that the counts are right."""
         found = {rollout_id: line for line, heap in self._lines.items() for rollout_id in heap}
-        assert found == self._line_of, "a waiting rollout is not in its line"
-        assert sum(map(len, self._lines.values())) == len(self._line_of), "a rollout waits twice"
-        held = {rollout_id for rollout_id, line in self._line_of.items() if line[1] == HELD}
+        assert found == self.line_of, "a waiting rollout is not in its line"
+        assert sum(map(len, self._lines.values())) == len(self.line_of), "a rollout waits twice"
+        held = {rollout_id for rollout_id, line in self.line_of.items() if line[1] == HELD}
         assert self._waits_for.keys() == held, "what is held back is not known to be"
         assert {i: name for name, ids in self._held.items() for i in ids} == self._waits_for, (
             "what is held back for what"
         )
         count: dict[str, int] = {}
-        for queue, _ in self._line_of.values():
+        for queue, _ in self.line_of.values():
             count[queue] = count.get(queue, 0) + 1
         assert count == self._lengths, "queue lengths differ from the queues"

@@ -19,8 +19,8 @@ from __future__ import annotations
 from typing import Any
 
 from raystore.core import training
+from raystore.core.indexes import keys_of
 from raystore.core.lifecycle import FINISHED, is_live
-from raystore.core.queries import keys_of
 from raystore.core.rollouts import unqueue
 from raystore.core.schema import Id
 from raystore.core.state import Entry, EvictionPass, State, Step
@@ -43,19 +43,18 @@ def delete(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
             continue
         unqueue(state, entry)
         state.completions.discard(rollout_id)
-        state.disposable_released.discard(rollout_id)
-        state.disposable_read.discard(rollout_id)
-        for heap in state.eviction_heaps:
-            heap.discard(rollout_id)
+        state.disposable_released.pop(rollout_id, None)
+        state.disposable_read.pop(rollout_id, None)
+        state.eviction_heaps[entry.evicts_as].pop(rollout_id, None)
         training.forget(state, rollout_id)
         for index, attempt in enumerate(entry.attempts):
             if is_live(attempt):
                 state.notify(entry, attempt.attempt_id, "cancelled")
                 state.put_attempt(entry, index, attempt.evolve(outcome="superseded"))
-        for key in keys_of(entry.rollout, entry.latest):
-            state.indexes.remove(rollout_id, key)
+        for kind, value in keys_of(entry.rollout, entry.latest):
+            state.indexes.move(rollout_id, kind, value, None)
         state.spans.forget(rollout_id)
-        state.deadlines.discard(rollout_id)
+        state.deadlines.pop(rollout_id, None)
         state.payload_bytes -= entry.bytes
         state.attempt_count -= len(entry.attempts)
         del state.entries[rollout_id]
@@ -96,7 +95,7 @@ def due(state: State, now: float, limit: int) -> list[str]:
             if not (over > len(chosen) or (before is not None and ended < before)):
                 break
             entry = state.entries[rollout_id]
-            disposable.pop()
+            disposable.take()
             if training.is_wanted(state, entry):  # a consumer has become known since
                 continue
             if ended != (actual := entry.rollout.end_time or ended):  # from a snapshot without end times
@@ -144,7 +143,7 @@ def _evict_slice(state: State, done: EvictionPass, until: int) -> None:
     for number, down_to in _classes(state):
         heap = state.eviction_heaps[number]
         while state.total_bytes > down_to and done.spans < until and (first := heap.first()) is not None:
-            entry = state.entries[heap.pop()]
+            entry = state.entries[heap.take()]
             if training.eviction_class(state, entry) != number:  # a consumer that wants it became known since
                 enter_eviction(state, entry)
             elif first[2] in done.written:

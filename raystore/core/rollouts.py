@@ -1,7 +1,7 @@
 """Verbs of rollouts: enqueue, update, release, query; and wait for some to finish, for completions, or for changes.
 
-`move` is the one way in which a rollout's status changes; it keeps queue, completion log, change feed and end time
-in step.
+`create` makes a rollout, `begin` gives it an attempt, and `move` is the one way in which its status changes: it keeps
+queue, completion log, change feed and end time in step.
 Not here: starting, settling and cancelling attempts (`attempts`), handing work out (`claims`).
 """
 
@@ -12,11 +12,11 @@ from itertools import groupby, islice
 from typing import Any
 
 from raystore.core import queries
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, RolloutStatus, is_live, notice_of
+from raystore.core.indexes import Key, keys_of
+from raystore.core.lifecycle import ACTIVE, BUSY, FINISHED, QUEUED, RolloutStatus, is_live, notice_of
 from raystore.core.payload import digest_of_bytes, is_digest, of_rollout, same_content, size_of
-from raystore.core.queries import keys_of
 from raystore.core.queues import ASIDE, PLAIN
-from raystore.core.records import Change, Config, Many, Rollout, Span
+from raystore.core.records import Attempt, Change, Config, Many, Rollout, Span
 from raystore.core.schema import (
     Filters,
     Id,
@@ -30,7 +30,7 @@ from raystore.core.schema import (
     SpanTexts,
     Whole,
 )
-from raystore.core.state import Entry, InChain, Pair, State, Step
+from raystore.core.state import CLAIM_SECONDS, Entry, InChain, Pair, State, Step
 from raystore.core.training import enter_eviction, enter_retention, fits, follow, reconsider, settle
 from raystore.errors import (
     ConflictError,
@@ -87,8 +87,8 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
     state.entries[rollout.rollout_id] = entry
     state.touch(rollout.rollout_id)
     state.payload_bytes += size
-    for key in keys_of(rollout, None):
-        state.indexes.add(rollout.rollout_id, key)
+    for kind, value in keys_of(rollout, None):
+        state.indexes.move(rollout.rollout_id, kind, None, value)
     if state.consumers:
         follow(state, entry)
     return entry
@@ -224,18 +224,66 @@ def move(
             follow(state, entry, has_finished=end_time is not None)
         enter_retention(state, entry)
     if status in QUEUED:
-        if rollout_id not in state.queues:
+        if rollout_id not in state.queues.line_of:
             place = entry.order if keep_place else None
             enter_queue(state, step, entry, state.queues.tail(before.priority) if place is None else place)
-    else:
+    elif rollout_id in state.queues.line_of:
         unqueue(state, entry)
     if status != before.status:
         latest = entry.latest
         state.changes.append(step.now, kind or status, rollout_id, latest.attempt_id if latest else None)
         if rollout_id in state.spans.by_rollout and state.spans.has(rollout_id):
             enter_eviction(state, entry)
-    if status in ACTIVE:
+    config = before.config
+    if status in ACTIVE and (config.timeout_seconds is not None or config.unresponsive_seconds is not None):
         state.deadlines.guard(rollout_id)
+
+
+def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind: str) -> Attempt:
+    """Add an attempt to a rollout and set the rollout to preparing; an attempt that still ran is superseded.
+
+    `kind` says whether it is "started" by its caller, or "claimed" by the session, which then is to acknowledge it.
+    """
+    rollout, session = entry.rollout, step.session
+    before = entry.attempts[-1] if entry.attempts else None
+    entry.former = rollout.status
+    if before is not None and rollout.status not in FINISHED:
+        state.notify(entry, before.attempt_id, "superseded")
+    if before is not None and before.status in ACTIVE:
+        state.put_attempt(entry, len(entry.attempts) - 1, before.evolve(outcome="superseded"))
+    newest = None if rollout.resources_id is None else state.resources.newest(rollout.resources_id)
+    state.attempts_made += 1
+    taken: Container[str] = entry.holders
+    if len(entry.holders) < len(entry.attempts):  # else each was made by a session, which holds it for ever
+        taken = {attempt.attempt_id for attempt in entry.attempts}
+    attempt = Attempt(
+        rollout_id=rollout.rollout_id,
+        attempt_id=step.mint("at-", 8, taken),
+        sequence_id=before.sequence_id + 1 if before else 1,
+        start_time=step.now,
+        end_time=None,
+        status="preparing",
+        worker_id=worker_id,
+        resources_version=newest.version if newest else None,
+        policy_version=newest.policy_version if newest else state.resources.policy_version,
+    )
+    stamps = {"last_busy_time": step.now}
+    if session is not None:
+        entry.holders[attempt.attempt_id] = session.session_id
+    if kind == "claimed":
+        stamps["last_dequeue_time"] = step.now
+        if session is not None:
+            key = (rollout.rollout_id, attempt.attempt_id)
+            session.claims[key] = step.age
+            state.claim_deadlines.guard_at((session.session_id, key), step.age + CLAIM_SECONDS)
+    state.put_attempt(entry, len(entry.attempts), attempt)
+    move(state, step, entry, "preparing", kind=kind)
+    if worker_id is not None:
+        state.put_worker(
+            worker_id, status=BUSY, current_rollout_id=rollout.rollout_id, current_attempt_id=attempt.attempt_id,
+            **stamps,
+        )  # fmt: skip
+    return attempt
 
 
 def update(state: State, step: Step, *, rollout_id: Id, changes: RolloutChanges) -> Pair:
@@ -356,7 +404,7 @@ def query(
     return Many([state.entries[rollout.rollout_id].pair for rollout in page], len(matches))
 
 
-def _index_keys(must: Mapping[str, Any]) -> list[queries.Key]:
+def _index_keys(must: Mapping[str, Any]) -> list[Key]:
     """The index keys under which a rollout with these fields is found; what is None may be anything."""
     named = (("group_id", "group"), ("queue", "queue"), ("worker_id", "worker"))
     keys = [(key, must[name]) for name, key in named if must.get(name) is not None]

@@ -1,28 +1,28 @@
 """Everything a store knows, and the few ways in which a record is replaced.
 
 `State` holds the tables; the functions that change them are in one file for each noun (`verbs` lists them). Code that
-replaces a rollout or an attempt calls `put_rollout` or `put_attempt`, which keep indexes, references and holders
-consistent.
+replaces a rollout, an attempt or a worker calls `put_rollout`, `put_attempt` or `put_worker`, which keep indexes,
+references and holders consistent.
+`ReplyCache` keeps the replies of a session's batches, in case a batch comes again. The reply of a change is kept until
+the client has received it. Of a reply that handed over claims or a batch only the keys are kept. Nothing is kept of a
+read, which runs again.
 Not here: decisions (`lifecycle` and the verbs), time (`Step` carries it), durability.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha1
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-from raystore.core.changes import ChangeFeed, CompletionLog, WatchSets
-from raystore.core.lazyheap import Deadlines, LazyHeap
-from raystore.core.lifecycle import ACTIVE, UNCHARGED, is_busy, is_live
-from raystore.core.payload import of_attempt
-from raystore.core.queries import Indexes
-from raystore.core.queues import Order, Queues
+from raystore.core.indexes import ChangeFeed, CompletionLog, Indexes, WatchSets
+from raystore.core.lifecycle import ACTIVE, BUSY, LIVE, UNCHARGED, is_busy, is_live
+from raystore.core.payload import of_attempt, size_of
+from raystore.core.queues import Deadlines, LazyHeap, Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker, declare, declared, packed, pairs, shown, unpacked
-from raystore.core.replies import ReplyCache
 from raystore.core.resources import Freed, ResourceTable
 from raystore.core.schema import As, Part
 from raystore.core.spans import SpanTable
@@ -39,6 +39,9 @@ from raystore.errors import (
 CLAIM_SECONDS = 5.0  #: a claim that is not acknowledged for so long is withdrawn
 SESSION_SILENCE_SECONDS = 60.0  #: a session that was not heard for so long has ended
 SESSION_RECORD_SECONDS = 600.0  #: how long the record of an ended session answers its late batches
+
+IDLE_WORKERS = 10_000  #: that are not busy: of these the newest are kept, by when they were heard of,
+SURPLUS = 250  #: and so many beyond go at once
 
 RETRY_SECONDS = 5.0  #: after which a call that exceeded a fixed limit may be tried again
 
@@ -123,6 +126,91 @@ def _chains_unpacked(rows: list[Any]) -> dict[int, Chain]:
         error = from_record(*refusal) if refusal is not None else None
         chains[number] = Chain(notes, error if isinstance(error, StoreError) else None)
     return chains
+
+
+# What a reply says.
+VALUE, ERROR, PARKED, NOTICE = range(4)
+PARTLY = -1  #: kept of a long operation of which some pieces have run; never sent
+
+Reply = list[Any]
+AGAIN: Reply = []  #: placeholder: run this operation again if the batch is repeated
+HANDED_KEPT = 64  #: tickets whose handed-over claims are remembered, beyond twice the open claims
+
+
+class BatchReplies(NamedTuple):
+    """The replies of one batch, as far as it has run."""
+
+    first_ticket: int
+    replies: list[Reply]
+
+
+def _kept_again(rows: list[Any]) -> dict[int, BatchReplies]:
+    return {sequence: BatchReplies(first_ticket, list(replies)) for sequence, (first_ticket, replies) in rows}
+
+
+def _handed_again(rows: list[Any]) -> dict[int, list[Any]]:
+    return {ticket: [(key[0], key[1]) for key in keys] for ticket, keys in rows}
+
+
+@dataclass(slots=True, eq=False)
+class ReplyCache:
+    """The replies of one session. A replay need not reproduce what was sent and answered."""
+
+    #: The sequence number of the batch that is to run next.
+    expected: int = declare(1, in_digest=False)
+    #: The client has all answers up to here ...
+    answered: int = declare(0, in_digest=False)
+    #: ... and these.
+    ahead: set[int] = declare(make=set, pack=list, unpack=set, in_digest=False)
+    kept: dict[int, BatchReplies] = declare(make=dict, pack=pairs, unpack=_kept_again, in_digest=False)
+    #: By ticket: the keys of claims, or of a batch, that parked calls were handed.
+    handed: dict[int, list[Any]] = declare(make=dict, pack=pairs, unpack=_handed_again, in_digest=False)
+
+    def answers_received(self, answered: int, ahead: Iterable[int]) -> None:
+        """The client has the answers of all batches up to one, and those of some later ones."""
+        for sequence in [number for number in self.kept if number <= answered]:
+            del self.kept[sequence]
+        self.answered = max(self.answered, answered)
+        if ahead or self.ahead:
+            self.ahead = {number for number in self.ahead.union(ahead) if number > self.answered}
+        self.expected = max(self.expected, answered + 1)
+        while self.expected in self.ahead:  # the client has its answer: a batch of reads leaves no trace here
+            self.expected += 1
+
+    def find(self, sequence: int, first_ticket: int) -> BatchReplies | None:
+        """The replies of a batch that came before; None if the client has them.
+
+        A batch without replies that the client has no answer of changed nothing.
+        """
+        is_answered = sequence <= self.answered or sequence in self.ahead
+        return None if is_answered else self.kept.get(sequence, BatchReplies(first_ticket, []))
+
+    def begin(self, sequence: int, first_ticket: int) -> BatchReplies:
+        """A batch starts, or goes on after it was interrupted."""
+        self.expected = sequence
+        return self.kept.setdefault(sequence, BatchReplies(first_ticket, []))
+
+    def end(self, sequence: int) -> None:
+        """A batch has run to its end."""
+        self.expected = sequence + 1
+        while self.expected in self.ahead:
+            self.expected += 1
+
+    def hand(self, ticket: int, keys: list[Any], *still_open: Collection[Any]) -> None:
+        """A parked call was handed claims, or a batch."""
+        if len(self.handed) > HANDED_KEPT + 2 * sum(map(len, still_open)):  # half can go: worth it
+            self.handed = {
+                t: k for t, k in self.handed.items() if any(key in there for key in k for there in still_open)
+            }
+        self.handed[ticket] = keys
+        self.note(ticket, [PARKED])
+
+    def note(self, ticket: int, reply: Reply) -> None:
+        """Keep another reply of an operation from now on."""
+        for kept in self.kept.values():
+            number = ticket - kept.first_ticket
+            if 0 <= number < len(kept.replies):
+                kept.replies[number] = reply
 
 
 @dataclass(slots=True, eq=False)
@@ -248,6 +336,8 @@ class Entry:
     #: Somebody has read its spans. Reading costs nothing in a journal, so a snapshot does not know.
     read: bool = declare(False, in_snapshot=False, in_digest=False)
     released: bool = declare(False)
+    #: The eviction class whose heap it is in, if it is in one.
+    evicts_as: int = declare(0, in_snapshot=False, in_digest=False)
     #: Its status before the latest attempt, for a claim that is taken back.
     former: str = declare("queuing")
     #: It may end the process that runs it: it is handed out alone, if that can be had.
@@ -342,10 +432,7 @@ class Effects:
     has_surplus: bool = False
 
     def __bool__(self) -> bool:
-        return bool(
-            self.finished or self.queues or self.noticed or self.has_batches or self.ended or self.has_withdrawn
-            or self.has_surplus or self.freed
-        )  # fmt: skip
+        return any(getattr(self, name) for name in self.__slots__)
 
 
 def require_room(what: str, number: int, bound: int) -> None:
@@ -414,6 +501,17 @@ class State:
         self.settings = settings
         self.spans.keep_duplicates = settings.keep_duplicates
         self.resources.keep = settings.keep_resources
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the steps so far have left nothing to do, and nothing should be evicted; each operation asks."""
+        effects = self.effects
+        return not (
+            effects.finished or effects.queues or effects.noticed or effects.has_batches or effects.ended
+            or effects.has_withdrawn or effects.has_surplus or effects.freed
+            or self.spans.bytes + self.payload_bytes + self.resources.bytes > self.settings.eviction_bytes
+            or self.memory_full or self.eviction_pass is not None
+        )  # fmt: skip
 
     @property
     def is_full(self) -> bool:
@@ -491,20 +589,22 @@ class State:
 
     def put_rollout(self, entry: Entry, rollout: Rollout) -> None:
         """Replace a rollout."""
-        old = entry.rollout
-        self.touch(rollout.rollout_id)
-        if old.status != rollout.status:
-            self.indexes.remove(rollout.rollout_id, ("status", old.status))
-            self.indexes.add(rollout.rollout_id, ("status", rollout.status))
+        before = entry.rollout.status
+        if self.settings.on_disk:
+            self.touched[rollout.rollout_id] = None
+        if before != rollout.status:
+            self.indexes.move(rollout.rollout_id, "status", before, rollout.status)
         entry.rollout = rollout
 
     def put_attempt(self, entry: Entry, index: int, attempt: Attempt) -> None:
         """Replace an attempt (or append one), and what follows from whether it is live."""
         old = entry.attempts[index] if index < len(entry.attempts) else None
-        self.touch(attempt.rollout_id)
-        is_latest = index >= len(entry.attempts) - 1
-        if is_latest:
-            self._index_worker(entry, attempt)
+        if self.settings.on_disk:
+            self.touched[attempt.rollout_id] = None
+        if index >= len(entry.attempts) - 1:
+            before = entry.attempts[-1].worker_id if entry.attempts else None
+            if before != attempt.worker_id:
+                self.indexes.move(attempt.rollout_id, "worker", before, attempt.worker_id)
         if (old is None and (attempt.metadata is not None or attempt.error is not None)) or (
             old is not None and (attempt.metadata is not old.metadata or attempt.error is not old.error)
         ):
@@ -515,7 +615,8 @@ class State:
             self.attempt_count += 1
         else:
             entry.attempts[index] = attempt
-        was_live, lives = old is not None and is_live(old), is_live(attempt)
+        was_live = old is not None and (old.status, old.outcome) in LIVE
+        lives = (attempt.status, attempt.outcome) in LIVE
         if was_live != lives:
             if attempt.resources_version is not None:
                 self.resources.refer(entry.rollout.resources_id, attempt.resources_version, 1 if lives else -1)
@@ -533,7 +634,9 @@ class State:
         entry.holders.pop(attempt.attempt_id, None)
         if is_live(attempt):
             self.resources.refer(entry.rollout.resources_id, attempt.resources_version, -1)
-        self._index_worker(entry, entry.attempts[-2] if len(entry.attempts) > 1 else None)
+        former = entry.attempts[-2].worker_id if len(entry.attempts) > 1 else None
+        if former != attempt.worker_id:
+            self.indexes.move(attempt.rollout_id, "worker", attempt.worker_id, former)
         entry.attempts.pop()
         entry.clocks.pop()
         self.attempt_count -= 1
@@ -546,14 +649,19 @@ class State:
         entry.bytes += more
         self.payload_bytes += more
 
-    def _index_worker(self, entry: Entry, attempt: Attempt | None) -> None:
-        before = entry.latest.worker_id if entry.latest else None
-        after = attempt.worker_id if attempt else None
-        if before != after:
-            if before is not None:
-                self.indexes.remove(entry.rollout.rollout_id, ("worker", before))
-            if after is not None:
-                self.indexes.add(entry.rollout.rollout_id, ("worker", after))
+    def put_worker(self, worker_id: str, **changes: Any) -> Worker:
+        """Replace the record of a worker, which was heard of just now, perhaps for the first time."""
+        before = self.workers.get(worker_id) or Worker(worker_id)
+        worker = self.workers[worker_id] = before.evolve(**changes)
+        if worker.heartbeat_stats is not before.heartbeat_stats:
+            self.payload_bytes += size_of(worker.heartbeat_stats) - size_of(before.heartbeat_stats)
+        idle = self.idle_workers
+        idle.pop(worker_id, None)
+        if worker.status != BUSY:
+            idle[worker_id] = None  # behind all others
+            if len(idle) >= IDLE_WORKERS + SURPLUS:
+                self.effects.has_surplus = True
+        return worker
 
     # -- who runs what -------------------------------------------------------------------------------------------
 

@@ -156,12 +156,11 @@ def eviction_class(state: State, entry: Entry) -> int:
 
 def enter_eviction(state: State, entry: Entry) -> None:
     """Make a rollout with spans known to the eviction class it now belongs to."""
-    rollout = entry.rollout
-    heap = state.eviction_heaps[eviction_class(state, entry)]
-    for other in state.eviction_heaps:
-        if other is not heap:
-            other.discard(rollout.rollout_id)
-    heap.put(rollout.rollout_id, (rollout.start_time, entry.number))
+    rollout, number = entry.rollout, eviction_class(state, entry)
+    if number != entry.evicts_as:
+        state.eviction_heaps[entry.evicts_as].pop(rollout.rollout_id, None)
+        entry.evicts_as = number
+    state.eviction_heaps[number].put(rollout.rollout_id, (rollout.start_time, entry.number))
 
 
 def enter_retention(state: State, entry: Entry) -> None:
@@ -169,17 +168,17 @@ def enter_retention(state: State, entry: Entry) -> None:
     rollout = entry.rollout
     rollout_id, ended = rollout.rollout_id, rollout.end_time
     if ended is None or is_wanted(state, entry):
-        state.disposable_released.discard(rollout_id)
-        state.disposable_read.discard(rollout_id)
+        state.disposable_released.pop(rollout_id, None)
+        state.disposable_read.pop(rollout_id, None)
     elif entry.released or entry.taken:
-        state.disposable_read.discard(rollout_id)
+        state.disposable_read.pop(rollout_id, None)
         state.disposable_released.put(rollout_id, ended)
     else:
-        state.disposable_released.discard(rollout_id)
+        state.disposable_released.pop(rollout_id, None)
         if entry.read:
             state.disposable_read.put(rollout_id, ended)
         else:
-            state.disposable_read.discard(rollout_id)
+            state.disposable_read.pop(rollout_id, None)
 
 
 def settle(state: State, entry: Entry) -> None:

@@ -13,15 +13,13 @@ from itertools import islice
 from typing import Any
 
 from raystore.core import queries
-from raystore.core.lifecycle import ACTIVE, BUSY, WorkerStatus, is_busy, is_idle, worker_after
+from raystore.core.lifecycle import ACTIVE, WorkerStatus, is_busy, is_idle, worker_after
 from raystore.core.payload import size_of
 from raystore.core.records import Attempt, Many, Worker
 from raystore.core.schema import Id, Logic, SortOrder, WorkerChanges
-from raystore.core.state import State, Step, require_room
+from raystore.core.state import IDLE_WORKERS, State, Step, require_room
 
 WORKERS = 100_000  #: records of runners
-IDLE_WORKERS = 10_000  #: that are not busy: of these the newest are kept, by when they were heard of,
-SURPLUS = 250  #: and so many beyond go at once
 
 
 def admit(state: State, worker_id: str | None) -> None:
@@ -33,27 +31,14 @@ def admit(state: State, worker_id: str | None) -> None:
 def update(state: State, step: Step, *, worker_id: Id, changes: WorkerChanges) -> Worker:
     """A heartbeat of a worker, with statistics if given; never changes its status."""
     admit(state, worker_id)
-    return _put(state, worker_id, last_heartbeat_time=step.now, **changes)
-
-
-def busy(state: State, step: Step, worker_id: str, attempt: Attempt, *, claimed: bool) -> None:
-    """A worker started an attempt."""
-    _put(
-        state,
-        worker_id,
-        status=BUSY,
-        current_rollout_id=attempt.rollout_id,
-        current_attempt_id=attempt.attempt_id,
-        last_busy_time=step.now,
-        **({"last_dequeue_time": step.now} if claimed else {}),
-    )
+    return state.put_worker(worker_id, last_heartbeat_time=step.now, **changes)
 
 
 def came_away_empty(state: State, step: Step, worker_id: str) -> None:
     """A worker asked for work and there was none."""
     worker = state.workers.get(worker_id)
     if worker is not None and is_idle(worker):
-        _put(state, worker_id, last_dequeue_time=step.now)
+        state.put_worker(worker_id, last_dequeue_time=step.now)
     else:
         _follow(state, worker_id, "idle", None, last_dequeue_time=step.now, last_idle_time=step.now)
 
@@ -71,29 +56,13 @@ def follow(state: State, step: Step, attempt: Attempt) -> None:
 
 
 def _follow(state: State, worker_id: str, status: str, attempt: Attempt | None, **stamps: Any) -> None:
-    _put(
-        state,
+    state.put_worker(
         worker_id,
         status=status,
         current_rollout_id=attempt.rollout_id if attempt else None,
         current_attempt_id=attempt.attempt_id if attempt else None,
         **stamps,
     )
-
-
-def _put(state: State, worker_id: str, **changes: Any) -> Worker:
-    """Replace the record of a worker, which was heard of just now, perhaps for the first time."""
-    before = state.workers.get(worker_id) or Worker(worker_id)
-    worker = state.workers[worker_id] = before.evolve(**changes)
-    if worker.heartbeat_stats is not before.heartbeat_stats:
-        state.payload_bytes += size_of(worker.heartbeat_stats) - size_of(before.heartbeat_stats)
-    idle = state.idle_workers
-    idle.pop(worker_id, None)
-    if not is_busy(worker):
-        idle[worker_id] = None  # behind all others
-        if len(idle) >= IDLE_WORKERS + SURPLUS:
-            state.effects.has_surplus = True
-    return worker
 
 
 def surplus(state: State) -> list[str]:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 from raystore.core import expiry, format1, training, verbs
 from raystore.core.batches import BatchRun, Item, to_keep
 from raystore.core.records import Config
-from raystore.core.replies import AGAIN, ERROR, VALUE, BatchReplies, Reply
 from raystore.core.snapshot import verify
-from raystore.core.state import Session, Settings, State, Step
+from raystore.core.state import AGAIN, ERROR, VALUE, BatchReplies, Reply, Session, Settings, State, Step
 from raystore.core.verbs import CHANGING, STEPS, VERBS
 from raystore.errors import StoreError, to_record
 from raystore.journal import format, snapshot_file

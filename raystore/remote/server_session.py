@@ -21,9 +21,8 @@ from raystore.core.batches import BatchRun, Item, repeat
 from raystore.core.claims import CLOSED
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Many, Record
-from raystore.core.replies import VALUE, BatchReplies, Reply
 from raystore.core.schema import Id, Positive, checker
-from raystore.core.state import HandedKey, Session
+from raystore.core.state import VALUE, BatchReplies, HandedKey, Reply, Session
 from raystore.core.verbs import HANDING, Verb, handed_again
 from raystore.errors import AnswerGoneError, InvalidValueError, StoreError, StoreOverloadedError, to_record
 from raystore.journal.recorder import Source

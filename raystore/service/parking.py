@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 from raystore.core import rollouts, training
-from raystore.core.lazyheap import LazyHeap
+from raystore.core.queues import LazyHeap
 from raystore.core.state import Pair, Session, State, Step, require_room
 from raystore.core.verbs import WaitsFor
 from raystore.errors import StoreError, copy_of
@@ -142,7 +142,7 @@ class Parking:
         del self._all[call.number]
         del self._by_ticket[call.session_id, call.ticket]
         if call.deadline is not None:
-            self._deadlines.discard(call.number)
+            self._deadlines.pop(call.number, None)
             self.timed -= 1
         for calls, key in self._places(call):
             if (there := calls.get(key)) is not None:
@@ -208,7 +208,7 @@ class Parking:
         """Answer the calls that have run out of time with what there is."""
         expired = []
         while self.are_overdue(now):
-            expired.append(self._all[self._deadlines.pop()])
+            expired.append(self._all[self._deadlines.take()])
         for call in expired:
             self._give_what_there_is(call)
 

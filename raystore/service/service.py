@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
 from raystore.core import check, claims, expiry, retention, training, verbs, workers
-from raystore.core.lazyheap import NEVER
+from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, LossReason, Positive, Rule, Text, Whole
 from raystore.core.state import EvictionPass, HandedKey, Session, State, Step, require_room

@@ -15,10 +15,10 @@ import msgpack
 
 from raystore.core.payload import Payload
 from raystore.core.records import Record
-from raystore.core.replies import ERROR as ERROR
-from raystore.core.replies import NOTICE as NOTICE
-from raystore.core.replies import PARKED as PARKED
-from raystore.core.replies import VALUE as VALUE
+from raystore.core.state import ERROR as ERROR
+from raystore.core.state import NOTICE as NOTICE
+from raystore.core.state import PARKED as PARKED
+from raystore.core.state import VALUE as VALUE
 from raystore.errors import InvalidValueError
 
 _REFS = 1  # extension type: a payload whose references stand in the list beside the frame

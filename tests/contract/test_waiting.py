@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.core.changes import ChangeFeed
+from raystore.core.indexes import ChangeFeed
 from raystore.wire import convert
 from tests.conftest import MakeMemoryStore
 from tests.helpers import AnyStore, claim, until

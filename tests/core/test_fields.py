@@ -11,9 +11,19 @@ import pytest
 
 from raystore.core.payload import OnDisk
 from raystore.core.records import Attempt, Config, Rollout, Span, declared, packed, unpacked
-from raystore.core.replies import BatchReplies, ReplyCache
 from raystore.core.snapshot import digest
-from raystore.core.state import AttemptClock, Chain, Consumer, Entry, Session, Settings, State, Taken
+from raystore.core.state import (
+    AttemptClock,
+    BatchReplies,
+    Chain,
+    Consumer,
+    Entry,
+    ReplyCache,
+    Session,
+    Settings,
+    State,
+    Taken,
+)
 from raystore.errors import OverloadedError
 from raystore.journal import snapshot_file
 from raystore.journal.format import FileHead
@@ -42,8 +52,8 @@ SAMPLES: dict[Any, dict[str, Any]] = {
     Entry: {
         "rollout": Rollout("mine", b"", 9.0, None, None, None, "queuing", Config(), None, None, "q", 0, {}, None),
         "number": 99, "given": (b"\x01a", None, None), "bytes": 123, "attempts": [ATTEMPT],
-        "clocks": [AttemptClock(4.0)], "order": (-1, 5), "read": True, "released": True, "former": "requeuing",
-        "suspect": True, "deliveries": 2, "losses": 3, "withdrawals": 1,
+        "clocks": [AttemptClock(4.0)], "order": (-1, 5), "read": True, "released": True, "evicts_as": 3,
+        "former": "requeuing", "suspect": True, "deliveries": 2, "losses": 3, "withdrawals": 1,
         "holders": {"at-gone": "s"}, "taken": MappingProxyType({"t": Taken(3)}),
     },
     Taken: {"batch": 9, "step": 2, "note": "n", "is_durable": True},
@@ -66,11 +76,11 @@ SAMPLES: dict[Any, dict[str, Any]] = {
 
 #: What a snapshot does not hold: reading costs nothing in a journal, so that it is no step. What may come to a consumer
 #: is found anew.
-NOT_IN_SNAPSHOTS = {(Entry, "read"), (Consumer, "coming")}
+NOT_IN_SNAPSHOTS = {(Entry, "read"), (Entry, "evicts_as"), (Consumer, "coming")}
 
 #: What a replay need not reproduce: what only a process knows, and what is still to be sent.
 NOT_IN_DIGESTS = {
-    (Entry, "read"), (Consumer, "coming"),
+    (Entry, "read"), (Entry, "evicts_as"), (Consumer, "coming"),
     (Session, "last_heard"), (Session, "notices"), (Session, "replies"), (Span, "body"), (Span, "size"),
     *((ReplyCache, field.name) for field in declared(ReplyCache)),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raystore.core import check, claims, expiry, verbs, workers
+from raystore.core import check, claims, expiry, state, verbs, workers
 from raystore.core.payload import ERROR_BYTES, bounded_error, text_bytes
 from raystore.core.snapshot import digest
 from raystore.core.verbs import STEPS
@@ -154,9 +154,11 @@ def test_every_value_of_a_user_is_in_the_sums(core: Core) -> None:
 
 @pytest.fixture
 def few_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "IDLE_WORKERS", 20)
     monkeypatch.setattr(claims, "ENDED_SESSIONS", 20)
-    monkeypatch.setattr(workers, "SURPLUS", 5)
+    for module in (state, workers):
+        monkeypatch.setattr(module, "IDLE_WORKERS", 20)
+    for module in (state, claims):
+        monkeypatch.setattr(module, "SURPLUS", 5)
 
 
 def work_off(core: Core) -> None:

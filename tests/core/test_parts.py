@@ -8,11 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from raystore.core import expiry
-from raystore.core.changes import ChangeFeed, CompletionLog
-from raystore.core.lazyheap import Deadlines, LazyHeap
-from raystore.core.queues import Order, Queues
-from raystore.core.replies import ReplyCache
-from raystore.core.state import AttemptKey, Step
+from raystore.core.indexes import ChangeFeed, CompletionLog
+from raystore.core.queues import Deadlines, LazyHeap, Order, Queues
+from raystore.core.state import AttemptKey, ReplyCache, Step
 from raystore.errors import CursorTooOldError
 from tests.core.conftest import Core
 
@@ -45,7 +43,7 @@ def test_a_lazy_heap_is_a_dictionary_that_knows_its_first() -> None:
     for number in range(3000):
         key, priority = rng.randrange(100), rng.randrange(20)
         if rng.random() < 0.5:
-            heap.discard(key)
+            heap.pop(key, None)
             model.pop(key, None)
         else:
             heap.put(key, priority)
@@ -55,7 +53,7 @@ def test_a_lazy_heap_is_a_dictionary_that_knows_its_first() -> None:
         assert (first and first[2]) == min(model, key=model.__getitem__, default=None)
         assert len(heap) == len(model) and sum(1 for _ in heap) == len(model)
         if first and rng.random() < 0.1:
-            assert heap.pop() == first[2]
+            assert heap.take() == first[2]
             del model[first[2]]
     other = LazyHeap[int, int]()
     other.fill(heap.priorities())

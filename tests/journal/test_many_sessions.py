@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raystore.core import claims, workers
+from raystore.core import claims, state, workers
 from raystore.journal.opening import read_run
 from raystore.options import StoreConfig, resident_bytes
 from raystore.remote.server_session import Endpoint
@@ -56,8 +56,10 @@ def sizes(store: Store) -> dict[str, int]:
 async def test_short_sessions_leave_nothing_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the newest records; with a journal, whose replay lets go of the same, and for the process that goes on."""
     monkeypatch.setattr(claims, "ENDED_SESSIONS", 100)
-    monkeypatch.setattr(workers, "IDLE_WORKERS", 80)
-    monkeypatch.setattr(workers, "SURPLUS", 10)
+    for module in (state, workers):
+        monkeypatch.setattr(module, "IDLE_WORKERS", 80)
+    for module in (state, claims):
+        monkeypatch.setattr(module, "SURPLUS", 10)
     store = Store(tmp_path / "j")
     living = Peer("living")
     await living.send(store, living.batch(enqueue("stays", queue="other")))

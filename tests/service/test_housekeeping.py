@@ -184,7 +184,7 @@ async def test_what_somebody_waits_for_is_named_again_when_the_store_has_let_go_
     make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More sets than are kept: each caller gets its own, and what is kept stays within its bound."""
-    monkeypatch.setattr("raystore.core.changes.WATCHED", 25)
+    monkeypatch.setattr("raystore.core.indexes.WATCHED", 25)
     store = make_memory_store()
     groups = [[await claim(store) for _ in range(10)] for _ in range(6)]
 

@@ -1,9 +1,10 @@
-"""What happened, readable with a cursor: one bounded feed of changes, and the log of completions.
+"""What is kept with every change so that no question needs a scan.
 
-Cursors are sequence numbers: "give me what follows this one". Sequence numbers only grow, so a reader that comes
-back resumes exactly. The feed is bounded and says so (`CursorTooOldError`); the completion log has one entry for
-each finished rollout and keeps it as long as the rollout.
-`WatchSets` names the rollouts that one caller reads the log for.
+`Indexes` map a value (a status, group, tag, queue or worker) to the ids of rollouts. The feed of changes and the log of
+completions are read with a cursor, a sequence number: "give me what follows this one". Sequence numbers only grow, so
+a reader that comes back resumes exactly. The feed is bounded and says so (`CursorTooOldError`); the completion log has
+one entry for each finished rollout and keeps it as long as the rollout. `WatchSets` names the rollouts that one caller
+reads the log for.
 """
 
 from __future__ import annotations
@@ -15,8 +16,94 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import islice, takewhile
 from typing import Any
 
-from raystore.core.records import Change
+from raystore.core.records import Attempt, Change, Rollout
 from raystore.errors import AnswerGoneError, CursorTooOldError
+
+Key = tuple[str, Any]  #: of an index: what kind of value, and the value
+
+PACKED = 20_000  #: an index that is longer is made at the start, since that would hold up whoever asks
+
+
+def keys_of(rollout: Rollout, attempt: Attempt | None) -> Iterator[Key]:
+    """The index keys under which a rollout can be found."""
+    yield "status", rollout.status
+    yield "queue", rollout.queue
+    if rollout.group_id is not None:
+        yield "group", rollout.group_id
+    for name, value in rollout.tags.items():
+        yield "tag", (name, value)
+    if attempt is not None and attempt.worker_id is not None:
+        yield "worker", attempt.worker_id
+
+
+class Indexes:
+    """Rollout ids by index key."""
+
+    def __init__(self) -> None:
+        self._ids: dict[Key, dict[str, None]] = {}
+        self._packed: dict[Key, tuple[array[int], list[str]]] = {}  # as they stood in an image, until somebody asks
+
+    def find(self, key: Key) -> dict[str, None]:
+        """The rollouts under one key."""
+        if key in self._packed:
+            self._unpack(key)
+        return self._ids.get(key, {})
+
+    def _unpack(self, key: Key) -> None:
+        numbers, ids = self._packed.pop(key)
+        self._ids[key] = dict.fromkeys(map(ids.__getitem__, numbers))
+
+    def image(self, numbers: dict[str, int]) -> list[Any]:
+        """The keys, and the numbers of the rollouts under each."""
+        self._unpack_all()
+        return [(key, array("I", map(numbers.__getitem__, ids)).tobytes()) for key, ids in self._ids.items()]
+
+    def _unpack_all(self) -> None:
+        for key in list(self._packed):
+            self._unpack(key)
+
+    def restore(self, image: list[Any], ids: list[str]) -> None:
+        """Fill empty indexes from an image."""
+        for (name, value), numbers in image:
+            key = (name, tuple(value) if isinstance(value, list) else value)
+            self._packed[key] = (array("I", numbers), ids)
+            if len(self._packed[key][0]) > PACKED:
+                self._unpack(key)
+
+    def move(self, rollout_id: str, kind: str, before: Any, after: Any) -> None:
+        """Find a rollout under another value of one kind from now on; None: under no value."""
+        if before is not None:
+            key = (kind, before)
+            if key in self._packed:
+                self._unpack(key)
+            ids = self._ids[key]
+            del ids[rollout_id]
+            if not ids:
+                del self._ids[key]
+        if after is not None:
+            key = (kind, after)
+            if key in self._packed:
+                self._unpack(key)
+            if key not in self._ids:
+                self._ids[key] = {}
+            self._ids[key][rollout_id] = None
+
+    def count(self, key: Key) -> int:
+        """How many rollouts there are under one key."""
+        packed = self._packed.get(key)
+        return len(self._ids.get(key, ())) if packed is None else len(packed[0])
+
+    def check(self, expected: dict[str, set[Key]]) -> None:
+        """Verify that exactly these keys are entered for exactly these rollouts."""
+        self._unpack_all()
+        actual: dict[str, set[Key]] = {}
+        for key, ids in self._ids.items():
+            for rollout_id in ids:
+                actual.setdefault(rollout_id, set()).add(key)
+        assert actual == expected, "the indexes differ from the rollouts"
+
+
+# -- by time -----------------------------------------------------------------------------------------------------------
 
 FEED_LENGTH = 100_000  #: changes kept
 WATCHED = 200_000  #: ids of rollouts in all sets together; the newest set is kept in any case
