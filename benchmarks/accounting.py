@@ -43,7 +43,7 @@ def fill(sizes: list[int], rollouts: int, spans: int) -> tuple[int, int]:
     for number in range(rollouts):
         request = {"input": b"\x01" + b"x" * 200, "metadata": b"\x01\x80"}
         operation = from_wire("start_rollout", {"request": request, "worker_id": None})
-        rollout, attempt = verbs.run(state, Step(1.0, seed=2 * number, session=session), *operation)
+        rollout, attempt = verbs.run(state, Step(1.0, 1.0, seed=2 * number, session=session), *operation)
         if not spans:
             continue
         rows = [
@@ -55,7 +55,7 @@ def fill(sizes: list[int], rollouts: int, spans: int) -> tuple[int, int]:
         ]  # fmt: skip
         names = {"rollout_id": rollout.rollout_id, "attempt_id": attempt.attempt_id}
         operation = from_wire("add_spans", {**names, "spans": rows})
-        verbs.run(state, Step(2.0, seed=2 * number + 1, session=session), *operation)
+        verbs.run(state, Step(2.0, 2.0, seed=2 * number + 1, session=session), *operation)
     gc.collect()
     return state.total_bytes, psutil.Process().memory_info().rss - before
 

@@ -30,9 +30,9 @@ def write_snapshot(path: Path, rollouts: int, *, spans: int = 8, unfinished: int
     follower = Replay()
     told = asdict(settings) | {"default_config": settings.default_config.row()}
     who = {"store_id": "bench", "name": "bench", "writer": None}
-    start = format.pack_record_head(format.START, Step(1.0), 0, None, [who, told, [0, 0, 0, 0], None])
+    start = format.pack_record_head(format.START, Step(1.0, 1.0), 0, None, [who, told, [0, 0, 0, 0], None])
     follower.apply(1, [memoryview(start)])
-    state, step = follower.state, Step(2.0, seed=5)
+    state, step = follower.state, Step(2.0, 2.0, seed=5)
     step.session = open_session(state, step, "p1")
     state.spans.written = rollouts + 1
     for number in range(rollouts):

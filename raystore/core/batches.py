@@ -1,18 +1,17 @@
 """Runs the batches of a session: each operation once, in order. If a batch is repeated, only its reads run again.
 
-A batch runs in items: its operations, long ones in pieces, so that others may come in between. A batch that was
+Long operations run in pieces, so that others may come in between. A batch that was
 interrupted by the end of its process goes on after the last operation that is known to have run.
 Each piece changes whole rollouts. The answers of the pieces are joined (lists) or added up (numbers). A long operation
 is checked before it is cut, so that no later piece fails: a deletion reserves its rollouts, and consumers are not given
 reserved rollouts.
-Not here: the replies that are kept (`replies`), parking (`service`), sending (`remote.server_session`).
+Not here: the replies that are kept (`state.ReplyCache`), parking (`service`), sending (`remote.server_session`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from raystore.core.retention import held_among
@@ -23,22 +22,24 @@ from raystore.core.training import unreserve
 from raystore.core.verbs import CHANGING, HANDING, VERBS, handed_again
 
 DIVISIBLE = frozenset({"cancel_rollouts", "release", "delete_rollouts"})
+WRITING = CHANGING - HANDING.keys()  #: verbs of which the whole reply is kept
 RESERVING = frozenset({"delete_rollouts"})  #: of these, those that fail if a rollout is taken by a consumer
 PIECE = 100  #: rollouts of a long operation that are worked off at once
 
 
 class Item(NamedTuple):
-    """What runs at once: an operation, or a piece of one."""
+    """A piece of a long operation."""
 
     number: int  # of the operation in its batch
     ticket: int
     verb: str
     arguments: dict[str, Any]
-    is_more: bool = False  # of the operation before
-    is_last: bool = True  # of its operation
+    is_more: bool  # of the operation before
+    is_last: bool  # of its operation
 
 
-_whole: Callable[[tuple[Any, ...]], Item] = partial(tuple.__new__, Item)  # in C: an item is made for each operation
+#: Runs an operation or a piece, given its number in the batch, ticket, verb and arguments.
+Operate = Callable[[int, int, str, dict[str, Any]], Reply]
 
 #: Whether something is an operation: a verb and its arguments.
 is_operation: Callable[[Any], bool] = checker(tuple[str, dict[Any, Any]])
@@ -46,7 +47,7 @@ NO_OPERATION: tuple[str, dict[str, Any]] = ("", {})  #: what stands for everythi
 
 
 class BatchRun:
-    """A batch under way: an iterator of its items, and the answers so far."""
+    """A batch under way, and the answers so far."""
 
     __slots__ = ("_catch_up", "_is_more", "_kept", "_operations", "_session", "_state", "cut", "next", "ran")
 
@@ -68,27 +69,37 @@ class BatchRun:
             self.next -= 1
         self.cut: deque[Item] = deque()  # pieces of the operation before, which run first
 
-    def __iter__(self) -> Iterator[Item]:
-        return self
+    def run(self, operate: Operate, measure: Callable[[], float], limit: float) -> bool:
+        """Run what is left, until `measure` gives more than the limit; whether all has run."""
+        state, operations, replies = self._state, self._operations, self._kept.replies
+        while True:
+            if self.cut:
+                item = self._piece()
+                self._answer_piece(item, operate(*item[:4]))
+            elif self.next < len(operations):
+                number = self.next
+                self.next += 1
+                given = operations[number]
+                verb, arguments = given if is_operation(given) else NO_OPERATION
+                if verb in DIVISIBLE:
+                    self._cut(number, verb, arguments)
+                    continue
+                reply = self.ran[number] = operate(number, self._kept.first_ticket + number, verb, arguments)
+                if state.deleting:
+                    unreserve(state, self._session)
+                replies.append(reply if verb in WRITING else to_keep(verb, arguments, reply))
+            else:
+                return True
+            if measure() > limit:
+                return False
 
-    def __next__(self) -> Item:
-        if self.cut:
-            return self._piece()
-        number = self.next
-        if number >= len(self._operations):
-            raise StopIteration
-        self.next += 1
-        given = self._operations[number]
-        verb, arguments = given if is_operation(given) else NO_OPERATION
-        ticket = self._kept.first_ticket + number
-        if verb not in DIVISIBLE:
-            return _whole((number, ticket, verb, arguments, False, True))
+    def _cut(self, number: int, verb: str, arguments: dict[str, Any]) -> None:
+        """Cut a long operation into pieces, which are next."""
         self._catch_up()
-        cuts = self._pieces(verb, arguments)
-        for index, piece in enumerate(cuts, 1):
-            self.cut.append(Item(number, ticket, verb, piece, self._is_more or index > 1, index == len(cuts)))
+        ticket, pieces = self._kept.first_ticket + number, self._pieces(verb, arguments)
+        for index, piece in enumerate(pieces, 1):
+            self.cut.append(Item(number, ticket, verb, piece, self._is_more or index > 1, index == len(pieces)))
         self._is_more = False
-        return self._piece()
 
     def _pieces(self, verb: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """The arguments of each piece of an operation that is divisible, or of what is left of one.
@@ -127,8 +138,8 @@ class BatchRun:
         left = filter(is_operation, self._operations[self.next :])
         return bool(self.cut) or any(verb in CHANGING for verb, _ in left)
 
-    def answer(self, item: Item, reply: Reply) -> None:
-        """Note the answer of an item; a piece that was refused is the last one of its operation."""
+    def _answer_piece(self, item: Item, reply: Reply) -> None:
+        """Note the answer of a piece; one that was refused is the last one of its operation."""
         kept = self._kept.replies
         is_last = item.is_last or reply[:1] == [ERROR]
         if is_last:
@@ -141,10 +152,8 @@ class BatchRun:
         kept.append(to_keep(item.verb, item.arguments, reply) if is_last else [PARTLY, reply])
 
 
-def repeat(
-    state: State, session: Session, kept: BatchReplies, operations: list[Any], run: Callable[[Item], Reply]
-) -> list[Reply]:
-    """The answers of a repeated batch. `run` runs its reads again, and dequeues whose claims were taken back."""
+def repeat(state: State, session: Session, kept: BatchReplies, operations: list[Any], operate: Operate) -> list[Reply]:
+    """The answers of a repeated batch. `operate` runs its reads again, and dequeues whose claims were taken back."""
     answers = []
     for number, given in enumerate(operations):
         verb, arguments = given if is_operation(given) else NO_OPERATION
@@ -154,7 +163,7 @@ def repeat(
             reply = [VALUE, found] if found is not None else AGAIN  # withdrawn meanwhile
         if not reply:
             ticket = kept.first_ticket + number
-            reply = run(Item(number, ticket, verb, arguments))
+            reply = operate(number, ticket, verb, arguments)
             session.replies.note(ticket, to_keep(verb, arguments, reply))
         answers.append(reply)
     return answers

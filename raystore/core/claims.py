@@ -58,6 +58,17 @@ def dequeue(
     return [(entry.rollout, entry.attempts[-1], entry.is_watched) for entry in claimed]
 
 
+def keys_of(arguments: dict[str, Any], claimed: Any) -> list[HandedKey]:
+    """Keys of what a dequeue answered, as records or as rows."""
+    keys: list[HandedKey] = []
+    for rollout, attempt, _ in claimed or ():
+        if isinstance(attempt, (list, tuple)):
+            keys.append((attempt[0], attempt[1]))
+        else:
+            keys.append((rollout.rollout_id, attempt.attempt_id))
+    return keys
+
+
 def claim(
     state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None, note_empty: bool = True
 ) -> list[Entry]:

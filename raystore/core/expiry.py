@@ -24,18 +24,6 @@ from raystore.core.state import Entry, HandedKey, State, Step
 SLICE = 1_000  #: deadlines worked off in one step
 
 
-def may_be_due(state: State, step: Step) -> bool:
-    """Whether `advance` may have something to do; answers quickly, since every operation asks."""
-    return (
-        state.deadlines.soonest < step.now - state.paused
-        or state.claim_deadlines.soonest < step.age
-        or state.session_deadlines.soonest < step.age
-        or state.patience_deadlines.soonest < step.age
-        or state.settings.retention_seconds is not None
-        or state.settings.retention_count is not None
-    )
-
-
 @dataclass(slots=True)
 class Due:
     """What is due at one instant, by name: found by whoever has a clock, worked off by `advance`."""

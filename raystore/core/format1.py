@@ -434,8 +434,8 @@ class Run(BatchRun):
         except (InvalidValueError, TypeError, AttributeError):
             return [arguments]
 
-    def answer(self, item: Item, reply: Reply) -> None:
-        """Note the answer of an item."""
+    def _answer_piece(self, item: Item, reply: Reply) -> None:
+        """Note the answer of a piece."""
         replies = self._kept.replies
         if item.is_more:
             reply = joined(replies.pop()[1], reply)

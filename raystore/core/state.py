@@ -71,19 +71,17 @@ class Settings:
     consumers: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # known from the start; filter of each
 
 
+@dataclass(slots=True, eq=False)
 class Step:
     """One change of the state: its time, the session that asked, and the seed of the ids it mints."""
 
-    __slots__ = ("age", "minted", "now", "operation", "record", "seed", "session")
-
-    def __init__(self, now: float, *, seed: int = 0, session: Session | None = None, age: float | None = None) -> None:
-        self.now: float = now
-        self.age: float = now if age is None else age  # claims and sessions age on a clock of their own (manual clocks)
-        self.seed: int = seed
-        self.session: Session | None = session
-        self.minted: int = 0  # ids so far
-        self.record: int = 0  # number of the record of a journal that has the bytes of what runs; 0 without one
-        self.operation: int = 0  # and of the operation within it
+    now: float
+    age: float  # claims and sessions age on a clock of their own (manual clocks)
+    seed: int = 0
+    session: Session | None = None
+    minted: int = 0  # ids so far
+    record: int = 0  # number of the record of a journal that has the bytes of what runs; 0 without one
+    operation: int = 0  # and of the operation within it
 
     def mint(self, prefix: str, digits: int, taken: Container[str]) -> str:
         """An id in the contract's format, the same at every replay of this step, and not one that is taken.
@@ -763,6 +761,18 @@ class State:
             handed: list[HandedKey] = [*session.claims, *session.batches]
             for key in handed:
                 self.claim_deadlines.guard((session.session_id, key))
+
+    def may_be_due(self, step: Step) -> bool:
+        """Whether `expiry.advance` may have something to do; answers quickly, since every operation asks."""
+        settings = self.settings
+        return (
+            self.deadlines.soonest < step.now - self.paused
+            or self.claim_deadlines.soonest < step.age
+            or self.session_deadlines.soonest < step.age
+            or self.patience_deadlines.soonest < step.age
+            or settings.retention_seconds is not None
+            or settings.retention_count is not None
+        )
 
     # -- sums ----------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,8 @@ def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
     spec = VERBS.get(verb)
     if spec is None or not spec.fits(arguments):
         raise refusal(step, spec, verb, arguments)
+    if step.session is not None and step.session.ended_at is not None:  # by an operation before it in the same batch
+        raise SessionEndedError(step.session.session_id)
     return perform(state, step, spec, arguments)
 
 
@@ -88,18 +90,15 @@ def is_chained(spec: Verb, arguments: dict[str, Any]) -> bool:
 
 
 def perform(state: State, step: Step, spec: Verb, arguments: dict[str, Any]) -> Any:
-    """Run a verb with arguments that fit.
+    """Run a verb with arguments that fit, for a session that has not ended.
 
     An argument `chain` (an id, and whether this is the last part) ties the parts of one bulk call together: once a
     part was refused, later parts are refused alike without being tried.
     """
-    session = step.session
-    if session is not None and session.ended_at is not None:  # by an operation before it in the same batch
-        raise SessionEndedError(session.session_id)
     if arguments.get("chain") is None:
         return spec.run(state, step, **arguments)
-    assert session is not None
-    chain = _part(session, arguments["chain"])
+    assert step.session is not None
+    chain = _part(step.session, arguments["chain"])
     try:
         return spec.run(state, step, **(arguments | {"chain": chain}))
     except StoreError as error:
@@ -131,17 +130,6 @@ def _part(session: Session, given: tuple[int, bool], refuse: StoreError | None =
     return chain
 
 
-def _claims_of(arguments: dict[str, Any], claimed: Any) -> list[HandedKey]:
-    """Keys of what a dequeue answered, as records or as rows."""
-    keys: list[HandedKey] = []
-    for rollout, attempt, _ in claimed or ():
-        if isinstance(attempt, (list, tuple)):
-            keys.append((attempt[0], attempt[1]))
-        else:
-            keys.append((rollout.rollout_id, attempt.attempt_id))
-    return keys
-
-
 def _batch_of(arguments: dict[str, Any], taken: Any) -> list[HandedKey]:
     """The key of the batch that a take answered, if it is one."""
     number = taken[1] if taken else 0
@@ -162,7 +150,7 @@ _LIST = ("rollout_ids",)
 VERBS: dict[str, Verb] = {
     "start_rollout": Verb(attempts.start_rollout),
     "enqueue": Verb(rollouts.enqueue),
-    "dequeue": Verb(claims.dequeue, hands=_claims_of, waits_for="work", serves="queues"),
+    "dequeue": Verb(claims.dequeue, hands=claims.keys_of, waits_for="work", serves="queues"),
     "query_rollouts": Verb(rollouts.query, changes=False, names=("rollout_id_in",)),
     "get_rollout": Verb(rollouts.get, changes=False, names=_ONE),
     "update_rollout": Verb(rollouts.update, names=_ONE),

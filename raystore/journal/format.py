@@ -194,7 +194,7 @@ class RecordHead(NamedTuple):
 
     def step(self) -> Step:
         """The step in which it was recorded; its session is not set."""
-        step = Step(self.now, seed=self.seed, age=self.age)
+        step = Step(self.now, self.age, self.seed)
         step.minted = self.minted
         return step
 

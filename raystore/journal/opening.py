@@ -182,7 +182,8 @@ def resume_writing(
 ) -> None:
     """Append a START record, and make the replayed state ready to go on, with these settings."""
     state = replayed.state
-    step = Step(max(now, replayed.now))
+    now = max(now, replayed.now)
+    step = Step(now, now)
     away = step.now - replayed.now if replayed.writer else None
     recorded = asdict(settings) | {"default_config": settings.default_config.row()}
     start: list[Any] = [info, recorded, astuple(after), away]

@@ -110,7 +110,7 @@ class Recorder:
 
     def verified(self, now: float, count: int, digest: str) -> None:
         """Record the digest of the `count` rollouts that were touched longest ago; a replay must find the same."""
-        self.writer.append([format.pack_record_head(format.VERIFIED, Step(now), 0, None, [count, digest])])
+        self.writer.append([format.pack_record_head(format.VERIFIED, Step(now, now), 0, None, [count, digest])])
 
     def left_out(self, error: Exception) -> None:
         """The current item broke the state, or did not run: a replay skips it, and this error is its answer."""

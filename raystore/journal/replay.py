@@ -6,6 +6,7 @@ are compared with those of the replayed state.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,12 +176,15 @@ class Replay:
         self._run(head, count)
 
     def _run(self, head: RecordHead, count: int) -> None:
+        """Run as many operations or pieces of the batch as ran then."""
         session, step = self._session(head), self._step(head)
         step.record, _, run, _ = self._runs[session.session_id]
-        for _ in range(count):
-            item = next(iter(run))
-            step.operation = item.number
-            run.answer(item, self._operation(step, item.verb, item.arguments))
+
+        def operate(number: int, ticket: int, verb: str, arguments: dict[str, Any]) -> Reply:
+            step.operation = number
+            return self._operation(step, verb, arguments)
+
+        run.run(operate, itertools.count(1).__next__, count - 1)
 
     def _call(self, head: RecordHead, record: Chunks) -> None:
         verb, arguments = frames.unpack(record[1], [], [bytes(part) for part in record[2:]])
@@ -190,9 +194,9 @@ class Replay:
         self._session(head).replies.note(head.arguments[0], to_keep(verb, arguments, reply))
 
     def _left_out(self, head: RecordHead, record: Chunks) -> None:
-        _, name, arguments = head.arguments
+        _, *error = head.arguments
         run = self._runs[self._session(head).session_id].run
-        run.answer(next(iter(run)), [ERROR, name, arguments])
+        run.run(lambda *operation: [ERROR, *error], itertools.count(1).__next__, 0)
 
     def _operation(self, step: Step, verb: str, arguments: dict[str, Any]) -> Reply:
         if verb not in CHANGING:

@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from raystore import __version__
-from raystore.core.batches import BatchRun, Item, repeat
+from raystore.core.batches import BatchRun, repeat
 from raystore.core.claims import CLOSED
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Many, Record
 from raystore.core.schema import Id, Positive, checker
-from raystore.core.state import VALUE, BatchReplies, HandedKey, Reply, Session
+from raystore.core.state import VALUE, BatchReplies, HandedKey, Reply, Session, Step
 from raystore.core.verbs import HANDING, Verb, handed_again
 from raystore.errors import AnswerGoneError, InvalidValueError, StoreError, StoreOverloadedError, to_record
 from raystore.journal.recorder import Source
 from raystore.remote.lifelines import process_of
-from raystore.service.parking import PARKED, Deliver
+from raystore.service.parking import PARKED
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
 
@@ -37,8 +37,6 @@ LATER_AT_ONCE = 1_000  #: answers of parked calls that leave together
 PAGES_KEPT = 4_096  #: long answers of a session of which pages are left
 LISTEN_SECONDS = 30.0  #: of a listen call, at most; jittered, so that a thousand clients do not come back at once
 SLOW_SECONDS = 0.1  #: an answer that waits longer for the disk starts the time to acknowledge its claims anew
-
-Perform = Callable[[int, str, dict[str, Any], Deliver], Any]
 
 
 class SessionEnded(Exception):
@@ -95,6 +93,7 @@ class ServerSession:
             if self._turns:
                 self._take_turns()
             if sequence > self.session.replies.expected:
+                self.service.heard(self.session)
                 turn = self._turns[sequence] = asyncio.get_running_loop().create_future()
                 await turn
             if self.session.ended_at is not None:
@@ -122,6 +121,7 @@ class ServerSession:
             lost = self.service.acknowledge(self.session, [(a, b) for a, b in acknowledged])
         cache = self.session.replies
         if sequence < cache.expected:
+            self.service.heard(self.session)
             before = cache.find(sequence, first_ticket)
             return self._again(before, operations) if before else [], lost
         kept = cache.begin(sequence, first_ticket)
@@ -130,18 +130,16 @@ class ServerSession:
         source = None
         if self.service.journal is not None:
             source = Source(self.session.session_id, sequence, first_ticket, parts, len(kept.replies))
-        is_done = False
-        while not is_done:
+        while True:
             until = time.perf_counter() + SLICE_SECONDS
-            with self.service.slice(self.session, source) as perform:
-                for item in run:
-                    run.answer(item, self._operation(perform, item, source))
-                    if time.perf_counter() > until:
-                        break
-                else:
-                    is_done = True
-            if not is_done:
-                await asyncio.sleep(0)
+            step = self.service.begin(self.session, source)
+            try:
+                is_done = run.run(functools.partial(self._operate, step, source), time.perf_counter, until)
+            finally:
+                self.service.end()
+            if is_done:
+                break
+            await asyncio.sleep(0)
         cache.end(sequence)
         if self._turns:
             self._take_turns()
@@ -166,8 +164,9 @@ class ServerSession:
         self.wake()
         return True  # if it hands something over, its caller is to acknowledge that
 
-    def _operation(self, perform: Perform, item: Item, source: Source | None = None) -> Reply:
-        verb, arguments = item.verb, item.arguments
+    def _operate(
+        self, step: Step, source: Source | None, number: int, ticket: int, verb: str, arguments: dict[str, Any]
+    ) -> Reply:
         try:
             own = OWN.get(verb)
             if own is not None:  # it is about this session, and none of the service's
@@ -177,13 +176,21 @@ class ServerSession:
                 return [frames.VALUE, own.run(self, **arguments)]
             if verb in HANDING and type(of := arguments.get("of")) is int:
                 self._outbox.pop(of, None)  # it asks again: the answer there is the one it asks for
-            value = perform(item.ticket, verb, arguments, self._deliver)
+            value = self.service.perform(step, ticket, verb, arguments, self._deliver)
         except Exception as error:  # the answer of this operation; the others of the batch go on
             return [frames.ERROR, *to_record(error)]
         return [frames.PARKED] if value is PARKED else [frames.VALUE, value]
 
-    def _once_more(self, item: Item) -> Reply:
-        return self._operation(functools.partial(self.service.call, self.session), item)
+    def _once_more(self, number: int, ticket: int, verb: str, arguments: dict[str, Any]) -> Reply:
+        """Run an operation of a repeated batch, a step of its own."""
+        try:
+            step = self.service.begin(self.session, self.service.source_of(self.session, ticket, verb, arguments))
+        except Exception as error:
+            return [frames.ERROR, *to_record(error)]
+        try:
+            return self._operate(step, None, number, ticket, verb, arguments)
+        finally:
+            self.service.end()
 
     def _answer(self, replies: list[Reply], lost: list[HandedKey]) -> frames.Answer:
         """Pack the answers of a batch, with the outbox if no listen call is parked that could take it."""
@@ -363,7 +370,6 @@ class Endpoint:
             self.on_open(session)
         if served.session.ended_at is not None:
             return frames.pack_answer(service.epoch, frames.ENDED)
-        service.heard(served.session)
         try:
             answer = await served.exchange(sequence, (answered, ahead), more, operations, parts)
         except SessionEnded:

@@ -27,12 +27,11 @@ class Clock:
     is_manual = False
 
     def __init__(self, not_before: float = 0.0) -> None:
-        self._start_wall = max(time.time(), not_before)
-        self._start = time.monotonic()
+        self.offset: float = max(time.time(), not_before) - time.monotonic()  #: of `now`, while it moves by itself
 
     def now(self) -> float:
         """Seconds since the epoch."""
-        return self._start_wall + (time.monotonic() - self._start)
+        return time.monotonic() + self.offset
 
     age = now  #: the clock by which claims and sessions age, in seconds
 
@@ -44,11 +43,12 @@ class ManualClock(Clock):
 
     def __init__(self, not_before: float = 0.0) -> None:
         super().__init__(not_before)
+        self.start: float = super().now()
         self._ticked = 0.0
         self._aged = 0.0
 
     def now(self) -> float:
-        return self._start_wall + self._ticked
+        return self.start + self._ticked
 
     def age(self) -> float:
         return super().now() + self._aged

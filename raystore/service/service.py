@@ -9,7 +9,6 @@ Not here: decisions (`core`), batches and their order (`remote.server_session`).
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import random
@@ -156,73 +155,70 @@ class Service:
 
     def call(self, session: Session, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
         """Run one operation; its answer, or `PARKED` if the answer will come through `deliver`."""
-        source = None
-        if self._recorder is not None and verb in CHANGING:
-            source = local_source(session.session_id, ticket, verb, arguments)
-        if self.deferred:
-            self._do(self.deferred)
+        step = self.begin(session, self.source_of(session, ticket, verb, arguments) if self._recorder else None)
         try:
-            with self._lock:
-                step = self._begin(session, source)
-                try:
-                    return self._perform(step, ticket, verb, arguments, deliver)
-                finally:
-                    self._end()
+            return self.perform(step, ticket, verb, arguments, deliver)
         finally:
-            if self.afterwards:
-                self._do(self.afterwards)
+            self.end()
 
-    @contextlib.contextmanager
-    def slice(
-        self, session: Session, source: Source | None = None
-    ) -> Iterator[Callable[[int, str, dict[str, Any], Deliver], Any]]:
-        """Run several operations of a session, which share one instant and one seed, with nothing in between.
+    def source_of(self, session: Session, ticket: int, verb: str, arguments: dict[str, Any]) -> Source | None:
+        """What a journal needs to know of an operation that comes alone, if it may change something."""
+        is_recorded = self._recorder is not None and verb in CHANGING
+        return local_source(session.session_id, ticket, verb, arguments) if is_recorded else None
+
+    def begin(self, session: Session, source: Source | None = None) -> Step:
+        """Take the lock for operations of a session (`perform`), which share one instant and one seed; then `end`.
 
         `source` is what a journal needs to know of operations that change something.
         """
+        if self.deferred:
+            self._do(self.deferred)
+        self._lock.acquire()
         try:
-            with self._lock:
-                step = self._begin(session, source)
-                try:
-                    yield functools.partial(self._perform, step)
-                finally:
-                    self._end()
+            if self._closed:
+                raise StoreClosedError(self.name or self.store_id)
+            if self._recorder is not None:
+                self._recorder.begin(source)
+            step = self.step(session)
+            session.last_heard = step.age
+            if self.liveness.suspended:
+                self._spoke(session)
+            if self.parking.timed and self.parking.are_overdue(step.now):
+                self._settle()
+            return step
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def end(self) -> None:
+        """Do what is left to do, release the lock, and do what was put off until then."""
+        try:
+            if self._unneeded:
+                self._remove_objects()
+            if self._recorder is not None:
+                self._recorder.flush()
+                if self.snapshotter is not None:
+                    self.snapshotter.after_step(self._recorder, self.state, self.clock.now())
+            if len(self.state.resources.object_ids) > OBJECT_IDS_WARNED:
+                self._warn_of_object_ids()
+            self._arm()
         finally:
+            self._lock.release()
             if self.afterwards:
                 self._do(self.afterwards)
 
-    def _end(self) -> None:
-        if self._unneeded:
-            self._remove_objects()
-        if self._recorder is not None:
-            self._recorder.flush()
-            if self.snapshotter is not None:
-                self.snapshotter.after_step(self._recorder, self.state, self.clock.now())
-        if len(self.state.resources.object_ids) > OBJECT_IDS_WARNED:
-            self._warn_of_object_ids()
-        self._arm()
-
-    def _begin(self, session: Session, source: Source | None) -> Step:
-        if self._closed:
-            raise StoreClosedError(self.name or self.store_id)
-        if self._recorder is not None:
-            self._recorder.begin(source)
-        step = self.step(session)
-        if self.parking.timed and self.parking.are_overdue(step.now):
-            self._settle()
-        return step
-
-    def _perform(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
+    def perform(self, step: Step, ticket: int, verb: str, arguments: dict[str, Any], deliver: Deliver) -> Any:
+        """Run one operation of those that `begin` began; its answer, or `PARKED`. Raises what refuses it."""
         self.operations += 1
         if self._failed is not None and verb in CHANGING:
             raise copy_of(self._failed)
-        state = self.state
+        state, session = self.state, step.session
         recorder, is_item = self._recorder, False
         if self.clock.is_manual:  # it may have been moved by the operation before
-            step = self.step(step.session)
+            step = self.step(session)
         spec = VERBS.get(verb) or PROCESS_VERBS.get(verb)
         try:
-            if self._failed is None and expiry.may_be_due(state, step):
+            if self._failed is None and state.may_be_due(step):
                 self._advance(step, verb, arguments)
             is_refused = spec is None or not spec.fits(arguments)
             if recorder is not None:
@@ -230,15 +226,18 @@ class Service:
                 is_item = True
             if spec is None or is_refused:
                 raise verbs.refusal(step, spec, verb, arguments)
+            if session is not None and session.ended_at is not None:  # by an operation before it in the same batch
+                raise SessionEndedError(session.session_id)
             if verb in PROCESS_VERBS:
-                if step.session is not None and step.session.ended_at is not None:
-                    raise SessionEndedError(step.session.session_id)
                 return spec.run(self, Caller(step, ticket, deliver), **arguments)
-            if spec.serves and step.session is not None:
+            if spec.serves and session is not None:
                 queues = arguments[spec.serves]
-                if not self.pools.asked_by.get(step.session.session_id, NO_QUEUES).issuperset(queues):
-                    self.pools.asked(step.session.session_id, queues)
-            answer = verbs.perform(state, step, spec, arguments)
+                if not self.pools.asked_by.get(session.session_id, NO_QUEUES).issuperset(queues):
+                    self.pools.asked(session.session_id, queues)
+            if arguments.get("chain") is None:
+                answer = spec.run(state, step, **arguments)
+            else:
+                answer = verbs.perform(state, step, spec, arguments)
             if answer is not None or spec.waits_for is None:
                 return answer
             stands_still = isinstance(self._failed, ReadOnlyError)  # so that there is nothing to wait for
@@ -252,7 +251,7 @@ class Service:
                 raise
             self._fail(verb, arguments, is_item=is_item)
         finally:
-            if state.effects or state.is_full or "changes" in self.parking.by_kind:
+            if not state.is_quiet or "changes" in self.parking.by_kind:
                 rollout_id = arguments.get("rollout_id")
                 self._settle(rollout_id if isinstance(rollout_id, str) else None)
 
@@ -275,13 +274,13 @@ class Service:
             action()
 
     def step(self, session: Session | None = None) -> Step:
-        now = self.clock.now()
-        if self._armed is not None and now > self._armed + LATE_SECONDS and not self.clock.is_manual:
-            self.do("pause", Step(now), now - self._armed)
+        clock = self.clock
+        now = clock.now() if clock.is_manual else time.monotonic() + clock.offset
+        if self._armed is not None and now > self._armed + LATE_SECONDS and not clock.is_manual:
+            self.do("pause", Step(now, now), now - self._armed)
             logger.warning("The store stood still for %.1f s; deadlines move by as much", now - self._armed)
             self._armed, self._rings_at = None, NEVER
-        age = self.clock.age() if self.clock.is_manual else now
-        return Step(now, seed=self._seeds.getrandbits(64), session=session, age=age)
+        return Step(now, clock.age() if clock.is_manual else now, self._seeds.getrandbits(64), session)
 
     def _advance(self, step: Step, verb: str = "", arguments: dict[str, Any] | None = None) -> bool:
         """Work off a slice of what is due; whether there was anything."""
@@ -309,7 +308,7 @@ class Service:
     def catch_up(self) -> None:
         """Work off all that is due by now."""
         with self._held():
-            while self._failed is None and expiry.may_be_due(self.state, step := self.step()):
+            while self._failed is None and self.state.may_be_due(step := self.step()):
                 if not self._advance(step):
                     break
 
@@ -458,15 +457,22 @@ class Service:
 
         It may ring for nothing: what moves a deadline later, or makes it meaningless, leaves it set.
         """
-        state, is_manual = self.state, self.clock.is_manual
-        soonest = min(
-            state.claim_deadlines.soonest, state.session_deadlines.soonest, state.patience_deadlines.soonest,
-            self.liveness.at or NEVER, self.pools.at or NEVER, NEVER if state.eviction_pass is None else 0.0,
-        )  # fmt: skip
-        if not is_manual:  # else these wait for a tick
-            waiting = self.parking.next_deadline() if self.parking.timed else None
-            soonest = min(soonest, state.deadlines.soonest + state.paused, waiting or NEVER)
-        if max(soonest, self._rings_not_before) >= self._rings_at:
+        state, is_manual, rings_at = self.state, self.clock.is_manual, self._rings_at
+        if self._rings_not_before >= rings_at or not (
+            state.claim_deadlines.soonest < rings_at
+            or state.session_deadlines.soonest < rings_at
+            or state.patience_deadlines.soonest < rings_at
+            or (self.liveness.at is not None and self.liveness.at < rings_at)
+            or (self.pools.at is not None and self.pools.at < rings_at)
+            or state.eviction_pass is not None
+            or (  # else these wait for a tick
+                not is_manual
+                and (
+                    state.deadlines.soonest + state.paused < rings_at
+                    or (self.parking.timed and (self.parking.next_deadline() or NEVER) < rings_at)
+                )
+            )
+        ):
             return
         age = self.clock.age()
         age_deadline = expiry.next_age_deadline(state)
@@ -511,13 +517,17 @@ class Service:
             return self.state.sessions[session_id]
 
     def heard(self, session: Session) -> None:
-        """A session spoke: it is alive, and may be handed work."""
+        """A session spoke without an operation: it is alive, and may be handed work."""
         with self._lock:
             session.last_heard = self.clock.age()
-            if self.liveness.suspended and self.liveness.spoke(session.session_id):
-                self.parking.session_spoke(session.session_id)
-                self._settle()
-                self._arm()
+            if self.liveness.suspended:
+                self._spoke(session)
+
+    def _spoke(self, session: Session) -> None:
+        if self.liveness.spoke(session.session_id):
+            self.parking.session_spoke(session.session_id)
+            self._settle()
+            self._arm()
 
     def acknowledge(self, session: Session, keys: list[HandedKey]) -> list[HandedKey]:
         """The callers of a session have these claims and batches; returns those that are lost."""
@@ -526,7 +536,7 @@ class Service:
                 if self._closed:
                     raise StoreClosedError(self.name or self.store_id)
                 lost: list[HandedKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
-                if lost or self.state.effects or "changes" in self.parking.by_kind:
+                if lost or not self.state.is_quiet or "changes" in self.parking.by_kind:
                     self._settle()
                 self._arm()
                 return lost

@@ -23,7 +23,7 @@ class Core:
 
     def step(self, session: Session | None = None) -> Step:
         self.seed += 1
-        return Step(self.now, seed=self.seed, session=session)
+        return Step(self.now, self.now, self.seed, session)
 
     def tick(self, seconds: float) -> None:
         self.now += seconds

@@ -103,7 +103,7 @@ def test_completion_log_stays_small() -> None:
 
 def test_ids_follow_from_the_seed() -> None:
     """A step that is replayed mints the same ids, in the contract's formats."""
-    first, again, other = (Step(0.0, seed=seed) for seed in (7, 7, 8))
+    first, again, other = (Step(0.0, 0.0, seed) for seed in (7, 7, 8))
     ids = [first.mint("ro-", 12, ()), first.mint("at-", 8, ())]
     assert ids == [again.mint("ro-", 12, ()), again.mint("at-", 8, ())]
     assert other.mint("ro-", 12, ()) != ids[0]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from raystore.core import batches
 from raystore.core.state import Step
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay
@@ -65,7 +64,7 @@ def forget_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that comes again runs again."""
 
     def again(state: Any, session: Any, kept: Any, operations: Any, run: Any) -> list[Any]:
-        return [run(batches.Item(n, kept.first_ticket + n, *o)) for n, o in enumerate(operations)]
+        return [run(n, kept.first_ticket + n, *o) for n, o in enumerate(operations)]
 
     monkeypatch.setattr("raystore.remote.server_session.repeat", again)
 

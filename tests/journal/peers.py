@@ -25,7 +25,7 @@ class StillClock(ManualClock):
     """A manual clock by which claims and sessions too age only in ticks, however slow the machine is."""
 
     def age(self) -> float:
-        return self._start_wall + self._aged
+        return self.start + self._aged
 
 
 class Store:

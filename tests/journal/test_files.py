@@ -24,7 +24,7 @@ from raystore.journal.writer import JournalWriter
 
 def start_record(after: tuple[int, int, int, int] = (0, 0, 0, 0)) -> list[bytes]:
     """What begins an epoch."""
-    return [format.pack_record_head(format.START, Step(1.0), 0, None, [{"store_id": "s"}, {}, list(after)])]
+    return [format.pack_record_head(format.START, Step(1.0, 1.0), 0, None, [{"store_id": "s"}, {}, list(after)])]
 
 
 def write(

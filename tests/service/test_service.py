@@ -17,7 +17,7 @@ from raystore.core import expiry
 from raystore.core.verbs import VERBS, Verb
 from raystore.journal.writer import FULL_SECONDS
 from raystore.options import StoreConfig
-from raystore.service.clock import Clock, ThreadAlarm
+from raystore.service.clock import ThreadAlarm
 from raystore.service.parking import ParkedCall, Parking
 from raystore.service.service import Service
 from raystore.types import RolloutConfig
@@ -143,11 +143,8 @@ async def test_a_jump_of_the_wall_clock_changes_nothing_but_stamps(
     assert 0.9 < present(finished.end_time) - rollout.attempt.start_time < 5
 
 
-def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_stood_still_moves_its_deadlines() -> None:
     """A process that was stopped (SIGSTOP, frozen machine) finds its deadlines moved by as long, and says so."""
-    moment = [1000.0]
-    monkeypatch.setattr(Clock, "now", lambda self: moment[0])
-    monkeypatch.setattr(Clock, "age", lambda self: moment[0])
 
     class Silent:
         """An alarm that does not ring by itself: the process is stopped."""
@@ -170,22 +167,21 @@ def test_a_store_that_stood_still_moves_its_deadlines(monkeypatch: pytest.Monkey
 
     request: dict[str, Any] = {"input": b"\x01\xc0", "metadata": None, "config": [10.0, None, 1, []]}
     rollout, _ = call("start_rollout", request=request, worker_id=None)
-    moment[0] += 300
+    service.clock.offset += 300
     assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "preparing"
     assert any(change.kind == "paused" for change in call("changes", cursor=None, kinds=None, limit=10, timeout=0)[0])
     for _ in range(8):  # seconds in which it was not stopped count, as its alarm tells
-        moment[0] += 1.0
+        service.clock.offset += 1.0
         alarms[0]()
         assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "preparing"
-    moment[0] += 1.5
+    service.clock.offset += 1.5
     assert call("get_rollout", rollout_id=rollout.rollout_id)[0].status == "failed"
 
 
 def test_the_timer_is_set_for_what_is_due_before_it_rings(monkeypatch: pytest.MonkeyPatch) -> None:
     """And left for what is due later; also where the disk is full, and something is due for the first time."""
     moment, has_space = [1000.0], [True]
-    monkeypatch.setattr(Clock, "now", lambda self: moment[0])
-    monkeypatch.setattr(Clock, "age", lambda self: moment[0])
+    monkeypatch.setattr(time, "monotonic", lambda: moment[0])
     monkeypatch.setattr(Service, "regain_space", lambda self: has_space[0])
 
     class Recorded:
