@@ -52,7 +52,7 @@ class PendingCall:
     Belongs to the event loop or blocking thread that made it. The answer is set at most once, from any thread.
     """
 
-    __slots__ = ("_error", "_event", "_future", "answer", "arguments", "leader", "loop", "parked", "ticket", "verb")
+    __slots__ = ("answer", "arguments", "error", "event", "future", "leader", "loop", "parked", "ticket", "verb")
 
     def __init__(self, verb: str, ticket: int = 0, awaited: bool = True) -> None:
         self.verb: str = verb
@@ -61,59 +61,49 @@ class PendingCall:
         self.parked: bool = False
         self.leader: PendingCall | None = None  # of a part of a bulk call: the first part, which has the same caller
         self.answer: Any = None  # so far; None also if it is an error
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._future: asyncio.Future[None] | None = None
-        self._event: threading.Event | None = None
+        self.future: asyncio.Future[None] | None = None
+        self.event: threading.Event | None = None
         if not awaited:
             return
         if this_thread.is_blocking:
-            self._event = threading.Event()
+            self.event = threading.Event()
         else:
             self.loop = asyncio.get_running_loop()
-            self._future = self.loop.create_future()
+            self.future = self.loop.create_future()
 
     def put(self, answer: Any, error: Exception | None) -> None:
         """Set the answer. Wakes a blocking caller; one on an event loop is woken by `wake`."""
         self.answer = answer
-        self._error = error
-        if self._event is not None:
-            self._event.set()
+        self.error = error
+        if self.event is not None:
+            self.event.set()
 
     def wake(self) -> None:
         """Wake the caller; to be called on its event loop."""
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
-
-    def result(self) -> Any:
-        """The answer; raises it if it is an error."""
-        if self._error is not None:
-            raise self._error
-        return self.answer
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether its caller has been cancelled."""
-        if self.leader is not None and self.leader.is_cancelled:
-            return True
-        return self._future is not None and self._future.cancelled()
+        if self.future is not None and not self.future.done():
+            self.future.set_result(None)
 
     def block(self) -> None:
         """Wait in this thread until the answer is there."""
-        assert self._event is not None
-        self._event.wait()
+        assert self.event is not None
+        self.event.wait()
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        if self._future is None:
-            yield self  # to run_blocking
-        elif not self._future.done():
-            yield from self._future
-        elif monotonic() >= this_thread.turn_ends:
-            yield  # to the event loop, which runs its other tasks and comes back
-        else:
-            return self.result()
-        this_thread.turn_ends = monotonic() + TURN_SECONDS
-        return self.result()
+        """Wait for the answer, and return it or raise it."""
+        future = self.future
+        if future is None or not future.done() or monotonic() >= this_thread.turn_ends:
+            if future is None:
+                yield self  # to run_blocking
+            elif not future.done():
+                yield from future
+            else:
+                yield  # to the event loop, which runs its other tasks and comes back
+            this_thread.turn_ends = monotonic() + TURN_SECONDS
+        if self.error is not None:
+            raise self.error
+        return self.answer
 
 
 def wake_elsewhere(call: PendingCall) -> bool:

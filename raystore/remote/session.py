@@ -298,8 +298,9 @@ class ClientSession:
 
     def send(self, batch: Batch) -> None:
         """Send a batch, for the first time or again."""
-        answered = functools.partial(self._on_reply, batch)
-        self._ask("exchange", answered, *batch.parts(), **({"refs": batch.refs} if batch.refs else {}))
+        refs = {number: op.packed.refs for number, op in enumerate(batch.operations) if op.packed.refs}
+        parts = frames.join(batch.header, [operation.packed for operation in batch.operations])
+        self._ask("exchange", functools.partial(self._on_reply, batch), *parts, **({"refs": refs} if refs else {}))
 
     def _listen(self, listen: Listen) -> None:
         """Park a listen call: it comes back when the store has something to say."""
@@ -374,9 +375,10 @@ class ClientSession:
             what = "Batch %d of consumer %r" if isinstance(key[1], int) else "The claim of attempt %s of rollout %s"
             logger.warning(f"{what} was lost: acknowledged too late", key[1], key[0])
         by_loop: dict[asyncio.AbstractEventLoop, list[Operation]] = {}
-        for operation, value, error in actions.answers:
-            operation.put(value, error)
-            if operation.loop is not None and not operation.abandoned:
+        for operation in actions.answered:
+            if operation.event is not None:
+                operation.event.set()
+            elif operation.loop is not None and not operation.abandoned:
                 by_loop.setdefault(operation.loop, []).append(operation)
         for loop, operations in by_loop.items():
             try:
@@ -395,7 +397,8 @@ class ClientSession:
 
     def _wake_callers(self, loop: asyncio.AbstractEventLoop, operations: list[Operation]) -> None:
         for operation in operations:
-            operation.wake()
+            if operation.future is not None and not operation.future.done():
+                operation.future.set_result(None)
         loop.call_soon(self._flush)  # behind the callers, so that what they issue now leaves with it
 
     # -- the timer ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from raystore.client.transport import PendingCall, giving_back
@@ -57,7 +58,7 @@ _NOTHING = bytes([PLAIN, 0xC0])  # the encoded None
 
 
 class Operation(PendingCall):
-    """One operation, packed, and the place of its answer. The state looks at its caller, and never wakes it."""
+    """One operation, packed, and the place of its answer. The state puts the answer there, and wakes nobody."""
 
     __slots__ = ("abandoned", "changes", "hands", "issued", "packed", "sent", "size", "then")
 
@@ -98,28 +99,20 @@ class Operation(PendingCall):
             self.size = len(packed.frame) + sum(map(len, packed.large))
 
 
+@dataclass(slots=True, eq=False)
 class Batch:
     """Operations that travel together."""
 
-    __slots__ = ("failing_since", "header", "operations", "refs", "retries", "sequence", "session_id")
-
-    def __init__(self, session_id: str, sequence: int, operations: list[Operation], header: list[Any]) -> None:
-        self.session_id: str = session_id
-        self.sequence: int = sequence
-        self.operations: list[Operation] = operations
-        self.header: list[Any] = header  # what the actor's `Endpoint.exchange` takes beside the operations
-        self.refs: dict[int, list[Any]] = {n: op.packed.refs for n, op in enumerate(operations) if op.packed.refs}
-        self.failing_since: float | None = None
-        self.retries: int = 0
+    session_id: str
+    sequence: int
+    operations: list[Operation]
+    header: list[Any]  # what the actor's `Endpoint.exchange` takes beside the operations
+    failing_since: float | None = None
+    retries: int = 0
 
     def has(self, ticket: int) -> bool:
         """Whether the operation with this ticket is in it."""
         return bool(self.operations) and self.operations[0].ticket <= ticket <= self.operations[-1].ticket
-
-    def parts(self) -> list[bytes]:
-        """The batch as it travels."""
-        large = [payload for operation in self.operations for payload in operation.packed.large]
-        return frames.join(self.header, [operation.packed.frame for operation in self.operations], large)
 
 
 class Listen(NamedTuple):
@@ -130,13 +123,10 @@ class Listen(NamedTuple):
     epoch: int
 
 
-Answer = tuple[Operation, Any, Exception | None]  #: to an operation: a value, or an error
-
-
 class Actions(NamedTuple):
     """What follows from an answer."""
 
-    answers: Sequence[Answer] = ()  #: to be given to their callers
+    answered: Sequence[Operation] = ()  #: whose callers are to be woken
     notices: Sequence[Sequence[str]] = ()  #: to be handed to handlers
     lost: Sequence[Sequence[Any]] = ()  #: keys of what was acknowledged too late
     listen: Listen | None = None  #: a call to be parked
@@ -297,7 +287,8 @@ class SessionState:
                 break
             waiting.popleft()
             self._waiting_bytes -= head.size
-            if head.is_cancelled:
+            future = (head.leader or head).future
+            if future is not None and future.cancelled():
                 continue  # nobody waits for it, and it has not left: it never was
             head.sent = True
             operations.append(head)
@@ -378,25 +369,26 @@ class SessionState:
         while self._answered + 1 in self._answered_ahead:
             self._answered += 1
             self._answered_ahead.discard(self._answered)
-        answers: list[Answer] = []
+        answered: list[Operation] = []
         for operation, reply in pairs:
             if reply[0] == frames.VALUE and operation.then is None and operation.hands is None:
-                answers.append((operation, reply[1], None))
+                operation.answer = reply[1]
+                answered.append(operation)
             elif reply[0] != frames.PARKED:
-                self._take(operation, reply, answers, now)
+                self._take(operation, reply, answered, now)
             elif (early := self._early.pop(operation.ticket, None)) is not None:
-                self._take(operation, early, answers, now)
+                self._take(operation, early, answered, now)
             else:
                 self._parked[operation.ticket] = operation
                 if operation.abandoned:
                     self._cancel_wait(operation, now)
         if hint[0] > self._hint:
             self._hint, self._is_wanted = hint
-        notices = self._receive(later, answers, now) if later else ()
+        notices = self._receive(later, answered, now) if later else ()
         if parked_before is not None:
             self._resume(parked_before, now)
         listen = None if self._is_listening else self._listen(now)
-        return Actions(answers, notices, lost, listen)
+        return Actions(answered, notices, lost, listen)
 
     def no_answer(self, batch: Batch, why: str, now: float) -> Actions:
         """A batch has no answer: it may have run. It is sent again with the same identity, for a while."""
@@ -423,15 +415,17 @@ class SessionState:
     def _drop(self, batch: Batch, why: Callable[[Operation], Exception], now: float) -> Actions:
         """Refuse the operations of a batch, which leaves a gap: what follows goes on in another session."""
         operations, batch.operations = batch.operations, []
-        refused: list[Answer] = [(operation, None, copy_of(why(operation))) for operation in operations]
-        return Actions([*refused, *self.renew(self.epoch, now).answers])
+        for operation in operations:
+            operation.error = copy_of(why(operation))
+        return Actions([*operations, *self.renew(self.epoch, now).answered])
 
-    def _take(self, operation: Operation, reply: list[Any], answers: list[Answer], now: float) -> None:
+    def _take(self, operation: Operation, reply: list[Any], answered: list[Operation], now: float) -> None:
         """Take the answer to one operation, at once or later; what it hands over goes back if nobody is there."""
+        answered.append(operation)
         if reply[0] == frames.ERROR:
-            answers.append((operation, None, from_record(reply[1], reply[2])))
+            operation.error = from_record(reply[1], reply[2])
             return
-        value = reply[1]
+        value = operation.answer = reply[1]
         if operation.then is not None:
             operation.then(value)
         if operation.hands is not None and value and (keys := operation.hands(operation.arguments or {}, value)):
@@ -439,7 +433,6 @@ class SessionState:
                 self._give_back(keys, now)
             else:
                 self._arrived.update(dict.fromkeys(keys, (operation, now)))
-        answers.append((operation, value, None))
 
     # -- answers that come later -------------------------------------------------------------------------------------
 
@@ -465,11 +458,11 @@ class SessionState:
         if hint[0] > self._hint:
             self._hint, self._is_wanted = hint
         self._is_wanted = self._is_wanted or bool(later)  # for the store is to hear what was received
-        answers: list[Answer] = []
-        notices = self._receive(later, answers, now)
+        answered: list[Operation] = []
+        notices = self._receive(later, answered, now)
         if parked_before is not None:
             self._resume(parked_before, now)
-        return Actions(answers, notices, listen=self._listen(now))
+        return Actions(answered, notices, listen=self._listen(now))
 
     def not_listened(self, listen: Listen, now: float) -> None:
         """A listen call has no answer: another one follows in a moment, and says again what was received."""
@@ -487,7 +480,7 @@ class SessionState:
         received, self._received = self._received, {}
         return Listen(self.session_id, list(received), self.epoch)
 
-    def _receive(self, later: list[Any], answers: list[Answer], now: float) -> list[Sequence[str]]:
+    def _receive(self, later: list[Any], answered: list[Operation], now: float) -> list[Sequence[str]]:
         """Take answers of parked calls, and notices; what has come before is only confirmed once more."""
         notices = []
         for ticket, reply in later:
@@ -503,7 +496,7 @@ class SessionState:
                 else:
                     notices.append(reply[1:])
             elif (operation := self._parked.pop(ticket, None)) is not None:
-                self._take(operation, reply, answers, now)
+                self._take(operation, reply, answered, now)
             elif any(batch.has(ticket) for batch in self._under_way.values()):
                 self._early[ticket] = reply
         return notices
@@ -609,11 +602,9 @@ class SessionState:
         if self.is_closing:  # the store has let go of all that this session held, which is what was wanted
             return self.fail(StoreClosedError(self.store))
         sent = [(op, batch.retries > 0 and op.changes) for batch in self._under_way.values() for op in batch.operations]
-        unknown: list[Answer] = [
-            (operation, None, OutcomeUnknownError(self.store, "the session ended before the answer came"))
-            for operation, is_unknown in sent
-            if is_unknown
-        ]
+        unknown = [operation for operation, is_unknown in sent if is_unknown]
+        for operation in unknown:
+            operation.error = OutcomeUnknownError(self.store, "the session ended before the answer came")
         repeated = [*self._parked.values(), *(operation for operation, is_unknown in sent if not is_unknown)]
         repeated = [operation for operation in repeated if not operation.abandoned]
         for operation in repeated:
@@ -638,7 +629,9 @@ class SessionState:
         self._waiting_bytes = 0
         self._forget()
         self.held.clear()
-        return Actions([(operation, None, copy_of(error)) for operation in operations])
+        for operation in operations:
+            operation.error = copy_of(error)
+        return Actions(operations)
 
     def _forget(self) -> None:
         """Forget what belongs to this session, and not to its callers."""

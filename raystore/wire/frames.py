@@ -137,14 +137,15 @@ def unpack_answer(answer: Answer) -> list[Any]:
     return list(unpack(frame, refs))
 
 
-def join(header: list[Any], operations: list[bytes], large: list[bytes]) -> list[bytes]:
+def join(header: list[Any], operations: Sequence[Packed]) -> list[bytes]:
     """A batch as the arguments of a call: a header and operations that are packed already, and large payloads.
 
     Ray carries an argument inline up to 100 KiB; a larger one goes through the object store, which costs a millisecond,
     and pages of it stay mapped into the actor. So a frame is cut into parts as long as that pays off; its first byte
     says how many. Large payloads follow as arguments of their own, which saves copying them into a frame and out again.
     """
-    values = [pack(header).frame, *operations]
+    values = [pack(header).frame, *(operation.frame for operation in operations)]
+    large = [payload for operation in operations for payload in operation.large]
     size = sum(map(len, values))
     count = -(-size // PART_BYTES) if size <= INLINE_BYTES else 1
     frame = b"".join((bytes((count,)), _LIST, len(values).to_bytes(4, "big"), *values))

@@ -425,10 +425,10 @@ class Peer:
             next(self.tickets)
         claims, self.acknowledgements = self.acknowledgements, []
         received, self.received = self.received, []
-        packed = [frames.pack_operation(*operation).frame for operation in operations]
+        packed = [frames.pack_operation(*operation) for operation in operations]
         while True:
             header = [PROTOCOL, "test", self.name, sequence, self.answered, sorted(self.ahead), first, claims, received]
-            calling = _start(self.world.call(frames.join(header, packed, [])))
+            calling = _start(self.world.call(frames.join(header, packed)))
             giving_up = _start(self.given_up.wait())
             await asyncio.wait({calling, giving_up}, return_when=asyncio.FIRST_COMPLETED)
             giving_up.cancel()

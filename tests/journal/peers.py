@@ -96,7 +96,7 @@ class Peer:
     def parts(self, sequence: int, *, answered: int | None = None, ahead: list[int] | None = None) -> Any:
         """A batch as it travels."""
         header, operations = self.header(sequence, answered, ahead), self.sent[sequence][1]
-        return tuple(frames.join(header, [frames.pack(operation).frame for operation in operations], []))
+        return tuple(frames.join(header, [frames.pack(operation) for operation in operations]))
 
     async def send(self, store: Store, sequence: int, **how: Any) -> list[Any]:
         """Send a batch, for the first time or again; the replies."""

@@ -172,7 +172,7 @@ async def test_a_payload_whose_references_are_gone_says_so(path: Path) -> None:
     store, peer = Store(path), Peer("p")
     packed = frames.pack(("enqueue", {"requests": [{"input": lost, "metadata": None}]}))
     header = [PROTOCOL, "test", "p", 1, 0, [], 1, [], []]
-    await store.endpoint.exchange(tuple(frames.join(header, [packed.frame], [])), {0: packed.refs})
+    await store.endpoint.exchange(tuple(frames.join(header, [packed])), {0: packed.refs})
     peer.sequence, peer.ticket = 1, 2
     store = store.follow()
     _, claimed = await peer.call(store, "dequeue", queues=["default"], limit=1, worker_id=None, timeout=0.0)

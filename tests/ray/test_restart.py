@@ -95,11 +95,11 @@ async def test_a_batch_that_comes_again_after_a_restart_has_not_run_twice(make_d
         ("update_rollout", {"rollout_id": "ro-unknown", "changes": {}}),
         ("statistics", {}),
     ]
-    packed = [frames.pack_operation(*operation).frame for operation in operations]
+    packed = [frames.pack_operation(*operation) for operation in operations]
 
     async def send() -> Any:
         epoch = (await handle.describe.remote())["epoch"]
-        parts = frames.join([PROTOCOL, "test", "session", 1, 0, [], 1, [], []], packed, [])
+        parts = frames.join([PROTOCOL, "test", "session", 1, 0, [], 1, [], []], packed)
         answered, outcome, replies, *_ = frames.unpack_answer(await handle.exchange.remote(*parts))
         assert (answered, outcome) == (epoch, frames.DONE)
         return replies

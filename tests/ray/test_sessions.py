@@ -124,8 +124,8 @@ async def _exchange(
     *operations: Any,
     client: tuple[int, str] = CLIENT,
 ) -> Any:
-    packed = [frames.pack_operation(verb, arguments).frame for verb, arguments in operations]
-    parts = frames.join([*client, session_id, sequence, 0, [], first_ticket, [], []], packed, [])
+    packed = [frames.pack_operation(verb, arguments) for verb, arguments in operations]
+    parts = frames.join([*client, session_id, sequence, 0, [], first_ticket, [], []], packed)
     _, outcome, *rest = frames.unpack_answer(await store.actor.exchange.remote(*parts))
     return outcome, rest[0] if rest else None
 

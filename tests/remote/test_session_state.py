@@ -81,14 +81,24 @@ class Peer:
         return operation
 
 
+def parts(batch: Batch) -> list[bytes]:
+    """A batch as it travels."""
+    return frames.join(batch.header, [operation.packed for operation in batch.operations])
+
+
+def answers_in(actions: Actions) -> list[tuple[Operation, Any, Exception | None]]:
+    """The answers that are there: of which operation, and the value or error."""
+    return [(operation, operation.answer, operation.error) for operation in actions.answered]
+
+
 def told(batch: Batch | None) -> list[tuple[str, dict[str, Any]]]:
     """The operations of a batch, as they travel."""
-    return [] if batch is None else [tuple(one) for one in frames.split(batch.parts(), None)[1:]]
+    return [] if batch is None else [tuple(one) for one in frames.split(parts(batch), None)[1:]]
 
 
 def acknowledged(batch: Batch) -> list[Any]:
     """The claims that a batch acknowledges."""
-    return list(frames.split(batch.parts(), None)[0][7])
+    return list(frames.split(parts(batch), None)[0][7])
 
 
 @pytest.fixture
@@ -106,7 +116,7 @@ def test_operations_leave_together_and_in_order(peer: Peer) -> None:
     first = peer.batch()
     peer.post("c")
     assert peer.state.next_batch(peer.now) is None
-    answers = peer.reply(first, [frames.VALUE, 1], [frames.ERROR, *to_record(rs.StoreClosedError("s"))]).answers
+    answers = answers_in(peer.reply(first, [frames.VALUE, 1], [frames.ERROR, *to_record(rs.StoreClosedError("s"))]))
     assert [(op.verb, value, type(error)) for op, value, error in answers] == [
         ("a", 1, type(None)),
         ("b", None, rs.StoreClosedError),
@@ -182,7 +192,7 @@ def test_a_batch_without_an_answer_is_sent_again_under_its_number(peer: Peer) ->
     batch, pauses = peer.batch(), []
     answers: Any = ()
     while not answers:
-        answers = peer.state.no_answer(batch, "lost", peer.now).answers
+        answers = answers_in(peer.state.no_answer(batch, "lost", peer.now))
         before = peer.now
         while not answers and not (due := peer.state.due(peer.now)).batches:
             assert due.at is not None
@@ -205,7 +215,7 @@ def test_an_answer_of_a_session_that_was_renewed_is_not_taken(peer: Peer) -> Non
     assert new.operations == [write] and (new.session_id, new.sequence) == ("1", 1)
     assert peer.reply(old, [frames.VALUE, [9]]) == Actions()
     assert peer.state.no_answer(old, "lost", peer.now + 100) == Actions()
-    assert [value for _, value, _ in peer.reply(new, [frames.VALUE, [1]]).answers] == [[1]]
+    assert [value for _, value, _ in answers_in(peer.reply(new, [frames.VALUE, [1]]))] == [[1]]
 
 
 def test_a_write_that_was_sent_twice_into_an_ended_session_has_an_unknown_outcome(peer: Peer) -> None:
@@ -214,7 +224,7 @@ def test_a_write_that_was_sent_twice_into_an_ended_session_has_an_unknown_outcom
     read = peer.post("get_latest_resources")
     batch = peer.batch()
     peer.state.no_answer(batch, "lost", peer.now)
-    answers = peer.state.reply(batch, 1, frames.ENDED, [], peer.now).answers
+    answers = answers_in(peer.state.reply(batch, 1, frames.ENDED, [], peer.now))
     assert [(op.verb, type(error)) for op, _, error in answers] == [("next_numbers", rs.OutcomeUnknownError)]
     assert peer.batch().operations == [read]
 
@@ -234,7 +244,7 @@ def test_a_store_that_takes_nothing_for_now(peer: Peer) -> None:
     for error, is_end in ((overloaded, False), (rs.JournalFailedError("j", "why"), True)):
         peer.post("a")
         refusal = [to_record(error)]
-        answers = peer.state.reply(peer.batch(), 1, frames.BROKEN, refusal, peer.now).answers
+        answers = answers_in(peer.state.reply(peer.batch(), 1, frames.BROKEN, refusal, peer.now))
         assert [type(found) for _, _, found in answers] == [type(error)]
         assert (peer.state.failure is not None) is is_end
     with pytest.raises(rs.JournalFailedError):
@@ -252,8 +262,8 @@ def test_an_answer_may_overtake_the_word_that_its_call_is_parked(peer: Peer, mon
     peer.post("tick")
     quick = peer.batch()
     later = [[waiting.ticket, [frames.VALUE, []]]]
-    assert [op.verb for op, _, _ in peer.reply(quick, [frames.VALUE, None], later=later).answers] == ["tick"]
-    assert [value for _, value, _ in peer.reply(slow, [frames.PARKED]).answers] == [[]]
+    assert [op.verb for op, _, _ in answers_in(peer.reply(quick, [frames.VALUE, None], later=later))] == ["tick"]
+    assert [value for _, value, _ in answers_in(peer.reply(slow, [frames.PARKED]))] == [[]]
 
 
 def test_a_listen_call_is_parked_while_something_is_parked(peer: Peer) -> None:
@@ -263,10 +273,10 @@ def test_a_listen_call_is_parked_while_something_is_parked(peer: Peer) -> None:
     assert listen == Listen("0", [], 1)
     later = [[operation.ticket, [frames.VALUE, []]]]
     actions = peer.state.listened(listen, 1, frames.DONE, [later, [9, False]], peer.now)
-    assert [op for op, _, _ in actions.answers] == [operation]
+    assert [op for op, _, _ in answers_in(actions)] == [operation]
     assert actions.listen == ("0", [operation.ticket], 1)
     actions = peer.state.listened(actions.listen, 1, frames.DONE, [later, [10, False]], peer.now)
-    assert not actions.answers and actions.listen is not None
+    assert not answers_in(actions) and actions.listen is not None
 
 
 def test_a_listen_call_without_an_answer_is_parked_again_in_a_moment(peer: Peer) -> None:
@@ -309,8 +319,8 @@ def test_a_wait_that_is_given_up_while_its_session_ends(peer: Peer, end: str) ->
     if end == "closing":
         peer.state.is_closing = True
     else:
-        assert [op for op, _, _ in peer.state.fail(rs.StoreUnavailableError("s", "test")).answers] == [operation]
-    assert not peer.reply(batch, [frames.PARKED]).answers
+        assert [op for op, _, _ in answers_in(peer.state.fail(rs.StoreUnavailableError("s", "test")))] == [operation]
+    assert not answers_in(peer.reply(batch, [frames.PARKED]))
     assert not peer.state.has_pending
     peer.state.abandon(operation, peer.now)
     assert not peer.state.has_pending
@@ -428,7 +438,7 @@ def test_a_session_that_closes_is_not_renewed(peer: Peer) -> None:
     with pytest.raises(rs.StoreClosedError):
         peer.post("a")
     closing = peer.post("close_session")
-    answers = peer.state.reply(peer.batch(), 1, frames.ENDED, [], peer.now).answers
+    answers = answers_in(peer.state.reply(peer.batch(), 1, frames.ENDED, [], peer.now))
     assert {op for op, _, _ in answers} == {waiting, closing}
     assert isinstance(peer.state.failure, rs.StoreClosedError)
 

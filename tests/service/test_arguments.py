@@ -224,7 +224,7 @@ async def test_whatever_the_header_is(tmp_path: Path, place: int) -> None:
             continue
         before = list(parts(store.state))
         header[place] = wrong
-        made = frames.join([PROTOCOL, *header], [frames.pack_operation(*enqueue()).frame], [])
+        made = frames.join([PROTOCOL, *header], [frames.pack_operation(*enqueue())])
         _, outcome, *rest = frames.unpack_answer(await store.endpoint.exchange(tuple(made)))
         if place == 0 and isinstance(wrong, str):  # the client's name is anything
             continue
