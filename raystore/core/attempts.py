@@ -237,7 +237,8 @@ def put_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans:
     written = state.spans.add(rollout_id, spans, places)
     if True not in written.stored:
         return written
-    state.touch(rollout_id)
+    if state.settings.on_disk:
+        state.touched[rollout_id] = None
     if written.are_first:
         enter_eviction(state, entry)
     _beat(state, step, entry, index, written.reward)

@@ -218,7 +218,8 @@ def move(
     elif before.status in FINISHED:
         state.completions.discard(rollout_id)
         entry.read = False
-    state.put_rollout(entry, before.evolve(status=status, end_time=end_time))
+    entry.rollout = before.evolve(status=status, end_time=end_time)
+    state.touch(rollout_id)
     if status in FINISHED or before.status in FINISHED:
         if state.consumers:
             follow(state, entry, has_finished=end_time is not None)
@@ -227,11 +228,12 @@ def move(
         if rollout_id not in state.queues.line_of:
             place = entry.order if keep_place else None
             enter_queue(state, step, entry, state.queues.tail(before.priority) if place is None else place)
-    elif rollout_id in state.queues.line_of:
-        unqueue(state, entry)
+    elif state.queues.discard(rollout_id) and state.suspects:
+        stop_waiting(state, rollout_id)
     if status != before.status:
-        latest = entry.latest
-        state.changes.append(step.now, kind or status, rollout_id, latest.attempt_id if latest else None)
+        state.indexes.move(rollout_id, "status", before.status, status)
+        attempt_id = entry.attempts[-1].attempt_id if entry.attempts else None
+        state.changes.append(step.now, kind or status, rollout_id, attempt_id)
         if rollout_id in state.spans.by_rollout and state.spans.has(rollout_id):
             enter_eviction(state, entry)
     config = before.config

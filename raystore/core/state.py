@@ -586,12 +586,8 @@ class State:
             self.touched[rollout_id] = None
 
     def put_rollout(self, entry: Entry, rollout: Rollout) -> None:
-        """Replace a rollout."""
-        before = entry.rollout.status
-        if self.settings.on_disk:
-            self.touched[rollout.rollout_id] = None
-        if before != rollout.status:
-            self.indexes.move(rollout.rollout_id, "status", before, rollout.status)
+        """Replace a rollout by one of the same status (`rollouts.move` gives it another one)."""
+        self.touch(rollout.rollout_id)
         entry.rollout = rollout
 
     def put_attempt(self, entry: Entry, index: int, attempt: Attempt) -> None:

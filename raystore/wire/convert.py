@@ -331,10 +331,15 @@ def _field(name: str, payload: Opaque) -> dict[str, Any]:
 
 
 def _rollout_values(answer: Row) -> tuple[dict[str, Any], dict[str, Undecoded] | None]:
-    values = dict(zip(_ROLLOUT, row(answer), strict=True))
-    undecoded = _decode_fields(values, ("input", "metadata"), "rollout")
+    values = dict(zip(_ROLLOUT, answer.row() if isinstance(answer, Record) else answer, strict=True))
+    undecoded = None
+    try:
+        values |= {"input": decode(values["input"]), "metadata": decode(values["metadata"])}
+    except Exception:  # whatever a user's class raises while it is unpickled
+        undecoded = _decode_fields(values, ("input", "metadata"), "rollout")
     values["tags"] = dict(values["tags"])
-    timeout, unresponsive, max_attempts, retry_condition = row(values["config"])
+    config = values["config"]
+    timeout, unresponsive, max_attempts, retry_condition = config.row() if isinstance(config, Record) else config
     values["config"] = build(
         RolloutConfig,
         {
@@ -354,8 +359,9 @@ def to_rollout(answer: Row) -> Rollout:
 
 
 def to_attempt(answer: Row) -> Attempt:
-    values = dict(zip(_ATTEMPT, row(answer), strict=True))
-    return build(Attempt, values, None, _decode_fields(values, ("metadata",), "attempt"))
+    values = dict(zip(_ATTEMPT, answer.row() if isinstance(answer, Record) else answer, strict=True))
+    undecoded = None if values["metadata"] is None else _decode_fields(values, ("metadata",), "attempt")
+    return build(Attempt, values, None, undecoded)
 
 
 def to_attempted_rollout(answer: Sequence[Any]) -> AttemptedRollout:

@@ -8,6 +8,7 @@ Not here: what the values mean (`convert`), when batches are sent (`remote.sessi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -117,12 +118,12 @@ def _opener(refs: list[Any], large: Iterator[bytes]) -> Any:
 
 
 _NOTHING_TO_OPEN = _opener([], iter(()))
+_unpackb = functools.partial(msgpack.unpackb, strict_map_key=False, unicode_errors="surrogatepass")
 
 
 def unpack(frame: bytes | memoryview, refs: list[Any], large: Sequence[bytes] = ()) -> Any:
     """The value of a frame, with its references and large payloads."""
-    opener = _opener(refs, iter(large)) if refs or large else _NOTHING_TO_OPEN
-    return msgpack.unpackb(frame, ext_hook=opener, strict_map_key=False, unicode_errors="surrogatepass")
+    return _unpackb(frame, ext_hook=_opener(refs, iter(large)) if refs or large else _NOTHING_TO_OPEN)
 
 
 def pack_answer(*values: Any) -> Answer:
@@ -133,8 +134,9 @@ def pack_answer(*values: Any) -> Answer:
 
 def unpack_answer(answer: Answer) -> list[Any]:
     """The values of an actor's answer."""
-    frame, refs = (answer, []) if isinstance(answer, bytes) else answer
-    return list(unpack(frame, refs))
+    if isinstance(answer, bytes):
+        return _unpackb(answer, ext_hook=_NOTHING_TO_OPEN)  # type: ignore[no-any-return]
+    return list(unpack(*answer))
 
 
 def join(header: list[Any], operations: Sequence[Packed]) -> list[bytes]:
@@ -163,7 +165,8 @@ def split(parts: Sequence[bytes], refs: dict[int, list[Any]] | None) -> list[Any
     count = parts[0][0]
     frame = memoryview(parts[0] if count == 1 else b"".join(parts[:count]))[1:]
     if not refs:
-        return list(unpack(frame, [], parts[count:]))
+        opener = _NOTHING_TO_OPEN if count == len(parts) else _opener([], iter(parts[count:]))
+        return _unpackb(frame, ext_hook=opener)  # type: ignore[no-any-return]
     large = iter(parts[count:])
     values: list[Any] = []
 
