@@ -55,13 +55,16 @@ class BatchRun:
         self,
         state: State,
         session: Session,
-        kept: BatchReplies,
+        sequence: int,
+        first_ticket: int,
         operations: list[Any],
         catch_up: Callable[[], None] = lambda: None,
     ) -> None:
         """`catch_up` applies passed deadlines before a long operation is cut, so that none changes its pieces."""
-        self._state, self._session, self._kept, self._operations = state, session, kept, operations
-        self._catch_up = catch_up
+        self._state, self._session, self._operations, self._catch_up = state, session, operations, catch_up
+        session.replies.expected = sequence
+        kept = session.replies.kept.setdefault(sequence, BatchReplies(first_ticket, []))
+        self._kept = kept
         self.ran: dict[int, Reply] = {}  #: answers of operations that ran here, whole, by number of the operation
         self.next: int = len(kept.replies)  # operation
         self._is_more = self.next > 0 and kept.replies[-1][:1] == [PARTLY]

@@ -175,6 +175,7 @@ def _reinstate(state: State, step: Step, session: Session, key: AttemptKey) -> b
     del session.lost[key]
     unqueue(state, entry)
     entry.holders[attempt.attempt_id] = session.session_id
+    session.held[key] = None
     state.put_attempt(entry, len(entry.attempts), attempt)
     entry.clocks[-1].start = step.now - state.paused  # its caller had it all the while, the store did not
     move(state, step, entry, attempt.status, kind="reinstated")

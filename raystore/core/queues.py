@@ -90,14 +90,10 @@ class Deadlines(LazyHeap[K, float]):
         self.fires: int = 0
         self.soonest: float = NEVER  #: nothing is due before this; may be earlier than `next`, which looks closer
 
-    def guard(self, key: K) -> None:
-        """Make sure that `key` is met no later than its deadline."""
-        deadline = self.deadline_of(key)
-        if deadline is not None:
-            self.guard_at(key, deadline)
-
-    def guard_at(self, key: K, deadline: float) -> None:
-        """Do the same where the deadline is known."""
+    def guard(self, key: K, deadline: float | None = None) -> None:
+        """Make sure that `key` is met no later than its deadline, which may be given if it is known."""
+        if deadline is None and (deadline := self.deadline_of(key)) is None:
+            return
         known = self.get(key)
         if known is None or deadline < known[0]:
             self.put(key, deadline)

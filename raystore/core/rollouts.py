@@ -269,15 +269,15 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
         resources_version=newest.version if newest else None,
         policy_version=newest.policy_version if newest else state.resources.policy_version,
     )
-    stamps = {"last_busy_time": step.now}
+    stamps = {"last_busy_time": step.now} | ({"last_dequeue_time": step.now} if kind == "claimed" else {})
     if session is not None:
         entry.holders[attempt.attempt_id] = session.session_id
-    if kind == "claimed":
-        stamps["last_dequeue_time"] = step.now
-        if session is not None:
-            key = (rollout.rollout_id, attempt.attempt_id)
+        key = (rollout.rollout_id, attempt.attempt_id)
+        if kind == "claimed":
             session.claims[key] = step.age
-            state.claim_deadlines.guard_at((session.session_id, key), step.age + CLAIM_SECONDS)
+            state.claim_deadlines.guard((session.session_id, key), step.age + CLAIM_SECONDS)
+        else:
+            session.held[key] = None
     state.put_attempt(entry, len(entry.attempts), attempt)
     move(state, step, entry, "preparing", kind=kind)
     if worker_id is not None:

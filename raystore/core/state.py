@@ -183,11 +183,6 @@ class ReplyCache:
         is_answered = sequence <= self.answered or sequence in self.ahead
         return None if is_answered else self.kept.get(sequence, BatchReplies(first_ticket, []))
 
-    def begin(self, sequence: int, first_ticket: int) -> BatchReplies:
-        """A batch starts, or goes on after it was interrupted."""
-        self.expected = sequence
-        return self.kept.setdefault(sequence, BatchReplies(first_ticket, []))
-
     def end(self, sequence: int) -> None:
         """A batch has run to its end."""
         self.expected = sequence + 1
@@ -614,9 +609,9 @@ class State:
         if was_live != lives:
             if attempt.resources_version is not None:
                 self.resources.refer(entry.rollout.resources_id, attempt.resources_version, 1 if lives else -1)
-            if lives:
+            if lives and old is not None:  # else whoever added it says who holds it
                 self.hold(entry, attempt.attempt_id)
-            else:
+            elif not lives:
                 self.let_go(entry, attempt.attempt_id)
 
     def remove_latest(self, entry: Entry) -> Attempt:

@@ -88,8 +88,7 @@ class Replay:
         replayed._configure(more["settings"])
         for session_id, record, sequence, parts, number, cut in more["runs"]:
             header, *operations = frames.split(parts, None)
-            kept = state.sessions[session_id].replies.kept.get(sequence) or BatchReplies(header[6], [])
-            run = _RULES[format_].run_of(state, state.sessions[session_id], kept, operations)
+            run = _RULES[format_].run_of(state, state.sessions[session_id], sequence, header[6], operations)
             run.go_on(number, [Item(*row) for row in cut])
             replayed._runs[session_id] = _Begun(record, sequence, run, parts)
         state.spans.written = replayed.last
@@ -168,10 +167,10 @@ class Replay:
         cache = self._session(head).replies
         cache.answers_received(answered, ahead)
         count, begun = head.arguments
-        kept = cache.begin(sequence, first_ticket)
+        kept = cache.kept.setdefault(sequence, BatchReplies(first_ticket, []))
         del kept.replies[begun:]
         kept.replies.extend([AGAIN] * (begun - len(kept.replies)))  # operations without a record changed nothing
-        run = self._rules.run_of(self.state, self._session(head), kept, operations)
+        run = self._rules.run_of(self.state, self._session(head), sequence, first_ticket, operations)
         self._runs[session_id] = _Begun(self.last, sequence, run, parts)
         self._run(head, count)
 

@@ -124,19 +124,20 @@ class ServerSession:
             self.service.heard(self.session)
             before = cache.find(sequence, first_ticket)
             return self._again(before, operations) if before else [], lost
-        kept = cache.begin(sequence, first_ticket)
-        before = BatchReplies(first_ticket, list(kept.replies))  # of a process that ran this store before
-        run = BatchRun(self.service.state, self.session, kept, operations, self.service.catch_up)
+        kept = cache.kept.get(sequence)  # by a process that ran this store before
+        before = BatchReplies(first_ticket, [] if kept is None else list(kept.replies))
+        service = self.service
+        run = BatchRun(service.state, self.session, sequence, first_ticket, operations, service.catch_up)
         source = None
-        if self.service.journal is not None:
-            source = Source(self.session.session_id, sequence, first_ticket, parts, len(kept.replies))
+        if service.journal is not None:
+            source = Source(self.session.session_id, sequence, first_ticket, parts, len(before.replies))
         while True:
             until = time.perf_counter() + SLICE_SECONDS
-            step = self.service.begin(self.session, source)
+            step = service.begin(self.session, source)
             try:
                 is_done = run.run(functools.partial(self._operate, step, source), time.perf_counter, until)
             finally:
-                self.service.end()
+                service.end()
             if is_done:
                 break
             await asyncio.sleep(0)

@@ -199,9 +199,25 @@ class Service:
                 self._recorder.flush()
                 if self.snapshotter is not None:
                     self.snapshotter.after_step(self._recorder, self.state, self.clock.now())
-            if len(self.state.resources.object_ids) > OBJECT_IDS_WARNED:
+            state, rings_at = self.state, self._rings_at
+            if len(state.resources.object_ids) > OBJECT_IDS_WARNED:
                 self._warn_of_object_ids()
-            self._arm()
+            if self._rings_not_before < rings_at and (
+                state.claim_deadlines.soonest < rings_at
+                or state.session_deadlines.soonest < rings_at
+                or state.patience_deadlines.soonest < rings_at
+                or (self.liveness.at is not None and self.liveness.at < rings_at)
+                or (self.pools.at is not None and self.pools.at < rings_at)
+                or state.eviction_pass is not None
+                or (
+                    not self.clock.is_manual  # else these wait for a tick
+                    and (
+                        state.deadlines.soonest + state.paused < rings_at
+                        or (self.parking.timed and (self.parking.next_deadline() or NEVER) < rings_at)
+                    )
+                )
+            ):
+                self._arm()
         finally:
             self._lock.release()
             if self.afterwards:
@@ -457,23 +473,7 @@ class Service:
 
         It may ring for nothing: what moves a deadline later, or makes it meaningless, leaves it set.
         """
-        state, is_manual, rings_at = self.state, self.clock.is_manual, self._rings_at
-        if self._rings_not_before >= rings_at or not (
-            state.claim_deadlines.soonest < rings_at
-            or state.session_deadlines.soonest < rings_at
-            or state.patience_deadlines.soonest < rings_at
-            or (self.liveness.at is not None and self.liveness.at < rings_at)
-            or (self.pools.at is not None and self.pools.at < rings_at)
-            or state.eviction_pass is not None
-            or (  # else these wait for a tick
-                not is_manual
-                and (
-                    state.deadlines.soonest + state.paused < rings_at
-                    or (self.parking.timed and (self.parking.next_deadline() or NEVER) < rings_at)
-                )
-            )
-        ):
-            return
+        state, is_manual = self.state, self.clock.is_manual
         age = self.clock.age()
         age_deadline = expiry.next_age_deadline(state)
         ages = [deadline for deadline in (age_deadline, self.liveness.at, self.pools.at) if deadline is not None]
@@ -531,18 +531,14 @@ class Service:
 
     def acknowledge(self, session: Session, keys: list[HandedKey]) -> list[HandedKey]:
         """The callers of a session have these claims and batches; returns those that are lost."""
+        step = self.begin(session)
         try:
-            with self._lock:
-                if self._closed:
-                    raise StoreClosedError(self.name or self.store_id)
-                lost: list[HandedKey] = self.do("acknowledge", self.step(session), session.session_id, keys)
-                if lost or not self.state.is_quiet or "changes" in self.parking.by_kind:
-                    self._settle()
-                self._arm()
-                return lost
+            lost: list[HandedKey] = self.do("acknowledge", step, session.session_id, keys)
+            if lost or not self.state.is_quiet or "changes" in self.parking.by_kind:
+                self._settle()
+            return lost
         finally:
-            if self.afterwards:
-                self._do(self.afterwards)
+            self.end()
 
     def claims_left(self, session: Session) -> None:
         """Start the time to acknowledge the claims of a session anew: the answer with them leaves only now."""

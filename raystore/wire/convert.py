@@ -1,7 +1,7 @@
 """Between the public models and what crosses to a store: rows in field order, and opaque payloads.
 
-`Encoder` makes arguments and rows of what a user passes; `to_rollout`, `to_span` and so on build models of what a store
-answers, a record or its row. They do not validate again, which a round-trip test proves equal. A field whose payload
+`Encoder` makes arguments and rows of what a user passes; `to_span` and so on build models of what a store answers, a
+record or its row. They do not validate again, which a round-trip test proves equal. A field whose payload
 cannot be decoded here is left for its reader (`StoredModel`).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -330,9 +330,10 @@ def _field(name: str, payload: Opaque) -> dict[str, Any]:
     return {name: decode(payload)}
 
 
-def _rollout_values(answer: Row) -> tuple[dict[str, Any], dict[str, Undecoded] | None]:
-    values = dict(zip(_ROLLOUT, answer.row() if isinstance(answer, Record) else answer, strict=True))
-    undecoded = None
+def to_any_rollout(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
+    """A rollout with its latest attempt, without if it was never attempted (the second row is None)."""
+    rollout, attempt, undecoded = answer[0], answer[1], None
+    values = dict(zip(_ROLLOUT, rollout.row() if isinstance(rollout, Record) else rollout, strict=True))
     try:
         values |= {"input": decode(values["input"]), "metadata": decode(values["metadata"])}
     except Exception:  # whatever a user's class raises while it is unpickled
@@ -349,31 +350,20 @@ def _rollout_values(answer: Row) -> tuple[dict[str, Any], dict[str, Undecoded] |
             "retry_condition": list(retry_condition),
         },
     )
-    return values, undecoded
+    if attempt is None:
+        return build(Rollout, values, None, undecoded)
+    values["attempt"] = to_attempt(attempt)
+    return build(AttemptedRollout, values, None, undecoded)
 
 
-def to_rollout(answer: Row) -> Rollout:
-    """A rollout without its attempt."""
-    values, undecoded = _rollout_values(answer)
-    return build(Rollout, values, None, undecoded)
+#: The same for a rollout that has an attempt.
+to_attempted_rollout = cast("Callable[[Sequence[Any]], AttemptedRollout]", to_any_rollout)
 
 
 def to_attempt(answer: Row) -> Attempt:
     values = dict(zip(_ATTEMPT, answer.row() if isinstance(answer, Record) else answer, strict=True))
     undecoded = None if values["metadata"] is None else _decode_fields(values, ("metadata",), "attempt")
     return build(Attempt, values, None, undecoded)
-
-
-def to_attempted_rollout(answer: Sequence[Any]) -> AttemptedRollout:
-    """A rollout with its latest attempt, from a pair of rows."""
-    values, undecoded = _rollout_values(answer[0])
-    values["attempt"] = to_attempt(answer[1])
-    return build(AttemptedRollout, values, None, undecoded)
-
-
-def to_any_rollout(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
-    """A rollout with its latest attempt, without if it was never attempted (the second row is None)."""
-    return to_rollout(answer[0]) if answer[1] is None else to_attempted_rollout(answer)
 
 
 def to_worker(answer: Row) -> Worker:

@@ -122,7 +122,7 @@ class Ours:
         state = self._state
         seen: State = {}
         for rollout_id, entry in state.entries.items():
-            self._put(seen, ("rollout", rollout_id), entry.rollout, convert.to_rollout)
+            self._put(seen, ("rollout", rollout_id), (entry.rollout, None), convert.to_any_rollout)
             for attempt in entry.attempts:
                 self._put(seen, ("attempt", rollout_id, attempt.attempt_id), attempt, convert.to_attempt)
             for span in state.spans.of(rollout_id):
@@ -245,7 +245,7 @@ class Theirs:
         state, held, made = ours._state, self.store.collections, reference_types
         rollouts, attempts, spans = {}, {}, {}
         for rollout_id, entry in state.entries.items():
-            rollouts[rollout_id] = _model(made.Rollout, convert.to_rollout(entry.rollout))
+            rollouts[rollout_id] = _model(made.Rollout, convert.to_any_rollout((entry.rollout, None)))
             if entry.attempts:
                 own = {a.attempt_id: _model(made.Attempt, convert.to_attempt(a)) for a in entry.attempts}
                 attempts[rollout_id] = own
