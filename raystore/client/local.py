@@ -21,6 +21,7 @@ from raystore.client.client import StoreClient, Testing, store_info
 from raystore.client.transport import (
     NoticeHandlers,
     PendingCall,
+    caller,
     giving_back,
     handed_keys,
     this_thread,
@@ -88,8 +89,7 @@ class LocalTransport:
     def post(self, verb: str, arguments: dict[str, Any]) -> PendingCall:
         if self._pid != transport.pid:
             self._begin()
-        call = PendingCall(verb, next(self._tickets))
-        call.arguments = arguments
+        call = PendingCall(verb, *caller(), next(self._tickets), arguments)
 
         def deliver(ticket: int, value: Any) -> bool:
             """Answer the parked call, on any thread; whether its caller is still there."""
@@ -195,9 +195,8 @@ def _refuse(ticket: int, value: Any) -> bool:
 
 async def _give_way() -> None:
     """Let the other tasks of the event loop run, if it is their turn."""
-    call = PendingCall("give way")
+    call = PendingCall("give way", *caller())
     call.put(None, None)
-    call.wake()
     await call
 
 

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
@@ -46,37 +47,29 @@ class _Thread(threading.local):
 this_thread: _Thread = _Thread()
 
 
+@dataclass(slots=True, eq=False)
 class PendingCall:
     """An operation on its way, and its answer once there is one.
 
-    Belongs to the event loop or blocking thread that made it. The answer is set at most once, from any thread.
+    Belongs to the event loop or blocking thread that made it (`caller`). The answer is set at most once, from any
+    thread.
     """
 
-    __slots__ = ("answer", "arguments", "error", "event", "future", "leader", "loop", "parked", "ticket", "verb")
-
-    def __init__(self, verb: str, ticket: int = 0, awaited: bool = True) -> None:
-        self.verb: str = verb
-        self.ticket: int = ticket
-        self.arguments: dict[str, Any] | None = None  # kept if it may wait, or if the answer is to be acknowledged
-        self.parked: bool = False
-        self.leader: PendingCall | None = None  # of a part of a bulk call: the first part, which has the same caller
-        self.answer: Any = None  # so far; None also if it is an error
-        self.error: Exception | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.future: asyncio.Future[None] | None = None
-        self.event: threading.Event | None = None
-        if not awaited:
-            return
-        if this_thread.is_blocking:
-            self.event = threading.Event()
-        else:
-            self.loop = asyncio.get_running_loop()
-            self.future = self.loop.create_future()
+    verb: str
+    loop: asyncio.AbstractEventLoop | None = None  # that its caller runs on
+    event: threading.Event | None = None  # for which its caller blocks a thread
+    ticket: int = 0
+    arguments: dict[str, Any] | None = None  # kept if it may wait, or if the answer is to be acknowledged
+    parked: bool = False
+    leader: PendingCall | None = None  # of a part of a bulk call: the first part, which has the same caller
+    is_answered: bool = False
+    answer: Any = None  # so far; None also if it is an error
+    error: Exception | None = None
+    future: asyncio.Future[None] | None = None  # for which its caller waits, once it does
 
     def put(self, answer: Any, error: Exception | None) -> None:
         """Set the answer. Wakes a blocking caller; one on an event loop is woken by `wake`."""
-        self.answer = answer
-        self.error = error
+        self.answer, self.error, self.is_answered = answer, error, True
         if self.event is not None:
             self.event.set()
 
@@ -92,18 +85,23 @@ class PendingCall:
 
     def __await__(self) -> Generator[Any, Any, Any]:
         """Wait for the answer, and return it or raise it."""
-        future = self.future
-        if future is None or not future.done() or monotonic() >= this_thread.turn_ends:
-            if future is None:
-                yield self  # to run_blocking
-            elif not future.done():
-                yield from future
-            else:
-                yield  # to the event loop, which runs its other tasks and comes back
+        if self.loop is None:
+            yield self  # to run_blocking
+        elif not self.is_answered:
+            self.future = self.future or self.loop.create_future()
+            yield from self.future
+            this_thread.turn_ends = monotonic() + TURN_SECONDS
+        elif monotonic() >= this_thread.turn_ends:
+            yield  # to the event loop, which runs its other tasks and comes back
             this_thread.turn_ends = monotonic() + TURN_SECONDS
         if self.error is not None:
             raise self.error
         return self.answer
+
+
+def caller() -> tuple[asyncio.AbstractEventLoop | None, threading.Event | None]:
+    """Who makes a call here, as `PendingCall` knows it: this thread if `run_blocking` drives it, else its loop."""
+    return (None, threading.Event()) if this_thread.is_blocking else (asyncio.get_running_loop(), None)
 
 
 def wake_elsewhere(call: PendingCall) -> bool:
@@ -119,7 +117,7 @@ def wake_elsewhere(call: PendingCall) -> bool:
 
 def in_thread(function: Callable[..., Any], *arguments: Any) -> PendingCall:
     """Run a function on a thread of its own. The call may be awaited on an event loop or by `run_blocking`."""
-    call = PendingCall("thread")
+    call = PendingCall("thread", *caller())
 
     def run() -> None:
         try:

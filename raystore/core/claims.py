@@ -26,7 +26,8 @@ from raystore.core.rollouts import begin, move, stop_waiting, unqueue
 from raystore.core.schema import Id, Positive, Seconds
 from raystore.core.state import SURPLUS, AttemptKey, BatchKey, Entry, HandedKey, Session, State, Step
 
-Claimed = tuple[Rollout, Attempt, bool]  #: and whether it is a suspect
+#: ... and whether it may be dangerous: then a call of its own acknowledges it, so that whoever dies of it is found.
+Claimed = tuple[Rollout, Attempt, bool]
 
 USUAL_LINES: tuple[int, ...] = (PLAIN, OVERDUE)  #: from which a session is served
 SUSPICIOUS_WITHDRAWALS = 2  #: a rollout with so many claims that nobody acknowledged is a suspect
@@ -55,7 +56,7 @@ def dequeue(
     claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id)
     if not claimed and timeout > 0 and limit > 0:
         return None
-    return [(entry.rollout, entry.attempts[-1], entry.is_watched) for entry in claimed]
+    return claimed
 
 
 def keys_of(arguments: dict[str, Any], claimed: Any) -> list[HandedKey]:
@@ -71,12 +72,12 @@ def keys_of(arguments: dict[str, Any], claimed: Any) -> list[HandedKey]:
 
 def claim(
     state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None, note_empty: bool = True
-) -> list[Entry]:
+) -> list[Claimed]:
     """Up to `limit` rollouts from the heads of the queues, in the order given; each gets an attempt.
 
     `note_empty` records that the worker came away empty; not for a call that stays parked, which did so when it came.
     """
-    claimed: list[Entry] = []
+    claimed: list[Claimed] = []
     session = step.session
     while len(claimed) < limit and not state.memory_full:
         lines = USUAL_LINES
@@ -88,7 +89,7 @@ def claim(
         entry = state.entries[rollout_id]
         is_alone = entry.suspect and session is not None and not session.eternal and session.is_idle
         begin(state, step, entry, worker_id=worker_id, kind="claimed")
-        claimed.append(entry)
+        claimed.append((entry.rollout, entry.attempts[-1], entry.suspect or entry.withdrawals > 0))
         if session is not None and is_alone:
             _reserve(state, step, session)
             break
@@ -259,7 +260,7 @@ def claimed_again(state: State, session: Session, keys: Sequence[AttemptKey]) ->
     for key in keys:
         if key in session.claims or key in session.held:
             entry = state.entries[key[0]]
-            claimed.append((entry.rollout, entry.attempts[-1], entry.is_watched))
+            claimed.append((entry.rollout, entry.attempts[-1], entry.suspect or entry.withdrawals > 0))
     return claimed
 
 

@@ -49,7 +49,7 @@ from raystore.errors import BatchConflictError, InvalidValueError, StoreError, c
 
 def claim(
     state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None, note_empty: bool = True
-) -> list[Entry]:
+) -> list[Claimed]:
     """Up to `limit` rollouts from the heads of the queues, in the order given; each gets an attempt.
 
     `note_empty` records that the worker came away empty; not for a call that stays parked, which did so when it came.
@@ -67,7 +67,7 @@ def claim(
             break
     if not claimed and note_empty and worker_id is not None:
         workers.came_away_empty(state, step, worker_id)
-    return claimed
+    return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
 
 
 def _next(state: State, session: Session | None, queues: list[str], claimed: list[Entry]) -> Entry | None:
@@ -150,7 +150,7 @@ def _dequeue(
     claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id)
     if not claimed and timeout > 0 and limit > 0:
         return None
-    return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
+    return claimed
 
 
 def _decline(state: State, step: Step, *, rollout_id: str, attempt_id: str) -> bool:

@@ -219,7 +219,8 @@ def move(
         state.completions.discard(rollout_id)
         entry.read = False
     entry.rollout = before.evolve(status=status, end_time=end_time)
-    state.touch(rollout_id)
+    if state.settings.on_disk:
+        state.touched[rollout_id] = None
     if status in FINISHED or before.status in FINISHED:
         if state.consumers:
             follow(state, entry, has_finished=end_time is not None)

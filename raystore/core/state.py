@@ -359,11 +359,6 @@ class Entry:
         return getattr(self, name)
 
     @property
-    def is_watched(self) -> bool:
-        """Whether its claim is acknowledged by a call of its own, so that whoever dies of it is found."""
-        return self.suspect or self.withdrawals > 0
-
-    @property
     def is_sealed(self) -> bool:
         """Whether somebody trains on it, or has: nothing about it is decided any more."""
         return bool(self.taken)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from raystore.core import attempts, claims, expiry, publishing, retention, rollouts, training, workers
 from raystore.core.schema import Part, Schema, checker
-from raystore.core.state import Chain, Entry, HandedKey, Session, State, Step
+from raystore.core.state import Chain, HandedKey, Session, State, Step
 from raystore.errors import InvalidValueError, SessionEndedError, StoreError, copy_of
 
 WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes"]
@@ -217,15 +217,14 @@ def hand_over(
     queues: list[str],
     limit: int,
     worker_id: str | None,
-    claim: Callable[..., list[Entry]] = claims.claim,
-) -> list[Entry]:
+    claim: Callable[..., list[claims.Claimed]] = claims.claim,
+) -> list[claims.Claimed]:
     """Give work to a parked call. That there is none is not recorded again: it was recorded when the call came."""
     session = state.sessions[session_id]
     step.session = session
     claimed = claim(state, step, queues=queues, limit=limit, worker_id=worker_id, note_empty=False)
     if claimed:
-        keys = [(entry.rollout.rollout_id, entry.attempts[-1].attempt_id) for entry in claimed]
-        session.replies.hand(ticket, keys, session.claims, session.batches)
+        session.replies.hand(ticket, claims.keys_of({}, claimed), session.claims, session.batches)
     return claimed
 
 

@@ -99,7 +99,11 @@ class ServerSession:
             if self.session.ended_at is not None:
                 raise SessionEnded
             replies, lost = await self._run(sequence, header, operations, parts)
-            answer = self._answer(replies, lost)
+            if self.session.notices:
+                self._collect_notices()
+            later = self._later() if self._listener is None else []  # else the listen call takes it
+            replies = [self._paged(reply) if isinstance(reply[-1], (Many, tuple)) else reply for reply in replies]
+            answer = self._answer(replies, later, lost)
             done.set_result(answer)
             return answer
         except BaseException as error:
@@ -193,20 +197,18 @@ class ServerSession:
         finally:
             self.service.end()
 
-    def _answer(self, replies: list[Reply], lost: list[HandedKey]) -> frames.Answer:
-        """Pack the answers of a batch, with the outbox if no listen call is parked that could take it."""
-        if self.session.notices:
-            self._collect_notices()
-        later = self._later() if self._listener is None else []
-        replies = [self._paged(reply) if isinstance(reply[-1], (Many, tuple)) else reply for reply in replies]
-        return frames.pack_answer(self.service.epoch, frames.DONE, replies, later, lost, self._hint())
+    def _answer(self, *parts: Any) -> frames.Answer:
+        """Pack an answer, with whether the client should keep a listen call parked.
 
-    def _hint(self) -> tuple[int, bool]:
-        """Whether the client should keep a listen call parked. Numbered, since answers overtake each other."""
+        The latter is numbered, since answers overtake each other.
+        """
         service, session = self.service, self.session
-        holds = bool(session.claims or session.held or session.batches or self._outbox)
-        waits = holds or service.parking.has_session(session.session_id)
-        return next(self._hints), waits or service.state.resources.is_publishing(session.session_id)
+        is_wanted = (
+            bool(session.claims or session.held or session.batches or self._outbox)
+            or service.parking.has_session(session.session_id)
+            or service.state.resources.is_publishing(session.session_id)
+        )
+        return frames.pack_answer(service.epoch, frames.DONE, *parts, (next(self._hints), is_wanted))
 
     # -- answers that come later -------------------------------------------------------------------------------------
 
@@ -226,7 +228,7 @@ class ServerSession:
                 if self._listener is listener:
                     self._listener = None
             self._collect_notices()
-        return frames.pack_answer(self.service.epoch, frames.DONE, self._later(), self._hint())
+        return self._answer(self._later())
 
     def _later(self) -> list[tuple[int, Reply]]:
         """The oldest answers of the outbox. A long one is cut once, however often it is sent."""

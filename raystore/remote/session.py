@@ -29,8 +29,9 @@ import ray
 from raystore import __version__
 from raystore.api import NoticeHandler
 from raystore.client import transport
-from raystore.client.transport import NoticeHandlers, PendingCall, with_time_left, without
+from raystore.client.transport import NoticeHandlers, PendingCall, this_thread, with_time_left, without
 from raystore.core.claims import is_claim
+from raystore.core.verbs import HANDING
 from raystore.errors import (
     ForkedError,
     NotAStoreError,
@@ -201,15 +202,26 @@ class ClientSession:
 
     def post(self, verb: str, arguments: dict[str, Any], *, awaited: bool = True) -> Operation:
         """Take an operation; it takes effect in the order of the calls of this method."""
-        operation = Operation(verb, arguments, time.monotonic(), awaited=awaited)
-        if operation.size > self.call_bytes:
-            raise PayloadTooLargeError(f"call {verb}", operation.size, self.call_bytes)
+        try:
+            packed = frames.pack((verb, arguments))
+        except frames.UNPACKABLE:
+            raise frames.refusal(verb, arguments) from None
+        if packed.size > self.call_bytes:
+            raise PayloadTooLargeError(f"call {verb}", packed.size, self.call_bytes)
+        loop = event = None
+        if awaited and this_thread.is_blocking:
+            event = threading.Event()
+        elif awaited:
+            loop = asyncio.get_running_loop()
+        operation = Operation(verb, loop, event, packed=packed, issued=time.monotonic(), hands=HANDING.get(verb))
+        if "timeout" in arguments:  # it may have to wait anew
+            operation.arguments = arguments
         with self._lock:
             must_ask = self.state.post(operation)
-        if operation.loop is None:
+        if loop is None:
             self._flush()
         elif must_ask:
-            operation.loop.call_soon(self._flush, operation.loop)
+            loop.call_soon(self._flush, loop)
         if self._is_asleep:
             self.wake()
         return operation
@@ -222,7 +234,8 @@ class ClientSession:
             operation = self.post(verb, arguments)
             try:
                 answer = await operation
-                if operation.hands is None or not (keys := operation.hands(arguments, answer)):
+                keys = operation.handed
+                if not keys:
                     return answer
                 is_watched = is_claim(keys[0]) and any(is_suspect for _, _, is_suspect in answer)
                 if is_watched:  # lost or withdrawn once: the store is told first, so that whoever dies of it is found
@@ -376,6 +389,7 @@ class ClientSession:
             logger.warning(f"{what} was lost: acknowledged too late", key[1], key[0])
         by_loop: dict[asyncio.AbstractEventLoop, list[Operation]] = {}
         for operation in actions.answered:
+            operation.is_answered = True
             if operation.event is not None:
                 operation.event.set()
             elif operation.loop is not None and not operation.abandoned:

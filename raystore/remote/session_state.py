@@ -21,7 +21,7 @@ from raystore.client.transport import PendingCall, giving_back
 from raystore.core.payload import PLAIN, Payload
 from raystore.core.resources import FREED
 from raystore.core.state import HandedKey
-from raystore.core.verbs import CHANGING, HANDING
+from raystore.core.verbs import CHANGING
 from raystore.errors import (
     OutcomeUnknownError,
     OverloadedError,
@@ -57,35 +57,22 @@ Version = tuple[str, int]  #: of resources: id and version
 _NOTHING = bytes([PLAIN, 0xC0])  # the encoded None
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class Operation(PendingCall):
     """One operation, packed, and the place of its answer. The state puts the answer there, and wakes nobody."""
 
-    __slots__ = ("abandoned", "changes", "hands", "issued", "packed", "sent", "size", "then")
-
     packed: Packed
+    issued: float
+    then: Callable[[Any], None] | None = None  # called with the value that answers it, before anybody else has it
+    hands: Callable[[dict[str, Any], Any], list[HandedKey]] | None = None  # keys of what its answer hands over
+    handed: Sequence[HandedKey] = ()  # ... once it is there
+    sent: bool = False
+    abandoned: bool = False
 
-    def __init__(
-        self,
-        verb: str,
-        arguments: dict[str, Any],
-        now: float,
-        *,
-        awaited: bool = True,
-        then: Callable[[Any], None] | None = None,
-    ) -> None:
-        """`then` is called with the value that answers it, before anybody else has it."""
-        PendingCall.__init__(self, verb, 0, awaited)
-        self.packed = packed = frames.pack_operation(verb, arguments)
-        self.size: int = len(packed.frame) + sum(map(len, packed.large))
-        # kept of one that may have to wait anew
-        self.arguments: dict[str, Any] | None = arguments if "timeout" in arguments else None
-        self.issued: float = now
-        self.then: Callable[[Any], None] | None = then
-        self.changes: bool = verb in CHANGING  # running it twice would be wrong
-        # keys of what its answer hands over
-        self.hands: Callable[[dict[str, Any], Any], list[HandedKey]] | None = HANDING.get(verb)
-        self.sent: bool = False
-        self.abandoned: bool = False
+    @property
+    def changes(self) -> bool:
+        """Whether running it twice would be wrong."""
+        return self.verb in CHANGING
 
     def repack(self, now: float, **more: Any) -> None:
         """Pack a call that waits anew: its timeout is what is left of it by now. `more`: further arguments."""
@@ -95,8 +82,7 @@ class Operation(PendingCall):
         if timeout is not None:
             more["timeout"] = max(self.issued + timeout - now, 0.0)
         if more:
-            self.packed = packed = frames.pack_operation(self.verb, self.arguments | more)
-            self.size = len(packed.frame) + sum(map(len, packed.large))
+            self.packed = frames.pack_operation(self.verb, self.arguments | more)
 
 
 @dataclass(slots=True, eq=False)
@@ -246,7 +232,7 @@ class SessionState:
         operation.ticket = self._next_ticket
         self._next_ticket += 1
         self._waiting.append(operation)
-        self._waiting_bytes += operation.size
+        self._waiting_bytes += operation.packed.size
         loop = operation.loop
         if loop is None or loop in self._loops:
             return False
@@ -283,16 +269,16 @@ class SessionState:
         while waiting and len(operations) < most:
             head = waiting[0]
             # Tickets of a batch count up from its first, so a gap (of one that was dropped) ends it.
-            if operations and (size + head.size > limit or head.ticket != operations[-1].ticket + 1):
+            if operations and (size + head.packed.size > limit or head.ticket != operations[-1].ticket + 1):
                 break
             waiting.popleft()
-            self._waiting_bytes -= head.size
+            self._waiting_bytes -= head.packed.size
             future = (head.leader or head).future
             if future is not None and future.cancelled():
                 continue  # nobody waits for it, and it has not left: it never was
             head.sent = True
             operations.append(head)
-            size += head.size
+            size += head.packed.size
         sequence = self._next_sequence
         self._next_sequence += 1
         first = operations[0].ticket if operations else 0
@@ -314,7 +300,7 @@ class SessionState:
         if not operation.sent:
             if operation in self._waiting:
                 self._waiting.remove(operation)
-                self._waiting_bytes -= operation.size
+                self._waiting_bytes -= operation.packed.size
         elif keys := [key for key, (claimer, _) in self._arrived.items() if claimer is operation]:
             self._give_back(keys, now)
             return True
@@ -331,7 +317,7 @@ class SessionState:
     def _put_back(self, operations: Iterable[Operation]) -> None:
         """Let operations that were sent in vain wait again, before all others; everything gets a new ticket."""
         self._waiting = deque([*operations, *self._waiting])
-        self._waiting_bytes = sum(operation.size for operation in self._waiting)
+        self._waiting_bytes = sum(operation.packed.size for operation in self._waiting)
         for operation in self._waiting:
             operation.ticket = self._next_ticket
             self._next_ticket += 1
@@ -341,7 +327,7 @@ class SessionState:
     ) -> None:
         """Post what nobody waits for; a session that has ended, or is about to, gives back everything anyway."""
         if self.failure is None and not self.is_closing:
-            self.post(Operation(verb, arguments, now, awaited=False, then=then))
+            self.post(Operation(verb, packed=frames.pack_operation(verb, arguments), issued=now, then=then))
 
     # -- answers to batches ------------------------------------------------------------------------------------------
 
@@ -429,6 +415,7 @@ class SessionState:
         if operation.then is not None:
             operation.then(value)
         if operation.hands is not None and value and (keys := operation.hands(operation.arguments or {}, value)):
+            operation.handed = keys
             if operation.abandoned:
                 self._give_back(keys, now)
             else:

@@ -305,9 +305,8 @@ class Parking:
         claimed = self._do("hand_over", self._step(session), call.session_id, call.ticket, *wanted)
         if not claimed:
             return
-        value = [(entry.rollout, entry.attempts[-1], entry.is_watched) for entry in claimed]
-        if not self._answer(call, value):  # its caller has gone
-            keys = [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in value]
+        if not self._answer(call, claimed):  # its caller has gone
+            keys = [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in claimed]
             self._do("take_back", self._step(session), call.session_id, keys)
 
     def batches_changed(self) -> None:

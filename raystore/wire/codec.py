@@ -111,8 +111,15 @@ def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
 
     `what` names the value in errors. Raises `PayloadNotPicklableError` and `PayloadTooLargeError`.
     """
+    payload: bytes | Payload
     try:
-        payload = _encode(value)
+        if _is_plain(value):
+            try:
+                payload = _packb(PLAIN, value)
+            except (OverflowError, UnicodeEncodeError):  # the latter: a lone surrogate
+                payload = _pickled(value)
+        else:
+            payload = _pickled(value)
     except Exception as error:  # whatever the value's own `__reduce__` raises
         raise PayloadNotPicklableError(what, f"{type(error).__name__}: {error}") from error
     data = payload.data if isinstance(payload, Payload) else payload
@@ -121,12 +128,7 @@ def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
     return Payload(data, ()) if data is payload and len(data) > LARGE_BYTES else payload
 
 
-def _encode(value: Any) -> bytes | Payload:
-    if _is_plain(value):
-        try:
-            return _packb(PLAIN, value)
-        except (OverflowError, UnicodeEncodeError):  # the latter: a lone surrogate
-            pass
+def _pickled(value: Any) -> bytes | Payload:
     refs: list[Any] = []
     data = pickler.dumps(value, refs, prefix=bytes((PICKLED,)))
     return Payload(data, tuple(refs)) if refs else data

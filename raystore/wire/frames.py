@@ -36,11 +36,12 @@ Answer = bytes | tuple[bytes, list[Any]]  #: a frame, with the references that s
 
 
 class Packed(NamedTuple):
-    """A frame with its object references, and its large payloads in order."""
+    """A frame with its object references, its large payloads in order, and how many bytes these are."""
 
     frame: bytes
     refs: list[Any]
     large: list[bytes]
+    size: int
 
 
 class _Packing:
@@ -70,6 +71,10 @@ _spare: list[_Packing] = []  # reused, since making one costs as much as packing
 _SPARE_BYTES = 2 * 1024 * 1024  # one that has packed a larger frame is dropped with its buffer
 
 
+#: What `pack` raises for a value that cannot travel.
+UNPACKABLE = (OverflowError, TypeError, ValueError)
+
+
 def pack(value: Any, *, is_answer: bool = False) -> Packed:
     """A value as a frame, and what belongs to it."""
     try:
@@ -80,7 +85,7 @@ def pack(value: Any, *, is_answer: bool = False) -> Packed:
     packing.packer.pack(value)  # if this raises, it is not used again
     frame = bytes(packing.packer.bytes())
     packing.packer.reset()
-    packed = Packed(frame, packing.refs, packing.large)
+    packed = Packed(frame, packing.refs, packing.large, len(frame) + sum(map(len, packing.large)))
     packing.refs, packing.large = [], []
     if len(frame) <= _SPARE_BYTES:
         _spare.append(packing)
@@ -91,16 +96,16 @@ def pack_operation(verb: str, arguments: dict[str, Any]) -> Packed:
     """One operation as a frame."""
     try:
         return pack((verb, arguments))
-    except (OverflowError, TypeError, ValueError):
-        raise _unpackable(verb, arguments) from None
+    except UNPACKABLE:
+        raise refusal(verb, arguments) from None
 
 
-def _unpackable(verb: str, arguments: dict[str, Any]) -> InvalidValueError:
+def refusal(verb: str, arguments: dict[str, Any]) -> InvalidValueError:
     """The error that names the argument that cannot be packed."""
     for name, value in arguments.items():
         try:
             pack(value)
-        except (OverflowError, TypeError, ValueError):
+        except UNPACKABLE:
             return InvalidValueError(name, value, "plain values, whole numbers of at most 64 bits among them")
     return InvalidValueError("arguments", verb, "plain values")
 
@@ -128,7 +133,7 @@ def unpack(frame: bytes | memoryview, refs: list[Any], large: Sequence[bytes] = 
 
 def pack_answer(*values: Any) -> Answer:
     """The answer of an actor with these values."""
-    frame, refs, _ = pack(values, is_answer=True)
+    frame, refs, *_ = pack(values, is_answer=True)
     return (frame, refs) if refs else frame
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import raystore as rs
 from raystore.core.resources import FREED
+from raystore.core.verbs import HANDING
 from raystore.errors import to_record
 from raystore.remote import session_state
 from raystore.remote.session_state import Actions, Batch, Listen, Operation, SessionState
@@ -45,7 +46,7 @@ class Peer:
 
     def post(self, verb: str, arguments: dict[str, Any] | None = None, loop: Any = None) -> Operation:
         """Take an operation whose caller is a thread, or a loop."""
-        operation = Operation(verb, arguments or {}, self.now, awaited=False)
+        operation = made(verb, arguments or {}, self.now)
         operation.loop = loop
         self.state.post(operation)
         return operation
@@ -79,6 +80,13 @@ class Peer:
         operation = self.post("dequeue", DEQUEUE | {"timeout": 0.0}, **more)
         self.reply(self.batch(), [frames.VALUE, CLAIM])
         return operation
+
+
+def made(verb: str, arguments: dict[str, Any], now: float) -> Operation:
+    """An operation, as a session makes it."""
+    packed = frames.pack_operation(verb, arguments)
+    waits = arguments if "timeout" in arguments else None
+    return Operation(verb, arguments=waits, packed=packed, issued=now, hands=HANDING.get(verb))
 
 
 def parts(batch: Batch) -> list[bytes]:
@@ -154,7 +162,7 @@ def test_a_loop_asks_for_a_batch_once(peer: Peer) -> None:
     loop, ended = Loop(), Loop(closed=True)
 
     def must_ask(loop: Loop) -> bool:
-        operation = Operation("a", {}, peer.now, awaited=False)
+        operation = made("a", {}, peer.now)
         operation.loop = loop  # type: ignore[assignment]
         return peer.state.post(operation)
 
