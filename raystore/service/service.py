@@ -410,19 +410,22 @@ class Service:
             for session_id in effects.ended:
                 self._forget_session(session_id)
                 self.on_notice(session_id)
-            self.parking.expire(self.clock.now())
-            if effects.finished or effects.has_batches:
+            if self.parking.timed:
+                self.parking.expire(self.clock.now())
+            if self.parking.by_kind and (effects.finished or effects.has_batches):
                 self.parking.finished(effects.finished)
             if effects.queues:
                 if not effects.queues <= self.pools.servers.keys():
                     self._wait_in(effects.queues)
                 self.parking.work_came(effects.queues)
             noticed |= effects.noticed
-            if not state.effects:
+            has_acted = effects.freed or effects.has_withdrawn or effects.has_surplus or effects.ended
+            if not (has_acted or self.parking.by_kind) or not state.effects:
                 break
         if self.pools.at is not None and self.pools.at <= self.clock.age():
             self._name_unserved()
-        self.parking.changed()
+        if "changes" in self.parking.by_kind:
+            self.parking.changed()
         for session_id in noticed:
             self.on_notice(session_id)
 
