@@ -357,7 +357,7 @@ def to_any_rollout(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
 
 
 #: The same for a rollout that has an attempt.
-to_attempted_rollout = cast("Callable[[Sequence[Any]], AttemptedRollout]", to_any_rollout)
+to_attempted_rollout: Callable[[Sequence[Any]], AttemptedRollout] = cast("Any", to_any_rollout)
 
 
 def to_attempt(answer: Row) -> Attempt:
