@@ -201,16 +201,18 @@ class StoreClient(RunnerStore):
         return convert.to_any_rollout(answer[0])
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
-        requests = []
-        for index, request in enumerate(checks.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")):
+        def encoded(given: tuple[int, EnqueueRolloutRequest]) -> dict[str, Any]:
+            index, request = given
             if type(request) is not EnqueueRolloutRequest:
                 request = validated(f"rollouts[{index}]", EnqueueRolloutRequest, request, TO_ENQUEUE)
             try:
-                requests.append(self._encoder.request(request))
+                return self._encoder.request(request)
             except StoreError as error:
                 error.args = checks.within(f"rollouts[{index}]", *error.args)
                 raise
-        return await self._enqueue_all(requests)
+
+        listed = checks.listed("rollouts", rollouts, "a list of EnqueueRolloutRequest")
+        return await self._enqueue_all(convert.all_of(encoded, enumerate(listed)))
 
     async def enqueue_group(
         self,
@@ -253,7 +255,7 @@ class StoreClient(RunnerStore):
         items = answers[-1] if answers else []
         if len(items) > 1 and isinstance(items[1], int):  # a long answer, with how many there are
             items, _ = await self._all_rows(items)
-        return [convert.to_any_rollout(item) for item in items]
+        return convert.all_of(convert.to_any_rollout, items)
 
     @typed_as(LightningStore.dequeue_rollout)
     async def dequeue_rollout(
@@ -291,7 +293,10 @@ class StoreClient(RunnerStore):
                 "worker_id": checks.optional_identifier("worker_id", worker_id),
                 "timeout": checks.duration("timeout", timeout),
             }
-        return [convert.to_attempted_rollout(claim) for claim in await self._transport.call("dequeue", arguments)]
+        claims = await self._transport.call("dequeue", arguments)
+        if len(claims) == 1:
+            return [convert.to_attempted_rollout(claims[0])]
+        return convert.all_of(convert.to_attempted_rollout, claims)
 
     async def query_rollouts(
         self,
@@ -373,7 +378,7 @@ class StoreClient(RunnerStore):
             "group_id": checks.optional_identifier("group_id", group_id),
             "tags": checks.tag_dict("tags", tags),
         }
-        return [convert.to_any_rollout(item) for item in await self._transport.call("cancel_rollouts", arguments)]
+        return convert.all_of(convert.to_any_rollout, await self._transport.call("cancel_rollouts", arguments))
 
     async def release(self, rollout_ids: Sequence[str]) -> int:
         ids = checks.identifiers("rollout_ids", rollout_ids)
@@ -396,7 +401,7 @@ class StoreClient(RunnerStore):
         if timeout is not None:
             timeout = max(checks.number("timeout", timeout), 0.0)
         finished, _ = await self._rows("wait", {"rollout_ids": rollout_ids, "timeout": timeout})
-        return [convert.to_any_rollout(item) for item in finished]
+        return convert.all_of(convert.to_any_rollout, finished)
 
     async def as_completed(
         self, rollout_ids: Sequence[str], *, timeout: float | None = None
@@ -420,7 +425,7 @@ class StoreClient(RunnerStore):
             wanted = {"cursor": cursor, "limit": 256, "timeout": left, "filters": {}, "among": token}
             try:
                 items, after = await self._rows("completed", wanted)
-                finished, cursor = [convert.to_any_rollout(item) for item in items], after or cursor
+                finished, cursor = convert.all_of(convert.to_any_rollout, items), after or cursor
             except AnswerGoneError:  # the store has forgotten the token
                 finished = []
             if not finished:  # some may have been deleted, and will never finish
@@ -436,7 +441,7 @@ class StoreClient(RunnerStore):
         items, (cursor, unfinished, token) = await self._rows(
             "sort_out", {"rollout_ids": list(missing), "instead_of": instead_of}
         )
-        finished = [convert.to_any_rollout(item) for item in items]
+        finished = convert.all_of(convert.to_any_rollout, items)
         missing &= {*unfinished, *(rollout.rollout_id for rollout in finished)}
         return finished, cursor, token
 
@@ -555,8 +560,8 @@ class StoreClient(RunnerStore):
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         groups: dict[tuple[str, str], list[tuple[Span, list[Any]]]] = {}
-        for span in checks.spans(spans):
-            row = self._encoder.span(span)
+        spans = checks.spans(spans)
+        for span, row in zip(spans, convert.all_of(self._encoder.span, spans), strict=True):
             groups.setdefault((span.rollout_id, span.attempt_id), []).append((span, row))
         parts: list[list[Span]] = []
         arguments = []
@@ -648,8 +653,7 @@ class StoreClient(RunnerStore):
         }
         found: dict[str, list[Span]] = {rollout_id: [] for rollout_id in ids}
         items, _ = await self._rows("query_many_spans", arguments)
-        for item in items:
-            span = convert.to_span(item)
+        for span in convert.all_of(convert.to_span, items):
             found[span.rollout_id].append(span)
         return found
 
@@ -687,7 +691,7 @@ class StoreClient(RunnerStore):
         except BaseException:  # its caller has gone between the parts
             self._transport.post("nack", {"consumer": consumer, "batch": number})
             raise
-        rollouts = [convert.to_any_rollout(item) for item in items]
+        rollouts = convert.all_of(convert.to_any_rollout, items)
         return convert.build(Batch, {"consumer": consumer, "number": number, "rollouts": rollouts})
 
     async def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
@@ -908,7 +912,7 @@ class StoreClient(RunnerStore):
         }
         order = {"sort_by": checks.optional_text("sort_by", sort_by), "sort_order": sort_order}
         items, total = await self._rows(verb, filters | order | part)
-        return convert.build(PaginatedResult, {"items": list(map(made, items)), **part, "total": total})
+        return convert.build(PaginatedResult, {"items": convert.all_of(made, items), **part, "total": total})
 
     async def _rows(self, verb: str, arguments: dict[str, Any], tries: int = READ_AGAIN) -> tuple[list[Any], Any]:
         """Read all pages of an answer, and the value beside its rows; starts over if the store restarts meanwhile."""

@@ -7,7 +7,7 @@ cannot be decoded here is left for its reader (`StoredModel`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar, cast
@@ -42,8 +42,10 @@ from raystore.values.objects import Kept, Origin, Source
 from raystore.values.plain import LEAVES, plainest
 from raystore.wire import checks
 from raystore.wire.codec import decode, digest, encode, is_pickled
+from raystore.wire.frames import collector_paused
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 Row = Sequence[Any] | Record
 
 
@@ -279,6 +281,12 @@ def _dump(model: BaseModel) -> dict[str, Any]:
 
 
 # -- from rows to models -----------------------------------------------------------------------------------------------
+
+
+def all_of(make: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
+    """Make something of each of many items, as models of rows."""
+    with collector_paused():
+        return [make(item) for item in items]
 
 
 def build(

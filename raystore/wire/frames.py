@@ -8,7 +8,9 @@ Not here: what the values mean (`convert`), when batches are sent (`remote.sessi
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +33,24 @@ DONE, ENDED, REFUSED, BROKEN = range(4)
 
 PART_BYTES = 96_000  #: of one argument, with room for Ray's own bytes beside it
 INLINE_BYTES = 1152 * 1024  #: of a frame that travels in parts
+BULK_BYTES = 64 * 1024  #: of an answer that consists of many values
 
 Answer = bytes | tuple[bytes, list[Any]]  #: a frame, with the references that stand beside it if there are any
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Let the garbage collector of this process wait while many values are made that stay.
+
+    It would look at those that are there again and again, which takes longer than making them.
+    """
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
 
 
 class Packed(NamedTuple):
@@ -139,9 +157,11 @@ def pack_answer(*values: Any) -> Answer:
 
 def unpack_answer(answer: Answer) -> list[Any]:
     """The values of an actor's answer."""
-    if isinstance(answer, bytes):
-        return _unpackb(answer, ext_hook=_NOTHING_TO_OPEN)  # type: ignore[no-any-return]
-    return list(unpack(*answer))
+    frame, refs = (answer, []) if isinstance(answer, bytes) else answer
+    if len(frame) > BULK_BYTES:
+        with collector_paused():
+            return list(unpack(frame, refs))
+    return list(unpack(frame, refs)) if refs else _unpackb(frame, ext_hook=_NOTHING_TO_OPEN)
 
 
 def join(header: list[Any], operations: Sequence[Packed]) -> list[bytes]:
