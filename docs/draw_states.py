@@ -64,10 +64,19 @@ def rollouts() -> list[str]:
     return lines + [f"    {status} --> [*]" for status in sorted(lifecycle.FINISHED)]
 
 
+def groups() -> list[str]:
+    """Edges of the group machine, one for each pair of statuses."""
+    edges: dict[tuple[str, str], list[str]] = {("[*]", lifecycle.OPEN): ["enqueue"]}
+    for (status, event), after in lifecycle.GROUP.items():
+        edges.setdefault((status, after), []).append(event)
+    lines = [f"    {status} --> {after}: {', '.join(events)}" for (status, after), events in edges.items()]
+    return lines + [f"    {status} --> [*]" for status in lifecycle.GROUP_STATUSES if status != lifecycle.OPEN]
+
+
 def draw() -> str:
     """The text of docs/states.md."""
     parts = [HEADER]
-    for title, lines in (("Rollout", rollouts()), ("Attempt", attempts())):
+    for title, lines in (("Rollout", rollouts()), ("Attempt", attempts()), ("Group", groups())):
         parts.append(f"## {title}\n\n{diagram(lines)}\n")
     return "\n".join(parts)
 

@@ -15,10 +15,10 @@ from raystore.api import METHODS, LightningStore
 from raystore.client.transport import iterate_blocking, run_blocking
 from raystore.errors.text import explain_methods
 from raystore.types import (
-    AnyRollout, Attempt, AttemptStatus, AttemptedRollout, Batch, Change, EnqueueRolloutRequest, FilterLogic,
-    FoundRollout, LedgerEntry, LightningStoreStatistics, NamedResources, Page, PaginatedResult, ResourcesUpdate,
-    Rollout, RolloutConfig, RolloutMode, RolloutStatus, SortOrder, Span, TagValue, TaskInput, UNSET, Unset, Worker,
-    WorkerStatus,
+    AnyRollout, Attempt, AttemptStatus, AttemptedRollout, Batch, Change, EnqueueGroupRequest, EnqueueRolloutRequest,
+    FilterLogic, FoundRollout, Group, GroupBatch, GroupStatus, LedgerEntry, LightningStoreStatistics, NamedResources,
+    Page, PaginatedResult, ResourcesUpdate, Rollout, RolloutConfig, RolloutMode, RolloutStatus, SortOrder, Span,
+    TagValue, TaskInput, UNSET, Unset, Worker, WorkerStatus,
 )
 
 
@@ -33,7 +33,7 @@ class SyncStore:
         return run_blocking(self._store.statistics())
 
     def story(self, rollout_id: str) -> list[str]:
-        """What is known of the history of a rollout, as lines for people to read; `[]` if it is unknown."""
+        """What is known of the history of a rollout, or of a group by its id, as lines for people to read."""
         return run_blocking(self._store.story(rollout_id))
 
     def check(self) -> None:
@@ -67,11 +67,31 @@ class SyncStore:
         self, input: TaskInput, n: int, *, group_id: str | None = None, mode: RolloutMode | None = None,
         resources_id: str | None = None, config: RolloutConfig | None = None, metadata: dict[str, Any] | None = None,
         queue: str = "default", priority: int = 0, tags: Mapping[str, TagValue] | None = None,
+        deadline_seconds: float | None = None, min_size: int | None = None, spare: int = 0, replace: int = 0,
     ) -> Sequence[Rollout]:
-        """Enqueue `n` rollouts with the same input and group id, as GRPO needs them."""
+        """Enqueue `n` rollouts with the same input and group id, as GRPO needs them, as a group for `take_groups`."""
         return run_blocking(self._store.enqueue_group(
             input, n, group_id=group_id, mode=mode, resources_id=resources_id, config=config, metadata=metadata,
-            queue=queue, priority=priority, tags=tags,
+            queue=queue, priority=priority, tags=tags, deadline_seconds=deadline_seconds, min_size=min_size,
+            spare=spare, replace=replace,
+        ))
+
+    def enqueue_many_groups(self, groups: Sequence[EnqueueGroupRequest]) -> Sequence[Group]:
+        """Enqueue many groups; the answers are in the order of the requests."""
+        return run_blocking(self._store.enqueue_many_groups(groups))
+
+    def get_group(self, group_id: str) -> Group | None:
+        """The group; None if it is unknown."""
+        return run_blocking(self._store.get_group(group_id))
+
+    def query_groups(
+        self, *, status_in: Sequence[GroupStatus] | None = None, group_id_in: Sequence[str] | None = None,
+        sort_by: str | None = None, sort_order: SortOrder = "asc", limit: int = -1, offset: int = 0,
+    ) -> PaginatedResult[Group]:
+        """A page of the groups that match all filters, in the order of their creation unless `sort_by` is given."""
+        return run_blocking(self._store.query_groups(
+            status_in=status_in, group_id_in=group_id_in, sort_by=sort_by, sort_order=sort_order, limit=limit,
+            offset=offset,
         ))
 
     def dequeue_rollout(
@@ -239,6 +259,17 @@ class SyncStore:
         return run_blocking(self._store.take(
             n, consumer=consumer, timeout=timeout, mode=mode, tags=tags, queue=queue, group_id=group_id,
             status_in=status_in, max_open=max_open,
+        ))
+
+    def take_groups(
+        self, n: int, *, consumer: str, timeout: float = 0.0, mode: RolloutMode | None = None,
+        tags: Mapping[str, TagValue] | None = None, queue: str | None = None, group_id: str | None = None,
+        max_open: int = 1,
+    ) -> GroupBatch:
+        """Take up to `n` complete groups for `consumer`, in the order in which they became complete, each once."""
+        return run_blocking(self._store.take_groups(
+            n, consumer=consumer, timeout=timeout, mode=mode, tags=tags, queue=queue, group_id=group_id,
+            max_open=max_open,
         ))
 
     def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:

@@ -39,9 +39,13 @@ from raystore.types import (
     AttemptStatus,
     Batch,
     Change,
+    EnqueueGroupRequest,
     EnqueueRolloutRequest,
     FilterLogic,
     FoundRollout,
+    Group,
+    GroupBatch,
+    GroupStatus,
     LedgerEntry,
     LightningStoreCapabilities,
     LightningStoreStatistics,
@@ -84,7 +88,7 @@ class LightningStore(ABC):
 
     @abstractmethod
     async def story(self, rollout_id: str) -> list[str]:
-        """What is known of the history of a rollout, as lines for people to read; `[]` if it is unknown."""
+        """What is known of the history of a rollout, or of a group by its id, as lines for people to read."""
 
     @abstractmethod
     async def check(self) -> None:
@@ -155,11 +159,61 @@ class LightningStore(ABC):
         queue: str = "default",
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
+        deadline_seconds: float | None = None,
+        min_size: int | None = None,
+        spare: int = 0,
+        replace: int = 0,
     ) -> Sequence[Rollout]:
-        """Enqueue `n` rollouts with the same input and group id, as GRPO needs them.
+        """Enqueue `n` rollouts with the same input and group id, as GRPO needs them, as a group for `take_groups`.
 
-        `group_id` None makes a new id. The other arguments are those of `enqueue_rollout`.
+        The group is complete when `n` of them have succeeded. Of one that cannot be any more, `min_size` says with how
+        many successes it is complete nevertheless, 2 or more; with fewer, or if it is None, the group has failed. A
+        group has `n` places, one for each; others in its place never have an advantage by being quick:
+
+        - `spare` more rollouts are enqueued, and stand in for members that fail.
+        - A member that failed by the infrastructure (outcome "infra" or "runner_lost", after the deliveries that
+          `max_deliveries` allows) is replaced by a spare or a new rollout, up to `max_deliveries` times in a group.
+        - One that failed otherwise is replaced likewise, up to `replace` times. What is trained on then is what an
+          agent did when it did not fail: mind that bias. One that was dropped is not replaced.
+        - `deadline_seconds` after its enqueueing the group ends with what it has.
+
+        When a group ends, its other members are cancelled. A group that is given none of these arguments is only
+        watched: none of its rollouts is added, replaced or cancelled. A group may have 10,000 rollouts with them,
+        1,000,000 without.
+
+        `group_id` makes the call repeatable: with equal content it returns the rollouts of the group that exists; with
+        other content it raises `GroupConflictError`. None makes a new id. The `group_id` of `enqueue_rollout` makes no
+        group. The other arguments are those of `enqueue_rollout`.
         """
+
+    @abstractmethod
+    async def enqueue_many_groups(self, groups: Sequence[EnqueueGroupRequest]) -> Sequence[Group]:
+        """Enqueue many groups; the answers are in the order of the requests.
+
+        All or none are enqueued, and the latest resources are looked up once for all. Groups that exist already are
+        returned as they are. Raises what `enqueue_group` raises.
+        """
+
+    @abstractmethod
+    async def get_group(self, group_id: str) -> Group | None:
+        """The group; None if it is unknown.
+
+        A group is known as long as one of its rollouts is. To delete a member of an open group has the effect of
+        cancelling it; a complete group of which that leaves too little has failed.
+        """
+
+    @abstractmethod
+    async def query_groups(
+        self,
+        *,
+        status_in: Sequence[GroupStatus] | None = None,
+        group_id_in: Sequence[str] | None = None,
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Group]:
+        """A page of the groups that match all filters, in the order of their creation unless `sort_by` is given."""
 
     @abstractmethod
     async def dequeue_rollout(
@@ -248,7 +302,8 @@ class LightningStore(ABC):
     ) -> Sequence[AnyRollout]:
         """Cancel rollouts that have not finished, and return them. A rollout must match all filters that are given.
 
-        A running attempt fails with outcome "cancelled", and its holder is notified. Later reports of a cancelled
+        Cancelling by `group_id` alone ends an open group of this id, with status "cancelled". A running attempt fails
+        with outcome "cancelled", and its holder is notified. Later reports of a cancelled
         attempt do not change the rollout's status; only `update_rollout` and `start_attempt` do. Raises
         `InvalidValueError` if no filter is given.
         """
@@ -490,6 +545,30 @@ class LightningStore(ABC):
         change their attempts only, and to run or delete such a rollout raises `SealedError`.
 
         Raises `PoolFailedError` as `wait_for_rollouts` does.
+        """
+
+    @abstractmethod
+    async def take_groups(
+        self,
+        n: int,
+        *,
+        consumer: str,
+        timeout: float = 0.0,
+        mode: RolloutMode | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        group_id: str | None = None,
+        max_open: int = 1,
+    ) -> GroupBatch:
+        """Take up to `n` complete groups for `consumer`, in the order in which they became complete, each once.
+
+        As `take`, with groups in place of rollouts: it waits for `n` groups, and for as long as open ones could still
+        become complete; its filter is compared with what the groups were enqueued with; and the batch goes to `ack`,
+        `nack`, `checkpoint` and `rewind`, which count in rollouts. A group is never given in part: with it come those
+        of its members that are to be trained on, `n` of them or no fewer than its `min_size`.
+
+        A consumer takes rollouts or groups: the first take fixes which, and another kind of take raises
+        `ConsumerUnitError`. Raises what `take` raises.
         """
 
     @abstractmethod

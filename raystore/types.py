@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Se
 
 from pydantic import BaseModel, BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, AttemptStatus, Outcome, RolloutStatus, WorkerStatus
+from raystore.core.lifecycle import (
+    ACTIVE,
+    FINISHED,
+    QUEUED,
+    AttemptStatus,
+    GroupStatus,
+    Outcome,
+    RolloutStatus,
+    WorkerStatus,
+)
 from raystore.errors import PayloadLostError
 from raystore.spans import AttributeValue as AttributeValue
 from raystore.spans import Event as Event
@@ -33,11 +42,12 @@ from raystore.values.objects import Kept, Source
 from raystore.values.plain import scalar
 
 __all__ = [
-    "LLM", "UNSET", "Attempt", "AttemptStatus", "AttemptedRollout", "Batch", "Change", "EnqueueRolloutRequest",
-    "LedgerEntry", "LightningStoreCapabilities", "LightningStoreStatistics", "NamedResources", "ObjectResource",
-    "Outcome", "Page", "PaginatedResult", "PromptTemplate", "ProxyLLM", "Resource", "ResourceUnion",
-    "ResourcesUpdate", "Rollout", "RolloutConfig", "RolloutMode", "RolloutStatus", "StoreInfo", "TagValue",
-    "TaskInput", "Unset", "Worker", "WorkerStatus", "is_finished", "is_queuing", "is_running",
+    "LLM", "UNSET", "Attempt", "AttemptStatus", "AttemptedRollout", "Batch", "Change", "EnqueueGroupRequest",
+    "EnqueueRolloutRequest", "Group", "GroupBatch", "GroupStatus", "LedgerEntry", "LightningStoreCapabilities",
+    "LightningStoreStatistics", "NamedResources", "ObjectResource", "Outcome", "Page", "PaginatedResult",
+    "PromptTemplate", "ProxyLLM", "Resource", "ResourceUnion", "ResourcesUpdate", "Rollout", "RolloutConfig",
+    "RolloutMode", "RolloutStatus", "StoreInfo", "TagValue", "TakenGroup", "TaskInput", "Unset", "Worker",
+    "WorkerStatus", "is_finished", "is_queuing", "is_running",
 ]  # fmt: skip
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -58,6 +68,7 @@ def _tag(value: Any) -> Any:
 _Tag = Annotated[TagValue, BeforeValidator(_tag)]
 _Seconds = Annotated[float, Field(ge=0), BeforeValidator(scalar)]  # which NaN is not
 _Whole = Annotated[int, BeforeValidator(scalar)]
+_Positive = Annotated[int, Field(ge=1), BeforeValidator(scalar)]
 SortOrder = Literal["asc", "desc"]
 FilterLogic = Literal["and", "or"]
 
@@ -259,6 +270,87 @@ class EnqueueRolloutRequest(Model, extra="forbid"):
     queue: str = "default"
     priority: _Whole = 0
     tags: dict[str, _Tag] | None = None
+
+
+class EnqueueGroupRequest(Model, extra="forbid"):
+    """The arguments of `enqueue_group` for one of many groups.
+
+    Raises pydantic's `ValidationError`, also for an unknown field. With a `group_id` of your own the request can be
+    repeated: it makes one group.
+    """
+
+    input: TaskInput
+    n: _Positive
+    group_id: str | None = None
+    mode: RolloutMode | None = None
+    resources_id: str | None = None
+    config: RolloutConfig | None = None
+    metadata: dict[str, Any] | None = None
+    queue: str = "default"
+    priority: _Whole = 0
+    tags: dict[str, _Tag] | None = None
+    deadline_seconds: _Seconds | None = None
+    min_size: _Whole | None = Field(default=None, ge=2)
+    spare: _Whole = Field(default=0, ge=0)
+    replace: _Whole = Field(default=0, ge=0)
+
+
+class Group(StoredModel):
+    """Rollouts of one input that are trained on together, and where they stand.
+
+    Attributes:
+        group_id: unique in a store; the `group_id` of its rollouts.
+        input: the task of its rollouts.
+        n: how many of them are to succeed.
+        min_size: with so many successes it is complete when more cannot be had; None: only with all `n`.
+        spare: how many more were enqueued with them, to stand in for members that fail.
+        replace: how many members may be replaced that fail by what their agents do.
+        start_time: when it was enqueued.
+        end_time: when it became complete, or failed, or was cancelled; None before.
+        deadline_time: when it ends with what it has by then; None: never. Moves while a member is held back.
+        status: "open" until it ends; "complete" with what it needs, "trained" once a step has consumed it; "failed"
+            with too little; "cancelled".
+        why: why it ended, if not with all of its `n`.
+        mode: of its rollouts, like `queue`, `priority` and `tags`.
+        queue: name of their queue.
+        priority: of them in their queue.
+        tags: of each of them.
+        members: ids of its rollouts, replaced and spare ones included, in the order in which they came.
+    """
+
+    group_id: str
+    input: TaskInput
+    n: int
+    min_size: int | None = None
+    spare: int = 0
+    replace: int = 0
+    start_time: float
+    end_time: float | None = None
+    deadline_time: float | None = None
+    status: GroupStatus = "open"
+    why: str | None = None
+    mode: RolloutMode | None = None
+    queue: str = "default"
+    priority: int = 0
+    tags: dict[str, TagValue] = Field(default_factory=dict)
+    members: list[str] = Field(default_factory=list)
+
+
+class TakenGroup(Group):
+    """A group in a batch, with the rollouts to train on.
+
+    Attributes:
+        rollouts: its members that have succeeded, in the order of their places, with their attempts; `n` of them, or
+            fewer but not fewer than `min_size`.
+        rewards: the reward of each of them; None for one without.
+    """
+
+    rollouts: list[AnyRollout]
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """The reward of each rollout; None for one without."""
+        return [rollout.reward for rollout in self.rollouts]
 
 
 class Worker(StoredModel):
@@ -551,6 +643,17 @@ class Batch(StoredModel):
     rollouts: list[AnyRollout]
 
 
+class GroupBatch(Batch):
+    """Whole groups that a consumer holds, to train on them.
+
+    Attributes:
+        groups: in the order in which they became complete, or were given back.
+        rollouts: those of all groups, group by group.
+    """
+
+    groups: list[TakenGroup]
+
+
 class LedgerEntry(BaseModel):
     """A record that a consumer took a rollout.
 
@@ -629,13 +732,16 @@ class LightningStoreStatistics(TypedDict, total=False):
     held_back: int  # of those that wait: their resources cannot be had until they are published again
     held_back_by_resources: dict[str, int]
     rollouts_by_status: dict[str, int]
+    groups_by_status: dict[str, int]
     suspects: int
     withdrawals: int
     changes: int
     change_feed_length: int
     memory_full: bool
     waits_for_consumer: str | None  # whose rollouts fill the memory, so that no work is handed out
-    consumers: dict[str, dict[str, Any]]  # of each: filter, awaited, open batches and whose they are, checkpoint, ...
+    consumers: dict[
+        str, dict[str, Any]
+    ]  # of each: filter, what it takes, how many it awaits, open batches and whose they are, checkpoint, ...
     actor_calls: int
     operations: int
     overloads: int  # what was refused since there was too much of something

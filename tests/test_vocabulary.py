@@ -30,7 +30,7 @@ from tools.generate_sync import generate
     ("record", "model"),
     [
         (records.Rollout, types.Rollout), (records.Attempt, types.Attempt), (records.Worker, types.Worker),
-        (records.Config, types.RolloutConfig), (records.Change, types.Change),
+        (records.Config, types.RolloutConfig), (records.Change, types.Change), (records.Group, types.Group),
     ],
     ids=lambda c: c.__module__,
 )  # fmt: skip

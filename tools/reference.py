@@ -51,8 +51,8 @@ GROUPS = [
         "Produce work",
         "What a driver asks to have run.",
         """
-        enqueue_rollout enqueue_many_rollouts enqueue_group EnqueueRolloutRequest RolloutConfig cancel_rollouts
-        update_rollout
+        enqueue_rollout enqueue_many_rollouts enqueue_group enqueue_many_groups EnqueueRolloutRequest
+        EnqueueGroupRequest RolloutConfig cancel_rollouts update_rollout
         """,
     ),
     (
@@ -75,17 +75,18 @@ GROUPS = [
         "Read",
         "Rollouts, their attempts, and their spans.",
         """
-        get_rollout_by_id query_rollouts get_latest_attempt query_attempts query_spans query_many_spans
-        PaginatedResult Rollout AttemptedRollout Attempt is_queuing is_running is_finished Span TraceStatus
-        Event Link SpanContext OtelResource SpanCoreFields find_final_reward estimate_model_size
+        get_rollout_by_id query_rollouts get_group query_groups Group get_latest_attempt query_attempts
+        query_spans query_many_spans PaginatedResult Rollout AttemptedRollout Attempt is_queuing is_running
+        is_finished Span TraceStatus Event Link SpanContext OtelResource SpanCoreFields find_final_reward
+        estimate_model_size
         """,
     ),
     (
         "Train",
         "On each rollout once, and on what its spans say.",
         """
-        take ack nack checkpoint rewind forget_consumer ledger Batch LedgerEntry triplets Triplet trajectories
-        Trajectory Split collate model_calls ModelCall semconv
+        take take_groups ack nack checkpoint rewind forget_consumer ledger Batch GroupBatch TakenGroup
+        LedgerEntry triplets Triplet trajectories Trajectory Split collate model_calls ModelCall semconv
         """,
     ),
     (
@@ -115,6 +116,7 @@ OTHERS: dict[str, type] = {"OpenSpan": OpenSpan, "Run": Run, "Testing": Testing}
 ALIASES = {
     "RolloutStatus": "where a rollout stands",
     "AttemptStatus": "where an attempt stands",
+    "GroupStatus": "where a group stands",
     "Outcome": "why an attempt ended",
     "RolloutMode": "what a rollout is for",
     "WorkerStatus": "what a worker does",

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from inspect import isfunction
 from time import monotonic
 from typing import Any, Literal, Never, Self, TypeVar
-from uuid import uuid4
 
 from pydantic import ValidationError
 
@@ -37,9 +36,13 @@ from raystore.types import (
     AttemptStatus,
     Batch,
     Change,
+    EnqueueGroupRequest,
     EnqueueRolloutRequest,
     FilterLogic,
     FoundRollout,
+    Group,
+    GroupBatch,
+    GroupStatus,
     LedgerEntry,
     LightningStoreCapabilities,
     LightningStoreStatistics,
@@ -68,6 +71,7 @@ from raystore.types import (
 from raystore.values.models import refusal
 from raystore.values.objects import Kept, Origin, Parts
 from raystore.wire import checks, convert
+from raystore.wire import groups as wire_groups
 from raystore.wire.checks import model_of, validated
 
 T = TypeVar("T")
@@ -76,12 +80,12 @@ logger: logging.Logger = logging.getLogger("raystore")
 
 PART_ITEMS = 512  #: a bulk call is cut into parts of at most so many items ...
 PART_BYTES = 1024 * 1024  #: ... and so many bytes, so that one caller cannot hold up the others
-GROUP_ITEMS = 1_000_000  #: most rollouts of a group that one call makes
 READ_AGAIN = 3  #: how often a long read starts over after a restart of the store interrupted it
 LOOK_AGAIN_SECONDS = 10.0  #: after which `as_completed` asks whether the rollouts that it waits for still exist
 
 # Remedies, told in errors.
 TO_ENQUEUE = "wrap each task: rs.EnqueueRolloutRequest(input=task)"
+TO_ENQUEUE_GROUPS = "wrap each task: rs.EnqueueGroupRequest(input=task, n=8)"
 TO_PUBLISH = (
     "give each its name, {'prompt': rs.PromptTemplate(...)}, and wrap a plain value: rs.ObjectResource(value=...)"
 )
@@ -227,16 +231,61 @@ class StoreClient(RunnerStore):
         queue: str = "default",
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
+        deadline_seconds: float | None = None,
+        min_size: int | None = None,
+        spare: int = 0,
+        replace: int = 0,
     ) -> Sequence[Rollout]:
-        n = checks.whole("n", n, at_least=1)
-        if n > GROUP_ITEMS:
-            raise InvalidValueError("n", n, f"at most {GROUP_ITEMS:,} rollouts in one call")
-        group_id = f"group-{uuid4().hex[:12]}" if group_id is None else group_id
-        request = self._request(
-            input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata,
-            group_id=group_id, queue=queue, priority=priority, tags=checks.tag_dict("tags", tags),
-        )  # fmt: skip
-        return await self._enqueue_all([request] * n)
+        rule = wire_groups.rule(n=n, min_size=min_size, spare=spare, replace=replace, deadline_seconds=deadline_seconds)
+        fields = {
+            "input": input, "mode": mode, "resources_id": resources_id, "config": config, "metadata": metadata,
+            "queue": queue, "priority": priority, "tags": checks.tag_dict("tags", tags),
+        }  # fmt: skip
+        member = model_of(EnqueueRolloutRequest, "", fields)
+        request = wire_groups.request(self._encoder, member, group_id, rule)
+        answer = await self._transport.call("enqueue_groups", {"groups": [request], "gives": "rollouts"})
+        return convert.all_of(convert.to_any_rollout, await self._whole(answer))
+
+    async def enqueue_many_groups(self, groups: Sequence[EnqueueGroupRequest]) -> Sequence[Group]:
+        requests = []
+        for index, request in enumerate(checks.listed("groups", groups, "a list of EnqueueGroupRequest")):
+            if type(request) is not EnqueueGroupRequest:
+                request = validated(f"groups[{index}]", EnqueueGroupRequest, request, TO_ENQUEUE_GROUPS)
+            try:
+                requests.append(wire_groups.request_of(self._encoder, request))
+            except StoreError as error:
+                error.args = checks.within(f"groups[{index}]", *error.args)
+                raise
+        named = [request["group_id"] for request in requests if "group_id" in request]
+        if len(named) != len(set(named)):
+            twice = next(name for name in named if named.count(name) > 1)
+            raise InvalidValueError("group_id", twice, "each caller-given id once per call")
+        sizes = [size_of(request["member"]["input"]) + size_of(request["member"]["metadata"]) for request in requests]
+        answers = await self._in_parts(
+            "enqueue_groups",
+            [{"groups": requests[i:j], "gives": "groups", "admit": len(requests)} for i, j in cut(sizes)],
+        )
+        return [convert.to_group(item) for item in await self._whole(answers[-1] if answers else [])]
+
+    async def get_group(self, group_id: str) -> Group | None:
+        answer = await self._transport.call("get_group", {"group_id": checks.identifier("group_id", group_id)})
+        return convert.to_group(answer) if answer else None
+
+    async def query_groups(
+        self,
+        *,
+        status_in: Sequence[GroupStatus] | None = None,
+        group_id_in: Sequence[str] | None = None,
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Group]:
+        arguments = {
+            "status_in": checks.statuses("status_in", list[GroupStatus], status_in),
+            "group_id_in": None if group_id_in is None else checks.identifiers("group_id_in", group_id_in),
+        }
+        return await self._page("query_groups", arguments, sort_by, sort_order, limit, offset, convert.to_group)
 
     def _request(self, **fields: Any) -> dict[str, Any]:
         """The checked and encoded request for a rollout, of the arguments of a call."""
@@ -252,10 +301,13 @@ class StoreClient(RunnerStore):
             "enqueue",
             [{"requests": requests[first:last], "admit": len(requests)} for first, last in cut(sizes)],
         )
-        items = answers[-1] if answers else []
-        if len(items) > 1 and isinstance(items[1], int):  # a long answer, with how many there are
+        return convert.all_of(convert.to_any_rollout, await self._whole(answers[-1] if answers else []))
+
+    async def _whole(self, items: Any) -> Any:
+        """The items of the answer to a bulk call; a long answer comes in parts, with how many there are."""
+        if len(items) > 1 and isinstance(items[1], int):
             items, _ = await self._all_rows(items)
-        return convert.all_of(convert.to_any_rollout, items)
+        return items
 
     @typed_as(LightningStore.dequeue_rollout)
     async def dequeue_rollout(
@@ -678,21 +730,51 @@ class StoreClient(RunnerStore):
             "timeout": checks.duration("timeout", timeout),
             **checks.filter_arguments(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in),
         }
+        items, number = await self._take("take", arguments, max_open)
+        rollouts = convert.all_of(convert.to_any_rollout, items)
+        return convert.build(Batch, {"consumer": consumer, "number": number, "rollouts": rollouts})
+
+    async def take_groups(
+        self,
+        n: int,
+        *,
+        consumer: str,
+        timeout: float = 0.0,
+        mode: RolloutMode | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+        queue: str | None = None,
+        group_id: str | None = None,
+        max_open: int = 1,
+    ) -> GroupBatch:
+        arguments: dict[str, Any] = {
+            "consumer": checks.identifier("consumer", consumer),
+            "count": checks.whole("n", n, at_least=1),
+            "timeout": checks.duration("timeout", timeout),
+            **checks.filter_arguments(mode=mode, tags=tags, queue=queue, group_id=group_id),
+        }
+        items, number = await self._take("take_groups", arguments, max_open)
+        taken = wire_groups.to_taken_groups(items)
+        rollouts = [rollout for group in taken for rollout in group.rollouts]
+        return convert.build(
+            GroupBatch, {"consumer": consumer, "number": number, "rollouts": rollouts, "groups": taken}
+        )
+
+    async def _take(self, verb: str, arguments: dict[str, Any], max_open: int) -> tuple[list[Any], int]:
+        """What a take gives, and the number of its batch."""
         if checks.whole("max_open", max_open, at_least=1) != 1:
             arguments["max_open"] = max_open
-        answer = await self._transport.call("take", arguments)
-        number = answer[1]
+        answer = await self._transport.call(verb, arguments)
+        batch = {"consumer": arguments["consumer"], "batch": answer[1]}
         try:
             items, _ = await self._all_rows(answer)
         except AnswerGoneError:  # the store was restarted between the parts of a long answer
-            items, _ = await self._rows("get_batch", {"consumer": consumer, "batch": number})
+            items, _ = await self._rows("get_batch", batch)
         except GeneratorExit:
             raise
         except BaseException:  # its caller has gone between the parts
-            self._transport.post("nack", {"consumer": consumer, "batch": number})
+            self._transport.post("nack", batch)
             raise
-        rollouts = convert.all_of(convert.to_any_rollout, items)
-        return convert.build(Batch, {"consumer": consumer, "number": number, "rollouts": rollouts})
+        return items, answer[1]
 
     async def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
         named = _batch_key(batch) | {"at_step": checks.whole("step", step, at_least=0)}

@@ -112,6 +112,9 @@ class BatchRun:
         state, session = self._state, self._session
         if not VERBS[verb].fits(arguments) or session.ended_at is not None:
             return [arguments]
+        group = state.groups.get(arguments.get("group_id"))
+        if group is not None and group.has_rule:
+            return [arguments]  # its end cancels all of its members at once
         ids, rest = named(state, verb, arguments)
         if verb in RESERVING and self._is_more and session.session_id in state.deleting:
             ids = [rollout_id for rollout_id in dict.fromkeys(ids) if rollout_id in session.deleting]

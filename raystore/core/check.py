@@ -1,19 +1,22 @@
 """Diagnostics of a store: `check` verifies its invariants, `story` tells the history of a rollout, `counts` counts.
 
 `check` is for tests and debugging: it reads the whole state, and raises AssertionError at the first broken invariant.
-`story` is for people: the known events of one rollout, one line for each.
+`story` is for people: the known events of one rollout or group, one line for each.
 """
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
-from raystore.core import claims, lifecycle, training
+from raystore.core import claims, groups, lifecycle, training
+from raystore.core.group_table import CANCELLED, FAILED, LIVE, SUCCEEDED, GroupEntry
 from raystore.core.indexes import FEED_LENGTH, keys_of
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, ROLLOUT_STATUSES, is_live
+from raystore.core.lifecycle import ACTIVE, FINISHED, GROUP_STATUSES, OPEN, QUEUED, READY, ROLLOUT_STATUSES, is_live
 from raystore.core.payload import of_attempt, of_rollout, size_of
 from raystore.core.queues import ASIDE
-from raystore.core.state import State
+from raystore.core.records import Change
+from raystore.core.state import Consumer, State
 from raystore.core.training import eviction_class, fits
 
 
@@ -54,6 +57,10 @@ def check(state: State) -> None:
     idle = {worker.worker_id for worker in state.workers.values() if not lifecycle.is_busy(worker)}
     assert state.idle_workers.keys() == idle, "workers that are not busy"
     _check_consumers(state)
+    state.groups.check()
+    assert not state.moved_members, "a group has not followed its members"
+    for group in state.groups:
+        _check_group(state, group)
     for worker in state.workers.values():
         assert worker.status in lifecycle.WORKER_STATUSES, f"worker status {worker.status}"
         assert (worker.current_attempt_id is None) == (not lifecycle.is_busy(worker)), f"worker {worker.worker_id}"
@@ -95,6 +102,55 @@ def _check_sessions(state: State) -> None:
             state.claim_deadlines.check((session.session_id, key))
 
 
+def _check_group(state: State, group: GroupEntry) -> None:
+    name = f"group {group.group_id}"
+    assert group.status in GROUP_STATUSES, f"{name} is {group.status}"
+    assert group.members and group.members.keys() <= state.entries.keys(), f"members of {name}"
+    for rollout_id, stand in group.members.items():
+        entry = state.entries[rollout_id]
+        assert entry.rollout.group_id == group.group_id, f"{rollout_id} is no member of {name}"
+        assert stand == groups.stand_of(entry), f"how {rollout_id} stands in {name}"
+    places = sorted(group.places.values())
+    assert len(places) == len(set(places)) and set(places) <= set(range(group.n)), f"places of {name}"
+    standing_by = {i for i, stand in group.members.items() if stand in (LIVE, SUCCEEDED)} - group.places.keys()
+    assert group.spares.keys() == standing_by, f"spares of {name}"
+    assert set(group.held) == {i for i in group.members if state.queues.is_held(i)}, f"what is held back of {name}"
+    assert (group.rests_since is not None) == bool(group.held), f"whether the deadline of {name} rests"
+    done = [i for i in group.in_place if group.members[i] == SUCCEEDED]
+    assert group.missing == group.n - len(done), f"{name} lacks {group.missing}"
+    assert group.chosen.keys() <= set(done), f"what is trained on of {name}"
+    assert (group.end_time is None) == group.is_open, f"when {name} ended"
+    if group.is_open:
+        assert len(places) == group.n and group.missing and not group.lost and not group.chosen, f"{name} should end"
+        assert not {group.members[i] for i in group.places} & {FAILED, CANCELLED}, f"a place of {name} is empty"
+        state.group_deadlines.check(group.group_id)
+    elif group.status == "complete":
+        assert len(group.chosen) >= group.least, f"{name} has too little"
+    elif group.status not in READY:
+        assert not group.is_ready, f"{name} could be taken"
+
+
+def _check_groups_of(state: State, name: str, known: Consumer) -> None:
+    expected = {
+        group.group_id
+        for group in state.groups
+        if group.is_ready
+        and fits(known.filter, group)
+        and not any(name in state.entries[rollout_id].taken for rollout_id in group.chosen)
+    }
+    assert set(known.groups) == expected and not known.awaiting, f"groups that {name} awaits"
+    if known.coming is not None:
+        coming = {i for i in state.groups.having(OPEN) if fits(known.filter, state.groups.by_id[i])}
+        assert known.coming.keys() == coming, f"groups that may come to {name}"
+    assert known.grouped.keys() == known.batches.keys(), f"batches of groups of {name}"
+    for number, group_ids in known.grouped.items():
+        taken = [state.groups.by_id[group_id] for group_id in group_ids]
+        assert all(group.is_ready for group in taken), f"batch {number} of {name} has groups with too little"
+        assert known.batches[number] == [i for group in taken for i in group.chosen], f"batch {number} of {name}"
+    taken_ids = [group_id for group_ids in known.grouped.values() for group_id in group_ids]
+    assert len(taken_ids) == len(set(taken_ids)), f"{name} has a group twice"
+
+
 def _held_back(state: State, resources_id: str | None, rollout_id: str) -> str:
     """That a rollout is held back, why, and what releases it."""
     if resources_id is None or not state.queues.is_held(rollout_id):
@@ -105,8 +161,12 @@ def _held_back(state: State, resources_id: str | None, rollout_id: str) -> str:
 
 def _check_consumers(state: State) -> None:
     for name, known in state.consumers.items():
+        if known.takes == training.GROUPS:
+            _check_groups_of(state, name, known)
+        else:
+            assert not known.groups and not known.grouped, f"{name} takes no groups"
         expected = set()
-        for rollout_id, entry in state.entries.items():
+        for rollout_id, entry in state.entries.items() if known.takes != training.GROUPS else ():
             statuses = known.filter["status_in"] if known.filter is not None else lifecycle.TRAINABLE
             is_trainable = entry.rollout.status in statuses and not lifecycle.is_dropped(entry.latest)
             is_asked = fits(known.filter, entry.rollout)
@@ -116,7 +176,8 @@ def _check_consumers(state: State) -> None:
                 is_coming = is_asked and entry.rollout.status not in FINISHED
                 assert (rollout_id in known.coming) == is_coming, f"whether {rollout_id} may come to {name}"
         assert set(known.awaiting) == expected, f"what {name} awaits"
-        assert known.returned.keys() <= known.awaiting.keys(), f"what came back to {name}"
+        awaited = known.groups if known.takes == training.GROUPS else known.awaiting
+        assert known.returned.keys() <= awaited.keys(), f"what came back to {name}"
         assert not (known.holders.keys() & known.steps.keys()), f"a batch of {name} is open and consumed"
         assert known.inherited.keys() <= known.holders.keys() <= known.batches.keys(), f"batches of {name}"
         for number, whose in known.holders.items():
@@ -132,13 +193,11 @@ def _check_consumers(state: State) -> None:
 
 
 def story(state: State, rollout_id: str) -> list[str]:
-    """What is known of a rollout's history, a line for each thing, oldest first."""
+    """What is known of the history of a rollout, or of a group by its id, a line for each thing, oldest first."""
     entry = state.entries.get(rollout_id)
-    lines = []
-    for change in state.changes.of(rollout_id, entry.rollout.start_time if entry else 0.0):
-        attempt = f" attempt {change.attempt_id}" if change.attempt_id else ""
-        detail = "".join(f" {name}={value}" for name, value in (change.detail or {}).items())
-        lines.append(f"#{change.sequence} {change.time:.6f} {change.kind}{attempt}{detail}")
+    if entry is None and (named := state.groups.get(rollout_id)) is not None:
+        return _story_of_group(state, named)
+    lines = [_line(change) for change in state.changes.of(rollout_id, entry.rollout.start_time if entry else 0.0)]
     if entry is None:
         lines.append(f"now: rollout {rollout_id} does not exist")
         return lines
@@ -150,6 +209,10 @@ def story(state: State, rollout_id: str) -> list[str]:
         + _held_back(state, rollout.resources_id, rollout_id)
         + (f", {entry.deliveries} charged deliveries" if entry.deliveries else "")
     )
+    if (group := state.groups.of(rollout)) is not None:
+        place = group.places.get(rollout_id)
+        role = "without a place" if place is None else f"in place {place + 1} of {group.n}"
+        lines.append(f"in group {group.group_id}, which is {group.status}: {role}")
     for name, taken in entry.taken.items():
         lines.append(
             f"taken by {name!r}: batch {taken.batch}, "
@@ -165,6 +228,36 @@ def story(state: State, rollout_id: str) -> list[str]:
             f"worker {tried.worker_id}, session {held}"
             + (f", error {tried.error.strip().splitlines()[-1]}" if tried.error and tried.error.strip() else "")
         )
+    return lines
+
+
+def _line(change: Change) -> str:
+    attempt = f" attempt {change.attempt_id}" if change.attempt_id else ""
+    detail = "".join(f" {name}={value}" for name, value in (change.detail or {}).items())
+    return f"#{change.sequence} {change.time:.6f} {change.kind}{attempt}{detail}"
+
+
+def _story_of_group(state: State, group: GroupEntry) -> list[str]:
+    newer = takewhile(lambda change: change.time >= group.start_time, reversed(list(state.changes)))
+    changes = [change for change in newer if (change.detail or {}).get("group_id") == group.group_id][::-1]
+    lines = [_line(change) + (f" rollout {change.rollout_id}" if change.rollout_id else "") for change in changes]
+    lines.append(
+        f"now: {group.status}" + (f" ({group.why})" if group.why else "")
+        + f", {group.n - group.missing} of {group.n} succeeded, min_size {group.min_size}, {len(group.spares)} spares"
+        + (f", {group.replaced + group.renewed} replaced" if group.replaced + group.renewed else "")
+    )  # fmt: skip
+    if group.rests_since is not None:
+        lines.append(f"its deadline rests: {len(group.held)} members are held back")
+    for rollout_id, stand in group.members.items():
+        place = group.places.get(rollout_id)
+        lines.append(f"member {rollout_id}: {stand}" + (f", place {place + 1}" if place is not None else ""))
+    lines += [f"awaited by {name!r}" for name, known in state.consumers.items() if group.group_id in known.groups]
+    for name, known in state.consumers.items():
+        for number, group_ids in known.grouped.items():
+            if group.group_id in group_ids:
+                step = known.steps.get(number)
+                said = "not consumed yet" if step is None else f"consumed by step {step}"
+                lines.append(f"taken by {name!r}: batch {number}, {said}")
     return lines
 
 
@@ -191,6 +284,7 @@ def counts(state: State) -> dict[str, Any]:
         "queue_lengths": state.queues.lengths(),
         "held_back": sum(state.queues.held_counts().values()),
         "held_back_by_resources": state.queues.held_counts(),
+        "groups_by_status": state.groups.counts(),
         "rollouts_by_status": {status: count for status, count in by_status.items() if count},
         "suspects": len(state.suspects),
         "withdrawals": state.withdrawals,

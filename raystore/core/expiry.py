@@ -1,4 +1,4 @@
-"""Deadlines: attempts that time out or fall silent, claims and sessions that expire, rollouts that retention deletes.
+"""Deadlines: attempts that time out or fall silent, groups, claims and sessions that expire, what retention deletes.
 
 Before every operation the service calls `due`, which finds the deadlines that have passed, and `advance`, which applies
 them. So no answer shows an attempt that runs past its deadline. The cost depends on how many deadlines have passed, not
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from raystore.core import claims, retention
+from raystore.core import claims, groups, retention
 from raystore.core.attempts import settle
 from raystore.core.claims import end_session, offer_to_anybody
 from raystore.core.lifecycle import ACTIVE, OUTCOME_OF_EVENT, SILENCE, TIMEOUT
@@ -35,6 +35,7 @@ class Due:
     deleted: list[str]  # rollouts that the retention rule lets go
     impatient: list[str] = field(default_factory=list)  # suspects that have waited for an idle session long enough
     released: list[str] = field(default_factory=list)  # sessions that have taken nothing for a suspect long enough
+    overdue: list[str] = field(default_factory=list)  # groups whose deadline has passed
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
@@ -63,6 +64,7 @@ def due(state: State, step: Step, named: Iterable[str] = ()) -> Due:
         retention.due(state, step.now, SLICE),
         [name for is_session, name in impatient if not is_session],
         [name for is_session, name in impatient if is_session],
+        list(state.group_deadlines.due(active_now, SLICE)),
     )
 
 
@@ -84,6 +86,7 @@ def advance(
         end_session(state, step, state.sessions[session_id], why="silence")
     for session_id in due.forgotten:
         forget_session(state, session_id)
+    groups.end_overdue(state, step, due.overdue)
     retention.delete(state, step, rollout_ids=due.deleted)
     for rollout_id in due.impatient:
         offer_to_anybody(state, rollout_id)
@@ -154,12 +157,14 @@ def resume(state: State, step: Step, away: float) -> None:
             state.deadlines.guard(rollout_id)
     state.suspects = dict.fromkeys(state.suspects, step.age)
     state.guard_sessions()
+    groups.settle(state, step)
     state.changes.append(step.now, "resumed", seconds=away)
 
 
 def next_deadline(state: State) -> float | None:
-    """When `advance` will next have something to do for attempts, on the store's clock."""
-    deadline = state.deadlines.next()
+    """When `advance` will next have something to do for attempts and groups, on the store's clock."""
+    found = (deadlines.next() for deadlines in (state.deadlines, state.group_deadlines))
+    deadline = min((deadline for deadline in found if deadline is not None), default=None)
     return None if deadline is None else deadline + state.paused
 
 

@@ -1,9 +1,11 @@
 """The rules of status: the only file that knows what may follow what, and what a status or an outcome decides.
 
-Two small machines. An attempt moves by *events* (`ATTEMPT`); its rollout then follows from the latest attempt
+Three small machines. An attempt moves by *events* (`ATTEMPT`); its rollout then follows from the latest attempt
 (`rollout_after`), and its worker too (`worker_after`). `update_rollout` may set any status by hand, as in the contract,
-and so may `update_attempt`; these tables say what everything else does. The diagrams in the docs are drawn from them.
-Not here: when a deadline has passed (`expiry`), where a rollout stands in line (`queues`).
+and so may `update_attempt`; these tables say what everything else does. A group moves by what becomes of its members
+and of its batch (`GROUP`). The diagrams in the docs are drawn from the tables.
+Not here: when a deadline has passed (`expiry`), where a rollout stands in line (`queues`), which member counts for its
+group (`groups`).
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ Outcome: TypeAlias = Literal[
     "dropped",  # the agent raised `rs.Drop`: the rollout is not to be trained on
 ]
 Trainable: TypeAlias = Literal["succeeded", "failed"]
+GroupStatus: TypeAlias = Literal["open", "complete", "trained", "failed", "cancelled"]
 
 ROLLOUT_STATUSES: tuple[str, ...] = get_args(RolloutStatus)
 ATTEMPT_STATUSES: tuple[str, ...] = get_args(AttemptStatus)
 WORKER_STATUSES: tuple[str, ...] = get_args(WorkerStatus)
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
+GROUP_STATUSES: tuple[str, ...] = get_args(GroupStatus)
 
 QUEUED = frozenset({"queuing", "requeuing"})
 ACTIVE = frozenset({"preparing", "running"})
@@ -119,6 +123,38 @@ ROLLOUT_ON_HEARTBEAT = {"preparing": "running"}
 
 #: Attempts that say nothing about the agent, so `max_attempts` does not count them.
 UNCHARGED = frozenset({"runner_lost", "withdrawn", "infra"})
+
+#: Outcomes of attempts that tell of the infrastructure: a group replaces a member that failed so.
+INFRASTRUCTURE = frozenset({"runner_lost", "infra"})
+
+# Statuses of a group:
+OPEN = "open"  #: members may still succeed for it
+READY = frozenset({"complete", "trained"})  #: it has what it needs, and consumers may be given it
+
+# Events that move a group.
+FILLED = "filled"  # a member has succeeded in each of its places
+SHORT = "short"  # no more can be had, and at least min_size have succeeded
+MISSED = "missed"  # no more can be had, and that is too few
+REOPENED = "reopened"  # a member that had succeeded was run again by hand, or deleted
+CONSUMED = "consumed"  # a step of a consumer's model has consumed it
+UNDONE = "undone"  # the model is at an earlier step again
+
+#: (status, event) -> status. What is not listed stays as it is.
+GROUP: dict[tuple[str, str], str] = {
+    ("open", FILLED): "complete",  # the last of its members that was needed
+    ("open", SHORT): "complete",  # a member that nobody takes over, or the deadline
+    ("open", MISSED): "failed",  # the same, with too few successes
+    ("open", CANCEL): "cancelled",  # driver
+    ("complete", REOPENED): "open",  # driver, by hand
+    ("complete", MISSED): "failed",  # the same, of one that was short already
+    ("complete", CONSUMED): "trained",  # trainer: ack
+    ("trained", UNDONE): "complete",  # trainer: rewind
+}
+
+
+def group_after(status: str, event: str) -> str:
+    """The status of a group after an event."""
+    return GROUP.get((status, event), status)
 
 
 def attempt_after(status: str, event: str, outcome: str | None = None) -> str:

@@ -194,6 +194,28 @@ class Attempt(Record):
 
 
 @record
+class Group(Record):
+    """Samples of one input that are trained on together, and where they stand."""
+
+    group_id: str
+    input: Opaque
+    n: int
+    min_size: int | None
+    spare: int
+    replace: int
+    start_time: float
+    end_time: float | None
+    deadline_time: float | None
+    status: str
+    why: str | None
+    mode: str | None
+    queue: str
+    priority: int
+    tags: dict[str, Any]
+    members: list[str]
+
+
+@record
 class Worker(Record):
     """What is known of one runner."""
 

@@ -24,7 +24,7 @@ from raystore.core.lifecycle import FINISHED, is_live
 from raystore.core.rollouts import unqueue
 from raystore.core.schema import Id
 from raystore.core.state import Entry, EvictionPass, State, Step
-from raystore.core.training import COMING, CONSUMED, READ, RELEASED, RUNNING, UNREAD, WANTED, enter_eviction
+from raystore.core.training import COMING, READ, RELEASED, RUNNING, TRAINED_ON, UNREAD, WANTED, enter_eviction
 from raystore.errors import SealedError
 
 FEW = 200  #: rollouts that are looked at one by one
@@ -47,6 +47,7 @@ def delete(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
         state.disposable_read.pop(rollout_id, None)
         state.eviction_heaps[entry.evicts_as].pop(rollout_id, None)
         training.forget(state, rollout_id)
+        state.note_member(entry.rollout)
         for index, attempt in enumerate(entry.attempts):
             if is_live(attempt):
                 state.notify(entry, attempt.attempt_id, "cancelled")
@@ -96,7 +97,7 @@ def due(state: State, now: float, limit: int) -> list[str]:
                 break
             entry = state.entries[rollout_id]
             disposable.take()
-            if training.is_wanted(state, entry):  # a consumer has become known since
+            if training.is_needed(state, entry):  # a consumer has become known since
                 continue
             if ended != (actual := entry.rollout.end_time or ended):  # from a snapshot without end times
                 disposable.put(rollout_id, actual)
@@ -164,11 +165,11 @@ def _classes(state: State) -> list[tuple[int, int]]:
     settings = state.settings
     safe = settings.safe_bytes
     if settings.on_disk:
-        return [(number, safe) for number in (RELEASED, CONSUMED, READ, UNREAD, WANTED, RUNNING, COMING)]
+        return [(number, safe) for number in (RELEASED, TRAINED_ON, READ, UNREAD, WANTED, RUNNING, COMING)]
     if settings.pause_when_full:
-        return [(RELEASED, safe), (CONSUMED, safe)]
+        return [(RELEASED, safe), (TRAINED_ON, safe)]
     danger = settings.eviction_bytes + max(settings.eviction_bytes - safe, DANGER_BYTES)
-    return [*((number, safe) for number in (RELEASED, CONSUMED, READ, UNREAD, RUNNING)), (COMING, danger)]
+    return [*((number, safe) for number in (RELEASED, TRAINED_ON, READ, UNREAD, RUNNING)), (COMING, danger)]
 
 
 def _pause_or_go_on(state: State, step: Step) -> None:

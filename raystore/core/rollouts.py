@@ -52,7 +52,7 @@ LONG_ITEMS = 512  #: an answer to a bulk call with more rollouts is a long one,
 LONG_BYTES = 512 * 1024  #: and one with more bytes
 
 
-def _content(request: Mapping[str, Any]) -> tuple[Any, ...]:
+def content_of(request: Mapping[str, Any]) -> tuple[Any, ...]:
     """The values that must be equal when a caller-given id is enqueued again, in the order of `CONTENT`."""
     values = [request.get(name) for name in _VALUES]
     digests = dict(zip(_VALUES, request.get("digests") or map(digest_of_bytes, values), strict=True))
@@ -80,7 +80,7 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
         tags=request.get("tags") or {},
         reward=None,
     )
-    given = _content(request) if rollout_id is not None else None
+    given = content_of(request) if rollout_id is not None else None
     size = of_rollout(rollout.input, rollout.metadata, rollout.tags)
     state.rollouts_made += 1
     entry = Entry(rollout, state.rollouts_made, given, size, former=status)
@@ -101,7 +101,7 @@ def existing_of(state: State, request: Mapping[str, Any]) -> Entry | None:
     if entry is None:
         return None
     differing = []
-    for name, before, now in zip(CONTENT, entry.given or (), _content(request), strict=entry.given is not None):
+    for name, before, now in zip(CONTENT, entry.given or (), content_of(request), strict=entry.given is not None):
         if name in _VALUES and not is_digest(before):  # enqueued in a journal of format 1
             same = same_content(before, request.get(name))
         else:
@@ -175,6 +175,8 @@ def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int]) 
     """Let a rollout wait at its place in its queue; a suspect waits aside, for a session of its own."""
     rollout = entry.rollout
     entry.order = order
+    if rollout.group_id is not None:
+        state.note_member(rollout)
     if rollout.resources_id in state.resources.missing:
         state.queues.hold(rollout.queue, rollout.rollout_id, order, rollout.resources_id)
         return
@@ -233,6 +235,8 @@ def move(
         stop_waiting(state, rollout_id)
     if status != before.status:
         state.indexes.move(rollout_id, "status", before.status, status)
+        if before.group_id is not None:
+            state.note_member(before)
         attempt_id = entry.attempts[-1].attempt_id if entry.attempts else None
         state.changes.append(step.now, kind or status, rollout_id, attempt_id)
         if rollout_id in state.spans.by_rollout and state.spans.has(rollout_id):

@@ -107,6 +107,18 @@ class Request(TypedDict, total=False):
     digests: tuple[Digest, Digest]  # of input and metadata, where a rollout_id is given
 
 
+class GroupRequest(TypedDict, total=False):
+    """What makes a group: how many rollouts of what, and what is to become of those that fail or are late."""
+
+    member: Required[Request]  # of each; its rollout_id and group_id do not count
+    n: Required[Positive]
+    group_id: Id | None
+    min_size: Positive | None
+    spare: Whole
+    replace: Whole
+    deadline_seconds: Seconds | None
+
+
 class RolloutChanges(TypedDict, total=False):
     """What is set of a rollout."""
 

@@ -61,6 +61,8 @@ def sections(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
     yield "workers", [worker.row() for worker in state.workers.values()]
     yield "consumers", {name: packed(known) for name, known in state.consumers.items()}
     yield "forgotten", {name: packed(known) for name, known in state.forgotten.items()}
+    for some in state.groups.image():
+        yield "groups", some
     yield "resources", state.resources.image()
     for session in state.sessions.values():
         yield "session", packed(session)
@@ -124,6 +126,8 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
                 state.workers.update((row[0], Worker(*row)) for row in value)
             case "consumers" | "forgotten":
                 getattr(state, name).update((consumer, unpacked(Consumer, known)) for consumer, known in value.items())
+            case "groups":
+                state.groups.restore(value)
             case "resources":
                 state.resources.restore(value)
             case "session":
@@ -312,7 +316,7 @@ def digest(state: State) -> str:
 
 
 def verify(state: State, count: int) -> str:
-    """The digest of the `count` rollouts that were touched longest ago; they count as untouched from now on.
+    """The digest of the `count` rollouts (and groups) that were touched longest ago; then they count as untouched.
 
     Two processes that follow the same steps touch the same rollouts in the same order, and find the same digest.
     """
@@ -322,6 +326,10 @@ def verify(state: State, count: int) -> str:
         entry = state.entries.get(rollout_id)
         found = _entry(state, entry, is_brief=True) if entry else None
         made.update(repr((rollout_id, found)).encode("utf-8", "surrogatepass"))
+    for group_id in list(islice(state.groups.touched, count)):
+        del state.groups.touched[group_id]
+        group = state.groups.get(group_id)
+        made.update(repr((group_id, group and _plain(shown(group)))).encode("utf-8", "surrogatepass"))
     sums = (
         len(state.entries), len(state.queues), len(state.sessions), len(state.workers), state.spans.count,
         state.changes.last, state.completions.last, state.rollouts_made, state.attempts_made, state.payload_bytes,
@@ -343,6 +351,8 @@ def parts(state: State) -> Iterator[Any]:
         yield "consumer", name, _plain(shown(state.consumers[name]))
     for name in sorted(state.forgotten):
         yield "forgotten", name, _plain(shown(state.forgotten[name]))
+    for group_id in sorted(state.groups.by_id):
+        yield "group", group_id, _plain(shown(state.groups.by_id[group_id]))
     yield "resources", [_plain(held) for held in state.resources.everything()]
     yield "objects", state.resources.shown()
     yield "latest resources", state.resources.latest_id, state.resources.policy_version

@@ -18,8 +18,9 @@ from hashlib import sha1
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
+from raystore.core.group_table import GroupTable
 from raystore.core.indexes import ChangeFeed, CompletionLog, Indexes, WatchSets
-from raystore.core.lifecycle import ACTIVE, BUSY, LIVE, UNCHARGED, is_busy, is_live
+from raystore.core.lifecycle import ACTIVE, BUSY, LIVE, OPEN, UNCHARGED, is_busy, is_live
 from raystore.core.payload import of_attempt, size_of
 from raystore.core.queues import Deadlines, LazyHeap, Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker, declare, declared, packed, pairs, shown, unpacked
@@ -265,13 +266,17 @@ class Taken:
 class Consumer:
     """Who trains on finished rollouts: what it asks for, awaits and holds, and what its durable model consumed."""
 
+    #: "rollouts" or "groups"; None as long as it has taken nothing. Those of older snapshots take rollouts.
+    takes: str | None = declare("rollouts")
     #: What it is given (`training.Filter`); None as long as it has not said.
     filter: dict[str, Any] | None = declare(None)
     #: What it is to be given, in this order.
     awaiting: OrderedDict[str, None] = declare(make=OrderedDict, pack=list, unpack=OrderedDict.fromkeys, shows=list)
-    #: Those of `awaiting` that it had taken before.
+    #: What it is to be given, in this order, if it takes groups.
+    groups: OrderedDict[str, None] = declare(make=OrderedDict, pack=list, unpack=OrderedDict.fromkeys, shows=list)
+    #: Those of `awaiting`, or of `groups`, that it had taken before.
     returned: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
-    #: Unfinished rollouts that fit its filter; None until they are needed.
+    #: Unfinished rollouts, or open groups, that fit its filter; None until they are needed.
     coming: dict[str, None] | None = declare(None, in_snapshot=False, in_digest=False)
     #: Batches so far.
     made: int = declare(0)
@@ -281,7 +286,9 @@ class Consumer:
     inherited: dict[int, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
     #: Rollouts of batches that no checkpoint has released.
     batches: dict[int, list[str]] = declare(make=dict, pack=pairs, unpack=dict)
-    #: Of those, which step consumed which.
+    #: The groups of each of these, if it takes groups.
+    grouped: dict[int, list[str]] = declare(make=dict, pack=pairs, unpack=dict)
+    #: Of those batches, which step consumed which.
     steps: dict[int, int] = declare(make=dict, pack=pairs, unpack=dict)
     #: The model is durable at this step.
     checkpoint: int | None = declare(None)
@@ -448,6 +455,8 @@ class State:
         self.workers: dict[str, Worker] = {}
         self.consumers: dict[str, Consumer] = {}  # those that are known
         self.forgotten: dict[str, Consumer] = {}
+        self.groups: GroupTable = GroupTable()
+        self.moved_members: dict[str, str] = {}  # of groups, which look at them at the end of the step; group of each
         self.resources: ResourceTable = ResourceTable(settings.keep_resources)
         self.spans: SpanTable = SpanTable(keep_duplicates=settings.keep_duplicates)
         self.sessions: dict[str, Session] = {}
@@ -456,6 +465,7 @@ class State:
         self.completions: CompletionLog = CompletionLog()
         self.watched: WatchSets = WatchSets()  # of callers of this process; no journal keeps them
         self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
+        self.group_deadlines: Deadlines[str] = Deadlines(self._group_deadline)
         self.claim_deadlines: Deadlines[tuple[str, HandedKey]] = Deadlines(self._claim_deadline)
         self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)
         self.patience_deadlines: Deadlines[Patience] = Deadlines(self._patience_deadline)
@@ -497,7 +507,8 @@ class State:
         return not (
             effects.finished or effects.queues or effects.noticed or effects.has_batches or effects.ended
             or effects.has_withdrawn or effects.has_surplus or effects.freed
-            or self.spans.bytes + self.payload_bytes + self.resources.bytes > self.settings.eviction_bytes
+            or self.spans.bytes + self.payload_bytes + self.resources.bytes + self.groups.bytes
+            > self.settings.eviction_bytes
             or self.memory_full or self.eviction_pass is not None
         )  # fmt: skip
 
@@ -575,10 +586,20 @@ class State:
         if self.settings.on_disk:
             self.touched[rollout_id] = None
 
+    def touch_group(self, group_id: str) -> None:
+        """Note that a group has changed."""
+        if self.settings.on_disk:
+            self.groups.touched[group_id] = None
+
     def put_rollout(self, entry: Entry, rollout: Rollout) -> None:
         """Replace a rollout by one of the same status (`rollouts.move` gives it another one)."""
         self.touch(rollout.rollout_id)
         entry.rollout = rollout
+
+    def note_member(self, rollout: Rollout) -> None:
+        """Let the group of a rollout, if it has one, look at it at the end of the step."""
+        if (group := self.groups.of(rollout)) is not None:
+            self.moved_members[rollout.rollout_id] = group.group_id
 
     def put_attempt(self, entry: Entry, index: int, attempt: Attempt) -> None:
         """Replace an attempt (or append one), and what follows from whether it is live."""
@@ -589,6 +610,8 @@ class State:
             before = entry.attempts[-1].worker_id if entry.attempts else None
             if before != attempt.worker_id:
                 self.indexes.move(attempt.rollout_id, "worker", before, attempt.worker_id)
+            if old is not None and entry.rollout.group_id is not None and attempt.outcome != old.outcome:
+                self.note_member(entry.rollout)
         if (old is None and (attempt.metadata is not None or attempt.error is not None)) or (
             old is not None and (attempt.metadata is not old.metadata or attempt.error is not old.error)
         ):
@@ -704,6 +727,10 @@ class State:
             deadline = silence if deadline is None else min(deadline, silence)
         return deadline
 
+    def _group_deadline(self, group_id: str) -> float | None:
+        group = self.groups.get(group_id)
+        return group.deadline if group is not None and group.is_open and group.rests_since is None else None
+
     def _claim_deadline(self, key: tuple[str, HandedKey]) -> float | None:
         session = self.sessions.get(key[0])
         if session is None:
@@ -735,6 +762,8 @@ class State:
         for status in ACTIVE:
             for rollout_id in self.indexes.find(("status", status)):
                 self.deadlines.guard(rollout_id)
+        for group_id in self.groups.having(OPEN):
+            self.group_deadlines.guard(group_id)
         self.guard_sessions()
 
     def guard_sessions(self) -> None:
@@ -753,6 +782,7 @@ class State:
         settings = self.settings
         return (
             self.deadlines.soonest < step.now - self.paused
+            or self.group_deadlines.soonest < step.now - self.paused
             or self.claim_deadlines.soonest < step.age
             or self.session_deadlines.soonest < step.age
             or self.patience_deadlines.soonest < step.age
@@ -767,4 +797,4 @@ class State:
         """What counts towards the memory thresholds."""
         if self.settings.spans_only:
             return self.spans.bytes
-        return self.spans.bytes + self.payload_bytes + self.resources.bytes
+        return self.spans.bytes + self.payload_bytes + self.resources.bytes + self.groups.bytes

@@ -5,6 +5,8 @@ on. Each change of a rollout updates what consumers await (`follow`), so that th
 A consumer takes batches, in completion order, each rollout once. It says which step of its model consumed a batch
 (`ack`), and up to which step the model is durable (`checkpoint`). When the model falls back to an earlier step
 (`rewind`), what was consumed after that comes again, in the order in which it was taken.
+A consumer of groups awaits complete ones instead (`follow_group`), takes whole ones, and each once: `Consumer.takes`
+says which it is, from its first take on. What is said here of rollouts holds for the chosen members of its groups.
 A batch belongs to the session that took it and is handed over like a claim. A batch that its caller never got is given
 back, and the batches of an ended session come again before anything else. A rollout in a batch is sealed: later reports
 are kept on its attempts, and decide nothing.
@@ -17,8 +19,21 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
 from typing import Any, NoReturn
 
-from raystore.core.lifecycle import ACTIVE, FINISHED, QUEUED, TRAINABLE, Trainable, is_dropped
-from raystore.core.records import Many, Rollout
+from raystore.core.group_table import GroupEntry, in_order_of_completion
+from raystore.core.lifecycle import (
+    ACTIVE,
+    CONSUMED,
+    FINISHED,
+    OPEN,
+    QUEUED,
+    READY,
+    TRAINABLE,
+    UNDONE,
+    Trainable,
+    group_after,
+    is_dropped,
+)
+from raystore.core.records import Group, Many, Rollout
 from raystore.core.schema import Id, Mode, Positive, Seconds, Tags, Text, Whole
 from raystore.core.state import (
     NOBODY,
@@ -33,15 +48,16 @@ from raystore.core.state import (
     Taken,
     require_room,
 )
-from raystore.errors import BatchConflictError, BatchHeldError, ConsumerFilterError
+from raystore.errors import BatchConflictError, BatchHeldError, ConsumerFilterError, ConsumerUnitError
 
 CONSUMERS = 1_000  #: that are known: each is asked with every rollout that finishes
 USUAL = ["succeeded"]  #: what a consumer is given if it says nothing
+ROLLOUTS, GROUPS = "rollouts", "groups"  #: what a consumer takes
 
 Filter = dict[str, Any]  #: what is to be equal, by field of a rollout; and "status_in", always
 
 # Classes of eviction, in the order in which their spans go: from what nobody needs to what will be awaited.
-RELEASED, CONSUMED, READ, UNREAD, RUNNING, WANTED, COMING = range(7)
+RELEASED, TRAINED_ON, READ, UNREAD, RUNNING, WANTED, COMING = range(7)
 
 
 def make_filter(
@@ -61,8 +77,8 @@ def make_filter(
     return made | {"status_in": sorted(statuses or USUAL)}
 
 
-def fits(wanted: Filter | None, rollout: Rollout) -> bool:
-    """Whether a rollout is what a filter asks for, however it may end."""
+def fits(wanted: Filter | None, rollout: Rollout | GroupEntry) -> bool:
+    """Whether a rollout, or a group, is what a filter asks for, however it may end."""
     for name, value in (wanted or {}).items():
         if name == "tags":
             if any(rollout.tags.get(tag, _ABSENT) != item for tag, item in value.items()):
@@ -89,6 +105,8 @@ def follow(state: State, entry: Entry, *, has_finished: bool = False) -> None:
     is_finished = rollout.status in FINISHED
     is_trainable = is_finished and rollout.status in TRAINABLE and not is_dropped(entry.latest)
     for name, known in state.consumers.items():
+        if known.takes == GROUPS:
+            continue
         is_asked = fits(known.filter, rollout)
         if known.coming is not None:
             if is_asked and not is_finished:
@@ -103,9 +121,46 @@ def follow(state: State, entry: Entry, *, has_finished: bool = False) -> None:
             known.returned.pop(rollout_id, None)
 
 
-def forget(state: State, rollout_id: str) -> None:
-    """A rollout is deleted."""
+def follow_group(state: State, group: GroupEntry) -> None:
+    """Let consumers await a group, or not any more, after it has changed; anew, at the end, if it is complete anew."""
+    for name, known in state.consumers.items():
+        if known.takes != GROUPS:
+            continue
+        is_asked = fits(known.filter, group)
+        if known.coming is not None:
+            if is_asked and group.is_open:
+                known.coming[group.group_id] = None
+            else:
+                known.coming.pop(group.group_id, None)
+        if is_asked and group.is_ready and not _has_taken(state, name, group):
+            known.groups[group.group_id] = None
+        elif known.groups.pop(group.group_id, 0) is None:
+            known.returned.pop(group.group_id, None)
+    for rollout_id in group.members:
+        if (entry := state.entries.get(rollout_id)) is not None:
+            settle(state, entry)
+
+
+def forget_group(state: State, group: GroupEntry) -> None:
+    """A group is gone."""
     for known in state.consumers.values():
+        if known.takes == GROUPS:
+            known.groups.pop(group.group_id, None)
+            known.returned.pop(group.group_id, None)
+            if known.coming is not None:
+                known.coming.pop(group.group_id, None)
+
+
+def _has_taken(state: State, consumer: str, group: GroupEntry) -> bool:
+    entries = (state.entries.get(rollout_id) for rollout_id in group.chosen)
+    return any(entry is not None and consumer in entry.taken for entry in entries)
+
+
+def forget(state: State, rollout_id: str) -> None:
+    """A rollout is deleted; its group learns of it at the end of the step."""
+    for known in state.consumers.values():
+        if known.takes == GROUPS:
+            continue
         known.awaiting.pop(rollout_id, None)
         known.returned.pop(rollout_id, None)
         if known.coming is not None:
@@ -120,14 +175,37 @@ def is_wanted(state: State, entry: Entry) -> bool:
     if entry.is_held:
         return True
     rollout_id = entry.rollout.rollout_id
-    return any(rollout_id in known.awaiting for known in state.consumers.values())
+    if any(rollout_id in known.awaiting for known in state.consumers.values()):
+        return True
+    group = state.groups.of(entry.rollout)
+    if group is None or rollout_id not in group.chosen:
+        return False
+    return any(group.group_id in known.groups for known in state.consumers.values())
+
+
+def is_needed(state: State, entry: Entry) -> bool:
+    """Whether a finished rollout must stay: it is wanted, or its group is still open."""
+    group = state.groups.of(entry.rollout)
+    return (group is not None and group.is_open) or is_wanted(state, entry)
+
+
+def _will_be_awaited(state: State, known: Consumer, entry: Entry) -> bool:
+    """Whether a rollout that has not been decided may be one that a consumer awaits."""
+    if known.takes != GROUPS:
+        return entry.rollout.status not in FINISHED and fits(known.filter, entry.rollout)
+    group = state.groups.of(entry.rollout)
+    return group is not None and group.is_open and fits(known.filter, group)
 
 
 def may_still_come(state: State, known: Consumer) -> bool:
     """Whether anything that waits or runs could be given to a consumer once it has finished."""
+    takes_groups = known.takes == GROUPS
     if known.filter is None or len(known.filter) == 1:
-        return len(state.entries) > len(state.completions)
-    if known.coming is None:
+        return state.groups.count(OPEN) > 0 if takes_groups else len(state.entries) > len(state.completions)
+    if known.coming is None and takes_groups:
+        found = map(state.groups.by_id.__getitem__, state.groups.having(OPEN))
+        known.coming = {group.group_id: None for group in found if fits(known.filter, group)}
+    elif known.coming is None:
         known.coming = {}
         for status in (*ACTIVE, *QUEUED):
             for rollout_id in state.indexes.find(("status", status)):
@@ -140,17 +218,16 @@ def eviction_class(state: State, entry: Entry) -> int:
     """How much the spans of a rollout are needed: the lower, the sooner they go."""
     is_finished = entry.rollout.status in FINISHED
     if state.consumers:
-        if is_finished:
-            if is_wanted(state, entry):
-                return WANTED
-        elif any(fits(known.filter, entry.rollout) for known in state.consumers.values()):
-            return COMING
+        if any(_will_be_awaited(state, known, entry) for known in state.consumers.values()):
+            return COMING  # also if it has finished: the store must not pause for what its group still needs
+        if is_finished and is_wanted(state, entry):
+            return WANTED
     if entry.released:
         return RELEASED
     if not is_finished:
         return RUNNING
     if entry.taken:
-        return CONSUMED
+        return TRAINED_ON
     return READ if entry.read else UNREAD
 
 
@@ -167,7 +244,7 @@ def enter_retention(state: State, entry: Entry) -> None:
     """Make a rollout known to the retention rule if nobody needs it any more, and unknown if somebody does."""
     rollout = entry.rollout
     rollout_id, ended = rollout.rollout_id, rollout.end_time
-    if ended is None or is_wanted(state, entry):
+    if ended is None or is_needed(state, entry):
         state.disposable_released.pop(rollout_id, None)
         state.disposable_read.pop(rollout_id, None)
     elif entry.released or entry.taken:
@@ -205,6 +282,7 @@ def know(state: State, consumer: str, wanted: Filter | None = None) -> Consumer:
         known = state.forgotten.pop(consumer, None)
         is_new = known is None
         known = known or Consumer()
+        known.takes = None
         state.consumers[consumer] = known
         known.filter = wanted
         accepts = _accepts(state, consumer, wanted, is_new=is_new)
@@ -212,6 +290,24 @@ def know(state: State, consumer: str, wanted: Filter | None = None) -> Consumer:
     elif wanted is not None and known.filter != wanted:
         _change_filter(state, consumer, known, wanted)
     return known
+
+
+def _fix_unit(state: State, known: Consumer, consumer: str, takes: str) -> None:
+    """Let a consumer take rollouts, or groups, from now on."""
+    if known.takes is not None:
+        return
+    known.takes = takes
+    if takes != GROUPS:
+        return
+    before, known.awaiting, known.coming = known.awaiting, OrderedDict(), None
+    ready = (state.groups.by_id[group_id] for status in READY for group_id in state.groups.having(status))
+    for group in in_order_of_completion(ready):
+        if group.is_ready and fits(known.filter, group) and not _has_taken(state, consumer, group):
+            known.groups[group.group_id] = None
+    for rollout_id in before:
+        known.returned.pop(rollout_id, None)
+        settle(state, state.entries[rollout_id])
+    _sort_coming(state)
 
 
 def _change_filter(state: State, consumer: str, known: Consumer, wanted: Filter) -> None:
@@ -255,14 +351,28 @@ def let_go(state: State, consumer: str) -> list[str]:
         return []
     state.forgotten[consumer] = known
     held = untake(state, consumer, chain.from_iterable(known.batches.values()))
-    rollout_ids = [*known.awaiting, *(entry.rollout.rollout_id for entry in held)]
-    known.awaiting, known.coming = OrderedDict(), None
-    for kept in (known.returned, known.batches, known.steps, known.holders):
+    awaited = [i for group_id in known.groups for i in state.groups.by_id[group_id].chosen]
+    rollout_ids = [*known.awaiting, *awaited, *(entry.rollout.rollout_id for entry in held)]
+    groups = [group_id for batch in known.grouped.values() for group_id in batch]
+    known.awaiting, known.groups, known.coming, known.takes = OrderedDict(), OrderedDict(), None, None
+    for kept in (known.returned, known.batches, known.grouped, known.steps, known.holders):
         kept.clear()
+    _undo(state, groups)
     for rollout_id in rollout_ids:
         settle(state, state.entries[rollout_id])
     _sort_coming(state)
     return rollout_ids
+
+
+def _undo(state: State, group_ids: Iterable[str]) -> None:
+    """Batches with these groups were undone: who has trained on a group no more may have been the only one."""
+    for group_id in group_ids:
+        group = state.groups.by_id[group_id]
+        chosen = (state.entries[rollout_id] for rollout_id in group.chosen if rollout_id in state.entries)
+        if not any(taken.step is not None for entry in chosen for taken in entry.taken.values()):
+            state.groups.move(group, group_after(group.status, UNDONE))
+            state.touch_group(group_id)
+        follow_group(state, group)
 
 
 def untake(state: State, consumer: str, rollout_ids: Iterable[str]) -> list[Entry]:
@@ -296,25 +406,38 @@ def configure(state: State, settings: Settings) -> None:
 
 def in_the_way(state: State) -> list[tuple[str, int, int]]:
     """Who keeps rollouts in memory, the one with most first: consumer, how many it awaits, how many it holds."""
-    found = [(n, len(k.awaiting), sum(map(len, k.batches.values()))) for n, k in state.consumers.items()]
+    groups = state.groups.by_id
+    found = [
+        (n, len(k.awaiting) + sum(len(groups[i].chosen) for i in k.groups), sum(map(len, k.batches.values())))
+        for n, k in state.consumers.items()
+    ]
     return sorted((row for row in found if row[1] or row[2]), key=lambda row: (-row[1] - row[2], row[0]))
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
 
-Batch = tuple[list[Pair], int]  #: rollouts, and its number
+#: Rollouts, and its number; if it is one of groups, each group stands before its rollouts.
+Batch = tuple[list[Any], int]
 
 
-def prepare(state: State, step: Step, consumer: str, asked: Filter | None, max_open: int) -> Consumer:
+def prepare(
+    state: State, step: Step, consumer: str, asked: Filter | None, max_open: int, takes: str = ROLLOUTS
+) -> Consumer:
     """The consumer that asks for a batch; raises if it may have none, or asks for something else than before."""
     known = state.consumers.get(consumer)
+    if known is not None and known.takes not in (None, takes):
+        raise ConsumerUnitError(consumer, known.takes or "", takes)
+    if known is not None and known.filter is not None and takes == GROUPS and known.filter["status_in"] != USUAL:
+        raise ConsumerFilterError(consumer, known.filter, asked or {"status_in": list(USUAL)})
     if known is not None and known.filter is not None and asked is not None and asked != known.filter:
         raise ConsumerFilterError(consumer, known.filter, asked)
     if (refusal := why_not(state, step.session, consumer, max_open)) is not None:
         raise refusal
     if asked is None and (known is None or known.filter is None):
         asked = {"status_in": list(USUAL)}  # it has said now what it takes
-    return know(state, consumer, asked)
+    known = know(state, consumer, asked)
+    _fix_unit(state, known, consumer, takes)
+    return known
 
 
 def why_not(state: State, session: Session | None, consumer: str, max_open: int) -> BatchHeldError | None:
@@ -339,15 +462,24 @@ def is_ready(state: State, known: Consumer, count: int) -> bool:
     """Whether a take should be answered now, because waiting would not make its batch larger."""
     if _left_behind(known) is not None:
         return True
-    there = len(_next(state, known, count)) if state.deleting else min(len(known.awaiting), count)
+    there = len(_next(state, known, count)) if state.deleting else min(len(_awaited_by(known)), count)
     return there >= count or (there > 0 and (state.memory_full or not may_still_come(state, known)))
+
+
+def _awaited_by(known: Consumer) -> Mapping[str, None]:
+    """The rollouts, or groups, that a consumer is to be given, in this order."""
+    return known.groups if known.takes == GROUPS else known.awaiting
 
 
 def _next(state: State, known: Consumer, count: int) -> list[str]:
     """What a consumer is given next, up to so many; what is about to be deleted is passed over."""
-    if state.deleting:
-        return list(islice((i for i in known.awaiting if not state.is_reserved(i)), count))
-    return list(islice(known.awaiting, count))
+    awaited = _awaited_by(known)
+    if not state.deleting:
+        return list(islice(awaited, count))
+    if known.takes != GROUPS:
+        return list(islice((i for i in awaited if not state.is_reserved(i)), count))
+    groups = state.groups.by_id
+    return list(islice((i for i in awaited if not any(map(state.is_reserved, groups[i].chosen))), count))
 
 
 def has_something(state: State, known: Consumer) -> bool:
@@ -372,11 +504,44 @@ def take(
 ) -> Batch | None:
     """A batch; None if waiting may bring a better one. `of` asks for what a parked call was handed."""
     asked = make_filter(mode=mode, tags=tags, queue=queue, group_id=group_id, status_in=status_in)
+    return _take(state, step, consumer, count, timeout, asked, max_open, of, ROLLOUTS)
+
+
+def take_groups(
+    state: State,
+    step: Step,
+    *,
+    consumer: Id,
+    count: Positive,
+    timeout: Seconds = 0.0,
+    mode: Mode | None = None,
+    tags: Tags | None = None,
+    queue: Id | None = None,
+    group_id: Id | None = None,
+    max_open: Positive = 1,
+    of: int | None = None,
+) -> Batch | None:
+    """A batch of up to `count` whole groups; else as `take`."""
+    asked = make_filter(mode=mode, tags=tags, queue=queue, group_id=group_id)
+    return _take(state, step, consumer, count, timeout, asked, max_open, of, GROUPS)
+
+
+def _take(
+    state: State,
+    step: Step,
+    consumer: str,
+    count: int,
+    timeout: float,
+    asked: Filter | None,
+    max_open: int,
+    of: int | None,
+    takes: str,
+) -> Batch | None:
     if of is not None and step.session is not None:
         for key in step.session.replies.handed.pop(of, []):
             if isinstance(key[1], int) and (found := batch_again(state, step.session, key)) is not None:
                 return found
-    known = prepare(state, step, consumer, asked, max_open)
+    known = prepare(state, step, consumer, asked, max_open, takes)
     if timeout > 0 and not is_ready(state, known, count):
         return None
     return take_now(state, step, consumer, count)
@@ -391,25 +556,67 @@ def take_now(state: State, step: Step, consumer: str, count: int) -> Batch:
     number = _left_behind(known)
     if number is not None:
         known.inherited[number] = None
-        chosen = [i for i in known.batches[number] if i in state.entries]
+        there = sum(i in state.entries for i in known.batches[number])
         _hand(state, step, known, consumer, number)
-        state.changes.append(step.now, "taken", consumer=consumer, batch=number, rollouts=len(chosen), again=True)
-        return [state.entries[i].pair for i in chosen], number
-    chosen = _next(state, known, count)
-    if not chosen:
+        state.changes.append(step.now, "taken", consumer=consumer, batch=number, rollouts=there, again=True)
+        return _content(state, known, number), number
+    found = _next(state, known, count)
+    if not found:
         return [], 0
     known.made += 1
     number = known.made
+    awaited = known.groups if known.takes == GROUPS else known.awaiting
+    for name in found:
+        del awaited[name]
+        known.returned.pop(name, None)
+    chosen = found
+    if known.takes == GROUPS:
+        known.grouped[number] = found
+        chosen = [i for group_id in found for i in state.groups.by_id[group_id].chosen]
     known.batches[number] = chosen
     for rollout_id in chosen:
-        del known.awaiting[rollout_id]
-        known.returned.pop(rollout_id, None)
         entry = state.entries[rollout_id]
         entry.taken = {**entry.taken, consumer: Taken(number)}
         state.touch(rollout_id)
     _hand(state, step, known, consumer, number)
     state.changes.append(step.now, "taken", consumer=consumer, batch=number, rollouts=len(chosen))
-    return [state.entries[i].pair for i in chosen], number
+    return _content(state, known, number), number
+
+
+def _content(state: State, known: Consumer, number: int) -> list[Any]:
+    """What is in a batch: its rollouts; of a consumer of groups, each group before its rollouts."""
+    if number not in known.grouped:
+        return [state.entries[i].pair for i in known.batches[number] if i in state.entries]
+    found: list[Group | Pair] = []
+    for group_id in known.grouped[number]:
+        group = state.groups.by_id[group_id]
+        found.append(as_shown(state, group))
+        found += [state.entries[i].pair for i in group.chosen]
+    return found
+
+
+def as_shown(state: State, group: GroupEntry) -> Group:
+    """A group as others see it; its input is that of its members."""
+    entries = (state.entries.get(rollout_id) for rollout_id in group.members)
+    deadline = None if group.deadline is None else group.deadline + state.paused
+    return Group(
+        group_id=group.group_id,
+        input=next((entry.rollout.input for entry in entries if entry is not None), None),
+        n=group.n,
+        min_size=group.min_size,
+        spare=group.spare,
+        replace=group.replace,
+        start_time=group.start_time,
+        end_time=group.end_time,
+        deadline_time=deadline,
+        status=group.status,
+        why=group.why,
+        mode=group.mode,
+        queue=group.queue,
+        priority=group.priority,
+        tags=group.tags,
+        members=list(group.members),
+    )
 
 
 def batch_again(state: State, session: Session, key: BatchKey) -> Batch | None:
@@ -417,7 +624,7 @@ def batch_again(state: State, session: Session, key: BatchKey) -> Batch | None:
     known = state.consumers.get(key[0])
     if known is None or known.holders.get(key[1]) != session.session_id:
         return None
-    return [state.entries[i].pair for i in known.batches[key[1]] if i in state.entries], key[1]
+    return _content(state, known, key[1]), key[1]
 
 
 def get_batch(state: State, step: Step, *, consumer: Id, batch: int) -> Many:
@@ -425,7 +632,7 @@ def get_batch(state: State, step: Step, *, consumer: Id, batch: int) -> Many:
     known = known_consumer(state, consumer, batch)
     if batch not in known.holders:
         refuse(known, consumer, batch)
-    return Many([state.entries[i].pair for i in known.batches[batch] if i in state.entries], batch)
+    return Many(_content(state, known, batch), batch)
 
 
 # -- whose a batch is --------------------------------------------------------------------------------------------------
@@ -529,6 +736,10 @@ def consume(
         if (entry := state.entries.get(rollout_id)) is not None:
             entry.taken = {**entry.taken, consumer: Taken(batch, at_step, note=note)}
             state.touch(rollout_id)
+    for group_id in known.grouped.get(batch, ()):
+        group = state.groups.by_id[group_id]
+        state.groups.move(group, group_after(group.status, CONSUMED))
+        state.touch_group(group_id)
     state.changes.append(step.now, "consumed", consumer=consumer, batch=batch, step=at_step, note=note)
 
 
@@ -552,6 +763,7 @@ def checkpoint(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int
     count = 0
     for batch in [batch for batch, consumed_by in known.steps.items() if consumed_by <= at_step]:
         del known.steps[batch]
+        known.grouped.pop(batch, None)
         for rollout_id in known.batches.pop(batch):
             entry = state.entries.get(rollout_id)
             if entry is None:
@@ -593,6 +805,7 @@ def forget_consumer(state: State, step: Step, *, consumer: Id) -> int:
 
 def _return(state: State, known: Consumer, consumer: str, batches: list[int]) -> int:
     back: dict[str, None] = {}
+    groups: dict[str, None] = {}
     for batch in sorted(batches):
         for entry in untake(state, consumer, known.batches.pop(batch)):
             rollout_id = entry.rollout.rollout_id
@@ -600,14 +813,17 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
             follow(state, entry)
             if rollout_id not in known.awaiting:  # it asks for something else by now
                 settle(state, entry)
+        groups |= dict.fromkeys(known.grouped.pop(batch, ()))
         known.steps.pop(batch, None)
         _free(state, known, consumer, batch)
+    _undo(state, groups)
     if back:
         state.effects.has_batches = True
-    for rollout_id in reversed(back):  # these were taken before what came back earlier and was not taken again
-        if rollout_id in known.awaiting:
-            known.awaiting.move_to_end(rollout_id, last=False)
-            known.returned[rollout_id] = None
+    awaited = known.groups if known.takes == GROUPS else known.awaiting
+    for name in reversed(groups or back):  # these were taken before what came back earlier and was not taken again
+        if name in awaited:
+            awaited.move_to_end(name, last=False)
+            known.returned[name] = None
     return len(back)
 
 
@@ -647,7 +863,8 @@ def describe(state: State) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "filter": known.filter,
-            "awaited": len(known.awaiting),
+            "takes": known.takes,
+            "awaited": len(_awaited_by(known)),
             "open": [
                 {"batch": number, "rollouts": len(known.batches[number]), "session": whose}
                 for number, whose in sorted(known.holders.items())

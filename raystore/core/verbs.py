@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raystore.core import attempts, claims, expiry, publishing, retention, rollouts, training, workers
+from raystore.core import attempts, claims, expiry, groups, publishing, retention, rollouts, training, workers
 from raystore.core.schema import Part, Schema, checker
 from raystore.core.state import Chain, HandedKey, Session, State, Step
 from raystore.errors import InvalidValueError, SessionEndedError, StoreError, copy_of
@@ -96,15 +96,19 @@ def perform(state: State, step: Step, spec: Verb, arguments: dict[str, Any]) -> 
     part was refused, later parts are refused alike without being tried.
     """
     if arguments.get("chain") is None:
-        return spec.run(state, step, **arguments)
-    assert step.session is not None
-    chain = _part(step.session, arguments["chain"])
-    try:
-        return spec.run(state, step, **(arguments | {"chain": chain}))
-    except StoreError as error:
-        chain.refusal = error
-        chain.notes.clear()
-        raise
+        answer = spec.run(state, step, **arguments)
+    else:
+        assert step.session is not None
+        chain = _part(step.session, arguments["chain"])
+        try:
+            answer = spec.run(state, step, **(arguments | {"chain": chain}))
+        except StoreError as error:
+            chain.refusal = error
+            chain.notes.clear()
+            raise
+    if state.moved_members:
+        groups.settle(state, step)
+    return answer
 
 
 def _end_chain(state: State, step: Step, *, chain_id: int) -> bool:
@@ -158,7 +162,10 @@ VERBS: dict[str, Verb] = {
     "sort_out": Verb(rollouts.sort_out, changes=False),
     "completed": Verb(rollouts.completed, changes=False, waits_for="completions"),
     "changes": Verb(rollouts.changes, changes=False, waits_for="changes"),
-    "cancel_rollouts": Verb(attempts.cancel, names=_LIST),
+    "enqueue_groups": Verb(groups.enqueue),
+    "get_group": Verb(groups.get, changes=False),
+    "query_groups": Verb(groups.query, changes=False),
+    "cancel_rollouts": Verb(groups.cancel_rollouts, names=_LIST),
     "release": Verb(rollouts.release, names=_LIST),
     "delete_rollouts": Verb(retention.delete, names=_LIST),
     "start_attempt": Verb(attempts.start_attempt, names=_ONE),
@@ -174,6 +181,7 @@ VERBS: dict[str, Verb] = {
     "query_spans": Verb(rollouts.query_spans, changes=False, names=_ONE),
     "query_many_spans": Verb(rollouts.query_many_spans, changes=False, names=_LIST),
     "take": Verb(training.take, hands=_batch_of, waits_for="batch"),
+    "take_groups": Verb(training.take_groups, hands=_batch_of, waits_for="batch"),
     "get_batch": Verb(training.get_batch, changes=False),
     "ack": Verb(training.ack),
     "nack": Verb(training.nack),
@@ -256,17 +264,29 @@ def end_session(
     end(state, step, state.sessions[session_id], why=why)
 
 
+def _with_groups(change: Callable[..., Any]) -> Callable[..., Any]:
+    """A change, after which groups follow what has become of their members."""
+
+    def run(state: State, step: Step, *arguments: Any) -> Any:
+        done = change(state, step, *arguments)
+        if state.moved_members:
+            groups.settle(state, step)
+        return done
+
+    return run
+
+
 #: Changes that no caller asks for: deadlines, work for parked calls, sessions that begin or end. The keys are the names
 #: that a journal uses. The service decides when a step runs, and with which arguments; a replay runs the recorded ones.
 STEPS: dict[str, Callable[..., Any]] = {
     "pause": expiry.pause,
-    "advance": advance,
-    "hand_over": hand_over,
+    "advance": _with_groups(advance),
+    "hand_over": _with_groups(hand_over),
     "hand_batch": _hand_batch,
-    "take_back": take_back,
-    "acknowledge": _acknowledge,
+    "take_back": _with_groups(take_back),
+    "acknowledge": _with_groups(_acknowledge),
     "open_session": claims.open_session,
-    "end_session": end_session,
-    "hold_back": publishing.hold_back,
+    "end_session": _with_groups(end_session),
+    "hold_back": _with_groups(publishing.hold_back),
     "forget_workers": workers.forget,
 }

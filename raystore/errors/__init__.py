@@ -19,14 +19,14 @@ from raystore.errors.text import NAMED, quoted, shown
 __all__ = [
     "Abort", "AgentNotPicklableError", "AgentProcessError", "AnswerGoneError", "AttemptNotFoundError",
     "BatchConflictError", "BatchHeldError", "ClaimLostError", "ConflictError", "ConsumerFilterError",
-    "CursorTooOldError", "Drop", "FencedError", "ForkedError", "InvalidValueError", "JournalDamagedError",
-    "JournalError", "JournalFailedError", "JournalFormatError", "JournalFullError", "JournalHeldError",
-    "JournalInUseError", "JournalMissingError", "NoSuchResourceError", "NotAStoreError", "OutcomeUnknownError",
-    "OverloadedError", "PayloadLostError", "PayloadNotPicklableError", "PayloadNotReadableError",
-    "PayloadTooLargeError", "PoolFailedError", "PoolStartError", "ProtocolMismatchError", "RayClientError",
-    "ReadOnlyError", "ResourcesNotFoundError", "RolloutNotFoundError", "SealedError", "SessionEndedError",
-    "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError", "StoreExistsError",
-    "StoreNotFoundError", "StoreOverloadedError", "StoreUnavailableError",
+    "ConsumerUnitError", "CursorTooOldError", "Drop", "FencedError", "ForkedError", "GroupConflictError",
+    "InvalidValueError", "JournalDamagedError", "JournalError", "JournalFailedError", "JournalFormatError",
+    "JournalFullError", "JournalHeldError", "JournalInUseError", "JournalMissingError", "NoSuchResourceError",
+    "NotAStoreError", "OutcomeUnknownError", "OverloadedError", "PayloadLostError", "PayloadNotPicklableError",
+    "PayloadNotReadableError", "PayloadTooLargeError", "PoolFailedError", "PoolStartError", "ProtocolMismatchError",
+    "RayClientError", "ReadOnlyError", "ResourcesNotFoundError", "RolloutNotFoundError", "SealedError",
+    "SessionEndedError", "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError",
+    "StoreExistsError", "StoreNotFoundError", "StoreOverloadedError", "StoreUnavailableError",
 ]  # fmt: skip
 
 
@@ -166,6 +166,23 @@ class ConflictError(_Facts, ValueError):
         )
 
 
+class GroupConflictError(ConflictError):
+    """A caller-given `group_id` exists with other content; nothing was enqueued."""
+
+    group_id: str
+    differing: Sequence[str]  #: names of the arguments that differ
+
+    def __init__(self, group_id: str, differing: Sequence[str]) -> None:
+        self._set(group_id=group_id, differing=differing)
+        vars(self).update(rollout_id=None)
+
+    def __str__(self) -> str:
+        return (
+            f"Group {self.group_id} exists already with other content ({', '.join(self.differing)} differ). Use "
+            "another group_id, or the same arguments to get the existing group."
+        )
+
+
 class SealedError(ConflictError):
     """A consumer has taken this rollout to train on it, so that its outcome stands."""
 
@@ -236,6 +253,19 @@ class ConsumerFilterError(_Facts, ValueError):
     def __init__(self, consumer: str, known: dict[str, Any] | str, asked: dict[str, Any] | str) -> None:
         known, asked = (text if len(text) <= 400 else text[:400] + "..." for text in (str(known), str(asked)))
         self._set(consumer=consumer, known=known, asked=asked)
+
+
+class ConsumerUnitError(_Facts, ValueError):
+    """A consumer of rollouts asks for groups, or the other way round; nothing was taken."""
+
+    consumer: str
+    takes: str  #: "rollouts" or "groups", since its first take
+    asked: str  #: what this call asks for
+    _message = (
+        "Consumer {consumer!r} has taken {takes} since its first take, and now asks for {asked}. A consumer takes one "
+        "or the other, so that nothing comes to it twice: take with another name, or say forget_consumer first to "
+        "begin anew."
+    )
 
 
 class OverloadedError(_Facts, RuntimeError):

@@ -19,7 +19,7 @@ import msgpack
 
 from raystore.core import format1
 from raystore.core.payload import OnDisk, Payload
-from raystore.core.records import Attempt, Change, Config, Record, Resources, Rollout, Span, Worker
+from raystore.core.records import Attempt, Change, Config, Group, Record, Resources, Rollout, Span, Worker
 from raystore.core.snapshot import LazyChunk, restore, sections
 from raystore.core.spans import Index
 from raystore.core.state import State
@@ -36,7 +36,7 @@ _EXACT = frozenset({"session", "consumers", "more"})  # sections in which tuples
 
 # Codes of msgpack's extension types; records have one each, from _RECORD on.
 _PAYLOAD, _TUPLE, _RECORD = 1, 2, 16
-_KINDS: list[type[Record]] = [Config, Rollout, Attempt, Worker, Resources, Span, Change]
+_KINDS: list[type[Record]] = [Config, Rollout, Attempt, Worker, Resources, Span, Change, Group]
 
 
 def _pack_extension(value: Any) -> Any:

@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
-from raystore.core import check, claims, expiry, retention, training, verbs, workers
+from raystore.core import check, claims, expiry, groups, retention, training, verbs, workers
 from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, LossReason, Positive, Rule, Text, Whole
@@ -213,6 +213,7 @@ class Service:
                     not self.clock.is_manual  # else these wait for a tick
                     and (
                         state.deadlines.soonest + state.paused < rings_at
+                        or state.group_deadlines.soonest + state.paused < rings_at
                         or (self.parking.timed and (self.parking.next_deadline() or NEVER) < rings_at)
                     )
                 )
@@ -252,6 +253,8 @@ class Service:
                     self.pools.asked(session.session_id, queues)
             if arguments.get("chain") is None:
                 answer = spec.run(state, step, **arguments)
+                if state.moved_members:
+                    groups.settle(state, step)
             else:
                 answer = verbs.perform(state, step, spec, arguments)
             if answer is not None or spec.waits_for is None:

@@ -25,6 +25,7 @@ from raystore.types import (
     Change,
     EnqueueRolloutRequest,
     Event,
+    Group,
     Link,
     NamedResources,
     ObjectResource,
@@ -318,6 +319,7 @@ _NO_EXTRA = _NoExtra()
 _ROLLOUT = tuple(Rollout.model_fields)
 _ATTEMPT = tuple(Attempt.model_fields)
 _WORKER = tuple(Worker.model_fields)
+_GROUP = tuple(Group.model_fields)
 
 
 def _decode_fields(values: dict[str, Any], names: Sequence[str], kind: str) -> dict[str, Undecoded] | None:
@@ -372,6 +374,18 @@ def to_attempt(answer: Row) -> Attempt:
     values = dict(zip(_ATTEMPT, answer.row() if isinstance(answer, Record) else answer, strict=True))
     undecoded = None if values["metadata"] is None else _decode_fields(values, ("metadata",), "attempt")
     return build(Attempt, values, None, undecoded)
+
+
+def group_values(answer: Row) -> tuple[dict[str, Any], dict[str, Undecoded] | None]:
+    """The fields of a group, and those that cannot be decoded here."""
+    values = dict(zip(_GROUP, row(answer), strict=True))
+    values["tags"], values["members"] = dict(values["tags"]), list(values["members"])
+    return values, _decode_fields(values, ("input",), "group")
+
+
+def to_group(answer: Row) -> Group:
+    values, undecoded = group_values(answer)
+    return build(Group, values, None, undecoded)
 
 
 def to_worker(answer: Row) -> Worker:

@@ -96,6 +96,13 @@ class Known:
             values["rollout_id"] = "mine"
         if method == "query_rollouts":
             values["status"] = ["succeeded"]
+        if method in ("enqueue_group", "enqueue_many_groups"):
+            values |= {"n": 3, "min_size": 2, "spare": 1, "replace": 1, "deadline_seconds": 5.0}
+            values |= {"group_id": f"g-{next(_numbers)}", "groups": [rs.EnqueueGroupRequest(input=1, n=2)]}
+        if method == "query_groups":
+            values |= {"status_in": ["open"], "group_id_in": ["g"]}
+        if method == "take_groups":
+            values["consumer"] = f"{self.consumer} of groups"
         if method == "query_workers":
             values["status_in"] = ["idle"]
         if method == "query_many_spans":
@@ -113,6 +120,11 @@ def values_for(known: Known, method: str, argument: str) -> list[Any]:
                 wrong.append(span if argument == "span" else [span])
         constructed = rs.Span.model_construct(name="x")
         wrong.append(constructed if argument == "span" else [constructed])
+    if argument == "groups":
+        for field in rs.EnqueueGroupRequest.model_fields:
+            odd: list[Any] = [[], object(), "", 2**70, -1, math.nan]
+            wrong += [[rs.EnqueueGroupRequest(input=1, n=2).model_copy(update={field: v})] for v in odd]
+        wrong += [[rs.EnqueueGroupRequest.model_construct(input=1)], [rs.EnqueueGroupRequest.model_construct(n="x")]]
     if argument == "rollouts":
         for field in EnqueueRolloutRequest.model_fields:
             wrong += [[EnqueueRolloutRequest(input=1).model_copy(update={field: v})] for v in ([], object(), "", 2**70)]

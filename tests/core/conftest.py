@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from raystore.core import check, expiry, retention, verbs
-from raystore.core.claims import acknowledge, end_session, open_session, take_back
+from raystore.core import check, expiry, groups, retention, verbs
+from raystore.core.claims import open_session, take_back
 from raystore.core.state import HandedKey, Session, Settings, State, Step
 
 
@@ -30,7 +30,7 @@ class Core:
         self.advance(self.step())
 
     def advance(self, step: Step) -> None:
-        expiry.advance(self.state, step, expiry.due(self.state, step))
+        verbs.STEPS["advance"](self.state, step, *expiry.due(self.state, step).lists())
 
     def run(self, verb: str, *, session: Session | None = None, **arguments: Any) -> Any:
         step = self.step(session)
@@ -52,7 +52,10 @@ class Core:
         return [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in got]
 
     def acknowledge(self, session: Session, keys: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-        return acknowledge(self.state, self.step(session), session, keys)
+        lost: list[tuple[str, Any]] = verbs.STEPS["acknowledge"](
+            self.state, self.step(session), session.session_id, keys
+        )
+        return lost
 
     def hold(self, session: Session, limit: int = 1) -> list[tuple[str, str]]:
         keys = self.claim(session, limit)
@@ -60,10 +63,13 @@ class Core:
         return keys
 
     def decline(self, session: Session, key: HandedKey) -> bool:
-        return take_back(self.state, self.step(session), session, key, why="declined")
+        step = self.step(session)
+        was_there = take_back(self.state, step, session, key, why="declined")
+        groups.settle(self.state, step)
+        return was_there
 
     def end(self, session: Session) -> None:
-        end_session(self.state, self.step(), session, why="test")
+        verbs.STEPS["end_session"](self.state, self.step(), session.session_id, "test")
 
     def report(self, key: tuple[str, str], status: str, session: Session | None = None) -> Any:
         return self.run(

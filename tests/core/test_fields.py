@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from raystore.core.group_table import GroupEntry
 from raystore.core.payload import OnDisk
-from raystore.core.records import Attempt, Config, Rollout, Span, declared, packed, unpacked
+from raystore.core.records import Attempt, Config, Group, Rollout, Span, declared, packed, unpacked
 from raystore.core.snapshot import digest
 from raystore.core.state import (
     AttemptClock,
@@ -58,9 +59,17 @@ SAMPLES: dict[Any, dict[str, Any]] = {
     },
     Taken: {"batch": 9, "step": 2, "note": "n", "is_durable": True},
     Consumer: {
+        "takes": "groups", "groups": OrderedDict({"g": None}), "grouped": {2: ["g"]},
         "filter": {"mode": "val", "status_in": ["failed"]}, "awaiting": OrderedDict({"mine": None}),
         "returned": {"mine": None}, "coming": {"mine": None}, "made": 3, "holders": {2: "s"}, "inherited": {2: None},
         "batches": {2: ["mine"]}, "steps": {1: 4}, "checkpoint": 1, "cursor": 5, "open": 2,
+    },
+    GroupEntry: {
+        "group_id": "other", "number": 9, "n": 9, "min_size": 2, "spare": 3, "replace": 4, "start_time": 9.0,
+        "deadline": 8.0, "mode": "val", "queue": "other", "priority": 3, "tags": {"k": 1}, "given": (1, b"\x01a"),
+        "status": "complete", "why": "because", "end_time": 9.0, "members": {"mine": "succeeded"},
+        "places": {"mine": 1}, "spares": {"mine": None}, "chosen": {"mine": None}, "missing": 1, "lost": 2,
+        "replaced": 3, "renewed": 4, "completion": 5, "held": {"mine": None}, "rests_since": 6.0,
     },
     Session: {
         "session_id": "other", "last_heard": 9.0, "eternal": True, "ended_at": 9.0, "claims": {("mine", "at"): 1.0},
@@ -102,6 +111,7 @@ def made_state(kind: Any = None, name: Any = None, value: Any = None) -> State:
     records: dict[Any, Any] = {
         Entry: entry, AttemptClock: entry.clocks[0], Taken: entry.taken["t"],
         Consumer: Consumer(), Session: Session("s", 1.0),
+        GroupEntry: GroupEntry("g", 1, 2, None, 0, 0, 1.0, None, None, "default", 0, {}),
     }  # fmt: skip
     records[ReplyCache] = records[Session].replies
     if kind is Rollout:
@@ -116,6 +126,7 @@ def made_state(kind: Any = None, name: Any = None, value: Any = None) -> State:
     state.spans._add_on_disk("mine", [span], [0])
     state.consumers["c"] = records[Consumer]
     state.sessions[records[Session].session_id] = records[Session]
+    state.groups.add(records[GroupEntry])
     return state
 
 
@@ -132,10 +143,11 @@ def value_in(state: State, kind: Any, name: Any) -> Any:
     entry = state.entries["mine"]
     if kind is Span:
         return getattr(state.spans.of("mine")[0], name)
-    (session,) = state.sessions.values()
+    (session,), (group,) = state.sessions.values(), state.groups
     record = {
         Rollout: entry.rollout, Attempt: entry.attempts[0], Entry: entry, AttemptClock: entry.clocks[0],
         Taken: entry.taken["t"], Consumer: state.consumers["c"], Session: session, ReplyCache: session.replies,
+        GroupEntry: group,
     }[kind]  # fmt: skip
     value = getattr(record, name)
     return next(field.pack(value) for field in declared(kind) if field.name == name)
@@ -186,7 +198,7 @@ def test_a_field_that_a_snapshot_lacks_takes_its_default(tmp_path: Path) -> None
 
 def test_rows_have_all_fields_in_order() -> None:
     """A record crosses as its row, and comes back from it."""
-    for kind in (Rollout, Attempt, Span):
+    for kind in (Rollout, Attempt, Span, Group):
         record = kind(*range(len(declared(kind))))
         assert kind(*record.row()) == record
         assert list(record.row()) == list(range(len(declared(kind))))

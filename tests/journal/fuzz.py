@@ -91,7 +91,22 @@ class History:
         return [number, name, "t", None, "n", None, None, rng.choice([None, 1.0]), b"\x01body", -1]
 
     def consumer(self) -> str:
-        return self.rng.choice(["c1", "c2"])
+        return self.rng.choice(["c1", "c2", "of groups"])
+
+    def group_id(self) -> str:
+        return f"group-{self.rng.randint(0, 9)}"
+
+    def group(self) -> dict[str, Any]:
+        rng, n = self.rng, self.rng.choice([1, 2, 2, 3, 4])
+        return {
+            "member": self.request(),
+            "n": n,
+            **self.maybe(0.7, group_id=self.group_id()),
+            **(self.maybe(0.5, min_size=rng.randint(2, n)) if n > 1 else {}),
+            **self.maybe(0.3, spare=rng.randint(0, 2)),
+            **self.maybe(0.5, replace=rng.randint(0, 2)),
+            **self.maybe(0.3, deadline_seconds=rng.choice([3.0, 60.0])),
+        }
 
     def page(self) -> dict[str, Any]:
         rng = self.rng
@@ -128,6 +143,8 @@ class History:
         """Remember what an answer says there is."""
         if verb == "enqueue":
             self.rollouts += [pair[0][0] for pair in value]
+        elif verb == "enqueue_groups":
+            self.rollouts += [i for row in value for i in (row[-1] if isinstance(row[0], str) else [row[0][0]])]
         elif verb in ("start_rollout", "start_attempt"):
             self.rollouts.append(value[0][0])
             self.attempts.append((value[0][0], value[1][1]))
@@ -160,6 +177,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
         [
             {"rollout_ids": h.some_rollouts(), "group_id": None, "tags": None},
             {"rollout_ids": None, "group_id": rng.choice(["g1", "g2"]), "tags": rng.choice([None, {"k": 1}])},
+            {"rollout_ids": None, "group_id": h.group_id(), "tags": rng.choice([None, None, {"k": 1}])},
         ]
     ),
     "release": lambda h, rng: {"rollout_ids": h.some_rollouts()},
@@ -188,9 +206,22 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
         "rollout_ids": [h.rollout(), h.rollout()], "attempt_id": rng.choice([None, "latest"]), "allow_partial": True,
     },
     "take": lambda h, rng: {
-        "consumer": h.consumer(), "count": rng.randint(1, 4), "timeout": rng.choice([0.0, 0.0, 10.0]),
+        "consumer": rng.choice(["c1", "c2"]), "count": rng.randint(1, 4), "timeout": rng.choice([0.0, 0.0, 10.0]),
         **h.maybe(0.2, mode="train"), **h.maybe(0.2, status_in=["succeeded", "failed"]),
         **h.maybe(0.2, group_id="g1"), **h.maybe(0.5, max_open=rng.randint(1, 3)),
+    },
+    "enqueue_groups": lambda h, rng: {
+        "groups": [h.group() for _ in range(rng.choice([1, 1, 2]))], "gives": rng.choice(["rollouts", "groups"]),
+        **h.maybe(0.2, admit=1, chain=[rng.randint(6, 9), rng.random() < 0.5]),
+    },
+    "get_group": lambda h, rng: {"group_id": h.group_id()},
+    "query_groups": lambda h, rng: {
+        "status_in": rng.choice([None, ["open"], ["complete", "trained"]]),
+        "group_id_in": rng.choice([None, [h.group_id()]]), **h.page(),
+    },
+    "take_groups": lambda h, rng: {
+        "consumer": rng.choice(["of groups", "of groups", "of groups", "c2"]), "count": rng.randint(1, 2),
+        "timeout": rng.choice([0.0, 0.0, 10.0]), **h.maybe(0.5, max_open=rng.randint(1, 3)),
     },
     "get_batch": lambda h, rng: {"consumer": h.consumer(), "batch": rng.randint(1, 6)},
     "ack": lambda h, rng: {
@@ -262,6 +293,8 @@ OFTEN = [
     "finish",
     "update_attempt",
     "take",
+    "enqueue_groups",
+    "take_groups",
 ]
 
 

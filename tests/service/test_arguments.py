@@ -86,6 +86,17 @@ RIGHT: dict[str, dict[str, Any]] = {
         "consumer": "c", "count": 2, "timeout": 1.0, "mode": "train", "tags": {"k": 1}, "queue": "q", "group_id": "g",
         "status_in": ["succeeded"], "max_open": 2, "of": 7,
     },
+    "enqueue_groups": {
+        "groups": [{"member": _REQUEST, "n": 2, "group_id": "gr", "min_size": 2, "spare": 1, "replace": 1,
+                    "deadline_seconds": 5.0}],
+        "gives": "rollouts", "admit": 1, "chain": [9, True],
+    },
+    "get_group": {"group_id": "gr"},
+    "query_groups": {"status_in": ["open"], "group_id_in": ["gr"], **_PAGE},
+    "take_groups": {
+        "consumer": "g", "count": 2, "timeout": 1.0, "mode": "train", "tags": {"k": 1}, "queue": "q", "group_id": "gr",
+        "max_open": 2, "of": 7,
+    },
     "get_batch": {"consumer": "c", "batch": 1},
     "ack": {"consumer": "c", "batch": 1, "at_step": 3, "note": "n"},
     "nack": {"consumer": "c", "batch": 1},
