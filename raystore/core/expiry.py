@@ -156,6 +156,7 @@ def resume(state: State, step: Step, away: float) -> None:
                 entry.clocks[-1].beat = step.now - state.paused
             state.deadlines.guard(rollout_id)
     state.suspects = dict.fromkeys(state.suspects, step.age)
+    state.guard_groups()
     state.guard_sessions()
     groups.settle(state, step)
     state.changes.append(step.now, "resumed", seconds=away)

@@ -288,7 +288,8 @@ def _reopen(state: State, step: Step, group: GroupEntry, rollout_id: str) -> Non
     if status == group.status:  # somebody has trained on it: it stays as it was then, without this member
         del group.chosen[rollout_id]
         return
-    if len(group.chosen) < group.n:  # nobody takes over the places that were lost before
+    is_over = group.deadline is not None and step.now - state.paused > group.deadline
+    if is_over or len(group.chosen) < group.n:  # nothing more may come: also places that were lost before stay empty
         del group.chosen[rollout_id]
         if len(group.chosen) < group.least:
             state.groups.move(group, group_after(group.status, MISSED))

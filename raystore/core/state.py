@@ -762,9 +762,13 @@ class State:
         for status in ACTIVE:
             for rollout_id in self.indexes.find(("status", status)):
                 self.deadlines.guard(rollout_id)
+        self.guard_groups()
+        self.guard_sessions()
+
+    def guard_groups(self) -> None:
+        """Guard the deadlines of open groups."""
         for group_id in self.groups.having(OPEN):
             self.group_deadlines.guard(group_id)
-        self.guard_sessions()
 
     def guard_sessions(self) -> None:
         """Guard the deadlines of sessions, claims, and suspects that wait for a session of their own."""

@@ -23,6 +23,7 @@ async def every_way_to_a_rollout(store: rs.LightningStore) -> list[rs.Attempt]:
     attempts += [r.attempt for r in await store.cancel_rollouts(["x"])]
     attempts += [r.attempt for r in (await store.completed()).items]
     attempts += [r.attempt for r in (await store.take(8, consumer="t")).rollouts]
+    attempts += [r.attempt for g in (await store.take_groups(8, consumer="g")).groups for r in g.rollouts]
     attempts += [r.attempt async for r in store.as_completed(["x"])]
     found = await store.get_rollout_by_id("x")
     attempts.append(found.attempt)
@@ -63,6 +64,23 @@ async def what_is_misspelt(store: rs.LightningStore) -> None:
     rs.InMemoryLightningStore(on_memory_full="wait")  # type: ignore[arg-type]
     rs.ClaimLostError("ro-1")  # type: ignore[call-arg]
     rs.TraceStatus(status_code="FINE")  # type: ignore[arg-type]
+
+
+async def groups(store: rs.LightningStore) -> list[float | None]:
+    """Made alone and together, found again, and taken whole."""
+    made = await store.enqueue_group("x", 8, min_size=4, spare=1, replace=2, deadline_seconds=600)
+    requests = [rs.EnqueueGroupRequest(input=n, n=8, group_id=f"g{n}") for n in range(4)]
+    members: list[str] = [i for group in await store.enqueue_many_groups(requests) for i in group.members]
+    found: rs.Group | None = await store.get_group(made[0].group_id or "")
+    status: rs.GroupStatus = "complete"
+    if found is not None and found.status == status:
+        print(found.why, found.deadline_time, members)
+    print(len(await store.query_groups(status_in=["open", "failed"])))
+    await store.query_groups(status_in=["opened"])  # type: ignore[list-item]
+    batch: rs.GroupBatch = await store.take_groups(4, consumer="t", timeout=1)
+    await store.ack(batch, step=1)
+    taken: rs.TakenGroup = batch.groups[0]
+    return taken.rewards
 
 
 async def the_rest(store: rs.LightningStore) -> None:
