@@ -14,13 +14,21 @@ from pathlib import Path
 
 import ray
 
-from benchmarks import against, bulk, durability, ingest, latency, lifecycles, memory, scale
+from benchmarks import against, bulk, durability, groups, ingest, latency, lifecycles, memory, scale
 from benchmarks.parties import close_idle, has_peers
 from benchmarks.scope import Scope
 from benchmarks.table import HEADER, Line, as_json, markdown
 
 ROWS = (
-    lifecycles.ROWS | ingest.ROWS | bulk.ROWS | latency.ROWS | scale.ROWS | memory.ROWS | durability.ROWS | against.ROWS
+    lifecycles.ROWS
+    | ingest.ROWS
+    | bulk.ROWS
+    | latency.ROWS
+    | scale.ROWS
+    | memory.ROWS
+    | durability.ROWS
+    | against.ROWS
+    | groups.ROWS
 )
 
 

@@ -170,11 +170,11 @@ class LightningStore(ABC):
         many successes it is complete nevertheless, 2 or more; with fewer, or if it is None, the group has failed. A
         group has `n` places, one for each; others in its place never have an advantage by being quick:
 
-        - `spare` more rollouts are enqueued, and stand in for members that fail.
+        - `spare` more rollouts are enqueued and returned, and stand in for members that fail.
         - A member that failed by the infrastructure (outcome "infra" or "runner_lost", after the deliveries that
           `max_deliveries` allows) is replaced by a spare or a new rollout, up to `max_deliveries` times in a group.
-        - One that failed otherwise is replaced likewise, up to `replace` times. What is trained on then is what an
-          agent did when it did not fail: mind that bias. One that was dropped is not replaced.
+        - One that failed otherwise, or after those, is replaced likewise, up to `replace` times. What is trained on
+          then is what an agent did when it did not fail: mind that bias. One that was dropped is not replaced.
         - `deadline_seconds` after its enqueueing the group ends with what it has.
 
         When a group ends, its other members are cancelled. A group that is given none of these arguments is only

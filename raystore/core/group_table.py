@@ -17,8 +17,8 @@ from raystore.core.records import Rollout, declare, packed, pairs, unpacked
 # How a member stands.
 LIVE, SUCCEEDED, FAILED, CANCELLED = "live", "succeeded", "failed", "cancelled"
 
-GROUP_BYTES = 2_000  #: that a group counts for, beside its members and tags
-MEMBER_BYTES = 250  #: and each of its members
+GROUP_BYTES = 1_100  #: that a group counts for, beside its members and tags
+MEMBER_BYTES = 65  #: and each of its members
 
 IN_A_SECTION = 1_000  #: groups in one section of a snapshot
 

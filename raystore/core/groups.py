@@ -6,7 +6,7 @@ that has ended without success:
 
 - It failed by the infrastructure (`lifecycle.INFRASTRUCTURE`): the first spare takes over, else a new rollout does, up
   to `max_deliveries` times in a group, as a rollout is delivered again so often.
-- It failed by what its agent did (an error, a timeout): the same, up to `replace` times.
+- It failed by what its agent did (an error, a timeout), or once more than that: the same, up to `replace` times.
 - It was dropped, cancelled or deleted, or no more may be replaced: the place is lost, and with it all `n`. The group
   ends at once: complete with those who hold a place and have succeeded if there are `min_size` of them, else failed.
 
@@ -334,16 +334,14 @@ def _is_taken_over(state: State, step: Step, group: GroupEntry, rollout_id: str)
     entry = state.entries.get(rollout_id)
     if entry is None or not group.has_rule or group.members[rollout_id] != FAILED or lifecycle.is_dropped(entry.latest):
         return False
-    is_infrastructure = entry.latest is not None and entry.latest.outcome in INFRASTRUCTURE
     spare = next(iter(group.spares), None)
-    if is_infrastructure:
-        if spare is None and group.renewed >= state.settings.max_deliveries:
-            return False
+    is_infrastructure = entry.latest is not None and entry.latest.outcome in INFRASTRUCTURE
+    if is_infrastructure and (spare is not None or group.renewed < state.settings.max_deliveries):
         group.renewed += spare is None
-    elif group.replaced >= group.replace:
-        return False
-    else:
+    elif group.replaced < group.replace:
         group.replaced += 1
+    else:
+        return False
     place = group.places.pop(rollout_id)
     if spare is None:
         rollout = entry.rollout

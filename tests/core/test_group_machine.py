@@ -156,7 +156,7 @@ class GroupMachine(RuleBasedStateMachine):
         for rollout_id in fallen:
             stand = group.members[rollout_id]
             is_free = stand == "infra" and (bool(group.standby) or group.renewed < 1)
-            is_paid = stand == "failed" and group.replaced < group.replace
+            is_paid = stand in ("failed", "infra") and not is_free and group.replaced < group.replace
             if not group.has_rule or not (is_free or is_paid):
                 lost.append(stand)
                 continue

@@ -302,6 +302,40 @@ def test_retention_keeps_what_an_open_group_needs(make_core: Callable[..., Core]
     assert not core.state.entries and not len(core.state.groups)
 
 
+def write(core: Core, key: tuple[str, str], size: int) -> None:
+    """A span of so many bytes."""
+    row = [-1, f"s{core.seed}", "t", None, "n", None, None, None, b"\x01" + b"x" * size, -1]
+    core.run("add_spans", rollout_id=key[0], attempt_id=key[1], spans=[row])
+
+
+def is_full(core: Core) -> bool:
+    """Whether a store hands out no work."""
+    return core.state.memory_full
+
+
+def test_what_an_open_group_has_finished_does_not_pause_the_store(make_core: Callable[..., Core]) -> None:
+    """Nobody could take it, and the rest would never run; a complete group pauses it until it is taken."""
+    core = make_core(eviction_bytes=60_000, safe_bytes=30_000)
+    take(core)
+    group = enqueue(core, 2)
+    keys = at_work(core, group)
+    write(core, keys[0], 70_000)
+    core.report(keys[0], "succeeded")
+    core.enqueue("more")
+    assert not is_full(core) and core.state.spans.has(keys[0][0])
+    core.report(keys[1], "succeeded")
+    core.enqueue("and more")
+    assert is_full(core) and core.state.waits_for == "c"
+    asked = {"consumer": "c", "count": 5, "timeout": 9.0}
+    enqueue(core, 2, "may come")
+    items, batch = core.run("take_groups", session=trainer(core), **asked)  # a short batch, since nothing runs
+    assert len(items) == 3
+    core.run("ack", consumer="c", batch=batch, at_step=1, note=None)
+    core.run("checkpoint", consumer="c", at_step=1)
+    core.enqueue("goes on")
+    assert not is_full(core) and not core.state.spans.has(keys[0][0])
+
+
 def test_batches_of_groups_come_again_as_they_were_taken(core: Core) -> None:
     """After a nack and a rewind, before what became complete since; and not after a checkpoint."""
     groups = [enqueue(core, 1, str(number)) for number in range(4)]

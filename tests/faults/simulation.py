@@ -296,8 +296,9 @@ class World:
                 lost += attempt_id not in attempts or attempts[attempt_id].status != status
             for rollout_id, attempt_id in peer.claimed:
                 lost += attempt_id not in {a.attempt_id for a in state.entries[rollout_id].attempts}
-            lost += sum(peer.name not in state.entries[i].taken for i in peer.consumed)
-            doubled += len(peer.consumed) - len(set(peer.consumed))
+            for consumer, consumed in peer.consumed.items():
+                lost += sum(consumer not in state.entries[i].taken for i in consumed)
+                doubled += len(consumed) - len(set(consumed))
         orphaned = sum(
             (rollout_id, attempt_id) not in next(peer.claimed for peer in self.peers if peer.name == holder)
             for rollout_id, entry in state.entries.items()
@@ -305,7 +306,10 @@ class World:
             if not holder.startswith("mortal")
         )
         claims = [key for peer in self.peers for key in peer.claimed]
-        doubled += sum(len(entries) > 1 for entries in made.values()) + len(claims) - len(set(claims))
+        groups = {value for peer in self.peers for value in peer.grouped}
+        sizes = {value: GROUP if value in groups else 1 for value in made}
+        doubled += sum(len(entries) > sizes[value] for value, entries in made.items()) + len(claims) - len(set(claims))
+        lost += sum(len(entries) < sizes[value] for value, entries in made.items())
         return {
             "lost": lost,
             "doubled": doubled,
@@ -317,7 +321,11 @@ class World:
         }
 
 
-KINDS = ["enqueue", "enqueue", "dequeue", "park", "span", "span", "finish", "take", "ack", "read", "release", "more"]
+GROUP = 2  #: rollouts of a group
+KINDS = [
+    "enqueue", "group", "dequeue", "dequeue", "park", "span", "finish", "finish", "take", "take groups", "ack", "read",
+    "release", "more",
+]  # fmt: skip
 
 
 class Peer:
@@ -337,10 +345,11 @@ class Peer:
         self.early: dict[int, list[Any]] = {}
         self.again: list[list[Any]] = []
         self.running: list[tuple[str, str]] = []
-        self.batch: int | None = None  # held
-        self.newest = 0  # acknowledged
-        self.held: dict[int, list[str]] = {}
-        self.step = 0
+        # By consumer, of which it has one of rollouts and one of groups:
+        self.batch: dict[str, int] = {}  # held
+        self.newest: dict[str, int] = {}  # acknowledged
+        self.held: dict[tuple[str, int], list[str]] = {}
+        self.steps = itertools.count(1)
         self.given_up = asyncio.Event()
         # what it was told
         self.asked: list[bytes] = []
@@ -348,7 +357,8 @@ class Peer:
         self.claimed: list[tuple[str, str]] = []
         self.spans: list[tuple[str, str, str]] = []
         self.finished: list[tuple[str, str, str]] = []
-        self.consumed: list[str] = []
+        self.consumed: dict[str, list[str]] = {}  # by consumer
+        self.grouped: list[bytes] = []
 
     def unreachable(self) -> None:
         """What is under way has no answer coming."""
@@ -374,9 +384,7 @@ class Peer:
                 task.result()
 
     def next_operation(self) -> list[Any]:
-        kind = self.world.lots.choice(
-            ["enqueue", "enqueue", "dequeue", "park", "span", "finish", "take", "ack", "read", "release", "more"]
-        )
+        kind = self.world.lots.choice(KINDS)
         if kind in ("span", "finish") and self.running:
             rollout_id, attempt_id = self.world.lots.choice(self.running)
             names = {"rollout_id": rollout_id, "attempt_id": attempt_id}
@@ -401,23 +409,28 @@ class Peer:
             return ["dequeue", {"queues": ["default"], "limit": 1, "worker_id": None, "timeout": timeout}]
         if kind == "take":
             return ["take", {"consumer": self.name, "count": 2, "timeout": 0.0}]
-        if kind == "ack" and self.batch is not None:
-            batch, self.batch = self.batch, None
-            self.newest = batch
-            self.step += 1
-            return ["ack", {"consumer": self.name, "batch": batch, "at_step": self.step, "note": None}]
+        if kind == "take groups":
+            return ["take_groups", {"consumer": f"{self.name} of groups", "count": 2, "timeout": 0.0}]
+        if kind == "ack" and self.batch:
+            consumer, batch = self.batch.popitem()
+            self.newest[consumer] = batch
+            return ["ack", {"consumer": consumer, "batch": batch, "at_step": next(self.steps), "note": None}]
         if kind == "release":
             ids = [rollout_id for rollout_id, _ in self.claimed]
             return ["release", {"rollout_ids": ids * 40}]  # in several pieces, once there are some
         if kind == "more":
             return ["more", {"token": 0}]
-        return ["get_latest_resources", {}] if kind == "read" else self.enqueue()
+        return ["get_latest_resources", {}] if kind == "read" else self.enqueue(as_group=kind == "group")
 
-    def enqueue(self) -> list[Any]:
+    def enqueue(self, *, as_group: bool = False) -> list[Any]:
         value = encode(f"{self.name}/{next(self.numbers)}", "input", 1000)
         assert isinstance(value, bytes)
         self.asked.append(value)
-        return ["enqueue", {"requests": [{"input": value, "metadata": None}]}]
+        member = {"input": value, "metadata": None}
+        if as_group:
+            self.grouped.append(value)
+            return ["enqueue_groups", {"groups": [{"member": member, "n": GROUP}], "gives": "groups"}]
+        return ["enqueue", {"requests": [member]}]
 
     async def send(self, operations: list[list[Any]]) -> None:
         sequence, first = next(self.sequences), next(self.tickets)
@@ -476,13 +489,16 @@ class Peer:
             assert reply[1] == "AnswerGoneError"
             return
         if verb == "ack" and reply[0] == frames.VALUE:
-            self.consumed += self.held[arguments["batch"]]
+            consumer = arguments["consumer"]
+            self.consumed.setdefault(consumer, []).extend(self.held[consumer, arguments["batch"]])
             return
-        if verb == "take" and reply[0] == frames.ERROR and reply[1] == "BatchHeldError":
+        if verb in ("take", "take_groups") and reply[0] == frames.ERROR and reply[1] == "BatchHeldError":
             return  # of one whose answer may still be on its way
         assert reply[0] == frames.VALUE, f"{operation} was answered {reply}"
         if verb == "enqueue":
             self.enqueued += [request["input"] for request in arguments["requests"]]
+        elif verb == "enqueue_groups":
+            self.enqueued += [request["member"]["input"] for request in arguments["groups"]]
         elif verb == "dequeue":
             for rollout, attempt, _ in reply[1]:
                 self.claimed.append((rollout[0], attempt[1]))
@@ -492,9 +508,14 @@ class Peer:
             self.spans.append((arguments["rollout_id"], arguments["attempt_id"], arguments["spans"][0][1]))
         elif verb == "update_attempt":
             self.finished.append((arguments["rollout_id"], arguments["attempt_id"], "succeeded"))
-        elif verb == "take" and reply[1][1] > self.newest:  # else asked before it was acknowledged
-            self.batch = reply[1][1]
-            self.held[self.batch] = [rollout[0] for rollout, _ in reply[1][0]]
+        elif verb in ("take", "take_groups"):
+            consumer, number = arguments["consumer"], reply[1][1]
+            if number > self.newest.get(consumer, 0):  # else asked before it was acknowledged
+                self.batch[consumer] = number
+                pairs = [item for item in reply[1][0] if not isinstance(item[0], str)]  # and no group
+                self.held[consumer, number] = [rollout[0] for rollout, _ in pairs]
+                if verb == "take_groups":
+                    assert len(pairs) == GROUP * (len(reply[1][0]) - len(pairs)), "a group came in part"
 
 
 def simulate(seed: int, operations: int = 40, **how: Any) -> tuple[dict[str, int], int]:
