@@ -121,7 +121,7 @@ def _check_group(state: State, group: GroupEntry) -> None:
     assert group.chosen.keys() <= set(done), f"what is trained on of {name}"
     assert (group.end_time is None) == group.is_open, f"when {name} ended"
     if group.is_open:
-        assert len(places) == group.n and group.missing and not group.lost and not group.chosen, f"{name} should end"
+        assert len(places) == group.n and group.missing and not group.chosen, f"{name} should end"
         assert not {group.members[i] for i in group.places} & {FAILED, CANCELLED}, f"a place of {name} is empty"
         state.group_deadlines.check(group.group_id)
     elif group.status == "complete":

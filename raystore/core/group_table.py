@@ -58,8 +58,6 @@ class GroupEntry:
     chosen: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
     #: Places whose holder has not succeeded.
     missing: int = declare(0)
-    #: Of these, places whose holder has ended and nobody takes over.
-    lost: int = declare(0)
     #: How many members were replaced that failed by what their agents did,
     replaced: int = declare(0)
     #: and how many that failed by the infrastructure.

@@ -62,6 +62,10 @@ RULE = ("n", "min_size", "spare", "replace", "deadline_seconds")
 
 Gives = Literal["rollouts", "groups"]
 
+# In which way the place of a member is taken over: by a spare, at no charge; by a new rollout, since the infrastructure
+# failed; by either, out of `replace`; not at all.
+FREE, RENEWED, REPLACED, LOST = "free", "renewed", "replaced", "lost"
+
 
 # -- enqueuing ---------------------------------------------------------------------------------------------------------
 
@@ -127,20 +131,18 @@ def _rule_of(request: Mapping[str, Any]) -> dict[str, Any]:
     return {name: request.get(name, usual.get(name)) for name in RULE}
 
 
-def check_rule(
-    *, n: int, min_size: int | None, spare: int, replace: int, deadline_seconds: float | None, where: str = ""
-) -> None:
-    """Refuse a rule by which no group can end well; `where` is said before the name of what is wrong."""
+def check_rule(*, n: int, min_size: int | None, spare: int, replace: int, deadline_seconds: float | None) -> None:
+    """Refuse a rule by which no group can end well."""
     if min_size is not None and not 2 <= min_size <= n:
-        raise InvalidValueError(f"{where}min_size", min_size, f"a whole number from 2 to n, which is {n}; or None")
+        raise InvalidValueError("min_size", min_size, f"a whole number from 2 to n, which is {n}; or None")
     if deadline_seconds is not None and deadline_seconds <= 0:
-        raise InvalidValueError(f"{where}deadline_seconds", deadline_seconds, "a number of seconds above 0, or None")
+        raise InvalidValueError("deadline_seconds", deadline_seconds, "a number of seconds above 0, or None")
     has_rule = min_size is not None or deadline_seconds is not None or spare > 0 or replace > 0
     if has_rule and n + spare > MEMBERS:
         expected = f"at most {MEMBERS:,} rollouts, spare ones included, in a group with a deadline or another rule"
-        raise InvalidValueError(f"{where}n", n, expected)
+        raise InvalidValueError("n", n, expected)
     if n > ITEMS:
-        raise InvalidValueError(f"{where}n", n, f"at most {ITEMS:,} rollouts in one call")
+        raise InvalidValueError("n", n, f"at most {ITEMS:,} rollouts in one call")
 
 
 def _content(request: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -286,14 +288,11 @@ def _reopen(state: State, step: Step, group: GroupEntry, rollout_id: str) -> Non
     """A member that was to be trained on has not succeeded any more."""
     status = group_after(group.status, REOPENED)
     if status == group.status:  # somebody has trained on it: it stays as it was then, without this member
-        del group.chosen[rollout_id]
+        _lack(state, group, rollout_id)
         return
     is_over = group.deadline is not None and step.now - state.paused > group.deadline
     if is_over or len(group.chosen) < group.n:  # nothing more may come: also places that were lost before stay empty
-        del group.chosen[rollout_id]
-        if len(group.chosen) < group.least:
-            state.groups.move(group, group_after(group.status, MISSED))
-            group.why = f"{len(group.chosen)} of {group.n} succeeded: {rollout_id} {_ending_of(state, rollout_id)}"
+        _lack(state, group, rollout_id)
         return
     state.groups.move(group, status)
     group.chosen, group.end_time, group.why = {}, None, None
@@ -302,21 +301,34 @@ def _reopen(state: State, step: Step, group: GroupEntry, rollout_id: str) -> Non
     follow_group(state, group)
 
 
+def _lack(state: State, group: GroupEntry, rollout_id: str) -> None:
+    """A group that has ended is without one of the members that it was complete with."""
+    was_ready = group.is_ready
+    del group.chosen[rollout_id]
+    if was_ready and not group.is_ready:
+        status = group_after(group.status, MISSED)
+        if status != group.status:
+            state.groups.move(group, status)
+            group.why = f"{len(group.chosen)} of {group.n} succeeded: {rollout_id} {_ending_of(state, rollout_id)}"
+        follow_group(state, group)
+
+
 def _follow(state: State, step: Step, group: GroupEntry, fallen: list[str]) -> None:
     """Fill the places of members that have ended without success, and end the group if it is time."""
     if not group.members:
         _forget(state, step, group)
         return
     if not group.is_open:
-        follow_group(state, group)
         return
-    lost = [rollout_id for rollout_id in fallen if not _is_taken_over(state, step, group, rollout_id)]
-    group.lost += len(lost)
-    if group.lost:
-        whose = [f"{rollout_id} {_ending_of(state, rollout_id)}" for rollout_id in lost[:1]]
+    ways = _ways(state, group, fallen)
+    lost = [rollout_id for rollout_id, way in ways.items() if way == LOST]
+    if lost:
         is_by_hand = any(group.members.get(rollout_id, CANCELLED) == CANCELLED for rollout_id in lost)
-        _end(state, step, group, *whose, is_by_hand=is_by_hand)
-    elif not group.missing:
+        _end(state, step, group, f"{lost[0]} {_ending_of(state, lost[0])}", is_by_hand=is_by_hand)
+        return
+    for rollout_id, way in ways.items():
+        _take_over(state, step, group, rollout_id, way)
+    if not group.missing:
         _close(state, step, group, FILLED, None)
 
 
@@ -329,21 +341,38 @@ def _ending_of(state: State, rollout_id: str) -> str:
     return f"is {entry.rollout.status}" + (f" ({outcome})" if outcome not in (None, entry.rollout.status) else "")
 
 
-def _is_taken_over(state: State, step: Step, group: GroupEntry, rollout_id: str) -> bool:
-    """Let another rollout have the place of one that failed, if the rule allows it; whether it does."""
-    entry = state.entries.get(rollout_id)
-    if entry is None or not group.has_rule or group.members[rollout_id] != FAILED or lifecycle.is_dropped(entry.latest):
-        return False
+def _ways(state: State, group: GroupEntry, fallen: list[str]) -> dict[str, str]:
+    """In which way the place of each of these may be taken over by another rollout; no step is taken yet."""
+    spares, renewed, replaced = len(group.spares), group.renewed, group.replaced
+    ways = {}
+    for rollout_id in fallen:
+        entry = state.entries.get(rollout_id)
+        latest = entry.latest if entry is not None else None
+        has_failed = group.members.get(rollout_id) == FAILED and not lifecycle.is_dropped(latest)
+        is_infrastructure = latest is not None and latest.outcome in INFRASTRUCTURE
+        if not (has_failed and group.has_rule):
+            way = LOST
+        elif is_infrastructure and spares:
+            way = FREE
+        elif is_infrastructure and renewed < state.settings.max_deliveries:
+            way, renewed = RENEWED, renewed + 1
+        elif replaced < group.replace:
+            way, replaced = REPLACED, replaced + 1
+        else:
+            way = LOST
+        spares -= spares > 0 and way in (FREE, REPLACED)
+        ways[rollout_id] = way
+    return ways
+
+
+def _take_over(state: State, step: Step, group: GroupEntry, rollout_id: str, way: str) -> None:
+    """Let a spare, or else a new rollout, have the place of a member that failed."""
+    group.renewed += way == RENEWED
+    group.replaced += way == REPLACED
     spare = next(iter(group.spares), None)
-    is_infrastructure = entry.latest is not None and entry.latest.outcome in INFRASTRUCTURE
-    if is_infrastructure and (spare is not None or group.renewed < state.settings.max_deliveries):
-        group.renewed += spare is None
-    elif group.replaced < group.replace:
-        group.replaced += 1
-    else:
-        return False
     place = group.places.pop(rollout_id)
     if spare is None:
+        entry = state.entries[rollout_id]
         rollout = entry.rollout
         request = {name: getattr(rollout, name) for name in CONTENT} | {"config": rollout.config.row()}
         spare = _join(state, step, group, request, rollout.resources_id, place, entry.order).rollout.rollout_id
@@ -352,7 +381,6 @@ def _is_taken_over(state: State, step: Step, group: GroupEntry, rollout_id: str)
         group.places[spare] = place
         group.missing -= group.members[spare] == SUCCEEDED
     state.changes.append(step.now, "replaced", rollout_id, group_id=group.group_id, by=spare)
-    return True
 
 
 # -- how groups end ----------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ SAMPLES: dict[Any, dict[str, Any]] = {
         "group_id": "other", "number": 9, "n": 9, "min_size": 2, "spare": 3, "replace": 4, "start_time": 9.0,
         "deadline": 8.0, "mode": "val", "queue": "other", "priority": 3, "tags": {"k": 1}, "given": (1, b"\x01a"),
         "status": "complete", "why": "because", "end_time": 9.0, "members": {"mine": "succeeded"},
-        "places": {"mine": 1}, "spares": {"mine": None}, "chosen": {"mine": None}, "missing": 1, "lost": 2,
+        "places": {"mine": 1}, "spares": {"mine": None}, "chosen": {"mine": None}, "missing": 1,
         "replaced": 3, "renewed": 4, "completion": 5, "held": {"mine": None}, "rests_since": 6.0,
     },
     Session: {

@@ -152,6 +152,7 @@ class GroupMachine(RuleBasedStateMachine):
     def fill(self, group: ModelGroup, fallen: list[str]) -> None:
         core = self.core.state.groups.by_id.get(group.id)
         new = [i for i in core.members if i not in group.members] if core is not None else []
+        before = (group.renewed, group.replaced, list(group.places), list(group.standby))
         lost = []
         for rollout_id in fallen:
             stand = group.members[rollout_id]
@@ -162,17 +163,18 @@ class GroupMachine(RuleBasedStateMachine):
                 continue
             group.renewed += is_free and not group.standby
             group.replaced += is_paid
-            other = group.standby.pop(0) if group.standby else new.pop(0)
-            group.members.setdefault(other, "live")
+            other = group.standby.pop(0) if group.standby else new.pop(0) if new else "nobody, since it ends"
             group.places[group.places.index(rollout_id)] = other
+        if lost:  # then nobody is replaced
+            group.renewed, group.replaced, group.places, group.standby = before
+        for rollout_id in group.places:
+            group.members.setdefault(rollout_id, "live")
         done = [i for i in group.places if group.members[i] == "succeeded"]
         if lost and len(done) < group.least:
             self.close(group, "cancelled" if {"cancelled", "gone"} & set(lost) else "failed", [])
         elif lost or len(done) == group.n:
             self.close(group, "complete", done)
-        assert not new or group.status != "open", "a member that nobody asked for"
-        for late in new:  # made before it was seen that another place is lost
-            group.members[late] = self.stand(late)
+        assert not new, "a member that nobody asked for"
 
     def close(self, group: ModelGroup, status: str, chosen: list[str]) -> None:
         group.status, group.chosen = status, chosen
