@@ -166,11 +166,11 @@ class LightningStore(ABC):
     ) -> Sequence[Rollout]:
         """Enqueue `n` rollouts with the same input and group id, as GRPO needs them, as a group for `take_groups`.
 
-        The group is complete when `n` of them have succeeded. Of one that cannot be any more, `min_size` says with how
-        many successes it is complete nevertheless, 2 or more; with fewer, or if it is None, the group has failed. A
-        group has `n` places, one for each; others in its place never have an advantage by being quick:
+        The group has `n` places, each held by one of the rollouts, and is complete when all of these have succeeded. If
+        a place is lost, the group ends at once: complete nevertheless if at least `min_size` (2 or more) hold their
+        places and have succeeded, else failed. Nobody comes to a place by being quick, but only in these ways:
 
-        - `spare` more rollouts are enqueued and returned, and stand in for members that fail.
+        - `spare` more rollouts are enqueued and returned. They stand in for those that fail, as follows.
         - A member that failed by the infrastructure (outcome "infra" or "runner_lost", after the deliveries that
           `max_deliveries` allows) is replaced by a spare or a new rollout, up to `max_deliveries` times in a group.
         - One that failed otherwise, or after those, is replaced likewise, up to `replace` times. What is trained on

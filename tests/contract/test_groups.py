@@ -44,6 +44,7 @@ async def test_a_group_from_its_enqueueing_to_the_model(store: AnyStore) -> None
     assert (taken.group_id, taken.status, taken.rewards, taken.input) == (group_id, "complete", [None] * 3, {"q": 1})
     assert [rollout.attempt.status for rollout in taken.rollouts] == ["succeeded"] * 3
     assert batch.rollouts == taken.rollouts
+    assert rs.GroupBatch.model_validate_json(batch.model_dump_json()) == batch
     await store.ack(batch, step=1, note="loss 0.5")
     assert await status_of(store, group_id) == "trained"
     assert [entry.step for entry in await store.ledger("t")] == [1, 1, 1]
@@ -221,6 +222,16 @@ async def test_a_group_needs_room_in_the_queue_for_all_of_it(make_store: Callabl
     await store.enqueue_rollout("fills the queue again")
     await store.update_attempt(claimed.rollout_id, claimed.attempt.attempt_id, status="failed")
     assert len(present(await store.get_group(present(made[0].group_id))).members) == 4
+
+
+@pytest.mark.parametrize("rule", [{}, {"min_size": 2}], ids=str)
+async def test_a_large_group_is_cancelled_whole(store: AnyStore, rule: dict[str, Any]) -> None:
+    """In one answer, also where many rollouts are cancelled in pieces."""
+    made = await store.enqueue_group("x", 250, **rule)
+    await finish(store, made[:3])
+    cancelled = await store.cancel_rollouts(group_id=made[0].group_id)
+    assert [rollout.rollout_id for rollout in cancelled] == [rollout.rollout_id for rollout in made[3:]]
+    assert await status_of(store, made[0].group_id) == "cancelled"
 
 
 async def test_a_long_batch_of_groups_comes_whole(store: AnyStore) -> None:
