@@ -56,7 +56,7 @@ _NAMES = {
     "raystore.tracing.trajectories": "Triplet triplets Trajectory Split trajectories collate",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
-        Batch LedgerEntry EnqueueGroupRequest Group TakenGroup GroupBatch GroupStatus
+        Batch LedgerEntry EnqueueGroupRequest Group TakenGroup GroupBatch GroupStatus QueuePause QueueLimit
         ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource ResourceUnion NamedResources
         PaginatedResult
         UNSET Unset is_queuing is_running is_finished LightningStoreCapabilities LightningStoreStatistics

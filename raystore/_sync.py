@@ -17,8 +17,8 @@ from raystore.errors.text import explain_methods
 from raystore.types import (
     AnyRollout, Attempt, AttemptStatus, AttemptedRollout, Batch, Change, EnqueueGroupRequest, EnqueueRolloutRequest,
     FilterLogic, FoundRollout, Group, GroupBatch, GroupStatus, LedgerEntry, LightningStoreStatistics, NamedResources,
-    Page, PaginatedResult, ResourcesUpdate, Rollout, RolloutConfig, RolloutMode, RolloutStatus, SortOrder, Span,
-    TagValue, TaskInput, UNSET, Unset, Worker, WorkerStatus,
+    Page, PaginatedResult, QueueLimit, QueuePause, ResourcesUpdate, Rollout, RolloutConfig, RolloutMode, RolloutStatus,
+    SortOrder, Span, TagValue, TaskInput, UNSET, Unset, Worker, WorkerStatus,
 )
 
 
@@ -178,6 +178,18 @@ class SyncStore:
     ) -> Page[Change]:
         """A page of what the store did after `cursor`, in order; None starts at the oldest change that is kept."""
         return run_blocking(self._store.changes(cursor, kinds=kinds, limit=limit, timeout=timeout))
+
+    def pause(self, queues: Sequence[str] | None = None, keep: bool = False) -> list[QueuePause]:
+        """Hand out no work of these queues, until `resume`; None means all queues, also those that come later."""
+        return run_blocking(self._store.pause(queues, keep))
+
+    def resume(self, queues: Sequence[str] | None = None, *, others: bool = False) -> list[QueuePause]:
+        """End the pauses of these queues, or (None) of all: those that this process made, and those that are kept."""
+        return run_blocking(self._store.resume(queues, others=others))
+
+    def limit_queue(self, queue: str, *, max_running: int | None = None, per_minute: int | None = None) -> QueueLimit:
+        """Hand out work of a queue only as far as its limits allow. None lifts a limit; each call says both."""
+        return run_blocking(self._store.limit_queue(queue, max_running=max_running, per_minute=per_minute))
 
     def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
         """Start another attempt by hand: the rollout becomes "preparing", whatever its status and `max_attempts`."""

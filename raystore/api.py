@@ -53,6 +53,8 @@ from raystore.types import (
     Outcome,
     Page,
     PaginatedResult,
+    QueueLimit,
+    QueuePause,
     ResourcesUpdate,
     Rollout,
     RolloutConfig,
@@ -221,7 +223,8 @@ class LightningStore(ABC):
     ) -> AttemptedRollout | None:
         """Claim the next rollout, or return None if there is none within `timeout`.
 
-        The rollout becomes "preparing" and gets a new attempt. Queues are tried in the given order. With `worker_id`
+        The rollout becomes "preparing" and gets a new attempt. Queues are tried in the given order; one that is paused
+        or has reached a limit is passed over. With `worker_id`
         the worker is recorded as busy, or as idle if there is no rollout. The claim is acknowledged automatically once
         the caller has it; if the caller is cancelled or dies before that, the rollout returns to its old place in the
         queue.
@@ -380,6 +383,52 @@ class LightningStore(ABC):
 
         The last 100,000 are kept. `kinds` limits them to these kinds. Waits up to `timeout` if there is none. Raises
         `CursorTooOldError`, which names the oldest cursor, if changes after `cursor` are not kept any longer.
+        """
+
+    # -- holding work back -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def pause(self, queues: Sequence[str] | None = None, keep: bool = False) -> list[QueuePause]:
+        """Hand out no work of these queues, until `resume`; None means all queues, also those that come later.
+
+        What is handed out already goes on. Rollouts can still be enqueued, and keep their places. A parked dequeue
+        stays parked and is answered at once when the queue is resumed; one without `timeout` returns None. Attempts
+        that are started by hand start. Whoever waits for the rollouts waits, as long as its own timeout.
+
+        A pause belongs to this process and ends with it, however it ends: by `close`, by a crash, or after 60 s in
+        which it was not heard. With `keep` it belongs to nobody, and only `resume` ends it; with a journal it lasts
+        over restarts of the store. A queue is paused as long as there is one pause of it, or of all queues. To pause
+        again what this process has paused changes nothing, except that `keep` makes it a kept pause.
+
+        Returns all pauses that there are now, the oldest first, as `statistics()["paused"]` does. Raises
+        `StoreOverloadedError` if there would be more than 10,000.
+        """
+
+    @abstractmethod
+    async def resume(self, queues: Sequence[str] | None = None, *, others: bool = False) -> list[QueuePause]:
+        """End the pauses of these queues, or (None) of all: those that this process made, and those that are kept.
+
+        A pause that another process made is ended with `others=True` only. A pause of all queues ends if `queues` is
+        None. To resume what is not paused changes nothing.
+
+        Returns the pauses that are left, the oldest first: a queue that one of them names, or that a pause of all
+        queues covers, still hands out nothing.
+        """
+
+    @abstractmethod
+    async def limit_queue(
+        self, queue: str, *, max_running: int | None = None, per_minute: int | None = None
+    ) -> QueueLimit:
+        """Hand out work of a queue only as far as its limits allow. None lifts a limit; each call says both.
+
+        `max_running`: no claim while so many rollouts of the queue are preparing or running. Those that were started by
+        hand, or that run again after a late span, count and are not refused, so there may be more.
+        `per_minute` (at most 100,000): so many claims in any 60 seconds, from now on. Claims that are taken back count.
+        A claim is held back as by `pause`: the rollout keeps its place, and a parked dequeue is answered as soon as the
+        limits allow.
+
+        Limits belong to the store, not to this process, and with a journal they last over its restarts. Returns the
+        limits as they are now. Raises `StoreOverloadedError` if more than 10,000 queues would have limits.
         """
 
     # -- attempts ----------------------------------------------------------------------------------------------------

@@ -45,9 +45,9 @@ __all__ = [
     "LLM", "UNSET", "Attempt", "AttemptStatus", "AttemptedRollout", "Batch", "Change", "EnqueueGroupRequest",
     "EnqueueRolloutRequest", "Group", "GroupBatch", "GroupStatus", "LedgerEntry", "LightningStoreCapabilities",
     "LightningStoreStatistics", "NamedResources", "ObjectResource", "Outcome", "Page", "PaginatedResult",
-    "PromptTemplate", "ProxyLLM", "Resource", "ResourceUnion", "ResourcesUpdate", "Rollout", "RolloutConfig",
-    "RolloutMode", "RolloutStatus", "StoreInfo", "TagValue", "TakenGroup", "TaskInput", "Unset", "Worker",
-    "WorkerStatus", "is_finished", "is_queuing", "is_running",
+    "PromptTemplate", "ProxyLLM", "QueueLimit", "QueuePause", "Resource", "ResourceUnion", "ResourcesUpdate",
+    "Rollout", "RolloutConfig", "RolloutMode", "RolloutStatus", "StoreInfo", "TagValue", "TakenGroup", "TaskInput",
+    "Unset", "Worker", "WorkerStatus", "is_finished", "is_queuing", "is_running",
 ]  # fmt: skip
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -672,6 +672,40 @@ class LedgerEntry(BaseModel):
     note: str | None
 
 
+class QueuePause(BaseModel):
+    """That a queue hands out no work.
+
+    Attributes:
+        queue: its name; None: all queues, also those that come later.
+        session_id: of the process that paused it.
+        since: when.
+        keep: whether the pause lasts until somebody resumes the queue, and not only as long as that process.
+    """
+
+    queue: str | None
+    session_id: str
+    since: float
+    keep: bool
+
+
+class QueueLimit(BaseModel):
+    """How much of a queue may run at once, and start in a minute.
+
+    Attributes:
+        queue: its name.
+        max_running: rollouts of it that run at once; None: any number.
+        per_minute: claims of it in any 60 seconds; None: any number.
+        running: how many rollouts of it are preparing or running now.
+        reached: the limit because of which it hands out nothing now, if it does not.
+    """
+
+    queue: str
+    max_running: int | None
+    per_minute: int | None
+    running: int
+    reached: Literal["max_running", "per_minute"] | None
+
+
 class Change(BaseModel):
     """One thing that the store did.
 
@@ -731,6 +765,8 @@ class LightningStoreStatistics(TypedDict, total=False):
     unserved_queues: dict[str, float]  # in which rollouts wait, and for how long no process has asked for work of it
     held_back: int  # of those that wait: their resources cannot be had until they are published again
     held_back_by_resources: dict[str, int]
+    paused: list[dict[str, Any]]  # of each pause, the oldest first, what `QueuePause` says
+    queue_limits: dict[str, dict[str, Any]]  # of each queue with limits the rest of its `QueueLimit`
     rollouts_by_status: dict[str, int]
     groups_by_status: dict[str, int]
     suspects: int

@@ -102,7 +102,8 @@ GROUPS = [
         "What a store is, holds and did; and what it may forget.",
         """
         LightningStore statistics LightningStoreStatistics story changes Change check release delete_rollouts
-        query_workers get_worker_by_id Worker LightningStoreCapabilities otlp_traces_endpoint
+        pause resume limit_queue QueuePause QueueLimit query_workers get_worker_by_id Worker LightningStoreCapabilities
+        otlp_traces_endpoint
         """,
     ),
 ]

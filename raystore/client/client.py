@@ -15,11 +15,12 @@ from inspect import isfunction
 from time import monotonic
 from typing import Any, Literal, Never, Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from raystore._sync import SyncStore
 from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
 from raystore.client.transport import PendingCall, Transport
+from raystore.core.pauses import MOST_PER_MINUTE, MOST_RUNNING
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
 from raystore.core.records import Many
 from raystore.core.schema import LossReason
@@ -53,6 +54,8 @@ from raystore.types import (
     PaginatedResult,
     PromptTemplate,
     ProxyLLM,
+    QueueLimit,
+    QueuePause,
     Resource,
     ResourcesUpdate,
     Rollout,
@@ -75,6 +78,7 @@ from raystore.wire import groups as wire_groups
 from raystore.wire.checks import model_of, validated
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 logger: logging.Logger = logging.getLogger("raystore")
 
@@ -533,6 +537,28 @@ class StoreClient(RunnerStore):
         items, after = await self._rows(verb, arguments)
         return convert.build(Page, {"items": list(map(made, items)), "cursor": after})
 
+    # -- holding work back ---------------------------------------------------------------------------------------------
+
+    async def pause(self, queues: Sequence[str] | None = None, keep: bool = False) -> list[QueuePause]:
+        return await self._pauses("pause_queues", queues, keep=checks.flag("keep", keep))
+
+    async def resume(self, queues: Sequence[str] | None = None, *, others: bool = False) -> list[QueuePause]:
+        return await self._pauses("resume_queues", queues, others=checks.flag("others", others))
+
+    async def _pauses(self, verb: str, queues: Sequence[str] | None, **how: bool) -> list[QueuePause]:
+        names = None if queues is None else checks.queue_names(queues)
+        return [_named(QueuePause, row) for row in await self._transport.call(verb, {"queues": names, **how})]
+
+    async def limit_queue(
+        self, queue: str, *, max_running: int | None = None, per_minute: int | None = None
+    ) -> QueueLimit:
+        arguments = {
+            "queue": checks.identifier("queue", queue),
+            "max_running": checks.queue_limit("max_running", max_running, at_most=MOST_RUNNING),
+            "per_minute": checks.queue_limit("per_minute", per_minute, at_most=MOST_PER_MINUTE),
+        }
+        return _named(QueueLimit, await self._transport.call("limit_queue", arguments))
+
     # -- attempts ------------------------------------------------------------------------------------------------------
 
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
@@ -794,8 +820,7 @@ class StoreClient(RunnerStore):
 
     async def ledger(self, consumer: str) -> list[LedgerEntry]:
         rows, _ = await self._rows("ledger", {"consumer": checks.identifier("consumer", consumer)})
-        names = tuple(LedgerEntry.model_fields)
-        return [convert.build(LedgerEntry, dict(zip(names, row, strict=True))) for row in rows]
+        return [_named(LedgerEntry, row) for row in rows]
 
     # -- resources -----------------------------------------------------------------------------------------------------
 
@@ -1086,6 +1111,11 @@ def cut(sizes: list[int]) -> list[tuple[int, int]]:
 def _texts(suffix: str, **fields: str | None) -> dict[str, str | None]:
     """Those texts to look for that are given, by field; the name of an argument is the field's with the suffix."""
     return {name: checks.optional_text(name + suffix, text) for name, text in fields.items() if text is not None}
+
+
+def _named(model: type[M], row: Sequence[Any]) -> M:
+    """A record of a row with its fields, in their order."""
+    return convert.build(model, dict(zip(model.model_fields, row, strict=True)))
 
 
 def _log_duplicate(span: Span) -> None:

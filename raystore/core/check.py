@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from raystore.core import claims, groups, lifecycle, training
+from raystore.core.gates import KEPT
 from raystore.core.group_table import CANCELLED, FAILED, LIVE, SUCCEEDED, GroupEntry
 from raystore.core.indexes import FEED_LENGTH, keys_of
 from raystore.core.lifecycle import ACTIVE, FINISHED, GROUP_STATUSES, OPEN, QUEUED, READY, ROLLOUT_STATUSES, is_live
@@ -51,6 +52,7 @@ def check(state: State) -> None:
     payloads += sum(size_of(worker.heartbeat_stats) for worker in state.workers.values())
     assert state.payload_bytes == payloads, "payload bytes"
     assert state.attempt_count == sum(len(entry.attempts) for entry in state.entries.values()), "attempt count"
+    _check_gates(state)
     _check_sessions(state)
     ended = {session.session_id for session in state.sessions.values() if session.ended_at is not None}
     assert state.ended_sessions.keys() == ended, "ended sessions"
@@ -149,6 +151,17 @@ def _check_groups_of(state: State, name: str, known: Consumer) -> None:
         assert known.batches[number] == [i for group in taken for i in group.chosen], f"batch {number} of {name}"
     taken_ids = [group_id for group_ids in known.grouped.values() for group_id in group_ids]
     assert len(taken_ids) == len(set(taken_ids)), f"{name} has a group twice"
+
+
+def _check_gates(state: State) -> None:
+    for queue, limit in state.gates.limits.items():
+        running = sum(e.rollout.queue == queue and e.rollout.status in ACTIVE for e in state.entries.values())
+        assert limit.running == running, f"{queue} counts {limit.running} running rollouts, and has {running}"
+        assert limit.per_minute is not None or not limit.claims, f"{queue} remembers claims, and has no rate"
+        state.gates.deadlines.check(queue)
+    for queue, whose, pause in state.gates.all_pauses():
+        is_live = whose == KEPT or state.sessions[whose].ended_at is None
+        assert is_live, f"the pause of {queue!r} by {pause.session_id} has outlived its session"
 
 
 def _held_back(state: State, resources_id: str | None, rollout_id: str) -> str:

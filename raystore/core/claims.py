@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
-from raystore.core import attempts, publishing, training, workers
+from raystore.core import attempts, pauses, publishing, training, workers
 from raystore.core.lifecycle import BUSY, is_untouched
 from raystore.core.queues import ASIDE, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
@@ -78,17 +78,21 @@ def claim(
     `note_empty` records that the worker came away empty; not for a call that stays parked, which did so when it came.
     """
     claimed: list[Claimed] = []
-    session = step.session
+    session, gates, offering = step.session, state.gates, queues
     while len(claimed) < limit and not state.memory_full:
         lines = USUAL_LINES
+        if gates.pauses or gates.limits:
+            offering = gates.open_among(queues, step.now)
         if state.suspects or session is None or session.eternal or session.reserved_since is not None:
-            lines = _lines_for(state, step, queues)
-        rollout_id = state.queues.first(queues, lines)
+            lines = _lines_for(state, step, offering)
+        rollout_id = state.queues.first(offering, lines)
         if rollout_id is None:
             break
         entry = state.entries[rollout_id]
         is_alone = entry.suspect and session is not None and not session.eternal and session.is_idle
         begin(state, step, entry, worker_id=worker_id, kind="claimed")
+        if gates.limits:
+            gates.claimed(entry.rollout.queue, step.now)
         claimed.append((entry.rollout, entry.attempts[-1], entry.suspect or entry.withdrawals > 0))
         if session is not None and is_alone:
             _reserve(state, step, session)
@@ -321,6 +325,8 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     session.notices.clear()
     session.chains.clear()
     training.unreserve(state, session)
+    if state.gates.pauses:
+        pauses.session_ended(state, step, session)
     if state.drained == session.session_id:
         state.drained = None
     state.session_deadlines.guard(session.session_id)

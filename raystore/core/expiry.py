@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from raystore.core import claims, groups, retention
+from raystore.core import claims, groups, pauses, retention
 from raystore.core.attempts import settle
 from raystore.core.claims import end_session, offer_to_anybody
 from raystore.core.lifecycle import ACTIVE, OUTCOME_OF_EVENT, SILENCE, TIMEOUT
@@ -36,6 +36,7 @@ class Due:
     impatient: list[str] = field(default_factory=list)  # suspects that have waited for an idle session long enough
     released: list[str] = field(default_factory=list)  # sessions that have taken nothing for a suspect long enough
     overdue: list[str] = field(default_factory=list)  # groups whose deadline has passed
+    allowed: list[str] = field(default_factory=list)  # queues whose rate allows another claim
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
@@ -65,6 +66,7 @@ def due(state: State, step: Step, named: Iterable[str] = ()) -> Due:
         [name for is_session, name in impatient if not is_session],
         [name for is_session, name in impatient if is_session],
         list(state.group_deadlines.due(active_now, SLICE)),
+        list(state.gates.deadlines.due(step.now, SLICE)),
     )
 
 
@@ -92,6 +94,8 @@ def advance(
         offer_to_anybody(state, rollout_id)
     if due.released:  # what they wait for may have been there all the while
         state.offer_all()
+    if due.allowed:
+        pauses.allow(state, step, due.allowed)
 
 
 def _is_due(state: State, rollout_id: str, active_now: float) -> bool:

@@ -20,8 +20,8 @@ from typing import Any
 
 from raystore.core import training
 from raystore.core.indexes import keys_of
-from raystore.core.lifecycle import FINISHED, is_live
-from raystore.core.rollouts import unqueue
+from raystore.core.lifecycle import ACTIVE, FINISHED, is_live
+from raystore.core.rollouts import count_running, unqueue
 from raystore.core.schema import Id
 from raystore.core.state import Entry, EvictionPass, State, Step
 from raystore.core.training import COMING, READ, RELEASED, RUNNING, TRAINED_ON, UNREAD, WANTED, enter_eviction
@@ -54,6 +54,8 @@ def delete(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
                 state.put_attempt(entry, index, attempt.evolve(outcome="superseded"))
         for kind, value in keys_of(entry.rollout, entry.latest):
             state.indexes.move(rollout_id, kind, value, None)
+        if state.gates.limits and entry.rollout.status in ACTIVE:
+            count_running(state, entry.rollout, -1)
         state.spans.forget(rollout_id)
         state.deadlines.pop(rollout_id, None)
         state.payload_bytes -= entry.bytes

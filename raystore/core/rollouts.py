@@ -91,6 +91,8 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
         state.indexes.move(rollout.rollout_id, kind, None, value)
     if state.consumers:
         follow(state, entry)
+    if state.gates.limits and status in ACTIVE:
+        count_running(state, rollout, 1)
     return entry
 
 
@@ -237,6 +239,8 @@ def move(
         state.indexes.move(rollout_id, "status", before.status, status)
         if before.group_id is not None:
             state.note_member(before)
+        if state.gates.limits and (more := (status in ACTIVE) - (before.status in ACTIVE)):
+            count_running(state, before, more)
         attempt_id = entry.attempts[-1].attempt_id if entry.attempts else None
         state.changes.append(step.now, kind or status, rollout_id, attempt_id)
         if rollout_id in state.spans.by_rollout and state.spans.has(rollout_id):
@@ -244,6 +248,15 @@ def move(
     config = before.config
     if status in ACTIVE and (config.timeout_seconds is not None or config.unresponsive_seconds is not None):
         state.deadlines.guard(rollout_id)
+
+
+def count_running(state: State, rollout: Rollout, more: int) -> None:
+    """Count that one more rollout of a limited queue runs, or (-1) one less, which may make room for another."""
+    limit = state.gates.limits.get(rollout.queue)
+    if limit is not None:
+        limit.running += more
+        if more < 0 and state.queues.length(rollout.queue):
+            state.effects.queues.add(rollout.queue)
 
 
 def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind: str) -> Attempt:

@@ -69,6 +69,8 @@ def sections(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
     yield "changes", (state.changes.last, [change.row() for change in state.changes])
     yield "disposable", (state.disposable_released.priorities(), state.disposable_read.priorities())
     yield "touched", list(state.touched)
+    if state.gates.are_used:  # else a snapshot is as it was before there were gates
+        yield "gates", state.gates.image()
 
 
 def _chunks(state: State) -> Iterator[tuple[dict[str, Any] | LazyChunk, list[int]]]:
@@ -142,6 +144,8 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
                 state.disposable_read.fill(value[1])
             case "touched":
                 state.touched.update(dict.fromkeys(value))
+            case "gates":
+                state.gates.restore(value)
             case _:
                 raise KeyError(name)
     for rollout_id, made in zip(ids, chunk_of, strict=True):
@@ -335,6 +339,8 @@ def verify(state: State, count: int) -> str:
         state.changes.last, state.completions.last, state.rollouts_made, state.attempts_made, state.payload_bytes,
     )  # fmt: skip
     made.update(repr(sums).encode())
+    if state.gates.are_used:
+        made.update(repr(state.gates.sums()).encode())
     return made.hexdigest()
 
 
@@ -361,6 +367,8 @@ def parts(state: State) -> Iterator[Any]:
         yield "session", session_id, _plain(shown(state.sessions[session_id]))
     yield "changes", state.changes.last, [_plain(change) for change in state.changes]
     yield "completions", state.completions.last, list(state.completions.after(None))
+    if state.gates.are_used:
+        yield "gates", state.gates.shown()
 
 
 #: Fields of an entry that hold records, of whose long values only what tells them apart counts.

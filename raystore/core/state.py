@@ -18,6 +18,7 @@ from hashlib import sha1
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
+from raystore.core.gates import Gates
 from raystore.core.group_table import GroupTable
 from raystore.core.indexes import ChangeFeed, CompletionLog, Indexes, WatchSets
 from raystore.core.lifecycle import ACTIVE, BUSY, LIVE, OPEN, UNCHARGED, is_busy, is_live
@@ -425,6 +426,8 @@ class Effects:
     has_withdrawn: bool = False
     #: There are more ended sessions or idle workers than are kept.
     has_surplus: bool = False
+    #: What people decided about pauses and limits, in words, for the log.
+    said: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
@@ -449,6 +452,7 @@ class State:
         self.settings: Settings = settings
         self.entries: dict[str, Entry] = {}
         self.queues: Queues = Queues()
+        self.gates: Gates = Gates()  # of those queues that somebody has paused or limited
         self.suspects: dict[str, float] = {}  # suspects that wait for a session of their own, and since when
         self.drained: str | None = None  # the session that takes no work until it is idle, for a suspect
         self.indexes: Indexes = Indexes()
@@ -506,7 +510,7 @@ class State:
         effects = self.effects
         return not (
             effects.finished or effects.queues or effects.noticed or effects.has_batches or effects.ended
-            or effects.has_withdrawn or effects.has_surplus or effects.freed
+            or effects.has_withdrawn or effects.has_surplus or effects.freed or effects.said
             or self.spans.bytes + self.payload_bytes + self.resources.bytes + self.groups.bytes
             > self.settings.eviction_bytes
             or self.memory_full or self.eviction_pass is not None
@@ -771,7 +775,9 @@ class State:
             self.group_deadlines.guard(group_id)
 
     def guard_sessions(self) -> None:
-        """Guard the deadlines of sessions, claims, and suspects that wait for a session of their own."""
+        """Guard the deadlines of sessions, claims, rates, and suspects that wait for a session of their own."""
+        for queue in self.gates.limits:
+            self.gates.deadlines.guard(queue)
         for rollout_id in self.suspects:
             self.patience_deadlines.guard((False, rollout_id))
         for session in self.sessions.values():
@@ -790,6 +796,7 @@ class State:
             or self.claim_deadlines.soonest < step.age
             or self.session_deadlines.soonest < step.age
             or self.patience_deadlines.soonest < step.age
+            or self.gates.deadlines.soonest < step.now
             or settings.retention_seconds is not None
             or settings.retention_count is not None
         )

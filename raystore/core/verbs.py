@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raystore.core import attempts, claims, expiry, groups, publishing, retention, rollouts, training, workers
+from raystore.core import attempts, claims, expiry, groups, pauses, publishing, retention, rollouts, training, workers
 from raystore.core.schema import Part, Schema, checker
 from raystore.core.state import Chain, HandedKey, Session, State, Step
 from raystore.errors import InvalidValueError, SessionEndedError, StoreError, copy_of
@@ -168,6 +168,9 @@ VERBS: dict[str, Verb] = {
     "cancel_rollouts": Verb(groups.cancel_rollouts, names=_LIST),
     "release": Verb(rollouts.release, names=_LIST),
     "delete_rollouts": Verb(retention.delete, names=_LIST),
+    "pause_queues": Verb(pauses.pause),
+    "resume_queues": Verb(pauses.resume),
+    "limit_queue": Verb(pauses.limit),
     "start_attempt": Verb(attempts.start_attempt, names=_ONE),
     "query_attempts": Verb(attempts.query, changes=False, names=_ONE),
     "get_latest_attempt": Verb(attempts.latest, changes=False, names=_ONE),

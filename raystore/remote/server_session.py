@@ -19,6 +19,7 @@ from typing import Any
 from raystore import __version__
 from raystore.core.batches import BatchRun, repeat
 from raystore.core.claims import CLOSED
+from raystore.core.pauses import is_pausing
 from raystore.core.payload import OnDisk, Payload, size_of
 from raystore.core.records import Many, Record
 from raystore.core.schema import Id, Positive, checker
@@ -207,6 +208,7 @@ class ServerSession:
             bool(session.claims or session.held or session.batches or self._outbox)
             or service.parking.has_session(session.session_id)
             or service.state.resources.is_publishing(session.session_id)
+            or (bool(service.state.gates.pauses) and is_pausing(service.state, session.session_id))
         )
         return frames.pack_answer(service.epoch, frames.DONE, *parts, (next(self._hints), is_wanted))
 

@@ -271,8 +271,13 @@ class Parking:
 
     def work_came(self, queues: set[str]) -> None:
         """There may be work in these queues: hand it to those who wait for it, the longest waiting first."""
+        state, gates = self._state, self._state.gates
+        if gates.pauses or gates.limits:
+            queues = set(gates.open_among(queues, self._clock.now()))
         for call in self._wanting(queues):
-            if not any(map(self._state.queues.offers, queues)):
+            if gates.limits:  # the claim before may have been the last one that they allow
+                queues = set(gates.open_among(queues, self._clock.now()))
+            if not any(map(state.queues.offers, queues)):
                 break
             self.offer(call)
 
@@ -296,7 +301,10 @@ class Parking:
         session = state.sessions.get(call.session_id)
         if session is None or session.ended_at is not None:
             return
-        if not any(map(state.queues.offers, asked["queues"])) or not self._regain_space():
+        queues = asked["queues"]
+        if state.gates.pauses or state.gates.limits:
+            queues = state.gates.open_among(queues, self._clock.now())
+        if not any(map(state.queues.offers, queues)) or not self._regain_space():
             return
         if call.session_id in self._liveness.suspended:
             self._liveness.ask_soon(self._clock.age())

@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
-from raystore.core import check, claims, expiry, groups, retention, training, verbs, workers
+from raystore.core import check, claims, expiry, groups, pauses, retention, training, verbs, workers
 from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, LossReason, Positive, Rule, Text, Whole
@@ -214,6 +214,7 @@ class Service:
                     and (
                         state.deadlines.soonest + state.paused < rings_at
                         or state.group_deadlines.soonest + state.paused < rings_at
+                        or state.gates.deadlines.soonest < rings_at
                         or (self.parking.timed and (self.parking.next_deadline() or NEVER) < rings_at)
                     )
                 )
@@ -404,6 +405,8 @@ class Service:
         noticed: set[str] = set()
         while True:
             effects = state.take_effects()
+            for said in effects.said:
+                logger.info("%s", said)
             if effects.freed:
                 self._let_go_of_objects(effects.freed)
             if effects.has_withdrawn:
@@ -488,7 +491,8 @@ class Service:
         self._armed = None
         if not is_manual:
             now = self.clock.now()
-            times = [time for time in (deadline, self.parking.next_deadline()) if time is not None]
+            soonest = (deadline, self.parking.next_deadline(), state.gates.deadlines.next())
+            times = [time for time in soonest if time is not None]
             in_seconds += [max(time - now, 0.0) for time in times]
             core = [time for time in (deadline, age_deadline) if time is not None]
             self._armed = min(max(min(core), now), now + TICK_SECONDS) if core else None
@@ -623,6 +627,7 @@ class Service:
 
     def _statistics(self, caller: Caller) -> dict[str, Any]:
         return check.counts(self.state) | {
+            **pauses.describe(self.state, caller.step.now),
             "uptime": time.monotonic() - self.started,
             "memory_capacity_bytes": self.capacity_bytes,
             "waiters": len(self.parking),
@@ -643,6 +648,7 @@ class Service:
             queue = self.state.entries[rollout_id].rollout.queue
             if (seconds := self.pools.unserved({queue: 1}, self.clock.age()).get(queue)) is not None:
                 story.append(f"waits in queue {queue!r}, of which no process has asked for work for {seconds:.0f} s")
+            story += pauses.reasons(self.state, queue, caller.step.now)
         return story
 
     def _check(self, caller: Caller) -> None:

@@ -129,6 +129,15 @@ def queue_names(values: Any) -> list[str]:
     return names
 
 
+def queue_limit(name: str, value: Any, *, at_most: int) -> int | None:
+    """How much of a queue may run or start; None: any number."""
+    found = scalar(value)
+    if found is None or (type(found) is int and 1 <= found <= at_most):
+        return found
+    to_stop = "; pause() hands out nothing" if type(found) is int and found == 0 else ""
+    raise InvalidValueError(name, value, f"a whole number from 1 to {at_most:,}, or None for no limit{to_stop}")
+
+
 def tag_dict(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Tags, or None: at most 16 names with a str, int, float or bool each."""
     if value is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 
+from raystore.core.gates import Limit
 from raystore.core.group_table import GroupEntry
 from raystore.core.payload import OnDisk
 from raystore.core.records import Attempt, Config, Group, Rollout, Span, declared, packed, unpacked
@@ -57,6 +58,7 @@ SAMPLES: dict[Any, dict[str, Any]] = {
         "former": "requeuing", "suspect": True, "deliveries": 2, "losses": 3, "withdrawals": 1,
         "holders": {"at-gone": "s"}, "taken": MappingProxyType({"t": Taken(3)}),
     },
+    Limit: {"max_running": 4, "per_minute": 9, "running": 2, "claims": deque([5.0, 6.0])},
     Taken: {"batch": 9, "step": 2, "note": "n", "is_durable": True},
     Consumer: {
         "takes": "groups", "groups": OrderedDict({"g": None}), "grouped": {2: ["g"]},
@@ -110,7 +112,7 @@ def made_state(kind: Any = None, name: Any = None, value: Any = None) -> State:
     span = Span("mine", "at", 1, "s1", "t", None, "n", 1.0, 2.0, None, OnDisk(0, 5), 10)
     records: dict[Any, Any] = {
         Entry: entry, AttemptClock: entry.clocks[0], Taken: entry.taken["t"],
-        Consumer: Consumer(), Session: Session("s", 1.0),
+        Consumer: Consumer(), Session: Session("s", 1.0), Limit: Limit(),
         GroupEntry: GroupEntry("g", 1, 2, None, 0, 0, 1.0, None, None, "default", 0, {}),
     }  # fmt: skip
     records[ReplyCache] = records[Session].replies
@@ -125,6 +127,7 @@ def made_state(kind: Any = None, name: Any = None, value: Any = None) -> State:
         setattr(records[kind], name, value)
     state.spans._add_on_disk("mine", [span], [0])
     state.consumers["c"] = records[Consumer]
+    state.gates.limits["q"] = records[Limit]
     state.sessions[records[Session].session_id] = records[Session]
     state.groups.add(records[GroupEntry])
     return state
@@ -148,6 +151,7 @@ def value_in(state: State, kind: Any, name: Any) -> Any:
         Rollout: entry.rollout, Attempt: entry.attempts[0], Entry: entry, AttemptClock: entry.clocks[0],
         Taken: entry.taken["t"], Consumer: state.consumers["c"], Session: session, ReplyCache: session.replies,
         GroupEntry: group,
+        Limit: state.gates.limits["q"],
     }[kind]  # fmt: skip
     value = getattr(record, name)
     return next(field.pack(value) for field in declared(kind) if field.name == name)

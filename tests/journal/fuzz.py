@@ -232,6 +232,16 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
     "rewind": lambda h, rng: {"consumer": h.consumer(), "at_step": rng.randint(0, 6)},
     "forget_consumer": lambda h, rng: {"consumer": h.consumer()},
     "ledger": lambda h, rng: {"consumer": h.consumer()},
+    "pause_queues": lambda h, rng: {
+        "queues": rng.choice([None, ["default"], ["other"], []]), "keep": rng.random() < 0.3,
+    },
+    "resume_queues": lambda h, rng: {
+        "queues": rng.choice([None, None, ["default", "other"]]), "others": rng.random() < 0.5,
+    },
+    "limit_queue": lambda h, rng: {
+        "queue": rng.choice(["default", "other"]), "max_running": rng.choice([None, 2, 5]),
+        "per_minute": rng.choice([None, 1, 4]),
+    },
     "put_resources": lambda h, rng: {
         "resources_id": rng.choice([None, "r1", "r2"]), "resources": b"\x01\x80",
         "policy_version": rng.choice([None, 1, 2]), "holds_objects": rng.random() < 0.3,
