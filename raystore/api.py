@@ -393,7 +393,8 @@ class LightningStore(ABC):
 
         What is handed out already goes on. Rollouts can still be enqueued, and keep their places. A parked dequeue
         stays parked and is answered at once when the queue is resumed; one without `timeout` returns None. Attempts
-        that are started by hand start. Whoever waits for the rollouts waits, as long as its own timeout.
+        that are started by hand start. Whoever waits for the rollouts waits, as long as its own timeout; the deadlines
+        of groups go on.
 
         A pause belongs to this process and ends with it, however it ends: by `close`, by a crash, or after 60 s in
         which it was not heard. With `keep` it belongs to nobody, and only `resume` ends it; with a journal it lasts
