@@ -25,12 +25,10 @@ NAMED = 10  #: queues that a change or a line of the log names, of those that we
 MaxRunning = Annotated[int, Rule(f"1 <= {{v}} <= {MOST_RUNNING}", f"a whole number from 1 to {MOST_RUNNING:,}")]
 PerMinute = Annotated[int, Rule(f"1 <= {{v}} <= {MOST_PER_MINUTE}", f"a whole number from 1 to {MOST_PER_MINUTE:,}")]
 
-PauseRow = tuple[
-    str | None, str, float, bool
-]  #: queue (None: all), session that made it, since when, whether it is kept
-LimitRow = tuple[
-    str, int | None, int | None, int, str | None
-]  #: queue, its limits, how many run, which limit is reached
+#: Queue (None: all), session that made it, since when, whether it is kept.
+PauseRow = tuple[str | None, str, float, bool]
+#: Queue, its limits, how many run, which limit is reached.
+LimitRow = tuple[str, int | None, int | None, int, str | None]
 
 
 # -- pauses ------------------------------------------------------------------------------------------------------------
