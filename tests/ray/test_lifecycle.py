@@ -163,6 +163,7 @@ async def test_errors_survive_a_real_call(cluster: None) -> None:
         rs.FencedError("p", 1), rs.SealedError("r", ["c"]), rs.BatchConflictError("c", "w"), rs.ReadOnlyError("p"),
         rs.AnswerGoneError(1), rs.JournalHeldError("p", 7, 2), rs.StoreOverloadedError("sessions", 3, 3, 5.0),
         rs.SessionEndedError("s"), rs.BatchHeldError("c", [[1, 2, "s"]], 1), rs.ConsumerFilterError("c", "a", "b"),
+        rs.GroupConflictError("g", ["n"]), rs.ConsumerUnitError("c", "rollouts", "groups"),
     ]  # fmt: skip
 
     def fail(error: Any) -> None:
