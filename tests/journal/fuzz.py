@@ -440,6 +440,7 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
             is_alone = len(operations) == 1 and not client.claims and "chain" not in operations[0][1]
             is_alone = is_alone and client.name not in store.service.liveness.suspended  # else speaking brings it work
             store.service.catch_up()
+            store.service.advance()  # and those who wait have what that brought
             before = digest(store.state) if is_alone else ""
             ended = len(store.state.sessions)
             replies = await _send(store, client, operations, rng)
