@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any
 
 import pytest
 
 from raystore.core import expiry
 from raystore.core.indexes import ChangeFeed, CompletionLog
 from raystore.core.queues import Deadlines, LazyHeap, Order, Queues
-from raystore.core.state import AttemptKey, ReplyCache, Step
+from raystore.core.state import AttemptKey, Effects, ReplyCache, Step
 from raystore.errors import CursorTooOldError
 from tests.core.conftest import Core
 
@@ -223,3 +225,13 @@ def test_reading_what_is_new_does_not_walk_the_feed() -> None:
     for cursor in (1500, 1600, 2100, 2499, 2500):
         changes, after = feed.after(cursor, None, 10_000)
         assert [c.sequence for c in changes] == list(range(cursor + 1, 2501)) and after == 2500
+
+
+@pytest.mark.parametrize("field", fields(Effects), ids=lambda field: field.name)
+def test_a_state_with_any_effect_is_not_quiet(field: Field[Any]) -> None:
+    """Each operation asks that only: an effect that is forgotten there would wait for the next one."""
+    state = Core().state
+    assert (state.is_quiet, bool(state.effects)) == (True, False)
+    value = getattr(state.effects, field.name)
+    setattr(state.effects, field.name, True if value is False else type(value)(["something"]))
+    assert (state.is_quiet, bool(state.effects)) == (False, True)
