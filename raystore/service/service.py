@@ -501,6 +501,8 @@ class Service:
             in_seconds.append(0.0)
         least = 0.0 if self.regain_space() else FULL_SECONDS  # else nothing could be written down sooner
         seconds = max(min(in_seconds, default=NEVER), least)
+        if not in_seconds and self._rings_at == NEVER:  # it is not set, and there is nothing to set it for
+            return
         self._rings_at, self._rings_not_before = age + seconds, age + least
         # Deadlines are strict: a hair later, so that the ring finds them passed.
         self._alarm.set(seconds + 0.001 if in_seconds else None)
