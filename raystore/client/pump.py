@@ -25,7 +25,6 @@ from raystore.errors import (
     AnswerGoneError,
     FeedClosedError,
     FeedHeldError,
-    GroupConflictError,
     InvalidValueError,
     JournalFullError,
     OverloadedError,
@@ -134,6 +133,11 @@ class Bell:
         """Wake this one no more."""
         with self._lock:
             self._waiting.discard(future)
+
+
+def _draw_of(stream: str, at: Position) -> dict[str, Any]:
+    """A draw of nothing so far, from a position on."""
+    return {"stream": stream, "at": list(at), "requests": [], "items": [], "skipped": []}
 
 
 def _set(future: asyncio.Future[None]) -> None:
@@ -337,7 +341,8 @@ class Pump:
 
     async def _seek(self, stream: Stream, position: Position, state: bytes | None, is_over: bool) -> None:
         """Bring a stream to where the store is."""
-        pending = self._pending.pop(stream.name, None)
+        name = stream.name
+        pending = self._pending.pop(name, None)
         if pending is not None and tuple(pending["at"]) == position:
             await self._add(stream, pending)
             return
@@ -348,7 +353,7 @@ class Pump:
                 self._endings = endings
         stream.seek(position, found, is_over=is_over)
         if is_over and not stream.is_over:  # there are more epochs than there were
-            await self._add(stream, self._draw_of(stream, position))
+            await self._add(stream, _draw_of(name, position) | self._after(stream))
 
     # -- what there is to do -----------------------------------------------------------------------------------------
 
@@ -359,7 +364,8 @@ class Pump:
         """What the store says is to be done; waits for it, unless it is poked."""
         assert self._poked is not None
         self._poked.clear()
-        asking = asyncio.ensure_future(self._ask("feed_work", seen=self._endings, timeout=WORK_SECONDS))
+        known = {"seen": self._endings, "over": self.is_over}
+        asking = asyncio.ensure_future(self._ask("feed_work", **known, timeout=WORK_SECONDS))
         poked = asyncio.ensure_future(self._poked.wait())
         try:
             await asyncio.wait((asking, poked), return_when=asyncio.FIRST_COMPLETED)
@@ -381,10 +387,11 @@ class Pump:
         """Do what the store said; whether there was anything that could be done."""
         if not work:  # poked, or nothing for a while
             return True
+        did = False
         if work["over"] != self.is_over:
-            self.is_over = bool(work["over"])
+            self.is_over, did = bool(work["over"]), True
             self.bell.ring()
-        did = bool(work["ended"])
+        did = did or bool(work["ended"])
         for number, group_id, ending, _ in work["ended"]:
             self._seen.pop(group_id, None)
             if self._sampler is not None and ending != "skipped":
@@ -423,9 +430,9 @@ class Pump:
             await self._add(stream, pending)
             return True
         at, was_over = stream.position, stream.is_over
-        draw = self._draw_of(stream, at)
+        draw = _draw_of(stream.name, at)
         size = 0
-        while len(draw["groups"]) < min(count, DRAWN_AT_ONCE) and size < DRAWN_BYTES:
+        while len(draw["requests"]) < min(count, DRAWN_AT_ONCE) and size < DRAWN_BYTES:
             if len(draw["skipped"]) >= SKIPPED_AT_ONCE:
                 break
             drawn = self._users("sampler.next" if self._sampler else "reading the dataset", stream.next)
@@ -439,21 +446,17 @@ class Pump:
                     why = str(error)
                 else:
                     size += size_of(request["member"]["input"])
-                    draw["groups"].append(request)
+                    draw["requests"].append(request)
                     draw["items"].append([environment, epoch, index])
                     self._unreadable[stream.name] = 0
                     continue
-            draw["skipped"].append([environment, epoch, index, why])
+            draw["skipped"].append([self.plan.group_id(environment, epoch, index), why])
             self._pass_over(stream, environment, index, why)
         if stream.position == at and stream.is_over == was_over:
             return False
         draw |= self._after(stream)
         await self._add(stream, draw)
         return True
-
-    def _draw_of(self, stream: Stream, at: Position) -> dict[str, Any]:
-        """A draw of nothing so far."""
-        return {"stream": stream.name, "at": list(at), "groups": [], "items": [], "skipped": [], **self._after(stream)}
 
     def _after(self, stream: Stream) -> dict[str, Any]:
         """Where a stream is now."""
@@ -464,22 +467,12 @@ class Pump:
             if isinstance(payload, Payload) and payload.refs:
                 raise InvalidValueError("state_dict()", found, "a state without object references, which outlives them")
             state = payload.data if isinstance(payload, Payload) else payload
-        return {"to": list(stream.position), "over": stream.is_over, "state": state}
+        return {"to": list(stream.position), "over": stream.is_over, "state_after": state}
 
     async def _add(self, stream: Stream, draw: dict[str, Any]) -> None:
         """Enqueue the groups of a draw and move the position, in one step."""
         self._pending[stream.name] = draw
-        while True:
-            try:
-                epoch, cursor = await self._ask("feed_add", **draw)
-                break
-            except GroupConflictError as error:  # the dataset has changed: it had another item in this place
-                number = next(n for n, group in enumerate(draw["groups"]) if group["group_id"] == error.group_id)
-                del draw["groups"][number]
-                environment, epoch, index = draw["items"].pop(number)
-                why = f"there is a group {error.group_id} of another item"
-                draw["skipped"].append([environment, epoch, index, why])
-                self._pass_over(stream, environment, index, why)
+        epoch, cursor = await self._ask("feed_add", **draw)
         del self._pending[stream.name]
         if (now := Position(epoch, cursor)) != tuple(draw["to"]):  # somebody else has drawn
             logger.info("Feed %r goes on at %s of stream %r, not at %s", self.plan.feed, now, stream.name, draw["to"])

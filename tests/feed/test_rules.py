@@ -1,4 +1,4 @@
-"""What a user says of a feed: every argument is checked at once, by name, and nothing has happened when it is refused."""
+"""What a user says of a feed: every argument is checked at once and by name, before anything happens."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ class Sampler:
         ({"data": None, "sampler": Sampler(), "mix": {"a": 1}}, "mix"),
         ({"require": "token_ids"}, r"\['token_ids'\]"), ({"require": ["tokens"]}, r"require\[0\]='tokens'.*token_ids"),
         ({"batch_tokens": 0}, "batch_tokens=0"), ({"max_filtered": 0}, "max_filtered=0"), ({"budget": 5}, "budget=5"),
-        ({"config": 5}, "config"), ({"mode": "training"}, "mode"), ({"queue": ""}, "queue"), ({"priority": "high"}, "p"),
-        ({"tags": {"env": "x"}}, "names the dataset"), ({"tags": {f"t{n}": n for n in range(16)}}, "tags"),
+        ({"config": 5}, "config"),
+        ({"mode": "training"}, "mode"), ({"queue": ""}, "queue"), ({"priority": "high"}, "p"),
+        ({"tags": {"env": "x"}}, "names the dataset"),
+        ({"tags": {f"t{n}": n for n in range(16)}}, "tags"),
         ({"changed": "ignore"}, "'refuse' or 'continue'"),
     ],
     ids=str,
@@ -90,7 +92,8 @@ def test_what_biases_training_warns(make_memory_store: MakeMemoryStore) -> None:
     [
         (lambda: rs.reward(float("nan")), "value"), (lambda: rs.reward(float("inf")), "finite"),
         (lambda: rs.reward("0"), "value"), (lambda: rs.keep(), "which groups to keep"),
-        (lambda: rs.keep(std=-1), "std=-1"), (lambda: rs.keep(range="a"), "range"), (lambda: rs.keep(std=1, of=3), "of=3"),
+        (lambda: rs.keep(std=-1), "std=-1"), (lambda: rs.keep(range="a"), "range"),
+        (lambda: rs.keep(std=1, of=3), "of=3"),
         (lambda: rs.keep(successes=3), "a pair"), (lambda: rs.keep(successes=(5, 1)), "successes"),
         (lambda: rs.keep(successes=(-1, 1)), "successes"), (lambda: rs.FailureBudget(in_a_row=0), "in_a_row=0"),
         (lambda: rs.FailureBudget(share=0), "share=0"), (lambda: rs.FailureBudget(share=2), "share"),
