@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from raystore.client.datasets import Stream
 from raystore.client.pump import CLOSE_SECONDS, Channel, Pump, Reader, Test
-from raystore.errors import FeedClosedError, InvalidValueError
+from raystore.errors import BatchHeldError, FeedClosedError, InvalidValueError
 from raystore.feeds import BatchManifest, FeedGroup, FeedStatus, Keep, Sampler, manifest_of
 from raystore.spans import Span
 from raystore.tracing.evidence import rewards_by_name, tokens_in
@@ -393,18 +393,14 @@ class Feed:
                 ring = pump.bell.next()
                 try:
                     self._raise_end(pump)
-                    if pump.is_over and take is not None and not take.done():
-                        await _cancelled(take)
-                        take = None
-                    if take is None:
-                        take = asyncio.ensure_future(self._take(pump, 0.0 if pump.is_over else TAKE_SECONDS, max_open))
+                    take = take or asyncio.ensure_future(self._take(pump, max_open))
                     left = None if is_told else max(UNPUBLISHED_SECONDS + since - time.monotonic(), 0.0)
                     await asyncio.wait((take, ring), timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     pump.bell.forget(ring)
                 if take.done():
                     done, take = take, None
-                    if (batch := done.result()) is not None or pump.is_over:
+                    if (batch := done.result()) is not None or (await self.status()).over:
                         return batch
                 elif not is_told and time.monotonic() - since >= UNPUBLISHED_SECONDS:
                     is_told = True
@@ -423,10 +419,15 @@ class Feed:
         if batch is not None:
             await batch.nack()
 
-    async def _take(self, pump: Pump, timeout: float, max_open: int) -> FeedBatch | None:
-        """A batch, with what is known of its groups; None if there is none."""
-        arguments = {"consumer": self.name, "count": self._plan.rule["batch"], "timeout": timeout}
-        items, number = await self._channel.take("take_groups", arguments, max_open)
+    async def _take(self, pump: Pump, max_open: int) -> FeedBatch | None:
+        """A batch, with what is known of its groups; None once there is none any more, or after a long time."""
+        arguments = {"consumer": self.name, "count": self._plan.rule["batch"], "timeout": TAKE_SECONDS}
+        try:
+            items, number = await self._channel.take("take_groups", arguments, max_open)
+        except BatchHeldError:
+            if (await self.status()).over:  # whoever fetches ahead has all there is
+                return None
+            raise
         if not number:
             return None
         try:

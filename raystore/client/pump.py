@@ -153,7 +153,7 @@ class Pump:
         error: why it ended; None if it runs, or was stopped.
         is_ended: whether it draws nothing any more.
         is_open: whether the store has let it draw.
-        is_over: whether all items have come to their ends, by what the store said last.
+        is_over: whether nothing is left to be given out, by what the store said last.
         is_fresh: whether the feed was unknown when it was opened.
         is_published: whether the feed hands out.
         bell: rung when one of these changes.
