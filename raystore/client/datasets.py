@@ -9,10 +9,10 @@ Not here: how many items are asked for, and groups of them (`client.pump`).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol
 
 from raystore.core.payload import CANONICAL
 from raystore.errors import InvalidValueError
@@ -32,7 +32,8 @@ class Position(NamedTuple):
     cursor: int
 
 
-class Drawn(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Drawn:
     """An item of a stream; or, with a reason, one that is passed over."""
 
     environment: str
@@ -214,16 +215,22 @@ class IteratedStream:
             return
         self.position, self._items = Position(position.epoch, 0), None
         self._is_empty = not position.cursor
-        if state is not None:
-            self._tell_epoch()
-        if state is not None and (holder := self._holder()) is not None:
-            holder.load_state_dict(state)
-            self._items = holder if self._is_once else iter(self._data)
-            self.position = position
-        elif state is not None and not self._is_once and _keeps_state(items := iter(self._data)):
-            items.load_state_dict(state)
+        if state is not None and (items := self._restored(state)) is not None:
             self._items, self.position = items, position
         self._skip(position)
+
+    def _restored(self, state: Any) -> Iterator[Any] | None:
+        """The items that follow a state; None if neither the data nor its iterator takes one."""
+        data: Any = self._data
+        self._tell_epoch()
+        if _keeps_state(data):
+            data.load_state_dict(state)
+            return iter(data)
+        items: Any = None if self._is_once else iter(data)
+        if not _keeps_state(items):
+            return None
+        items.load_state_dict(state)
+        return items  # type: ignore[no-any-return]
 
     def _skip(self, position: Position) -> None:
         """Read forward to a position, from the start of its epoch or from where the iterator is."""
@@ -241,10 +248,6 @@ class IteratedStream:
             self._is_empty = False
             self.position = Position(position.epoch, self.position.cursor + 1)
         self.position = position
-
-    def _holder(self) -> Any:
-        """What keeps the state: the data, if it does."""
-        return self._data if _keeps_state(self._data) else None
 
     def _begun(self) -> Iterator[Any]:
         """The items of this epoch."""
@@ -276,8 +279,8 @@ class IteratedStream:
     def state(self) -> Any:
         if self._items is None or self.position.cursor == 0:
             return None
-        holder = self._holder() or (self._items if _keeps_state(self._items) else None)
-        return None if holder is None else holder.state_dict()
+        holder: Any = self._data if _keeps_state(self._data) else self._items
+        return holder.state_dict() if _keeps_state(holder) else None
 
 
 class SampledStream:
@@ -298,8 +301,9 @@ class SampledStream:
         return None
 
     def seek(self, position: Position, state: Any, *, is_over: bool) -> None:
-        if state is not None and position != self.position and _keeps_state(self._sampler):
-            self._sampler.load_state_dict(state)
+        sampler: Any = self._sampler
+        if state is not None and position != self.position and _keeps_state(sampler):
+            sampler.load_state_dict(state)
         self.position, self.is_over = position, is_over
 
     def next(self) -> Drawn | None:
@@ -314,15 +318,11 @@ class SampledStream:
         return Drawn(self._environment, 0, cursor, item)
 
     def state(self) -> Any:
-        return self._sampler.state_dict() if _keeps_state(self._sampler) else None
+        sampler: Any = self._sampler
+        return sampler.state_dict() if _keeps_state(sampler) else None
 
 
-class _Stateful(Protocol):
-    state_dict: Callable[[], Any]
-    load_state_dict: Callable[[Any], Any]
-
-
-def _keeps_state(data: Any) -> TypeGuard[_Stateful]:
+def _keeps_state(data: Any) -> bool:
     return all(callable(getattr(data, name, None)) for name in ("state_dict", "load_state_dict"))
 
 

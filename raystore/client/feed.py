@@ -21,7 +21,7 @@ from raystore.errors import BatchHeldError, FeedClosedError, InvalidValueError
 from raystore.feeds import BatchManifest, FeedGroup, FeedStatus, Keep, Sampler, manifest_of
 from raystore.spans import Span
 from raystore.tracing.evidence import rewards_by_name, tokens_in
-from raystore.types import AnyRollout, NamedResources, ObjectResource, Resource
+from raystore.types import AnyRollout, ObjectResource, Resource
 from raystore.wire import checks
 from raystore.wire import feeds as wire_feeds
 from raystore.wire import groups as wire_groups
@@ -270,7 +270,7 @@ class Feed:
         pump.bell.ring()
 
     @staticmethod
-    def _named(weights: Any) -> NamedResources:
+    def _named(weights: Any) -> dict[str, Any]:
         """What is published, by the names under which agents find it."""
         if weights is None or inspect.isroutine(weights) or isinstance(weights, functools.partial):
             return {}

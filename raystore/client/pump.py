@@ -438,20 +438,20 @@ class Pump:
             drawn = self._users("sampler.next" if self._sampler else "reading the dataset", stream.next)
             if drawn is None:
                 break
-            environment, epoch, index, item, why = drawn
+            why, place = drawn.why, (drawn.environment, drawn.epoch, drawn.index)
             if why is None:
                 try:
-                    request = self.plan.request(self._channel.encoder, environment, epoch, index, item)
+                    request = self.plan.request(self._channel.encoder, *place, drawn.item)
                 except StoreError as error:  # the item is too large, or cannot be sent
                     why = str(error)
                 else:
                     size += size_of(request["member"]["input"])
                     draw["requests"].append(request)
-                    draw["items"].append([environment, epoch, index])
+                    draw["items"].append(list(place))
                     self._unreadable[stream.name] = 0
                     continue
-            draw["skipped"].append([self.plan.group_id(environment, epoch, index), why])
-            self._pass_over(stream, environment, index, why)
+            draw["skipped"].append([self.plan.group_id(*place), why])
+            self._pass_over(stream, drawn.environment, drawn.index, why)
         if stream.position == at and stream.is_over == was_over:
             return False
         draw |= self._after(stream)

@@ -682,7 +682,7 @@ async def test_whoever_waits_may_go(store: AnyStore) -> None:
 
 async def test_spans_of_a_batch(store: AnyStore) -> None:
     """Those that were read to judge its groups; else they are read when asked for."""
-    for name, require in (("judged", ("token_ids",)), ("not", None)):
+    for name, require in list[tuple[str, Any]]([("judged", ["token_ids"]), ("not", None)]):
         feed = store.feed(name, [1, 2], **RIGHT, require=require)
         async with running(store, lambda rollout: 1.0):
             await feed.publish(version=0)

@@ -14,6 +14,8 @@ from raystore.feeds import FailureReward
 from raystore.wire import feeds as wire_feeds
 from tests.conftest import MakeMemoryStore
 
+UNTYPED: Any = rs  # to be called wrongly
+
 RIGHT: dict[str, Any] = {"resources_id": "policy", "size": 8, "batch": 4}
 
 
@@ -90,14 +92,15 @@ def test_what_biases_training_warns(make_memory_store: MakeMemoryStore) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: rs.reward(float("nan")), "value"), (lambda: rs.reward(float("inf")), "finite"),
-        (lambda: rs.reward("0"), "value"), (lambda: rs.keep(), "which groups to keep"),
-        (lambda: rs.keep(std=-1), "std=-1"), (lambda: rs.keep(range="a"), "range"),
-        (lambda: rs.keep(std=1, of=3), "of=3"),
-        (lambda: rs.keep(successes=3), "a pair"), (lambda: rs.keep(successes=(5, 1)), "successes"),
-        (lambda: rs.keep(successes=(-1, 1)), "successes"), (lambda: rs.FailureBudget(in_a_row=0), "in_a_row=0"),
-        (lambda: rs.FailureBudget(share=0), "share=0"), (lambda: rs.FailureBudget(share=2), "share"),
-        (lambda: rs.FailureBudget(window=0), "window=0"),
+        (lambda: UNTYPED.reward(float("nan")), "value"), (lambda: UNTYPED.reward(float("inf")), "finite"),
+        (lambda: UNTYPED.reward("0"), "value"),
+         (lambda: UNTYPED.keep(), "which groups to keep"),
+        (lambda: UNTYPED.keep(std=-1), "std=-1"), (lambda: UNTYPED.keep(range="a"), "range"),
+        (lambda: UNTYPED.keep(std=1, of=3), "of=3"),
+        (lambda: UNTYPED.keep(successes=3), "a pair"), (lambda: UNTYPED.keep(successes=(5, 1)), "successes"),
+        (lambda: UNTYPED.keep(successes=(-1, 1)), "successes"), (lambda: UNTYPED.FailureBudget(in_a_row=0), "in_a_row=0"),
+        (lambda: UNTYPED.FailureBudget(share=0), "share=0"), (lambda: UNTYPED.FailureBudget(share=2), "share"),
+        (lambda: UNTYPED.FailureBudget(window=0), "window=0"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_where_they_are_made(make: Any, words: str) -> None:
