@@ -25,6 +25,10 @@ FACTS: list[tuple[rs.StoreError, dict[str, Any]]] = [
     (rs.OutcomeUnknownError("s", "w"), {"store": "s", "why": "w"}),
     (rs.JournalFullError("p", 0.5), {"path": "p", "retry_after_seconds": 0.5}),
     (rs.JournalHeldError("p", 7, 2), {"path": "p", "record": 7, "deaths": 2}),
+    (rs.VersionConflictError("f", 3, "w"), {"feed": "f", "version": 3, "why": "w", "rollout_id": None}),
+    (rs.FailureBudgetError("f", "w", [["e", 2, "ro"]]), {"why": "w", "errors": [["e", 2, "ro"]]}),
+    (rs.FilteredTooManyError("f", 3, 2, "w"), {"number": 3, "bound": 2, "why": "w"}),
+    (rs.DatasetChangedError("f", "s", 3, None), {"stream": "s", "before": 3, "now": None}),
     (rs.PoolStartError("a", "b", setting_up=2), {"asked": "a", "why": None, "setting_up": 2}),
 ]  # fmt: skip
 

@@ -19,14 +19,15 @@ from raystore.errors.text import NAMED, quoted, shown
 __all__ = [
     "Abort", "AgentNotPicklableError", "AgentProcessError", "AnswerGoneError", "AttemptNotFoundError",
     "BatchConflictError", "BatchHeldError", "ClaimLostError", "ConflictError", "ConsumerFilterError",
-    "ConsumerUnitError", "CursorTooOldError", "Drop", "FencedError", "ForkedError", "GroupConflictError",
+    "ConsumerUnitError", "CursorTooOldError", "DatasetChangedError", "Drop", "FailureBudgetError", "FeedClosedError",
+    "FeedHeldError", "FeedNotFoundError", "FencedError", "FilteredTooManyError", "ForkedError", "GroupConflictError",
     "InvalidValueError", "JournalDamagedError", "JournalError", "JournalFailedError", "JournalFormatError",
     "JournalFullError", "JournalHeldError", "JournalInUseError", "JournalMissingError", "NoSuchResourceError",
     "NotAStoreError", "OutcomeUnknownError", "OverloadedError", "PayloadLostError", "PayloadNotPicklableError",
     "PayloadNotReadableError", "PayloadTooLargeError", "PoolFailedError", "PoolStartError", "ProtocolMismatchError",
     "RayClientError", "ReadOnlyError", "ResourcesNotFoundError", "RolloutNotFoundError", "SealedError",
-    "SessionEndedError", "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError",
-    "StoreExistsError", "StoreNotFoundError", "StoreOverloadedError", "StoreUnavailableError",
+    "SessionEndedError", "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError", "StoreExistsError",
+    "StoreNotFoundError", "StoreOverloadedError", "StoreUnavailableError", "VersionConflictError",
 ]  # fmt: skip
 
 
@@ -235,6 +236,24 @@ class BatchHeldError(BatchConflictError):
             f"max_open={self.max_open} batches may be open at once. Say ack(batch, step=...) once a step has consumed "
             f"it, nack(batch) to give it back, or rewind({self.consumer!r}, step) after a restart, and all that is "
             "held comes again. To hold several at once, for several ranks or to fetch ahead: take(..., max_open=...)."
+        )
+
+
+class VersionConflictError(ConflictError):
+    """A step of the policy cannot be published under this version; nothing was published."""
+
+    feed: str
+    version: int
+    why: str
+
+    def __init__(self, feed: str, version: int, why: str) -> None:
+        self._set(feed=feed, version=version, why=why)
+        vars(self).update(rollout_id=None, differing=())
+
+    def __str__(self) -> str:
+        return (
+            f"Feed {self.feed!r} cannot publish version {self.version}: {self.why}. Publish each step of the model "
+            "once, and say restore(step) after the model was loaded again, which begins a new branch of versions."
         )
 
 
@@ -560,6 +579,83 @@ class PoolFailedError(_Facts, RuntimeError):
             f"to make a runner, the last time with: {self.why}. It goes on trying, less and less often; what waits "
             "in its queues stays there. Mend the cause, or start a pool that works"
         )
+
+
+# -- feeds -------------------------------------------------------------------------------------------------------------
+
+
+class FeedNotFoundError(_Facts, LookupError):
+    """No feed has this name: it was never opened in this store, or its consumer was forgotten."""
+
+    feed: str
+    _message = "There is no feed {feed!r} in this store: it begins with the first restore, publish or batches"
+
+
+class FeedHeldError(_Facts, RuntimeError):
+    """Something else draws the items of this feed: another `store.feed` of its name, here or in another process."""
+
+    feed: str
+    holder: str  #: whose it is
+    _message = (
+        "Feed {feed!r} is held by {holder}, and only one at a time may draw its items. Close that one first "
+        "(await feed.close(), or the end of its process), or take another name."
+    )
+
+
+class FeedClosedError(_Facts, RuntimeError):
+    """A feed gives no more batches: it was closed, or a function of its user's failed (the cause of this error)."""
+
+    feed: str
+    why: str
+    _message = "Feed {feed!r} has ended: {why}. Make it anew with store.feed(...): it goes on where it was."
+
+
+class DatasetChangedError(_Facts, ValueError):
+    """A dataset is not the one that this feed began with; nothing was changed."""
+
+    feed: str
+    stream: str  #: name of the dataset; empty for all datasets of a feed without a mix
+    before: int | None  #: how many items it had; None if that is not known, or if it was not there
+    now: int | None  #: how many it has now
+
+    def __str__(self) -> str:
+        which = f"dataset {self.stream!r}" if self.stream else "the dataset"
+        items = ["no known number of" if count is None else f"{count:,}" for count in (self.before, self.now)]
+        differs = f"it had {items[0]} items and has {items[1]}" if self.before != self.now else "its items differ"
+        return (
+            f"Feed {self.feed!r} does not go on, since {which} has changed: {differs}. Pass the dataset of before; or "
+            "changed='continue', which goes on at the old position in the new one (items may come twice or never); or "
+            "take another name for the feed, which begins at the first item."
+        )
+
+
+class FailureBudgetError(_Facts, RuntimeError):
+    """More rollouts of a feed failed than its budget allows, so that it is paused."""
+
+    feed: str
+    why: str
+    errors: list[Any]  #: of the commonest: its text, how many rollouts had it, and the id of the newest of these
+
+    def __str__(self) -> str:
+        listed = "; ".join(f"{count} x {text!r} (as {rollout_id})" for text, count, rollout_id in self.errors[:NAMED])
+        return (
+            f"Feed {self.feed!r} is paused: {self.why}. The commonest errors: {listed or 'none is known'}. Mend the "
+            "cause and say feed.resume(), or give the feed another budget=rs.FailureBudget(...)"
+        )
+
+
+class FilteredTooManyError(_Facts, RuntimeError):
+    """So many groups in a row were filtered that a feed is paused: nothing would ever be trained on."""
+
+    feed: str
+    number: int  #: of groups that were filtered in a row
+    bound: int  #: how many may be (`max_filtered`)
+    why: str | None  #: the last one was
+    _message = (
+        "Feed {feed!r} is paused: {number} groups in a row were filtered, and max_filtered is {bound}. The last one: "
+        "{why}. The policy may have nothing to learn from these items (all solved, or none), or keep= asks for too "
+        "much. Say feed.resume() to go on, and raise max_filtered= if that is as it should be."
+    )
 
 
 # -- journals ----------------------------------------------------------------------------------------------------------
