@@ -10,8 +10,9 @@ from itertools import takewhile
 from typing import Any
 
 from raystore.core import claims, groups, lifecycle, training
+from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry
 from raystore.core.gates import KEPT
-from raystore.core.group_table import CANCELLED, FAILED, LIVE, SUCCEEDED, GroupEntry
+from raystore.core.group_table import CANCELLED, FAILED, FILLING, LIVE, TRAINED_ON, GroupEntry
 from raystore.core.indexes import FEED_LENGTH, keys_of
 from raystore.core.lifecycle import ACTIVE, FINISHED, GROUP_STATUSES, OPEN, QUEUED, READY, ROLLOUT_STATUSES, is_live
 from raystore.core.payload import of_attempt, of_rollout, size_of
@@ -46,8 +47,7 @@ def check(state: State) -> None:
     for rollout_id in state.suspects:
         state.patience_deadlines.check((False, rollout_id))
     for rollout_id in state.queues:
-        is_missing = state.entries[rollout_id].rollout.resources_id in state.resources.missing
-        assert state.queues.is_held(rollout_id) == is_missing, f"{rollout_id} is held back wrongly"
+        assert state.queues.waits_for(rollout_id) == _hindrance(state, rollout_id), f"{rollout_id} is held back wrongly"
     payloads = sum(entry.bytes for entry in state.entries.values())
     payloads += sum(size_of(worker.heartbeat_stats) for worker in state.workers.values())
     assert state.payload_bytes == payloads, "payload bytes"
@@ -60,6 +60,10 @@ def check(state: State) -> None:
     assert state.idle_workers.keys() == idle, "workers that are not busy"
     _check_consumers(state)
     state.groups.check()
+    for feed in state.feeds:
+        _check_feed(state, feed)
+    assert not state.moved_feeds, "a feed has not followed its groups"
+    assert state.feeds.by_group.keys() == {i for feed in state.feeds for i in (*feed.items, *feed.trained)}, "feeds"
     assert not state.moved_members, "a group has not followed its members"
     for group in state.groups:
         _check_group(state, group)
@@ -111,16 +115,17 @@ def _check_group(state: State, group: GroupEntry) -> None:
     for rollout_id, stand in group.members.items():
         entry = state.entries[rollout_id]
         assert entry.rollout.group_id == group.group_id, f"{rollout_id} is no member of {name}"
-        assert stand == groups.stand_of(entry), f"how {rollout_id} stands in {name}"
+        feed = state.feeds.by_group.get(group.group_id)
+        assert stand == groups.stand_of(entry, stand, feed), f"how {rollout_id} stands in {name}"
     places = sorted(group.places.values())
     assert len(places) == len(set(places)) and set(places) <= set(range(group.n)), f"places of {name}"
-    standing_by = {i for i, stand in group.members.items() if stand in (LIVE, SUCCEEDED)} - group.places.keys()
+    standing_by = {i for i, stand in group.members.items() if stand in (LIVE, *FILLING)} - group.places.keys()
     assert group.spares.keys() == standing_by, f"spares of {name}"
     assert set(group.held) == {i for i in group.members if state.queues.is_held(i)}, f"what is held back of {name}"
     assert (group.rests_since is not None) == bool(group.held), f"whether the deadline of {name} rests"
-    done = [i for i in group.in_place if group.members[i] == SUCCEEDED]
+    done = [i for i in group.in_place if group.members[i] in FILLING]
     assert group.missing == group.n - len(done), f"{name} lacks {group.missing}"
-    assert group.chosen.keys() <= set(done), f"what is trained on of {name}"
+    assert all(group.members[i] in TRAINED_ON and i in done for i in group.chosen), f"what is trained on of {name}"
     assert (group.end_time is None) == group.is_open, f"when {name} ended"
     if group.is_open:
         assert len(places) == group.n and group.missing and not group.chosen, f"{name} should end"
@@ -136,13 +141,14 @@ def _check_groups_of(state: State, name: str, known: Consumer) -> None:
     expected = {
         group.group_id
         for group in state.groups
-        if group.is_ready
-        and fits(known.filter, group)
+        if training.is_ready_for(state, name, group)
+        and training.asks_for(state, name, known, group)
         and not any(name in state.entries[rollout_id].taken for rollout_id in group.chosen)
     }
     assert set(known.groups) == expected and not known.awaiting, f"groups that {name} awaits"
     if known.coming is not None:
-        coming = {i for i in state.groups.having(OPEN) if fits(known.filter, state.groups.by_id[i])}
+        open_groups = map(state.groups.by_id.__getitem__, state.groups.having(OPEN))
+        coming = {group.group_id for group in open_groups if training.asks_for(state, name, known, group)}
         assert known.coming.keys() == coming, f"groups that may come to {name}"
     assert known.grouped.keys() == known.batches.keys(), f"batches of groups of {name}"
     for number, group_ids in known.grouped.items():
@@ -151,6 +157,38 @@ def _check_groups_of(state: State, name: str, known: Consumer) -> None:
         assert known.batches[number] == [i for group in taken for i in group.chosen], f"batch {number} of {name}"
     taken_ids = [group_id for group_ids in known.grouped.values() for group_id in group_ids]
     assert len(taken_ids) == len(set(taken_ids)), f"{name} has a group twice"
+
+
+def _hindrance(state: State, rollout_id: str) -> str | None:
+    """What a rollout that waits should be held back for."""
+    rollout = state.entries[rollout_id].rollout
+    if rollout.resources_id in state.resources.missing:
+        return rollout.resources_id
+    feed = state.feeds.by_group.get(rollout.group_id or "")
+    if feed is not None and feed.is_closed:
+        return CLOSED
+    has_slot = feed is None or feed.rule["max_running"] is None or rollout_id in feed.slots
+    return None if has_slot else NO_SLOT
+
+
+def _check_feed(state: State, feed: FeedEntry) -> None:
+    name, known = f"feed {feed.name}", state.consumers[feed.name]
+    assert known.takes == training.GROUPS, f"what {name} takes"
+    assert not feed.items.keys() & feed.trained.keys(), f"{name} has an item twice"
+    assert all(state.feeds.by_group.get(i) is feed for i in (*feed.items, *feed.trained)), f"groups of {name}"
+    taken = {i for number in known.holders for i in known.grouped[number]}
+    assert {i for i, item in feed.items.items() if item.is_taken} == taken, f"what {name} has given out"
+    assert feed.trained.keys() == {i for number in known.steps for i in known.grouped[number]}, f"trained by {name}"
+    for group_id, item in feed.items.items():
+        group = state.groups.by_id[group_id]
+        assert group.is_open or group.status == "complete", f"{group_id} of {name} is {group.status}"
+        assert (item.completed is not None) == (not group.is_open), f"when {group_id} of {name} was complete"
+        assert item.claimed is None or item.claimed <= feed.acks, f"when {group_id} of {name} was claimed"
+        assert not (item.is_kept and group.is_open), f"{group_id} of {name} was judged too soon"
+        assert item.is_kept or feed.rule["judged"] or group.is_open, f"nobody judges {group_id} of {name}"
+    counted = sum(sum(stream.endings.values()) for stream in feed.streams.values())
+    skipped = sum(stream.endings.get("skipped", 0) for stream in feed.streams.values())
+    assert counted - skipped + len(feed.items) == feed.drawn, f"endings of {name}"
 
 
 def _check_gates(state: State) -> None:
@@ -259,6 +297,15 @@ def _story_of_group(state: State, group: GroupEntry) -> list[str]:
         + f", {group.n - group.missing} of {group.n} succeeded, min_size {group.min_size}, {len(group.spares)} spares"
         + (f", {group.replaced + group.renewed} replaced" if group.replaced + group.renewed else "")
     )  # fmt: skip
+    feed = state.feeds.by_group.get(group.group_id)
+    item = None if feed is None else feed.items.get(group.group_id) or feed.trained.get(group.group_id)
+    if feed is not None and item is not None:
+        claimed = "not claimed yet" if item.claimed is None else f"claimed after {item.claimed} batches"
+        lag = "" if item.lag is None else f", trained with lag {sum(item.lag)}"
+        lines.append(
+            f"item {item.index} of epoch {item.epoch} of {item.environment!r} in feed {feed.name!r}, {claimed} of "
+            f"{feed.acks}{lag}"
+        )
     if group.rests_since is not None:
         lines.append(f"its deadline rests: {len(group.held)} members are held back")
     for rollout_id, stand in group.members.items():
@@ -296,7 +343,9 @@ def counts(state: State) -> dict[str, Any]:
         "queue_length": len(state.queues),
         "queue_lengths": state.queues.lengths(),
         "held_back": sum(state.queues.held_counts().values()),
-        "held_back_by_resources": state.queues.held_counts(),
+        "held_back_by_resources": {
+            name: count for name, count in state.queues.held_counts().items() if name not in (CLOSED, NO_SLOT)
+        },
         "groups_by_status": state.groups.counts(),
         "rollouts_by_status": {status: count for status, count in by_status.items() if count},
         "suspects": len(state.suspects),

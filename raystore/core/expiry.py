@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from raystore.core import claims, groups, pauses, retention
+from raystore.core import claims, feeds, groups, pauses, retention
 from raystore.core.attempts import settle
 from raystore.core.claims import end_session, offer_to_anybody
 from raystore.core.lifecycle import ACTIVE, OUTCOME_OF_EVENT, SILENCE, TIMEOUT
@@ -162,7 +162,7 @@ def resume(state: State, step: Step, away: float) -> None:
     state.suspects = dict.fromkeys(state.suspects, step.age)
     state.guard_groups()
     state.guard_sessions()
-    groups.settle(state, step)
+    feeds.settle(state, step)
     state.changes.append(step.now, "resumed", seconds=away)
 
 

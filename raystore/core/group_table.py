@@ -16,6 +16,11 @@ from raystore.core.records import Rollout, declare, packed, pairs, unpacked
 
 # How a member stands.
 LIVE, SUCCEEDED, FAILED, CANCELLED = "live", "succeeded", "failed", "cancelled"
+# The same of a member of a feed that failed by what its agent did, and keeps its place: it is trained on with the
+# reward that the feed has for failures, or is left out.
+SCORED, MASKED = "scored", "masked"
+FILLING = frozenset({SUCCEEDED, SCORED, MASKED})  #: stands of members whose places need nobody else
+TRAINED_ON = frozenset({SUCCEEDED, SCORED})
 
 GROUP_BYTES = 1_100  #: that a group counts for, beside its members and tags
 MEMBER_BYTES = 65  #: and each of its members
@@ -56,7 +61,7 @@ class GroupEntry:
     spares: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
     #: What is trained on, in the order of places; empty until it is complete.
     chosen: dict[str, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
-    #: Places whose holder has not succeeded.
+    #: Places that need somebody yet.
     missing: int = declare(0)
     #: How many members were replaced that failed by what their agents did,
     replaced: int = declare(0)

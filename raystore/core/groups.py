@@ -26,8 +26,20 @@ from math import inf
 from typing import Any, Literal
 
 from raystore.core import attempts, lifecycle, queries
-from raystore.core.group_table import CANCELLED, FAILED, LIVE, SUCCEEDED, GroupEntry
+from raystore.core.feed_table import FeedEntry
+from raystore.core.group_table import (
+    CANCELLED,
+    FAILED,
+    FILLING,
+    LIVE,
+    MASKED,
+    SCORED,
+    SUCCEEDED,
+    TRAINED_ON,
+    GroupEntry,
+)
 from raystore.core.lifecycle import (
+    ACTIVE,
     CANCEL,
     FILLED,
     FINISHED,
@@ -54,6 +66,7 @@ from raystore.core.state import Entry, InChain, Pair, State, Step
 from raystore.core.training import as_shown, follow_group, forget_group
 from raystore.errors import GroupConflictError, InvalidValueError, SessionEndedError
 
+ERROR_LENGTH = 200  #: characters of an error that failures are told apart by
 MEMBERS = 10_000  #: of a group with a rule, at first: what its end cancels is cancelled in one step
 ITEMS = 1_000_000  #: rollouts that one call makes, at most
 
@@ -108,6 +121,15 @@ def enqueue(
 
 
 def _enqueue_all(state: State, step: Step, requests: list[GroupRequest], latest: str | None) -> list[GroupEntry]:
+    existing = check_all(state, requests)
+    return [
+        make(state, step, request, latest) if group is None else group
+        for request, group in zip(requests, existing, strict=True)
+    ]
+
+
+def check_all(state: State, requests: list[GroupRequest]) -> list[GroupEntry | None]:
+    """Refuse requests of which one cannot be a group; the groups that exist already, None for each new one."""
     for request in requests:
         check_rule(**_rule_of(request))
     existing = [_existing_of(state, request) for request in requests]
@@ -120,10 +142,7 @@ def _enqueue_all(state: State, step: Step, requests: list[GroupRequest], latest:
     if more > ITEMS:
         raise InvalidValueError("groups", more, f"at most {ITEMS:,} rollouts in one call")
     check_requests(state, (), new=more)
-    return [
-        _make(state, step, request, latest) if group is None else group
-        for request, group in zip(requests, existing, strict=True)
-    ]
+    return existing
 
 
 def _rule_of(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +181,8 @@ def _existing_of(state: State, request: Mapping[str, Any]) -> GroupEntry | None:
     return group
 
 
-def _make(state: State, step: Step, request: Mapping[str, Any], latest: str | None) -> GroupEntry:
+def make(state: State, step: Step, request: Mapping[str, Any], latest: str | None) -> GroupEntry:
+    """Make a group of a request that was checked, and enqueue its members."""
     member, rule, table = request["member"], _rule_of(request), state.groups
     group_id = request.get("group_id")
     given = _content(request) if group_id is not None else None
@@ -236,8 +256,12 @@ def _look_at(state: State, step: Step, group: GroupEntry, rollout_id: str) -> li
     """Note how a member stands now; itself if it holds a place and has just ended without success."""
     entry = state.entries.get(rollout_id)
     before = group.members[rollout_id]
-    now = CANCELLED if entry is None else stand_of(entry)
+    feed = state.feeds.by_group.get(group.group_id)
+    now = CANCELLED if entry is None else stand_of(entry, before, feed)
     _touch(state, group)
+    if feed is not None and (item := feed.items.get(group.group_id)) is not None:
+        if item.claimed is None and entry is not None and entry.rollout.status in ACTIVE:
+            item.claimed = feed.acks
     if state.queues.is_held(rollout_id):
         group.held[rollout_id] = None
     else:
@@ -248,28 +272,64 @@ def _look_at(state: State, step: Step, group: GroupEntry, rollout_id: str) -> li
     group.members[rollout_id] = now
     place = group.places.get(rollout_id)
     if place is None:
-        if now in (LIVE, SUCCEEDED):
+        if now in (LIVE, *FILLING):
             group.spares[rollout_id] = None
         else:
             group.spares.pop(rollout_id, None)
+        if feed is not None and feed.rule["race"] and now == SUCCEEDED and group.is_open:
+            _overtake(group, rollout_id)
     else:
-        group.missing += (before == SUCCEEDED) - (now == SUCCEEDED)
-        if rollout_id in group.chosen and now != SUCCEEDED:
+        group.missing += (before in FILLING) - (now in FILLING)
+        if rollout_id in group.chosen and now not in TRAINED_ON:
             _reopen(state, step, group, rollout_id)
+    is_over = entry is not None and before == LIVE and now not in (LIVE, CANCELLED)
+    if feed is not None and entry is not None and is_over and not lifecycle.is_dropped(entry.latest):
+        feed.note_outcome(rollout_id, None if now == SUCCEEDED else _error_of(entry))
+    if feed is not None and now != LIVE and (feed.slots or feed.spent is not None):
+        state.moved_feeds[feed.name] = None
     if entry is None:
         state.groups.leave(group, rollout_id)
     has_ended = place is not None and now in (FAILED, CANCELLED) and before not in (FAILED, CANCELLED)
     return [rollout_id] if has_ended else []
 
 
-def stand_of(entry: Entry) -> str:
-    """How a rollout stands in its group."""
+def stand_of(entry: Entry, before: str, feed: FeedEntry | None) -> str:
+    """How a rollout stands in its group, which may be a feed's; `before` is how it stood."""
     status = entry.rollout.status
     if status not in FINISHED:
         return LIVE
     if status == "succeeded":
         return FAILED if lifecycle.is_dropped(entry.latest) else SUCCEEDED
-    return FAILED if status == "failed" else CANCELLED
+    if status != "failed":
+        return CANCELLED
+    latest = entry.latest
+    if before in (SCORED, MASKED):
+        return before
+    if feed is None or latest is None or latest.outcome in INFRASTRUCTURE or lifecycle.is_dropped(latest):
+        return FAILED
+    return _STAND_OF_FAILED[feed.rule["on_failure"]]
+
+
+_STAND_OF_FAILED = {"reward": SCORED, "mask": MASKED, "replace": FAILED}
+
+
+def _error_of(entry: Entry) -> str:
+    """Why a rollout failed, in one line that is the same for those that failed alike."""
+    latest = entry.latest
+    if latest is None:
+        return entry.rollout.status
+    last = (latest.error or "").strip().rsplit("\n", 1)[-1][:ERROR_LENGTH]
+    return f"{latest.outcome or latest.status}: {last}" if last else str(latest.outcome or latest.status)
+
+
+def _overtake(group: GroupEntry, rollout_id: str) -> None:
+    """In a race, give a spare that has succeeded the place of a member that still runs."""
+    slower = next((i for i in reversed(group.in_place) if group.members[i] == LIVE), None)
+    if slower is not None:
+        del group.spares[rollout_id]
+        group.places[rollout_id] = group.places.pop(slower)
+        group.spares[slower] = None
+        group.missing -= 1
 
 
 def _rest(state: State, step: Step, group: GroupEntry) -> None:
@@ -298,6 +358,7 @@ def _reopen(state: State, step: Step, group: GroupEntry, rollout_id: str) -> Non
     group.chosen, group.end_time, group.why = {}, None, None
     state.group_deadlines.guard(group.group_id)
     state.changes.append(step.now, "group_reopened", rollout_id, group_id=group.group_id)
+    _tell_feed(state, group)
     follow_group(state, group)
 
 
@@ -310,6 +371,7 @@ def _lack(state: State, group: GroupEntry, rollout_id: str) -> None:
         if status != group.status:
             state.groups.move(group, status)
             group.why = f"{len(group.chosen)} of {group.n} succeeded: {rollout_id} {_ending_of(state, rollout_id)}"
+        _tell_feed(state, group)
         follow_group(state, group)
 
 
@@ -329,7 +391,20 @@ def _follow(state: State, step: Step, group: GroupEntry, fallen: list[str]) -> N
     for rollout_id, way in ways.items():
         _take_over(state, step, group, rollout_id, way)
     if not group.missing:
-        _close(state, step, group, FILLED, None)
+        if len(_successes(group)) < group.least:
+            _end(state, step, group, "the others are left out")
+        else:
+            _close(state, step, group, FILLED, None)
+
+
+def _successes(group: GroupEntry) -> list[str]:
+    """The members that hold a place and can be trained on, in the order of places."""
+    return [i for i in group.in_place if group.members[i] in TRAINED_ON]
+
+
+def _has_rule(state: State, group: GroupEntry) -> bool:
+    """Whether it is said what becomes of members that fail, by who enqueued the group or by its feed."""
+    return group.has_rule or group.group_id in state.feeds.by_group
 
 
 def _ending_of(state: State, rollout_id: str) -> str:
@@ -344,15 +419,17 @@ def _ending_of(state: State, rollout_id: str) -> str:
 def _ways(state: State, group: GroupEntry, fallen: list[str]) -> dict[str, str]:
     """In which way the place of each of these may be taken over by another rollout; no step is taken yet."""
     spares, renewed, replaced = len(group.spares), group.renewed, group.replaced
+    feed = state.feeds.by_group.get(group.group_id)
+    is_race = feed is not None and feed.rule["race"]
     ways = {}
     for rollout_id in fallen:
         entry = state.entries.get(rollout_id)
         latest = entry.latest if entry is not None else None
         has_failed = group.members.get(rollout_id) == FAILED and not lifecycle.is_dropped(latest)
         is_infrastructure = latest is not None and latest.outcome in INFRASTRUCTURE
-        if not (has_failed and group.has_rule):
+        if not (has_failed and _has_rule(state, group)):
             way = LOST
-        elif is_infrastructure and spares:
+        elif (is_infrastructure or is_race) and spares:
             way = FREE
         elif is_infrastructure and renewed < state.settings.max_deliveries:
             way, renewed = RENEWED, renewed + 1
@@ -379,7 +456,7 @@ def _take_over(state: State, step: Step, group: GroupEntry, rollout_id: str, way
     else:
         del group.spares[spare]
         group.places[spare] = place
-        group.missing -= group.members[spare] == SUCCEEDED
+        group.missing -= group.members[spare] in FILLING
     state.changes.append(step.now, "replaced", rollout_id, group_id=group.group_id, by=spare)
 
 
@@ -388,7 +465,7 @@ def _take_over(state: State, step: Step, group: GroupEntry, rollout_id: str, way
 
 def _end(state: State, step: Step, group: GroupEntry, *why: str, is_by_hand: bool = False) -> None:
     """No more can be had of a group: it is complete if it has enough, and else it is not trained on."""
-    there = group.n - group.missing
+    there = len(_successes(group))
     said = ": ".join([f"{there} of {group.n} succeeded", *why])
     if there >= group.least:
         _close(state, step, group, SHORT if group.missing else FILLED, said)
@@ -397,20 +474,43 @@ def _end(state: State, step: Step, group: GroupEntry, *why: str, is_by_hand: boo
 
 
 def _close(state: State, step: Step, group: GroupEntry, event: str, why: str | None) -> None:
-    """End an open group."""
+    """End a group."""
+    is_cancelling = _has_rule(state, group)
     state.groups.move(group, group_after(group.status, event))
     group.end_time, group.why = step.now, why
     if event in (FILLED, SHORT):
-        group.chosen = dict.fromkeys(i for i in group.in_place if group.members[i] == SUCCEEDED)
+        group.chosen = dict.fromkeys(_successes(group))
         state.groups.completions += 1
         group.completion = state.groups.completions
     _touch(state, group)
     state.group_deadlines.pop(group.group_id, None)
     state.effects.has_batches = True
     state.changes.append(step.now, f"group_{group.status}", group_id=group.group_id, why=why)
+    _tell_feed(state, group)
     follow_group(state, group)
-    if group.has_rule:
+    if is_cancelling:
         attempts.cancel(state, step, rollout_ids=group.with_stand(LIVE), group_id=None, tags=None)
+
+
+def conclude(state: State, step: Step, group: GroupEntry, event: str, why: str) -> None:
+    """End a group of a feed, open or complete, by an event after which nobody trains on it."""
+    group.chosen = {}
+    _close(state, step, group, event, why)
+
+
+def _tell_feed(state: State, group: GroupEntry) -> None:
+    """Let the feed of a group know how it stands now."""
+    feed = state.feeds.by_group.get(group.group_id)
+    item = feed.items.get(group.group_id) if feed is not None else None
+    if feed is None or item is None:
+        return
+    state.moved_feeds[feed.name] = None
+    if group.status == "complete":
+        item.completed, item.is_kept = feed.acks, not feed.rule["judged"]
+    elif group.is_open:
+        item.completed, item.is_kept = None, False
+    else:
+        state.feeds.end(feed, item, group.status, group.why)
 
 
 def end_overdue(state: State, step: Step, group_ids: Iterable[str]) -> None:
@@ -434,6 +534,11 @@ def cancel_rollouts(
 
 def _forget(state: State, step: Step, group: GroupEntry) -> None:
     """The last member of a group was deleted."""
+    feed = state.feeds.by_group.get(group.group_id)
+    if feed is not None and (item := feed.items.get(group.group_id)) is not None:
+        state.feeds.end(feed, item, "cancelled", "its rollouts were deleted")
+    elif feed is not None:
+        state.feeds.release(feed, [group.group_id])
     forget_group(state, group)
     state.groups.remove(group)
     state.group_deadlines.pop(group.group_id, None)

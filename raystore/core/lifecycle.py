@@ -31,7 +31,7 @@ Outcome: TypeAlias = Literal[
     "dropped",  # the agent raised `rs.Drop`: the rollout is not to be trained on
 ]
 Trainable: TypeAlias = Literal["succeeded", "failed"]
-GroupStatus: TypeAlias = Literal["open", "complete", "trained", "failed", "cancelled"]
+GroupStatus: TypeAlias = Literal["open", "complete", "trained", "filtered", "stale", "failed", "cancelled"]
 
 ROLLOUT_STATUSES: tuple[str, ...] = get_args(RolloutStatus)
 ATTEMPT_STATUSES: tuple[str, ...] = get_args(AttemptStatus)
@@ -138,6 +138,8 @@ MISSED = "missed"  # no more can be had, and that is too few
 REOPENED = "reopened"  # a member that had succeeded was run again by hand, or deleted
 CONSUMED = "consumed"  # a step of a consumer's model has consumed it
 UNDONE = "undone"  # the model is at an earlier step again
+REJECTED = "rejected"  # its feed keeps only groups that pass a test
+LATE = "late"  # it could only be trained after more batches than its feed allows
 
 #: (status, event) -> status. What is not listed stays as it is.
 GROUP: dict[tuple[str, str], str] = {
@@ -147,6 +149,9 @@ GROUP: dict[tuple[str, str], str] = {
     ("open", CANCEL): "cancelled",  # driver
     ("complete", REOPENED): "open",  # driver, by hand
     ("complete", MISSED): "failed",  # the same, of one that was short already
+    ("open", LATE): "stale",  # feed: too many batches were trained since its first claim
+    ("complete", LATE): "stale",  # the same, in the queue
+    ("complete", REJECTED): "filtered",  # feed: keep
     ("complete", CONSUMED): "trained",  # trainer: ack
     ("trained", UNDONE): "complete",  # trainer: rewind
 }

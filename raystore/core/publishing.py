@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from raystore.core import attempts, queries
 from raystore.core.payload import Payload
 from raystore.core.records import Many, Resources
-from raystore.core.rollouts import enter_queue, unqueue
+from raystore.core.rollouts import put_anew
 from raystore.core.schema import Encoded, Id, Positive, Rule, SortOrder, Text, Whole
 from raystore.core.state import Session, State, Step
 
@@ -103,7 +103,7 @@ def hold_back(state: State, step: Step, resources_id: str, version: int, why: st
         return False
     table.missing[resources_id] = (version, why)
     waiting = [i for i in state.queues if state.entries[i].rollout.resources_id == resources_id]
-    _put_anew(state, step, waiting)
+    put_anew(state, step, waiting)
     state.changes.append(
         step.now, "held_back", resources_id=resources_id, version=version, rollouts=len(waiting), why=why
     )
@@ -114,17 +114,9 @@ def release(state: State, step: Step, resources_id: str) -> None:
     """Offer again what was held back for an id."""
     state.resources.missing.pop(resources_id, None)
     waiting = state.queues.held(resources_id)
-    _put_anew(state, step, waiting)
+    put_anew(state, step, waiting)
     if waiting:
         state.changes.append(step.now, "offered_again", resources_id=resources_id, rollouts=len(waiting))
-
-
-def _put_anew(state: State, step: Step, rollout_ids: list[str]) -> None:
-    for rollout_id in rollout_ids:
-        entry = state.entries[rollout_id]
-        assert entry.order is not None
-        unqueue(state, entry)
-        enter_queue(state, step, entry, entry.order)
 
 
 def publisher_gone(state: State, step: Step, session: Session) -> None:

@@ -216,6 +216,10 @@ class Queues:
         """Whether a rollout is held back."""
         return rollout_id in self._waits_for
 
+    def waits_for(self, rollout_id: str) -> str | None:
+        """What a rollout is held back for, if it is."""
+        return self._waits_for.get(rollout_id)
+
     def held_counts(self) -> dict[str, int]:
         """How many rollouts are held back, by what they wait for."""
         return {waits_for: len(held) for waits_for, held in self._held.items()}

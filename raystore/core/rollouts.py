@@ -182,11 +182,23 @@ def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int]) 
     if rollout.resources_id in state.resources.missing:
         state.queues.hold(rollout.queue, rollout.rollout_id, order, rollout.resources_id)
         return
+    if state.feeds.by_group and (hindrance := state.feeds.hindrance(rollout)) is not None:
+        state.queues.hold(rollout.queue, rollout.rollout_id, order, hindrance)
+        return
     state.queues.put(rollout.queue, rollout.rollout_id, order, line=ASIDE if entry.suspect else PLAIN)
     if entry.suspect:
         state.suspects[rollout.rollout_id] = step.age
         state.patience_deadlines.guard((False, rollout.rollout_id))
     state.effects.queues.add(rollout.queue)
+
+
+def put_anew(state: State, step: Step, rollout_ids: Iterable[str]) -> None:
+    """Let rollouts that wait keep their places, and be held back or not as things are now."""
+    for rollout_id in rollout_ids:
+        entry = state.entries[rollout_id]
+        assert entry.order is not None
+        unqueue(state, entry)
+        enter_queue(state, step, entry, entry.order)
 
 
 def unqueue(state: State, entry: Entry) -> None:

@@ -71,6 +71,8 @@ def sections(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
     yield "touched", list(state.touched)
     if state.gates.are_used:  # else a snapshot is as it was before there were gates
         yield "gates", state.gates.image()
+    if len(state.feeds):
+        yield "feeds", state.feeds.image()
 
 
 def _chunks(state: State) -> Iterator[tuple[dict[str, Any] | LazyChunk, list[int]]]:
@@ -146,6 +148,8 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
                 state.touched.update(dict.fromkeys(value))
             case "gates":
                 state.gates.restore(value)
+            case "feeds":
+                state.feeds.restore(value)
             case _:
                 raise KeyError(name)
     for rollout_id, made in zip(ids, chunk_of, strict=True):
@@ -341,6 +345,8 @@ def verify(state: State, count: int) -> str:
     made.update(repr(sums).encode())
     if state.gates.are_used:
         made.update(repr(state.gates.sums()).encode())
+    if len(state.feeds):
+        made.update(repr(state.feeds.sums()).encode())
     return made.hexdigest()
 
 
@@ -369,6 +375,8 @@ def parts(state: State) -> Iterator[Any]:
     yield "completions", state.completions.last, list(state.completions.after(None))
     if state.gates.are_used:
         yield "gates", state.gates.shown()
+    if len(state.feeds):
+        yield "feeds", _plain(state.feeds.shown())
 
 
 #: Fields of an entry that hold records, of whose long values only what tells them apart counts.

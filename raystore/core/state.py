@@ -18,6 +18,7 @@ from hashlib import sha1
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
+from raystore.core.feed_table import FeedTable
 from raystore.core.gates import Gates
 from raystore.core.group_table import GroupTable
 from raystore.core.indexes import ChangeFeed, CompletionLog, Indexes, WatchSets
@@ -422,6 +423,8 @@ class Effects:
     freed: list[Freed] = field(default_factory=list)
     #: A consumer that waits for a batch may be given one now.
     has_batches: bool = False
+    #: Feeds whose pumps may have something to do.
+    feeds: set[str] = field(default_factory=set)
     #: A claim was withdrawn, since nobody acknowledged it: its session may be dead.
     has_withdrawn: bool = False
     #: There are more ended sessions or idle workers than are kept.
@@ -460,6 +463,8 @@ class State:
         self.consumers: dict[str, Consumer] = {}  # those that are known
         self.forgotten: dict[str, Consumer] = {}
         self.groups: GroupTable = GroupTable()
+        self.feeds: FeedTable = FeedTable()
+        self.moved_feeds: dict[str, None] = self.feeds.moved  # those that look at their items at the end of the step
         self.moved_members: dict[str, str] = {}  # of groups, which look at them at the end of the step; group of each
         self.resources: ResourceTable = ResourceTable(settings.keep_resources)
         self.spans: SpanTable = SpanTable(keep_duplicates=settings.keep_duplicates)
@@ -510,7 +515,7 @@ class State:
         effects = self.effects
         return not (
             effects.finished or effects.queues or effects.noticed or effects.has_batches or effects.ended
-            or effects.has_withdrawn or effects.has_surplus or effects.freed or effects.said
+            or effects.has_withdrawn or effects.has_surplus or effects.freed or effects.said or effects.feeds
             or self.spans.bytes + self.payload_bytes + self.resources.bytes + self.groups.bytes
             > self.settings.eviction_bytes
             or self.memory_full or self.eviction_pass is not None

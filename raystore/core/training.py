@@ -17,8 +17,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import Any, NoReturn
 
+from raystore.core.feed_table import FeedEntry
 from raystore.core.group_table import GroupEntry, in_order_of_completion
 from raystore.core.lifecycle import (
     ACTIVE,
@@ -48,7 +50,14 @@ from raystore.core.state import (
     Taken,
     require_room,
 )
-from raystore.errors import BatchConflictError, BatchHeldError, ConsumerFilterError, ConsumerUnitError
+from raystore.errors import (
+    BatchConflictError,
+    BatchHeldError,
+    ConsumerFilterError,
+    ConsumerUnitError,
+    InvalidValueError,
+    StoreError,
+)
 
 CONSUMERS = 1_000  #: that are known: each is asked with every rollout that finishes
 USUAL = ["succeeded"]  #: what a consumer is given if it says nothing
@@ -126,19 +135,34 @@ def follow_group(state: State, group: GroupEntry) -> None:
     for name, known in state.consumers.items():
         if known.takes != GROUPS:
             continue
-        is_asked = fits(known.filter, group)
+        is_asked = asks_for(state, name, known, group)
         if known.coming is not None:
             if is_asked and group.is_open:
                 known.coming[group.group_id] = None
             else:
                 known.coming.pop(group.group_id, None)
-        if is_asked and group.is_ready and not _has_taken(state, name, group):
+        if is_asked and is_ready_for(state, name, group) and not _has_taken(state, name, group):
             known.groups[group.group_id] = None
         elif known.groups.pop(group.group_id, 0) is None:
             known.returned.pop(group.group_id, None)
     for rollout_id in group.members:
         if (entry := state.entries.get(rollout_id)) is not None:
             settle(state, entry)
+
+
+def asks_for(state: State, consumer: str, known: Consumer, group: GroupEntry) -> bool:
+    """Whether a consumer of groups is given a group, however it may end; that of a feed gets those of the feed."""
+    feed = state.feeds.get(consumer)
+    return fits(known.filter, group) if feed is None else state.feeds.by_group.get(group.group_id) is feed
+
+
+def is_ready_for(state: State, consumer: str, group: GroupEntry) -> bool:
+    """Whether a consumer that asks for a group may have it now; the pump of a feed may have to judge it first."""
+    if not group.is_ready:
+        return False
+    feed = state.feeds.get(consumer)
+    item = feed.items.get(group.group_id) if feed is not None else None
+    return item is None or item.is_kept
 
 
 def forget_group(state: State, group: GroupEntry) -> None:
@@ -184,21 +208,25 @@ def is_wanted(state: State, entry: Entry) -> bool:
 
 
 def is_needed(state: State, entry: Entry) -> bool:
-    """Whether a finished rollout must stay: it is wanted, or its group is still open."""
+    """Whether a finished rollout must stay: it is wanted, or its group is still open or under way in a feed."""
     group = state.groups.of(entry.rollout)
-    return (group is not None and group.is_open) or is_wanted(state, entry)
+    if group is not None and (group.is_open or state.feeds.item_of(group.group_id) is not None):
+        return True
+    return is_wanted(state, entry)
 
 
-def _will_be_awaited(state: State, known: Consumer, entry: Entry) -> bool:
+def _will_be_awaited(state: State, consumer: str, known: Consumer, entry: Entry) -> bool:
     """Whether a rollout that has not been decided may be one that a consumer awaits."""
     if known.takes != GROUPS:
         return entry.rollout.status not in FINISHED and fits(known.filter, entry.rollout)
     group = state.groups.of(entry.rollout)
-    return group is not None and group.is_open and fits(known.filter, group)
+    if group is None or not asks_for(state, consumer, known, group):
+        return False
+    return group.is_open or (group.status == "complete" and not is_ready_for(state, consumer, group))
 
 
 def may_still_come(state: State, known: Consumer) -> bool:
-    """Whether anything that waits or runs could be given to a consumer once it has finished."""
+    """Whether anything that waits or runs could be given to a consumer, no feed, once it has finished."""
     takes_groups = known.takes == GROUPS
     if known.filter is None or len(known.filter) == 1:
         return state.groups.count(OPEN) > 0 if takes_groups else len(state.entries) > len(state.completions)
@@ -218,7 +246,7 @@ def eviction_class(state: State, entry: Entry) -> int:
     """How much the spans of a rollout are needed: the lower, the sooner they go."""
     is_finished = entry.rollout.status in FINISHED
     if state.consumers:
-        if any(_will_be_awaited(state, known, entry) for known in state.consumers.values()):
+        if any(_will_be_awaited(state, name, known, entry) for name, known in state.consumers.items()):
             return COMING  # also if it has finished: the store must not pause for what its group still needs
         if is_finished and is_wanted(state, entry):
             return WANTED
@@ -302,12 +330,28 @@ def _fix_unit(state: State, known: Consumer, consumer: str, takes: str) -> None:
     before, known.awaiting, known.coming = known.awaiting, OrderedDict(), None
     ready = (state.groups.by_id[group_id] for status in READY for group_id in state.groups.having(status))
     for group in in_order_of_completion(ready):
-        if group.is_ready and fits(known.filter, group) and not _has_taken(state, consumer, group):
+        is_asked = asks_for(state, consumer, known, group) and is_ready_for(state, consumer, group)
+        if is_asked and not _has_taken(state, consumer, group):
             known.groups[group.group_id] = None
     for rollout_id in before:
         known.returned.pop(rollout_id, None)
         settle(state, state.entries[rollout_id])
     _sort_coming(state)
+
+
+def know_feed(state: State, feed: FeedEntry) -> None:
+    """Make a new feed known, and the consumer of its name, which takes its groups."""
+    consumer = feed.name
+    known = state.consumers.get(consumer)
+    if known is not None and (known.takes is not None or known.filter is not None):
+        expected = f"a name of its own: a consumer of this name takes {known.takes or ROLLOUTS} (or forget_consumer)"
+        raise InvalidValueError("feed", consumer, expected)
+    if known is None:
+        require_room("consumers", len(state.consumers), CONSUMERS)
+    state.feeds.by_name[consumer] = feed
+    known = know(state, consumer)
+    _fix_unit(state, known, consumer, GROUPS)
+    known.filter, known.coming = {"status_in": list(USUAL)}, None
 
 
 def _change_filter(state: State, consumer: str, known: Consumer, wanted: Filter) -> None:
@@ -349,6 +393,7 @@ def let_go(state: State, consumer: str) -> list[str]:
     known = state.consumers.pop(consumer, None)
     if known is None:
         return []
+    state.feeds.remove(consumer)
     state.forgotten[consumer] = known
     held = untake(state, consumer, chain.from_iterable(known.batches.values()))
     awaited = [i for group_id in known.groups for i in state.groups.by_id[group_id].chosen]
@@ -440,11 +485,14 @@ def prepare(
     return known
 
 
-def why_not(state: State, session: Session | None, consumer: str, max_open: int) -> BatchHeldError | None:
-    """Why a consumer cannot have another batch: it holds as many as it may, and their holders live."""
+def why_not(state: State, session: Session | None, consumer: str, max_open: int) -> StoreError | None:
+    """Why a consumer cannot have another batch: it holds as many as it may, or is a feed that is paused."""
     known = state.consumers.get(consumer)
-    if known is None or len(known.holders) < max_open or _left_behind(known) is not None:
+    if known is None or _left_behind(known) is not None:
         return None
+    if len(known.holders) < max_open:
+        feed = state.feeds.get(consumer)
+        return feed.refusal() if feed is not None else None
     mine = session.session_id if session is not None else None
     held = [
         [number, len(known.batches[number]), "taken by this process" if whose == mine else f"taken by session {whose}"]
@@ -458,11 +506,13 @@ def _left_behind(known: Consumer) -> int | None:
     return min((number for number, whose in known.holders.items() if whose is None), default=None)
 
 
-def is_ready(state: State, known: Consumer, count: int) -> bool:
+def is_ready(state: State, consumer: str, known: Consumer, count: int) -> bool:
     """Whether a take should be answered now, because waiting would not make its batch larger."""
     if _left_behind(known) is not None:
         return True
-    there = len(_next(state, known, count)) if state.deleting else min(len(_awaited_by(known)), count)
+    if (feed := state.feeds.get(consumer)) is not None:
+        return feed.is_over or bool(_next(state, consumer, known, count))
+    there = len(_next(state, consumer, known, count)) if state.deleting else min(len(_awaited_by(known)), count)
     return there >= count or (there > 0 and (state.memory_full or not may_still_come(state, known)))
 
 
@@ -471,9 +521,14 @@ def _awaited_by(known: Consumer) -> Mapping[str, None]:
     return known.groups if known.takes == GROUPS else known.awaiting
 
 
-def _next(state: State, known: Consumer, count: int) -> list[str]:
+def _next(state: State, consumer: str, known: Consumer, count: int) -> list[str]:
     """What a consumer is given next, up to so many; what is about to be deleted is passed over."""
     awaited = _awaited_by(known)
+    if (feed := state.feeds.get(consumer)) is not None:
+        if state.deleting:
+            chosen = ((i, state.groups.by_id[i].chosen) for i in awaited)
+            awaited = {i: None for i, members in chosen if not any(map(state.is_reserved, members))}
+        return feed.next_batch(awaited, count, len(known.holders), is_full=state.memory_full)
     if not state.deleting:
         return list(islice(awaited, count))
     if known.takes != GROUPS:
@@ -482,9 +537,9 @@ def _next(state: State, known: Consumer, count: int) -> list[str]:
     return list(islice((i for i in awaited if not any(map(state.is_reserved, groups[i].chosen))), count))
 
 
-def has_something(state: State, known: Consumer) -> bool:
-    """Whether there is anything to take at all."""
-    return _left_behind(known) is not None or bool(_next(state, known, 1))
+def has_something(state: State, consumer: str, known: Consumer, count: int) -> bool:
+    """Whether there is anything to take at all; of a feed, whether there is a whole batch."""
+    return _left_behind(known) is not None or bool(_next(state, consumer, known, count))
 
 
 def take(
@@ -542,7 +597,7 @@ def _take(
             if isinstance(key[1], int) and (found := batch_again(state, step.session, key)) is not None:
                 return found
     known = prepare(state, step, consumer, asked, max_open, takes)
-    if timeout > 0 and not is_ready(state, known, count):
+    if timeout > 0 and not is_ready(state, consumer, known, count):
         return None
     return take_now(state, step, consumer, count)
 
@@ -560,9 +615,11 @@ def take_now(state: State, step: Step, consumer: str, count: int) -> Batch:
         _hand(state, step, known, consumer, number)
         state.changes.append(step.now, "taken", consumer=consumer, batch=number, rollouts=there, again=True)
         return _content(state, known, number), number
-    found = _next(state, known, count)
+    found = _next(state, consumer, known, count)
     if not found:
         return [], 0
+    if (feed := state.feeds.get(consumer)) is not None:
+        state.feeds.take(feed, found)
     known.made += 1
     number = known.made
     awaited = known.groups if known.takes == GROUPS else known.awaiting
@@ -708,20 +765,39 @@ def unreserve(state: State, session: Session) -> None:
         state.effects.has_batches = True
 
 
-def ack(state: State, step: Step, *, consumer: Id, batch: int, at_step: Whole, note: Text | None) -> None:
-    """A step of the model has consumed a batch; it is kept until the model is durable."""
+def ack(
+    state: State,
+    step: Step,
+    *,
+    consumer: Id,
+    batch: int,
+    at_step: Whole,
+    note: Text | None,
+    notes: dict[Id, Text] | None = None,
+) -> None:
+    """A step of the model has consumed a batch; it is kept until the model is durable.
+
+    The note is of each rollout that `notes` has none for.
+    """
     known = known_consumer(state, consumer, batch)
     if batch not in known.holders:
         if known.steps.get(batch) == at_step:
             return  # said before
         refuse(known, consumer, batch)
     _mine(state, step, known, consumer, batch)
-    consume(state, step, known, consumer, batch, at_step, note)
+    consume(state, step, known, consumer, batch, at_step, note, notes or {})
     _free(state, known, consumer, batch)
 
 
 def consume(
-    state: State, step: Step, known: Consumer, consumer: str, batch: int, at_step: int, note: str | None
+    state: State,
+    step: Step,
+    known: Consumer,
+    consumer: str,
+    batch: int,
+    at_step: int,
+    note: str | None,
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Note which step consumed a batch that is open; steps only grow."""
     if known.checkpoint is not None and at_step <= known.checkpoint:
@@ -734,12 +810,14 @@ def consume(
     known.steps[batch] = at_step
     for rollout_id in known.batches[batch]:
         if (entry := state.entries.get(rollout_id)) is not None:
-            entry.taken = {**entry.taken, consumer: Taken(batch, at_step, note=note)}
+            entry.taken = {**entry.taken, consumer: Taken(batch, at_step, note=notes.get(rollout_id, note))}
             state.touch(rollout_id)
     for group_id in known.grouped.get(batch, ()):
         group = state.groups.by_id[group_id]
         state.groups.move(group, group_after(group.status, CONSUMED))
         state.touch_group(group_id)
+    if (feed := state.feeds.get(consumer)) is not None:
+        state.feeds.train(feed, known.grouped.get(batch, ()))
     state.changes.append(step.now, "consumed", consumer=consumer, batch=batch, step=at_step, note=note)
 
 
@@ -763,7 +841,9 @@ def checkpoint(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int
     count = 0
     for batch in [batch for batch, consumed_by in known.steps.items() if consumed_by <= at_step]:
         del known.steps[batch]
-        known.grouped.pop(batch, None)
+        released = known.grouped.pop(batch, [])
+        if (feed := state.feeds.get(consumer)) is not None:
+            state.feeds.release(feed, released)
         for rollout_id in known.batches.pop(batch):
             entry = state.entries.get(rollout_id)
             if entry is None:
@@ -806,6 +886,7 @@ def forget_consumer(state: State, step: Step, *, consumer: Id) -> int:
 def _return(state: State, known: Consumer, consumer: str, batches: list[int]) -> int:
     back: dict[str, None] = {}
     groups: dict[str, None] = {}
+    acknowledged = sum(batch in known.steps for batch in batches)
     for batch in sorted(batches):
         for entry in untake(state, consumer, known.batches.pop(batch)):
             rollout_id = entry.rollout.rollout_id
@@ -816,6 +897,8 @@ def _return(state: State, known: Consumer, consumer: str, batches: list[int]) ->
         groups |= dict.fromkeys(known.grouped.pop(batch, ()))
         known.steps.pop(batch, None)
         _free(state, known, consumer, batch)
+    if (feed := state.feeds.get(consumer)) is not None:
+        state.feeds.give_back(feed, groups, acknowledged)
     _undo(state, groups)
     if back:
         state.effects.has_batches = True

@@ -15,12 +15,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raystore.core import attempts, claims, expiry, groups, pauses, publishing, retention, rollouts, training, workers
+from raystore.core import (
+    attempts,
+    claims,
+    expiry,
+    feeds,
+    groups,
+    pauses,
+    publishing,
+    retention,
+    rollouts,
+    training,
+    workers,
+)
 from raystore.core.schema import Part, Schema, checker
 from raystore.core.state import Chain, HandedKey, Session, State, Step
 from raystore.errors import InvalidValueError, SessionEndedError, StoreError, copy_of
 
-WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes"]
+WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes", "feed"]
 
 
 @dataclass(slots=True, eq=False)
@@ -106,8 +118,8 @@ def perform(state: State, step: Step, spec: Verb, arguments: dict[str, Any]) -> 
             chain.refusal = error
             chain.notes.clear()
             raise
-    if state.moved_members:
-        groups.settle(state, step)
+    if state.moved_members or state.moved_feeds:
+        feeds.settle(state, step)
     return answer
 
 
@@ -189,9 +201,19 @@ VERBS: dict[str, Verb] = {
     "ack": Verb(training.ack),
     "nack": Verb(training.nack),
     "checkpoint": Verb(training.checkpoint),
-    "rewind": Verb(training.rewind),
-    "forget_consumer": Verb(training.forget_consumer),
+    "rewind": Verb(feeds.rewind),
+    "forget_consumer": Verb(feeds.forget),
     "ledger": Verb(training.ledger, changes=False),
+    "open_feed": Verb(feeds.open_feed),
+    "feed_work": Verb(feeds.work, changes=False, waits_for="feed"),
+    "feed_add": Verb(feeds.add),
+    "feed_judge": Verb(feeds.judge),
+    "feed_choose": Verb(feeds.choose),
+    "publish_feed": Verb(feeds.publish),
+    "feed_items": Verb(feeds.items_of, changes=False),
+    "feed_status": Verb(feeds.status, changes=False),
+    "resume_feed": Verb(feeds.resume),
+    "close_feed": Verb(feeds.close_feed),
     "put_resources": Verb(publishing.put),
     "get_resources": Verb(publishing.get, changes=False),
     "get_latest_resources": Verb(publishing.latest, changes=False),
@@ -268,12 +290,12 @@ def end_session(
 
 
 def _with_groups(change: Callable[..., Any]) -> Callable[..., Any]:
-    """A change, after which groups follow what has become of their members."""
+    """A change, after which groups and feeds follow what has become of rollouts and batches."""
 
     def run(state: State, step: Step, *arguments: Any) -> Any:
         done = change(state, step, *arguments)
-        if state.moved_members:
-            groups.settle(state, step)
+        if state.moved_members or state.moved_feeds:
+            feeds.settle(state, step)
         return done
 
     return run
@@ -285,7 +307,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "pause": expiry.pause,
     "advance": _with_groups(advance),
     "hand_over": _with_groups(hand_over),
-    "hand_batch": _hand_batch,
+    "hand_batch": _with_groups(_hand_batch),
     "take_back": _with_groups(take_back),
     "acknowledge": _with_groups(_acknowledge),
     "open_session": claims.open_session,

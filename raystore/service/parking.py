@@ -13,7 +13,7 @@ from heapq import merge
 from operator import attrgetter
 from typing import Any
 
-from raystore.core import rollouts, training
+from raystore.core import feeds, rollouts, training
 from raystore.core.queues import LazyHeap
 from raystore.core.state import Pair, Session, State, Step, require_room
 from raystore.core.verbs import WaitsFor
@@ -222,6 +222,8 @@ class Parking:
         """The answer of a call whose time is over; for a call that waits for a batch see `_offer_batch`."""
         if call.waits_for == "rollouts":
             return rollouts.finished_by_now(self._state, call.arguments["rollout_ids"])
+        if call.waits_for == "feed":
+            return self._feed_work(call, is_over=True)
         return [] if call.waits_for == "work" else ([], call.cursor)
 
     def answer_of(self, caller: Caller, waits_for: WaitsFor, arguments: dict[str, Any]) -> Any:
@@ -335,15 +337,31 @@ class Parking:
         if refusal is not None:
             self._answer(call, refusal)
             return
-        if not (is_over or training.is_ready(state, known, count)):
+        if not (is_over or training.is_ready(state, consumer, known, count)):
             return
-        if not training.has_something(state, known) or not self._regain_space():
-            if is_over:
+        if not training.has_something(state, consumer, known, count) or not self._regain_space():
+            feed = state.feeds.get(consumer)
+            if is_over or (feed is not None and feed.is_over):
                 self._answer(call, ([], 0))
             return
         batch = self._do("hand_batch", self._step(session), call.session_id, call.ticket, consumer, count)
         if not self._answer(call, batch):  # its caller has gone
             self._do("take_back", self._step(session), call.session_id, [(consumer, batch[1])])
+
+    def feeds_changed(self, names: Iterable[str]) -> None:
+        """There may be something to do for those who draw the items of these feeds."""
+        changed = set(names)
+        for call in self._of_kind("feed"):
+            if call.arguments["feed"] in changed and (found := self._feed_work(call)) is not None:
+                self._answer(call, found)
+
+    def _feed_work(self, call: ParkedCall, *, is_over: bool = False) -> Any:
+        """What there is to do for who draws the items of a feed, or why it is to draw no more; None: nothing."""
+        asked = call.arguments | ({"timeout": 0.0} if is_over else {})
+        try:
+            return feeds.work(self._state, self._step(self._state.sessions.get(call.session_id)), **asked)
+        except StoreError as refusal:
+            return refusal
 
     def pools_changed(self) -> None:
         """Pools cannot work: refuse those who wait for nothing but what such pools would do."""
@@ -358,7 +376,9 @@ class Parking:
             if refusal is None:
                 continue
             known = self._state.consumers.get(call.arguments["consumer"]) if call.waits_for == "batch" else None
-            if known is not None and training.has_something(self._state, known):
+            if known is not None and training.has_something(
+                self._state, call.arguments["consumer"], known, call.arguments["count"]
+            ):
                 self._offer_batch(call, is_over=True)
             else:
                 self._answer(call, refusal)

@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
-from raystore.core import check, claims, expiry, groups, pauses, retention, training, verbs, workers
+from raystore.core import check, claims, expiry, feeds, pauses, retention, training, verbs, workers
 from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, LossReason, Positive, Rule, Text, Whole
@@ -254,8 +254,8 @@ class Service:
                     self.pools.asked(session.session_id, queues)
             if arguments.get("chain") is None:
                 answer = spec.run(state, step, **arguments)
-                if state.moved_members:
-                    groups.settle(state, step)
+                if state.moved_members or state.moved_feeds:
+                    feeds.settle(state, step)
             else:
                 answer = verbs.perform(state, step, spec, arguments)
             if answer is not None or spec.waits_for is None:
@@ -420,6 +420,8 @@ class Service:
                 self.parking.expire(self.clock.now())
             if self.parking.by_kind and (effects.finished or effects.has_batches):
                 self.parking.finished(effects.finished)
+            if effects.feeds and self.parking.by_kind:
+                self.parking.feeds_changed(effects.feeds)
             if effects.queues:
                 if not effects.queues <= self.pools.servers.keys():
                     self._wait_in(effects.queues)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raystore.core import check, expiry, groups, retention, verbs
+from raystore.core import check, expiry, feeds, retention, verbs
 from raystore.core.claims import open_session, take_back
 from raystore.core.state import HandedKey, Session, Settings, State, Step
 
@@ -65,7 +65,7 @@ class Core:
     def decline(self, session: Session, key: HandedKey) -> bool:
         step = self.step(session)
         was_there = take_back(self.state, step, session, key, why="declined")
-        groups.settle(self.state, step)
+        feeds.settle(self.state, step)
         return was_there
 
     def end(self, session: Session) -> None:

@@ -52,6 +52,8 @@ class History:
         self.rollouts: list[str] = []
         self.attempts: list[tuple[str, str]] = []
         self.sessions: list[str] = []
+        self.positions: dict[str, list[int]] = {}  # of the streams of the feed
+        self.judged: list[str] = []  # groups that it is to judge
 
     # -- arguments -------------------------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ class History:
         return [number, name, "t", None, "n", None, None, rng.choice([None, 1.0]), b"\x01body", -1]
 
     def consumer(self) -> str:
-        return self.rng.choice(["c1", "c2", "of groups"])
+        return self.rng.choice(["c1", "c2", "of groups", "feed"])
 
     def group_id(self) -> str:
         return f"group-{self.rng.randint(0, 9)}"
@@ -107,6 +109,33 @@ class History:
             **self.maybe(0.5, replace=rng.randint(0, 2)),
             **self.maybe(0.3, deadline_seconds=rng.choice([3.0, 60.0])),
         }
+
+    def pump(self) -> dict[str, Any]:
+        return {"feed": "feed", "pump": self.rng.choice(["p", "p", "p", "p", "q"])}
+
+    def rule_of_feed(self) -> dict[str, Any]:
+        rng = self.rng
+        return {
+            "resources_id": "r1", "batch": rng.randint(1, 2), "max_lag": rng.randint(0, 2),
+            "max_running": rng.choice([None, None, 2]), "late": rng.choice(["wait", "train", "drop", "requeue"]),
+            "order": rng.choice(["oldest", "ready_first", "in_order", "chosen"]),
+            "on_failure": rng.choice(["mask", "replace", "reward"]), "failure_reward": 0.0,
+            "race": rng.random() < 0.2, "judged": rng.random() < 0.3, "batch_tokens": rng.choice([None, 10]),
+            "max_filtered": rng.choice([None, 2]), "in_a_row": rng.choice([None, 3]), "share": rng.choice([None, 0.5]),
+            "window": rng.choice([4, 20]), "requeues": 1,
+        }  # fmt: skip
+
+    def draw(self) -> dict[str, Any]:
+        rng = self.rng
+        stream = rng.choice(["a", "b"])
+        at = self.positions.get(stream, [0, 0]) if rng.random() < 0.9 else [0, 0]
+        count = rng.randint(0, 3)
+        groups = [{**self.group(), "group_id": f"{stream}/{at[1] + n}"} for n in range(count)]
+        return {
+            "stream": stream, "at": at, "to": [at[0], at[1] + count], "over": rng.random() < 0.05,
+            "state_after": None, "requests": groups, "items": [[stream, at[0], at[1] + n] for n in range(count)],
+            "skipped": [[f"{stream}/skipped", "unreadable"]] if rng.random() < 0.1 else [],
+        }  # fmt: skip
 
     def page(self) -> dict[str, Any]:
         rng = self.rng
@@ -145,6 +174,10 @@ class History:
             self.rollouts += [pair[0][0] for pair in value]
         elif verb == "enqueue_groups":
             self.rollouts += [i for row in value for i in (row[-1] if isinstance(row[0], str) else [row[0][0]])]
+        elif verb == "open_feed":
+            self.positions = {name: [epoch, cursor] for name, epoch, cursor, *_ in value[3]}
+        elif verb == "feed_work":
+            self.judged = value["judge"] + (value["choose"] or [])
         elif verb in ("start_rollout", "start_attempt"):
             self.rollouts.append(value[0][0])
             self.attempts.append((value[0][0], value[1][1]))
@@ -220,7 +253,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
         "group_id_in": rng.choice([None, [h.group_id()]]), **h.page(),
     },
     "take_groups": lambda h, rng: {
-        "consumer": rng.choice(["of groups", "of groups", "of groups", "c2"]), "count": rng.randint(1, 2),
+        "consumer": rng.choice(["of groups", "of groups", "feed", "feed", "c2"]), "count": rng.randint(1, 2),
         "timeout": rng.choice([0.0, 0.0, 10.0]), **h.maybe(0.5, max_open=rng.randint(1, 3)),
     },
     "get_batch": lambda h, rng: {"consumer": h.consumer(), "batch": rng.randint(1, 6)},
@@ -242,6 +275,31 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
         "queue": rng.choice(["default", "other"]), "max_running": rng.choice([None, 2, 5]),
         "per_minute": rng.choice([None, 1, 4]),
     },
+    "open_feed": lambda h, rng: {
+        **h.pump(), "rule": h.rule_of_feed(),
+        "streams": [["a", 2.0, 9, "f"], ["b", 1.0, None, None]][: rng.choice([1, 2, 2])],
+        "changed": rng.choice(["refuse", "continue", "continue"]),
+    },
+    "feed_work": lambda h, rng: {
+        **h.pump(), "seen": rng.randint(0, 3), "over": rng.random() < 0.3, "timeout": rng.choice([0.0, 0.0, 5.0]),
+    },
+    "feed_add": lambda h, rng: {**h.pump(), **h.draw()},
+    "feed_judge": lambda h, rng: {
+        **h.pump(),
+        "verdicts": [
+            [group_id, rng.choice([None, None, "flat"]), rng.choice([None, 4]), rng.choice([[], [h.rollout()]])]
+            for group_id in h.judged
+        ],
+    },
+    "feed_choose": lambda h, rng: {**h.pump(), "group_ids": h.judged},
+    "publish_feed": lambda h, rng: {
+        **h.pump(), "version": rng.randint(0, 4), "digest": rng.choice(["x", "y"]), "resources": b"\x01\x80",
+        "holds_objects": False, "objects": [],
+    },
+    "feed_items": lambda h, rng: {"feed": "feed", "group_ids": [f"a/{rng.randint(0, 5)}"]},
+    "feed_status": lambda h, rng: {"feed": "feed"},
+    "resume_feed": lambda h, rng: {"feed": "feed"},
+    "close_feed": lambda h, rng: h.pump(),
     "put_resources": lambda h, rng: {
         "resources_id": rng.choice([None, "r1", "r2"]), "resources": b"\x01\x80",
         "policy_version": rng.choice([None, 1, 2]), "holds_objects": rng.random() < 0.3,
@@ -305,6 +363,10 @@ OFTEN = [
     "take",
     "enqueue_groups",
     "take_groups",
+    "open_feed",
+    "publish_feed",
+    "feed_add",
+    "feed_add",
 ]
 
 
