@@ -233,6 +233,17 @@ def test_one_pump_draws_the_items(make: Callable[..., Loop]) -> None:
     loop.pump = "p2"
 
 
+def test_a_session_that_has_ended_holds_no_feed(make: Callable[..., Loop]) -> None:
+    """Also if another process has its id, as that of a store in process after a restart."""
+    loop = make()
+    loop.publish()
+    loop.core.end(loop.core.state.sessions["driver"])
+    assert loop.feed.pump is None
+    loop.pump = "p2"
+    loop.open(loop.core.open("driver"))
+    assert len(loop.draw()) == 4
+
+
 def test_a_draw_that_comes_twice_draws_once(make: Callable[..., Loop]) -> None:
     """Position and groups advance in one step: who is not at the position draws nothing."""
     loop = make()
