@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raystore.core.check import check
-from raystore.core.claims import forget_session
+from raystore.core.expiry import forget_session
 from raystore.core.feed_table import CLOSED, FeedEntry, Item
 from raystore.core.snapshot import digest, restore, sections
 from raystore.core.state import Session, State

@@ -143,7 +143,6 @@ async def test_a_feed_rides_through_the_death_of_its_store(store: rs.RayLightnin
     assert status.streams[""].endings == {"trained": 18, "filtered": 6} and status.free == status.places
 
 
-@ray.remote(num_cpus=0)
 def spans_in(shard: rs.BatchShard) -> dict[str, int]:
     """How many model calls each rollout of a shard has, read by this process."""
     spans = asyncio.run(shard.spans())
@@ -157,7 +156,8 @@ async def test_ranks_read_their_shards(store: rs.RayLightningStore) -> None:
     async with running(store, lambda rollout: 1.0):
         await feed.publish(version=0)
         async for batch in feed.batches():
-            answers = [spans_in.remote(batch.shard(rank, 2)) for rank in range(2)]  # type: ignore[arg-type]
+            rank_of: Any = ray.remote(num_cpus=0)(spans_in)
+            answers = [rank_of.remote(batch.shard(rank, 2)) for rank in range(2)]
             found = [await answer for answer in answers]
             assert {k: v for one in found for k, v in one.items()} == {r.rollout_id: 1 for r in batch.rollouts}
             assert all(found)
