@@ -225,13 +225,13 @@ class IteratedStream:
         self._tell_epoch()
         if _keeps_state(data):
             data.load_state_dict(state)
-        items: Any = iter(data)
-        if not _keeps_state(data):
-            if self._is_once or not _keeps_state(items):
-                return None
-            items.load_state_dict(state)
-        found: Iterator[Any] = items
-        return found
+            following: Iterator[Any] = iter(data)
+            return following
+        items: Any = None if self._is_once else iter(data)
+        if not _keeps_state(items):
+            return None
+        items.load_state_dict(state)
+        return items  # type: ignore[no-any-return]
 
     def _skip(self, position: Position) -> None:
         """Read forward to a position, from the start of its epoch or from where the iterator is."""
