@@ -434,6 +434,12 @@ class FeedTable:
         feed.tell(item.group_id, ending, why)
         self.moved[feed.name] = None
 
+    def let_go(self, session_id: str) -> None:
+        """Nobody draws the items of the feeds of a session that has ended; its id may come to another process."""
+        for feed in self:
+            if feed.pump is not None and feed.pump[0] == session_id:
+                feed.pump = None
+
     def remove(self, name: str) -> None:
         """Forget a feed; its groups are as any others from now on."""
         feed = self.by_name.pop(name, None)
