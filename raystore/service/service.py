@@ -21,6 +21,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
+import psutil
+
 from raystore.core import check, claims, expiry, groups, pauses, retention, training, verbs, workers
 from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
@@ -44,7 +46,7 @@ from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
-from raystore.options import StoreConfig, resident_bytes, resolve
+from raystore.options import StoreConfig, resolve
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.presence import NO_QUEUES, UNSERVED_SECONDS, LivenessChecks, Pools
@@ -640,7 +642,7 @@ class Service:
             "spans_lost": dict(self.spans_lost),
             "last_eviction_seconds": self.last_eviction_seconds,
             "cpu_seconds": time.process_time(),
-            "rss_bytes": resident_bytes(),
+            "rss_bytes": psutil.Process().memory_info().rss,
             "journal": self.snapshotter.statistics() if self.snapshotter is not None else None,
         }
 
