@@ -178,15 +178,6 @@ class _Unpickler(pickler.Unpickler):
         return self.refs[pid]
 
 
-def describe(payload: Opaque) -> str:
-    """Form and size of a payload, without decoding it."""
-    if payload is None:
-        return "none"
-    data = payload.data if isinstance(payload, Payload) else payload
-    kind = "plain" if data[0] == PLAIN else "pickled"
-    return f"<{kind}, {len(data)} bytes>"
-
-
 # -- digests of values -------------------------------------------------------------------------------------------------
 
 _DIGEST_BYTES = 16
