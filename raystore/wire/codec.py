@@ -37,7 +37,7 @@ from raystore.errors import PayloadLostError, PayloadNotPicklableError, PayloadT
 from raystore.values import pickler
 from raystore.values.plain import LEAVES, TYPECODES
 
-_PACKED = 1  # msgpack extension: a type code and the array's bytes, little-endian
+_PACKED = 1  # msgpack extension: a type code and the array's bytes (little-endian, as all machines that Ray runs on)
 _TUPLE = 2  # msgpack extension: the items as a list
 LARGE_BYTES = 32 * 1024  #: from here on a copy costs more than an argument of its own
 _MAX_DEPTH = 64  # deeper values are pickled, which has its own limit and says so
@@ -65,9 +65,6 @@ def _extended(value: Any) -> msgpack.ExtType:
         return msgpack.ExtType(_TUPLE, _packb(list(value)))
     if not isinstance(value, array):
         raise OverflowError(value)  # an int beyond 64 bits
-    if sys.byteorder == "big":
-        value = array(value.typecode, value)
-        value.byteswap()
     return msgpack.ExtType(_PACKED, value.typecode.encode() + value.tobytes())
 
 
@@ -77,10 +74,7 @@ def _restored(code: int, data: bytes) -> Any:
         return tuple(_unpackb(data))
     if code != _PACKED:
         raise ValueError(f"msgpack extension {code}; expected {_PACKED} or {_TUPLE}: it was written by another version")
-    value: array[Any] = array(chr(data[0]), data[1:])
-    if sys.byteorder == "big":
-        value.byteswap()
-    return value
+    return array(chr(data[0]), data[1:])
 
 
 _packers: list[Any] = []  # reused, since making one costs as much as packing a small value; taken out while in use
