@@ -153,11 +153,6 @@ def _dequeue(
     return claimed
 
 
-def _decline(state: State, step: Step, *, rollout_id: str, attempt_id: str) -> bool:
-    assert step.session is not None
-    return take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
-
-
 def _report_session(state: State, step: Step, *, session_id: str | None, worker_id: str | None = None) -> bool:
     """Any session that held work of the worker ended too, that of another pool's worker of this name as well.
 
@@ -364,7 +359,6 @@ def go_on(state: State) -> None:
 
 VERBS: dict[str, Verb] = verbs.VERBS | {
     "dequeue": Verb(_dequeue),
-    "decline": Verb(_decline),
     "enqueue": Verb(_enqueue),
     "take": Verb(_take),
     "ack": Verb(_ack),
