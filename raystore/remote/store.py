@@ -320,7 +320,7 @@ def _pieces(parts: Parts) -> Iterator[bytes]:
     """The bytes of an object in pieces of `PIECE_BYTES`; the last may be shorter."""
     pending = bytearray()
     for part in parts:
-        left = memoryview(part).cast("B")
+        left = memoryview(part)
         while left:
             room = PIECE_BYTES - len(pending)
             pending += left[:room]
