@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from raystore.errors import JournalDamagedError
 from raystore.journal import files, format, snapshot_file
-from raystore.journal.files import SNAPSHOT, Directory, JournalFile, JournalPosition, TornTail
+from raystore.journal.files import SNAPSHOT, Directory, JournalFile, JournalPosition
 from raystore.journal.format import FORMAT, START, Chunks, WriterInfo
 from raystore.values import objects
 
@@ -36,7 +36,7 @@ class JournalReader:
     """One pass over a journal, up to the writers that began before `epoch`, or `until` a segment (epoch, number)."""
 
     def __init__(self, directory: Directory, epoch: int | None = None, until: tuple[int, int] | None = None) -> None:
-        self.torn_tails: list[TornTail] = []
+        self.torn_tails: list[str] = []  # what to say of each
         self.position: JournalPosition = JournalPosition(0, 0, 0, 0)  # behind the last record that was read
         self.writer: WriterInfo = {}  # the newest writer; empty if there is none
         self.snapshot: Path | None = None  # to begin with
