@@ -48,6 +48,9 @@ def test_span_record_carries_the_index_of_a_span() -> None:
 def test_sync_twin_is_generated_from_the_contract() -> None:
     """`_sync.py` is what `python tools/generate_sync.py` writes."""
     assert Path(_sync.__file__).read_text() == generate()
+    for name in vars(_sync.SyncStore).keys() & vars(api.LightningStore).keys():
+        ours, theirs = getattr(_sync.SyncStore, name), getattr(api.LightningStore, name)
+        assert name[0] == "_" or ours.__doc__ == theirs.__doc__, name
 
 
 def test_the_client_has_the_signatures_of_the_contract() -> None:
