@@ -222,10 +222,7 @@ class ServerSession:
         if not self._outbox and self.session.ended_at is None:
             self._listener = listener = asyncio.get_running_loop().create_future()
             try:
-                async with asyncio.timeout(seconds):
-                    await listener
-            except TimeoutError:
-                pass
+                await asyncio.wait([listener], timeout=seconds)
             finally:
                 if self._listener is listener:
                     self._listener = None
