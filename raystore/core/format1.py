@@ -429,7 +429,6 @@ class Run(BatchRun):
             return [arguments]
 
     def _answer_piece(self, item: Item, reply: Reply) -> None:
-        """Note the answer of a piece."""
         replies = self._kept.replies
         if item.is_more:
             reply = joined(replies.pop()[1], reply)

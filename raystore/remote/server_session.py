@@ -243,7 +243,6 @@ class ServerSession:
             _set(self._listener)
 
     def _collect_notices(self) -> None:
-        """Move notices of the session to the outbox."""
         notices, self.session.notices = self.session.notices, []
         for notice in notices:
             self._outbox[next(self._notices)] = [frames.NOTICE, *notice]

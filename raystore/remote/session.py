@@ -355,7 +355,6 @@ class ClientSession:
             self._do(actions)
 
     def _on_listened(self, listen: Listen, future: Any) -> None:
-        """A listen call has come back."""
         try:
             epoch, outcome, *rest = frames.unpack_answer(future.result())
         except Exception as error:  # no answer, or none that can be read

@@ -160,7 +160,6 @@ class Life:
         call.end(*result)
 
     def _call_method(self, name: str) -> None:
-        """Call a method of the agent if it has one of this name."""
         method = getattr(self._agent, name, None)
         if callable(method):
             returned(self._call(method, self._variables))

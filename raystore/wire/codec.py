@@ -60,7 +60,6 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 
 def _extended(value: Any) -> msgpack.ExtType:
-    """A tuple or array as an extension of msgpack."""
     if type(value) is tuple:
         return msgpack.ExtType(_TUPLE, _packb(list(value)))
     if not isinstance(value, array):
@@ -69,7 +68,6 @@ def _extended(value: Any) -> msgpack.ExtType:
 
 
 def _restored(code: int, data: bytes) -> Any:
-    """The tuple or array of an extension."""
     if code == _TUPLE:
         return tuple(_unpackb(data))
     if code != _PACKED:
