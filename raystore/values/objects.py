@@ -145,17 +145,12 @@ class ObjectFiles:
         if self.has(address):
             return
         new = self.file(address).with_suffix(f".{int(upload, 16):x}{UNFINISHED}")
-        fd = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.pwrite(fd, data, offset)
+        with open(os.open(new, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0) as file:
+            os.pwrite(file.fileno(), data, offset)
             if offset + len(data) < total:
                 return
-            os.fsync(fd)
-            with open(fd, "rb", closefd=False) as file:
-                file.seek(0)
-                found = address_of(iter(lambda: file.read(PIECE_BYTES), b""))
-        finally:
-            os.close(fd)
+            os.fsync(file.fileno())
+            found = address_of(iter(lambda: file.read(PIECE_BYTES), b""))
         if found != address:
             new.unlink(missing_ok=True)
             raise ValueError(f"object {address} did not arrive whole: what came has the digest {found}")
