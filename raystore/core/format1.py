@@ -42,7 +42,7 @@ from raystore.core.state import (
 )
 from raystore.core.training import settle, untake
 from raystore.core.verbs import Verb
-from raystore.errors import BatchConflictError, InvalidValueError, StoreError, copy_of
+from raystore.errors import BatchConflictError, InvalidValueError
 
 # -- handing out -------------------------------------------------------------------------------------------------------
 
@@ -386,26 +386,15 @@ def _require_names(spec: Verb, verb: str, arguments: dict[str, Any]) -> None:
 
 
 def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
-    """Run one verb: only the names of its arguments were looked at."""
+    """Run one verb: only the names of its arguments were looked at.
+
+    Bulk calls that were left unfinished were all kept. Today's rule keeps the newest, which are all that may go on.
+    """
     spec = VERBS.get(verb)
     if spec is None:
         raise InvalidValueError("operation", verb, "a verb of this store")
     _require_names(spec, verb, arguments)
-    if arguments.get("chain") is None:
-        return spec.run(state, step, **arguments)
-    assert step.session is not None
-    chain_id, is_last = arguments["chain"]
-    chains = step.session.chains
-    chain = chains.setdefault(chain_id, Chain())
-    if is_last:
-        del chains[chain_id]
-    if chain.refusal is not None:
-        raise copy_of(chain.refusal)
-    try:
-        return spec.run(state, step, **(arguments | {"chain": chain}))
-    except StoreError as refusal:
-        chain.refusal = refusal
-        raise
+    return verbs.perform(state, step, spec, arguments)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
