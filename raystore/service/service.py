@@ -682,12 +682,8 @@ class Service:
         if not state.memory_full:
             logger.info("Hands out work again: %d bytes are in use", state.total_bytes)
             return
-        whose = [
-            f"consumer {name!r} awaits {awaited} rollouts and holds {held}"
-            for name, awaited, held in training.in_the_way(state)
-        ]
-        if state.waits_for is None:
-            whose = []
+        in_the_way = training.in_the_way(state) if state.waits_for is not None else []
+        whose = [f"consumer {name!r} awaits {awaited} rollouts and holds {held}" for name, awaited, held in in_the_way]
         logger.warning(
             "Memory is full (%d bytes, threshold %d) and nothing more may be evicted: no work is handed out until %d "
             "bytes are in use. %s",
