@@ -50,13 +50,10 @@ from raystore.errors import BatchConflictError, InvalidValueError
 def claim(
     state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None, note_empty: bool = True
 ) -> list[Claimed]:
-    """Up to `limit` rollouts from the heads of the queues, in the order given; each gets an attempt.
-
-    `note_empty` records that the worker came away empty; not for a call that stays parked, which did so when it came.
-    """
+    """Hand out rollouts, as `claims.claim` does, by the rules of `_next`."""
     claimed: list[Entry] = []
     while len(claimed) < limit and not state.memory_full:
-        entry = _next(state, step.session, queues, claimed)
+        entry = _next(state, step.session, queues)
         if entry is None:
             break
         begin(state, step, entry, worker_id=worker_id, kind="claimed")
@@ -70,7 +67,7 @@ def claim(
     return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
 
 
-def _next(state: State, session: Session | None, queues: list[str], claimed: list[Entry]) -> Entry | None:
+def _next(state: State, session: Session | None, queues: list[str]) -> Entry | None:
     """What this session should do next, None if there is nothing for it."""
     if session is None or session.eternal:  # a suspect can only end the store itself here
         head = state.queues.first(queues, (PLAIN_LINE, ASIDE))
