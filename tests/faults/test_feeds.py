@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -113,5 +114,5 @@ async def is_at_work(directory: Path, driver: subprocess.Popen[bytes]) -> bool:
 
 def differing(expected: list[Any], found: list[Any]) -> int:
     """How many batches are not as they were to be."""
-    both = sum(a != b for a, b in zip(expected, found, strict=False))
-    return both + abs(len(expected) - len(found))
+    pairs = itertools.zip_longest(expected, found)
+    return sum(1 for was_to_be, is_now in pairs if was_to_be != is_now)
