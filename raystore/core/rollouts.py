@@ -7,7 +7,7 @@ Not here: starting, settling and cancelling attempts (`attempts`), handing work 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any
 
@@ -457,8 +457,21 @@ def _by_age(state: State, is_newest_first: bool, limit: int, offset: int) -> lis
     entries: Iterable[Entry] = state.entries.values()
     if is_newest_first:
         newest = groupby(reversed(state.entries.values()), key=lambda entry: entry.rollout.start_time)
-        entries = (entry for _, instant in newest for entry in reversed(list(instant)))
+        entries = (entry for time, instant in newest for entry in _of_instant(state, time, instant))
     return list(islice(entries, offset, None if limit == -1 else offset + limit))
+
+
+def _of_instant(state: State, time: float, backwards: Iterator[Entry]) -> Iterable[Entry]:
+    """The rollouts of one instant in their order. A crowd is walked past once, and found from then on."""
+    newest = next(backwards)
+    crowd = state.crowds.find(time, newest.number)
+    if crowd is None:
+        there = [newest, *backwards][::-1]
+        state.crowds.keep(time, newest.number, [entry.rollout.rollout_id for entry in there])
+        return there
+    # One that was deleted may have been made anew, at another time: then its number is a later one.
+    found = map(state.entries.get, crowd)
+    return (entry for entry in found if entry is not None and entry.number <= newest.number)
 
 
 def chosen_among(

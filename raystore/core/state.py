@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 from raystore.core.feed_table import FeedTable
 from raystore.core.gates import Gates
 from raystore.core.group_table import GroupTable
-from raystore.core.indexes import ChangeFeed, CompletionLog, Indexes, WatchSets
+from raystore.core.indexes import ChangeFeed, CompletionLog, Crowds, Indexes, WatchSets
 from raystore.core.lifecycle import ACTIVE, BUSY, LIVE, OPEN, UNCHARGED, is_busy, is_live
 from raystore.core.payload import of_attempt, size_of
 from raystore.core.queues import Deadlines, LazyHeap, Order, Queues
@@ -472,6 +472,7 @@ class State:
         self.deleting: dict[str, Session] = {}  # those of which a long deletion is under way
         self.changes: ChangeFeed = ChangeFeed()
         self.completions: CompletionLog = CompletionLog()
+        self.crowds: Crowds = Crowds()  # that queries have met; no journal keeps them
         self.watched: WatchSets = WatchSets()  # of callers of this process; no journal keeps them
         self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
         self.group_deadlines: Deadlines[str] = Deadlines(self._group_deadline)
