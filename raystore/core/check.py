@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any
 
-from raystore.core import claims, groups, lifecycle, training
+from raystore.core import claims, groups, lifecycle, retries, training
 from raystore.core.gates import KEPT
 from raystore.core.group_table import CANCELLED, FAILED, LIVE, SUCCEEDED, GroupEntry
 from raystore.core.indexes import FEED_LENGTH, keys_of
@@ -46,6 +46,10 @@ def check(state: State) -> None:
     for rollout_id in state.suspects:
         state.patience_deadlines.check((False, rollout_id))
     for rollout_id in state.queues:
+        if state.queues.backs_off_until(rollout_id) is not None:
+            assert state.entries[rollout_id].rollout.status == "requeuing", f"{rollout_id} backs off"
+            state.deadlines.check(rollout_id)
+            continue
         is_missing = state.entries[rollout_id].rollout.resources_id in state.resources.missing
         assert state.queues.is_held(rollout_id) == is_missing, f"{rollout_id} is held back wrongly"
     payloads = sum(entry.bytes for entry in state.entries.values())
@@ -84,6 +88,7 @@ def _check_entry(state: State, rollout_id: str) -> None:
         assert lifecycle.is_possible(attempt), f"a lost attempt is {attempt.status}"
     for attempt in entry.attempts[:-1]:
         assert not is_live(attempt), f"attempt {attempt.attempt_id} is live and superseded"
+    assert 0 <= entry.blames <= entry.deliveries, f"{rollout_id} is to blame for {entry.blames} losses"
     if entry.rollout.status in ACTIVE:
         state.deadlines.check(rollout_id)
     if state.spans.has(rollout_id):
@@ -165,7 +170,9 @@ def _check_gates(state: State) -> None:
 
 
 def _held_back(state: State, resources_id: str | None, rollout_id: str) -> str:
-    """That a rollout is held back, why, and what releases it."""
+    """That a rollout is held back, why, and what releases it; or that it backs off."""
+    if (until := state.queues.backs_off_until(rollout_id)) is not None:
+        return f", backs off until {until + state.paused:.6f}"
     if resources_id is None or not state.queues.is_held(rollout_id):
         return ""
     version, why = state.resources.missing[resources_id]
@@ -297,6 +304,7 @@ def counts(state: State) -> dict[str, Any]:
         "queue_lengths": state.queues.lengths(),
         "held_back": sum(state.queues.held_counts().values()),
         "held_back_by_resources": state.queues.held_counts(),
+        **retries.describe(state),
         "groups_by_status": state.groups.counts(),
         "rollouts_by_status": {status: count for status, count in by_status.items() if count},
         "suspects": len(state.suspects),

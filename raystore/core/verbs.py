@@ -15,7 +15,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raystore.core import attempts, claims, expiry, groups, pauses, publishing, retention, rollouts, training, workers
+from raystore.core import (
+    attempts,
+    claims,
+    expiry,
+    groups,
+    pauses,
+    publishing,
+    retention,
+    rollouts,
+    training,
+    workers,
+)
 from raystore.core.schema import Part, Schema, checker
 from raystore.core.state import Chain, HandedKey, Session, State, Step
 from raystore.errors import InvalidValueError, SessionEndedError, StoreError, copy_of

@@ -24,8 +24,8 @@ __all__ = [
     "JournalFullError", "JournalHeldError", "JournalInUseError", "JournalMissingError", "NoSuchResourceError",
     "NotAStoreError", "OutcomeUnknownError", "OverloadedError", "PayloadLostError", "PayloadNotPicklableError",
     "PayloadNotReadableError", "PayloadTooLargeError", "PoolFailedError", "PoolStartError", "ProtocolMismatchError",
-    "RayClientError", "ReadOnlyError", "ResourcesNotFoundError", "RolloutNotFoundError", "SealedError",
-    "SessionEndedError", "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError",
+    "RayClientError", "ReadOnlyError", "ResourcesNotFoundError", "RolloutNotFoundError",
+    "SealedError", "SessionEndedError", "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError",
     "StoreExistsError", "StoreNotFoundError", "StoreOverloadedError", "StoreUnavailableError",
 ]  # fmt: skip
 

@@ -31,6 +31,7 @@ from raystore.types import (
     ObjectResource,
     OtelResource,
     ResourcesUpdate,
+    RetryRule,
     Rollout,
     RolloutConfig,
     Span,
@@ -350,7 +351,7 @@ def to_any_rollout(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
         undecoded = _decode_fields(values, ("input", "metadata"), "rollout")
     values["tags"] = dict(values["tags"])
     config = values["config"]
-    timeout, unresponsive, max_attempts, retry_condition = config.row() if isinstance(config, Record) else config
+    timeout, unresponsive, max_attempts, retry_condition, *more = config.row() if isinstance(config, Record) else config
     values["config"] = build(
         RolloutConfig,
         {
@@ -358,12 +359,17 @@ def to_any_rollout(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
             "unresponsive_seconds": unresponsive,
             "max_attempts": max_attempts,
             "retry_condition": list(retry_condition),
+            "retry_rules": {rule[0]: _retry_rule(rule[1:]) for rule in more[0]} if more else {},
         },
     )
     if attempt is None:
         return build(Rollout, values, None, undecoded)
     values["attempt"] = to_attempt(attempt)
     return build(AttemptedRollout, values, None, undecoded)
+
+
+def _retry_rule(values: Sequence[Any]) -> RetryRule:
+    return build(RetryRule, dict(zip(RetryRule.model_fields, values, strict=True)))
 
 
 #: The same for a rollout that has an attempt.

@@ -32,6 +32,7 @@ class ModelAttempt:
     start: float
     beat: float | None = None
     superseded: bool = False
+    cancelled: bool = False
 
 
 @dataclass
@@ -46,6 +47,11 @@ class ModelRollout:
     place: tuple[int, int] = (0, 0)
     former: str = "queuing"
     attempts: list[ModelAttempt] = field(default_factory=list)
+    rules: dict[str, tuple[int, float]] = field(default_factory=dict)  # retries and first delay by status
+    until: float | None = None  # it backs off
+
+    def counted(self) -> list[ModelAttempt]:
+        return [attempt for attempt in self.attempts if not attempt.cancelled]
 
 
 @dataclass
@@ -81,6 +87,7 @@ class Model:
 
     def __init__(self) -> None:
         self.rollouts: dict[str, ModelRollout] = {}
+        self.now = 0.0
         self.arrivals = 0
         self.completions: list[str] = []
         self.consumers = {"c": ModelConsumer(("succeeded",)), "d": ModelConsumer(("failed", "succeeded"))}
@@ -95,6 +102,9 @@ class Model:
         waiting = [r for r in self.rollouts.values() if r.status in QUEUED]
         return [r.id for r in sorted(waiting, key=lambda r: r.place)]
 
+    def offered(self) -> list[str]:
+        return [i for i in self.queue() if self.rollouts[i].until is None]
+
     def to_tail(self, rollout: ModelRollout) -> None:
         self.arrivals += 1
         rollout.place = (-rollout.priority, self.arrivals)
@@ -107,6 +117,7 @@ class Model:
         if status in FINISHED:
             self.completions.append(rollout.id)
         rollout.status = status
+        rollout.until = None
         for consumer in self.consumers.values():
             if rollout.id in consumer.awaiting:
                 consumer.awaiting.remove(rollout.id)
@@ -116,15 +127,26 @@ class Model:
     def follow(self, rollout: ModelRollout) -> None:
         if rollout.status == "cancelled" or self.is_sealed(rollout.id):
             return
-        status = rollout.attempts[-1].status
-        if status in ("failed", "timeout", "unresponsive"):
-            again = status in rollout.retry and len(rollout.attempts) < rollout.max_attempts
+        ended = status = rollout.attempts[-1].status
+        used = [attempt.status for attempt in rollout.counted()].count(ended)
+        if ended in rollout.rules:
+            status = "requeuing" if used <= rollout.rules[ended][0] else "failed"
+        elif ended in ("failed", "timeout", "unresponsive"):
+            cancelled = sum(attempt.cancelled for attempt in rollout.attempts)
+            charged = sum(attempt.status not in rollout.rules for attempt in rollout.counted()) + cancelled
+            again = ended in rollout.retry and charged < rollout.max_attempts
             status = "requeuing" if again else "failed"
         if status != rollout.status:
+            is_waiting = rollout.status in QUEUED  # since somebody queued it by hand
             self.move(rollout, status)
+            if status == "requeuing" and ended in rollout.rules and rollout.rules[ended][1] and not is_waiting:
+                rollout.until = self.now + rollout.rules[ended][1] * 2 ** (max(used, 1) - 1)
 
     def advance(self, now: float) -> None:
+        self.now = now
         for rollout in self.rollouts.values():
+            if rollout.until is not None and now > rollout.until:
+                rollout.until = None
             attempt = rollout.attempts[-1] if rollout.attempts else None
             if rollout.status not in ACTIVE or attempt is None or attempt.status not in ACTIVE:
                 continue
@@ -180,18 +202,25 @@ class Machine(RuleBasedStateMachine):
         silence=st.sampled_from([None, 3.0]),
         max_attempts=st.integers(1, 3),
         retry=st.lists(st.sampled_from(["failed", "timeout", "unresponsive"]), unique=True),
+        rules=st.dictionaries(
+            st.sampled_from(["failed", "timeout", "unresponsive"]),
+            st.tuples(st.integers(0, 2), st.sampled_from([0.0, 2.0, 10.0])),
+            max_size=2,
+        ),
     )
-    def enqueue(self, priority: Any, timeout: Any, silence: Any, max_attempts: Any, retry: Any) -> None:
+    def enqueue(self, priority: Any, timeout: Any, silence: Any, max_attempts: Any, retry: Any, rules: Any) -> None:
         self._catch_up()
-        rollout_id = self.core.enqueue(priority=priority, config=[timeout, silence, max_attempts, retry])
-        rollout = ModelRollout(rollout_id, priority, timeout, silence, max_attempts, retry)
+        config = [timeout, silence, max_attempts, retry]
+        rows = [["agent_error" if s == "failed" else s, *of_one, 2.0, None, 0.0] for s, of_one in rules.items()]
+        rollout_id = self.core.enqueue(priority=priority, config=[*config, rows] if rows else config)
+        rollout = ModelRollout(rollout_id, priority, timeout, silence, max_attempts, retry, rules=rules)
         self.model.rollouts[rollout_id] = rollout
         self.model.to_tail(rollout)
 
     @rule(target=attempts, limit=st.integers(1, 3), acknowledge=st.booleans())
     def claim(self, limit: Any, acknowledge: Any) -> Any:
         self._catch_up()
-        expected = self.model.queue()[:limit]
+        expected = self.model.offered()[:limit]
         keys = self.core.claim(self.session, limit)
         assert [rollout_id for rollout_id, _ in keys] == expected
         for rollout_id, attempt_id in keys:
@@ -228,7 +257,7 @@ class Machine(RuleBasedStateMachine):
             return
         self._catch_up()
         self.core.report(key, status, self.session)
-        attempt.status = status
+        attempt.status, attempt.cancelled = status, False
         rollout = self.model.rollouts[key[0]]
         if rollout.attempts[-1] is attempt:
             self.model.follow(rollout)
@@ -260,7 +289,7 @@ class Machine(RuleBasedStateMachine):
                 self.core.run("update_rollout", rollout_id=rollout.id, changes={"status": status})
             return
         self.core.run("update_rollout", rollout_id=rollout.id, changes={"status": status})
-        self.model.move(rollout, status)
+        self.model.move(rollout, status)  # which ends a backoff
 
     @rule(number=st.integers(0, 99))
     def cancel(self, number: Any) -> None:
@@ -272,7 +301,7 @@ class Machine(RuleBasedStateMachine):
         if rollout.status in FINISHED:
             return
         if rollout.status in ACTIVE and rollout.attempts and rollout.attempts[-1].status in ACTIVE:
-            rollout.attempts[-1].status = "failed"
+            rollout.attempts[-1].status, rollout.attempts[-1].cancelled = "failed", True
         self.model.move(rollout, "cancelled")
 
     @rule(number=st.integers(0, 99))
@@ -406,6 +435,8 @@ class Machine(RuleBasedStateMachine):
             assert shown == [(a.id, a.status) for a in rollout.attempts]
         queue = self.core.state.queues
         assert sorted(queue, key=self._order) == self.model.queue()
+        backing_off = {r.id: r.until for r in self.model.rollouts.values() if r.until is not None}
+        assert {i: queue.backs_off_until(i) for i in queue.backing_off} == backing_off
         assert [i for _, i in self.core.state.completions.after(None)] == self.model.completions
         for name, consumer in self.model.consumers.items():
             known = self.core.state.consumers[name]
