@@ -144,6 +144,10 @@ class SyncStore:
         """Cancel rollouts that have not finished, and return them. A rollout must match all filters that are given."""
         return run_blocking(self._store.cancel_rollouts(rollout_ids, group_id=group_id, tags=tags))
 
+    def requeue(self, rollout_ids: Sequence[str]) -> list[AnyRollout]:
+        """Put rollouts that have failed or were cancelled at the tail of their queues again, with fresh allowances."""
+        return run_blocking(self._store.requeue(rollout_ids))
+
     def release(self, rollout_ids: Sequence[str]) -> int:
         """Mark rollouts as no longer needed, to be evicted or deleted first; returns how many were not marked yet."""
         return run_blocking(self._store.release(rollout_ids))

@@ -216,6 +216,7 @@ class Rollout(StoredModel):
         priority: of two rollouts in a queue, that with the larger number is claimed first.
         tags: up to 16 values that queries can filter by.
         reward: the last primary reward that its attempts reported; None if there is none.
+        requeued_from: the rollout in whose place it was made (`requeue`); None for all others.
     """
 
     rollout_id: str
@@ -233,6 +234,7 @@ class Rollout(StoredModel):
     priority: int = 0
     tags: dict[str, TagValue] = Field(default_factory=dict)
     reward: float | None = None
+    requeued_from: str | None = None
 
 
 class Attempt(StoredModel):

@@ -52,7 +52,7 @@ GROUPS = [
         "What a driver asks to have run.",
         """
         enqueue_rollout enqueue_many_rollouts enqueue_group enqueue_many_groups EnqueueRolloutRequest
-        EnqueueGroupRequest RolloutConfig RetryRule cancel_rollouts update_rollout
+        EnqueueGroupRequest RolloutConfig RetryRule cancel_rollouts update_rollout requeue
         """,
     ),
     (

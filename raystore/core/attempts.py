@@ -110,6 +110,8 @@ def _follow(state: State, step: Step, entry: Entry) -> None:
         deliveries_left=retries.deliveries_left(state, entry),
         retries_left=None if rule is None else retries.used(entry, rule) <= rule.max_retries,
     )
+    if status == "failed" and rollout.status in lifecycle.QUEUED and len(entry.attempts) <= entry.forgiven:
+        return  # a late word of an attempt that ended before the rollout was requeued by hand
     if status != rollout.status:
         # Work that was lost or aborted gets its old place back: its agent did not fail.
         keep_place = attempt.outcome in lifecycle.UNCHARGED

@@ -88,6 +88,7 @@ def _check_entry(state: State, rollout_id: str) -> None:
         assert lifecycle.is_possible(attempt), f"a lost attempt is {attempt.status}"
     for attempt in entry.attempts[:-1]:
         assert not is_live(attempt), f"attempt {attempt.attempt_id} is live and superseded"
+    assert 0 <= entry.forgiven <= len(entry.attempts), f"{rollout_id} is forgiven {entry.forgiven} attempts"
     assert 0 <= entry.blames <= entry.deliveries, f"{rollout_id} is to blame for {entry.blames} losses"
     if entry.rollout.status in ACTIVE:
         state.deadlines.check(rollout_id)
@@ -241,6 +242,9 @@ def story(state: State, rollout_id: str) -> list[str]:
             + (", durable" if taken.is_durable else "")
         )
     lines += [f"awaited by {name!r}" for name, known in state.consumers.items() if rollout_id in known.awaiting]
+    if rollout.requeued_from is not None:
+        lines.append(f"requeued from {rollout.requeued_from}")
+    lines += [f"requeued as {other}" for other in state.indexes.find(("requeued_from", rollout_id))]
     for tried in entry.attempts:
         held = entry.holders.get(tried.attempt_id)
         lines.append(

@@ -45,6 +45,7 @@ GROUP_STATUSES: tuple[str, ...] = get_args(GroupStatus)
 QUEUED = frozenset({"queuing", "requeuing"})
 ACTIVE = frozenset({"preparing", "running"})
 FINISHED = frozenset({"failed", "succeeded", "cancelled"})
+REQUEUABLE = FINISHED - {"succeeded"}  #: rollouts that `requeue` lets wait again
 TRAINABLE: tuple[str, ...] = ("failed", "succeeded")  #: rollouts that a consumer may be given
 
 # Statuses of an attempt:

@@ -205,6 +205,7 @@ class Rollout(Record):
     priority: int
     tags: dict[str, Any]
     reward: float | None
+    requeued_from: str | None = declare(None, is_later=True)
 
 
 @record

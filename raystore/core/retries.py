@@ -1,21 +1,33 @@
-"""Trying again by rules, after an attempt that ended badly.
+"""Trying again: by rules, after an attempt that ended badly, and by hand, once a rollout has finished.
 
 A rule of a rollout's configuration speaks of one outcome: how often the rollout is tried again after attempts that
 ended so, and after which delay. An outcome with a rule has an allowance of its own. `max_attempts`, `retry_condition`
 and `max_deliveries` decide of all others, and do not count the attempts of which a rule decides. Until the delay is
 over the rollout *backs off*: it waits at its place, and is not handed out.
+`requeue` lets rollouts that have failed, or were cancelled, wait again with fresh allowances. What cannot change any
+more stays as it is: for a rollout that a consumer has taken, or a member of a group that has ended, a new rollout is
+made, which names it.
 Not here: what a status or outcome decides (`lifecycle`), where rollouts that back off wait (`queues`), when a backoff
 is over (`expiry`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from raystore.core.lifecycle import FINISHED, REQUEUABLE
+from raystore.core.payload import size_of
 from raystore.core.records import RetryRule
-from raystore.core.rollouts import move
-from raystore.core.schema import MAX_BACKOFF_SECONDS
-from raystore.core.state import Entry, State, Step
+from raystore.core.rollouts import CONTENT, LONG_BYTES, LONG_ITEMS, check_requests, create, enter_queue, move
+from raystore.core.schema import MAX_BACKOFF_SECONDS, Id, Rule
+from raystore.core.state import Entry, Pair, State, Step
+from raystore.errors import RolloutNotFoundError, RolloutSucceededError
+
+REQUEUED = 10_000  #: rollouts in one call: all of them or none, in one step
+Requeued = Annotated[list[Id], Rule(f"len({{v}}) <= {REQUEUED}", f"a list of at most {REQUEUED:,} ids")]
+
+
+# -- by rules ----------------------------------------------------------------------------------------------------------
 
 
 def deliveries_left(state: State, entry: Entry) -> bool:
@@ -31,7 +43,7 @@ def used(entry: Entry, rule: RetryRule) -> int:
     """How many attempts a rule counts so far, the latest included; of losses those that the rollout is to blame for."""
     if rule.outcome == "runner_lost":
         return entry.blames
-    return sum(attempt.outcome == rule.outcome for attempt in entry.attempts)
+    return sum(attempt.outcome == rule.outcome for attempt in entry.attempts[entry.forgiven :])
 
 
 def delay_before(rule: RetryRule, number: int, chance: float) -> float:
@@ -84,3 +96,67 @@ def reasons(state: State, queue: str, now: float) -> list[str]:
         f"{len(ends)} of {state.queues.length(queue)} rollouts in queue {queue!r} back off after an attempt that ended "
         f"badly, the first of them for another {left:.1f} s"
     ]
+
+
+# -- by hand -----------------------------------------------------------------------------------------------------------
+
+
+def requeue(state: State, step: Step, *, rollout_ids: Requeued) -> list[Pair] | tuple[list[Pair], int]:
+    """Let rollouts that have failed or were cancelled wait again, all of them or none, with fresh allowances.
+
+    Answers with what now stands for each. One that has not finished is left as it is, and so is the rollout that was
+    made for it, if it was requeued before. A long answer is sent in parts.
+    """
+    unknown = [rollout_id for rollout_id in rollout_ids if rollout_id not in state.entries]
+    if unknown:
+        raise RolloutNotFoundError(*dict.fromkeys(unknown))
+    for rollout_id in rollout_ids:
+        if state.entries[rollout_id].rollout.status in FINISHED - REQUEUABLE:
+            raise RolloutSucceededError(rollout_id)
+    now = {rollout_id: _newest(state, state.entries[rollout_id]) for rollout_id in rollout_ids}
+    ended = {entry.rollout.rollout_id: entry for entry in now.values() if entry.rollout.status in REQUEUABLE}
+    check_requests(state, (), new=len(ended))
+    made = {rollout_id: _again(state, step, entry) for rollout_id, entry in ended.items()}
+    pairs = [made.get(entry.rollout.rollout_id, entry).pair for entry in map(now.__getitem__, rollout_ids)]
+    sizes = sum(size_of(rollout.input) + size_of(rollout.metadata) for rollout, _ in pairs)
+    return (pairs, len(pairs)) if len(pairs) > LONG_ITEMS or sizes > LONG_BYTES else pairs
+
+
+def _newest(state: State, entry: Entry) -> Entry:
+    """The rollout that stands for one that has ended: the last that was made for it, or itself."""
+    while entry.rollout.status in REQUEUABLE:
+        successors = state.indexes.find(("requeued_from", entry.rollout.rollout_id))
+        found = [state.entries[rollout_id] for rollout_id in successors]
+        later = [one for one in found if one.number > entry.number]  # else of a deleted one, which had the same id
+        if not later:
+            break
+        entry = later[-1]
+    return entry
+
+
+def _again(state: State, step: Step, entry: Entry) -> Entry:
+    """Let a rollout wait at the tail of its queue again, or a new one that names it."""
+    group = state.groups.of(entry.rollout)
+    if entry.is_sealed or (group is not None and not group.is_open):
+        return _successor(state, step, entry, is_member=group is not None)
+    entry.forgiven = len(entry.attempts)
+    entry.deliveries = entry.blames = entry.losses = entry.withdrawals = 0
+    entry.suspect = entry.released = False
+    move(state, step, entry, "requeuing", kind="requeued")
+    return entry
+
+
+def _successor(state: State, step: Step, entry: Entry, *, is_member: bool) -> Entry:
+    """A new rollout with the content of one that stays as it is; never a member of its group."""
+    before = entry.rollout
+    request = {name: getattr(before, name) for name in CONTENT}
+    request |= {"config": before.config.row(), "requeued_from": before.rollout_id}
+    if is_member:
+        request["group_id"] = None
+    made = create(state, step, "queuing", request, before.resources_id)
+    rollout = made.rollout
+    state.spans.adopt_numbers(rollout.rollout_id)
+    enter_queue(state, step, made, state.queues.tail(rollout.priority))
+    state.changes.append(step.now, "requeued", before.rollout_id, by=rollout.rollout_id)
+    state.changes.append(step.now, "enqueued", rollout.rollout_id, requeued_from=before.rollout_id)
+    return made

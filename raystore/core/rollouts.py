@@ -79,6 +79,7 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
         priority=request.get("priority", 0),
         tags=request.get("tags") or {},
         reward=None,
+        requeued_from=request.get("requeued_from"),
     )
     given = content_of(request) if rollout_id is not None else None
     size = of_rollout(rollout.input, rollout.metadata, rollout.tags)

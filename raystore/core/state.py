@@ -355,6 +355,8 @@ class Entry:
     losses: int = declare(0)
     #: How many of its claims nobody acknowledged.
     withdrawals: int = declare(0)
+    #: How many of its attempts, the first ones, no allowance counts any more, since it was requeued by hand.
+    forgiven: int = declare(0, is_later=True)
     #: Session id by attempt id.
     holders: dict[str, str] = declare(make=dict, pack=pairs, unpack=dict)
     #: By consumer; replaced, never edited.
@@ -398,7 +400,8 @@ class Entry:
         free = UNCHARGED
         if self.rollout.config.retry_rules:
             free = free.union(rule.outcome for rule in self.rollout.config.retry_rules)
-        return sum(attempt.outcome not in free for attempt in self.attempts)
+        counted = self.attempts[self.forgiven :] if self.forgiven else self.attempts
+        return sum(attempt.outcome not in free for attempt in counted)
 
 
 _ENTRY_FIELDS = frozenset(field.name for field in declared(Entry))
@@ -659,6 +662,7 @@ class State:
             self.indexes.move(attempt.rollout_id, "worker", attempt.worker_id, former)
         entry.attempts.pop()
         entry.clocks.pop()
+        entry.forgiven = min(entry.forgiven, len(entry.attempts))
         self.attempt_count -= 1
         return attempt
 

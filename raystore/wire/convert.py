@@ -188,7 +188,7 @@ _OFTEN_TASKS = LEAVES | {dict, list, tuple}  #: types that need no closer look
 def _instead_of_a_task(given: Any) -> str:
     """What was expected instead of a request or rollout, and what to write."""
     if isinstance(given, Rollout):
-        return "a task, and this is a rollout; pass its input (rollout.input), or requeue it: start_attempt(rollout_id)"
+        return "a task, and this is a rollout; pass its input (rollout.input), or requeue it: requeue([rollout_id])"
     if isinstance(given, (list, tuple)):
         return "a task, and these are requests or rollouts; pass requests to enqueue_many_rollouts(requests)"
     return (

@@ -1,4 +1,4 @@
-"""Trying again: retry rules with backoff."""
+"""Trying again: retry rules with backoff, and requeuing by hand."""
 
 from __future__ import annotations
 
@@ -99,6 +99,77 @@ async def test_a_configuration_with_rules_is_set_later(store: AnyStore) -> None:
         await store.enqueue_rollout("y", rollout_id="ruled", config=rs.RolloutConfig())
 
 
+async def test_requeue_in_place(store: AnyStore) -> None:
+    """It waits again with its attempts and spans, and whoever waits for it waits again."""
+    made = await store.enqueue_rollout("x", config=rs.RolloutConfig(max_attempts=2, retry_condition=["failed"]))
+    await fail(store)
+    await fail(store)
+    (again,) = await store.requeue([made.rollout_id])
+    assert (again.rollout_id, again.status, again.end_time, again.requeued_from) == (
+        made.rollout_id, "requeuing", None, None,
+    )  # fmt: skip
+    assert again.attempt.sequence_id == 2
+    assert await store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=0) == []
+    assert store.sync.requeue([made.rollout_id]) == [again]
+    await fail(store)
+    assert await status_of(store, made) == "requeuing"
+    await fail(store)
+    assert await status_of(store, made) == "failed"
+    assert len(await store.query_attempts(made.rollout_id)) == 4
+
+
+async def test_requeue_of_what_was_trained_on(store: AnyStore) -> None:
+    """A new rollout names the old one, which the consumer keeps as it took it."""
+    made = await store.enqueue_rollout({"task": 1}, tags={"k": "v"}, metadata={"m": 2}, queue="q")
+    claimed = present(await store.dequeue_rollout(queues=["q"]))
+    await store.update_attempt(claimed.rollout_id, "latest", status="failed")
+    batch = await store.take(1, consumer="trainer", status_in=["failed"])
+    (new,) = await store.requeue([made.rollout_id])
+    assert type(new) is rs.Rollout
+    assert (new.requeued_from, new.status, new.input, new.tags, new.metadata, new.queue) == (
+        made.rollout_id, "queuing", {"task": 1}, {"k": "v"}, {"m": 2}, "q",
+    )  # fmt: skip
+    assert await store.requeue([made.rollout_id]) == [new]
+    await store.ack(batch, step=1)
+    assert await status_of(store, made) == "failed"
+    got = present(await store.dequeue_rollout(queues=["q"]))
+    assert (got.rollout_id, got.requeued_from, got.attempt.sequence_id) == (new.rollout_id, made.rollout_id, 1)
+    assert await store.dequeue_rollout(queues=["q"]) is None
+
+
+async def test_requeue_all_or_none(make_store: Callable[..., AnyStore]) -> None:
+    """Whatever refuses one of them refuses all; the error names it and says what to do."""
+    store = make_store(max_queued=2)
+    failed = [await store.enqueue_rollout(0)]
+    await fail(store)
+    for number in (1, 2):
+        failed.append(await store.enqueue_rollout(number))
+        await fail(store)
+    done = await store.start_rollout("done")
+    await store.update_attempt(done.rollout_id, done.attempt.attempt_id, status="succeeded")
+    ids = [rollout.rollout_id for rollout in failed]
+    with pytest.raises(rs.RolloutNotFoundError, match="ro-unknown"):
+        await store.requeue([ids[0], "ro-unknown"])
+    with pytest.raises(rs.RolloutSucceededError, match=f"{done.rollout_id} has succeeded.*leave it out"):
+        await store.requeue([ids[0], done.rollout_id])
+    with pytest.raises(rs.OverloadedError):
+        await store.requeue(ids)
+    assert {await status_of(store, rollout) for rollout in failed} == {"failed"}
+    assert await store.requeue([]) == []
+    assert [rollout.rollout_id for rollout in await store.requeue(ids[1:])] == ids[1:]
+
+
+async def test_requeue_of_many(store: AnyStore) -> None:
+    """A thousand with large inputs come back in parts."""
+    requests = [rs.EnqueueRolloutRequest(input="x" * 2_000) for _ in range(1_000)]
+    made = await store.enqueue_many_rollouts(requests)
+    ids = [rollout.rollout_id for rollout in made]
+    await store.cancel_rollouts(ids)
+    again = await store.requeue(ids)
+    assert [rollout.rollout_id for rollout in again] == ids
+    assert {(rollout.status, rollout.input) for rollout in again} == {("requeuing", "x" * 2_000)}
+
+
 WRONG_RULES: list[tuple[Any, str]] = [
     ({"dropped": {"max_retries": 1}}, "retry_rules.dropped.*'agent_error', 'timeout', 'unresponsive', 'infra'"),
     ({"timeout": {}}, "retry_rules.timeout.max_retries"),
@@ -136,3 +207,19 @@ async def test_a_rule_that_was_changed_is_checked_again(store: AnyStore) -> None
     with pytest.raises(InvalidValueError, match=r"config.retry_rules\['infra'\].*max_backoff_seconds=1.0 is below"):
         await store.enqueue_rollout("x", config=config)
     assert list(await store.query_rollouts()) == []
+
+
+WRONG_IDS: list[tuple[Any, str]] = [
+    ("ro-1", r"rollout_ids='ro-1'.*\['ro-1'\]"),
+    (None, "rollout_ids=None.*a list of ids"),
+    (["ro-1", ""], r"rollout_ids\[1\]=''"),
+    ([3], r"rollout_ids\[0\]=3"),
+    (["ro-1"] * 10_001, "rollout_ids=.*at most 10,000 ids"),
+]
+
+
+@pytest.mark.parametrize(("ids", "named"), WRONG_IDS, ids=lambda one: str(one)[:20])
+async def test_wrong_ids_are_named(store: AnyStore, ids: Any, named: str) -> None:
+    """The error says the value and what was expected."""
+    with pytest.raises(InvalidValueError, match=named):
+        await store.requeue(ids)

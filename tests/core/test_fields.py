@@ -40,7 +40,7 @@ SAMPLES: dict[Any, dict[str, Any]] = {
     Rollout: {
         "input": b"\x01\x02", "start_time": 5.0, "end_time": 6.0, "mode": "val", "resources_id": "rs-1",
         "status": "running", "config": Config(1.0, 2.0, 3, ("failed",), (RULE,)), "metadata": b"\x01\x80",
-        "group_id": "g", "queue": "other", "priority": 3, "tags": {"k": 1}, "reward": 0.5,
+        "group_id": "g", "queue": "other", "priority": 3, "tags": {"k": 1}, "reward": 0.5, "requeued_from": "ro-before",
     },
     Attempt: {
         "sequence_id": 7, "start_time": 5.0, "end_time": 6.0, "status": "failed", "worker_id": "w",
@@ -57,6 +57,7 @@ SAMPLES: dict[Any, dict[str, Any]] = {
         "number": 99, "given": (b"\x01a", None, None), "bytes": 123, "attempts": [ATTEMPT],
         "clocks": [AttemptClock(4.0)], "order": (-1, 5), "read": True, "released": True, "evicts_as": 3,
         "former": "requeuing", "suspect": True, "deliveries": 2, "blames": 1, "losses": 3, "withdrawals": 1,
+        "forgiven": 1,
         "holders": {"at-gone": "s"}, "taken": MappingProxyType({"t": Taken(3)}),
     },
     Limit: {"max_running": 4, "per_minute": 9, "running": 2, "claims": deque([5.0, 6.0])},

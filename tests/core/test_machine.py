@@ -17,7 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from raystore.core.check import check
 from raystore.core.queues import Order
-from raystore.errors import BatchConflictError, BatchHeldError, SealedError
+from raystore.errors import BatchConflictError, BatchHeldError, RolloutSucceededError, SealedError
 from tests.core.conftest import Core
 
 ACTIVE = ("preparing", "running")
@@ -49,9 +49,11 @@ class ModelRollout:
     attempts: list[ModelAttempt] = field(default_factory=list)
     rules: dict[str, tuple[int, float]] = field(default_factory=dict)  # retries and first delay by status
     until: float | None = None  # it backs off
+    forgiven: int = 0
+    requeued_from: str | None = None
 
     def counted(self) -> list[ModelAttempt]:
-        return [attempt for attempt in self.attempts if not attempt.cancelled]
+        return [attempt for attempt in self.attempts[self.forgiven :] if not attempt.cancelled]
 
 
 @dataclass
@@ -132,15 +134,39 @@ class Model:
         if ended in rollout.rules:
             status = "requeuing" if used <= rollout.rules[ended][0] else "failed"
         elif ended in ("failed", "timeout", "unresponsive"):
-            cancelled = sum(attempt.cancelled for attempt in rollout.attempts)
+            cancelled = sum(attempt.cancelled for attempt in rollout.attempts[rollout.forgiven :])
             charged = sum(attempt.status not in rollout.rules for attempt in rollout.counted()) + cancelled
             again = ended in rollout.retry and charged < rollout.max_attempts
             status = "requeuing" if again else "failed"
+        if status == "failed" and rollout.status in QUEUED and len(rollout.attempts) <= rollout.forgiven:
+            return
         if status != rollout.status:
             is_waiting = rollout.status in QUEUED  # since somebody queued it by hand
             self.move(rollout, status)
             if status == "requeuing" and ended in rollout.rules and rollout.rules[ended][1] and not is_waiting:
                 rollout.until = self.now + rollout.rules[ended][1] * 2 ** (max(used, 1) - 1)
+
+    def newest(self, rollout: ModelRollout) -> ModelRollout:
+        while rollout.status in ("failed", "cancelled"):
+            successor = [r for r in self.rollouts.values() if r.requeued_from == rollout.id]
+            if not successor:
+                break
+            rollout = successor[-1]
+        return rollout
+
+    def requeue(self, rollout: ModelRollout, made: str) -> ModelRollout:
+        """What stands for a rollout that has ended; `made` is the id of a new one, if there must be one."""
+        if self.is_sealed(rollout.id):
+            new = ModelRollout(
+                made, rollout.priority, rollout.timeout, rollout.silence, rollout.max_attempts, rollout.retry,
+                rules=rollout.rules, requeued_from=rollout.id,
+            )  # fmt: skip
+            self.rollouts[made] = new
+            self.to_tail(new)
+            return new
+        rollout.forgiven = len(rollout.attempts)
+        self.move(rollout, "requeuing")
+        return rollout
 
     def advance(self, now: float) -> None:
         self.now = now
@@ -233,6 +259,7 @@ class Machine(RuleBasedStateMachine):
             rollout = self.model.rollouts[key[0]]
             rollout.attempts.pop()
             rollout.status = rollout.former
+            rollout.forgiven = min(rollout.forgiven, len(rollout.attempts))
         return multiple()
 
     @rule(target=attempts, number=st.integers(0, 99))
@@ -303,6 +330,24 @@ class Machine(RuleBasedStateMachine):
         if rollout.status in ACTIVE and rollout.attempts and rollout.attempts[-1].status in ACTIVE:
             rollout.attempts[-1].status, rollout.attempts[-1].cancelled = "failed", True
         self.model.move(rollout, "cancelled")
+
+    @rule(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=3))
+    def requeue(self, numbers: Any) -> None:
+        self._catch_up()
+        rollouts = [rollout for rollout in map(self._pick, numbers) if rollout is not None]
+        ids = [rollout.id for rollout in rollouts]
+        if any(rollout.status == "succeeded" for rollout in rollouts):
+            with pytest.raises(RolloutSucceededError):
+                self.core.run("requeue", session=self.session, rollout_ids=ids)
+            return
+        pairs = self.core.run("requeue", session=self.session, rollout_ids=ids)
+        newest = [self.model.newest(rollout) for rollout in rollouts]
+        done: dict[str, str] = {}
+        for rollout, (made, _) in zip(newest, pairs, strict=True):
+            if rollout.id not in done:
+                has_ended = rollout.status in ("failed", "cancelled")
+                done[rollout.id] = self.model.requeue(rollout, made.rollout_id).id if has_ended else rollout.id
+            assert made.rollout_id == done[rollout.id]
 
     @rule(number=st.integers(0, 99))
     def delete(self, number: Any) -> None:

@@ -1,4 +1,4 @@
-"""Retry rules and backoffs in the core."""
+"""Retry rules, backoffs, and requeuing by hand in the core."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import pytest
 
 from raystore.core import check, expiry
 from raystore.core.records import Config, RetryRule
-from raystore.core.retries import delay_before
+from raystore.core.retries import REQUEUED, delay_before
 from raystore.core.schema import MAX_BACKOFF_SECONDS
-from raystore.core.snapshot import digest
-from raystore.core.state import State
+from raystore.core.snapshot import digest, parts
+from raystore.core.state import CLAIM_SECONDS, State
 from raystore.core.verbs import STEPS
-from raystore.errors import OverloadedError
+from raystore.errors import InvalidValueError, OverloadedError, RolloutNotFoundError, RolloutSucceededError
 from raystore.journal import snapshot_file
 from raystore.journal.format import FileHead
 from tests.core.conftest import Core
+from tests.core.test_groups import at_work
 from tests.core.test_groups import enqueue as enqueue_group
 from tests.core.test_publishing import hold_back, publish
 
@@ -260,6 +261,13 @@ def test_other_fields_set_by_hand_leave_it_backing_off(core: Core, backing_off: 
     assert core.state.queues.backs_off_until(backing_off[0]) == until
 
 
+def test_requeued_by_hand_it_is_left_alone(core: Core, backing_off: tuple[str, str]) -> None:
+    """It has not finished, and waits already."""
+    before = list(parts(core.state))
+    ((rollout, _),) = core.run("requeue", rollout_ids=[backing_off[0]])
+    assert (rollout.rollout_id, list(parts(core.state))) == (backing_off[0], before)
+
+
 def test_a_late_span_brings_its_attempt_back(core: Core, backing_off: tuple[str, str]) -> None:
     """The runner only looked dead: there is nothing to try again."""
     row = [-1, "s", "t", None, "n", None, None, None, b"\x01", -1]
@@ -329,3 +337,248 @@ def test_it_survives_a_snapshot_and_another_process(core: Core, backing_off: tup
     core.tick(2)
     assert not found.queues.backing_off and core.status(backing_off[0]) == "requeuing"
     check.check(found)
+
+
+# -- requeuing by hand -------------------------------------------------------------------------------------------------
+
+
+def requeue(core: Core, *rollout_ids: str) -> list[str]:
+    """Requeue rollouts; those that stand for them now."""
+    return [rollout.rollout_id for rollout, _ in core.run("requeue", rollout_ids=list(rollout_ids))]
+
+
+def failed(core: Core, task: str = "x", **request: Any) -> str:
+    """A rollout that has failed."""
+    made = core.enqueue(task, **request)
+    assert attempt(core)[0] == made
+    assert core.status(made) == "failed"
+    return made
+
+
+def consumed(core: Core, *rollout_ids: str) -> None:
+    """A consumer trains on these rollouts, which are all that it is given."""
+    trainer = core.state.sessions.get("trainer") or core.open("trainer")
+    pairs, number = core.run("take", session=trainer, consumer="c", count=99, status_in=["failed", "succeeded"])
+    assert {rollout.rollout_id for rollout, _ in pairs} == set(rollout_ids)
+    core.run("ack", session=trainer, consumer="c", batch=number, at_step=number, note=None)
+
+
+def test_a_requeued_rollout_has_its_allowances_anew(core: Core) -> None:
+    """It waits at the tail, with the attempts that it has; and may be tried as often as before."""
+    made = core.enqueue(config=[None, None, 2, ["failed"]])
+    for _ in range(2):
+        attempt(core)
+    assert core.status(made) == "failed"
+    other = core.enqueue("other")
+    assert requeue(core, made) == [made]
+    entry = core.state.entries[made]
+    assert (core.status(made), entry.rollout.end_time, places(core)) == ("requeuing", None, [other, made])
+    assert made not in core.state.completions and kinds(core, made)[-1] == "requeued"
+    core.hold(core.state.sessions["runner"])
+    for after in ("requeuing", "failed"):
+        attempt(core)
+        assert core.status(made) == after
+    assert [one.sequence_id for one in entry.attempts] == [1, 2, 3, 4]
+
+
+def test_deliveries_suspicion_and_rules_start_anew(make_core: Callable[..., Core]) -> None:
+    """Whatever has used them up."""
+    core = make_core(max_deliveries=1)
+    made = core.enqueue(config=ruled(rule("agent_error", 1, 0.0)))
+    session = core.open("dying")
+    core.hold(session)
+    core.end(session)
+    entry = core.state.entries[made]
+    assert (core.status(made), entry.suspect, entry.deliveries) == ("failed", True, 1)
+    for _ in range(2):
+        requeue(core, made)
+        assert (entry.suspect, entry.deliveries, entry.losses, entry.withdrawals) == (False, 0, 0, 0)
+        attempt(core)
+        assert core.status(made) == "requeuing"
+        attempt(core)
+        assert core.status(made) == "failed"
+
+
+def test_a_repeated_call_changes_nothing(core: Core) -> None:
+    """Nor does one for a rollout that waits or runs, or that is named twice."""
+    made, running = failed(core), core.enqueue("running")
+    core.hold(core.state.sessions["runner"])
+    waiting = core.enqueue("waiting")
+    assert requeue(core, made, running, made, waiting) == [made, running, made, waiting]
+    before = list(parts(core.state))
+    assert requeue(core, made, running, waiting) == [made, running, waiting]
+    assert list(parts(core.state)) == before
+
+
+def test_all_of_them_or_none(make_core: Callable[..., Core]) -> None:
+    """An unknown id, one that has succeeded, or too many that would wait."""
+    core = make_core(max_queued=2)
+    made, done = failed(core), core.enqueue("done")
+    core.report(core.hold(core.state.sessions["runner"])[0], "succeeded")
+    others = [failed(core, task) for task in "ab"]
+    before = list(parts(core.state))
+    with pytest.raises(RolloutNotFoundError, match="ro-gone") as gone:
+        requeue(core, made, "ro-gone", "ro-away")
+    assert (gone.value.rollout_id, gone.value.others) == ("ro-gone", ("ro-away",))
+    with pytest.raises(RolloutSucceededError, match=rf"{done} has succeeded.*enqueue_rollout"):
+        requeue(core, made, done)
+    with pytest.raises(OverloadedError) as full:
+        requeue(core, made, *others, made)
+    assert (full.value.bound, full.value.asked) == (2, 3)
+    with pytest.raises(InvalidValueError, match="at most 10,000 ids"):
+        requeue(core, *["ro-gone"] * (REQUEUED + 1))
+    assert list(parts(core.state)) == before
+    assert requeue(core, made, others[0], made) == [made, others[0], made]
+
+
+def test_a_cancelled_rollout_is_requeued(core: Core) -> None:
+    """Also one that was never tried. It is cancelled no more: it follows its attempts again."""
+    made = core.enqueue()
+    core.run("cancel_rollouts", rollout_ids=[made], group_id=None, tags=None)
+    assert requeue(core, made) == [made]
+    attempt(core, "succeeded", "ok")
+    assert core.status(made) == "succeeded"
+
+
+def test_a_late_failure_does_not_end_it_and_a_late_success_does(core: Core) -> None:
+    """Of an attempt that was given up before: its failure is old news."""
+    made = core.enqueue(config=[5.0, None, 1, []])
+    (key,) = core.hold(core.open("runner"))
+    core.tick(5.1)
+    requeue(core, made)
+    core.report(key, "failed")
+    assert core.status(made) == "requeuing"
+    core.report(key, "succeeded")
+    assert core.status(made) == "succeeded"
+
+
+def test_a_claim_that_is_taken_back_is_no_attempt_that_was_forgiven(core: Core) -> None:
+    """The rollout was failed by hand and requeued while nobody had acknowledged its claim."""
+    made = core.enqueue(config=[None, None, 1, []])
+    core.claim(core.open("silent"))
+    core.run("update_rollout", rollout_id=made, changes={"status": "failed"})
+    requeue(core, made)
+    assert core.state.entries[made].forgiven == 1
+    core.tick(CLAIM_SECONDS + 0.1)
+    assert core.state.entries[made].forgiven == 0
+    attempt(core)
+    assert core.status(made) == "failed"
+
+
+def test_what_was_released_is_needed_again(make_core: Callable[..., Core]) -> None:
+    """A rollout that nobody needed is not deleted for its age once it has run again."""
+    core = make_core(retention_seconds=10.0)
+    made = failed(core)
+    core.run("release", rollout_ids=[made])
+    requeue(core, made)
+    attempt(core)
+    core.tick(60)
+    assert core.status(made) == "failed"
+
+
+# -- what cannot change any more ---------------------------------------------------------------------------------------
+
+
+def test_for_a_sealed_rollout_a_new_one_is_made(core: Core) -> None:
+    """With the same content, at the tail of the same queue; the old one stays as the consumer took it."""
+    config = ruled(rule("timeout", 1), usual=(7.0, None, 1, []))
+    given = {"mode": "train", "priority": 2, "tags": {"k": 1}, "group_id": "label", "resources_id": "r"}
+    old = failed(core, "task", config=config, rollout_id="mine", **given)
+    consumed(core, old)
+    before = core.state.entries[old].rollout
+    (made,) = requeue(core, old)
+    assert made != old and core.state.entries[old].rollout is before
+    rollout = core.state.entries[made].rollout
+    assert rollout == before.evolve(
+        rollout_id=made, start_time=core.now, end_time=None, status="queuing", requeued_from=old
+    )
+    assert (kinds(core, old)[-1], kinds(core, made)) == ("requeued", ["enqueued"])
+    assert f"requeued from {old}" in check.story(core.state, made)
+    assert f"requeued as {made}" in check.story(core.state, old)
+    assert core.state.entries[made].charged == 0 and not core.state.entries[made].is_sealed
+
+
+def test_one_successor_stands_for_a_sealed_rollout(core: Core) -> None:
+    """As long as it has not finished; if it fails, it is what is requeued, and once it has succeeded all is done."""
+    old = failed(core)
+    consumed(core, old)
+    (made,) = requeue(core, old)
+    assert requeue(core, old, made, old) == [made] * 3
+    assert len(core.state.entries) == 2
+    attempt(core)
+    assert core.status(made) == "failed"
+    assert requeue(core, old, made) == [made, made] and len(core.state.queues) == 1
+    attempt(core)
+    consumed(core, made)
+    (third,) = requeue(core, old)
+    assert core.state.entries[third].rollout.requeued_from == made
+    assert requeue(core, made) == [third]
+    attempt(core, "succeeded", "ok")
+    before = list(parts(core.state))
+    assert requeue(core, old, made) == [third, third]
+    assert list(parts(core.state)) == before
+    core.run("delete_rollouts", rollout_ids=[third])
+    (fourth,) = requeue(core, old)
+    assert core.state.entries[fourth].rollout.requeued_from == made
+
+
+def test_what_a_consumer_gave_back_is_requeued_itself(core: Core) -> None:
+    """And the consumer no longer awaits it."""
+    old = failed(core)
+    trainer = core.open("trainer")
+    core.run("take", session=trainer, consumer="c", count=1, status_in=["failed"])
+    core.run("nack", session=trainer, consumer="c", batch=1)
+    assert requeue(core, old) == [old]
+    assert core.run("take", session=trainer, consumer="c", count=1, status_in=["failed"]) == ([], 0)
+
+
+def test_the_successor_of_a_deleted_rollout_is_not_that_of_another_with_its_id(core: Core) -> None:
+    """A caller-given id that is used again."""
+    old = failed(core, rollout_id="mine")
+    trainer = core.open("trainer")
+    core.run("take", session=trainer, consumer="c", count=1, status_in=["failed"])
+    core.run("ack", session=trainer, consumer="c", batch=1, at_step=1, note=None)
+    (made,) = requeue(core, old)
+    core.run("checkpoint", session=trainer, consumer="c", at_step=1)
+    core.run("delete_rollouts", rollout_ids=[old])
+    core.run("cancel_rollouts", rollout_ids=[made], group_id=None, tags=None)
+    again = failed(core, "another task", rollout_id="mine")
+    assert requeue(core, again) == [again]
+
+
+def test_a_member_of_an_ended_group_is_requeued_outside_of_it(core: Core) -> None:
+    """A group that has ended stays what it was, whether it failed or was trained on."""
+    group = enqueue_group(core, 2, min_size=None, replace=1)
+    keys = at_work(core, group)
+    core.report(keys[0], "succeeded")
+    core.report(keys[1], "failed")
+    attempt(core, "succeeded", "ok")  # its replacement
+    assert group.status == "complete"
+    core.run("take_groups", session=core.open("trainer"), consumer="c", count=1)
+    core.run("ack", session=core.state.sessions["trainer"], consumer="c", batch=1, at_step=1, note=None)
+    members = list(group.members)
+    (made,) = requeue(core, keys[1][0])
+    rollout = core.state.entries[made].rollout
+    assert (rollout.group_id, rollout.requeued_from) == (None, keys[1][0])
+    assert (group.status, list(group.members), core.status(keys[1][0])) == ("trained", members, "failed")
+    attempt(core, "succeeded", "ok")
+    assert (group.status, list(group.members)) == ("trained", members)
+    assert requeue(core, keys[1][0]) == [made]
+
+
+def test_a_member_of_an_open_group_that_was_replaced_is_a_spare_again(make_core: Callable[..., Core]) -> None:
+    """It has lost its place, and may take over that of another one that fails."""
+    core = make_core(max_deliveries=1)
+    group = enqueue_group(core, 2, replace=1, min_size=2)
+    keys = at_work(core, group)
+    core.report(keys[1], "failed")
+    assert group.is_open and keys[1][0] not in group.places
+    assert requeue(core, keys[1][0]) == [keys[1][0]]
+    assert list(group.spares) == [keys[1][0]]
+    runner = core.state.sessions[f"runner of {group.group_id}"]
+    replacement, again = core.hold(runner, limit=2)
+    assert again[0] == keys[1][0]
+    core.report(again, "succeeded")
+    core.report(keys[0], "succeeded")
+    core.finish(replacement, "failed", "infra")
+    assert group.status == "complete" and list(group.chosen) == [keys[0][0], keys[1][0]]

@@ -151,7 +151,7 @@ class History:
 
     def learn(self, verb: str, value: Any) -> None:
         """Remember what an answer says there is."""
-        if verb == "enqueue":
+        if verb in ("enqueue", "requeue"):
             self.rollouts += [pair[0][0] for pair in value]
         elif verb == "enqueue_groups":
             self.rollouts += [i for row in value for i in (row[-1] if isinstance(row[0], str) else [row[0][0]])]
@@ -190,6 +190,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
             {"rollout_ids": None, "group_id": h.group_id(), "tags": rng.choice([None, None, {"k": 1}])},
         ]
     ),
+    "requeue": lambda h, rng: {"rollout_ids": [h.rollout() for _ in range(rng.choice([1, 1, 1, 2, 4]))]},
     "release": lambda h, rng: {"rollout_ids": h.some_rollouts()},
     "delete_rollouts": lambda h, rng: {"rollout_ids": h.some_rollouts()},
     "start_attempt": lambda h, rng: {"rollout_id": h.rollout(), "worker_id": rng.choice([None, "w1"])},
@@ -312,6 +313,7 @@ OFTEN = [
     "finish",
     "finish",
     "update_attempt",
+    "requeue",
     "take",
     "enqueue_groups",
     "take_groups",

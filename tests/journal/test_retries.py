@@ -1,4 +1,4 @@
-"""Backoffs of a store with a journal: the next process and a snapshot have them as they were."""
+"""Backoffs and requeued rollouts of a store with a journal: the next process and a snapshot have them as they were."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from raystore.journal.compaction import compact
 from raystore.journal.files import Directory
 from raystore.journal.opening import read_run
 from raystore.journal.reader import JournalReader
+from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue
 
 DEQUEUE: dict[str, Any] = {"queues": ["default"], "limit": 9, "worker_id": None, "timeout": 0.0}
@@ -64,8 +65,31 @@ async def test_backoffs_go_on_after_a_sigkill(tmp_path: Path) -> None:
     assert set(itertools.chain.from_iterable(advanced)) >= before.keys()
 
 
+async def test_requeued_rollouts_go_on_after_a_sigkill(tmp_path: Path) -> None:
+    """In place and as new ones; a batch that comes again makes no second one."""
+    store, peer = Store(tmp_path / "j"), Peer("p")
+    await peer.send(store, peer.batch(enqueue("a"), enqueue("b")))
+    (a, _), (b, _) = await hold(store, peer, 2)
+    for rollout_id in (a, b):
+        await peer.call(
+            store, "update_attempt", rollout_id=rollout_id, attempt_id="latest", changes={"status": "failed"}
+        )
+    await peer.call(store, "take", consumer="c", count=1, timeout=0.0, status_in=["failed"])
+    sequence = peer.batch(["requeue", {"rollout_ids": [a, b]}])
+    ((kind, ((new, _), (same, _))),) = await peer.send(store, sequence)
+    assert (kind, same[0], new[-1]) == (frames.VALUE, b, a)
+    store = store.follow()
+    ((_, ((again, _), _)),) = await peer.send(store, sequence)
+    assert again == new
+    assert len(store.state.entries) == 3 and store.state.entries[b].forgiven == 1
+    assert (await peer.call(store, "requeue", rollout_ids=[a]))[1][0][0] == new
+    await peer.call(store, "check")
+    assert store.difference() == []
+    store.writer.close()
+
+
 async def test_a_snapshot_has_them(tmp_path: Path) -> None:
-    """Rules and backoffs, read again from one."""
+    """Rules, backoffs, allowances and successors, read again from one."""
     store, peer = Store(tmp_path / "j"), Peer("p")
     await peer.send(store, peer.batch(*(enqueue(number, config=CONFIG) for number in range(3)), enqueue("plain")))
     keys = await hold(store, peer, 4)
@@ -73,6 +97,10 @@ async def test_a_snapshot_has_them(tmp_path: Path) -> None:
         await peer.call(
             store, "update_attempt", rollout_id=rollout_id, attempt_id=attempt_id, changes={"status": "failed"}
         )
+    await peer.call(store, "take", consumer="c", count=1, timeout=0.0, status_in=["failed"])
+    ((new, _),) = (await peer.call(store, "requeue", rollout_ids=[keys[3][0]]))[1]
+    await peer.call(store, "cancel_rollouts", rollout_ids=[keys[1][0]], group_id=None, tags=None)
+    await peer.call(store, "requeue", rollout_ids=[keys[1][0]])
     before, ended = digest(store.state), ends(store)
     store.writer.close()
     directory = Directory(tmp_path / "j")
@@ -83,9 +111,11 @@ async def test_a_snapshot_has_them(tmp_path: Path) -> None:
     store = Store(tmp_path / "j", resume="must")
     assert ends(store) == ended != {}
     assert store.state.entries[keys[0][0]].rollout.config.row()[4][0].outcome == "timeout"
+    assert store.state.entries[keys[1][0]].forgiven == 1
+    assert (await peer.call(store, "requeue", rollout_ids=[keys[3][0]]))[1][0][0] == new
     store.tick(60)
     await peer.call(store, "check")
-    assert set(ends(store)) == {keys[1][0], keys[2][0]}  # which timed out meanwhile
+    assert list(ends(store)) == [keys[2][0]]  # which timed out meanwhile
     store.writer.close()
 
 

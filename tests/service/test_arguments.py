@@ -59,6 +59,7 @@ RIGHT: dict[str, dict[str, Any]] = {
                     "metadata": b"\x01\x80"},
     },
     "cancel_rollouts": {"rollout_ids": ["r1", "r2"], "group_id": "g", "tags": {"k": 1}},
+    "requeue": {"rollout_ids": ["r1", "r2"]},
     "release": {"rollout_ids": ["r1", "r2"]},
     "delete_rollouts": {"rollout_ids": ["r2", "r3"]},
     "pause_queues": {"queues": ["nothing"], "keep": True},
