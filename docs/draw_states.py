@@ -48,6 +48,7 @@ def rollouts() -> list[str]:
         ("queuing", "cancelled"): {"cancel"},
         ("requeuing", "cancelled"): {"cancel"},
         ("requeuing", "succeeded"): {"late success"},
+        **{(status, "requeuing"): {"requeue"} for status in sorted(lifecycle.REQUEUABLE)},
     }
     for event, moves in (("span", lifecycle.ROLLOUT_ON_SPAN), ("heartbeat", lifecycle.ROLLOUT_ON_HEARTBEAT)):
         for status, after in moves.items():

@@ -1,10 +1,10 @@
 """What is kept with every change so that no question needs a scan.
 
-`Indexes` map a value (a status, group, tag, queue or worker) to the ids of rollouts. The feed of changes and the log of
-completions are read with a cursor, a sequence number: "give me what follows this one". Sequence numbers only grow, so
-a reader that comes back resumes exactly. The feed is bounded and says so (`CursorTooOldError`); the completion log has
-one entry for each finished rollout and keeps it as long as the rollout. `WatchSets` names the rollouts that one caller
-reads the log for.
+`Indexes` map a value (a status, group, tag, queue, worker or predecessor) to the ids of rollouts. The feed of changes
+and the log of completions are read with a cursor, a sequence number: "give me what follows this one". Sequence numbers
+only grow, so a reader that comes back resumes exactly. The feed is bounded and says so (`CursorTooOldError`); the
+completion log has one entry for each finished rollout and keeps it as long as the rollout. `WatchSets` names the
+rollouts that one caller reads the log for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def keys_of(rollout: Rollout, attempt: Attempt | None) -> Iterator[Key]:
     yield "queue", rollout.queue
     if rollout.group_id is not None:
         yield "group", rollout.group_id
+    if rollout.requeued_from is not None:
+        yield "requeued_from", rollout.requeued_from
     for name, value in rollout.tags.items():
         yield "tag", (name, value)
     if attempt is not None and attempt.worker_id is not None:
