@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.client.local import InMemoryLightningStore as InMemoryLightningStore
     from raystore.client.local import RecoveredRun as RecoveredRun
     from raystore.client.local import recover as recover
+    from raystore.client.feed import BatchShard as BatchShard, Feed as Feed, FeedBatch as FeedBatch
     from raystore.errors import *  # noqa: F403
+    from raystore.feeds import *  # noqa: F403
     from raystore.options import StoreOptions as StoreOptions
     from raystore.remote.store import start as start, connect as connect, list_stores as list_stores, stop as stop
     from raystore.remote.store import RayLightningStore as RayLightningStore
@@ -49,6 +51,11 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
 _NAMES = {
     "raystore.api": "LightningStore",
     "raystore.client.local": "InMemoryLightningStore RecoveredRun recover",
+    "raystore.client.feed": "Feed FeedBatch BatchShard",
+    "raystore.feeds": """
+        BatchManifest FailureBudget FailureReward FeedGroup FeedStatus GroupManifest Keep Lag Sampler StreamStatus keep
+        reward
+    """,
     "raystore.options": "StoreOptions",
     "raystore.remote.store": "RayLightningStore start connect list_stores stop",
     "raystore.runner": "RunnerPool Context current run_one",

@@ -30,7 +30,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from inspect import isfunction
 from typing import Any, Literal
 
+from raystore.client.feed import Feed
 from raystore.core.schema import LossReason
+from raystore.feeds import FailureBudget, FailureReward, Sampler
+from raystore.tracing.evidence import Evidence
 from raystore.types import (
     UNSET,
     AnyRollout,
@@ -68,6 +71,7 @@ from raystore.types import (
     Worker,
     WorkerStatus,
 )
+from raystore.wire.feeds import Changed, Chooser, Late, Order
 
 
 class LightningStore(ABC):
@@ -664,6 +668,82 @@ class LightningStore(ABC):
     @abstractmethod
     async def ledger(self, consumer: str) -> list[LedgerEntry]:
         """The rollouts that a consumer took, in that order, as far as they are still kept."""
+
+    # -- a training loop ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def feed(
+        self,
+        name: str,
+        data: Any,
+        *,
+        resources_id: str,
+        size: int,
+        batch: int,
+        max_lag: int = 1,
+        max_running: int | None = None,
+        late: Late = "wait",
+        order: Order | Chooser = "oldest",
+        on_failure: FailureReward | Literal["mask", "replace"] = "mask",
+        min_size: int | None = None,
+        spare: int = 0,
+        race: bool = False,
+        replace: int | None = None,
+        deadline_seconds: float | None = None,
+        epochs: int | None = 1,
+        seed: int | None = 0,
+        mix: Mapping[str, float] | None = None,
+        sampler: Sampler | None = None,
+        require: Sequence[Evidence] | None = ("token_ids", "logprobs"),
+        batch_tokens: int | None = None,
+        max_filtered: int | None = None,
+        budget: FailureBudget | None = FailureBudget(),  # noqa: B008 - it is immutable
+        config: RolloutConfig | None = None,
+        mode: RolloutMode | None = "train",
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+        changed: Changed = "refuse",
+    ) -> Feed:
+        """A feed: it enqueues a group of `size` rollouts for each item of a dataset, and gives them in whole batches.
+
+        The same call again, in this process or in another one, goes on where the feed of this name is. Only one at a
+        time may: another one raises `FeedHeldError`. This method checks its arguments and does nothing else: the feed
+        begins with the first `restore`, `publish` or `batches`.
+
+        *Items.* `data` is a dataset, or datasets by name (environments). Each has a length and can be indexed, or is an
+        iterable; an iterable with `state_dict` and `load_state_dict` goes on from its own state, another is read from
+        the start. Each item of each of the `epochs` (None: without end) comes to one ending: trained, filtered, failed,
+        stale, skipped (it is None, or reading it raises) or cancelled. Several datasets are one, in an order for each
+        epoch that `seed` fixes (None: that of the datasets); with `mix={"math": 0.7, "code": 0.3}` batches hold these
+        shares. A `sampler` gives the items instead, with `data` None. The id of a group is `name/epoch/index`, or
+        `name/environment/epoch/index`; the tag "env" of a rollout names its environment. A dataset of another length,
+        or with other items, than before raises `DatasetChangedError`, unless `changed` is "continue".
+
+        *How far ahead.* At most `(max_lag + 1) * batch` groups are under way, from the draw to the `ack`, and at most
+        `max_running` rollouts run. The lag of a group is the number of batches acknowledged between its earliest claim
+        and its training. `late` says what becomes of one that would lag more than `max_lag`: the next batch waits for
+        it ("wait"), it is trained on nevertheless ("train"), or it is given up ("drop"), and its item is enqueued again
+        up to 3 times ("requeue"). `order` of the groups in batches: the "oldest" first; those first that were complete
+        first ("ready_first"); exactly that of the items ("in_order"); or a function that takes complete groups
+        (`FeedGroup`) and gives those of the next batch.
+
+        *What fails.* A member that the infrastructure failed is replaced. For one whose agent raised, or ran out of
+        time, `on_failure` says: it is trained on with a reward, `rs.reward(0)`; it is left out ("mask"); or it is
+        replaced ("replace"), up to `replace` times in a group (None: `size` times), which favours what does not fail. A
+        group needs `min_size` members to train on (None: 2 with "mask", else `size`) and ends after
+        `deadline_seconds` with what it has. `spare` more rollouts stand in for what the infrastructure failed; with
+        `race=True` the first `size` of all are taken and the others cancelled, which favours what is short. If more
+        fail than `budget` allows (None: any number may), the feed pauses and `batches` raises `FailureBudgetError`.
+
+        *What can be trained on.* `require` says what each recorded model call must have: "token_ids" (of prompt and
+        response), "logprobs", "sampling" (parameters such as the temperature). A rollout without is left out, logged,
+        and counts as a failure. `batch_tokens` bounds the tokens of a batch. After `max_filtered` groups in a row that
+        `keep` filtered (None: 10 batches, at least 100), the feed pauses with `FilteredTooManyError`.
+
+        The other arguments are those of `enqueue_rollout`. Rollouts run with the newest version of `resources_id` that
+        `Feed.publish` published.
+        """
 
     # -- resources ---------------------------------------------------------------------------------------------------
 

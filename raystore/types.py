@@ -130,20 +130,20 @@ class RolloutConfig(Model, extra="forbid"):
             return made
         said = made.model_fields_set
         if made.max_attempts > 1 and not made.retry_condition and "retry_condition" not in said:
-            _warn(
+            warn_caller(
                 f"RolloutConfig(max_attempts={made.max_attempts}) tries nothing again, since no retry_condition names "
                 "the statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them "
                 "that you mean; retry_condition=[] if none"
             )
         elif made.retry_condition and made.max_attempts == 1 and "max_attempts" not in said:
-            _warn(
+            warn_caller(
                 f"RolloutConfig(retry_condition={made.retry_condition}) tries nothing again, since max_attempts is 1 "
                 "unless given: add max_attempts=3, or as many as you mean in all; max_attempts=1 if it is one"
             )
         return made
 
 
-def _warn(text: str) -> None:
+def warn_caller(text: str) -> None:
     """Warn the nearest caller that is neither raystore nor pydantic."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("raystore.", "pydantic.")):

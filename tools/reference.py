@@ -33,8 +33,8 @@ HEADER = """# API
 Written by `python -m tools.reference` (`make reference`) from the docstrings; do not edit.
 
 `rs` is `import raystore as rs`. `store` is a store, from `rs.start`, `rs.connect`, `rs.RayLightningStore(handle)` or
-`rs.InMemoryLightningStore()`; both kinds have the same methods. Each method is a coroutine function.
-`store.sync` has them as blocking calls: `store.sync.enqueue_rollout("task")`.
+`rs.InMemoryLightningStore()`; both kinds have the same methods. Each method is a coroutine function, but for `feed`.
+`store.sync` has the others as blocking calls: `store.sync.enqueue_rollout("task")`.
 """
 
 #: Title, what the group is for, and its names: methods of a store, public names, or members of `OTHERS`.
@@ -90,6 +90,14 @@ GROUPS = [
         """,
     ),
     (
+        "Train on a dataset",
+        "A feed enqueues groups of a dataset's items, governs their lag, and gives whole batches.",
+        """
+        feed Feed FeedBatch BatchShard FeedGroup Lag BatchManifest GroupManifest FeedStatus StreamStatus keep Keep
+        reward FailureReward FailureBudget Sampler
+        """,
+    ),
+    (
         "Publish resources",
         "Prompts, endpoints and weights, for agents to use.",
         """
@@ -142,13 +150,20 @@ ALIASES = {
     "LossReason": "why a span was lost, or a model call cannot be trained on: docs/spans.md lists them",
     "Call": "an operation on its way, which may be awaited",
     "NamedResources": "resources by name",
+    "Late": "what becomes of a group that would lag too much",
+    "Order": "of the groups of batches",
+    "Changed": "what becomes of a feed whose dataset has changed",
+    "Evidence": "what a recorded model call may have to have",
+    "Chooser": "a function that takes complete groups and gives those of the next batch, the best first",
+    "Test": "a function that says of a group whether it is trained on",
+    "Reader": "a store, as far as spans, groups and rollouts are read",
     "ResourceUnion": "any kind of resource; `resource_type` tells which",
     "UNSET": "leave this field as it is",
     "Unset": "the type of `UNSET`",
 }
 
 #: Classes that are made by raystore only.
-GIVEN = {"Context", "OpenSpan", "Testing", "RecoveredRun"}
+GIVEN = {"Context", "OpenSpan", "Testing", "RecoveredRun", "Feed", "FeedBatch", "BatchShard", "Sampler"}
 
 #: What is shown of a class, where it is not all that it has of its own.
 MEMBERS = {
@@ -158,6 +173,7 @@ MEMBERS = {
     "RecoveredRun": "close",
     "Context": "attempt policy_version span llm reward add cancelled why check",
     "ObjectResource": "get aget is_elsewhere",
+    "Feed": "restore publish batches checkpoint status resume close",
 }
 
 
@@ -285,7 +301,10 @@ def default(value: ast.expr) -> str:
 
 def definition(name: str) -> str:
     """What a name of a type stands for, as it is written; empty if that is for machines."""
-    for module in ("raystore.types", "raystore.spans", "raystore.options"):
+    for module in (
+        "raystore.types", "raystore.spans", "raystore.options", "raystore.wire.feeds", "raystore.tracing.evidence",
+        "raystore.client.pump",
+    ):  # fmt: skip
         for node in reversed(list(ast.walk(parsed(module)[1]))):  # the last: not that for type checkers only
             if not isinstance(node, ast.Assign) or ast.unparse(node.targets[0]) != name:
                 continue

@@ -19,15 +19,20 @@ from pydantic import BaseModel, ValidationError
 
 from raystore._sync import SyncStore
 from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
+from raystore.client.datasets import streams_of
+from raystore.client.feed import Feed
+from raystore.client.pump import Channel
 from raystore.client.transport import PendingCall, Transport
 from raystore.core.pauses import MOST_PER_MINUTE, MOST_RUNNING
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
 from raystore.core.records import Many
 from raystore.core.schema import LossReason
 from raystore.core.verbs import VERBS
-from raystore.errors import AnswerGoneError, InvalidValueError, RolloutNotFoundError, StoreError
+from raystore.errors import AnswerGoneError, FeedHeldError, InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.text import NOT_GIVEN, explain_methods, typed_as, unfit
+from raystore.feeds import FailureBudget, FailureReward, Sampler
 from raystore.options import StoreConfig
+from raystore.tracing.evidence import Evidence
 from raystore.types import (
     LLM,
     UNSET,
@@ -70,12 +75,15 @@ from raystore.types import (
     Unset,
     Worker,
     WorkerStatus,
+    warn_caller,
 )
 from raystore.values.models import refusal
 from raystore.values.objects import Kept, Origin, Parts
 from raystore.wire import checks, convert
+from raystore.wire import feeds as wire_feeds
 from raystore.wire import groups as wire_groups
 from raystore.wire.checks import model_of, validated
+from raystore.wire.feeds import Changed, Chooser, Late, Order
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -139,12 +147,15 @@ class StoreClient(RunnerStore):
     _transport: Transport
     _encoder: convert.Encoder
     _objects_at: Origin  # where to find objects that are not in Ray's object store any more
+    _feeds: dict[str, Feed]  # by name, the last of each
+    _travels: bool = True  # whether it may be pickled
 
     def _reach(self, transport: Transport, config: StoreConfig, objects_at: Origin) -> None:
         """Use a store of this configuration over a transport."""
         self._transport = transport
         self._encoder = convert.Encoder(config.all_limits(), config.estimator())
         self._objects_at = objects_at
+        self._feeds = {}
         self.sync = SyncStore(self)
 
     # -- what a store is -----------------------------------------------------------------------------------------------
@@ -822,6 +833,60 @@ class StoreClient(RunnerStore):
         rows, _ = await self._rows("ledger", {"consumer": checks.identifier("consumer", consumer)})
         return [_named(LedgerEntry, row) for row in rows]
 
+    # -- a training loop -----------------------------------------------------------------------------------------------
+
+    def feed(
+        self,
+        name: str,
+        data: Any,
+        *,
+        resources_id: str,
+        size: int,
+        batch: int,
+        max_lag: int = 1,
+        max_running: int | None = None,
+        late: Late = "wait",
+        order: Order | Chooser = "oldest",
+        on_failure: FailureReward | Literal["mask", "replace"] = "mask",
+        min_size: int | None = None,
+        spare: int = 0,
+        race: bool = False,
+        replace: int | None = None,
+        deadline_seconds: float | None = None,
+        epochs: int | None = 1,
+        seed: int | None = 0,
+        mix: Mapping[str, float] | None = None,
+        sampler: Sampler | None = None,
+        require: Sequence[Evidence] | None = ("token_ids", "logprobs"),
+        batch_tokens: int | None = None,
+        max_filtered: int | None = None,
+        budget: FailureBudget | None = FailureBudget(),  # noqa: B008 - it is immutable
+        config: RolloutConfig | None = None,
+        mode: RolloutMode | None = "train",
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+        changed: Changed = "refuse",
+    ) -> Feed:
+        plan = wire_feeds.plan(
+            name, data, resources_id=resources_id, size=size, batch=batch, max_lag=max_lag, max_running=max_running,
+            late=late, order=order, on_failure=on_failure, min_size=min_size, spare=spare, race=race, replace=replace,
+            deadline_seconds=deadline_seconds, require=require, batch_tokens=batch_tokens, max_filtered=max_filtered,
+            budget=budget, config=config, mode=mode, queue=queue, priority=priority, tags=tags, changed=changed,
+        )  # fmt: skip
+        drawing = wire_feeds.drawing(epochs=epochs, seed=seed, mix=mix, sampler=sampler, data=data)
+        streams = streams_of(plan.feed, data, **drawing)
+        if (other := self._feeds.get(plan.feed)) is not None and other.is_pumping:
+            raise FeedHeldError(plan.feed, "this process")
+        for warning in wire_feeds.biases(plan):
+            warn_caller(warning)
+        channel = Channel(
+            ask=self._transport.call, reader=self, encoder=self._encoder, take=self._take, put=self._put,
+            travels=self._travels,
+        )  # fmt: skip
+        made = self._feeds[plan.feed] = Feed(plan, streams, drawing["sampler"], channel)
+        return made
+
     # -- resources -----------------------------------------------------------------------------------------------------
 
     async def add_resources(self, resources: NamedResources, *, policy_version: int | None = None) -> ResourcesUpdate:
@@ -836,19 +901,22 @@ class StoreClient(RunnerStore):
         self, resources_id: str | None, resources: NamedResources, policy_version: int | None
     ) -> ResourcesUpdate:
         _check_types(resources)
-        boxed = await self._boxed(resources_id, validated("resources", NamedResources, resources, TO_PUBLISH))
+        named = validated("resources", NamedResources, resources, TO_PUBLISH)
+        version = validated("policy_version", int | None, policy_version, TO_COUNT)
+        arguments = {"resources_id": resources_id, "policy_version": version}
+        return await self._put("put_resources", resources_id, named, arguments)
+
+    async def _put(
+        self, verb: str, resources_id: str | None, resources: NamedResources, arguments: dict[str, Any]
+    ) -> ResourcesUpdate:
+        """Publish resources by an operation that takes these arguments besides."""
+        boxed = await self._boxed(resources_id, resources)
         payload, holds_objects = self._encoder.resources(boxed.resources)
         objects = [(kept.address, kept.size) for kept in boxed.objects]
         if isinstance(payload, Payload):  # references within small values are kept nowhere
             objects += [(None, 0)] * (len(payload.refs) - len(objects))
-        arguments = {
-            "resources_id": resources_id,
-            "resources": payload,
-            "policy_version": validated("policy_version", int | None, policy_version, TO_COUNT),
-            "holds_objects": holds_objects,
-            "objects": objects,
-        }
-        answer = await self._transport.call("put_resources", arguments)
+        boxed_as = {"resources": payload, "holds_objects": holds_objects, "objects": objects}
+        answer = await self._transport.call(verb, arguments | boxed_as)
         await self._published(convert.row(answer), payload, boxed)
         return self._opened(answer, payload)
 
@@ -1066,7 +1134,14 @@ class StoreClient(RunnerStore):
 
     def close(self) -> None:
         """Stop using the store: calls that wait get what there is, and later ones raise `StoreClosedError`."""
+        self._close_feeds()
         self._transport.close()
+
+    def _close_feeds(self) -> None:
+        """End the threads of feeds."""
+        for feed in self._feeds.values():
+            feed.close_now()
+        self._feeds.clear()
 
     def __enter__(self) -> Self:
         return self

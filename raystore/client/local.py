@@ -211,6 +211,8 @@ class InMemoryLightningStore(StoreClient):
     accepted and have no effect: this store is always thread-safe, and time is watched by deadlines, not by scans.
     """
 
+    _travels = False
+
     @explained_with(OPTIONS)
     def __init__(
         self,

@@ -80,8 +80,10 @@ class Item:
     is_kept: bool = declare(False)
     #: In a batch that is not acknowledged.
     is_taken: bool = declare(False)
-    #: It was in a batch that was undone: it comes again, first, and is never too late.
+    #: It was in a batch that was undone: it comes again, first.
     is_returned: bool = declare(False)
+    #: It was under way when batches were undone, which come again before it: so it is never too late.
+    is_excused: bool = declare(False)
     tokens: int | None = declare(None)
     #: Its lag, in flight and in the queue, once it is trained.
     lag: tuple[int, int] | None = declare(None, unpack=lambda lag: lag if lag is None else tuple(lag))
@@ -210,7 +212,9 @@ class FeedEntry:
 
     def is_late(self, item: Item, before: int) -> bool:
         """Whether a group would be trained too late after so many batches."""
-        return not item.is_returned and item.claimed is not None and before - item.claimed > self.rule["max_lag"]
+        if item.is_returned or item.is_excused or item.claimed is None:
+            return False
+        return bool(before - item.claimed > self.rule["max_lag"])
 
     def branch_of(self, attempt: Attempt | None) -> int:
         """The branch of the policy with which an attempt ran; 0 if it is not known."""
@@ -279,8 +283,12 @@ class FeedEntry:
             if len(more) < lacking:
                 return None
             others = [item.group_id for item in found if not item.is_returned and item.group_id not in due_ids]
-            chosen.difference_update(others[max(len(others) - lacking - len(found) + count, 0) :])
-            chosen.update(more)
+            room = count - len(found)
+            if room < lacking:
+                gone = others[max(len(others) - (lacking - room), 0) :]
+                chosen.difference_update(gone)
+                room += len(gone)
+            chosen.update(more[:room])
             found = [item for item in there if item.group_id in chosen]
         return found
 
@@ -480,6 +488,7 @@ class FeedTable:
                 item.is_taken, item.is_returned = False, True
         if acknowledged:  # whatever was claimed in the meantime was claimed after the last batch that counts
             for item in feed.items.values():
+                item.is_excused = True
                 item.claimed = None if item.claimed is None else min(item.claimed, feed.acks)
                 item.completed = None if item.completed is None else min(item.completed, feed.acks)
         self.moved[feed.name] = None

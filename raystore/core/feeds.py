@@ -324,16 +324,20 @@ def publish(
 
 
 def rewind(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int:
-    """The model is at an earlier step again: see `training.rewind`. A feed begins another branch, and waits for it."""
+    """The model is at an earlier step again: see `training.rewind`.
+
+    A feed begins another branch, hands out nothing until that is published, and answers with the number of groups.
+    """
     count = training.rewind(state, step, consumer=consumer, at_step=at_step)
     feed = state.feeds.get(consumer)
-    if feed is not None:
-        if feed.version is not None:
-            feed.branch += 1
-        feed.version, feed.contents = None, {}
-        _offer(state, step, feed)
-        state.moved_feeds[consumer] = None
-    return count
+    if feed is None:
+        return count
+    if feed.version is not None:
+        feed.branch += 1
+    feed.version, feed.contents = None, {}
+    _offer(state, step, feed)
+    state.moved_feeds[consumer] = None
+    return len(state.consumers[consumer].returned)
 
 
 def forget(state: State, step: Step, *, consumer: Id) -> int:

@@ -181,6 +181,7 @@ class RayLightningStore(StoreClient):
 
     def close(self) -> None:
         """Stop using the store; ends it if this object started it and it is not detached."""
+        self._close_feeds()
         self._transport.close()
         if self._owns and not transport.ray_is_inherited():  # in a forked child it is the parent's
             self._owns = False

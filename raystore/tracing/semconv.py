@@ -11,6 +11,12 @@ REQUEST_MODEL: str = "gen_ai.request.model"
 RESPONSE_MODEL: str = "gen_ai.response.model"
 RESPONSE_ID: str = "gen_ai.response.id"
 FINISH_REASONS: str = "gen_ai.response.finish_reasons"
+#: How names of sampling parameters begin: OpenTelemetry's, OpenInference's, OpenLLMetry's, Weave's, and plain ones.
+SAMPLING: tuple[str, ...] = (
+    "gen_ai.request.temperature", "gen_ai.request.top_p", "gen_ai.request.top_k", "gen_ai.request.seed",
+    "gen_ai.request.max_tokens", "llm.invocation_parameters", "llm.request.temperature", "llm.top_p",
+    "agentlightning.operation.input.temperature", "agentlightning.operation.input.top_p", "temperature", "top_p",
+)  # fmt: skip
 INPUT_TOKENS: str = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS: str = "gen_ai.usage.output_tokens"
 INPUT_MESSAGES: str = "gen_ai.input.messages"
