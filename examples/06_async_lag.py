@@ -41,7 +41,8 @@ async def agent(task: dict[str, Any], ctx: rs.Context) -> float:
     """Think; the longer, the better the answer."""
     length = length_of(ctx.rollout.rollout_id, ctx.resources["weights"].get())
     await asyncio.sleep(SECONDS * length)
-    return length / (length + task["hardness"])
+    hardness: float = task["hardness"]
+    return length / (length + hardness)
 
 
 def improve(mean: float, groups: Sequence[rs.FeedGroup]) -> float:
@@ -89,8 +90,7 @@ async def train(store: rs.RayLightningStore, run: harness.Run, max_lag: int, lat
             policy.append(improve(policy[-1], batch.groups))
             await feed.publish(policy[-1], version=step)
             await batch.ack(step=step)
-            rewards = [reward for group in batch.groups for reward in group.rewards]
-            result.rewards.append(float(np.mean(rewards)))
+            result.rewards.append(float(np.mean([group.rewards for group in batch.groups])))
             result.lags += [group.lag.total for group in batch.groups]
             for group in batch.groups:
                 for rollout, (_, version) in zip(group.train, group.versions, strict=True):

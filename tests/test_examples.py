@@ -117,10 +117,6 @@ def test_everything_dies_and_is_trained_exactly_once(ran: Any) -> None:
     for point in ("optimiser step", "ack", "saved", "checkpoint"):
         assert f"after: {point}\n" in done.stdout
     assert "4 x trainer" in done.stdout and "both ledgers are correct" in done.stdout
-    undisturbed, with_kills = (
-        sum(line["reward"] for line in metrics if line["kills"] is kills) / steps for kills in (False, True)
-    )
-    assert with_kills == pytest.approx(undisturbed, abs=0.06)  # it learns as fast
 
 
 @short_and_long("06_async_lag", 10, 20)
