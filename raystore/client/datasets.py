@@ -225,7 +225,8 @@ class IteratedStream:
         self._tell_epoch()
         if _keeps_state(data):
             data.load_state_dict(state)
-            return iter(data)
+            following: Iterator[Any] = iter(data)
+            return following
         items: Any = None if self._is_once else iter(data)
         if not _keeps_state(items):
             return None

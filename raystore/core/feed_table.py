@@ -245,13 +245,15 @@ class FeedEntry:
             elif item.stream not in blocked or item.is_returned:
                 there.append(item)
         found = self._mixed(there, waiting, count)
-        if self.rule["late"] == "wait":
+        is_over = all(stream.is_over for stream in self.streams.values()) and len(there) == len(waiting)
+        come_again = any(item.is_returned for item in found)  # these wait for nobody
+        is_whole = len(found) >= count or is_over
+        if self.rule["late"] == "wait" and is_whole and not come_again and not is_full:
             in_time = self._in_time(found, there, waiting, count, before)
-            if in_time is None and not is_full:
+            if in_time is None:
                 return []
-            found = in_time or found
-        is_last = all(stream.is_over for stream in self.streams.values()) and len(there) == len(waiting)
-        return self._packed(found, count, is_last=is_full or is_last or any(item.is_returned for item in found))
+            found = in_time
+        return self._packed(found, is_whole=is_whole or come_again or is_full)
 
     def _in_order(self, ready: Mapping[str, None]) -> list[Item]:
         """Items that are in no batch, as they are to be trained on: first those that come again, as they came."""
@@ -282,7 +284,7 @@ class FeedEntry:
             more = [item.group_id for item in there if item.group_id in due_ids - chosen][:lacking]
             if len(more) < lacking:
                 return None
-            others = [item.group_id for item in found if not item.is_returned and item.group_id not in due_ids]
+            others = [item.group_id for item in found if item.group_id not in due_ids]
             room = count - len(found)
             if room < lacking:
                 gone = others[max(len(others) - (lacking - room), 0) :]
@@ -322,8 +324,8 @@ class FeedEntry:
                 names.remove(name)
         return shares
 
-    def _packed(self, items: list[Item], count: int, *, is_last: bool) -> list[str]:
-        """As many of these as make a batch; none if there are too few, and it is not the last one."""
+    def _packed(self, items: list[Item], *, is_whole: bool) -> list[str]:
+        """As many of these as a batch has tokens for; none if it is not whole, and has tokens for more."""
         bound = self.rule["batch_tokens"]
         if bound is not None:
             total = 0
@@ -331,7 +333,7 @@ class FeedEntry:
                 total += item.tokens or 0
                 if total > bound:
                     return [item.group_id for item in items[: max(number, 1)]]
-        return [item.group_id for item in items] if len(items) >= count or is_last else []
+        return [item.group_id for item in items] if is_whole else []
 
     # -- what becomes of items -----------------------------------------------------------------------------------------
 

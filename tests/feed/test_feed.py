@@ -572,7 +572,7 @@ async def test_versions_are_published_once(store: AnyStore) -> None:
 
 async def test_restore(store: AnyStore) -> None:
     """Undone batches come again first and as they were, by weights of a new branch; each item is trained once."""
-    feed = store.feed("train", list(range(12)), **RIGHT)
+    feed = store.feed("train", list(range(20)), **RIGHT)
     async with running(store, lambda rollout: 1.0):
         assert await feed.restore(None) == 0
         first = await trained(feed, steps=4)
@@ -583,7 +583,7 @@ async def test_restore(store: AnyStore) -> None:
         await feed.publish([5.0], version=2)
         again = [batch.groups async for batch in _acknowledged(feed, 3)]
     assert [g.group_id for groups in again[:2] for g in groups] == [g.group_id for groups in first[2:] for g in groups]
-    assert sorted(items_of(first[:2]) + items_of(again)) == list(range(12))
+    assert sorted(items_of(first[:2]) + items_of(again)) == list(range(20))
     assert {branch for groups in again[3:] for group in groups for branch, _ in group.versions} <= {0, 1}
     assert again[-1][0].versions[0][0] == 1
     assert (await feed.status()).branch == 1
