@@ -20,7 +20,9 @@ from raystore.client.pump import CLOSE_SECONDS, Channel, Pump, Reader, Test
 from raystore.errors import BatchHeldError, FeedClosedError, InvalidValueError
 from raystore.feeds import BatchManifest, FeedGroup, FeedStatus, Keep, Sampler, manifest_of
 from raystore.spans import Span
-from raystore.tracing.evidence import rewards_by_name, tokens_in
+from raystore.tracing.calls import model_calls
+from raystore.tracing.evidence import rewards_by_name
+from raystore.tracing.trajectories import count_tokens
 from raystore.types import AnyRollout, ObjectResource, Resource
 from raystore.wire import checks
 from raystore.wire import feeds as wire_feeds
@@ -157,7 +159,7 @@ class FeedBatch:
             if group.named_rewards is None:
                 group.named_rewards = {i: rewards_by_name(spans[i]) for i in group.valid_rewards}
             if group.tokens is None:
-                group.tokens = sum(tokens_in(spans[rollout.rollout_id]) for rollout in group.train)
+                group.tokens = sum(count_tokens(model_calls(spans[rollout.rollout_id])) for rollout in group.train)
         self.manifest = manifest_of(self.consumer, self.number, self.groups)
 
     def shard(self, rank: int, world: int) -> BatchShard:

@@ -250,6 +250,8 @@ class RecoveredRun(StoreClient):
     shown as running.
     """
 
+    _travels = False
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = directory("path", path)
         config = StoreConfig(clock="manual", journal=path)

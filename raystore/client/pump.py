@@ -38,7 +38,9 @@ from raystore.errors import (
 from raystore.errors.text import summary
 from raystore.feeds import FeedGroup, Keep, Sampler
 from raystore.spans import Span
-from raystore.tracing.evidence import lacking, rewards_by_name, tokens_in
+from raystore.tracing.calls import model_calls
+from raystore.tracing.evidence import lacking, rewards_by_name
+from raystore.tracing.trajectories import count_tokens
 from raystore.types import AnyRollout, Group, TakenGroup
 from raystore.values.plain import scalar
 from raystore.wire.codec import decode, encode
@@ -580,10 +582,15 @@ class Pump:
         """Read the spans of a group's valid members, and what they say."""
         spans, unusable = await self._spans_of(list(group.valid_rewards))
         train = [rollout.rollout_id for rollout in group.rollouts]
+        tokens = 0
         for rollout_id in train:
-            if rollout_id in spans and (what := lacking(spans[rollout_id], self.plan.require)) is not None:
+            if rollout_id in unusable:
+                continue
+            calls = model_calls(spans[rollout_id])
+            if (what := lacking(calls, self.plan.require)) is not None:
                 unusable[rollout_id] = what
-        tokens = sum(tokens_in(spans[i]) for i in train if i not in unusable)
+            else:
+                tokens += count_tokens(calls)
         named = {rollout_id: rewards_by_name(found) for rollout_id, found in spans.items()}
         return Seen(spans, tokens, named, {i: what for i, what in unusable.items() if i in train})
 

@@ -301,6 +301,7 @@ def end_session(state: State, step: Step, session: Session, *, why: str) -> None
     state.ended_sessions[session.session_id] = None
     if len(state.ended_sessions) >= ENDED_SESSIONS + SURPLUS:
         state.effects.has_surplus = True
+    state.feeds.let_go(session.session_id)
     for batch in list(session.batches):
         training.leave(state, session, batch)
     held, claims = list(session.held), list(session.claims)

@@ -1,4 +1,4 @@
-"""Whether the spans of a rollout have what training on it needs, how many tokens they have, and its rewards by name.
+"""Whether the model calls of a rollout have what training on it needs, and its rewards by name.
 
 Asked of each candidate for a batch, before it is trained on. A model call that failed has no answer, and lacks nothing.
 """
@@ -11,19 +11,16 @@ from typing import Literal, get_args
 from raystore.errors import PayloadNotReadableError
 from raystore.spans import Span
 from raystore.tracing import semconv
-from raystore.tracing.calls import ModelCall, model_calls
-from raystore.tracing.trajectories import trajectories
+from raystore.tracing.calls import ModelCall
 from raystore.values.plain import scalar
 
 Evidence = Literal["token_ids", "logprobs", "sampling"]  #: what a model call may have to have
 EVIDENCE: tuple[str, ...] = get_args(Evidence)
 
 
-def lacking(spans: Sequence[Span], require: Sequence[str]) -> str | None:
-    """What the model calls among these spans lack of what is required, for people to read; None if nothing."""
-    if not require:
-        return None
-    for call in model_calls(spans):
+def lacking(calls: Sequence[ModelCall], require: Sequence[str]) -> str | None:
+    """What one of these calls lacks of what is required, for people to read; None if none lacks anything."""
+    for call in calls:
         if call.spans[0].status.status_code == "ERROR" and call.response_ids is None:
             continue
         for what in require:
@@ -46,11 +43,6 @@ _WORDS = {
     "logprobs": "log-probabilities of the response",
     "sampling": "sampling parameters (such as gen_ai.request.temperature)",
 }
-
-
-def tokens_in(spans: Sequence[Span]) -> int:
-    """How many tokens the sequences have that these spans give (`rs.trajectories`)."""
-    return sum(map(len, trajectories(spans)))
 
 
 def rewards_by_name(spans: Sequence[Span]) -> dict[str, float]:

@@ -178,9 +178,20 @@ def trajectories(spans: Sequence[Span]) -> list[Trajectory]:
     """
     spans = checked_spans(spans)
     rewards = _final_rewards(spans)
+    found = _sequences(model_calls(spans))
+    return [one.made(rewards[one.first.rollout_id, one.first.attempt_id]) for one in found]
+
+
+def count_tokens(calls: Sequence[ModelCall]) -> int:
+    """How many tokens the sequences have that `trajectories` makes of these calls."""
+    return sum(len(one.token_ids) for one in _sequences(calls))
+
+
+def _sequences(calls: Sequence[ModelCall]) -> list[_Sequence]:
+    """These calls as turns of sequences, in the order of their first turns."""
     found: list[_Sequence] = []
     by_agent: dict[tuple[str, str, str | None], list[_Sequence]] = {}
-    for call, prompt, response in with_token_ids(model_calls(spans)):
+    for call, prompt, response in with_token_ids(calls):
         known = by_agent.setdefault((call.rollout_id, call.attempt_id, call.role), [])
         candidates = [one for one in known if one.is_continued_by(prompt)]
         continued = max(candidates, key=lambda one: len(one.token_ids), default=None)
@@ -189,7 +200,7 @@ def trajectories(spans: Sequence[Span]) -> list[Trajectory]:
             known.append(continued)
             found.append(continued)
         continued.add(call, prompt, response)
-    return [one.made(rewards[one.first.rollout_id, one.first.attempt_id]) for one in found]
+    return found
 
 
 class _Sequence:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from raystore.core.check import check
+from raystore.core.expiry import forget_session
 from raystore.core.feed_table import CLOSED, FeedEntry, Item
 from raystore.core.snapshot import digest, restore, sections
 from raystore.core.state import Session, State
@@ -231,6 +232,17 @@ def test_one_pump_draws_the_items(make: Callable[..., Loop]) -> None:
     with pytest.raises(FeedHeldError):
         loop.work()
     loop.pump = "p2"
+
+
+def test_a_session_that_has_ended_holds_no_feed(make: Callable[..., Loop]) -> None:
+    """Also if another process has its id, as that of a store in process after a restart."""
+    loop = make()
+    loop.publish()
+    loop.core.end(loop.core.state.sessions["driver"])
+    forget_session(loop.core.state, "driver")
+    loop.pump = "p2"
+    loop.open(loop.core.open("driver"))
+    assert len(loop.draw()) == 4
 
 
 def test_a_draw_that_comes_twice_draws_once(make: Callable[..., Loop]) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 import raystore as rs
 from raystore import semconv
-from tests.conftest import MakeMemoryStore, MakeRayStore
+from tests.contract.conftest import actors as actors  # a fixture, like the next
+from tests.contract.conftest import make_shared_store as make_shared_store
 from tests.helpers import AnyStore, make_span
 
 #: Ends a rollout: takes it, and gives its reward, or raises. It may be a coroutine function.
@@ -23,11 +24,9 @@ RIGHT: dict[str, Any] = {"resources_id": "policy", "size": 2, "batch": 2}  #: ar
 @pytest.fixture(params=["memory", "ray"])
 def store(request: pytest.FixtureRequest) -> AnyStore:
     """A store of each kind."""
-    if request.param == "ray":
-        make: MakeRayStore = request.getfixturevalue("make_ray_store")
-        return make()
-    make_memory: MakeMemoryStore = request.getfixturevalue("make_memory_store")
-    return make_memory()
+    make = request.getfixturevalue("make_shared_store" if request.param == "ray" else "make_memory_store")
+    made: AnyStore = make()
+    return made
 
 
 def spans_of(rollout: Any, reward: float | None, **named: float) -> list[rs.Span]:

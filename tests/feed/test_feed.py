@@ -579,7 +579,7 @@ async def test_restore(store: AnyStore) -> None:
         await feed.checkpoint(2)
         with pytest.raises(rs.BatchConflictError):
             await feed.restore(1)
-        assert await feed.restore(2) >= 4
+        assert await feed.restore(2) == 4
         await feed.publish([5.0], version=2)
         again = [batch.groups async for batch in _acknowledged(feed, 3)]
     assert [g.group_id for groups in again[:2] for g in groups] == [g.group_id for groups in first[2:] for g in groups]
@@ -594,7 +594,7 @@ async def test_without_a_saved_model_all_comes_again(store: AnyStore) -> None:
     feed = store.feed("train", list(range(6)), **RIGHT)
     async with running(store, lambda rollout: 1.0):
         await trained(feed, steps=2)
-        assert await feed.restore(None) >= 4
+        assert await feed.restore(None) == 4
         batches = await trained(feed)
     assert sorted(items_of(batches)) == list(range(6))
 
