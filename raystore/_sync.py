@@ -29,22 +29,18 @@ class SyncStore:
         self._store = store
 
     def statistics(self) -> LightningStoreStatistics:
-        """Counts and sizes of the store; sizes are in bytes, durations in seconds."""
         return run_blocking(self._store.statistics())
 
     def story(self, rollout_id: str) -> list[str]:
-        """What is known of the history of a rollout, or of a group by its id, as lines for people to read."""
         return run_blocking(self._store.story(rollout_id))
 
     def check(self) -> None:
-        """Verify the invariants of the store; raises AssertionError if one is broken. For tests: reads everything."""
         return run_blocking(self._store.check())
 
     def start_rollout(
         self, input: TaskInput, mode: RolloutMode | None = None, resources_id: str | None = None,
         config: RolloutConfig | None = None, metadata: dict[str, Any] | None = None, worker_id: str | None = None,
     ) -> AttemptedRollout:
-        """Create a rollout that the caller runs itself: "preparing", with a first attempt, never queued."""
         return run_blocking(self._store.start_rollout(input, mode, resources_id, config, metadata, worker_id))
 
     def enqueue_rollout(
@@ -53,14 +49,12 @@ class SyncStore:
         group_id: str | None = None, queue: str = "default", priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Rollout:
-        """Create a rollout with status "queuing" at the tail of its queue."""
         return run_blocking(self._store.enqueue_rollout(
             input, mode, resources_id, config, metadata, rollout_id=rollout_id, group_id=group_id, queue=queue,
             priority=priority, tags=tags,
         ))
 
     def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
-        """Enqueue many rollouts; the answers are in the order of the requests."""
         return run_blocking(self._store.enqueue_many_rollouts(rollouts))
 
     def enqueue_group(
@@ -69,7 +63,6 @@ class SyncStore:
         queue: str = "default", priority: int = 0, tags: Mapping[str, TagValue] | None = None,
         deadline_seconds: float | None = None, min_size: int | None = None, spare: int = 0, replace: int = 0,
     ) -> Sequence[Rollout]:
-        """Enqueue `n` rollouts with the same input and group id, as GRPO needs them, as a group for `take_groups`."""
         return run_blocking(self._store.enqueue_group(
             input, n, group_id=group_id, mode=mode, resources_id=resources_id, config=config, metadata=metadata,
             queue=queue, priority=priority, tags=tags, deadline_seconds=deadline_seconds, min_size=min_size,
@@ -77,18 +70,15 @@ class SyncStore:
         ))
 
     def enqueue_many_groups(self, groups: Sequence[EnqueueGroupRequest]) -> Sequence[Group]:
-        """Enqueue many groups; the answers are in the order of the requests."""
         return run_blocking(self._store.enqueue_many_groups(groups))
 
     def get_group(self, group_id: str) -> Group | None:
-        """The group; None if it is unknown."""
         return run_blocking(self._store.get_group(group_id))
 
     def query_groups(
         self, *, status_in: Sequence[GroupStatus] | None = None, group_id_in: Sequence[str] | None = None,
         sort_by: str | None = None, sort_order: SortOrder = "asc", limit: int = -1, offset: int = 0,
     ) -> PaginatedResult[Group]:
-        """A page of the groups that match all filters, in the order of their creation unless `sort_by` is given."""
         return run_blocking(self._store.query_groups(
             status_in=status_in, group_id_in=group_id_in, sort_by=sort_by, sort_order=sort_order, limit=limit,
             offset=offset,
@@ -97,14 +87,12 @@ class SyncStore:
     def dequeue_rollout(
         self, worker_id: str | None = None, *, timeout: float = 0.0, queues: Sequence[str] = ("default",),
     ) -> AttemptedRollout | None:
-        """Claim the next rollout, or return None if there is none within `timeout`."""
         return run_blocking(self._store.dequeue_rollout(worker_id, timeout=timeout, queues=queues))
 
     def dequeue_many_rollouts(
         self, *, limit: int = 1, worker_id: str | None = None, timeout: float = 0.0,
         queues: Sequence[str] = ("default",),
     ) -> Sequence[AttemptedRollout]:
-        """Claim up to `limit` rollouts that wait now; waits up to `timeout` for the first one."""
         return run_blocking(self._store.dequeue_many_rollouts(
             limit=limit, worker_id=worker_id, timeout=timeout, queues=queues,
         ))
@@ -117,7 +105,6 @@ class SyncStore:
         tags: Mapping[str, TagValue] | None = None, queue: str | None = None, worker_id: str | None = None,
         mode: RolloutMode | None = None,
     ) -> PaginatedResult[AnyRollout]:
-        """A page of the rollouts that match, in the order of their creation unless `sort_by` is given."""
         return run_blocking(self._store.query_rollouts(
             status_in=status_in, rollout_id_in=rollout_id_in, rollout_id_contains=rollout_id_contains,
             filter_logic=filter_logic, sort_by=sort_by, sort_order=sort_order, limit=limit, offset=offset,
@@ -126,7 +113,6 @@ class SyncStore:
         ))
 
     def get_rollout_by_id(self, rollout_id: str) -> FoundRollout:
-        """The rollout with its latest attempt; None if it is unknown."""
         return run_blocking(self._store.get_rollout_by_id(rollout_id))
 
     def update_rollout(
@@ -134,41 +120,33 @@ class SyncStore:
         resources_id: str | Unset | None = UNSET, status: RolloutStatus | Unset = UNSET,
         config: RolloutConfig | Unset = UNSET, metadata: dict[str, Any] | Unset | None = UNSET,
     ) -> AnyRollout:
-        """Set fields of a rollout by hand, and return it. UNSET leaves a field as it is; None sets it to None."""
         return run_blocking(self._store.update_rollout(rollout_id, input, mode, resources_id, status, config, metadata))
 
     def cancel_rollouts(
         self, rollout_ids: Sequence[str] | None = None, *, group_id: str | None = None,
         tags: Mapping[str, TagValue] | None = None,
     ) -> Sequence[AnyRollout]:
-        """Cancel rollouts that have not finished, and return them. A rollout must match all filters that are given."""
         return run_blocking(self._store.cancel_rollouts(rollout_ids, group_id=group_id, tags=tags))
 
     def release(self, rollout_ids: Sequence[str]) -> int:
-        """Mark rollouts as no longer needed, to be evicted or deleted first; returns how many were not marked yet."""
         return run_blocking(self._store.release(rollout_ids))
 
     def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
-        """Delete rollouts with their attempts and spans, and return how many existed."""
         return run_blocking(self._store.delete_rollouts(rollout_ids))
 
     def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
-        """Wait until all rollouts have finished, or for `timeout`; returns the finished ones in the given order."""
         return run_blocking(self._store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=timeout))
 
     def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
-        """Wait until the rollout has finished, and return it; None if it does not within `timeout` or is unknown."""
         return run_blocking(self._store.wait_for_rollout(rollout_id, timeout))
 
     def as_completed(self, rollout_ids: Sequence[str], *, timeout: float | None = None) -> Iterator[AnyRollout]:
-        """Iterate over the rollouts in the order in which they finish."""
         return iterate_blocking(self._store.as_completed(rollout_ids, timeout=timeout))
 
     def completed(
         self, cursor: int | None = None, *, limit: int = 256, timeout: float = 0.0, group_id: str | None = None,
         tags: Mapping[str, TagValue] | None = None, queue: str | None = None, mode: RolloutMode | None = None,
     ) -> Page[AnyRollout]:
-        """A page of the rollouts that finished after `cursor`, in that order; None starts at the beginning."""
         return run_blocking(self._store.completed(
             cursor, limit=limit, timeout=timeout, group_id=group_id, tags=tags, queue=queue, mode=mode,
         ))
@@ -176,36 +154,29 @@ class SyncStore:
     def changes(
         self, cursor: int | None = None, *, kinds: Sequence[str] | None = None, limit: int = 1024, timeout: float = 0.0,
     ) -> Page[Change]:
-        """A page of what the store did after `cursor`, in order; None starts at the oldest change that is kept."""
         return run_blocking(self._store.changes(cursor, kinds=kinds, limit=limit, timeout=timeout))
 
     def pause(self, queues: Sequence[str] | None = None, keep: bool = False) -> list[QueuePause]:
-        """Hand out no work of these queues, until `resume`; None means all queues, also those that come later."""
         return run_blocking(self._store.pause(queues, keep))
 
     def resume(self, queues: Sequence[str] | None = None, *, others: bool = False) -> list[QueuePause]:
-        """End the pauses of these queues, or (None) of all: those that this process made, and those that are kept."""
         return run_blocking(self._store.resume(queues, others=others))
 
     def limit_queue(self, queue: str, *, max_running: int | None = None, per_minute: int | None = None) -> QueueLimit:
-        """Hand out work of a queue only as far as its limits allow. None lifts a limit; each call says both."""
         return run_blocking(self._store.limit_queue(queue, max_running=max_running, per_minute=per_minute))
 
     def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
-        """Start another attempt by hand: the rollout becomes "preparing", whatever its status and `max_attempts`."""
         return run_blocking(self._store.start_attempt(rollout_id, worker_id))
 
     def query_attempts(
         self, rollout_id: str, *, sort_by: str | None = "sequence_id", sort_order: SortOrder = "asc", limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Attempt]:
-        """A page of the attempts of a rollout; empty if the rollout is unknown."""
         return run_blocking(self._store.query_attempts(
             rollout_id, sort_by=sort_by, sort_order=sort_order, limit=limit, offset=offset,
         ))
 
     def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
-        """The attempt of a rollout with the highest sequence id; None if there is none."""
         return run_blocking(self._store.get_latest_attempt(rollout_id))
 
     def update_attempt(
@@ -213,31 +184,25 @@ class SyncStore:
         worker_id: str | Unset | None = UNSET, last_heartbeat_time: float | Unset = UNSET,
         metadata: dict[str, Any] | Unset | None = UNSET,
     ) -> Attempt:
-        """Set fields of an attempt, and return it. UNSET leaves a field as it is."""
         return run_blocking(self._store.update_attempt(
             rollout_id, attempt_id, status, worker_id, last_heartbeat_time, metadata,
         ))
 
     def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
-        """The next span number of a rollout. Numbers start at 1, and none is given twice."""
         return run_blocking(self._store.get_next_span_sequence_id(rollout_id, attempt_id))
 
     def get_many_span_sequence_ids(self, rollout_attempt_ids: Sequence[tuple[str, str]]) -> Sequence[int]:
-        """The next span numbers of many (rollout id, attempt id) pairs, in their order."""
         return run_blocking(self._store.get_many_span_sequence_ids(rollout_attempt_ids))
 
     def add_span(self, span: Span) -> Span | None:
-        """Store a span, and return the same object; None if it is stored already."""
         return run_blocking(self._store.add_span(span))
 
     def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
-        """Store spans, and return those that were not stored already; both attempt by attempt, by first appearance."""
         return run_blocking(self._store.add_many_spans(spans))
 
     def add_otel_span(
         self, rollout_id: str, attempt_id: str, readable_span: Any, sequence_id: int | None = None,
     ) -> Span | None:
-        """Store a `ReadableSpan` of OpenTelemetry; returns it as a `Span`, or None if it is stored already."""
         return run_blocking(self._store.add_otel_span(rollout_id, attempt_id, readable_span, sequence_id))
 
     def query_spans(
@@ -247,7 +212,6 @@ class SyncStore:
         name_contains: str | None = None, filter_logic: FilterLogic = "and", limit: int = -1, offset: int = 0,
         sort_by: str | None = "sequence_id", sort_order: SortOrder = "asc", allow_partial: bool = False,
     ) -> PaginatedResult[Span]:
-        """A page of the spans of a rollout, or of one of its attempts."""
         return run_blocking(self._store.query_spans(
             rollout_id, attempt_id, trace_id=trace_id, trace_id_contains=trace_id_contains, span_id=span_id,
             span_id_contains=span_id_contains, parent_id=parent_id, parent_id_contains=parent_id_contains, name=name,
@@ -259,7 +223,6 @@ class SyncStore:
         self, rollout_ids: Sequence[str], attempt_id: Literal["latest"] | None = "latest", *,
         allow_partial: bool = False,
     ) -> dict[str, list[Span]]:
-        """The spans of many rollouts by rollout id, each list in the order of span numbers."""
         return run_blocking(self._store.query_many_spans(rollout_ids, attempt_id, allow_partial=allow_partial))
 
     def take(
@@ -267,7 +230,6 @@ class SyncStore:
         tags: Mapping[str, TagValue] | None = None, queue: str | None = None, group_id: str | None = None,
         status_in: Sequence[RolloutStatus] | None = None, max_open: int = 1,
     ) -> Batch:
-        """Take up to `n` finished rollouts for `consumer`, in the order in which they finished, each once."""
         return run_blocking(self._store.take(
             n, consumer=consumer, timeout=timeout, mode=mode, tags=tags, queue=queue, group_id=group_id,
             status_in=status_in, max_open=max_open,
@@ -278,66 +240,53 @@ class SyncStore:
         tags: Mapping[str, TagValue] | None = None, queue: str | None = None, group_id: str | None = None,
         max_open: int = 1,
     ) -> GroupBatch:
-        """Take up to `n` complete groups for `consumer`, in the order in which they became complete, each once."""
         return run_blocking(self._store.take_groups(
             n, consumer=consumer, timeout=timeout, mode=mode, tags=tags, queue=queue, group_id=group_id,
             max_open=max_open,
         ))
 
     def ack(self, batch: Batch, *, step: int, note: str | None = None) -> None:
-        """Tell that step `step` of the consumer's model has consumed a batch."""
         return run_blocking(self._store.ack(batch, step=step, note=note))
 
     def nack(self, batch: Batch) -> None:
-        """Give a batch back unconsumed: its rollouts come again before all others."""
         return run_blocking(self._store.nack(batch))
 
     def checkpoint(self, consumer: str, step: int) -> int:
-        """Tell that the consumer's model of step `step` is durable; returns how many rollouts that releases."""
         return run_blocking(self._store.checkpoint(consumer, step))
 
     def rewind(self, consumer: str, step: int) -> int:
-        """Tell that the consumer's model is at step `step` again; returns how many rollouts come again."""
         return run_blocking(self._store.rewind(consumer, step))
 
     def forget_consumer(self, name: str) -> int:
-        """Keep nothing for a consumer any longer; returns how many rollouts it awaited or held."""
         return run_blocking(self._store.forget_consumer(name))
 
     def ledger(self, consumer: str) -> list[LedgerEntry]:
-        """The rollouts that a consumer took, in that order, as far as they are still kept."""
         return run_blocking(self._store.ledger(consumer))
 
     def add_resources(self, resources: NamedResources, *, policy_version: int | None = None) -> ResourcesUpdate:
-        """Publish resources under a new id, which becomes the latest."""
         return run_blocking(self._store.add_resources(resources, policy_version=policy_version))
 
     def update_resources(
         self, resources_id: str, resources: NamedResources, *, policy_version: int | None = None,
     ) -> ResourcesUpdate:
-        """Publish a new version under an id, which becomes the latest. An unknown id gets version 1."""
         return run_blocking(self._store.update_resources(resources_id, resources, policy_version=policy_version))
 
     def get_resources_by_id(self, resources_id: str, version: int | None = None) -> ResourcesUpdate | None:
-        """One version of resources (None: the newest); None if it is unknown."""
         return run_blocking(self._store.get_resources_by_id(resources_id, version))
 
     def get_latest_resources(self) -> ResourcesUpdate | None:
-        """The resources that were published last; None if there are none."""
         return run_blocking(self._store.get_latest_resources())
 
     def query_resources(
         self, *, resources_id: str | None = None, resources_id_contains: str | None = None, sort_by: str | None = None,
         sort_order: SortOrder = "asc", limit: int = -1, offset: int = 0,
     ) -> PaginatedResult[ResourcesUpdate]:
-        """A page of resources: the newest version of each id that matches, in the order in which the ids came."""
         return run_blocking(self._store.query_resources(
             resources_id=resources_id, resources_id_contains=resources_id_contains, sort_by=sort_by,
             sort_order=sort_order, limit=limit, offset=offset,
         ))
 
     def delete_resources(self, resources_id: str) -> None:
-        """Delete all versions of an id. Raises `ResourcesNotFoundError`."""
         return run_blocking(self._store.delete_resources(resources_id))
 
     def query_workers(
@@ -345,19 +294,18 @@ class SyncStore:
         filter_logic: FilterLogic = "and", sort_by: str | None = None, sort_order: SortOrder = "asc", limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
-        """A page of the workers that match, in the order of their first appearance."""
         return run_blocking(self._store.query_workers(
             status_in=status_in, worker_id_contains=worker_id_contains, filter_logic=filter_logic, sort_by=sort_by,
             sort_order=sort_order, limit=limit, offset=offset,
         ))
 
     def get_worker_by_id(self, worker_id: str) -> Worker | None:
-        """The worker; None if it is unknown."""
         return run_blocking(self._store.get_worker_by_id(worker_id))
 
     def update_worker(self, worker_id: str, heartbeat_stats: dict[str, Any] | Unset = UNSET) -> Worker:
-        """Record a heartbeat of a worker and return it; an unknown worker is added."""
         return run_blocking(self._store.update_worker(worker_id, heartbeat_stats))
 
 
+for _name in vars(SyncStore).keys() & {*METHODS}:  # the text of each is the contract's
+    vars(SyncStore)[_name].__doc__ = vars(LightningStore)[_name].__doc__
 explain_methods(SyncStore, METHODS)

@@ -8,7 +8,6 @@ The actor's process imports this, so that what loads pydantic is imported by the
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import pickle
@@ -18,6 +17,8 @@ from functools import partial
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
+
+import psutil
 
 from raystore.core.records import Config
 from raystore.core.state import Settings
@@ -31,12 +32,9 @@ if TYPE_CHECKING:
     from raystore.spans import Span
     from raystore.types import RolloutConfig
 
-logger: logging.Logger = logging.getLogger(__name__)
-
 MIB = 1024 * 1024
 DEFAULT_EVICTION_RATIO = 0.7  #: of the capacity
 DEFAULT_SAFE_RATIO = 0.8  #: of the eviction threshold
-FALLBACK_CAPACITY_BYTES = 8 * 1024 * MIB
 
 #: Bytes; beyond these, pass a reference. Real traces reach 100-400 MB for a rollout, in many spans.
 DEFAULT_LIMITS = {"value_bytes": 16 * MIB, "span_bytes": 64 * MIB, "call_bytes": 64 * MIB}
@@ -344,14 +342,7 @@ def resolve(config: StoreConfig, capacity_bytes: int) -> Settings:
 
 def memory_capacity(*, object_store_bytes: int = 0) -> int:
     """Bytes this process may count on: the machine's memory, capped by the cgroup, less Ray's object store."""
-    try:
-        import psutil
-
-        total = int(psutil.virtual_memory().total)
-    except ImportError:
-        logger.error("psutil is not installed: assuming %d bytes of memory", FALLBACK_CAPACITY_BYTES)
-        total = FALLBACK_CAPACITY_BYTES
-    limits = [total, *(_cgroup_limit(path) for path in CGROUP_LIMIT_FILES)]
+    limits = [psutil.virtual_memory().total, *(_cgroup_limit(path) for path in CGROUP_LIMIT_FILES)]
     return int(min(limits)) - object_store_bytes
 
 
@@ -365,12 +356,3 @@ def _cgroup_limit(path: Path) -> float:
     except OSError:  # no such cgroup version here, or not readable: then it limits nothing we could know of
         return math.inf
     return float(text) if text.isdigit() and int(text) > 0 else math.inf
-
-
-def resident_bytes() -> int | None:
-    """Memory that this process occupies; None if psutil is not installed."""
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return int(psutil.Process().memory_info().rss)

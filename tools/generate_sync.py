@@ -44,6 +44,13 @@ class SyncStore:
         self._store = store
 '''
 
+FOOTER = """
+
+for _name in vars(SyncStore).keys() & {*METHODS}:  # the text of each is the contract's
+    vars(SyncStore)[_name].__doc__ = vars(LightningStore)[_name].__doc__
+explain_methods(SyncStore, METHODS)
+"""
+
 
 def generate() -> str:
     """The text of `_sync.py`."""
@@ -58,7 +65,7 @@ def generate() -> str:
             text += _twin(name, method, "iterate_blocking", answer.removeprefix("Async"))
     used = {*re.findall(r"\w+", text)} - {*re.findall(r"\w+", HEADER)}
     imports = _fold("from raystore.types import (", sorted(used & vars(types).keys() & vars(api).keys()), ")")
-    return f"{HEADER}{imports}\n{text}\n\nexplain_methods(SyncStore, METHODS)\n"
+    return f"{HEADER}{imports}\n{text}{FOOTER}"
 
 
 def _twin(name: str, method: Callable[..., Any], driver: str, answer: str) -> str:
@@ -75,10 +82,9 @@ def _twin(name: str, method: Callable[..., Any], driver: str, answer: str) -> st
         parameters.append(text.replace("'", '"'))
         if parameter.name != "self":
             passed.append(f"{parameter.name}={parameter.name}" if only_keywords else parameter.name)
-    first_line = (method.__doc__ or "").strip().splitlines()[0]
     head = _fold(f"    def {name}(", parameters, f") -> {answer}:")
     body = _fold(f"        return {driver}(self._store.{name}(", passed, "))")
-    return f'\n{head}\n        """{first_line}"""\n{body}\n'
+    return f"\n{head}\n{body}\n"
 
 
 def _fold(start: str, items: list[str], end: str) -> str:

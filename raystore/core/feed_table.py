@@ -281,16 +281,19 @@ class FeedEntry:
             if lacking <= 0:
                 continue
             due_ids = {item.group_id for item in due}
-            more = [item.group_id for item in there if item.group_id in due_ids - chosen][:lacking]
+            more = [item for item in there if item.group_id in due_ids - chosen][:lacking]
             if len(more) < lacking:
                 return None
-            others = [item.group_id for item in found if item.group_id not in due_ids]
-            room = count - len(found)
-            if room < lacking:
-                gone = others[max(len(others) - (lacking - room), 0) :]
-                chosen.difference_update(gone)
-                room += len(gone)
-            chosen.update(more[:room])
+            others = [item for item in found if item.group_id not in due_ids]
+            for item in more:
+                if len(chosen) >= count:
+                    if not others:
+                        break
+                    same = [other for other in others if other.stream == item.stream]  # so that shares hold
+                    gone = (same or others)[-1]
+                    others.remove(gone)
+                    chosen.remove(gone.group_id)
+                chosen.add(item.group_id)
             found = [item for item in there if item.group_id in chosen]
         return found
 

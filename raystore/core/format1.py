@@ -42,7 +42,7 @@ from raystore.core.state import (
 )
 from raystore.core.training import settle, untake
 from raystore.core.verbs import Verb
-from raystore.errors import BatchConflictError, InvalidValueError, StoreError, copy_of
+from raystore.errors import BatchConflictError, InvalidValueError
 
 # -- handing out -------------------------------------------------------------------------------------------------------
 
@@ -50,13 +50,10 @@ from raystore.errors import BatchConflictError, InvalidValueError, StoreError, c
 def claim(
     state: State, step: Step, *, queues: list[str], limit: int, worker_id: str | None, note_empty: bool = True
 ) -> list[Claimed]:
-    """Up to `limit` rollouts from the heads of the queues, in the order given; each gets an attempt.
-
-    `note_empty` records that the worker came away empty; not for a call that stays parked, which did so when it came.
-    """
+    """Hand out rollouts, as `claims.claim` does, by the rules of `_next`."""
     claimed: list[Entry] = []
     while len(claimed) < limit and not state.memory_full:
-        entry = _next(state, step.session, queues, claimed)
+        entry = _next(state, step.session, queues)
         if entry is None:
             break
         begin(state, step, entry, worker_id=worker_id, kind="claimed")
@@ -70,7 +67,7 @@ def claim(
     return [(entry.rollout, entry.attempts[-1], entry.suspect) for entry in claimed]
 
 
-def _next(state: State, session: Session | None, queues: list[str], claimed: list[Entry]) -> Entry | None:
+def _next(state: State, session: Session | None, queues: list[str]) -> Entry | None:
     """What this session should do next, None if there is nothing for it."""
     if session is None or session.eternal:  # a suspect can only end the store itself here
         head = state.queues.first(queues, (PLAIN_LINE, ASIDE))
@@ -151,11 +148,6 @@ def _dequeue(
     if not claimed and timeout > 0 and limit > 0:
         return None
     return claimed
-
-
-def _decline(state: State, step: Step, *, rollout_id: str, attempt_id: str) -> bool:
-    assert step.session is not None
-    return take_back(state, step, step.session, (rollout_id, attempt_id), why="declined")
 
 
 def _report_session(state: State, step: Step, *, session_id: str | None, worker_id: str | None = None) -> bool:
@@ -364,7 +356,6 @@ def go_on(state: State) -> None:
 
 VERBS: dict[str, Verb] = verbs.VERBS | {
     "dequeue": Verb(_dequeue),
-    "decline": Verb(_decline),
     "enqueue": Verb(_enqueue),
     "take": Verb(_take),
     "ack": Verb(_ack),
@@ -392,26 +383,15 @@ def _require_names(spec: Verb, verb: str, arguments: dict[str, Any]) -> None:
 
 
 def run(state: State, step: Step, verb: str, arguments: dict[str, Any]) -> Any:
-    """Run one verb: only the names of its arguments were looked at."""
+    """Run one verb: only the names of its arguments were looked at.
+
+    Bulk calls that were left unfinished were all kept. Today's rule keeps the newest, which are all that may go on.
+    """
     spec = VERBS.get(verb)
     if spec is None:
         raise InvalidValueError("operation", verb, "a verb of this store")
     _require_names(spec, verb, arguments)
-    if arguments.get("chain") is None:
-        return spec.run(state, step, **arguments)
-    assert step.session is not None
-    chain_id, is_last = arguments["chain"]
-    chains = step.session.chains
-    chain = chains.setdefault(chain_id, Chain())
-    if is_last:
-        del chains[chain_id]
-    if chain.refusal is not None:
-        raise copy_of(chain.refusal)
-    try:
-        return spec.run(state, step, **(arguments | {"chain": chain}))
-    except StoreError as refusal:
-        chain.refusal = refusal
-        raise
+    return verbs.perform(state, step, spec, arguments)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -435,7 +415,6 @@ class Run(BatchRun):
             return [arguments]
 
     def _answer_piece(self, item: Item, reply: Reply) -> None:
-        """Note the answer of a piece."""
         replies = self._kept.replies
         if item.is_more:
             reply = joined(replies.pop()[1], reply)

@@ -211,7 +211,6 @@ class _Source:
         self.names: dict[str, Any] = {}
 
     def name(self, value: Any) -> str:
-        """A name for a value."""
         made = f"_{len(self.names)}"
         self.names[made] = value
         return made
@@ -223,7 +222,6 @@ class _Source:
         return made
 
     def made(self, name: str) -> Any:
-        """The function of this name."""
         exec("\n".join(self.lines), self.names)
         return self.names[name]
 

@@ -65,7 +65,6 @@ class Outcome(TypedDict, total=False):
 
     bytes: int  # size of the snapshot
     seconds: float
-    freed: int  # bytes of segments that were deleted
     operations: int  # that were replayed
     rss: int  # the most memory of the helper, in bytes
     differs: list[int]  # records at which the writer had found another digest
@@ -250,11 +249,10 @@ def compact(directory: Directory, epoch: int, number: int) -> Outcome:
             raise JournalMissingError(str(directory.path), "a snapshot was to be made of it")
         if replayed.differences:
             return {"differs": replayed.differences[:10]}
-        path, freed = _replace_segments(directory, replayed, reader.position)
+        path = _replace_segments(directory, replayed, reader.position)
         return {
             "seconds": round(time.monotonic() - started, 3),
             "bytes": path.stat().st_size,
-            "freed": freed,
             "operations": replayed.operations,
             "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
@@ -298,42 +296,38 @@ def upgrade(directory: Directory, replayed: Replay, position: JournalPosition) -
             time.sleep(0.1)
 
 
-def _replace_segments(directory: Directory, replayed: Replay, position: JournalPosition) -> tuple[Path, int]:
-    """Write a snapshot that goes up to a position, and delete what it replaces: its path, and how many bytes."""
+def _replace_segments(directory: Directory, replayed: Replay, position: JournalPosition) -> Path:
+    """Write a snapshot that goes up to a position, and delete what it replaces."""
     path = directory.segment(position.epoch, position.segment, SNAPSHOT)
     needed = replayed.write_snapshot(path, position)
     failpoint("snapshot.named")
     directory.sync()
     failpoint("snapshot.there")
-    freed = _drop_segments(directory, position, sorted(needed))
+    _drop_segments(directory, position, sorted(needed))
     failpoint("segments.dropped")
     for *_, old in directory.segments(SNAPSHOT)[:-1]:
         old.unlink()
     directory.sync()
-    return path, freed
+    return path
 
 
-def _drop_segments(directory: Directory, position: JournalPosition, needed: list[int]) -> int:
-    """Delete segments up to a position, but for records that are needed; returns the bytes that were freed."""
-    freed = 0
+def _drop_segments(directory: Directory, position: JournalPosition, needed: list[int]) -> None:
+    """Delete segments up to a position, but for records that are needed."""
     for epoch, number, path in directory.segments(RECORDS, BODIES):
         if (epoch, number) > (position.epoch, position.segment):
             break
         failpoint("segments.dropping")
-        size = path.stat().st_size
         count, first, last = _records_in(path)
         live = needed[bisect_left(needed, first) : bisect_left(needed, last + 1)]
         kept = directory.segment(epoch, number, BODIES)
         if not live:
             path.unlink()
-            freed += size
         elif 2 * len(live) >= count:
             path.rename(kept)
         else:
-            freed += size - _copy(path, kept, set(live))
+            _copy(path, kept, set(live))
             if path != kept:
                 path.unlink()
-    return freed
 
 
 def _records_in(path: Path) -> tuple[int, int, int]:
@@ -348,8 +342,8 @@ def _records_in(path: Path) -> tuple[int, int, int]:
     return count, head.first, last
 
 
-def _copy(path: Path, target: Path, live: set[int]) -> int:
-    """Copy the records of a file that are needed; returns the size of the copy."""
+def _copy(path: Path, target: Path, live: set[int]) -> None:
+    """Copy the records of a file that are needed."""
     data = memoryview(path.read_bytes())
     head, at = format.unpack_head(data, str(path))
     with whole_file(target) as file:
@@ -359,9 +353,7 @@ def _copy(path: Path, target: Path, live: set[int]) -> int:
             for number, record in enumerate(frame.records(), frame.first):
                 if number in live:
                     file.writelines(format.pack_frame([record], number, 0))
-        size = file.tell()
     failpoint("bodies.named")
-    return size
 
 
 def main() -> int:

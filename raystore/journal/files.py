@@ -52,15 +52,6 @@ class JournalPosition:
     record: int
 
 
-@dataclass(slots=True, frozen=True)
-class TornTail:
-    """Bytes at the end of a segment that are no whole frame: an unfinished write, which is not read."""
-
-    segment: str
-    offset: int
-    bytes: int
-
-
 class Directory:
     """The directory of one journal."""
 
@@ -195,13 +186,13 @@ def _frames(path: Path, data: memoryview, at: int, expected: int) -> Iterator[Fr
         )
 
 
-def torn_tail(path: Path, at: int) -> TornTail | None:
-    """The bytes behind the last whole frame of a segment; None if only allocated space follows."""
+def torn_tail(path: Path, at: int) -> str | None:
+    """What to say of bytes behind the last whole frame of a segment; None if only allocated space follows."""
     with open(path, "rb") as file:
         file.seek(at)
         rest = file.read()
     used = len(rest.rstrip(b"\0"))
-    return TornTail(path.name, at, used) if used else None
+    return f"{used} bytes behind byte {at} of {path.name} were never finished, and are left out" if used else None
 
 
 # -- large objects -----------------------------------------------------------------------------------------------------

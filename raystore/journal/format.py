@@ -194,9 +194,7 @@ class RecordHead(NamedTuple):
 
     def step(self) -> Step:
         """The step in which it was recorded; its session is not set."""
-        step = Step(self.now, self.age, self.seed)
-        step.minted = self.minted
-        return step
+        return Step(self.now, self.age, self.seed, minted=self.minted)
 
 
 def pack_record_head(kind: str, step: Step, minted: int, session_id: str | None, arguments: Sequence[Any]) -> bytes:

@@ -90,14 +90,11 @@ def open_journal(
             name=name if name is not None else replayed.writer.get("name"),
             writer=writer,
         )
-        remarks = [
-            f"{torn.bytes} bytes behind byte {torn.offset} of {torn.segment} were never finished, and are left out"
-            for torn in reader.torn_tails
-        ]
         differences = [
             f"a replay differs from what the store was at record {number}" for number in replayed.differences
         ]
-        for remark in remarks + differences:
+        remarks = reader.torn_tails + differences
+        for remark in remarks:
             logger.warning("Journal %s: %s", directory.path, remark)
         bodies = SpanBodies(directory)
         snapshotter = Snapshotter(
@@ -115,7 +112,7 @@ def open_journal(
         raise
     return Opened(
         replayed.state, directory, Recorder(journal_writer), info["store_id"], epoch, replayed.now,
-        remarks + differences, bodies, snapshotter,
+        remarks, bodies, snapshotter,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from raystore.errors import JournalDamagedError
 from raystore.journal import files, format, snapshot_file
-from raystore.journal.files import SNAPSHOT, Directory, JournalFile, JournalPosition, TornTail
+from raystore.journal.files import SNAPSHOT, Directory, JournalFile, JournalPosition
 from raystore.journal.format import FORMAT, START, Chunks, WriterInfo
 from raystore.values import objects
 
@@ -36,7 +36,7 @@ class JournalReader:
     """One pass over a journal, up to the writers that began before `epoch`, or `until` a segment (epoch, number)."""
 
     def __init__(self, directory: Directory, epoch: int | None = None, until: tuple[int, int] | None = None) -> None:
-        self.torn_tails: list[TornTail] = []
+        self.torn_tails: list[str] = []  # what to say of each
         self.position: JournalPosition = JournalPosition(0, 0, 0, 0)  # behind the last record that was read
         self.writer: WriterInfo = {}  # the newest writer; empty if there is none
         self.snapshot: Path | None = None  # to begin with
@@ -155,13 +155,9 @@ class CrashMarker:
     deaths: int
 
     def __init__(self, path: Path) -> None:
-        fd = os.open(path / self._FILE, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if os.fstat(fd).st_size < self._FORM.size:
-                os.ftruncate(fd, self._FORM.size)
-            self._map = mmap.mmap(fd, self._FORM.size)
-        finally:
-            os.close(fd)
+        with open(os.open(path / self._FILE, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0) as file:
+            file.truncate(self._FORM.size)  # which leaves one that is there as it is
+            self._map = mmap.mmap(file.fileno(), self._FORM.size)
         #: The record at which the process before died, 0 if it did not; and how many have died there in a row.
         self.died_at, before = self._FORM.unpack_from(self._map)
         self.deaths = before + 1 if self.died_at else 0

@@ -91,7 +91,6 @@ class SpanIndexFile:
 
 
 def _places_in(raw: bytes) -> array[int]:
-    """The places of the bodies of an index."""
     _, _, count = _INDEX.unpack_from(raw)
     places = array("Q")
     places.frombytes(raw[_INDEX.size : _INDEX.size + 8 * count])

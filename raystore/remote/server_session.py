@@ -222,10 +222,7 @@ class ServerSession:
         if not self._outbox and self.session.ended_at is None:
             self._listener = listener = asyncio.get_running_loop().create_future()
             try:
-                async with asyncio.timeout(seconds):
-                    await listener
-            except TimeoutError:
-                pass
+                await asyncio.wait([listener], timeout=seconds)
             finally:
                 if self._listener is listener:
                     self._listener = None
@@ -246,7 +243,6 @@ class ServerSession:
             _set(self._listener)
 
     def _collect_notices(self) -> None:
-        """Move notices of the session to the outbox."""
         notices, self.session.notices = self.session.notices, []
         for notice in notices:
             self._outbox[next(self._notices)] = [frames.NOTICE, *notice]

@@ -355,7 +355,6 @@ class ClientSession:
             self._do(actions)
 
     def _on_listened(self, listen: Listen, future: Any) -> None:
-        """A listen call has come back."""
         try:
             epoch, outcome, *rest = frames.unpack_answer(future.result())
         except Exception as error:  # no answer, or none that can be read
@@ -457,12 +456,7 @@ class ClientSession:
     # -- the lifeline ------------------------------------------------------------------------------------------------
 
     def _tie(self, session_id: str, epoch: int) -> None:
-        """Make the lifeline: let the store learn of the end of this process where it cannot look for it.
-
-        This process owns the result of a call that does not return (`linger`), and passes it to another call (`hold`),
-        in which the store waits for that result. When this process ends, Ray tells the store that the owner of the
-        result has died. A frozen process still owns it.
-        """
+        """Make the lifeline (`remote.lifelines`): let the store learn of our end where it cannot look for us."""
         self._tied = (session_id, epoch)
         if self._machine is None or epoch == self._near:  # the next process of the store may be elsewhere
             return

@@ -159,10 +159,6 @@ class HeldObjects:
         """All of them, as they are told to the store."""
         return [(*version, Payload(_NOTHING, references)) for version, references in self._held.items()]
 
-    def clear(self) -> None:
-        """Let go of everything: the store is gone."""
-        self._held.clear()
-
 
 class SessionState:
     """The session of one client process. Its owner holds a lock around every call, and acts without it."""
@@ -194,6 +190,12 @@ class SessionState:
         self._waiting_bytes = 0
         self._next_ticket = 1
         self._loops: set[Any] = set()
+        self._is_listening = False
+        self._no_listen_before = now
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin with a session of which nothing is known yet, or go on without any."""
         # Batches, and the answers to them.
         self._next_sequence = 1
         self._under_way: dict[int, Batch] = {}
@@ -207,8 +209,6 @@ class SessionState:
         self._noticed = 0  # number of the newest notice, which count downwards
         self._hint = 0  # number of the newest hint whether listening is wanted: answers overtake each other
         self._is_wanted = False
-        self._is_listening = False
-        self._no_listen_before = now
         # What answers handed over: to whom and since when, until the caller runs; then what is to be acknowledged.
         self._arrived: dict[HandedKey, tuple[Operation, float]] = {}
         self._acknowledgements: dict[HandedKey, float] = {}
@@ -598,9 +598,7 @@ class SessionState:
             operation.repack(now)
         self.epoch = epoch
         self.session_id = self._make_id()
-        self._next_sequence, self._answered = 1, 0
-        self._answered_ahead.clear()
-        self._forget()
+        self._begin()
         self._put_back(repeated)
         self.hold_again(now)
         return Actions(unknown)
@@ -614,19 +612,8 @@ class SessionState:
         operations += [*self._parked.values(), *self._waiting]
         self._waiting.clear()
         self._waiting_bytes = 0
-        self._forget()
-        self.held.clear()
+        self._begin()
+        self.held = HeldObjects()
         for operation in operations:
             operation.error = copy_of(error)
         return Actions(operations)
-
-    def _forget(self) -> None:
-        """Forget what belongs to this session, and not to its callers."""
-        self._under_way.clear()
-        self._repeats.clear()
-        self._parked.clear()
-        self._early.clear()
-        self._received.clear()
-        self._arrived.clear()
-        self._acknowledgements.clear()
-        self._noticed, self._hint, self._is_wanted = 0, 0, False

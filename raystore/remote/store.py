@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Any, Literal, Unpack
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -224,12 +224,8 @@ def _rebuild(name: str, namespace: str, store_id: str, address: str | None = Non
 # -- large objects -----------------------------------------------------------------------------------------------------
 
 
-class Box(NamedTuple):
-    """A resource as it travels. If its object is a reference now: where it is kept, and its bytes."""
-
-    resource: ObjectResource
-    kept: Kept | None = None
-    parts: Parts | None = None
+#: A resource as it travels; if its object is a reference now: where it is kept, and its bytes.
+Box = tuple[ObjectResource, Kept | None, Parts | None]
 
 
 async def box(resource: ObjectResource, *, bound: int) -> Box:
@@ -249,7 +245,7 @@ async def box(resource: ObjectResource, *, bound: int) -> Box:
         parts = pickled(value)
         size = size_of(parts) if parts is not None else len(ray.cloudpickle.dumps(value))
     if size <= BOXED_FROM_BYTES:
-        return Box(resource if value is resource.value else ObjectResource(value=value))
+        return resource if value is resource.value else ObjectResource(value=value), None, None
     if size > bound:
         parts = None
     elif parts is None:
@@ -261,7 +257,7 @@ def _referring(reference: Any, parts: Parts | None, size: int) -> Box:
     kept = Kept(None if parts is None else address_of(parts), size)
     made = ObjectResource(value=reference)
     made.source = Source(kept, Origin(), "", 0)  # the reader fills in the rest
-    return Box(made, kept, parts)
+    return made, kept, parts
 
 
 def _fetched(reference: Any, bound: int) -> tuple[Parts | None, int]:
@@ -321,7 +317,7 @@ def _pieces(parts: Parts) -> Iterator[bytes]:
     """The bytes of an object in pieces of `PIECE_BYTES`; the last may be shorter."""
     pending = bytearray()
     for part in parts:
-        left = memoryview(part).cast("B")
+        left = memoryview(part)
         while left:
             room = PIECE_BYTES - len(pending)
             pending += left[:room]

@@ -213,7 +213,6 @@ class RunnerActors:
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """The watcher thread."""
         while (event := self._events.get()) is not None:
             handle, member, future = event
             try:

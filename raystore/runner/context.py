@@ -194,7 +194,6 @@ def _enclosing() -> _Block | None:
 
 
 def _parent_id() -> str | None:
-    """The id of the span that the code is in."""
     block = _enclosing()
     return block.span_id if block is not None else None
 

@@ -26,7 +26,7 @@ from raystore.errors.text import add_note, explained, summary
 from raystore.runner import agents
 from raystore.runner.agents import Agent, Ending, retry_delays
 from raystore.runner.context import ALONE, Context, Outbox
-from raystore.runner.life import Life
+from raystore.runner.life import Life, returned
 from raystore.spans import Span, find_final_reward
 from raystore.tracing.calls import Losses
 from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
@@ -254,11 +254,4 @@ def run_one(
 def _run_once(agent: Agent, context: Context) -> None:
     """Make an agent, call it once and close it; raises the agent's own errors."""
     with Life(agent) as life:
-        result, error = life.run(context)
-        if error is None:
-            agents.take_result(context, result)
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error  # no cycle with its traceback
+        agents.take_result(context, returned(life.run(context)))

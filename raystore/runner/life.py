@@ -109,7 +109,7 @@ class Life:
         try:
             if self._is_class:
                 with outside_rollouts():
-                    self._agent = _returned(self._call(self._source, self._variables))
+                    self._agent = returned(self._call(self._source, self._variables))
                     self._call_method("setup")
             else:
                 self._agent = self._source
@@ -160,10 +160,9 @@ class Life:
         call.end(*result)
 
     def _call_method(self, name: str) -> None:
-        """Call a method of the agent if it has one of this name."""
         method = getattr(self._agent, name, None)
         if callable(method):
-            _returned(self._call(method, self._variables))
+            returned(self._call(method, self._variables))
 
     def _call(
         self, function: Callable[[], Any], variables: contextvars.Context, context: Context | None = None
@@ -360,7 +359,7 @@ def _clear_cancels(task: asyncio.Task[Any]) -> None:
         task.uncancel()
 
 
-def _returned(result: Result) -> Any:
+def returned(result: Result) -> Any:
     """What a call returned; raises the error that it raised."""
     value, error = result
     if error is None:

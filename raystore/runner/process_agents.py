@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from raystore.errors import AgentProcessError
@@ -33,7 +32,7 @@ from raystore.runner.context import Context
 from raystore.runner.fork_server import Exit, ForkServer, kill_tree
 from raystore.runner.life import Life
 from raystore.spans import Span
-from raystore.types import AttemptedRollout, ObjectResource
+from raystore.types import ObjectResource
 from raystore.values import pickler
 
 logger: logging.Logger = logging.getLogger("raystore.runner")
@@ -44,31 +43,14 @@ SINKS_KEPT = 64  #: rollouts of a process whose late spans are still accepted
 KILL_SECONDS = 2.0  #: that the fork server has to kill a process whose runner is gone, before it kills itself
 LENGTH = struct.Struct("<Q")
 
-# Messages to the process: first a Setup, then a RunRequest for each rollout, (CANCEL, rollout id, attempt id, why) and
-# (CLOSE,).
-CANCEL, CLOSE = "cancel", "close"
-# Messages from it, each a tuple with this kind first.
+# Messages are tuples with a kind first. To the process: SETUP, with its agent, `sys.path` and worker id; then RUN, with
+# a rollout and its resources (None: those of the rollout before), and CANCEL, with rollout id, attempt id and why.
+SETUP, RUN, CANCEL, CLOSE = "setup", "run", "cancel", "close"
+# Messages from it.
 READY, FAILED, STARTED, SPAN, LOST, DONE = "ready", "failed", "started", "span", "lost", "done"
 
 
-@dataclass(slots=True)
-class Setup:
-    """What a process needs before its first rollout."""
-
-    agent: bytes
-    path: list[str]  # `sys.path`
-    worker_id: str
-
-
-@dataclass(slots=True)
-class RunRequest:
-    """A rollout to run; `resources` is None if they are those of the rollout before."""
-
-    rollout: AttemptedRollout
-    resources: dict[str, Any] | None
-
-
-def pack(message: object) -> bytes:
+def pack(message: tuple[Any, ...]) -> bytes:
     """Encode a message; classes that the other end cannot import are pickled by value."""
     data = pickler.dumps(message)
     return LENGTH.pack(len(data)) + data
@@ -115,7 +97,7 @@ class _Process:
         self._has_started = False
         done: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._done = done
-        self.send(RunRequest(context.rollout, resources))
+        self.send(RUN, context.rollout, resources)
         either: list[asyncio.Future[Any]] = [done, self.exited]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():  # unless a child of the agent holds the socket open, it closes after the last message
@@ -132,7 +114,7 @@ class _Process:
         error = f"the agent's process {_exit_text(self.exited.result())}"
         return Ending("unresponsive", "runner_lost", error, place="isolation='process'", died=True)
 
-    def send(self, message: object) -> None:
+    def send(self, *message: Any) -> None:
         """Send a message; if the process has ended, the message is lost and `exited` is set."""
         self._writer.write(pack(message))
 
@@ -184,7 +166,7 @@ class ProcessAgents:
     """Runs an agent up to `concurrency` times at once, each in a process of its own."""
 
     def __init__(self, agent: bytes, concurrency: int, worker_id: str) -> None:
-        self._setup = Setup(agent, list(sys.path), worker_id)
+        self._setup = (agent, list(sys.path), worker_id)
         self._concurrency = concurrency
         self._server: ForkServer | None = None  # None before `open` and after `close`
         self._idle: list[_Process] = []
@@ -256,7 +238,7 @@ class ProcessAgents:
         if (cancelled := self._cancelled.get(context)) is not None:
             cancelled.set()
         if (process := self._running.get(context)) is not None:
-            process.send((CANCEL, context.rollout.rollout_id, context.attempt.attempt_id, context.why))
+            process.send(CANCEL, context.rollout.rollout_id, context.attempt.attempt_id, context.why)
 
     def kill(self, context: Context) -> None:
         if (process := self._running.get(context)) is not None:
@@ -274,7 +256,7 @@ class ProcessAgents:
         ours, theirs = socket.socketpair()
         pid, exited = await server.fork(theirs)
         process = _Process(lambda: server.kill(pid), exited, *await asyncio.open_connection(sock=ours))
-        process.send(self._setup)
+        process.send(SETUP, *self._setup)
         if context is not None:
             self._running[context] = process
         try:
@@ -291,7 +273,7 @@ class ProcessAgents:
     async def close(self) -> None:
         idle, self._idle = [process for process in self._idle if process.is_usable], []
         for process in idle:
-            process.send((CLOSE,))
+            process.send(CLOSE)
         if idle:
             await asyncio.wait([process.exited for process in idle], timeout=CLOSE_SECONDS)
         for process in idle:
@@ -322,7 +304,7 @@ class _Channel:
         self._file = end.makefile("rb")
         self._lock = threading.Lock()
 
-    def send(self, *message: object) -> None:
+    def send(self, *message: Any) -> None:
         with self._lock:
             self._end.sendall(pack(message))
 
@@ -345,12 +327,10 @@ class _AgentProcess:
 
     def run(self) -> None:
         """Set the agent up and serve the runner until it closes the agent."""
-        setup: Setup = self._channel.receive()
-        sys.path[:] = setup.path
-        self._worker_id = setup.worker_id
+        _, agent, sys.path[:], self._worker_id = self._channel.receive()
         with contextlib.ExitStack() as stack:
             try:
-                life = stack.enter_context(Life(pickler.loads_agent(setup.agent)))
+                life = stack.enter_context(Life(pickler.loads_agent(agent)))
             except BaseException as error:
                 self._channel.send(FAILED, report(error))
                 return
@@ -370,18 +350,21 @@ class _AgentProcess:
                 why = f"the task or a resource cannot be opened in the agent's process: {summary(error)}"
                 self._channel.send(DONE, Ending("failed", "infra", why))
                 continue
-            if isinstance(message, RunRequest):
-                if message.resources is not None:
-                    self._resources = message.resources
-                sink = functools.partial(self._channel.send, SPAN)
-                self._context = Context(message.rollout, self._resources, self._worker_id, sink, self._send_loss)
-                with contextlib.suppress(RuntimeError):  # the agent is over, and this process about to exit
-                    life.begin(self._context, self._on_end, functools.partial(self._channel.send, STARTED))
-            elif message[0] == CLOSE:
-                life.end()
-            else:
-                self._cancel(life, *message[1:])
+            self._on_message(life, *message)
             del message  # it must not live while the thread waits
+
+    def _on_message(self, life: Life, kind: str, *values: Any) -> None:
+        if kind == RUN:
+            rollout, resources = values
+            self._resources = self._resources if resources is None else resources
+            sink = functools.partial(self._channel.send, SPAN)
+            self._context = Context(rollout, self._resources, self._worker_id, sink, self._send_loss)
+            with contextlib.suppress(RuntimeError):  # the agent is over, and this process about to exit
+                life.begin(self._context, self._on_end, functools.partial(self._channel.send, STARTED))
+        elif kind == CANCEL:
+            self._cancel(life, *values)
+        elif kind == CLOSE:
+            life.end()
 
     def _send_loss(self, *loss: str) -> None:
         with contextlib.suppress(OSError):  # the runner is gone

@@ -473,7 +473,6 @@ class Runner:
         await self._finish_attempt(work.key, [], Ending("timeout", "timeout", error))
 
     def _send_heartbeats(self) -> None:
-        """The heartbeat thread."""
         process = psutil.Process()
         last = float("-inf")  # the first heartbeat at once: it carries the pid of this process
         with outside_rollouts():

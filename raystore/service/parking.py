@@ -239,7 +239,8 @@ class Parking:
                 call.missing.discard(rollout_id)
                 if not call.missing:
                     self._answer_wait(call)
-        self.batches_changed()
+        for call in self._of_kind("batch"):  # consumers await other rollouts than before
+            self._offer_batch(call)
         for call in self._of_kind("completions"):
             if items := self._completed(call):
                 self._answer(call, (items, call.cursor))
@@ -318,11 +319,6 @@ class Parking:
         if not self._answer(call, claimed):  # its caller has gone
             keys = [(rollout.rollout_id, attempt.attempt_id) for rollout, attempt, _ in claimed]
             self._do("take_back", self._step(session), call.session_id, keys)
-
-    def batches_changed(self) -> None:
-        """Consumers await other rollouts than before: give batches to those who wait for one that is ready."""
-        for call in self._of_kind("batch"):
-            self._offer_batch(call)
 
     def _offer_batch(self, call: ParkedCall, *, is_over: bool = False) -> None:
         """Give a consumer what there is, if waiting brings no more or its time `is_over`."""

@@ -46,9 +46,7 @@ class Pools:
 
     def asked(self, session_id: str, queues: Iterable[str]) -> None:
         """A session has asked for work of these queues."""
-        served = self.asked_by.get(session_id)
-        if served is None:
-            served = self.asked_by[session_id] = set()
+        served = self.asked_by.setdefault(session_id, set())
         for queue in queues:
             if queue not in served:
                 served.add(queue)

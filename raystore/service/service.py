@@ -21,6 +21,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
+import psutil
+
 from raystore.core import check, claims, expiry, feeds, pauses, retention, training, verbs, workers
 from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
@@ -44,7 +46,7 @@ from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
-from raystore.options import StoreConfig, resident_bytes, resolve
+from raystore.options import StoreConfig, resolve
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.presence import NO_QUEUES, UNSERVED_SECONDS, LivenessChecks, Pools
@@ -642,7 +644,7 @@ class Service:
             "spans_lost": dict(self.spans_lost),
             "last_eviction_seconds": self.last_eviction_seconds,
             "cpu_seconds": time.process_time(),
-            "rss_bytes": resident_bytes(),
+            "rss_bytes": psutil.Process().memory_info().rss,
             "journal": self.snapshotter.statistics() if self.snapshotter is not None else None,
         }
 
@@ -682,12 +684,8 @@ class Service:
         if not state.memory_full:
             logger.info("Hands out work again: %d bytes are in use", state.total_bytes)
             return
-        whose = [
-            f"consumer {name!r} awaits {awaited} rollouts and holds {held}"
-            for name, awaited, held in training.in_the_way(state)
-        ]
-        if state.waits_for is None:
-            whose = []
+        in_the_way = training.in_the_way(state) if state.waits_for is not None else []
+        whose = [f"consumer {name!r} awaits {awaited} rollouts and holds {held}" for name, awaited, held in in_the_way]
         logger.warning(
             "Memory is full (%d bytes, threshold %d) and nothing more may be evicted: no work is handed out until %d "
             "bytes are in use. %s",

@@ -165,7 +165,6 @@ class _Joined:
         return all(mine is None or theirs is None or mine == theirs for mine, theirs in pairs)
 
     def join(self, other: _Joined) -> None:
-        """Add what the spans of another say."""
         self.facts += other.facts
         self.response_id = self.response_id or other.response_id
         self.ids = [theirs if mine is None else mine for mine, theirs in zip(self.ids, other.ids, strict=True)]
@@ -313,7 +312,6 @@ class _EndedCall:
         self.has_logprobs = has_logprobs
 
     def join(self, other: _EndedCall) -> None:
-        """Add what another span of the same call says."""
         self.response_id = self.response_id or other.response_id
         self.has_token_ids |= other.has_token_ids
         self.has_logprobs |= other.has_logprobs

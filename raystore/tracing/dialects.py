@@ -123,7 +123,6 @@ class CallFacts:
             yield from _messages(parts if isinstance(parts, Mapping) else {"parts": parts}, "system")
 
     def _from_events(self, fact: str, role: str) -> list[dict[str, Any]]:
-        """Messages that are events of the span."""
         found: list[dict[str, Any]] = []
         for event in self.span.events:
             if event.name in semconv.DETAIL_EVENTS:

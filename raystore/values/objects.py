@@ -34,7 +34,7 @@ _MAGIC = b"rsobject"
 _COUNT = struct.Struct("<8sQ")
 _ALIGNED = 64  # of each part in a file, so that arrays can be used where they lie
 
-Parts = list[bytes | memoryview]
+Parts = list[bytes | memoryview]  #: a view is one of bytes, so that its length is its size
 
 
 def pickled(value: Any) -> Parts | None:
@@ -45,12 +45,12 @@ def pickled(value: Any) -> Parts | None:
     if refs:
         return None
     bodies: list[bytes | memoryview] = [data, *(buffer.raw() for buffer in buffers)]
-    sizes = struct.pack(f"<{len(bodies)}Q", *(_size(body) for body in bodies))
+    sizes = struct.pack(f"<{len(bodies)}Q", *map(len, bodies))
     parts: Parts = [_COUNT.pack(_MAGIC, len(bodies)) + sizes]
     at = len(parts[0])
     for body in bodies:
         parts += [bytes(-at % _ALIGNED), body]
-        at += -at % _ALIGNED + _size(body)
+        at += -at % _ALIGNED + len(body)
     return parts
 
 
@@ -70,13 +70,9 @@ def unpickled(data: bytes | memoryview) -> Any:
     return pickler.Unpickler(io.BytesIO(bodies[0]), buffers=bodies[1:]).load()
 
 
-def _size(part: bytes | memoryview) -> int:
-    return part.nbytes if isinstance(part, memoryview) else len(part)
-
-
 def size_of(parts: Parts) -> int:
     """Size of an object in bytes."""
-    return sum(map(_size, parts))
+    return sum(map(len, parts))
 
 
 def address_of(parts: Iterable[bytes | memoryview]) -> str:
@@ -134,7 +130,7 @@ class ObjectFiles:
         try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as file:
                 for part in parts:
-                    left = memoryview(part).cast("B")
+                    left = memoryview(part)
                     while left:
                         left = left[file.write(left) :]
                 os.fsync(file.fileno())
@@ -149,17 +145,12 @@ class ObjectFiles:
         if self.has(address):
             return
         new = self.file(address).with_suffix(f".{int(upload, 16):x}{UNFINISHED}")
-        fd = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.pwrite(fd, data, offset)
+        with open(os.open(new, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0) as file:
+            os.pwrite(file.fileno(), data, offset)
             if offset + len(data) < total:
                 return
-            os.fsync(fd)
-            with open(fd, "rb", closefd=False) as file:
-                file.seek(0)
-                found = address_of(iter(lambda: file.read(PIECE_BYTES), b""))
-        finally:
-            os.close(fd)
+            os.fsync(file.fileno())
+            found = address_of(iter(lambda: file.read(PIECE_BYTES), b""))
         if found != address:
             new.unlink(missing_ok=True)
             raise ValueError(f"object {address} did not arrive whole: what came has the digest {found}")

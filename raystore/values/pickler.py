@@ -59,7 +59,6 @@ class _ByObject:
         self._items[number] = weakref.ref(key, lambda _: self._items.pop(number, None)), value
 
     def discard(self, key: Any) -> None:
-        """Forget an object."""
         self._items.pop(id(key), None)
 
 

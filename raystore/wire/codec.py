@@ -37,7 +37,7 @@ from raystore.errors import PayloadLostError, PayloadNotPicklableError, PayloadT
 from raystore.values import pickler
 from raystore.values.plain import LEAVES, TYPECODES
 
-_PACKED = 1  # msgpack extension: a type code and the array's bytes, little-endian
+_PACKED = 1  # msgpack extension: a type code and the array's bytes (little-endian, as all machines that Ray runs on)
 _TUPLE = 2  # msgpack extension: the items as a list
 LARGE_BYTES = 32 * 1024  #: from here on a copy costs more than an argument of its own
 _MAX_DEPTH = 64  # deeper values are pickled, which has its own limit and says so
@@ -60,27 +60,19 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 
 def _extended(value: Any) -> msgpack.ExtType:
-    """A tuple or array as an extension of msgpack."""
     if type(value) is tuple:
         return msgpack.ExtType(_TUPLE, _packb(list(value)))
     if not isinstance(value, array):
         raise OverflowError(value)  # an int beyond 64 bits
-    if sys.byteorder == "big":
-        value = array(value.typecode, value)
-        value.byteswap()
     return msgpack.ExtType(_PACKED, value.typecode.encode() + value.tobytes())
 
 
 def _restored(code: int, data: bytes) -> Any:
-    """The tuple or array of an extension."""
     if code == _TUPLE:
         return tuple(_unpackb(data))
     if code != _PACKED:
         raise ValueError(f"msgpack extension {code}; expected {_PACKED} or {_TUPLE}: it was written by another version")
-    value: array[Any] = array(chr(data[0]), data[1:])
-    if sys.byteorder == "big":
-        value.byteswap()
-    return value
+    return array(chr(data[0]), data[1:])
 
 
 _packers: list[Any] = []  # reused, since making one costs as much as packing a small value; taken out while in use
@@ -176,15 +168,6 @@ class _Unpickler(pickler.Unpickler):
                 "an object reference", "the store was started again since; a journal keeps no objects"
             )
         return self.refs[pid]
-
-
-def describe(payload: Opaque) -> str:
-    """Form and size of a payload, without decoding it."""
-    if payload is None:
-        return "none"
-    data = payload.data if isinstance(payload, Payload) else payload
-    kind = "plain" if data[0] == PLAIN else "pickled"
-    return f"<{kind}, {len(data)} bytes>"
 
 
 # -- digests of values -------------------------------------------------------------------------------------------------

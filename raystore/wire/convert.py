@@ -481,7 +481,6 @@ _OF_BODY = ("status", "attributes", "events", "links", "context", "parent", "res
 
 
 def _undecoded_span(index: Sequence[Any], payload: Opaque) -> Span:
-    """A span whose body cannot be decoded here."""
     values = vars(_span(index, ("UNSET", {}, None, None, None)))
     values = {name: value for name, value in values.items() if name not in _OF_BODY}
     whose = f"body of span {values['span_id']} of rollout {values['rollout_id']}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,17 +22,6 @@ def test_capacity_is_capped_by_the_cgroup(tmp_path: Path, monkeypatch: pytest.Mo
     assert options.memory_capacity() == 1_000_000
     v1.write_text("500000\n")
     assert options.memory_capacity(object_store_bytes=100_000) == 400_000
-
-
-def test_capacity_without_psutil(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    """8 GiB are assumed, and an error is logged."""
-    monkeypatch.setitem(sys.modules, "psutil", None)
-    monkeypatch.setattr(options, "CGROUP_LIMIT_FILES", (tmp_path / "none",))
-    with caplog.at_level(logging.ERROR):
-        assert options.memory_capacity() == 8 * 2**30
-    assert "psutil is not installed" in caplog.text
 
 
 def test_capacity_must_be_positive() -> None:

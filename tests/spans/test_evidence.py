@@ -44,7 +44,8 @@ def test_what_a_call_lacks(more: dict[str, Any], lacks: set[str]) -> None:
 
 def test_a_call_that_failed_lacks_nothing() -> None:
     """It has no answer."""
-    failed = call(**{semconv.OUTPUT_TOKEN_IDS: None, semconv.OUTPUT_LOGPROBS: None})
+    nothing: dict[str, Any] = {semconv.OUTPUT_TOKEN_IDS: None, semconv.OUTPUT_LOGPROBS: None}
+    failed = call(**nothing)
     failed.status = rs.TraceStatus(status_code="ERROR")
     assert lacking(model_calls([failed]), ["token_ids", "logprobs"]) is None
 
