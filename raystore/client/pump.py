@@ -300,6 +300,9 @@ class Pump:
                     await self._open()
                 did = await self._do(await self._work())
             except (JournalFullError, OverloadedError) as error:
+                if type(error).__name__ not in self._warned:
+                    self._warned.add(type(error).__name__)
+                    logger.warning("Feed %r draws nothing for now: %s (told once)", self.plan.feed, error)
                 await asyncio.sleep(min(error.retry_after_seconds, REST_SECONDS))
                 continue
             except (*PASSING, FeedHeldError) as error:
@@ -310,12 +313,14 @@ class Pump:
                 await self._rest()
 
     async def _open_with_patience(self) -> None:
-        """Open the feed, however long the store cannot be reached."""
+        """Open the feed; again, however long the store cannot be reached."""
         while True:
             try:
                 await self._open()
                 return
             except PASSING as error:
+                if not self.is_open and isinstance(error, StoreUnavailableError):
+                    raise  # whoever has just begun is told
                 logger.warning("Feed %r waits for its store: %s", self.plan.feed, error)
                 await asyncio.sleep(REST_SECONDS)
 
