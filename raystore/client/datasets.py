@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
@@ -41,6 +41,40 @@ class Drawn:
     index: int  #: within its dataset
     item: Any
     why: str | None = None
+
+
+@dataclass(slots=True)
+class Draw:
+    """Items that were read in one go, and where that leads; the store takes all of it or nothing."""
+
+    stream: str
+    at: Position  # of the first
+    to: Position  # behind the last
+    over: bool = False
+    state_after: bytes | None = None
+    requests: list[dict[str, Any]] = field(default_factory=list)  # of groups
+    items: list[list[Any]] = field(default_factory=list)  # environment, epoch, index of each
+    skipped: list[list[Any]] = field(default_factory=list)  # group id, and why
+    ends: list[Position] = field(default_factory=list)  # behind each item
+
+    def arguments(self) -> dict[str, Any]:
+        """What the store is told."""
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ends"}
+        return told | {"at": list(self.at), "to": list(self.to)}
+
+    def halves(self) -> tuple[Draw, Draw]:
+        """The same in two parts; there is no state of the data between them."""
+        middle = len(self.requests) // 2
+        cut = self.ends[middle - 1]
+        first = Draw(
+            self.stream, self.at, cut, requests=self.requests[:middle], items=self.items[:middle],
+            skipped=self.skipped, ends=self.ends[:middle],
+        )  # fmt: skip
+        second = Draw(
+            self.stream, cut, self.to, self.over, self.state_after, requests=self.requests[middle:],
+            items=self.items[middle:], ends=self.ends[middle:],
+        )  # fmt: skip
+        return first, second
 
 
 class Stream(Protocol):

@@ -15,11 +15,12 @@ import contextlib
 import logging
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from raystore.client.datasets import Position, SampledStream, Stream
+from raystore.client.datasets import Draw, Position, SampledStream, Stream
 from raystore.core.payload import Payload, size_of
 from raystore.errors import (
     AnswerGoneError,
@@ -137,11 +138,6 @@ class Bell:
             self._waiting.discard(future)
 
 
-def _draw_of(stream: str, at: Position) -> dict[str, Any]:
-    """A draw of nothing so far, from a position on."""
-    return {"stream": stream, "at": list(at), "requests": [], "items": [], "skipped": []}
-
-
 def _set(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
@@ -178,7 +174,7 @@ class Pump:
         self._sampler = sampler
         self._channel = channel
         self._rows: list[list[Any]] | None = None  # of the streams, as the store knows them
-        self._pending: dict[str, dict[str, Any]] = {}  # by stream: a draw of which it is not known whether it came
+        self._pending: dict[str, deque[Draw]] = {name: deque() for name in self._streams}  # which may have come or not
         self._keep: Keep | Test | None = None
         self._is_judging = False  # whether `keep` is known
         self._must_open = False  # since it has changed what is judged
@@ -300,6 +296,11 @@ class Pump:
                     await self._open()
                 did = await self._do(await self._work())
             except (JournalFullError, OverloadedError) as error:
+                if type(error).__name__ not in self._warned:
+                    self._warned.add(type(error).__name__)
+                    logger.warning("Feed %r draws nothing for now: %s (told once)", self.plan.feed, error)
+                if isinstance(error, OverloadedError) and error.asked > error.bound:
+                    raise  # one group alone is more than there may be
                 await asyncio.sleep(min(error.retry_after_seconds, REST_SECONDS))
                 continue
             except (*PASSING, FeedHeldError) as error:
@@ -310,12 +311,14 @@ class Pump:
                 await self._rest()
 
     async def _open_with_patience(self) -> None:
-        """Open the feed, however long the store cannot be reached."""
+        """Open the feed; again, however long the store cannot be reached."""
         while True:
             try:
                 await self._open()
                 return
             except PASSING as error:
+                if not self.is_open and isinstance(error, StoreUnavailableError):
+                    raise  # whoever has just begun is told
                 logger.warning("Feed %r waits for its store: %s", self.plan.feed, error)
                 await asyncio.sleep(REST_SECONDS)
 
@@ -343,10 +346,11 @@ class Pump:
 
     async def _seek(self, stream: Stream, position: Position, state: bytes | None, is_over: bool) -> None:
         """Bring a stream to where the store is."""
-        name = stream.name
-        pending = self._pending.pop(name, None)
-        if pending is not None and tuple(pending["at"]) == position:
-            await self._add(stream, pending)
+        pending = self._pending[stream.name]
+        while pending and pending[0].at != position:
+            pending.popleft()
+        if pending:
+            await self._send(stream)
             return
         found = None
         if state is not None:
@@ -355,7 +359,7 @@ class Pump:
                 self._endings = endings
         stream.seek(position, found, is_over=is_over)
         if is_over and not stream.is_over:  # there are more epochs than there were
-            await self._add(stream, _draw_of(name, position) | self._after(stream))
+            await self._add(stream, Draw(stream.name, position, position))
 
     # -- what there is to do -----------------------------------------------------------------------------------------
 
@@ -428,14 +432,14 @@ class Pump:
 
     async def _draw(self, stream: Stream, count: int) -> bool:
         """Draw up to so many items; whether that changed anything."""
-        if (pending := self._pending.get(stream.name)) is not None:  # the store was full
-            await self._add(stream, pending)
+        if self._pending[stream.name]:  # the store was full
+            await self._send(stream)
             return True
         at, was_over = stream.position, stream.is_over
-        draw = _draw_of(stream.name, at)
+        draw = Draw(stream.name, at, at)
         size = 0
-        while len(draw["requests"]) < min(count, DRAWN_AT_ONCE) and size < DRAWN_BYTES:
-            if len(draw["skipped"]) >= SKIPPED_AT_ONCE:
+        while len(draw.requests) < min(count, DRAWN_AT_ONCE) and size < DRAWN_BYTES:
+            if len(draw.skipped) >= SKIPPED_AT_ONCE:
                 break
             drawn = self._users("sampler.next" if self._sampler else "reading the dataset", stream.next)
             if drawn is None:
@@ -448,37 +452,52 @@ class Pump:
                     why = str(error)
                 else:
                     size += size_of(request["member"]["input"])
-                    draw["requests"].append(request)
-                    draw["items"].append(list(place))
+                    draw.requests.append(request)
+                    draw.items.append(list(place))
+                    draw.ends.append(stream.position)
                     self._unreadable[stream.name] = 0
                     continue
-            draw["skipped"].append([self.plan.group_id(*place), why])
+            draw.skipped.append([self.plan.group_id(*place), why])
             self._pass_over(stream, drawn.environment, drawn.index, why)
         if stream.position == at and stream.is_over == was_over:
             return False
-        draw |= self._after(stream)
         await self._add(stream, draw)
         return True
 
-    def _after(self, stream: Stream) -> dict[str, Any]:
-        """Where a stream is now."""
-        state = None
+    def _state_of(self, stream: Stream) -> bytes | None:
+        """What the data of a stream keeps of its position."""
         found = self._users("state_dict", stream.state)
-        if found is not None or isinstance(stream, SampledStream):
-            payload = encode([self._endings, found], "state_dict()", STATE_BYTES)
-            if isinstance(payload, Payload) and payload.refs:
-                raise InvalidValueError("state_dict()", found, "a state without object references, which outlives them")
-            state = payload.data if isinstance(payload, Payload) else payload
-        return {"to": list(stream.position), "over": stream.is_over, "state_after": state}
+        if found is None and not isinstance(stream, SampledStream):
+            return None
+        payload = encode([self._endings, found], "state_dict()", STATE_BYTES)
+        if isinstance(payload, Payload) and payload.refs:
+            raise InvalidValueError("state_dict()", found, "a state without object references, which outlives them")
+        return payload.data if isinstance(payload, Payload) else payload
 
-    async def _add(self, stream: Stream, draw: dict[str, Any]) -> None:
-        """Enqueue the groups of a draw and move the position, in one step."""
-        self._pending[stream.name] = draw
-        epoch, cursor = await self._ask("feed_add", **draw)
-        del self._pending[stream.name]
-        if (now := Position(epoch, cursor)) != tuple(draw["to"]):  # somebody else has drawn
-            logger.info("Feed %r goes on at %s of stream %r, not at %s", self.plan.feed, now, stream.name, draw["to"])
-            self._must_open = True
+    async def _add(self, stream: Stream, draw: Draw) -> None:
+        """Send a draw that ends where the stream is now."""
+        draw.to, draw.over, draw.state_after = stream.position, stream.is_over, self._state_of(stream)
+        self._pending[stream.name].append(draw)
+        await self._send(stream)
+
+    async def _send(self, stream: Stream) -> None:
+        """Enqueue the groups of what was drawn and move the position, in one step for each draw."""
+        pending = self._pending[stream.name]
+        while pending:
+            draw = pending[0]
+            try:
+                now = Position(*await self._ask("feed_add", **draw.arguments()))
+            except OverloadedError as error:
+                if error.asked <= error.bound or len(draw.requests) < 2:
+                    raise
+                pending[0], second = draw.halves()  # all at once would never fit
+                pending.insert(1, second)
+                continue
+            pending.popleft()
+            if now != draw.to:  # somebody else has drawn
+                logger.info("Feed %r goes on at %s of stream %r, not at %s", self.plan.feed, now, stream.name, draw.to)
+                self._must_open = True
+                pending.clear()
 
     def _pass_over(self, stream: Stream, environment: str, index: int, why: str) -> None:
         """Log that an item is passed over, once for each kind of reason; too many are a broken dataset."""

@@ -31,6 +31,7 @@ REQUEUES = 3  #: how often an item that comes too late is queued again
 LEAST_FILTERED = 100  #: groups that may be filtered in a row, at least, unless the user says how many
 FILTERED_BATCHES = 10  #: and as many batches of them
 HASHED_BYTES = 64 * 1024 * 1024  #: of weights that are compared by their content when a version is published twice
+NESTED = 8  #: mappings and lists in each other in which weights are looked for
 
 #: What takes groups and gives some of them, the best first.
 Chooser = Callable[[list[FeedGroup]], Sequence[FeedGroup]]
@@ -274,7 +275,11 @@ def biases(plan: Plan) -> Iterator[str]:
 
 
 def content_of(resources: Mapping[str, Any]) -> str:
-    """A digest by which a version that is published again is compared; of very large objects it has the size only."""
+    """A digest by which a version that is published again is compared.
+
+    Of objects that are very large, or may be (a module), it has only the size: to hash them would take as long as to
+    publish them.
+    """
     made = blake2b(digest_size=16)
     for name, resource in sorted(resources.items()):
         made.update(repr((name, type(resource).__name__)).encode())
@@ -282,24 +287,29 @@ def content_of(resources: Mapping[str, Any]) -> str:
             made.update(digest(resource, None))
         elif resource.is_elsewhere:
             continue  # two references may refer to the same
-        elif (size := _bytes_in(resource.value)) > HASHED_BYTES:
-            made.update(str(size).encode())
-        else:
+        elif (size := _bytes_in(resource.value)) is not None and size <= HASHED_BYTES:
             made.update(digest(resource.value, None))
+        else:
+            made.update(str(size).encode())
     return made.hexdigest()
 
 
-def _bytes_in(value: Any, depth: int = 0) -> int:
-    """About how many bytes the arrays and texts in a value have."""
+def _bytes_in(value: Any, depth: int = 0) -> int | None:
+    """About how many bytes the arrays, texts and numbers in a value have; None for what may hold any number."""
     if isinstance(size := getattr(value, "nbytes", None), int):
         return size
     if isinstance(value, (bytes, bytearray, str)):
         return len(value)
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return 0
-    return sum(_bytes_in(item, depth + 1) for item in value) if depth < 8 else 0
+    if value is None or isinstance(value, (int, float)):
+        return 8
+    if not isinstance(value, (Mapping, list, tuple)) or depth == NESTED:
+        return None
+    total = 0
+    for item in value.values() if isinstance(value, Mapping) else value:
+        if (size := _bytes_in(item, depth + 1)) is None:
+            return None
+        total += size
+    return total
 
 
 def is_named(weights: Any) -> bool:

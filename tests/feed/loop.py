@@ -59,10 +59,10 @@ def agent(task: int, ctx: Any) -> float:
 
 async def main(directory: Path, kind: str, steps: int, pause: float) -> None:
     """Train for so many steps, or to the end of the datasets."""
-    start = rs.start if kind == "ray" else rs.InMemoryLightningStore
-    options: dict[str, Any] = {"journal": directory / "journal"}
+    journal = directory / "journal"
     model = Model(directory / "model")
-    async with start(**options) as store, rs.RunnerPool(store, agent, size=2, concurrency=4):
+    made = rs.start("train", journal=journal) if kind == "ray" else rs.InMemoryLightningStore(journal=journal)
+    async with made as store, rs.RunnerPool(store, agent, size=2, concurrency=4):
         feed = store.feed(
             "train", {"math": MATH, "code": CODE}, resources_id="policy", size=4, batch=4, max_lag=1,
             on_failure=rs.reward(0), order="in_order",

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.client.datasets import Indexed, IndexedStream, IteratedStream, Permutation, Position, Stream, streams_of
+from raystore.client.datasets import (
+    Draw,
+    Indexed,
+    IndexedStream,
+    IteratedStream,
+    Permutation,
+    Position,
+    Stream,
+    streams_of,
+)
 
 
 def only(data: Any, *, epochs: int | None = 1, seed: int | None = 0, feed: str = "f", **more: Any) -> Stream:
@@ -193,6 +202,18 @@ def test_nothing_is_read_that_is_not_asked_for() -> None:
     stream.seek(Position(0, 50_000), None, is_over=False)
     drawn(stream, 5)
     assert data.reads == 5
+
+
+def test_a_draw_may_go_in_two_parts() -> None:
+    """Each leads to where the next begins, and nothing is in both."""
+    ends = [Position(0, 2), Position(0, 3), Position(1, 0)]
+    draw = Draw("s", Position(0, 1), Position(1, 0), True, b"state", [{"n": 1}, {"n": 2}, {"n": 3}], ends=ends)
+    draw.items, draw.skipped = [["e", 0, n] for n in range(3)], [["g", "why"]]
+    first, second = draw.halves()
+    assert (first.at, first.to, second.at, second.to) == (draw.at, ends[0], ends[0], draw.to)
+    assert first.requests + second.requests == draw.requests and first.items + second.items == draw.items
+    assert (first.over, first.state_after, second.over, second.state_after) == (False, None, True, b"state")
+    assert first.skipped == draw.skipped and not second.skipped and second.arguments()["at"] == [0, 2]
 
 
 # -- items that cannot be read -----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 import raystore as rs
 from raystore import semconv
 from raystore.client import feed as client_feed
+from tests.conftest import MakeMemoryStore
 from tests.feed.conftest import RIGHT, Failed, running, spans_of, trained
 from tests.helpers import AnyStore, make_span, present, until
 
@@ -190,6 +191,17 @@ async def test_items_that_cannot_be_read_are_skipped(store: AnyStore, caplog: py
     status = await feed.status()
     assert status.streams[""].endings == {"trained": 3, "skipped": 3} and status.over
     assert len([record for record in caplog.records if "passes over" in record.message]) == 2
+
+
+async def test_a_full_queue_is_waited_for(make_memory_store: MakeMemoryStore) -> None:
+    """Groups are enqueued as there is room for them; one that never fits is an error."""
+    store = make_memory_store(max_queued=5)
+    feed = store.feed("train", iter(range(12)), **RIGHT | {"max_lag": 3})
+    async with running(store, lambda rollout: 1.0):
+        assert sorted(items_of(await trained(feed))) == list(range(12))
+        feed = store.feed("large", [1, 2], **RIGHT | {"size": 6})
+        with pytest.raises(rs.OverloadedError, match="can never succeed"):
+            await trained(feed)
 
 
 async def test_a_dataset_of_which_nothing_can_be_read(store: AnyStore) -> None:

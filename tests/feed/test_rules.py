@@ -203,6 +203,8 @@ def test_content_of_weights() -> None:
     small = {"w": np.arange(10.0)}
     assert content(weights=small) == content(weights={"w": np.arange(10.0)}) != content(weights={"w": np.arange(11.0)})
     assert content(weights=small) != content(other=small)
+    assert content(weights=[1.0, {"a": 1}]) != content(weights=[2.0, {"a": 1}])
+    assert content(weights=np.random.default_rng(0)) == content(weights=np.random.default_rng(1))  # of unknown size
     large = np.zeros(wire_feeds.HASHED_BYTES // 8 + 1)
     other = large.copy()
     other[0] = 1
