@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any
 
-from raystore.core import claims, groups, lifecycle, retries, training
+from raystore.core import claims, groups, lifecycle, training
 from raystore.core.gates import KEPT
 from raystore.core.group_table import CANCELLED, FAILED, LIVE, SUCCEEDED, GroupEntry
 from raystore.core.indexes import FEED_LENGTH, keys_of
@@ -308,7 +308,8 @@ def counts(state: State) -> dict[str, Any]:
         "queue_lengths": state.queues.lengths(),
         "held_back": sum(state.queues.held_counts().values()),
         "held_back_by_resources": state.queues.held_counts(),
-        **retries.describe(state),
+        "backing_off": sum(state.queues.backing_off_by_queue.values()),
+        "backing_off_by_queue": dict(state.queues.backing_off_by_queue),
         "groups_by_status": state.groups.counts(),
         "rollouts_by_status": {status: count for status, count in by_status.items() if count},
         "suspects": len(state.suspects),
