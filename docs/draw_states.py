@@ -1,7 +1,7 @@
 """Draws the state diagrams of docs/states.md from the tables in raystore/core/lifecycle.py.
 
-Run `python docs/draw_states.py` to write it, and the rollout's diagram into the README; `--check` says whether both are
-up to date, and a test asks.
+Run `python docs/draw_states.py` to write it, the rollout's diagram into the README and the group's into docs/rl.md;
+`--check` says whether all are up to date, and a test asks.
 """
 
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 from raystore.core import lifecycle
 from raystore.core.records import Config
 
-STATES = Path(__file__).with_name("states.md")
+STATES, LOOP = Path(__file__).with_name("states.md"), Path(__file__).with_name("rl.md")
 README = Path(__file__).parent.parent / "README.md"
 
 HEADER = """# States
@@ -48,6 +48,7 @@ def rollouts() -> list[str]:
         ("queuing", "cancelled"): {"cancel"},
         ("requeuing", "cancelled"): {"cancel"},
         ("requeuing", "succeeded"): {"late success"},
+        **{(status, "requeuing"): {"requeue"} for status in sorted(lifecycle.REQUEUABLE)},
     }
     for event, moves in (("span", lifecycle.ROLLOUT_ON_SPAN), ("heartbeat", lifecycle.ROLLOUT_ON_HEARTBEAT)):
         for status, after in moves.items():
@@ -86,15 +87,16 @@ def diagram(lines: list[str]) -> str:
     return "\n".join(["```mermaid", "stateDiagram-v2", *lines, "```"])
 
 
-def readme() -> str:
-    """The README with the rollout's diagram at its place."""
+def inserted(path: Path, lines: list[str]) -> str:
+    """A document with a diagram at its place."""
     start, end = "<!-- states: drawn by docs/draw_states.py -->", "<!-- /states -->"
-    before, rest = README.read_text().split(start)
-    return f"{before}{start}\n\n{diagram(rollouts())}\n\n{end}{rest.split(end)[1]}"
+    before, rest = path.read_text().split(start)
+    return f"{before}{start}\n\n{diagram(lines)}\n\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":
+    drawn = {STATES: draw(), README: inserted(README, rollouts()), LOOP: inserted(LOOP, groups())}
     if "--check" in sys.argv:
-        sys.exit(STATES.read_text() != draw() or README.read_text() != readme())
-    STATES.write_text(draw())
-    README.write_text(readme())
+        sys.exit(any(path.read_text() != text for path, text in drawn.items()))
+    for path, text in drawn.items():
+        path.write_text(text)

@@ -1,9 +1,9 @@
 """GRPO in numpy on a multi-turn tool task, twice: undisturbed, and with a runner killed at each step.
 
-Task and policy are in `grpo`. The policy is published at each step as a versioned object; the driver keeps two batches
-of groups in flight, so rollouts are up to two versions old and are weighted by importance ratios. In the second run a
-runner process is SIGKILLed at each step, in the middle of its rollouts. Both runs learn, and the ledger shows that no
-rollout was lost or trained on twice.
+Task and policy are in `grpo`. A feed makes a group of each task, keeps two batches of groups under way, and gives them
+whole; the policy is published at each step, so rollouts are at most one version old, and are weighted by importance
+ratios. In the second run a runner process is SIGKILLed at each step, in the middle of its rollouts. Both runs learn,
+and the ledger shows that no rollout was lost or trained on twice.
 
     python examples/02_grpo_tools.py --runners 4 --steps 60 --seed 0
 """
@@ -16,106 +16,74 @@ import signal
 import socket
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import harness
 import numpy as np
-from grpo import GROUPS, SIZE, agent, codes, improve, new_policy, softmax
+from grpo import GROUPS, SIZE, agent, improve, new_policy, softmax, tasks
 
 import raystore as rs
 
 
-def check_versions(history: dict[int, np.ndarray], groups: list[list[list[rs.Triplet]]]) -> None:
+def check_versions(history: Sequence[np.ndarray], spans: Mapping[str, Sequence[rs.Span]]) -> None:
     """Each turn was taken by the version of the policy that its attempt names."""
-    for turns in (turns for group in groups for turns in group):
-        for turn in turns:
-            assert turn.policy_version is not None and turn.logprobs is not None
-            behaviour = history[turn.policy_version][turn.prompt_ids[0], turn.response_ids[0]]
-            assert abs(np.log(behaviour) - turn.logprobs[0]) < 1e-6
+    for turn in (turn for of_rollout in spans.values() for turn in rs.triplets(of_rollout)):
+        assert turn.policy_version is not None and turn.logprobs is not None
+        behaviour = history[turn.policy_version][turn.prompt_ids[0], turn.response_ids[0]]
+        assert abs(np.log(behaviour) - turn.logprobs[0]) < 1e-6
 
 
-async def kill_a_runner(store: rs.RayLightningStore, chance: random.Random, killed: set[int]) -> None:
+async def kill_a_runner(store: rs.RayLightningStore, killed: set[int]) -> None:
     """SIGKILL the process of a runner that is in the middle of a rollout."""
     pids: set[int] = set()
     while not pids:
         await asyncio.sleep(0.01)
         busy = await store.query_workers(status_in=["busy"])
-        here = [
-            w.heartbeat_stats for w in busy if w.heartbeat_stats and w.heartbeat_stats["host"] == socket.gethostname()
-        ]
-        pids = {stats["pid"] for stats in here} - killed
-    pid = chance.choice(sorted(pids))
+        stats = [worker.heartbeat_stats or {} for worker in busy]
+        pids = {s["pid"] for s in stats if s.get("host") == socket.gethostname()} - killed
+    pid = random.choice(sorted(pids))
     os.kill(pid, signal.SIGKILL)
     killed.add(pid)
 
 
 async def train(store: rs.RayLightningStore, run: harness.Run, *, kills: bool) -> tuple[list[float], Counter[str]]:
     """The algorithm. Returns the mean reward of each step, and a ledger of rollouts."""
-    logits = new_policy()
-    history: dict[int, np.ndarray] = {}  # version -> policy
-    curve: list[float] = []
-    ledger: Counter[str] = Counter()
-    trained: set[str] = set()
+    logits, history, curve = new_policy(), [softmax(new_policy())], []
+    trained: Counter[str] = Counter()
     killed: set[int] = set()
-    asked_at: dict[str | None, int] = {}  # group -> step that it was enqueued for, until it is trained on
-    chance = random.Random(run.seed)
-
-    async def publish(version: int) -> None:
-        history[version] = softmax(logits)
-        await store.update_resources("policy", {"policy": rs.ObjectResource(value=logits)}, policy_version=version)
-
-    async def ask(step: int) -> None:
-        """Enqueue the groups of one step: they leave in one call."""
-        groups = await asyncio.gather(*(store.enqueue_group({"code": code}, SIZE) for code in codes(run.seed, step)))
-        asked_at.update((group[0].group_id, step) for group in groups)
-        ledger["enqueued"] += sum(map(len, groups))
-        if kills:
-            await kill_a_runner(store, chance, killed)
-
-    await publish(0)
-    await ask(0)
-    await ask(1)
-    cursor: int | None = None
-    finished: dict[str | None, list[rs.AttemptedRollout]] = {}  # group -> its rollouts so far
-    for step in range(run.steps):
+    data = tasks(run.seed, run.steps)
+    feed = store.feed("codes", data, resources_id="policy", size=SIZE, batch=GROUPS, max_lag=1)
+    await feed.publish(logits, version=0)
+    for _ in range(2 * kills):  # two batches of groups are under way; from then on another one with each step
+        await kill_a_runner(store, killed)
+    started = time.monotonic()
+    async for batch in feed.batches():
+        step, spans = len(history), await batch.spans()
+        check_versions(history, spans)
+        logits = improve(logits, batch.groups, spans)
+        history.append(softmax(logits))
+        await feed.publish(logits, version=step)
+        await batch.ack(step=step)
+        if kills and step <= run.steps - 2:
+            await kill_a_runner(store, killed)
+        trained.update(spans.keys())
+        curve.append(float(np.mean([group.rewards for group in batch.groups])))
+        lag = max(group.lag.total for group in batch.groups)
+        run.log(kills=kills, step=step, reward=curve[-1], lag=lag, seconds=time.monotonic() - started)
         started = time.monotonic()
-        # The first groups that are complete, but none is put off by more than a step: that bounds how old a rollout is.
-        while True:
-            complete = [group for group, rollouts in finished.items() if len(rollouts) == SIZE]
-            complete = sorted(complete, key=lambda group: asked_at[group] >= step)[:GROUPS]
-            if len(complete) == GROUPS and all(asked_at[group] >= step for group in asked_at.keys() - complete):
-                break
-            page = await store.completed(cursor, limit=GROUPS * SIZE, timeout=60)
-            cursor = page.cursor
-            if not page.items:
-                raise SystemExit("nothing finished for a minute: rollouts were lost")
-            for rollout in page.items:
-                finished.setdefault(rollout.group_id, []).append(rollout)
-        ended = [finished.pop(group) for group in complete]
-        for group in complete:
-            del asked_at[group]
-        rollouts = [[r for r in group if r.status == "succeeded"] for group in ended]
-        ledger["dropped"] += sum(r.status != "succeeded" for group in ended for r in group)
-        ids = [r.rollout_id for group in rollouts for r in group]
-        spans = await store.query_many_spans(ids)
-        turns = [[rs.triplets(spans[r.rollout_id]) for r in group] for group in rollouts]
-        check_versions(history, turns)
-        logits = improve(logits, turns)
-        ledger["doubled"] += len(trained.intersection(ids))
-        trained.update(ids)
-        ledger["trained"] = len(trained)
-        await store.release(ids)
-        await publish(step + 1)
-        if step + 2 < run.steps:
-            await ask(step + 2)
-        curve.append(float(np.mean([r.reward for group in rollouts for r in group])))
-        age = step - min(r.attempt.policy_version or 0 for group in rollouts for r in group)
-        run.log(kills=kills, step=step, reward=curve[-1], staleness=age, seconds=time.monotonic() - started)
-        if run.shows(step):
+        if run.shows(step - 1):
             print(f"step {step:3}  reward {curve[-1]:.2f}  {'#' * round(30 * curve[-1])}")
+    await feed.close()
     statistics = await store.statistics()
-    ledger["killed"] = len(killed)
-    ledger["again"] = statistics["total_attempts"] + statistics["withdrawals"] - ledger["enqueued"]
-    return curve, ledger
+    enqueued = statistics["total_rollouts"]
+    return curve, Counter(
+        enqueued=enqueued,
+        trained=len(trained),
+        dropped=enqueued - statistics["rollouts_by_status"]["succeeded"],
+        doubled=sum(trained.values()) - len(trained),
+        killed=len(killed),
+        again=statistics["total_attempts"] + statistics["withdrawals"] - enqueued,
+    )
 
 
 async def main(run: harness.Run) -> bool:

@@ -1,10 +1,10 @@
 """GRPO through the death of everything: store, runners and trainer are SIGKILLed in turn; nothing is lost or doubled.
 
 A supervisor owns the Ray cluster and the store, which keeps a journal. The trainer is a process of its own; it saves
-its model every few steps, and says so to the store (`checkpoint`). It is killed between the optimiser step and `ack`,
+its model every few steps, and says so to its feed (`checkpoint`). It is killed between the optimiser step and `ack`,
 between `ack` and the saving of the model, and between that and `checkpoint`; store and runners are killed in mid-work.
-Each time the trainer goes back to its saved model (`rewind`), and what it had trained on since comes again. In the end
-the store's ledger and the model's own agree: each rollout was trained exactly once into the final model.
+Each time the trainer goes back to its saved model (`restore`), and what it had trained on since comes again. In the end
+the store's ledger and the model's own agree: each task was trained exactly once into the final model.
 
     python examples/05_crash_and_resume.py --runners 2 --steps 24 --seed 0
 """
@@ -27,7 +27,7 @@ from typing import Any
 import harness
 import numpy as np
 import ray
-from grpo import GROUPS, SIZE, agent, codes, improve, new_policy
+from grpo import GROUPS, SIZE, agent, improve, new_policy, tasks
 
 import raystore as rs
 
@@ -40,9 +40,9 @@ CONFIG = rs.RolloutConfig(unresponsive_seconds=3, max_attempts=10, retry_conditi
 
 
 def save(path: Path, logits: np.ndarray, step: int, consumed: list[str]) -> None:
-    """Make the model durable: weights, step, and which rollouts went into them."""
+    """Make the model durable: weights, step, and in which step which rollout of which group went into them."""
     with open(path.with_suffix(".new"), "wb") as file:
-        np.savez(file, logits=logits, step=step, consumed=np.array(consumed, dtype="U15"))
+        np.savez(file, logits=logits, step=step, consumed=np.array(consumed, dtype=str))
         file.flush()
         os.fsync(file.fileno())
     path.with_suffix(".new").rename(path)
@@ -56,18 +56,6 @@ def load(path: Path) -> tuple[np.ndarray, int, list[str]]:
     return saved["logits"], int(saved["step"]), saved["consumed"].tolist()
 
 
-def requests(seed: int, step: int) -> list[rs.EnqueueRolloutRequest]:
-    """The rollouts of one step. Their ids follow from the step, so that asking twice is asking once."""
-    return [
-        rs.EnqueueRolloutRequest(
-            rollout_id=f"ro-{step:06x}{group:04x}{member:02x}", input={"code": code}, group_id=f"{step}/{group}",
-            config=CONFIG,
-        )
-        for group, code in enumerate(codes(seed, step))
-        for member in range(SIZE)
-    ]  # fmt: skip
-
-
 async def train(told: dict[str, Any]) -> None:
     """The algorithm, from its newest checkpoint on; ends at once at the point that the supervisor chose."""
     folder, seed, steps = Path(told["folder"]), told["seed"], told["steps"]
@@ -75,41 +63,36 @@ async def train(told: dict[str, Any]) -> None:
     def say(what: dict[str, Any]) -> None:
         os.write(told["channel"], json.dumps(what).encode() + b"\n")
 
-    def may_die(step: int, point: str) -> None:
+    def may_die(point: str) -> None:
         if told["die"] == [step, point]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     logging.getLogger("raystore.runner").setLevel(logging.ERROR)  # no line for each runner that is killed on purpose
     ray.init(told["address"], logging_level="error", log_to_driver=False)
+    logits, step, consumed = load(folder / "model.npz")
     store = rs.connect(told["name"])
-    logits, done, consumed = load(folder / "model.npz")
-    again = await store.rewind("trainer", done)
-    await store.checkpoint("trainer", done)  # it may have died before it could say so
-    say({"from": done, "again": again})
     async with rs.RunnerPool(store, agent, size=told["runners"], concurrency=16):
-        for step in range(done, steps):
-            await store.update_resources("policy", {"policy": rs.ObjectResource(value=logits)}, policy_version=step)
-            await store.enqueue_many_rollouts(requests(seed, step))
-            batch = await store.take(GROUPS * SIZE, consumer="trainer", timeout=60)
-            if len(batch.rollouts) < GROUPS * SIZE:
-                raise SystemExit(f"step {step}: {len(batch.rollouts)} rollouts after a minute")
-            groups: dict[str | None, list[Any]] = {}
-            for rollout in batch.rollouts:
-                groups.setdefault(rollout.group_id, []).append(rollout)
-            ids = [rollout.rollout_id for rollout in batch.rollouts]
-            spans = await store.query_many_spans(ids)
-            logits = improve(logits, [[rs.triplets(spans[r.rollout_id]) for r in group] for group in groups.values()])
-            consumed += ids
-            reward = float(np.mean([rollout.reward for rollout in batch.rollouts]))
-            say({"step": step, "reward": reward})
-            may_die(step, "optimiser step")
-            await store.ack(batch, step=step + 1)
-            may_die(step, "ack")
-            if (step + 1) % EVERY == 0 or step + 1 == steps:
-                save(folder / "model.npz", logits, step + 1, consumed)
-                may_die(step, "saved")
-                await store.checkpoint("trainer", step + 1)
-                may_die(step, "checkpoint")
+        feed = store.feed(
+            "codes", tasks(seed, steps), resources_id="policy", size=SIZE, batch=GROUPS, max_lag=0, config=CONFIG
+        )
+        say({"from": step, "again": await feed.restore(step)})
+        await feed.checkpoint(step)  # it may have died before it could say so
+        await feed.publish(logits, version=step)
+        async for batch in feed.batches():
+            logits = improve(logits, batch.groups, await batch.spans())
+            step += 1
+            consumed += [f"{step} {r.group_id} {r.rollout_id}" for r in batch.rollouts]
+            say({"step": step, "reward": float(np.mean([group.rewards for group in batch.groups]))})
+            may_die("optimiser step")
+            await feed.publish(logits, version=step)
+            await batch.ack(step=step)
+            may_die("ack")
+            if step % EVERY == 0 or step == steps:
+                save(folder / "model.npz", logits, step, consumed)
+                may_die("saved")
+                await feed.checkpoint(step)
+                may_die("checkpoint")
+        await feed.close()
 
 
 # -- the supervisor ----------------------------------------------------------------------------------------------------
@@ -117,10 +100,10 @@ async def train(told: dict[str, Any]) -> None:
 
 def plan(steps: int) -> tuple[dict[int, str], list[list[Any]]]:
     """Which of the others is killed during which step, and where in which step the trainer is."""
-    others = {step: ("store", "runner")[number % 2] for number, step in enumerate(range(1, steps - 1, 3))}
+    others = {step: ("store", "runner")[number % 2] for number, step in enumerate(range(2, steps, 3))}
     points = ["optimiser step", "ack", "saved", "checkpoint"]
-    at = [EVERY * (number + 1) - (1 if point in ("saved", "checkpoint") else 2) for number, point in enumerate(points)]
-    return others, [[step, point] for step, point in zip(at, points, strict=True) if step < steps]
+    at = [EVERY * (number + 1) - (0 if point in ("saved", "checkpoint") else 1) for number, point in enumerate(points)]
+    return others, [[step, point] for step, point in zip(at, points, strict=True) if step <= steps]
 
 
 class Supervisor:
@@ -162,9 +145,9 @@ class Supervisor:
                 if "reward" in news:
                     step = news["step"]
                     self.curve[step] = news["reward"]
-                    if self.run.shows(step):
+                    if self.run.shows(step - 1):
                         print(f"step {step:3}  reward {news['reward']:.2f}  {'#' * round(30 * news['reward'])}")
-                following = news["step"] + 1 if "step" in news else news["from"]
+                following = 1 + (news["step"] if "step" in news else news["from"])
                 if (victim := others.pop(following, None)) is not None:
                     killing = asyncio.create_task(self.kill(victim))
             return await process.wait()
@@ -202,19 +185,18 @@ def is_alive(pid: int) -> bool:
 
 async def check(store: rs.RayLightningStore, folder: Path, run: harness.Run) -> Counter[str]:
     """What was asked for, what the store says was trained, and what the model says it was trained on."""
-    asked = {request.rollout_id: step + 1 for step in range(run.steps) for request in requests(run.seed, step)}
-    ledger = {entry.rollout_id: entry for entry in await store.ledger("trainer")}
-    _, step, consumed = load(folder / "model.npz")
-    into: Counter[str | None] = Counter(consumed)
+    ledger = {entry.rollout_id: entry.step for entry in await store.ledger("codes") if entry.is_durable}
+    _, done, consumed = load(folder / "model.npz")
+    lines = [line.split() for line in consumed]
+    into = {rollout_id: int(step) for step, _, rollout_id in lines}
+    sizes = Counter(group_id for _, group_id, _ in lines)
+    asked = run.steps * GROUPS
     return Counter(
-        asked=len(asked),
-        trained=sum(into[rollout_id] == 1 for rollout_id in asked),
-        lost=sum(not into[rollout_id] for rollout_id in asked),
-        doubled=sum(count > 1 for count in into.values()),
-        unasked=len(into.keys() - asked.keys()) + (step != run.steps),
-        differing=sum(
-            i not in ledger or not ledger[i].is_durable or ledger[i].step != trained for i, trained in asked.items()
-        ),
+        asked=asked * SIZE,
+        trained=len(into),
+        lost=asked - sum(size == SIZE for size in sizes.values()),
+        doubled=len(lines) - len(into),
+        differing=len(into.items() ^ ledger.items()) + (len(sizes) != asked) + (done != run.steps),
     )
 
 
@@ -231,15 +213,15 @@ async def main(run: harness.Run) -> bool:
             await supervisor.supervise(kills=kills)
             found = await check(store, folder, run)
         curves[name] = [supervisor.curve[step] for step in sorted(supervisor.curve)]
-        for step, reward in enumerate(curves[name]):
+        for step, reward in enumerate(curves[name], 1):
             run.log(kills=kills, step=step, reward=reward)
-        correct &= found["trained"] == found["asked"] and not (found["doubled"] + found["unasked"] + found["differing"])
+        correct &= found["trained"] == found["asked"] and not (found["lost"] + found["doubled"] + found["differing"])
         correct &= not kills or all(supervisor.killed[victim] for victim in ("store", "runner", "trainer"))
         killed = ", ".join(f"{count} x {victim}" for victim, count in supervisor.killed.items()) or "nobody"
         took = time.monotonic() - started
         print(f"{name}: reward {harness.tail(curves[name]):.2f} after {took:.0f} s; killed: {killed}")
         counts = ", ".join(f"{what} {found[what]}" for what in ("asked", "trained", "lost", "doubled"))
-        print(f"  {counts}; {supervisor.again} rollouts came again, since the model went back to a checkpoint")
+        print(f"  {counts}; {supervisor.again} groups came again, since the model went back to a checkpoint")
     run.draw(curves)
     before, after = (harness.tail(curve) for curve in curves.values())
     learnt = before >= 0.9 and after >= before - 0.05

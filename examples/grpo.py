@@ -1,10 +1,11 @@
 """GRPO in numpy on a multi-turn tool task: what the examples 02 and 05 train.
 
 The task: find out a hidden code by looking up its digits, one tool call each, then answer it. The policy is a table of
-logits; what an agent does follows from the id of its rollout and the policy, so that runs can be compared.
+logits; what an agent does follows from the id of its rollout and the policy, however often it is run.
 """
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,10 @@ def new_policy() -> np.ndarray:
     return np.zeros((UNKNOWN + 1, VALUES))
 
 
-def codes(seed: int, step: int) -> list[list[int]]:
-    """The hidden codes of the groups of one step."""
-    drawn: list[list[int]] = np.random.default_rng([seed, step]).integers(VALUES, size=(GROUPS, DIGITS)).tolist()
-    return drawn
+def tasks(seed: int, steps: int) -> list[dict[str, list[int]]]:
+    """The dataset: a hidden code for each group of so many steps."""
+    drawn = np.random.default_rng(seed).integers(VALUES, size=(steps * GROUPS, DIGITS))
+    return [{"code": code} for code in drawn.tolist()]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -37,8 +38,8 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 async def agent(task: dict[str, Any], ctx: rs.Context) -> float:
     """Look up digits until the policy wants to answer; the reward is the part of the code that is right."""
-    policy = softmax(ctx.resources["policy"].get())
-    draw = np.random.default_rng(int(ctx.rollout.rollout_id.removeprefix("ro-"), 16))
+    policy = softmax(ctx.resources["weights"].get())
+    draw = np.random.default_rng(list(ctx.rollout.rollout_id.encode()))
 
     def act(state: int) -> int:
         token = int(draw.choice(VALUES, p=policy[state]))
@@ -58,14 +59,15 @@ async def agent(task: dict[str, Any], ctx: rs.Context) -> float:
     return 0.0  # never answered
 
 
-def improve(logits: np.ndarray, groups: list[list[list[rs.Triplet]]]) -> np.ndarray:
+def improve(logits: np.ndarray, groups: Sequence[rs.FeedGroup], spans: Mapping[str, Sequence[rs.Span]]) -> np.ndarray:
     """One step of GRPO: advantages within each group, importance ratios to the policy that acted, clipped."""
     gradient = np.zeros_like(logits)
     policy = softmax(logits)
     for group in groups:
-        rewards = np.array([turns[0].reward for turns in group])
-        for turns, advantage in zip(group, (rewards - rewards.mean()) / (rewards.std() + 1e-4), strict=True):
-            for turn in turns:
+        rewards = np.array(group.rewards)  # also of members that vote and are not trained on, behind the others
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        for rollout, advantage in zip(group.train, advantages, strict=False):
+            for turn in rs.triplets(spans[rollout.rollout_id]):
                 assert turn.logprobs is not None
                 state, token = turn.prompt_ids[0], turn.response_ids[0]
                 ratio = policy[state, token] / np.exp(turn.logprobs[0])

@@ -63,6 +63,7 @@ _NAMES = {
     "raystore.tracing.trajectories": "Triplet triplets Trajectory Split trajectories collate",
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
+        RetryRule RetryOutcome
         Batch LedgerEntry EnqueueGroupRequest Group TakenGroup GroupBatch GroupStatus QueuePause QueueLimit
         ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource ResourceUnion NamedResources
         PaginatedResult

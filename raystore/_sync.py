@@ -128,6 +128,9 @@ class SyncStore:
     ) -> Sequence[AnyRollout]:
         return run_blocking(self._store.cancel_rollouts(rollout_ids, group_id=group_id, tags=tags))
 
+    def requeue(self, rollout_ids: Sequence[str]) -> list[AnyRollout]:
+        return run_blocking(self._store.requeue(rollout_ids))
+
     def release(self, rollout_ids: Sequence[str]) -> int:
         return run_blocking(self._store.release(rollout_ids))
 

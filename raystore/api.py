@@ -316,6 +316,22 @@ class LightningStore(ABC):
         """
 
     @abstractmethod
+    async def requeue(self, rollout_ids: Sequence[str]) -> list[AnyRollout]:
+        """Put rollouts that have failed or were cancelled at the tail of their queues again, with fresh allowances.
+
+        All of them, or none. `max_attempts`, `retry_rules` and `max_deliveries` start anew; attempts and spans are
+        kept. A rollout that a consumer has taken, or whose group has ended, stays as it is: a new one is enqueued in
+        its place with the same content, whose `requeued_from` names it, and which is no member of the group.
+
+        Returns, in the order of the ids, the rollout that now stands for each. A rollout that has not finished is
+        returned unchanged, and so is one that was made for it by an earlier call, unless that has failed or was
+        cancelled itself: then it is what is put into the queue. So the call can be repeated.
+
+        Raises `RolloutNotFoundError`, `RolloutSucceededError` for a rollout that has succeeded, `OverloadedError` if
+        more rollouts would wait than `max_queued` allows, and `InvalidValueError` for more than 10,000 ids.
+        """
+
+    @abstractmethod
     async def release(self, rollout_ids: Sequence[str]) -> int:
         """Mark rollouts as no longer needed, to be evicted or deleted first; returns how many were not marked yet.
 

@@ -65,7 +65,7 @@ class StoreOptions(TypedDict, total=False):
             is below the safe threshold.
         max_deliveries: how often a rollout may be aborted, or lost with its process and be to blame, before it fails.
             To blame is a rollout that was lost alone; of several that were lost together, the one that had been lost
-            most often before. Default: 3.
+            most often before. A rollout with a `RetryRule` for one of the two is tried again as that says. Default: 3.
         suspect_patience_seconds: how long a rollout that was lost with its process waits for a process that runs
             nothing else; then any process gets it. A process takes no other work for one for as long at most.
             Default: 10.
@@ -228,8 +228,7 @@ def _limits(name: str, value: Any) -> dict[str, int]:
 def _default_config(name: str, value: Any) -> tuple[Any, ...]:
     from raystore.wire.checks import rollout_config
 
-    *seconds_and_attempts, retried = rollout_config(name, value)
-    return (*seconds_and_attempts, tuple(retried))
+    return Config.of(rollout_config(name, value)).row()
 
 
 def _consumers(name: str, value: Any) -> dict[str, dict[str, Any] | None]:
@@ -334,7 +333,7 @@ def resolve(config: StoreConfig, capacity_bytes: int) -> Settings:
         retention_seconds=retention.get("max_age_seconds"),
         retention_count=retention.get("max_rollouts"),
         keep_resources=config.keep_resources,
-        default_config=Config(*config.default_config),
+        default_config=Config.of(config.default_config),
         on_disk=config.journal is not None,
         consumers=dict(config.consumers),
     )

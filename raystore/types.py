@@ -24,9 +24,11 @@ from raystore.core.lifecycle import (
     AttemptStatus,
     GroupStatus,
     Outcome,
+    RetryOutcome,
     RolloutStatus,
     WorkerStatus,
 )
+from raystore.core.schema import MAX_BACKOFF_SECONDS, MAX_FACTOR, MAX_RETRIES
 from raystore.errors import PayloadLostError
 from raystore.spans import AttributeValue as AttributeValue
 from raystore.spans import Event as Event
@@ -46,8 +48,8 @@ __all__ = [
     "EnqueueRolloutRequest", "Group", "GroupBatch", "GroupStatus", "LedgerEntry", "LightningStoreCapabilities",
     "LightningStoreStatistics", "NamedResources", "ObjectResource", "Outcome", "Page", "PaginatedResult",
     "PromptTemplate", "ProxyLLM", "QueueLimit", "QueuePause", "Resource", "ResourceUnion", "ResourcesUpdate",
-    "Rollout", "RolloutConfig", "RolloutMode", "RolloutStatus", "StoreInfo", "TagValue", "TakenGroup", "TaskInput",
-    "Unset", "Worker", "WorkerStatus", "is_finished", "is_queuing", "is_running",
+    "RetryOutcome", "RetryRule", "Rollout", "RolloutConfig", "RolloutMode", "RolloutStatus", "StoreInfo", "TagValue",
+    "TakenGroup", "TaskInput", "Unset", "Worker", "WorkerStatus", "is_finished", "is_queuing", "is_running",
 ]  # fmt: skip
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -67,6 +69,10 @@ def _tag(value: Any) -> Any:
 
 _Tag = Annotated[TagValue, BeforeValidator(_tag)]
 _Seconds = Annotated[float, Field(ge=0), BeforeValidator(scalar)]  # which NaN is not
+_Backoff = Annotated[float, Field(ge=0, le=MAX_BACKOFF_SECONDS), BeforeValidator(scalar)]
+_Retries = Annotated[int, Field(ge=0, le=MAX_RETRIES), BeforeValidator(scalar)]
+_Factor = Annotated[float, Field(ge=1, le=MAX_FACTOR), BeforeValidator(scalar)]
+_Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(scalar)]
 _Whole = Annotated[int, BeforeValidator(scalar)]
 _Positive = Annotated[int, Field(ge=1), BeforeValidator(scalar)]
 SortOrder = Literal["asc", "desc"]
@@ -98,11 +104,46 @@ def _get_unset() -> _UnsetType:
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
+class RetryRule(Model, extra="forbid"):
+    """How often a rollout is tried again after attempts with one outcome, and after which delays.
+
+    During a delay the rollout is "requeuing", keeps its place in the queue, and is not handed out. The delay before the
+    first retry is `backoff_seconds`, and each further one is `factor` times longer, up to `max_backoff_seconds`. Raises
+    pydantic's `ValidationError`, also for an unknown field.
+
+    Attributes:
+        max_retries: attempts after those with this outcome, at most 1,000; 0: the rollout fails at the first.
+        backoff_seconds: delay before the first retry, at most 1,000,000; 0: all retries are at once.
+        factor: by which the delay grows from one retry to the next, from 1 to 1,000.
+        max_backoff_seconds: the longest delay; None: 1,000,000.
+        jitter: share of the delay, 0 to 1, that chance may take off, so that what failed together is not tried again
+            together.
+    """
+
+    max_retries: _Retries
+    backoff_seconds: _Backoff = 1.0
+    factor: _Factor = 2.0
+    max_backoff_seconds: _Backoff | None = None
+    jitter: _Share = 0.1
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        longest = self.max_backoff_seconds
+        if longest is not None and longest < self.backoff_seconds:
+            first = self.backoff_seconds
+            raise ValueError(
+                f"max_backoff_seconds={longest} is below backoff_seconds={first}, which is the first delay"
+            )
+        return self
+
+
 class RolloutConfig(Model, extra="forbid"):
     """When an attempt of a rollout is given up, and what is tried again.
 
     A rollout is tried again only if the status of its attempt is in `retry_condition` *and* `max_attempts` allows
     another attempt. Each of the two alone does nothing, and warns unless the other is given too (`retry_condition=[]`).
+    An outcome with a rule in `retry_rules` has an allowance of its own instead: of it only the rule decides, and its
+    attempts count neither for `max_attempts` nor for the store's `max_deliveries`.
     Raises pydantic's `ValidationError`, also for an unknown field: `RolloutConfig(timeout=60)` would otherwise mean "no
     timeout".
 
@@ -111,12 +152,17 @@ class RolloutConfig(Model, extra="forbid"):
         unresponsive_seconds: seconds without a span or heartbeat until an attempt is unresponsive; None: never.
         max_attempts: attempts in all, 1 or more; those lost with their process, or aborted, do not count.
         retry_condition: attempt statuses ("failed", "timeout", "unresponsive") after which it is tried again.
+        retry_rules: rules by outcome ("agent_error", "timeout", "unresponsive", "infra", "runner_lost"), with delays:
+            `{"timeout": rs.RetryRule(max_retries=2, backoff_seconds=30)}`. Of losses with its process those count for
+            which the rollout is to blame.
     """
 
     timeout_seconds: _Seconds | None = None
     unresponsive_seconds: _Seconds | None = None
     max_attempts: _Whole = Field(default=1, ge=1)
     retry_condition: list[AttemptStatus] = Field(default_factory=list)
+    # added
+    retry_rules: dict[RetryOutcome, RetryRule] = Field(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -170,6 +216,7 @@ class Rollout(StoredModel):
         priority: of two rollouts in a queue, that with the larger number is claimed first.
         tags: up to 16 values that queries can filter by.
         reward: the last primary reward that its attempts reported; None if there is none.
+        requeued_from: the rollout in whose place it was made (`requeue`); None for all others.
     """
 
     rollout_id: str
@@ -187,6 +234,7 @@ class Rollout(StoredModel):
     priority: int = 0
     tags: dict[str, TagValue] = Field(default_factory=dict)
     reward: float | None = None
+    requeued_from: str | None = None
 
 
 class Attempt(StoredModel):
@@ -765,6 +813,8 @@ class LightningStoreStatistics(TypedDict, total=False):
     unserved_queues: dict[str, float]  # in which rollouts wait, and for how long no process has asked for work of it
     held_back: int  # of those that wait: their resources cannot be had until they are published again
     held_back_by_resources: dict[str, int]
+    backing_off: int  # of those that wait: an attempt ended badly, and the delay of a `RetryRule` is not over
+    backing_off_by_queue: dict[str, int]
     paused: list[dict[str, Any]]  # of each pause, the oldest first, what `QueuePause` says
     queue_limits: dict[str, dict[str, Any]]  # of each queue with limits the rest of its `QueueLimit`
     rollouts_by_status: dict[str, int]

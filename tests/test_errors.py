@@ -18,6 +18,7 @@ FACTS: list[tuple[rs.StoreError, dict[str, Any]]] = [
     (rs.InvalidValueError("n", "v", "e"), {"name": "n", "value": "v", "expected": "e"}),
     (rs.ConflictError("ro", ["input"]), {"rollout_id": "ro", "differing": ["input"]}),
     (rs.SealedError("ro", ["t"]), {"rollout_id": "ro", "consumers": ["t"], "differing": ()}),
+    (rs.RolloutSucceededError("ro"), {"rollout_id": "ro", "differing": ()}),
     (rs.BatchConflictError("t", "w"), {"consumer": "t", "why": "w", "rollout_id": None}),
     (rs.BatchHeldError("t", [[1, 2, "s"]], 1), {"held": [[1, 2, "s"]], "max_open": 1, "rollout_id": None}),
     (rs.OverloadedError(3, 2, 0.5), {"number": 3, "bound": 2, "retry_after_seconds": 0.5, "asked": 1}),

@@ -65,8 +65,15 @@ def test_no_tracked_link_leaves_the_tree() -> None:
 
 
 def test_state_diagrams_are_drawn_from_the_tables() -> None:
-    """`python docs/draw_states.py` writes docs/states.md; it is up to date, and so is the README."""
+    """`python docs/draw_states.py` writes docs/states.md; it is up to date, and so are the README and docs/rl.md."""
     subprocess.run([sys.executable, ROOT / "docs/draw_states.py", "--check"], check=True)
+
+
+def test_pictures_of_stragglers_show_what_the_core_does() -> None:
+    """`python docs/draw_choices.py` runs the core and writes docs/rl/*.svg; docs/rl.md shows each."""
+    subprocess.run([sys.executable, ROOT / "docs/draw_choices.py", "--check"], check=True)
+    shown = set(re.findall(r"\]\((rl/\w+\.svg)\)", (ROOT / "docs/rl.md").read_text()))
+    assert shown == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs/rl").glob("*")}
 
 
 def test_conformance_names_tests_that_exist() -> None:

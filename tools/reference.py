@@ -52,7 +52,7 @@ GROUPS = [
         "What a driver asks to have run.",
         """
         enqueue_rollout enqueue_many_rollouts enqueue_group enqueue_many_groups EnqueueRolloutRequest
-        EnqueueGroupRequest RolloutConfig cancel_rollouts update_rollout
+        EnqueueGroupRequest RolloutConfig RetryRule cancel_rollouts update_rollout requeue
         """,
     ),
     (
@@ -127,6 +127,7 @@ ALIASES = {
     "AttemptStatus": "where an attempt stands",
     "GroupStatus": "where a group stands",
     "Outcome": "why an attempt ended",
+    "RetryOutcome": "outcomes for which a `RolloutConfig` may have a rule",
     "RolloutMode": "what a rollout is for",
     "WorkerStatus": "what a worker does",
     "TaskInput": "the task of an agent: anything that can be pickled",

@@ -447,6 +447,11 @@ class StoreClient(RunnerStore):
         }
         return convert.all_of(convert.to_any_rollout, await self._transport.call("cancel_rollouts", arguments))
 
+    async def requeue(self, rollout_ids: Sequence[str]) -> list[AnyRollout]:
+        ids = checks.identifiers("rollout_ids", rollout_ids)
+        answer = await self._transport.call("requeue", {"rollout_ids": ids})
+        return convert.all_of(convert.to_any_rollout, await self._whole(answer))
+
     async def release(self, rollout_ids: Sequence[str]) -> int:
         ids = checks.identifiers("rollout_ids", rollout_ids)
         return int(await self._transport.call("release", {"rollout_ids": ids}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raystore.core import lifecycle, queries, workers
+from raystore.core import lifecycle, queries, retries, workers
 from raystore.core.lifecycle import ACTIVE, AT_WORK, FINISHED, SPAN, attempt_after
 from raystore.core.payload import OnDisk, bounded_error
 from raystore.core.records import Attempt, Many, Span
@@ -101,16 +101,24 @@ def _follow(state: State, step: Step, entry: Entry) -> None:
     rollout = entry.rollout
     if entry.is_sealed or not lifecycle.follows_attempts(rollout.status):
         return
+    rule = lifecycle.rule_for(attempt.outcome, rollout.config)
     status = lifecycle.rollout_after(
         attempt.status,
         attempt.outcome,
         rollout.config,
         charged=entry.charged,
-        deliveries_left=entry.deliveries < state.settings.max_deliveries,
+        deliveries_left=retries.deliveries_left(state, entry),
+        retries_left=None if rule is None else retries.used(entry, rule) <= rule.max_retries,
     )
+    if status == "failed" and rollout.status in lifecycle.QUEUED and len(entry.attempts) <= entry.forgiven:
+        return  # a late word of an attempt that ended before the rollout was requeued by hand
     if status != rollout.status:
         # Work that was lost or aborted gets its old place back: its agent did not fail.
-        move(state, step, entry, status, keep_place=attempt.outcome in lifecycle.UNCHARGED)
+        keep_place = attempt.outcome in lifecycle.UNCHARGED
+        if rule is not None and status in lifecycle.QUEUED:
+            retries.back_off(state, step, entry, rule, keep_place=keep_place)
+        else:
+            move(state, step, entry, status, keep_place=keep_place)
     elif attempt.status in ACTIVE:
         state.deadlines.guard(rollout.rollout_id)
 
@@ -138,6 +146,7 @@ def settle(
         after.end_time = step.now
     entry.deliveries += lifecycle.uses_delivery(event, is_charged=is_charged)
     if event == lifecycle.LOSS:
+        entry.blames += is_charged and lifecycle.rule_for("runner_lost", entry.rollout.config) is not None
         if not orderly:
             entry.suspect = True
             entry.losses += 1

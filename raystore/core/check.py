@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any
 
-from raystore.core import claims, groups, lifecycle, training
+from raystore.core import claims, groups, lifecycle, retries, training
 from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry
 from raystore.core.gates import KEPT
 from raystore.core.group_table import CANCELLED, FAILED, FILLING, LIVE, TRAINED_ON, GroupEntry
@@ -47,6 +47,10 @@ def check(state: State) -> None:
     for rollout_id in state.suspects:
         state.patience_deadlines.check((False, rollout_id))
     for rollout_id in state.queues:
+        if state.queues.backs_off_until(rollout_id) is not None:
+            assert state.entries[rollout_id].rollout.status == "requeuing", f"{rollout_id} backs off"
+            state.deadlines.check(rollout_id)
+            continue
         assert state.queues.waits_for(rollout_id) == _hindrance(state, rollout_id), f"{rollout_id} is held back wrongly"
     payloads = sum(entry.bytes for entry in state.entries.values())
     payloads += sum(size_of(worker.heartbeat_stats) for worker in state.workers.values())
@@ -88,6 +92,8 @@ def _check_entry(state: State, rollout_id: str) -> None:
         assert lifecycle.is_possible(attempt), f"a lost attempt is {attempt.status}"
     for attempt in entry.attempts[:-1]:
         assert not is_live(attempt), f"attempt {attempt.attempt_id} is live and superseded"
+    assert 0 <= entry.forgiven <= len(entry.attempts), f"{rollout_id} is forgiven {entry.forgiven} attempts"
+    assert 0 <= entry.blames <= entry.deliveries, f"{rollout_id} is to blame for {entry.blames} losses"
     if entry.rollout.status in ACTIVE:
         state.deadlines.check(rollout_id)
     if state.spans.has(rollout_id):
@@ -203,7 +209,9 @@ def _check_gates(state: State) -> None:
 
 
 def _held_back(state: State, resources_id: str | None, rollout_id: str) -> str:
-    """That a rollout is held back, why, and what releases it."""
+    """That a rollout is held back, why, and what releases it; or that it backs off."""
+    if (until := state.queues.backs_off_until(rollout_id)) is not None:
+        return f", backs off until {until + state.paused:.6f}"
     if resources_id is None or not state.queues.is_held(rollout_id):
         return ""
     version, why = state.resources.missing[resources_id]
@@ -272,6 +280,9 @@ def story(state: State, rollout_id: str) -> list[str]:
             + (", durable" if taken.is_durable else "")
         )
     lines += [f"awaited by {name!r}" for name, known in state.consumers.items() if rollout_id in known.awaiting]
+    if rollout.requeued_from is not None:
+        lines.append(f"requeued from {rollout.requeued_from}")
+    lines += [f"requeued as {other}" for other in state.indexes.find(("requeued_from", rollout_id))]
     for tried in entry.attempts:
         held = entry.holders.get(tried.attempt_id)
         lines.append(
@@ -346,6 +357,7 @@ def counts(state: State) -> dict[str, Any]:
         "held_back_by_resources": {
             name: count for name, count in state.queues.held_counts().items() if name not in (CLOSED, NO_SLOT)
         },
+        **retries.describe(state),
         "groups_by_status": state.groups.counts(),
         "rollouts_by_status": {status: count for status, count in by_status.items() if count},
         "suspects": len(state.suspects),

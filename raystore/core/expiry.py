@@ -1,4 +1,4 @@
-"""Deadlines: attempts that time out or fall silent, groups, claims and sessions that expire, what retention deletes.
+"""Deadlines: attempts that time out or fall silent, backoffs, groups, claims and sessions, what retention deletes.
 
 Before every operation the service calls `due`, which finds the deadlines that have passed, and `advance`, which applies
 them. So no answer shows an attempt that runs past its deadline. The cost depends on how many deadlines have passed, not
@@ -19,6 +19,7 @@ from raystore.core import claims, feeds, groups, pauses, retention
 from raystore.core.attempts import settle
 from raystore.core.claims import end_session, offer_to_anybody
 from raystore.core.lifecycle import ACTIVE, OUTCOME_OF_EVENT, SILENCE, TIMEOUT
+from raystore.core.rollouts import end_backoff
 from raystore.core.state import Entry, HandedKey, State, Step
 
 SLICE = 1_000  #: deadlines worked off in one step
@@ -28,7 +29,7 @@ SLICE = 1_000  #: deadlines worked off in one step
 class Due:
     """What is due at one instant, by name: found by whoever has a clock, worked off by `advance`."""
 
-    expired: list[str]  # rollouts whose latest attempt timed out or fell silent
+    expired: list[str]  # rollouts whose latest attempt timed out or fell silent, or that have backed off long enough
     withdrawn: list[tuple[str, HandedKey]]  # claims and batches, with their sessions
     silent: list[str]  # sessions that have ended
     forgotten: list[str]  # sessions that ended long ago
@@ -104,7 +105,10 @@ def _is_due(state: State, rollout_id: str, active_now: float) -> bool:
 
 
 def expire(state: State, step: Step, entry: Entry, active_now: float) -> None:
-    """The latest attempt of a rollout timed out or fell silent."""
+    """The latest attempt of a rollout timed out or fell silent, or the backoff of the rollout is over."""
+    if state.queues.backs_off_until(entry.rollout.rollout_id) is not None:
+        end_backoff(state, step, entry)
+        return
     timeout = entry.rollout.config.timeout_seconds
     timed_out = timeout is not None and active_now - entry.clocks[-1].start > timeout
     latest = entry.attempts[-1]
@@ -160,6 +164,7 @@ def resume(state: State, step: Step, away: float) -> None:
                 entry.clocks[-1].beat = step.now - state.paused
             state.deadlines.guard(rollout_id)
     state.suspects = dict.fromkeys(state.suspects, step.age)
+    state.guard_backoffs()
     state.guard_groups()
     state.guard_sessions()
     feeds.settle(state, step)
@@ -167,7 +172,7 @@ def resume(state: State, step: Step, away: float) -> None:
 
 
 def next_deadline(state: State) -> float | None:
-    """When `advance` will next have something to do for attempts and groups, on the store's clock."""
+    """When `advance` will next have something to do for rollouts and groups, on the store's clock."""
     found = (deadlines.next() for deadlines in (state.deadlines, state.group_deadlines))
     deadline = min((deadline for deadline in found if deadline is not None), default=None)
     return None if deadline is None else deadline + state.paused

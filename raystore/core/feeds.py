@@ -350,9 +350,9 @@ def forget(state: State, step: Step, *, consumer: Id) -> int:
 
 
 def _queued(state: State, feed: FeedEntry) -> list[str]:
-    """The rollouts of a feed that wait."""
+    """The rollouts of a feed that wait, and do not back off."""
     members = (i for item in feed.items.values() for i in state.groups.by_id[item.group_id].members)
-    return [i for i in members if i in state.queues]
+    return [i for i in members if i in state.queues and state.queues.backs_off_until(i) is None]
 
 
 def _offer(state: State, step: Step, feed: FeedEntry) -> None:
@@ -458,6 +458,8 @@ def _needs_slot(state: State, rollout_id: str) -> bool:
     if entry is None:
         return False
     if entry.rollout.status in QUEUED:
+        if state.queues.backs_off_until(rollout_id) is not None:
+            return False
         return state.queues.waits_for(rollout_id) != CLOSED
     return entry.rollout.end_time is None
 

@@ -1,10 +1,10 @@
 """What is kept with every change so that no question needs a scan.
 
-`Indexes` map a value (a status, group, tag, queue or worker) to the ids of rollouts. The feed of changes and the log of
-completions are read with a cursor, a sequence number: "give me what follows this one". Sequence numbers only grow, so
-a reader that comes back resumes exactly. The feed is bounded and says so (`CursorTooOldError`); the completion log has
-one entry for each finished rollout and keeps it as long as the rollout. `WatchSets` names the rollouts that one caller
-reads the log for.
+`Indexes` map a value (a status, group, tag, queue, worker or predecessor) to the ids of rollouts. The feed of changes
+and the log of completions are read with a cursor, a sequence number: "give me what follows this one". Sequence numbers
+only grow, so a reader that comes back resumes exactly. The feed is bounded and says so (`CursorTooOldError`); the
+completion log has one entry for each finished rollout and keeps it as long as the rollout. `WatchSets` names the
+rollouts that one caller reads the log for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def keys_of(rollout: Rollout, attempt: Attempt | None) -> Iterator[Key]:
     yield "queue", rollout.queue
     if rollout.group_id is not None:
         yield "group", rollout.group_id
+    if rollout.requeued_from is not None:
+        yield "requeued_from", rollout.requeued_from
     for name, value in rollout.tags.items():
         yield "tag", (name, value)
     if attempt is not None and attempt.worker_id is not None:
@@ -106,6 +108,8 @@ class Indexes:
 # -- by time -----------------------------------------------------------------------------------------------------------
 
 FEED_LENGTH = 100_000  #: changes kept
+CROWD = 100  #: rollouts of one instant that are walked past each time
+CROWDED = 100_000  #: ids in all crowds together; the newest one is kept in any case
 WATCHED = 200_000  #: ids of rollouts in all sets together; the newest set is kept in any case
 
 
@@ -216,6 +220,41 @@ class CompletionLog:
             sequence, rollout_id = self._sequences[index], self._ids[index]
             if self._place.get(rollout_id) == sequence:
                 yield sequence, rollout_id
+
+
+class Crowds:
+    """Rollouts of one instant, if they are many, as those of one bulk call are: kept by who has walked past them.
+
+    Of the newest instant the first rollouts come first, so that a page of the newest begins behind all of it.
+    """
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[float, tuple[int, list[str]]] = OrderedDict()  # the last that was asked for is last
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def find(self, time: float, newest: int) -> list[str] | None:
+        """The rollouts of an instant, in their order; None if it is not kept, or has got newer ones since.
+
+        `newest` is the number of the newest one now. Some may have been deleted since.
+        """
+        number, ids = self._ids.get(time, (0, []))
+        if number < newest:
+            return None
+        self._ids.move_to_end(time)
+        return ids
+
+    def keep(self, time: float, newest: int, rollout_ids: list[str]) -> None:
+        """Keep the rollouts of an instant, if they are many."""
+        if len(rollout_ids) <= CROWD:
+            return
+        self._length += len(rollout_ids) - len(self._ids.pop(time, (0, []))[1])
+        self._ids[time] = newest, rollout_ids
+        while self._length > CROWDED and len(self._ids) > 1:
+            _, (_, gone) = self._ids.popitem(last=False)
+            self._length -= len(gone)
 
 
 class WatchSets:

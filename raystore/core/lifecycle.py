@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
-from raystore.core.records import Attempt, Config, Worker
+from raystore.core.records import Attempt, Config, RetryRule, Worker
 
 RolloutStatus: TypeAlias = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
 AttemptStatus: TypeAlias = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
@@ -30,6 +30,8 @@ Outcome: TypeAlias = Literal[
     "superseded",  # another attempt was started by hand
     "dropped",  # the agent raised `rs.Drop`: the rollout is not to be trained on
 ]
+#: Outcomes of which a rule may say how often the rollout is tried again.
+RetryOutcome: TypeAlias = Literal["agent_error", "timeout", "unresponsive", "infra", "runner_lost"]
 Trainable: TypeAlias = Literal["succeeded", "failed"]
 GroupStatus: TypeAlias = Literal["open", "complete", "trained", "filtered", "stale", "failed", "cancelled"]
 
@@ -37,11 +39,13 @@ ROLLOUT_STATUSES: tuple[str, ...] = get_args(RolloutStatus)
 ATTEMPT_STATUSES: tuple[str, ...] = get_args(AttemptStatus)
 WORKER_STATUSES: tuple[str, ...] = get_args(WorkerStatus)
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
+RETRY_OUTCOMES: tuple[str, ...] = get_args(RetryOutcome)
 GROUP_STATUSES: tuple[str, ...] = get_args(GroupStatus)
 
 QUEUED = frozenset({"queuing", "requeuing"})
 ACTIVE = frozenset({"preparing", "running"})
 FINISHED = frozenset({"failed", "succeeded", "cancelled"})
+REQUEUABLE = FINISHED - {"succeeded"}  #: rollouts that `requeue` lets wait again
 TRAINABLE: tuple[str, ...] = ("failed", "succeeded")  #: rollouts that a consumer may be given
 
 # Statuses of an attempt:
@@ -173,12 +177,19 @@ def attempt_after(status: str, event: str, outcome: str | None = None) -> str:
 
 
 def rollout_after(
-    attempt_status: str, outcome: str | None, config: Config, *, charged: int, deliveries_left: bool
+    attempt_status: str,
+    outcome: str | None,
+    config: Config,
+    *,
+    charged: int,
+    deliveries_left: bool,
+    retries_left: bool | None = None,
 ) -> str:
     """The status of a rollout whose latest attempt just took `attempt_status`.
 
     `charged` counts the attempts that `max_attempts` limits, this one included; for a store that is driven only by
     the contract's own calls it is the attempt's sequence number, which is what the reference compares.
+    `retries_left` is what the rule for this outcome says, which goes before all else; None if there is no rule.
     """
     if attempt_status not in ATTEMPT_STATUSES:
         raise ValueError(f"Invalid attempt status: {attempt_status}")
@@ -188,11 +199,18 @@ def rollout_after(
         return "cancelled"
     if outcome == "dropped":
         return "failed"
+    if retries_left is not None:
+        return "requeuing" if retries_left else "failed"
     if outcome in UNCHARGED:
         return "requeuing" if deliveries_left or outcome == "withdrawn" else "failed"
     if attempt_status in config.retry_condition and charged < config.max_attempts:
         return "requeuing"
     return "failed"
+
+
+def rule_for(outcome: str | None, config: Config) -> RetryRule | None:
+    """The rule for attempts with an outcome, if there is one."""
+    return next((rule for rule in config.retry_rules if rule.outcome == outcome), None)
 
 
 def follows_attempts(rollout_status: str) -> bool:

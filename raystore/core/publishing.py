@@ -102,7 +102,11 @@ def hold_back(state: State, step: Step, resources_id: str, version: int, why: st
     if newest is None or newest.version != version or resources_id in table.missing:
         return False
     table.missing[resources_id] = (version, why)
-    waiting = [i for i in state.queues if state.entries[i].rollout.resources_id == resources_id]
+    waiting = [
+        i
+        for i in state.queues
+        if state.entries[i].rollout.resources_id == resources_id and state.queues.backs_off_until(i) is None
+    ]  # what backs off is held back afterwards, if these are still missing then
     put_anew(state, step, waiting)
     state.changes.append(
         step.now, "held_back", resources_id=resources_id, version=version, rollouts=len(waiting), why=why

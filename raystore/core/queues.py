@@ -5,7 +5,8 @@ are removed once most of the heap is stale.
 
 A queue is ordered by priority, then by arrival: one order key per waiting rollout, `(-priority, arrival)`; with
 defaults everywhere that is the contract's FIFO. A rollout keeps its key for life, so that one that comes back keeps its
-place. A rollout that is *held back* keeps its key too, and is not handed out until it is put in line again.
+place. A rollout that is *held back* keeps its key too, and is not handed out until it is put in line again: when its
+resources can be had, or, if it *backs off* after a failed attempt, when its time has come.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ Order = tuple[int, int]
 Line = tuple[str, int]  #: queue, and one of
 
 #: Lines of a queue. PLAIN: for any session. ASIDE: suspects, for a session that runs nothing else. OVERDUE: suspects
-#: for which no such session came in time, for any session. HELD: rollouts that are held back, for none.
+#: for which no such session came in time, for any session. HELD: rollouts that are held back or back off, for none.
 PLAIN, ASIDE, OVERDUE, HELD = LINES = range(4)
 
 
@@ -148,6 +149,7 @@ class Queues:
         self._lengths: dict[str, int] = {}
         self._held: dict[str, dict[str, None]] = {}  # by what they wait for
         self._waits_for: dict[str, str] = {}  # the same by rollout
+        self._backoffs: dict[str, float] = {}  # until when each of those that back off does
         self.arrivals: int = 0  #: places at the tail that were given
 
     def __len__(self) -> int:
@@ -160,22 +162,31 @@ class Queues:
         return iter(self.line_of)
 
     def orders(self) -> list[tuple[str, tuple[Any, ...], Order]]:
-        """Each rollout that waits, its line (with the resources id that it waits for, if any), and its order key."""
+        """Each rollout that waits, its line, and its order key.
+
+        The line of one that is held is with what it waits for: a resources id, or the end of its backoff.
+        """
         return [
             (
                 rollout_id,
-                (*line, self._waits_for[rollout_id]) if line[1] == HELD else line,
+                (*line, self._held_for(rollout_id)) if line[1] == HELD else line,
                 self._lines[line][rollout_id][0],
             )
             for rollout_id, line in self.line_of.items()
         ]
 
+    def _held_for(self, rollout_id: str) -> str | float:
+        until = self._backoffs.get(rollout_id)
+        return self._waits_for[rollout_id] if until is None else until
+
     def restore(self, orders: Iterable[tuple[str, tuple[Any, ...], Order]], arrivals: int) -> None:
         """Fill empty queues with what `orders` and `arrivals` returned."""
         for rollout_id, (queue, line, *waits_for), order in orders:
             place = (order[0], order[1])
-            if waits_for:
+            if waits_for and isinstance(waits_for[0], str):
                 self.hold(queue, rollout_id, place, waits_for[0])
+            elif waits_for:
+                self.back_off(queue, rollout_id, place, waits_for[0])
             else:
                 self.put(queue, rollout_id, place, line=int(line))
         self.arrivals = arrivals
@@ -208,17 +219,35 @@ class Queues:
         self._waits_for[rollout_id] = waits_for
         self._held.setdefault(waits_for, {})[rollout_id] = None
 
+    def back_off(self, queue: str, rollout_id: str, order: Order, until: float) -> None:
+        """Let a rollout wait at its place, and be passed over until an instant; it must not be waiting yet."""
+        self.put(queue, rollout_id, order, line=HELD)
+        self._backoffs[rollout_id] = until
+
     def held(self, waits_for: str) -> list[str]:
         """The rollouts that are held back for something."""
         return list(self._held.get(waits_for, ()))
 
     def is_held(self, rollout_id: str) -> bool:
-        """Whether a rollout is held back."""
+        """Whether a rollout is held back, since its resources cannot be had."""
         return rollout_id in self._waits_for
 
     def waits_for(self, rollout_id: str) -> str | None:
         """What a rollout is held back for, if it is."""
         return self._waits_for.get(rollout_id)
+
+    @property
+    def backing_off(self) -> list[str]:
+        """The rollouts that back off."""
+        return list(self._backoffs)
+
+    def backs_off_until(self, rollout_id: str) -> float | None:
+        """Until when a rollout backs off; None if it does not."""
+        return self._backoffs.get(rollout_id)
+
+    def backoffs(self, queue: str) -> list[float]:
+        """Until when each rollout of a queue backs off that does. Looks at all that back off."""
+        return [until for rollout_id, until in self._backoffs.items() if self.line_of[rollout_id][0] == queue]
 
     def held_counts(self) -> dict[str, int]:
         """How many rollouts are held back, by what they wait for."""
@@ -231,7 +260,7 @@ class Queues:
     @property
     def are_offering(self) -> bool:
         """Whether any queue has a rollout that is not held back."""
-        return len(self.line_of) > len(self._waits_for)
+        return len(self.line_of) > len(self._waits_for) + len(self._backoffs)
 
     def discard(self, rollout_id: str) -> bool:
         """Take a rollout out of line wherever it stands; whether it stood there."""
@@ -240,7 +269,7 @@ class Queues:
             return False
         del self._lines[line][rollout_id]
         queue = line[0]
-        if line[1] == HELD:
+        if line[1] == HELD and self._backoffs.pop(rollout_id, None) is None:
             waits_for = self._waits_for.pop(rollout_id)
             del self._held[waits_for][rollout_id]
             if not self._held[waits_for]:
@@ -286,7 +315,8 @@ class Queues:
         assert found == self.line_of, "a waiting rollout is not in its line"
         assert sum(map(len, self._lines.values())) == len(self.line_of), "a rollout waits twice"
         held = {rollout_id for rollout_id, line in self.line_of.items() if line[1] == HELD}
-        assert self._waits_for.keys() == held, "what is held back is not known to be"
+        assert self._waits_for.keys() | self._backoffs.keys() == held, "what is held back is not known to be"
+        assert not self._waits_for.keys() & self._backoffs.keys(), "a rollout that backs off is held back"
         assert {i: name for name, ids in self._held.items() for i in ids} == self._waits_for, (
             "what is held back for what"
         )

@@ -11,10 +11,10 @@ Not here: validation and the public pydantic classes (`raystore.types`); a test 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
-from typing import Any, Self, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, Self, TypeVar, dataclass_transform
 
 from raystore.core.payload import OnDisk, Opaque
 
@@ -39,6 +39,8 @@ class Field:
     stored_as: str = ""  # its name in a snapshot
     in_snapshot: bool = True
     in_digest: bool = True
+    in_rows: bool = True  # else only rows in which it is not empty have it, as the last of their values
+    is_later: bool = False  # digests were recorded before it was there: they show it only if it is not as usual
 
 
 def declare(default: Any = MISSING, *, make: Callable[[], Any] | None = None, **how: Any) -> Any:
@@ -96,10 +98,19 @@ def unpacked(cls: Any, values: dict[str, Any]) -> Any:
     return made
 
 
-def shown(record: Any) -> list[Any]:
-    """What of a record a replay must reproduce."""
+def shown(record: Any, content: Turn = _same, without: Container[str] = ()) -> list[Any]:
+    """What of a record a replay must reproduce, `without` some fields; `content` says how a value stands there."""
+    made: list[Any] = []
     kind: Any = type(record)
-    return [field.shows(getattr(record, field.name)) for field in digest_fields(kind)]
+    for field in digest_fields(kind):
+        if field.name in without:
+            continue
+        value = getattr(record, field.name)
+        if not field.is_later:
+            made.append(content(field.shows(value)))
+        elif field.default is None or value != field.default():
+            made.append((field.name, content(field.shows(value))))
+    return made
 
 
 def pairs(mapping: dict[Any, Any]) -> list[Any]:
@@ -131,16 +142,31 @@ def record(cls: T) -> T:
     Written out because `dataclasses.replace` costs 2 µs and these run several times per operation.
     """
     made = dataclass(slots=True)(cls)
-    names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+    kind: Any = made
+    names = [field.name for field in dataclasses.fields(kind)]
     source = ["def evolve(self, **changes):", "    new = object.__new__(type(self))"]
     source += [f"    new.{name} = self.{name}" for name in names]
     source += ["    for name, value in changes.items():", "        setattr(new, name, value)", "    return new"]
-    source += ["def row(self):", f"    return ({', '.join(f'self.{name}' for name in names)},)"]
+    source += ["def row(self):"]
+    if not declared(kind)[-1].in_rows:
+        source += [f"    if not self.{names[-1]}:", f"        return ({', '.join(f'self.{n}' for n in names[:-1])},)"]
+    source += [f"    return ({', '.join(f'self.{name}' for name in names)},)"]
     namespace: dict[str, Any] = {}
     exec("\n".join(source), namespace)
     made.evolve = namespace["evolve"]  # type: ignore[method-assign]
     made.row = namespace["row"]  # type: ignore[method-assign]
     return made  # type: ignore[return-value]
+
+
+class RetryRule(NamedTuple):
+    """How often a rollout is tried again after attempts with one outcome, and after which delays."""
+
+    outcome: str
+    max_retries: int
+    backoff_seconds: float  #: before the first retry
+    factor: float  #: by which the delay grows from one retry to the next
+    max_backoff_seconds: float | None  #: it grows no longer than this; None: without a bound
+    jitter: float  #: the share of the delay that chance may take off
 
 
 @record
@@ -151,6 +177,14 @@ class Config(Record):
     unresponsive_seconds: float | None = None
     max_attempts: int = 1
     retry_condition: tuple[str, ...] = ()
+    #: At most one for each outcome. Rows of configurations are in journals, and repeated requests are compared by them.
+    retry_rules: tuple[RetryRule, ...] = declare((), in_rows=False)
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Config:
+        """A configuration of its row."""
+        rules = tuple(RetryRule(*rule) for rule in row[4]) if len(row) > 4 else ()
+        return cls(row[0], row[1], row[2], tuple(row[3]), rules)
 
 
 @record
@@ -171,6 +205,7 @@ class Rollout(Record):
     priority: int
     tags: dict[str, Any]
     reward: float | None
+    requeued_from: str | None = declare(None, is_later=True)
 
 
 @record

@@ -7,7 +7,7 @@ Not here: starting, settling and cancelling attempts (`attempts`), handing work 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any
 
@@ -72,13 +72,14 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
         mode=request.get("mode"),
         resources_id=latest if resources_id is None else resources_id,
         status=status,
-        config=state.settings.default_config if config is None else Config(*config),
+        config=state.settings.default_config if config is None else Config.of(config),
         metadata=request.get("metadata"),
         group_id=request.get("group_id"),
         queue=request.get("queue", "default"),
         priority=request.get("priority", 0),
         tags=request.get("tags") or {},
         reward=None,
+        requeued_from=request.get("requeued_from"),
     )
     given = content_of(request) if rollout_id is not None else None
     size = of_rollout(rollout.input, rollout.metadata, rollout.tags)
@@ -173,12 +174,19 @@ def check_requests(state: State, requests: Sequence[Mapping[str, Any]], *, new: 
         raise OverloadedError(len(state.queues), limit, RETRY_AFTER_SECONDS, new)
 
 
-def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int]) -> None:
-    """Let a rollout wait at its place in its queue; a suspect waits aside, for a session of its own."""
+def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int], *, until: float | None = None) -> None:
+    """Let a rollout wait at its place in its queue; a suspect waits aside, for a session of its own.
+
+    With `until` it backs off, and is not handed out before that instant.
+    """
     rollout = entry.rollout
     entry.order = order
     if rollout.group_id is not None:
         state.note_member(rollout)
+    if until is not None:
+        state.queues.back_off(rollout.queue, rollout.rollout_id, order, until)
+        state.deadlines.guard(rollout.rollout_id, until)
+        return
     if rollout.resources_id in state.resources.missing:
         state.queues.hold(rollout.queue, rollout.rollout_id, order, rollout.resources_id)
         return
@@ -209,6 +217,14 @@ def unqueue(state: State, entry: Entry) -> None:
         stop_waiting(state, rollout_id)
 
 
+def end_backoff(state: State, step: Step, entry: Entry) -> None:
+    """Let a rollout that backs off wait like any other, at its place."""
+    assert entry.order is not None
+    unqueue(state, entry)
+    enter_queue(state, step, entry, entry.order)
+    state.changes.append(step.now, "backoff_over", entry.rollout.rollout_id)
+
+
 def stop_waiting(state: State, rollout_id: str) -> None:
     """Let a suspect not wait for a session of its own any more."""
     if state.suspects.pop(rollout_id, None) is None or state.suspects:
@@ -221,9 +237,16 @@ def stop_waiting(state: State, rollout_id: str) -> None:
 
 
 def move(
-    state: State, step: Step, entry: Entry, status: str, *, keep_place: bool = False, kind: str | None = None
+    state: State,
+    step: Step,
+    entry: Entry,
+    status: str,
+    *,
+    keep_place: bool = False,
+    kind: str | None = None,
+    until: float | None = None,
 ) -> None:
-    """Give a rollout a status, and do all that follows from it."""
+    """Give a rollout a status, and do all that follows from it; if it is to wait, it backs off `until` an instant."""
     before = entry.rollout
     rollout_id = before.rollout_id
     end_time = None
@@ -244,7 +267,7 @@ def move(
     if status in QUEUED:
         if rollout_id not in state.queues.line_of:
             place = entry.order if keep_place else None
-            enter_queue(state, step, entry, state.queues.tail(before.priority) if place is None else place)
+            enter_queue(state, step, entry, state.queues.tail(before.priority) if place is None else place, until=until)
     elif state.queues.discard(rollout_id) and state.suspects:
         stop_waiting(state, rollout_id)
     if status != before.status:
@@ -327,7 +350,7 @@ def update(state: State, step: Step, *, rollout_id: Id, changes: RolloutChanges)
         raise SealedError(rollout_id, sorted(entry.taken))
     config = fields.pop("config", None)
     if config is not None:
-        fields["config"] = Config(*config)
+        fields["config"] = Config.of(config)
     if fields:
         before = entry.rollout
         state.put_rollout(entry, before.evolve(**fields))
@@ -339,7 +362,8 @@ def update(state: State, step: Step, *, rollout_id: Id, changes: RolloutChanges)
             reconsider(state, entry)
         if entry.rollout.resources_id != before.resources_id:
             _move_references(state, entry, before.resources_id)
-            if rollout_id in state.queues and entry.order is not None:  # what it is held back for may be another
+            is_waiting = rollout_id in state.queues and state.queues.backs_off_until(rollout_id) is None
+            if is_waiting and entry.order is not None:  # what it is held back for may be another
                 unqueue(state, entry)
                 enter_queue(state, step, entry, entry.order)
         if config is not None:
@@ -348,6 +372,8 @@ def update(state: State, step: Step, *, rollout_id: Id, changes: RolloutChanges)
         latest = entry.latest
         if status in FINISHED and latest is not None and latest.status in ACTIVE:
             state.notify(entry, latest.attempt_id, notice_of(status))
+        if status in QUEUED and state.queues.backs_off_until(rollout_id) is not None:  # it is wanted now
+            end_backoff(state, step, entry)
         move(state, step, entry, status)
     return entry.pair
 
@@ -457,8 +483,21 @@ def _by_age(state: State, is_newest_first: bool, limit: int, offset: int) -> lis
     entries: Iterable[Entry] = state.entries.values()
     if is_newest_first:
         newest = groupby(reversed(state.entries.values()), key=lambda entry: entry.rollout.start_time)
-        entries = (entry for _, instant in newest for entry in reversed(list(instant)))
+        entries = (entry for time, instant in newest for entry in _of_instant(state, time, instant))
     return list(islice(entries, offset, None if limit == -1 else offset + limit))
+
+
+def _of_instant(state: State, time: float, backwards: Iterator[Entry]) -> Iterable[Entry]:
+    """The rollouts of one instant in their order. A crowd is walked past once, and found from then on."""
+    newest = next(backwards)
+    crowd = state.crowds.find(time, newest.number)
+    if crowd is None:
+        there = [newest, *backwards][::-1]
+        state.crowds.keep(time, newest.number, [entry.rollout.rollout_id for entry in there])
+        return there
+    # One that was deleted may have been made anew, at another time: then its number is a later one.
+    found = map(state.entries.get, crowd)
+    return (entry for entry in found if entry is not None and entry.number <= newest.number)
 
 
 def chosen_among(

@@ -18,7 +18,7 @@ from functools import cached_property
 from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
-from raystore.core.lifecycle import AttemptStatus, Outcome, RolloutStatus
+from raystore.core.lifecycle import AttemptStatus, Outcome, RetryOutcome, RolloutStatus
 from raystore.core.payload import Payload
 from raystore.errors import InvalidValueError
 from raystore.errors.text import shown
@@ -27,6 +27,9 @@ ID_LENGTH = 512
 MAX_TAGS = 16
 MAX_PRIORITY = 2**53
 MAX_SPAN_NUMBER = 2**62
+MAX_RETRIES = 1_000  #: that a rule allows
+MAX_BACKOFF_SECONDS = 1e6  #: eleven days; also where a rule names no longest delay
+MAX_FACTOR = 1_000.0  #: by which a delay grows from one retry to the next
 
 
 class Rule(NamedTuple):
@@ -81,8 +84,32 @@ LossReason = Literal[
 
 Mode = Literal["train", "val", "test"]
 
-#: A configuration in field order: timeout, silence, number of attempts, what is tried again.
-ConfigRow = tuple[Seconds | None, Seconds | None, Positive, list[AttemptStatus]]
+_Backoff = Annotated[
+    float, Rule(f"0 <= {{v}} <= {MAX_BACKOFF_SECONDS}", f"a number of seconds from 0 to {MAX_BACKOFF_SECONDS:,.0f}")
+]
+
+#: A rule in field order (`records.RetryRule`): outcome, retries, first delay, factor, longest delay, jitter.
+RetryRuleRow = tuple[
+    RetryOutcome,
+    Annotated[int, Rule(f"0 <= {{v}} <= {MAX_RETRIES}", f"a whole number from 0 to {MAX_RETRIES:,}")],
+    _Backoff,
+    Annotated[float, Rule(f"1 <= {{v}} <= {MAX_FACTOR}", f"a number from 1 to {MAX_FACTOR:,.0f}")],
+    _Backoff | None,
+    Annotated[float, Rule("0 <= {v} <= 1", "a share, from 0 to 1")],
+]
+_RetryRules = Annotated[
+    list[RetryRuleRow],
+    Rule(
+        "len({{r[0] for r in {v}}}) == len({v}) and all(r[4] is None or r[4] >= r[2] for r in {v})",
+        "at most one rule for each outcome, none with a longest delay below the first one",
+    ),
+]
+
+#: A configuration in field order: timeout, silence, number of attempts, what is tried again; and rules, if it has any.
+ConfigRow = (
+    tuple[Seconds | None, Seconds | None, Positive, list[AttemptStatus]]
+    | tuple[Seconds | None, Seconds | None, Positive, list[AttemptStatus], _RetryRules]
+)
 Priority = Annotated[int, Rule(f"{-MAX_PRIORITY} <= {{v}} <= {MAX_PRIORITY}", "a whole number of at most 53 bits")]
 Time = Annotated[float, Rule("abs({v}) < 1e18", "a time in seconds")]
 
@@ -308,15 +335,16 @@ class _Union(_Node):
 
 
 class _Many(_Node):
-    """A list (or tuple) of any length."""
+    """A list (or tuple) of any length, and what is asked of it as a whole."""
 
-    def __init__(self, item: _Node) -> None:
+    def __init__(self, item: _Node, rule: Rule | None = None) -> None:
         self.item = item
-        self.expected = f"a list, each {item.expected}"
+        self.rule = rule
+        self.expected = rule.expected if rule is not None else f"a list, each {item.expected}"
 
     def test(self, source: _Source, v: str) -> str:
         body = ["for x in v:"] + [f"    {line}" for line in self.item.refuse(source, "x")]
-        looked = source.function([*body, "return True"])
+        looked = source.function([*body, f"return {self.rule.test.format(v='v') if self.rule is not None else 'True'}"])
         return f"((type({v}) is list or type({v}) is tuple) and (not {v} or {looked}({v})))"  # many are empty
 
     def inside(self, name: str, value: Any) -> Complaint | None:
@@ -474,6 +502,8 @@ def _annotated(base: Any, said: Any) -> _Node:
     if typing.get_origin(base) is dict:
         key, value = typing.get_args(base)
         return _Mapping(_node(key), _node(value), said)
+    if typing.get_origin(base) is list:
+        return _Many(_node(typing.get_args(base)[0]), said)
     return _Leaf(base, said)
 
 

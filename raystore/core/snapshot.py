@@ -273,8 +273,7 @@ def _usual(field: Field) -> Any:
 
 
 def _row(config: Config) -> tuple[Any, ...]:
-    *numbers, retry_condition = config.row()
-    return *numbers, tuple(retry_condition)
+    return tuple(tuple(value) if isinstance(value, list) else value for value in config.row())
 
 
 def _other_holders(entry: Entry) -> list[tuple[str, str]]:
@@ -285,7 +284,7 @@ def _other_holders(entry: Entry) -> list[tuple[str, str]]:
 
 def fill(entries: list[Entry], ids: list[str], chunk: dict[str, Any]) -> None:
     """Make entries of columns."""
-    configs = [Config(row[0], row[1], row[2], tuple(row[3])) for row in chunk["configs"]]
+    configs = list(map(Config.of, chunk["configs"]))
     counts = chunk["counts"]
     rollouts = list(map(Rollout, ids, *_record_fields(chunk["rollouts"], Rollout, len(ids))))
     owners = [i for i, count in zip(ids, counts, strict=True) for _ in range(count)]
@@ -381,7 +380,6 @@ def parts(state: State) -> Iterator[Any]:
 
 #: Fields of an entry that hold records, of whose long values only what tells them apart counts.
 _RECORDS = frozenset({"rollout", "attempts"})
-_ENTRY = tuple(field for field in digest_fields(Entry) if field.name not in _RECORDS)
 _SPAN = tuple(field.name for field in digest_fields(Span) if field.name != "rollout_id")
 _SPAN_BRIEF = ("attempt_id", "sequence_id", "span_id")  # the rest of a span never changes
 
@@ -391,9 +389,9 @@ def _entry(state: State, entry: Entry, *, is_brief: bool = False) -> list[Any]:
     rollout_id = entry.rollout.rollout_id
     of_span = attrgetter(*(_SPAN_BRIEF if is_brief else _SPAN))
     return [
-        [_content(field) for field in entry.rollout.row()],
-        [[_content(field) for field in attempt.row()] for attempt in entry.attempts],
-        [_plain(field.shows(getattr(entry, field.name))) for field in _ENTRY],
+        shown(entry.rollout, _content),
+        [shown(attempt, _content) for attempt in entry.attempts],
+        shown(entry, _plain, _RECORDS),
         [of_span(span) for span in state.spans.of(rollout_id)],
         rollout_id in state.spans.evicted,
     ]

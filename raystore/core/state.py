@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 from raystore.core.feed_table import FeedTable
 from raystore.core.gates import Gates
 from raystore.core.group_table import GroupTable
-from raystore.core.indexes import ChangeFeed, CompletionLog, Indexes, WatchSets
+from raystore.core.indexes import ChangeFeed, CompletionLog, Crowds, Indexes, WatchSets
 from raystore.core.lifecycle import ACTIVE, BUSY, LIVE, OPEN, UNCHARGED, is_busy, is_live
 from raystore.core.payload import of_attempt, size_of
 from raystore.core.queues import Deadlines, LazyHeap, Order, Queues
@@ -96,6 +96,10 @@ class Step:
         while made in taken:
             made = prefix + sha1(made.encode()).hexdigest()[:digits]
         return made
+
+    def chance(self, name: str) -> float:
+        """A random number from 0 up to 1 for something with a name, the same at every replay of this step."""
+        return int(sha1(f"{self.seed}/{name}".encode()).hexdigest()[:13], 16) / 16**13
 
 
 Pair = tuple[Rollout, Attempt | None]  #: a rollout with its latest attempt
@@ -346,10 +350,14 @@ class Entry:
     suspect: bool = declare(False)
     #: Charged ones: aborts, and losses for which it is to blame.
     deliveries: int = declare(0)
+    #: Of these, losses of which a rule decides.
+    blames: int = declare(0, is_later=True)
     #: How often it was lost with its process after its claim was acknowledged.
     losses: int = declare(0)
     #: How many of its claims nobody acknowledged.
     withdrawals: int = declare(0)
+    #: How many of its attempts, the first ones, no allowance counts any more, since it was requeued by hand.
+    forgiven: int = declare(0, is_later=True)
     #: Session id by attempt id.
     holders: dict[str, str] = declare(make=dict, pack=pairs, unpack=dict)
     #: By consumer; replaced, never edited.
@@ -389,8 +397,12 @@ class Entry:
 
     @property
     def charged(self) -> int:
-        """How many attempts count against `max_attempts`."""
-        return sum(attempt.outcome not in UNCHARGED for attempt in self.attempts)
+        """How many attempts count against `max_attempts`: not those whose outcome has a rule of its own."""
+        free = UNCHARGED
+        if self.rollout.config.retry_rules:
+            free = free.union(rule.outcome for rule in self.rollout.config.retry_rules)
+        counted = self.attempts[self.forgiven :] if self.forgiven else self.attempts
+        return sum(attempt.outcome not in free for attempt in counted)
 
 
 _ENTRY_FIELDS = frozenset(field.name for field in declared(Entry))
@@ -472,8 +484,9 @@ class State:
         self.deleting: dict[str, Session] = {}  # those of which a long deletion is under way
         self.changes: ChangeFeed = ChangeFeed()
         self.completions: CompletionLog = CompletionLog()
+        self.crowds: Crowds = Crowds()  # that queries have met; no journal keeps them
         self.watched: WatchSets = WatchSets()  # of callers of this process; no journal keeps them
-        self.deadlines: Deadlines[str] = Deadlines(self._attempt_deadline)
+        self.deadlines: Deadlines[str] = Deadlines(self._rollout_deadline)
         self.group_deadlines: Deadlines[str] = Deadlines(self._group_deadline)
         self.claim_deadlines: Deadlines[tuple[str, HandedKey]] = Deadlines(self._claim_deadline)
         self.session_deadlines: Deadlines[str] = Deadlines(self._session_deadline)
@@ -655,6 +668,7 @@ class State:
             self.indexes.move(attempt.rollout_id, "worker", attempt.worker_id, former)
         entry.attempts.pop()
         entry.clocks.pop()
+        entry.forgiven = min(entry.forgiven, len(entry.attempts))
         self.attempt_count -= 1
         return attempt
 
@@ -719,10 +733,11 @@ class State:
 
     # -- deadlines -----------------------------------------------------------------------------------------------
 
-    def _attempt_deadline(self, rollout_id: str) -> float | None:
+    def _rollout_deadline(self, rollout_id: str) -> float | None:
+        """When the latest attempt of a rollout expires, or its backoff ends."""
         entry = self.entries.get(rollout_id)
         if entry is None or entry.rollout.status not in ACTIVE:
-            return None
+            return self.queues.backs_off_until(rollout_id)
         attempt = entry.latest
         if attempt is None or attempt.status not in ACTIVE:
             return None
@@ -771,8 +786,14 @@ class State:
         for status in ACTIVE:
             for rollout_id in self.indexes.find(("status", status)):
                 self.deadlines.guard(rollout_id)
+        self.guard_backoffs()
         self.guard_groups()
         self.guard_sessions()
+
+    def guard_backoffs(self) -> None:
+        """Guard the ends of backoffs."""
+        for rollout_id in self.queues.backing_off:
+            self.deadlines.guard(rollout_id)
 
     def guard_groups(self) -> None:
         """Guard the deadlines of open groups."""

@@ -25,9 +25,9 @@ __all__ = [
     "JournalFullError", "JournalHeldError", "JournalInUseError", "JournalMissingError", "NoSuchResourceError",
     "NotAStoreError", "OutcomeUnknownError", "OverloadedError", "PayloadLostError", "PayloadNotPicklableError",
     "PayloadNotReadableError", "PayloadTooLargeError", "PoolFailedError", "PoolStartError", "ProtocolMismatchError",
-    "RayClientError", "ReadOnlyError", "ResourcesNotFoundError", "RolloutNotFoundError", "SealedError",
-    "SessionEndedError", "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError", "StoreExistsError",
-    "StoreNotFoundError", "StoreOverloadedError", "StoreUnavailableError", "VersionConflictError",
+    "RayClientError", "ReadOnlyError", "ResourcesNotFoundError", "RolloutNotFoundError", "RolloutSucceededError",
+    "SealedError", "SessionEndedError", "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError",
+    "StoreExistsError", "StoreNotFoundError", "StoreOverloadedError", "StoreUnavailableError", "VersionConflictError",
 ]  # fmt: skip
 
 
@@ -197,7 +197,23 @@ class SealedError(ConflictError):
     def __str__(self) -> str:
         return (
             f"Rollout {self.rollout_id} has been taken by consumer {quoted(self.consumers)} and cannot be run again or "
-            "deleted: enqueue a new one, or give the batch back first (nack, rewind)."
+            "deleted: enqueue a new one (requeue does, if it has failed), or give the batch back first (nack, rewind)."
+        )
+
+
+class RolloutSucceededError(ConflictError):
+    """A rollout that has succeeded is not requeued; nothing was changed."""
+
+    rollout_id: str
+
+    def __init__(self, rollout_id: str) -> None:
+        self._set(rollout_id=rollout_id)
+        vars(self).update(differing=())
+
+    def __str__(self) -> str:
+        return (
+            f"Rollout {self.rollout_id} has succeeded, and only what has failed or was cancelled is requeued: leave it "
+            "out. To run its task once more, enqueue it as a new rollout: enqueue_rollout(rollout.input)"
         )
 
 

@@ -149,7 +149,7 @@ class Replay:
 
     def _configure(self, settings: dict[str, Any]) -> None:
         self._settings = settings
-        default_config = Config(*settings["default_config"])
+        default_config = Config.of(settings["default_config"])
         self.state.configure(Settings(**{**settings, "default_config": default_config}))
 
     def _verified(self, head: RecordHead, record: Chunks) -> None:

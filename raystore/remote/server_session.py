@@ -32,7 +32,8 @@ from raystore.service.parking import PARKED
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
 
-SLICE_SECONDS = 0.005  #: of a batch; then other calls of the loop have a turn
+SLICE_SECONDS = 0.005  #: of a batch; then other calls of the loop have a turn, and after a second slice
+PAUSE_SECONDS = 0.001  #: ... so long: a call of Ray's takes six turns, which would wait for a slice each
 PAGE_BYTES = 1024 * 1024  #: a longer answer is sent in pages, so that packing it does not hold up the loop
 LATER_AT_ONCE = 1_000  #: answers of parked calls that leave together
 PAGES_KEPT = 4_096  #: long answers of a session of which pages are left
@@ -136,7 +137,7 @@ class ServerSession:
         source = None
         if service.journal is not None:
             source = Source(self.session.session_id, sequence, first_ticket, parts, len(before.replies))
-        while True:
+        for slices in itertools.count(1):
             until = time.perf_counter() + SLICE_SECONDS
             step = service.begin(self.session, source)
             try:
@@ -145,7 +146,7 @@ class ServerSession:
                 service.end()
             if is_done:
                 break
-            await asyncio.sleep(0)
+            await asyncio.sleep(PAUSE_SECONDS if slices > 1 else 0)
         cache.end(sequence)
         if self._turns:
             self._take_turns()

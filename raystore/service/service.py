@@ -23,7 +23,7 @@ from typing import Annotated, Any, NoReturn
 
 import psutil
 
-from raystore.core import check, claims, expiry, feeds, pauses, retention, training, verbs, workers
+from raystore.core import check, claims, expiry, feeds, pauses, retention, retries, training, verbs, workers
 from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, LossReason, Positive, Rule, Text, Whole
@@ -53,7 +53,7 @@ from raystore.service.presence import NO_QUEUES, UNSERVED_SECONDS, LivenessCheck
 
 logger: logging.Logger = logging.getLogger("raystore.store")
 
-PROTOCOL = 4  #: version of the session protocol; client and store refuse each other when it differs
+PROTOCOL = 5  #: version of the session protocol; client and store refuse each other when it differs
 TICK_SECONDS = 1.0  #: between looks at the clock while there are deadlines, so that a standstill is measured
 Moment = Annotated[float, Rule("0 <= {v} < 1e12", "a number of seconds, 0 or more")]
 
@@ -655,6 +655,7 @@ class Service:
             if (seconds := self.pools.unserved({queue: 1}, self.clock.age()).get(queue)) is not None:
                 story.append(f"waits in queue {queue!r}, of which no process has asked for work for {seconds:.0f} s")
             story += pauses.reasons(self.state, queue, caller.step.now)
+            story += retries.reasons(self.state, queue, caller.step.now)
         return story
 
     def _check(self, caller: Caller) -> None:

@@ -12,10 +12,10 @@ from typing import Any, TypeVar, get_args, overload
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from raystore.core.lifecycle import TRAINABLE
+from raystore.core.lifecycle import RETRY_OUTCOMES, TRAINABLE
 from raystore.core.schema import MAX_TAGS, Id, checker
 from raystore.errors import InvalidValueError
-from raystore.types import AttemptStatus, RolloutConfig, RolloutMode, Span
+from raystore.types import AttemptStatus, RetryRule, RolloutConfig, RolloutMode, Span
 from raystore.values.models import refusal
 from raystore.values.plain import number as number
 from raystore.values.plain import scalar
@@ -200,10 +200,23 @@ def rollout_config(name: str, config: Any) -> list[Any]:
         fields = config.__dict__
         if type(config) is not RolloutConfig:
             fields = {field: value for field, value in fields.items() if field in RolloutConfig.model_fields}
+        if rules := fields.get("retry_rules"):
+            fields = fields | {"retry_rules": _unchecked(rules)}
         config = model_of(RolloutConfig, name, fields)
     else:
         config = validated(name, RolloutConfig, config)
-    return [config.timeout_seconds, config.unresponsive_seconds, config.max_attempts, list(config.retry_condition)]
+    usual = [config.timeout_seconds, config.unresponsive_seconds, config.max_attempts, list(config.retry_condition)]
+    if not config.retry_rules:  # its row is as it was before there were rules
+        return usual
+    rules = sorted(config.retry_rules.items(), key=lambda item: RETRY_OUTCOMES.index(item[0]))
+    return [*usual, [[outcome, *(getattr(rule, field) for field in RetryRule.model_fields)] for outcome, rule in rules]]
+
+
+def _unchecked(rules: Any) -> Any:
+    """Rules as mappings, so that they are validated again."""
+    if not isinstance(rules, Mapping):
+        return rules
+    return {outcome: vars(rule) if isinstance(rule, RetryRule) else rule for outcome, rule in rules.items()}
 
 
 def spans(values: Any) -> list[Span]:

@@ -31,6 +31,7 @@ from raystore.types import (
     ObjectResource,
     OtelResource,
     ResourcesUpdate,
+    RetryRule,
     Rollout,
     RolloutConfig,
     Span,
@@ -187,7 +188,7 @@ _OFTEN_TASKS = LEAVES | {dict, list, tuple}  #: types that need no closer look
 def _instead_of_a_task(given: Any) -> str:
     """What was expected instead of a request or rollout, and what to write."""
     if isinstance(given, Rollout):
-        return "a task, and this is a rollout; pass its input (rollout.input), or requeue it: start_attempt(rollout_id)"
+        return "a task, and this is a rollout; pass its input (rollout.input), or requeue it: requeue([rollout_id])"
     if isinstance(given, (list, tuple)):
         return "a task, and these are requests or rollouts; pass requests to enqueue_many_rollouts(requests)"
     return (
@@ -350,7 +351,7 @@ def to_any_rollout(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
         undecoded = _decode_fields(values, ("input", "metadata"), "rollout")
     values["tags"] = dict(values["tags"])
     config = values["config"]
-    timeout, unresponsive, max_attempts, retry_condition = config.row() if isinstance(config, Record) else config
+    timeout, unresponsive, max_attempts, retry_condition, *more = config.row() if isinstance(config, Record) else config
     values["config"] = build(
         RolloutConfig,
         {
@@ -358,12 +359,17 @@ def to_any_rollout(answer: Sequence[Any]) -> Rollout | AttemptedRollout:
             "unresponsive_seconds": unresponsive,
             "max_attempts": max_attempts,
             "retry_condition": list(retry_condition),
+            "retry_rules": {rule[0]: _retry_rule(rule[1:]) for rule in more[0]} if more else {},
         },
     )
     if attempt is None:
         return build(Rollout, values, None, undecoded)
     values["attempt"] = to_attempt(attempt)
     return build(AttemptedRollout, values, None, undecoded)
+
+
+def _retry_rule(values: Sequence[Any]) -> RetryRule:
+    return build(RetryRule, dict(zip(RetryRule.model_fields, values, strict=True)))
 
 
 #: The same for a rollout that has an attempt.

@@ -115,7 +115,7 @@ VALUES = [
     Call("enqueue_group", "input=<list", "enqueue_many_rollouts(requests)")([Leveled(input=1)], 2),
     Call("update_rollout", "input=<AttemptedRollout", "rollout.input")("ro", ATTEMPTED),
     Call("enqueue_group", "input=<EnqueueRolloutRequest", "enqueue_many_rollouts([request])")(REQUEST, 2),
-    Call("start_rollout", "input=<Rollout", "rollout.input", "start_attempt")(ROLLOUT),
+    Call("start_rollout", "input=<Rollout", "rollout.input", "requeue")(ROLLOUT),
     Call("enqueue_many_rollouts", "rollouts[1].input=<EnqueueRolloutRequest", "pass its fields", "or it alone")(
         [REQUEST, rs.EnqueueRolloutRequest(input=REQUEST)]
     ),

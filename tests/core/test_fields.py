@@ -12,7 +12,7 @@ import pytest
 from raystore.core.gates import Limit
 from raystore.core.group_table import GroupEntry
 from raystore.core.payload import OnDisk
-from raystore.core.records import Attempt, Config, Group, Rollout, Span, declared, packed, unpacked
+from raystore.core.records import Attempt, Config, Group, RetryRule, Rollout, Span, declared, packed, unpacked
 from raystore.core.snapshot import digest
 from raystore.core.state import (
     AttemptClock,
@@ -32,14 +32,15 @@ from raystore.journal.format import FileHead
 
 CHAIN = Chain()
 CHAIN.notes, CHAIN.refusal = {"latest": "rs-1"}, OverloadedError(1, 2, 3.0)
+RULE = RetryRule("timeout", 2, 1.5, 2.0, None, 0.1)
 ATTEMPT = Attempt("mine", "at-9", 9, 1.0, None, "running", None, None, None, None, None, None, None, None)
 
 #: For each field of each record a value that it does not have by itself.
 SAMPLES: dict[Any, dict[str, Any]] = {
     Rollout: {
         "input": b"\x01\x02", "start_time": 5.0, "end_time": 6.0, "mode": "val", "resources_id": "rs-1",
-        "status": "running", "config": Config(1.0, 2.0, 3, ("failed",)), "metadata": b"\x01\x80", "group_id": "g",
-        "queue": "other", "priority": 3, "tags": {"k": 1}, "reward": 0.5,
+        "status": "running", "config": Config(1.0, 2.0, 3, ("failed",), (RULE,)), "metadata": b"\x01\x80",
+        "group_id": "g", "queue": "other", "priority": 3, "tags": {"k": 1}, "reward": 0.5, "requeued_from": "ro-before",
     },
     Attempt: {
         "sequence_id": 7, "start_time": 5.0, "end_time": 6.0, "status": "failed", "worker_id": "w",
@@ -55,7 +56,8 @@ SAMPLES: dict[Any, dict[str, Any]] = {
         "rollout": Rollout("mine", b"", 9.0, None, None, None, "queuing", Config(), None, None, "q", 0, {}, None),
         "number": 99, "given": (b"\x01a", None, None), "bytes": 123, "attempts": [ATTEMPT],
         "clocks": [AttemptClock(4.0)], "order": (-1, 5), "read": True, "released": True, "evicts_as": 3,
-        "former": "requeuing", "suspect": True, "deliveries": 2, "losses": 3, "withdrawals": 1,
+        "former": "requeuing", "suspect": True, "deliveries": 2, "blames": 1, "losses": 3, "withdrawals": 1,
+        "forgiven": 1,
         "holders": {"at-gone": "s"}, "taken": MappingProxyType({"t": Taken(3)}),
     },
     Limit: {"max_running": 4, "per_minute": 9, "running": 2, "claims": deque([5.0, 6.0])},

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from raystore.core.check import check
 from raystore.core.lifecycle import GROUP_STATUSES
-from raystore.errors import BatchConflictError, BatchHeldError, SealedError
+from raystore.errors import BatchConflictError, BatchHeldError, RolloutSucceededError, SealedError
 from tests.core.conftest import Core
 
 FALLEN = ("failed", "dropped", "infra", "cancelled", "gone")
@@ -281,6 +281,24 @@ class GroupMachine(RuleBasedStateMachine):
         self.run("update_rollout", rollout_id=rollout_id, changes={"status": status})
 
     @rule(number=st.integers(0, 99))
+    def requeue(self, number: int) -> None:
+        """What has ended waits again in an open group; beside one that has ended, another rollout does."""
+        rollout_id = self.pick(number)
+        if rollout_id is None:
+            return
+        status = self.core.status(rollout_id)
+        if status == "succeeded":
+            with pytest.raises(RolloutSucceededError):
+                self.run("requeue", rollout_ids=[rollout_id])
+            return
+        group = next((group for group in self.groups.values() if rollout_id in group.members), None)
+        is_fixed = group is not None and group.status != "open" and status in ("failed", "cancelled")
+        ((made, _),) = self.run("requeue", rollout_ids=[rollout_id])
+        assert (made.rollout_id != rollout_id) == is_fixed
+        assert made.group_id is None if is_fixed else made.status not in ("failed", "cancelled")
+        assert self.core.status(rollout_id) == (status if is_fixed else made.status)
+
+    @rule(number=st.integers(0, 99))
     def delete(self, number: int) -> None:
         rollout_id = self.pick(number)
         if rollout_id is None:
@@ -417,7 +435,8 @@ class GroupMachine(RuleBasedStateMachine):
         state = self.core.state
         check(state)
         for rollout_id, entry in state.entries.items():
-            assert state.groups.of(entry.rollout) is not None, f"{rollout_id} was enqueued with a group and is in none"
+            is_member = state.groups.of(entry.rollout) is not None
+            assert is_member == (entry.rollout.requeued_from is None), f"{rollout_id} should be in a group, or in none"
         for known in state.consumers.values():
             taken = [rollout_id for batch in known.batches.values() for rollout_id in batch]
             assert len(taken) == len(set(taken)), "a rollout is in two batches"

@@ -17,7 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from raystore.core.check import check
 from raystore.core.queues import Order
-from raystore.errors import BatchConflictError, BatchHeldError, SealedError
+from raystore.errors import BatchConflictError, BatchHeldError, RolloutSucceededError, SealedError
 from tests.core.conftest import Core
 
 ACTIVE = ("preparing", "running")
@@ -32,6 +32,7 @@ class ModelAttempt:
     start: float
     beat: float | None = None
     superseded: bool = False
+    cancelled: bool = False
 
 
 @dataclass
@@ -46,6 +47,13 @@ class ModelRollout:
     place: tuple[int, int] = (0, 0)
     former: str = "queuing"
     attempts: list[ModelAttempt] = field(default_factory=list)
+    rules: dict[str, tuple[int, float]] = field(default_factory=dict)  # retries and first delay by status
+    until: float | None = None  # it backs off
+    forgiven: int = 0
+    requeued_from: str | None = None
+
+    def counted(self) -> list[ModelAttempt]:
+        return [attempt for attempt in self.attempts[self.forgiven :] if not attempt.cancelled]
 
 
 @dataclass
@@ -81,6 +89,7 @@ class Model:
 
     def __init__(self) -> None:
         self.rollouts: dict[str, ModelRollout] = {}
+        self.now = 0.0
         self.arrivals = 0
         self.completions: list[str] = []
         self.consumers = {"c": ModelConsumer(("succeeded",)), "d": ModelConsumer(("failed", "succeeded"))}
@@ -95,6 +104,9 @@ class Model:
         waiting = [r for r in self.rollouts.values() if r.status in QUEUED]
         return [r.id for r in sorted(waiting, key=lambda r: r.place)]
 
+    def offered(self) -> list[str]:
+        return [i for i in self.queue() if self.rollouts[i].until is None]
+
     def to_tail(self, rollout: ModelRollout) -> None:
         self.arrivals += 1
         rollout.place = (-rollout.priority, self.arrivals)
@@ -107,6 +119,7 @@ class Model:
         if status in FINISHED:
             self.completions.append(rollout.id)
         rollout.status = status
+        rollout.until = None
         for consumer in self.consumers.values():
             if rollout.id in consumer.awaiting:
                 consumer.awaiting.remove(rollout.id)
@@ -116,15 +129,50 @@ class Model:
     def follow(self, rollout: ModelRollout) -> None:
         if rollout.status == "cancelled" or self.is_sealed(rollout.id):
             return
-        status = rollout.attempts[-1].status
-        if status in ("failed", "timeout", "unresponsive"):
-            again = status in rollout.retry and len(rollout.attempts) < rollout.max_attempts
+        ended = status = rollout.attempts[-1].status
+        used = [attempt.status for attempt in rollout.counted()].count(ended)
+        if ended in rollout.rules:
+            status = "requeuing" if used <= rollout.rules[ended][0] else "failed"
+        elif ended in ("failed", "timeout", "unresponsive"):
+            cancelled = sum(attempt.cancelled for attempt in rollout.attempts[rollout.forgiven :])
+            charged = sum(attempt.status not in rollout.rules for attempt in rollout.counted()) + cancelled
+            again = ended in rollout.retry and charged < rollout.max_attempts
             status = "requeuing" if again else "failed"
+        if status == "failed" and rollout.status in QUEUED and len(rollout.attempts) <= rollout.forgiven:
+            return
         if status != rollout.status:
+            is_waiting = rollout.status in QUEUED  # since somebody queued it by hand
             self.move(rollout, status)
+            if status == "requeuing" and ended in rollout.rules and rollout.rules[ended][1] and not is_waiting:
+                rollout.until = self.now + rollout.rules[ended][1] * 2 ** (max(used, 1) - 1)
+
+    def newest(self, rollout: ModelRollout) -> ModelRollout:
+        while rollout.status in ("failed", "cancelled"):
+            successor = [r for r in self.rollouts.values() if r.requeued_from == rollout.id]
+            if not successor:
+                break
+            rollout = successor[-1]
+        return rollout
+
+    def requeue(self, rollout: ModelRollout, made: str) -> ModelRollout:
+        """What stands for a rollout that has ended; `made` is the id of a new one, if there must be one."""
+        if self.is_sealed(rollout.id):
+            new = ModelRollout(
+                made, rollout.priority, rollout.timeout, rollout.silence, rollout.max_attempts, rollout.retry,
+                rules=rollout.rules, requeued_from=rollout.id,
+            )  # fmt: skip
+            self.rollouts[made] = new
+            self.to_tail(new)
+            return new
+        rollout.forgiven = len(rollout.attempts)
+        self.move(rollout, "requeuing")
+        return rollout
 
     def advance(self, now: float) -> None:
+        self.now = now
         for rollout in self.rollouts.values():
+            if rollout.until is not None and now > rollout.until:
+                rollout.until = None
             attempt = rollout.attempts[-1] if rollout.attempts else None
             if rollout.status not in ACTIVE or attempt is None or attempt.status not in ACTIVE:
                 continue
@@ -180,18 +228,25 @@ class Machine(RuleBasedStateMachine):
         silence=st.sampled_from([None, 3.0]),
         max_attempts=st.integers(1, 3),
         retry=st.lists(st.sampled_from(["failed", "timeout", "unresponsive"]), unique=True),
+        rules=st.dictionaries(
+            st.sampled_from(["failed", "timeout", "unresponsive"]),
+            st.tuples(st.integers(0, 2), st.sampled_from([0.0, 2.0, 10.0])),
+            max_size=2,
+        ),
     )
-    def enqueue(self, priority: Any, timeout: Any, silence: Any, max_attempts: Any, retry: Any) -> None:
+    def enqueue(self, priority: Any, timeout: Any, silence: Any, max_attempts: Any, retry: Any, rules: Any) -> None:
         self._catch_up()
-        rollout_id = self.core.enqueue(priority=priority, config=[timeout, silence, max_attempts, retry])
-        rollout = ModelRollout(rollout_id, priority, timeout, silence, max_attempts, retry)
+        config = [timeout, silence, max_attempts, retry]
+        rows = [["agent_error" if s == "failed" else s, *of_one, 2.0, None, 0.0] for s, of_one in rules.items()]
+        rollout_id = self.core.enqueue(priority=priority, config=[*config, rows] if rows else config)
+        rollout = ModelRollout(rollout_id, priority, timeout, silence, max_attempts, retry, rules=rules)
         self.model.rollouts[rollout_id] = rollout
         self.model.to_tail(rollout)
 
     @rule(target=attempts, limit=st.integers(1, 3), acknowledge=st.booleans())
     def claim(self, limit: Any, acknowledge: Any) -> Any:
         self._catch_up()
-        expected = self.model.queue()[:limit]
+        expected = self.model.offered()[:limit]
         keys = self.core.claim(self.session, limit)
         assert [rollout_id for rollout_id, _ in keys] == expected
         for rollout_id, attempt_id in keys:
@@ -204,6 +259,7 @@ class Machine(RuleBasedStateMachine):
             rollout = self.model.rollouts[key[0]]
             rollout.attempts.pop()
             rollout.status = rollout.former
+            rollout.forgiven = min(rollout.forgiven, len(rollout.attempts))
         return multiple()
 
     @rule(target=attempts, number=st.integers(0, 99))
@@ -228,7 +284,7 @@ class Machine(RuleBasedStateMachine):
             return
         self._catch_up()
         self.core.report(key, status, self.session)
-        attempt.status = status
+        attempt.status, attempt.cancelled = status, False
         rollout = self.model.rollouts[key[0]]
         if rollout.attempts[-1] is attempt:
             self.model.follow(rollout)
@@ -260,7 +316,7 @@ class Machine(RuleBasedStateMachine):
                 self.core.run("update_rollout", rollout_id=rollout.id, changes={"status": status})
             return
         self.core.run("update_rollout", rollout_id=rollout.id, changes={"status": status})
-        self.model.move(rollout, status)
+        self.model.move(rollout, status)  # which ends a backoff
 
     @rule(number=st.integers(0, 99))
     def cancel(self, number: Any) -> None:
@@ -272,8 +328,26 @@ class Machine(RuleBasedStateMachine):
         if rollout.status in FINISHED:
             return
         if rollout.status in ACTIVE and rollout.attempts and rollout.attempts[-1].status in ACTIVE:
-            rollout.attempts[-1].status = "failed"
+            rollout.attempts[-1].status, rollout.attempts[-1].cancelled = "failed", True
         self.model.move(rollout, "cancelled")
+
+    @rule(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=3))
+    def requeue(self, numbers: Any) -> None:
+        self._catch_up()
+        rollouts = [rollout for rollout in map(self._pick, numbers) if rollout is not None]
+        ids = [rollout.id for rollout in rollouts]
+        if any(rollout.status == "succeeded" for rollout in rollouts):
+            with pytest.raises(RolloutSucceededError):
+                self.core.run("requeue", session=self.session, rollout_ids=ids)
+            return
+        pairs = self.core.run("requeue", session=self.session, rollout_ids=ids)
+        newest = [self.model.newest(rollout) for rollout in rollouts]
+        done: dict[str, str] = {}
+        for rollout, (made, _) in zip(newest, pairs, strict=True):
+            if rollout.id not in done:
+                has_ended = rollout.status in ("failed", "cancelled")
+                done[rollout.id] = self.model.requeue(rollout, made.rollout_id).id if has_ended else rollout.id
+            assert made.rollout_id == done[rollout.id]
 
     @rule(number=st.integers(0, 99))
     def delete(self, number: Any) -> None:
@@ -406,6 +480,8 @@ class Machine(RuleBasedStateMachine):
             assert shown == [(a.id, a.status) for a in rollout.attempts]
         queue = self.core.state.queues
         assert sorted(queue, key=self._order) == self.model.queue()
+        backing_off = {r.id: r.until for r in self.model.rollouts.values() if r.until is not None}
+        assert {i: queue.backs_off_until(i) for i in queue.backing_off} == backing_off
         assert [i for _, i in self.core.state.completions.after(None)] == self.model.completions
         for name, consumer in self.model.consumers.items():
             known = self.core.state.consumers[name]

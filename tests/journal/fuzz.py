@@ -72,20 +72,29 @@ class History:
 
     def request(self) -> dict[str, Any]:
         rng = self.rng
-        config = [rng.choice([None, 5.0]), rng.choice([None, 3.0]), rng.randint(1, 3)]
-        retried = rng.sample(["failed", "timeout", "unresponsive"], rng.randint(0, 3))
+        config: list[Any] = [rng.choice([None, 5.0]), rng.choice([None, 3.0]), rng.randint(1, 3)]
+        config += [rng.sample(["failed", "timeout", "unresponsive"], rng.randint(0, 3))]
+        config += [self.rules()] if rng.random() < 0.5 else []
         return {
             "input": encode(rng.randint(0, 3), "input", 10**6),
             "metadata": None,
             **self.maybe(0.3, group_id=rng.choice(["g1", "g2"])),
             **self.maybe(0.3, tags={"k": rng.choice([1, 2])}),
             **self.maybe(0.3, priority=rng.randint(-2, 2)),
-            **self.maybe(0.3, config=[*config, retried]),
+            **self.maybe(0.5, config=config),
             **self.maybe(0.2, rollout_id=f"mine-{rng.randint(0, 9)}"),
             **self.maybe(0.2, queue="other"),
             **self.maybe(0.2, mode=rng.choice(["train", "val"])),
             **self.maybe(0.2, resources_id=rng.choice(["r1", "r2"])),
         }
+
+    def rules(self) -> list[Any]:
+        rng = self.rng
+        outcomes = rng.sample(["agent_error", "timeout", "unresponsive", "infra", "runner_lost"], rng.randint(2, 5))
+        return [
+            [one, rng.randint(0, 3), rng.choice([0.0, 1.0, 6.0]), rng.choice([1.0, 3.0]), rng.choice([None, 9.0]), 0.5]
+            for one in outcomes
+        ]
 
     def span(self) -> list[Any]:
         rng = self.rng
@@ -147,6 +156,7 @@ class History:
             [
                 {"status": rng.choice(STATUSES)}, {"mode": "val"}, {"metadata": encode({"x": 1}, "m", 10**6)},
                 {"resources_id": rng.choice(["r1", None])}, {"config": [2.0, None, 2, ["failed"]]}, {},
+                {"config": [5.0, None, 1, [], self.rules()]},
             ]
         )  # fmt: skip
 
@@ -170,7 +180,7 @@ class History:
 
     def learn(self, verb: str, value: Any) -> None:
         """Remember what an answer says there is."""
-        if verb == "enqueue":
+        if verb in ("enqueue", "requeue"):
             self.rollouts += [pair[0][0] for pair in value]
         elif verb == "enqueue_groups":
             self.rollouts += [i for row in value for i in (row[-1] if isinstance(row[0], str) else [row[0][0]])]
@@ -213,6 +223,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
             {"rollout_ids": None, "group_id": h.group_id(), "tags": rng.choice([None, None, {"k": 1}])},
         ]
     ),
+    "requeue": lambda h, rng: {"rollout_ids": [h.rollout() for _ in range(rng.choice([1, 1, 1, 2, 4]))]},
     "release": lambda h, rng: {"rollout_ids": h.some_rollouts()},
     "delete_rollouts": lambda h, rng: {"rollout_ids": h.some_rollouts()},
     "start_attempt": lambda h, rng: {"rollout_id": h.rollout(), "worker_id": rng.choice([None, "w1"])},
@@ -360,6 +371,7 @@ OFTEN = [
     "finish",
     "finish",
     "update_attempt",
+    "requeue",
     "take",
     "enqueue_groups",
     "take_groups",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import threading
@@ -162,6 +163,34 @@ async def test_agents_that_fail_are_retried_by_configuration(store: AnyStore) ->
         (finished,) = await store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=30)
     assert (finished.status, finished.reward) == ("succeeded", 1.0)
     assert len(await store.query_attempts(made.rollout_id)) == 3
+
+
+@mostly_in_memory
+async def test_agents_that_fail_are_retried_by_rules(store: AnyStore) -> None:
+    """Each outcome by its own, after its delay; a rollout that has failed for good succeeds once it is requeued."""
+    rules: dict[rs.RetryOutcome, rs.RetryRule] = {
+        "agent_error": rs.RetryRule(max_retries=1, backoff_seconds=0.3, jitter=0),
+        "infra": rs.RetryRule(max_retries=1, backoff_seconds=0.3, jitter=0),
+    }
+    made = await store.enqueue_rollout("x", config=RolloutConfig(retry_rules=rules))
+
+    def agent(task: Any, ctx: rs.Context) -> float:
+        if ctx.attempt.sequence_id == 1:
+            raise rs.Abort("the sandbox is down")
+        if ctx.attempt.sequence_id < 4:
+            raise RuntimeError("not yet")
+        return 1.0
+
+    async with rs.RunnerPool(store, agent, size=2):
+        (finished,) = await store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=30)
+        assert finished.status == "failed"
+        await store.requeue([made.rollout_id])
+        (finished,) = await store.wait_for_rollouts(rollout_ids=[made.rollout_id], timeout=30)
+    assert (finished.status, finished.reward) == ("succeeded", 1.0)
+    attempts = await store.query_attempts(made.rollout_id)
+    assert [attempt.outcome for attempt in attempts] == ["infra", "agent_error", "agent_error", "ok"]
+    for before, after in itertools.pairwise(attempts[:3]):
+        assert before.end_time is not None and after.start_time >= before.end_time + 0.3
 
 
 @mostly_in_memory

@@ -33,6 +33,7 @@ WRONG: list[Any] = [
 ]  # fmt: skip
 
 _CONFIG = [5.0, None, 2, ["failed"]]
+_RULED = [*_CONFIG, [["timeout", 2, 1.5, 2.0, 60.0, 0.1], ["infra", 0, 0.0, 1.0, None, 0.0]]]
 _ROW = [3, "span", "trace", "parent", "name", 1.0, 2.0, 0.5, b"\x01body", -1]
 _PAGE = {"sort_by": None, "sort_order": "asc", "limit": -1, "offset": 0}
 _NAMES = {"rollout_id": "r0", "attempt_id": "ATTEMPT"}  # which runs, and whose id is put here
@@ -44,7 +45,7 @@ _REQUEST = {
 
 #: Arguments that are right, with everything that may be given.
 RIGHT: dict[str, dict[str, Any]] = {
-    "start_rollout": {"request": {"input": b"\x01\xc0", "metadata": None}, "worker_id": "w"},
+    "start_rollout": {"request": {"input": b"\x01\xc0", "metadata": None, "config": _RULED}, "worker_id": "w"},
     "enqueue": {"requests": [_REQUEST], "admit": 1, "chain": [7, True]},
     "dequeue": {"queues": ["default"], "limit": 1, "worker_id": "w", "timeout": 1.0, "of": 3},
     "query_rollouts": {
@@ -54,10 +55,11 @@ RIGHT: dict[str, dict[str, Any]] = {
     "get_rollout": {"rollout_id": "r0"},
     "update_rollout": {
         "rollout_id": "r0",
-        "changes": {"input": b"\x01\xc0", "mode": "val", "resources_id": "m", "status": "queuing", "config": _CONFIG,
+        "changes": {"input": b"\x01\xc0", "mode": "val", "resources_id": "m", "status": "queuing", "config": _RULED,
                     "metadata": b"\x01\x80"},
     },
     "cancel_rollouts": {"rollout_ids": ["r1", "r2"], "group_id": "g", "tags": {"k": 1}},
+    "requeue": {"rollout_ids": ["r1", "r2"]},
     "release": {"rollout_ids": ["r1", "r2"]},
     "delete_rollouts": {"rollout_ids": ["r2", "r3"]},
     "pause_queues": {"queues": ["nothing"], "keep": True},

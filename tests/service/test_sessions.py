@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.core import claims
+from raystore.core import batches, claims
 from raystore.errors import OutcomeUnknownError, StoreOverloadedError
-from raystore.remote import session
+from raystore.remote import server_session, session
 from raystore.wire import frames
 from raystore.wire.codec import encode
 from tests.conftest import MakeMemoryStore
@@ -118,3 +118,31 @@ async def test_claims_that_came_too_late_are_asked_for_again(make_memory_store: 
     await asyncio.to_thread(worker.join, 10)
     assert not worker.is_alive() and len(got) == 3 - taken
     assert len(store._service.state.sessions["local"].held) == 3 - taken
+
+
+async def test_a_call_of_several_turns_comes_in_between_two_slices(
+    near: NearStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of Ray's takes six turns of the loop, each of which would wait for a slice of a long operation."""
+    monkeypatch.setattr(server_session, "SLICE_SECONDS", 0.0)  # each piece is a slice
+    monkeypatch.setattr(server_session, "PAUSE_SECONDS", 0.02)  # a busy machine may take that for six turns
+    client, pieces = near.connect(), 15
+    await client.call("enqueue", {"requests": ENQUEUE["requests"] * pieces * batches.PIECE})
+
+    async def turns() -> list[int]:
+        """For each of three such calls, how many pieces ran before it was through."""
+        service, ran = near.service, []
+        begun = service.operations
+        while service.operations < begun + 3:  # noqa: ASYNC110 - the pieces are what is waited for
+            await asyncio.sleep(0)
+        for _ in range(3):
+            before = service.operations
+            for _ in range(6):
+                await asyncio.sleep(0)
+            ran.append(service.operations - before)
+        return ran
+
+    others = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(turns(), near.loop))
+    all_of_them = {"rollout_ids": list(near.service.state.entries), "group_id": None, "tags": None}
+    await client.call("cancel_rollouts", all_of_them)
+    assert max(await others) <= 1
