@@ -246,6 +246,7 @@ class Feed:
         pump = await self._begun()
         if pump.is_fresh:
             return 0
+        await pump.hold()  # or a draw that is on its way would come after the rewind
         count = int(await self._channel.ask("rewind", {"consumer": self.name, "at_step": at}))
         pump.is_published = False
         pump.poke()
@@ -270,6 +271,7 @@ class Feed:
         await self._channel.put("publish_feed", self._plan.rule["resources_id"], resources, arguments)
         pump.is_fresh, pump.is_published = False, True
         pump.bell.ring()
+        pump.go_on()
 
     @staticmethod
     def _named(weights: Any) -> dict[str, Any]:
@@ -382,6 +384,8 @@ class Feed:
     async def _batches(self, keep: Keep | Test | None, max_open: int) -> AsyncIterator[FeedBatch]:
         pump = await self._begun()
         pump.judge_by(keep)
+        if pump.is_published:
+            pump.go_on()
         while (batch := await self._next(pump, max_open)) is not None:
             yield batch
 

@@ -154,6 +154,8 @@ class Pump:
         is_over: whether nothing is left to be given out, by what the store said last.
         is_fresh: whether the feed was unknown when it was opened.
         is_published: whether the feed hands out.
+        may_draw: whether this process has come so far that items may be drawn.
+        is_drawing: whether items are being drawn.
         bell: rung when one of these changes.
     """
 
@@ -169,6 +171,8 @@ class Pump:
         self.is_over: bool = False
         self.is_fresh: bool = False
         self.is_published: bool = False
+        self.may_draw: bool = False
+        self.is_drawing: bool = False
         self._streams = {stream.name: stream for stream, _ in streams}
         self._shares = {stream.name: share for stream, share in streams}
         self._sampler = sampler
@@ -232,6 +236,22 @@ class Pump:
             if self._loop is not None and self._poked is not None:
                 with contextlib.suppress(RuntimeError):  # it has ended
                     self._loop.call_soon_threadsafe(self._poked.set)
+
+    async def hold(self) -> None:
+        """Have it draw nothing until `go_on`, and wait for what it is drawing."""
+        self.may_draw = False
+        while self.is_drawing and not self.is_ended:
+            ring = self.bell.next()
+            try:
+                if self.is_drawing and not self.is_ended:
+                    await ring
+            finally:
+                self.bell.forget(ring)
+
+    def go_on(self) -> None:
+        """Have it draw items, as there are places for them."""
+        self.may_draw = True
+        self.poke()
 
     def judge_by(self, keep: Keep | Test | None) -> None:
         """Judge groups by this from now on, and by what is required."""
@@ -410,7 +430,12 @@ class Pump:
             did = True
             await self._choose(self.plan.chooser, list(work["choose"]))
         for name, number in dict(work["places"]).items():
-            did = await self._draw(self._streams[name], number) or did
+            self.is_drawing = self.may_draw  # `hold` looks at them in the other order
+            try:
+                did = (self.may_draw and await self._draw(self._streams[name], number)) or did
+            finally:
+                self.is_drawing = False
+                self.bell.ring()
         return did
 
     async def _observe(self, sampler: Sampler, group_id: str, ending: str) -> None:

@@ -248,7 +248,8 @@ class FeedEntry:
         is_over = all(stream.is_over for stream in self.streams.values()) and len(there) == len(waiting)
         come_again = any(item.is_returned for item in found)  # these wait for nobody
         is_whole = len(found) >= count or is_over
-        if self.rule["late"] == "wait" and is_whole and not come_again and not is_full:
+        may_swap = self.rule["order"] != "in_order"  # else none is late that was not drawn too late
+        if self.rule["late"] == "wait" and may_swap and is_whole and not come_again and not is_full:
             in_time = self._in_time(found, there, waiting, count, before)
             if in_time is None:
                 return []

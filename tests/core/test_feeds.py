@@ -206,6 +206,26 @@ def test_what_comes_again_comes_as_it_came(make: Callable[..., Loop]) -> None:
     )
 
 
+def test_in_order_stays_in_order_after_a_rewind(make: Callable[..., Loop]) -> None:
+    """Also if a draw comes after it that was on its way: what was drawn before is excused, and this is not."""
+    loop = make(12, order="in_order")
+    loop.publish()
+    loop.complete(*loop.draw()[:2])
+    _, number = loop.take()
+    loop.ack(number, 1)
+    on_its_way = loop.work()
+    loop.complete("f/0/2", "f/0/3")
+    loop.rewind(0)
+    loop.work = lambda: on_its_way  # type: ignore[method-assign]
+    loop.draw()
+    loop.publish()
+    loop.complete("f/0/4", "f/0/5")
+    for step, expected in enumerate((["f/0/0", "f/0/1"], ["f/0/2", "f/0/3"], ["f/0/4", "f/0/5"]), 1):
+        taken, number = loop.take()
+        assert taken == expected
+        loop.ack(number, step)
+
+
 def test_a_version_is_published_once_in_order(make: Callable[..., Loop]) -> None:
     """Again with the same content it is the same; with other content, or earlier, it is refused."""
     loop = make()
