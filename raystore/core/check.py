@@ -187,7 +187,7 @@ def _check_feed(state: State, feed: FeedEntry) -> None:
     assert feed.trained.keys() == {i for number in known.steps for i in known.grouped[number]}, f"trained by {name}"
     for group_id, item in feed.items.items():
         group = state.groups.by_id[group_id]
-        assert group.is_open or group.status == "complete", f"{group_id} of {name} is {group.status}"
+        assert group.is_open or group.status in READY, f"{group_id} of {name} is {group.status}"
         assert (item.completed is not None) == (not group.is_open), f"when {group_id} of {name} was complete"
         assert item.claimed is None or item.claimed <= feed.acks, f"when {group_id} of {name} was claimed"
         assert not (item.is_kept and group.is_open), f"{group_id} of {name} was judged too soon"

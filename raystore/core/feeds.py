@@ -174,7 +174,7 @@ def work(
 
 def to_do(state: State, feed: FeedEntry, seen: int) -> dict[str, Any]:
     """Places by stream, groups to be judged, groups among which to choose, endings, and whether the feed is over."""
-    complete = (item for item in feed.items.values() if state.groups.by_id[item.group_id].status == "complete")
+    complete = (item for item in feed.items.values() if item.completed is not None)
     to_judge = [item.group_id for item in complete if not item.is_kept] if feed.rule["judged"] else []
     choose = None
     if feed.rule["order"] == "chosen" and not feed.choice:
@@ -210,7 +210,8 @@ def add(
 ) -> list[int]:
     """Draw items: enqueue their groups and move the position, or neither; the position now.
 
-    If the position was not `at`, nothing is done: somebody has drawn them.
+    Nothing is done if the position is not `at`: somebody has drawn them. Nor if there are not so many places: batches
+    were undone meanwhile.
     """
     known = _pumped(state, step, feed, pump)
     drawn_from = known.streams.get(stream)
@@ -218,7 +219,8 @@ def add(
         raise InvalidValueError("stream", stream, "one of the streams that the feed was opened with")
     if len(items) != len(requests):
         raise InvalidValueError("items", len(items), f"one for each of the {len(requests)} groups")
-    if (drawn_from.epoch, drawn_from.cursor) != tuple(at):
+    is_elsewhere = (drawn_from.epoch, drawn_from.cursor) != tuple(at)
+    if is_elsewhere or (requests and len(requests) > known.free().get(stream, 0)):
         return [drawn_from.epoch, drawn_from.cursor]
     made = [_with_free_id(state, request) for request in requests]
     groups.check_all(state, made)
@@ -249,22 +251,24 @@ def judge(state: State, step: Step, *, feed: Id, pump: Id, verdicts: list[Verdic
     known = _pumped(state, step, feed, pump)
     for group_id, why, tokens, unusable in verdicts:
         item, group = known.items.get(group_id), state.groups.get(group_id)
-        if item is None or group is None or item.is_taken or item.is_kept or group.status != "complete":
+        if item is None or group is None or item.is_taken or item.is_kept or item.completed is None:
             continue
         item.tokens = tokens
-        for rollout_id in unusable:
-            if rollout_id in group.chosen:
-                del group.chosen[rollout_id]
-                state.touch_group(group_id)
-                known.note_outcome(rollout_id, "a recorded call lacks what training on it needs")
-        if len(group.chosen) < group.least:
-            groups.conclude(state, step, group, MISSED, f"{len(group.chosen)} of {group.n} can be trained on")
-        elif why is not None:
-            known.filtered, known.filtered_why = known.filtered + 1, why
-            groups.conclude(state, step, group, REJECTED, why)
-        else:
+        left = dict.fromkeys(i for i in group.chosen if i not in unusable)
+        for rollout_id in [i for i in group.chosen if i not in left]:
+            known.note_outcome(rollout_id, "a recorded call lacks what training on it needs")
+        if len(left) < group.least or (len(left) < len(group.chosen) and groups.is_taken(state, group)):
+            groups.conclude(state, step, group, MISSED, f"{len(left)} of {group.n} can be trained on")
+            continue
+        if len(left) < len(group.chosen):
+            group.chosen = left
+            state.touch_group(group_id)
+        if why is None:
             known.filtered = 0
             _keep(state, known, item)
+        else:
+            known.filtered, known.filtered_why = known.filtered + 1, why
+            groups.conclude(state, step, group, REJECTED, why)
     state.moved_feeds[feed] = None
 
 

@@ -45,6 +45,7 @@ from raystore.core.lifecycle import (
     FINISHED,
     INFRASTRUCTURE,
     MISSED,
+    READY,
     REOPENED,
     SHORT,
     GroupStatus,
@@ -493,24 +494,35 @@ def _close(state: State, step: Step, group: GroupEntry, event: str, why: str | N
 
 
 def conclude(state: State, step: Step, group: GroupEntry, event: str, why: str) -> None:
-    """End a group of a feed, open or complete, by an event after which nobody trains on it."""
+    """End a group of a feed, open or complete, by an event after which its feed does not train on it."""
+    if is_taken(state, group):  # by another consumer, whose it stays as it is
+        _tell_feed(state, group, group_after("complete", event), why)
+        follow_group(state, group)
+        return
     group.chosen = {}
     _close(state, step, group, event, why)
 
 
-def _tell_feed(state: State, group: GroupEntry) -> None:
-    """Let the feed of a group know how it stands now."""
+def is_taken(state: State, group: GroupEntry) -> bool:
+    """Whether a consumer has taken a group, so that it stays as it is."""
+    return any(state.entries[rollout_id].is_sealed for rollout_id in group.chosen)
+
+
+def _tell_feed(state: State, group: GroupEntry, ending: str | None = None, why: str | None = None) -> None:
+    """Let the feed of a group know how it stands now, or how it has ended for the feed alone."""
     feed = state.feeds.by_group.get(group.group_id)
     item = feed.items.get(group.group_id) if feed is not None else None
     if feed is None or item is None:
         return
     state.moved_feeds[feed.name] = None
-    if group.status == "complete":
-        item.completed, item.is_kept = feed.acks, not feed.rule["judged"]
+    if ending is not None or not (group.is_open or group.status in READY):
+        state.feeds.end(feed, item, ending or group.status, why or group.why)
     elif group.is_open:
         item.completed, item.is_kept = None, False
-    else:
-        state.feeds.end(feed, item, group.status, group.why)
+    elif not group.is_ready:
+        state.feeds.end(feed, item, group_after("complete", MISSED), f"{len(group.chosen)} of {group.n} are left")
+    elif item.completed is None:
+        item.completed, item.is_kept = feed.acks, not feed.rule["judged"]
 
 
 def end_overdue(state: State, step: Step, group_ids: Iterable[str]) -> None:

@@ -222,7 +222,7 @@ def _will_be_awaited(state: State, consumer: str, known: Consumer, entry: Entry)
     group = state.groups.of(entry.rollout)
     if group is None or not asks_for(state, consumer, known, group):
         return False
-    return group.is_open or (group.status == "complete" and not is_ready_for(state, consumer, group))
+    return group.is_open or (group.status in READY and not is_ready_for(state, consumer, group))
 
 
 def may_still_come(state: State, known: Consumer) -> bool:

@@ -207,7 +207,7 @@ def test_what_comes_again_comes_as_it_came(make: Callable[..., Loop]) -> None:
 
 
 def test_in_order_stays_in_order_after_a_rewind(make: Callable[..., Loop]) -> None:
-    """Also if a draw comes after it that was on its way: what was drawn before is excused, and this is not."""
+    """A draw that was on its way meanwhile is not made; later ones follow what comes again."""
     loop = make(12, order="in_order")
     loop.publish()
     loop.complete(*loop.draw()[:2])
@@ -218,9 +218,11 @@ def test_in_order_stays_in_order_after_a_rewind(make: Callable[..., Loop]) -> No
     loop.rewind(0)
     loop.work = lambda: on_its_way  # type: ignore[method-assign]
     loop.draw()
+    assert list(loop.feed.items) == [f"f/0/{index}" for index in (2, 3, 0, 1)]
+    del loop.work
     loop.publish()
-    loop.complete("f/0/4", "f/0/5")
     for step, expected in enumerate((["f/0/0", "f/0/1"], ["f/0/2", "f/0/3"], ["f/0/4", "f/0/5"]), 1):
+        loop.complete(*loop.draw())
         taken, number = loop.take()
         assert taken == expected
         loop.ack(number, step)
@@ -273,6 +275,23 @@ def test_a_draw_that_comes_twice_draws_once(make: Callable[..., Loop]) -> None:
     loop.position[""] = [0, 0]
     loop.draw(most=1)
     assert loop.position[""] == [0, 1] and list(loop.feed.items) == ["f/0/0"]
+
+
+def test_a_draw_without_places_draws_nothing(make: Callable[..., Loop]) -> None:
+    """As one that was on its way while batches were undone."""
+    loop = make()
+    loop.publish()
+    places = loop.work()["places"][""]
+    assert places == 4
+    loop.rewind(0)
+    request = {"member": {"input": b"x", "metadata": None}, "n": 2, "group_id": "f/0/0"}
+    draw: dict[str, Any] = {
+        "feed": "f", "pump": "p1", "stream": "", "at": [0, 0], "to": [0, 1], "over": False, "state_after": None,
+        "requests": [request], "items": [["f", 0, 0]], "skipped": [],
+    }  # fmt: skip
+    assert loop.core.run("feed_add", session=loop.driver, **draw) == [0, 0] and not loop.feed.items
+    loop.publish()
+    assert loop.core.run("feed_add", session=loop.driver, **draw) == [0, 1] and list(loop.feed.items) == ["f/0/0"]
 
 
 def test_another_dataset_is_refused(make: Callable[..., Loop]) -> None:
@@ -601,6 +620,7 @@ def _run(core: Core, random: Random, late: str, order: str) -> None:
             case 8 if random.random() < 0.2:
                 core.end(core.state.sessions[loop.runner.session_id])
                 loop.runner, loop.keys = core.open(f"runner {turn}"), {}
+        assert sum(not item.is_excused for item in loop.feed.items.values()) <= loop.feed.places
         if turn % 50 == 0:
             check(core.state)
             copy = State(core.state.settings)

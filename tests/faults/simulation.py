@@ -308,8 +308,16 @@ class World:
         claims = [key for peer in self.peers for key in peer.claimed]
         groups = {value for peer in self.peers for value in peer.grouped}
         sizes = {value: GROUP if value in groups else 1 for value in made}
+        for value, entries in made.items():  # a feed replaces members that the infrastructure failed too often
+            group = state.groups.of(entries[0].rollout)
+            sizes[value] += group.renewed if group is not None else 0
         doubled += sum(len(entries) > sizes[value] for value, entries in made.items()) + len(claims) - len(set(claims))
         lost += sum(len(entries) < sizes[value] for value, entries in made.items())
+        for peer in self.peers:  # each item that was drawn is under way, or trained, and none twice
+            feed = state.feeds.get(peer.feed)
+            indexes = [] if feed is None else [item.index for item in (*feed.items.values(), *feed.trained.values())]
+            lost += len(set(range(peer.drawn)) - set(indexes))
+            doubled += len(indexes) - len(set(indexes))
         return {
             "lost": lost,
             "doubled": doubled,
@@ -322,9 +330,15 @@ class World:
 
 
 GROUP = 2  #: rollouts of a group
+#: Of the feed of a peer: batches of one group, and one ahead.
+RULE: dict[str, Any] = {
+    "resources_id": "policy", "batch": 1, "max_lag": 1, "max_running": None, "late": "wait", "order": "oldest",
+    "on_failure": "mask", "failure_reward": None, "race": False, "judged": False, "batch_tokens": None,
+    "max_filtered": None, "in_a_row": None, "share": None, "window": 20, "requeues": 0,
+}  # fmt: skip
 KINDS = [
     "enqueue", "group", "dequeue", "dequeue", "park", "span", "finish", "finish", "take", "take groups", "ack", "read",
-    "release", "more",
+    "release", "more", "draw", "draw", "take of feed",
 ]  # fmt: skip
 
 
@@ -350,6 +364,10 @@ class Peer:
         self.newest: dict[str, int] = {}  # acknowledged
         self.held: dict[tuple[str, int], list[str]] = {}
         self.steps = itertools.count(1)
+        self.feed = f"{name} feed"
+        self.begun = 0  # steps until its feed hands out
+        self.drawn = 0
+        self.is_drawing = False
         self.given_up = asyncio.Event()
         # what it was told
         self.asked: list[bytes] = []
@@ -411,6 +429,10 @@ class Peer:
             return ["take", {"consumer": self.name, "count": 2, "timeout": 0.0}]
         if kind == "take groups":
             return ["take_groups", {"consumer": f"{self.name} of groups", "count": 2, "timeout": 0.0}]
+        if kind == "take of feed" and self.begun == 2:
+            return ["take_groups", {"consumer": self.feed, "count": 1, "timeout": 0.0}]
+        if kind == "draw" and not self.is_drawing:
+            return self.draw()
         if kind == "ack" and self.batch:
             consumer, batch = self.batch.popitem()
             self.newest[consumer] = batch
@@ -421,6 +443,27 @@ class Peer:
         if kind == "more":
             return ["more", {"token": 0}]
         return ["get_latest_resources", {}] if kind == "read" else self.enqueue(as_group=kind == "group")
+
+    def draw(self) -> list[Any]:
+        """The next step of its feed: it begins, publishes, and then draws an item at a time."""
+        pumped = {"feed": self.feed, "pump": "p"}
+        self.begun += 1
+        if self.begun == 1:
+            return ["open_feed", pumped | {"rule": RULE, "streams": [["", 1.0, None, None]], "changed": "refuse"}]
+        if self.begun == 2:
+            weights = {"resources": b"\x01\x80", "holds_objects": False, "objects": []}
+            return ["publish_feed", pumped | weights | {"version": 0, "digest": ""}]
+        self.begun, self.is_drawing = 2, True
+        value = encode(f"{self.name}/{next(self.numbers)}", "input", 1000)
+        assert isinstance(value, bytes)
+        self.asked.append(value)
+        self.grouped.append(value)
+        group = {"member": {"input": value, "metadata": None}, "n": GROUP, "group_id": f"{self.feed}/{self.drawn}"}
+        position = {"at": [0, self.drawn], "to": [0, self.drawn + 1], "over": False, "state_after": None}
+        return [
+            "feed_add",
+            pumped | position | {"stream": "", "requests": [group], "items": [["", 0, self.drawn]], "skipped": []},
+        ]
 
     def enqueue(self, *, as_group: bool = False) -> list[Any]:
         value = encode(f"{self.name}/{next(self.numbers)}", "input", 1000)
@@ -499,6 +542,11 @@ class Peer:
             self.enqueued += [request["input"] for request in arguments["requests"]]
         elif verb == "enqueue_groups":
             self.enqueued += [request["member"]["input"] for request in arguments["groups"]]
+        elif verb == "feed_add":
+            self.is_drawing = False
+            if reply[1] == [0, self.drawn + 1]:  # else there was no place
+                self.drawn += 1
+                self.enqueued.append(arguments["requests"][0]["member"]["input"])
         elif verb == "dequeue":
             for rollout, attempt, _ in reply[1]:
                 self.claimed.append((rollout[0], attempt[1]))
