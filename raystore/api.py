@@ -294,9 +294,9 @@ class LightningStore(ABC):
 
         Neither `status` nor `config` can be None. Any status may follow any other. A finished status sets `end_time`
         and answers those who wait for the rollout; "queuing" and "requeuing" clear `end_time` and put the rollout at
-        the tail of its queue unless it is queued already. Attempts and workers stay as they are, but the holder of a
-        running attempt is notified. Raises `RolloutNotFoundError`, and `SealedError` for a new status of a rollout that
-        a consumer has taken.
+        the tail of its queue unless it is queued already; one that backs off is handed out from now on. Attempts and
+        workers stay as they are, but the holder of a running attempt is notified. Raises `RolloutNotFoundError`, and
+        `SealedError` for a new status of a rollout that a consumer has taken.
         """
 
     @abstractmethod

@@ -174,17 +174,17 @@ class RolloutConfig(Model, extra="forbid"):
         made = handler(given)
         if type(given) is not dict:
             return made
-        said = made.model_fields_set
+        said, more = made.model_fields_set, " beyond its retry_rules" if made.retry_rules else ""
         if made.max_attempts > 1 and not made.retry_condition and "retry_condition" not in said:
             warn_caller(
-                f"RolloutConfig(max_attempts={made.max_attempts}) tries nothing again, since no retry_condition names "
-                "the statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of them "
-                "that you mean; retry_condition=[] if none"
+                f"RolloutConfig(max_attempts={made.max_attempts}) tries nothing again{more}, since no retry_condition "
+                "names the statuses that are: add retry_condition=['failed', 'timeout', 'unresponsive'], or those of "
+                "them that you mean; retry_condition=[] if none"
             )
         elif made.retry_condition and made.max_attempts == 1 and "max_attempts" not in said:
             warn_caller(
-                f"RolloutConfig(retry_condition={made.retry_condition}) tries nothing again, since max_attempts is 1 "
-                "unless given: add max_attempts=3, or as many as you mean in all; max_attempts=1 if it is one"
+                f"RolloutConfig(retry_condition={made.retry_condition}) tries nothing again{more}, since max_attempts "
+                "is 1 unless given: add max_attempts=3, or as many as you mean in all; max_attempts=1 if it is one"
             )
         return made
 

@@ -46,7 +46,7 @@ async def test_readme_driver_keeps_rollouts_in_flight() -> None:
     most, done = 0, []
     with rs.InMemoryLightningStore() as store:
         names: dict[str, Any] = {"asyncio": asyncio, "store": store, "n": 7}
-        exec(readme_examples()[1], names)
+        exec(readme_examples()[2], names)
         await store.update_rollout((await store.enqueue_rollout("earlier")).rollout_id, status="failed")
         requests = [rs.EnqueueRolloutRequest(input=i) for i in range(50)]
         async with rs.RunnerPool(store, lambda task, ctx: float(task), size=2):

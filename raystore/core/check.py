@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any
 
-from raystore.core import claims, groups, lifecycle, retries, training
+from raystore.core import claims, groups, lifecycle, training
 from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry
 from raystore.core.gates import KEPT
 from raystore.core.group_table import CANCELLED, FAILED, FILLING, LIVE, TRAINED_ON, GroupEntry
@@ -357,7 +357,8 @@ def counts(state: State) -> dict[str, Any]:
         "held_back_by_resources": {
             name: count for name, count in state.queues.held_counts().items() if name not in (CLOSED, NO_SLOT)
         },
-        **retries.describe(state),
+        "backing_off": sum(state.queues.backing_off_by_queue.values()),
+        "backing_off_by_queue": dict(state.queues.backing_off_by_queue),
         "groups_by_status": state.groups.counts(),
         "rollouts_by_status": {status: count for status, count in by_status.items() if count},
         "suspects": len(state.suspects),

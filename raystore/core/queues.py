@@ -150,6 +150,7 @@ class Queues:
         self._held: dict[str, dict[str, None]] = {}  # by what they wait for
         self._waits_for: dict[str, str] = {}  # the same by rollout
         self._backoffs: dict[str, float] = {}  # until when each of those that back off does
+        self.backing_off_by_queue: dict[str, int] = {}  #: how many do, if any
         self.arrivals: int = 0  #: places at the tail that were given
 
     def __len__(self) -> int:
@@ -223,6 +224,7 @@ class Queues:
         """Let a rollout wait at its place, and be passed over until an instant; it must not be waiting yet."""
         self.put(queue, rollout_id, order, line=HELD)
         self._backoffs[rollout_id] = until
+        self.backing_off_by_queue[queue] = self.backing_off_by_queue.get(queue, 0) + 1
 
     def held(self, waits_for: str) -> list[str]:
         """The rollouts that are held back for something."""
@@ -269,7 +271,11 @@ class Queues:
             return False
         del self._lines[line][rollout_id]
         queue = line[0]
-        if line[1] == HELD and self._backoffs.pop(rollout_id, None) is None:
+        if line[1] == HELD and self._backoffs.pop(rollout_id, None) is not None:
+            self.backing_off_by_queue[queue] -= 1
+            if not self.backing_off_by_queue[queue]:
+                del self.backing_off_by_queue[queue]
+        elif line[1] == HELD:
             waits_for = self._waits_for.pop(rollout_id)
             del self._held[waits_for][rollout_id]
             if not self._held[waits_for]:
@@ -324,3 +330,8 @@ class Queues:
         for queue, _ in self.line_of.values():
             count[queue] = count.get(queue, 0) + 1
         assert count == self._lengths, "queue lengths differ from the queues"
+        ends: dict[str, int] = {}
+        for rollout_id in self._backoffs:
+            queue = self.line_of[rollout_id][0]
+            ends[queue] = ends.get(queue, 0) + 1
+        assert ends == self.backing_off_by_queue, "how many back off"

@@ -13,7 +13,7 @@ is over (`expiry`).
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from raystore.core.lifecycle import FINISHED, REQUEUABLE
 from raystore.core.payload import size_of
@@ -75,15 +75,6 @@ def back_off(state: State, step: Step, entry: Entry, rule: RetryRule, *, keep_pl
             step.now, "backs_off", latest.rollout_id, latest.attempt_id,
             outcome=rule.outcome, retry=number, max_retries=rule.max_retries, seconds=seconds,
         )  # fmt: skip
-
-
-def describe(state: State) -> dict[str, Any]:
-    """How many rollouts back off, for the statistics."""
-    by_queue: dict[str, int] = {}
-    for rollout_id in state.queues.backing_off:
-        queue = state.queues.line_of[rollout_id][0]
-        by_queue[queue] = by_queue.get(queue, 0) + 1
-    return {"backing_off": sum(by_queue.values()), "backing_off_by_queue": by_queue}
 
 
 def reasons(state: State, queue: str, now: float) -> list[str]:

@@ -21,6 +21,7 @@ async def every_way_to_a_rollout(store: rs.LightningStore) -> list[rs.Attempt]:
     attempts += [r.attempt for r in await store.query_rollouts(status_in=["running"])]
     attempts += [r.attempt for r in await store.wait_for_rollouts(rollout_ids=["x"], timeout=1)]
     attempts += [r.attempt for r in await store.cancel_rollouts(["x"])]
+    attempts += [r.attempt for r in await store.requeue(["x"])]
     attempts += [r.attempt for r in (await store.completed()).items]
     attempts += [r.attempt for r in (await store.take(8, consumer="t")).rollouts]
     attempts += [r.attempt for g in (await store.take_groups(8, consumer="g")).groups for r in g.rollouts]
