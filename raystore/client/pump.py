@@ -310,7 +310,7 @@ class Pump:
 
     async def _run(self) -> None:
         await self._open_with_patience()
-        while True:
+        while not self._is_stopping:
             try:
                 if self._must_open:
                     await self._open()
@@ -406,8 +406,10 @@ class Pump:
     async def _rest(self) -> None:
         """Nothing could be done: ask again a little later, or when somebody pokes."""
         assert self._poked is not None
+        # Not `wait_for`, which before Python 3.12 forgets that it was cancelled if it was poked at the same time.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._poked.wait(), REST_SECONDS)
+            async with asyncio.timeout(REST_SECONDS):
+                await self._poked.wait()
 
     async def _do(self, work: Mapping[str, Any]) -> bool:
         """Do what the store said; whether there was anything that could be done."""

@@ -761,6 +761,16 @@ async def test_no_thread_is_left(store: AnyStore) -> None:
     assert pump_threads() == []
 
 
+async def test_a_feed_that_is_closed_at_once(store: AnyStore) -> None:
+    """Whatever it was about to do: the next one of its name begins."""
+    for step in range(20):
+        feed = store.feed("train", [1, 2], **RIGHT)
+        await feed.publish([0.0], version=step)
+        started = time.monotonic()
+        await feed.close()
+        assert time.monotonic() - started < 2
+
+
 async def test_a_function_that_does_not_return_holds_nobody_up(
     store: AnyStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
