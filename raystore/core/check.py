@@ -227,7 +227,7 @@ def _check_consumers(state: State) -> None:
         expected = set()
         for rollout_id, entry in state.entries.items() if known.takes != training.GROUPS else ():
             statuses = known.filter["status_in"] if known.filter is not None else lifecycle.TRAINABLE
-            is_trainable = entry.rollout.status in statuses and not lifecycle.is_dropped(entry.latest)
+            is_trainable = entry.rollout.status in statuses and not training.is_given_up(entry)
             is_asked = fits(known.filter, entry.rollout)
             if is_trainable and is_asked and name not in entry.taken:
                 expected.add(rollout_id)

@@ -304,7 +304,7 @@ def stand_of(entry: Entry, before: str, feed: FeedEntry | None) -> str:
     if status != "failed":
         return CANCELLED
     latest = entry.latest
-    if before in (SCORED, MASKED):
+    if before in (FAILED, SCORED, MASKED):  # decided once, by the rule of then
         return before
     if feed is None or latest is None or latest.outcome in INFRASTRUCTURE or lifecycle.is_dropped(latest):
         return FAILED

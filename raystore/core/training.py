@@ -112,7 +112,7 @@ def follow(state: State, entry: Entry, *, has_finished: bool = False) -> None:
     rollout = entry.rollout
     rollout_id = rollout.rollout_id
     is_finished = rollout.status in FINISHED
-    is_trainable = is_finished and rollout.status in TRAINABLE and not is_dropped(entry.latest)
+    is_trainable = rollout.status in TRAINABLE and not is_given_up(entry)
     for name, known in state.consumers.items():
         if known.takes == GROUPS:
             continue
@@ -128,6 +128,11 @@ def follow(state: State, entry: Entry, *, has_finished: bool = False) -> None:
                 known.awaiting.move_to_end(rollout_id)
         elif known.awaiting.pop(rollout_id, 0) is None:
             known.returned.pop(rollout_id, None)
+
+
+def is_given_up(entry: Entry) -> bool:
+    """Whether nobody trains on a rollout, since its agent gave the task up; but if it succeeded by hand, it counts."""
+    return entry.rollout.status == "failed" and is_dropped(entry.latest)
 
 
 def follow_group(state: State, group: GroupEntry) -> None:
@@ -383,7 +388,7 @@ def _accepts(state: State, consumer: str, wanted: Filter | None, *, is_new: bool
         if is_new and mode is None and rollout_id in succeeded:
             return True
         entry = state.entries[rollout_id]
-        return consumer not in entry.taken and not is_dropped(entry.latest) and mode in (None, entry.rollout.mode)
+        return consumer not in entry.taken and not is_given_up(entry) and mode in (None, entry.rollout.mode)
 
     return accepts
 
