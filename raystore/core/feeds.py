@@ -30,7 +30,7 @@ from raystore.errors import (
 
 FEEDS = 1_000  #: at once
 
-Share = Annotated[float, Rule("{v} > 0", "a number above 0")]
+Share = Annotated[float, Rule("0 < {v} <= 1_000_000", "a number above 0, up to 1,000,000")]
 
 
 class FeedRule(TypedDict):
