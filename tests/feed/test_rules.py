@@ -58,7 +58,7 @@ class Sampler:
         ({"tags": {f"t{n}": n for n in range(16)}}, "tags"),
         ({"changed": "ignore"}, "'refuse' or 'continue'"),
     ],
-    ids=str,
+    ids=lambda one: one if isinstance(one, str) else ",".join(one),  # no address of an object
 )  # fmt: skip
 def test_wrong_arguments_of_a_feed(make_memory_store: MakeMemoryStore, given: dict[str, Any], words: str) -> None:
     """The error names the value and what was expected."""
