@@ -18,13 +18,12 @@ from raystore.core.group_table import GroupEntry
 from raystore.core.lifecycle import LATE, MISSED, QUEUED, REJECTED
 from raystore.core.records import Resources
 from raystore.core.rollouts import CONTENT, put_anew
-from raystore.core.schema import Encoded, GroupRequest, Id, Positive, Rule, Seconds, Text, Whole
+from raystore.core.schema import ID_LENGTH, Encoded, GroupRequest, Id, Positive, Rule, Seconds, Text, Whole
 from raystore.core.state import State, Step, require_room
 from raystore.errors import (
     DatasetChangedError,
     FeedHeldError,
     FeedNotFoundError,
-    InvalidValueError,
     VersionConflictError,
 )
 
@@ -54,11 +53,13 @@ class FeedRule(TypedDict):
     requeues: Whole
 
 
+#: Of a stream, or an environment; empty for a stream of several datasets in one order.
+Name = Annotated[str, Rule(f"len({{v}}) <= {ID_LENGTH}", f"text of at most {ID_LENGTH} characters")]
 #: Name, share of each batch, how many items, fingerprint of the dataset.
-StreamRow = tuple[str, Share, Whole | None, str | None]
+StreamRow = tuple[Name, Share, Whole | None, Name | None]
 Position = tuple[Whole, Whole]  #: epoch, and how many of its items were drawn
-ItemRow = tuple[str, Whole, Whole]  #: environment, epoch, index
-SkippedRow = tuple[str, Text]  #: the id that its group would have, and why
+ItemRow = tuple[Name, Whole, Whole]  #: environment, epoch, index
+SkippedRow = tuple[Id, Text]  #: the id that its group would have, and why
 #: Group, why it is not trained on (None: it is), its tokens, rollouts that cannot be trained on.
 Verdict = tuple[Id, Text | None, Whole | None, list[Id]]
 
@@ -199,7 +200,7 @@ def add(
     *,
     feed: Id,
     pump: Id,
-    stream: str,
+    stream: Name,
     at: Position,
     to: Position,
     over: bool,
@@ -216,10 +217,8 @@ def add(
     known = _pumped(state, step, feed, pump)
     drawn_from = known.streams.get(stream)
     if drawn_from is None:
-        raise InvalidValueError("stream", stream, "one of the streams that the feed was opened with")
-    if len(items) != len(requests):
-        raise InvalidValueError("items", len(items), f"one for each of the {len(requests)} groups")
-    is_elsewhere = (drawn_from.epoch, drawn_from.cursor) != tuple(at)
+        raise DatasetChangedError(feed, stream, None, None)
+    is_elsewhere = (drawn_from.epoch, drawn_from.cursor) != tuple(at) or len(items) != len(requests)
     if is_elsewhere or (requests and len(requests) > known.free().get(stream, 0)):
         return [drawn_from.epoch, drawn_from.cursor]
     made = [_with_free_id(state, request) for request in requests]

@@ -168,8 +168,10 @@ async def test_ranks_read_their_shards(store: rs.RayLightningStore) -> None:
 def test_ctrl_c_ends_a_driver(tmp_path: Path) -> None:
     """Also one that waits for a batch, and with a function of its user's that does not return."""
     program = """
-import asyncio, sys, time
+import asyncio, signal, sys, time
 import raystore as rs
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def items():
     yield from range(4)

@@ -120,6 +120,7 @@ def test_others_come_in_between_and_the_process_dies(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("raystore.core.batches.PIECE", piece)
             patch.setattr("raystore.remote.server_session.SLICE_SECONDS", -1.0)
+            patch.setattr("raystore.remote.server_session.PAUSE_SECONDS", 0)  # a turn, which it is driven through here
             store, other = await filled(tmp_path_factory.mktemp("j") / "journal", states)
             deleting = Peer("deleting")
             there = set(store.state.entries)

@@ -35,6 +35,12 @@ WRONG: list[Any] = [
 _CONFIG = [5.0, None, 2, ["failed"]]
 _RULED = [*_CONFIG, [["timeout", 2, 1.5, 2.0, 60.0, 0.1], ["infra", 0, 0.0, 1.0, None, 0.0]]]
 _ROW = [3, "span", "trace", "parent", "name", 1.0, 2.0, 0.5, b"\x01body", -1]
+_RULE = {
+    "resources_id": "m", "batch": 1, "max_lag": 1, "max_running": 2, "late": "wait", "order": "oldest",
+    "on_failure": "reward", "failure_reward": 0.0, "race": False, "judged": True, "batch_tokens": 9, "max_filtered": 9,
+    "in_a_row": 9, "share": 0.5, "window": 9, "requeues": 1,
+}  # fmt: skip
+_PUMPED = {"feed": "f", "pump": "p"}
 _PAGE = {"sort_by": None, "sort_order": "asc", "limit": -1, "offset": 0}
 _NAMES = {"rollout_id": "r0", "attempt_id": "ATTEMPT"}  # which runs, and whose id is put here
 _FILTERS = {"group_id": "g", "tags": {"k": 1}, "queue": "default", "mode": "train"}
@@ -103,12 +109,29 @@ RIGHT: dict[str, dict[str, Any]] = {
         "max_open": 2, "of": 7,
     },
     "get_batch": {"consumer": "c", "batch": 1},
-    "ack": {"consumer": "c", "batch": 1, "at_step": 3, "note": "n"},
+    "ack": {"consumer": "c", "batch": 1, "at_step": 3, "note": "n", "notes": {"r0": "x"}},
     "nack": {"consumer": "c", "batch": 1},
     "checkpoint": {"consumer": "c", "at_step": 3},
     "rewind": {"consumer": "c", "at_step": 3},
     "forget_consumer": {"consumer": "c"},
     "ledger": {"consumer": "c"},
+    "open_feed": {**_PUMPED, "rule": _RULE, "streams": [["", 1.0, 9, "x"]], "changed": "refuse"},
+    "feed_work": {**_PUMPED, "seen": 0, "over": False, "timeout": 1.0},
+    "feed_add": {
+        **_PUMPED, "stream": "", "at": [0, 0], "to": [0, 1], "over": False, "state_after": b"s",
+        "requests": [{"member": _REQUEST, "n": 2, "group_id": "f/0/0"}], "items": [["e", 0, 0]],
+        "skipped": [["f/0/1", "why"]],
+    },
+    "feed_judge": {**_PUMPED, "verdicts": [["f/0/0", "why", 3, ["r0"]]]},
+    "feed_choose": {**_PUMPED, "group_ids": ["f/0/0"]},
+    "publish_feed": {
+        **_PUMPED, "version": 1, "digest": "d", "resources": b"\x01\x80", "holds_objects": False,
+        "objects": [["a" * 40, 100], [None, 0]],
+    },
+    "feed_items": {"feed": "f", "group_ids": ["f/0/0"]},
+    "feed_status": {"feed": "f"},
+    "resume_feed": {"feed": "f"},
+    "close_feed": _PUMPED,
     "put_resources": {
         "resources_id": "m", "resources": b"\x01\x80", "policy_version": 1, "holds_objects": False,
         "objects": [["a" * 40, 100], [None, 0]],
@@ -197,6 +220,10 @@ async def test_whatever_the_arguments_are(tmp_path: Path, verb: str) -> None:
     await other.call(store, "take", consumer="c", count=1)
     log = store.writer
     await peer.send(store, peer.batch())
+    if "feed" in verb and verb != "open_feed":
+        await peer.call(store, "open_feed", **RIGHT["open_feed"])
+    if verb == "feed_add":
+        await peer.call(store, "publish_feed", **RIGHT["publish_feed"])
     answered = refused = 0
     before: Any = None
     for number, arguments in enumerate([right, *variants(right)]):
