@@ -610,9 +610,10 @@ class LightningStore(ABC):
         has gone on, and says so (log, `statistics`, change "memory_full"). `forget_consumer` ends this.
 
         A batch is held by the process that took it until `ack` or `nack`. If it holds `max_open` batches, another take
-        raises `BatchHeldError`. A batch that did not reach its caller is given back; a batch of a process that has
-        ended comes again to the next take, before anything else. The rollouts of a batch are sealed: later reports
-        change their attempts only, and to run or delete such a rollout raises `SealedError`.
+        raises `BatchHeldError`; if another process holds one of them, once that has shown that it lives, or after
+        `timeout`. A batch that did not reach its caller is given back; a batch of a process that has ended comes again
+        to the next take, before anything else. The rollouts of a batch are sealed: later reports change their attempts
+        only, and to run or delete such a rollout raises `SealedError`.
 
         Raises `PoolFailedError` as `wait_for_rollouts` does.
         """
@@ -724,8 +725,8 @@ class LightningStore(ABC):
         """A feed: it enqueues a group of `size` rollouts for each item of a dataset, and gives them in whole batches.
 
         The same call again, in this process or in another one, goes on where the feed of this name is. Only one at a
-        time may: another one raises `FeedHeldError`. This method checks its arguments and does nothing else: the feed
-        begins with the first `restore`, `publish` or `batches`.
+        time may: another one raises `FeedHeldError`, but waits for the end of a process that has died. This method
+        checks its arguments and does nothing else: the feed begins with the first `restore`, `publish` or `batches`.
 
         *Items.* `data` is a dataset, or datasets by name (environments). Each has a length and can be indexed, or is an
         iterable; an iterable with `state_dict` and `load_state_dict` goes on from its own state, another is read from

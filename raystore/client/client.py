@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import isfunction
 from time import monotonic
 from typing import Any, Literal, Never, Self, TypeVar
@@ -22,7 +23,7 @@ from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
 from raystore.client.datasets import streams_of
 from raystore.client.feed import Feed
 from raystore.client.pump import Channel
-from raystore.client.transport import PendingCall, Transport
+from raystore.client.transport import PendingCall, Transport, call_past_the_dead
 from raystore.core.pauses import MOST_PER_MINUTE, MOST_RUNNING
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
 from raystore.core.records import Many
@@ -805,7 +806,7 @@ class StoreClient(RunnerStore):
         """What a take gives, and the number of its batch."""
         if checks.whole("max_open", max_open, at_least=1) != 1:
             arguments["max_open"] = max_open
-        answer = await self._transport.call(verb, arguments)
+        answer = await call_past_the_dead(self._transport.call, verb, arguments, arguments["timeout"])
         batch = {"consumer": arguments["consumer"], "batch": answer[1]}
         try:
             items, _ = await self._all_rows(answer)
@@ -886,8 +887,8 @@ class StoreClient(RunnerStore):
         for warning in wire_feeds.biases(plan):
             warn_caller(warning)
         channel = Channel(
-            ask=self._transport.call, reader=self, encoder=self._encoder, take=self._take, put=self._put,
-            travels=self._travels,
+            ask=self._transport.call, open=partial(call_past_the_dead, self._transport.call), reader=self,
+            encoder=self._encoder, take=self._take, put=self._put, travels=self._travels,
         )  # fmt: skip
         made = self._feeds[plan.feed] = Feed(plan, streams, drawing["sampler"], channel)
         return made

@@ -86,6 +86,8 @@ class Channel:
     """How a feed reaches its store: operations, and methods of the store."""
 
     ask: Callable[[str, dict[str, Any]], Coroutine[Any, Any, Any]]
+    #: The same for an operation that another process may stand against, which may just have died.
+    open: Callable[[str, dict[str, Any]], Coroutine[Any, Any, Any]]
     reader: Reader
     encoder: Encoder
     #: A take by name and arguments, with `max_open`: rows of groups and rollouts, and the number of the batch.
@@ -350,10 +352,11 @@ class Pump:
                 for name, stream in self._streams.items()
             ]
         self._must_open = False
-        answer = await self._ask(
-            "open_feed", rule=self.plan.rule | {"judged": self._is_judged}, streams=self._rows,
-            changed=self.plan.changed,
-        )  # fmt: skip
+        arguments = {
+            "feed": self.plan.feed, "pump": self.pump_id, "rule": self.plan.rule | {"judged": self._is_judged},
+            "streams": self._rows, "changed": self.plan.changed,
+        }  # fmt: skip
+        answer = await self._channel.open("open_feed", arguments)
         branch, version, checkpoint, streams = answer
         is_first, self.is_open = not self.is_open, True
         if is_first:

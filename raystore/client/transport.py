@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,11 +28,13 @@ from raystore.api import NoticeHandler
 from raystore.core.claims import is_batch
 from raystore.core.state import HandedKey
 from raystore.core.verbs import HANDING
+from raystore.errors import BatchHeldError, FeedHeldError
 
 logger: logging.Logger = logging.getLogger("raystore")
 
 T = TypeVar("T")
 
+SIGN_SECONDS = 0.1  #: in which a process that lives gives a sign of life; then it is looked for
 TURN_SECONDS = 0.01  #: that calls which are answered at once may keep an event loop from its other tasks
 
 
@@ -222,6 +226,30 @@ def with_time_left(arguments: dict[str, Any], elapsed: float) -> dict[str, Any]:
     """The arguments for repeating a call after so many seconds: its timeout is shorter by as much."""
     timeout = arguments.get("timeout")
     return arguments if not timeout else arguments | {"timeout": max(timeout - elapsed, 0.0)}
+
+
+async def call_past_the_dead(
+    call: Callable[[str, dict[str, Any]], Coroutine[Any, Any, T]],
+    verb: str,
+    arguments: dict[str, Any],
+    seconds: float = math.inf,
+) -> T:
+    """Run an operation, and again if what it asks for is held by another process, which may just have died.
+
+    The store learns of an end some seconds later. It asks the holder for a sign of life: if there is one, or after so
+    many seconds, the refusal is raised.
+    """
+    started, refused = monotonic(), 0.0
+    while True:
+        asked = monotonic()
+        try:
+            return await call(verb, with_time_left(arguments, asked - started))
+        except (BatchHeldError, FeedHeldError) as error:
+            silent = error.silent_seconds
+            if silent is None or (refused and silent < asked - refused) or monotonic() - started >= seconds:
+                raise
+        refused = refused or monotonic()
+        await in_thread(time.sleep, SIGN_SECONDS)
 
 
 # -- notices -----------------------------------------------------------------------------------------------------------

@@ -112,8 +112,9 @@ def _refuse_other(state: State, step: Step, feed: FeedEntry, pump: str) -> None:
         return
     session = state.sessions.get(feed.pump[0])
     if session is not None and session.ended_at is None:
-        is_own = step.session is session
-        raise FeedHeldError(feed.name, "this process" if is_own else f"session {session.session_id}")
+        if step.session is session:
+            raise FeedHeldError(feed.name, "this process")
+        raise FeedHeldError(feed.name, f"session {session.session_id}", state.ask_for_sign(session, step.age))
 
 
 def _check_streams(feed: FeedEntry, streams: list[StreamRow], changed: str) -> None:

@@ -731,6 +731,11 @@ class State:
             session.notices.append((kind, entry.rollout.rollout_id, attempt_id))
             self.effects.noticed.add(session.session_id)
 
+    def ask_for_sign(self, session: Session, age: float) -> float:
+        """For how long a session has not spoken, in seconds. It is woken: it speaks now, if its process lives."""
+        self.effects.noticed.add(session.session_id)
+        return age - session.last_heard
+
     # -- deadlines -----------------------------------------------------------------------------------------------
 
     def _rollout_deadline(self, rollout_id: str) -> float | None:

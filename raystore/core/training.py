@@ -481,7 +481,7 @@ def prepare(
         raise ConsumerFilterError(consumer, known.filter, asked or {"status_in": list(USUAL)})
     if known is not None and known.filter is not None and asked is not None and asked != known.filter:
         raise ConsumerFilterError(consumer, known.filter, asked)
-    if (refusal := why_not(state, step.session, consumer, max_open)) is not None:
+    if (refusal := why_not(state, step.session, consumer, max_open, step.age)) is not None:
         raise refusal
     if asked is None and (known is None or known.filter is None):
         asked = {"status_in": list(USUAL)}  # it has said now what it takes
@@ -490,8 +490,8 @@ def prepare(
     return known
 
 
-def why_not(state: State, session: Session | None, consumer: str, max_open: int) -> StoreError | None:
-    """Why a consumer cannot have another batch: it holds as many as it may, or is a feed that is paused."""
+def why_not(state: State, session: Session | None, consumer: str, max_open: int, age: float) -> StoreError | None:
+    """Why a consumer cannot have another batch at this age: it holds as many as it may, or is a feed that is paused."""
     known = state.consumers.get(consumer)
     if known is None or _left_behind(known) is not None:
         return None
@@ -503,7 +503,8 @@ def why_not(state: State, session: Session | None, consumer: str, max_open: int)
         [number, len(known.batches[number]), "taken by this process" if whose == mine else f"taken by session {whose}"]
         for number, whose in sorted(known.holders.items())
     ]
-    return BatchHeldError(consumer, held, max_open)
+    others = [state.sessions[whose] for whose in known.holders.values() if whose is not None and whose != mine]
+    return BatchHeldError(consumer, held, max_open, max((state.ask_for_sign(one, age) for one in others), default=None))
 
 
 def _left_behind(known: Consumer) -> int | None:

@@ -239,9 +239,10 @@ class BatchHeldError(BatchConflictError):
 
     held: list[Any]  #: of each batch: its number, how many rollouts it has, and which session holds it
     max_open: int  #: batches that may be open at once
+    silent_seconds: float | None  #: since all other sessions that hold one have spoken; None if this process holds all
 
-    def __init__(self, consumer: str, held: list[Any], max_open: int) -> None:
-        self._set(consumer=consumer, held=held, max_open=max_open)
+    def __init__(self, consumer: str, held: list[Any], max_open: int, silent_seconds: float | None = None) -> None:
+        self._set(consumer=consumer, held=held, max_open=max_open, silent_seconds=silent_seconds)
         vars(self).update(rollout_id=None, differing=(), why="it holds as many batches as it may")
 
     def __str__(self) -> str:
@@ -612,6 +613,7 @@ class FeedHeldError(_Facts, RuntimeError):
 
     feed: str
     holder: str  #: whose it is
+    silent_seconds: float | None = None  #: since another session that holds it has spoken; None if this process does
     _message = (
         "Feed {feed!r} is held by {holder}, and only one at a time may draw its items. Close that one first "
         "(await feed.close(), or the end of its process), or take another name."

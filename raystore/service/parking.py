@@ -329,7 +329,7 @@ class Parking:
         if session is None or session.ended_at is not None or known is None:  # it was forgotten
             self._answer(call, ([], 0))
             return
-        refusal = training.why_not(state, session, consumer, asked.get("max_open", 1))
+        refusal = training.why_not(state, session, consumer, asked.get("max_open", 1), self._clock.age())
         if refusal is not None:
             self._answer(call, refusal)
             return

@@ -81,6 +81,8 @@ async def main(directory: Path, groups: int, address: str | None, namespace: str
         await feed.publish(version=model.step)
         async for batch in feed.batches():
             model.train(batch)
+            with (directory / "steps").open("a") as steps:  # whoever kills us goes by it
+                steps.write(f"{model.step}\n")
             await feed.publish(version=model.step)
             await batch.ack(step=model.step)
             if model.step % EVERY == 0:
