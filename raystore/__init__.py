@@ -68,6 +68,7 @@ _NAMES = {
         ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource ResourceUnion NamedResources
         PaginatedResult
         UNSET Unset is_queuing is_running is_finished LightningStoreCapabilities LightningStoreStatistics
+        StoreMetrics MetricsTotal MetricsBucket Distribution RewardSummary VersionRewards
         RolloutStatus AttemptStatus RolloutMode WorkerStatus Outcome TaskInput TagValue
     """,
     "raystore.spans": """

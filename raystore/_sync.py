@@ -18,7 +18,7 @@ from raystore.types import (
     AnyRollout, Attempt, AttemptStatus, AttemptedRollout, Batch, Change, EnqueueGroupRequest, EnqueueRolloutRequest,
     FilterLogic, FoundRollout, Group, GroupBatch, GroupStatus, LedgerEntry, LightningStoreStatistics, NamedResources,
     Page, PaginatedResult, QueueLimit, QueuePause, ResourcesUpdate, Rollout, RolloutConfig, RolloutMode, RolloutStatus,
-    SortOrder, Span, TagValue, TaskInput, UNSET, Unset, Worker, WorkerStatus,
+    SortOrder, Span, StoreMetrics, TagValue, TaskInput, UNSET, Unset, Worker, WorkerStatus,
 )
 
 
@@ -30,6 +30,9 @@ class SyncStore:
 
     def statistics(self) -> LightningStoreStatistics:
         return run_blocking(self._store.statistics())
+
+    def metrics(self, *, seconds: float = 3600.0, versions: int = 100) -> StoreMetrics:
+        return run_blocking(self._store.metrics(seconds=seconds, versions=versions))
 
     def story(self, rollout_id: str) -> list[str]:
         return run_blocking(self._store.story(rollout_id))

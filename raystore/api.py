@@ -65,6 +65,7 @@ from raystore.types import (
     RolloutStatus,
     SortOrder,
     Span,
+    StoreMetrics,
     TagValue,
     TaskInput,
     Unset,
@@ -91,6 +92,14 @@ class LightningStore(ABC):
     @abstractmethod
     async def statistics(self) -> LightningStoreStatistics:
         """Counts and sizes of the store; sizes are in bytes, durations in seconds."""
+
+    @abstractmethod
+    async def metrics(self, *, seconds: float = 3600.0, versions: int = 100) -> StoreMetrics:
+        """What happened in the last `seconds` (an hour is kept), and what held the run back.
+
+        Rewards are those of all finished rollouts, of the newest `versions` of the policy, whenever they finished. With
+        a journal a restarted store has the counts again; what it sampled it has since its process began.
+        """
 
     @abstractmethod
     async def story(self, rollout_id: str) -> list[str]:
@@ -880,12 +889,15 @@ class RunnerStore(LightningStore):
         outcome: Outcome | None = None,
         error: str | None = None,
         died: bool = False,
+        calls: Mapping[str, Any] | None = None,
     ) -> Attempt:
         """Store the last spans of an attempt and its final status in one step; the store numbers the spans.
 
         `outcome` says why the attempt ended (None: as the status implies); `error` is kept on the attempt. With outcome
         "runner_lost" the rollout is offered again; `died` says that a process died which ran nothing else, and counts
-        against `max_deliveries`. If one span is refused, nothing is stored. Raises what `update_attempt` raises.
+        against `max_deliveries`. `calls` says for `metrics` how many models were called: "turns", "prompt_tokens",
+        "response_tokens", and "finish_reasons" with a count each. If one span is refused, nothing is stored. Raises
+        what `update_attempt` raises.
         """
 
     @abstractmethod

@@ -44,12 +44,14 @@ from raystore.values.objects import Kept, Source
 from raystore.values.plain import scalar
 
 __all__ = [
-    "LLM", "UNSET", "Attempt", "AttemptStatus", "AttemptedRollout", "Batch", "Change", "EnqueueGroupRequest",
-    "EnqueueRolloutRequest", "Group", "GroupBatch", "GroupStatus", "LedgerEntry", "LightningStoreCapabilities",
-    "LightningStoreStatistics", "NamedResources", "ObjectResource", "Outcome", "Page", "PaginatedResult",
-    "PromptTemplate", "ProxyLLM", "QueueLimit", "QueuePause", "Resource", "ResourceUnion", "ResourcesUpdate",
-    "RetryOutcome", "RetryRule", "Rollout", "RolloutConfig", "RolloutMode", "RolloutStatus", "StoreInfo", "TagValue",
-    "TakenGroup", "TaskInput", "Unset", "Worker", "WorkerStatus", "is_finished", "is_queuing", "is_running",
+    "LLM", "UNSET", "Attempt", "AttemptStatus", "AttemptedRollout", "Batch", "Change", "Distribution",
+    "EnqueueGroupRequest", "EnqueueRolloutRequest", "Group", "GroupBatch", "GroupStatus", "LedgerEntry",
+    "LightningStoreCapabilities", "LightningStoreStatistics", "MetricsBucket", "MetricsTotal", "NamedResources",
+    "ObjectResource", "Outcome", "Page", "PaginatedResult", "PromptTemplate", "ProxyLLM", "QueueLimit",
+    "QueuePause", "Resource", "ResourceUnion", "ResourcesUpdate", "RetryOutcome", "RetryRule", "RewardSummary",
+    "Rollout", "RolloutConfig", "RolloutMode", "RolloutStatus", "StoreInfo", "StoreMetrics", "TagValue",
+    "TakenGroup", "TaskInput", "Unset", "VersionRewards", "Worker", "WorkerStatus", "is_finished", "is_queuing",
+    "is_running",
 ]  # fmt: skip
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -835,6 +837,80 @@ class LightningStoreStatistics(TypedDict, total=False):
     # counted and told the store's process, with their heartbeats and when they end.
     spans_lost: dict[str, int]
     journal: dict[str, Any] | None  # its snapshots, what was written since, and why there are no more if so
+
+
+class Distribution(TypedDict):
+    """How durations are distributed; quantiles are within 5 %, and None if there is no duration."""
+
+    count: int
+    mean: float | None
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    max: float | None
+
+
+class RewardSummary(TypedDict):
+    """Rewards of finished rollouts, before any filter; without a rollout all but `count` are None."""
+
+    count: int
+    mean: float | None
+    std: float | None
+    min: float | None
+    max: float | None
+
+
+class VersionRewards(RewardSummary):
+    """Rewards of the rollouts that ran with one version of their resources."""
+
+    resources_id: str  # empty: none
+    version: int | None  # of the policy, else of the resources
+    mode: str  # "train", "val", "test", or empty
+
+
+class MetricsTotal(TypedDict):
+    """What happened in a span of time."""
+
+    enqueued: int
+    started: int  # attempts
+    finished: dict[str, int]  # rollouts by outcome of their last attempt ("ok", ...), or "cancelled"
+    retried: dict[str, int]  # attempts by outcome, after which their rollout waits again
+    spans: int
+    span_bytes: int
+    turns: int  # calls of models, as runners count them
+    prompt_tokens: int
+    response_tokens: int
+    finish_reasons: dict[str, int]  # of these calls
+    durations: Distribution  # of the last attempts of finished rollouts, in seconds
+    waits: Distribution  # between the enqueueing of a rollout and its first attempt, in seconds
+
+
+class MetricsBucket(MetricsTotal):
+    """What happened in ten seconds."""
+
+    time: float  # at which they begin
+    rewards: dict[str, RewardSummary]  # by mode
+
+
+class StoreMetrics(TypedDict):
+    """Rates, distributions and rewards of the last time, and what held the run back; sizes in bytes."""
+
+    time: float  # of the store's clock
+    seconds: float  # that were asked for
+    bucket_seconds: float
+    total: MetricsTotal
+    buckets: list[MetricsBucket]  # the oldest first; those in which nothing happened are left out
+    rewards: list[VersionRewards]  # the newest version last
+    sampled_seconds: float  # in which somebody waited or something ran, so that the store looked once a second
+    # Of these seconds, the share in which ... ("trainer_waited", "admission_closed", "runners_idle", "runners_busy",
+    # "paused", "memory_full", "journal", "store": docs/metrics.md says when); more than one may hold at once.
+    shares: dict[str, float]
+    waited_seconds: dict[str, float]  # of each consumer, for a batch
+    loop_lag_seconds: float  # by which the store's loop was late, at most
+    memory: dict[str, int]  # spans, values, resources, groups, total; eviction_threshold, safe_threshold, capacity
+    journal_lag_seconds: float | None  # for which the oldest change waits for the disk; None without a journal
+    operations: int  # since the store's process began
+    actor_calls: int  # that carried them
 
 
 class StoreInfo(BaseModel):

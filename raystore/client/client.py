@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import isfunction
 from time import monotonic
-from typing import Any, Literal, Never, Self, TypeVar
+from typing import Any, Literal, Never, Self, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -71,6 +71,7 @@ from raystore.types import (
     SortOrder,
     Span,
     StoreInfo,
+    StoreMetrics,
     TagValue,
     TaskInput,
     Unset,
@@ -171,6 +172,13 @@ class StoreClient(RunnerStore):
     async def statistics(self) -> LightningStoreStatistics:
         answer = await self._transport.call("statistics", {})
         return {"name": type(self).__name__, **answer}  # type: ignore[typeddict-item]
+
+    async def metrics(self, *, seconds: float = 3600.0, versions: int = 100) -> StoreMetrics:
+        asked = {
+            "seconds": checks.duration("seconds", seconds),
+            "versions": checks.whole("versions", versions, at_least=0),
+        }
+        return cast(StoreMetrics, await self._transport.call("metrics", asked))
 
     async def story(self, rollout_id: str) -> list[str]:
         return list(await self._transport.call("story", {"rollout_id": checks.identifier("rollout_id", rollout_id)}))
@@ -1032,6 +1040,7 @@ class StoreClient(RunnerStore):
         outcome: Outcome | None = None,
         error: str | None = None,
         died: bool = False,
+        calls: Mapping[str, Any] | None = None,
     ) -> Attempt:
         changes: dict[str, Any] = {"status": checks.attempt_status(status)}
         if outcome is not None:
@@ -1040,6 +1049,8 @@ class StoreClient(RunnerStore):
             changes["error"] = bounded_error(said)  # here already: a longer one would not travel
         if checks.flag("died", died):
             changes["died"] = True
+        if calls is not None:
+            changes["calls"] = dict(calls)
         rows = [self._encoder.span(span, numbered=False) for span in checks.spans(spans)]
         arguments = {**checks.attempt_ids(rollout_id, attempt_id), "spans": rows, "changes": changes}
         attempt, _ = await self._transport.call("finish", arguments)

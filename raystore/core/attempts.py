@@ -115,6 +115,9 @@ def _follow(state: State, step: Step, entry: Entry) -> None:
     if status != rollout.status:
         # Work that was lost or aborted gets its old place back: its agent did not fail.
         keep_place = attempt.outcome in lifecycle.UNCHARGED
+        if status in lifecycle.QUEUED:
+            retried, outcome = state.meters.at(step.now).retried, attempt.outcome or attempt.status
+            retried[outcome] = retried.get(outcome, 0) + 1
         if rule is not None and status in lifecycle.QUEUED:
             retries.back_off(state, step, entry, rule, keep_place=keep_place)
         else:
@@ -246,6 +249,10 @@ def put_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans:
     written = state.spans.add(rollout_id, spans, places)
     if True not in written.stored:
         return written
+    meters = state.meters
+    bucket = meters.now if step.now < meters.ends else meters.at(step.now)
+    bucket.spans += written.stored.count(True)
+    bucket.span_bytes += written.bytes
     if state.settings.on_disk:
         state.touched[rollout_id] = None
     if written.are_first:
@@ -337,7 +344,10 @@ def end(
     state.find_attempt(entry, attempt_id, step.session)
     changes = dict(given)
     died = changes.pop("died", False)  # the process that ran this attempt, and nothing else
+    calls = changes.pop("calls", None)
     written = put_spans(state, step, rollout_id, attempt_id, spans) if spans else SpansWritten([], 0, None)
+    if calls is not None:
+        state.meters.called(step.now, calls)
     event = lifecycle.EVENT_OF_OUTCOME.get(changes.get("outcome") or "")
     if event is None:
         return _report(state, step, rollout_id, attempt_id, changes), written

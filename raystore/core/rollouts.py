@@ -84,6 +84,7 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
     given = content_of(request) if rollout_id is not None else None
     size = of_rollout(rollout.input, rollout.metadata, rollout.tags)
     state.rollouts_made += 1
+    state.meters.at(step.now).enqueued += 1
     entry = Entry(rollout, state.rollouts_made, given, size, former=status)
     state.entries[rollout.rollout_id] = entry
     state.touch(rollout.rollout_id)
@@ -254,6 +255,7 @@ def move(
         end_time = step.now
         state.completions.append(rollout_id)
         state.effects.finished.append(rollout_id)
+        _count(state, step, entry, status)
     elif before.status in FINISHED:
         state.completions.discard(rollout_id)
         entry.read = False
@@ -285,6 +287,23 @@ def move(
         state.deadlines.guard(rollout_id)
 
 
+def _count(state: State, step: Step, entry: Entry, status: str) -> None:
+    """Let the meters know that a rollout finishes with this status."""
+    rollout, latest = entry.rollout, entry.latest
+    if latest is None:
+        state.meters.finished(step.now, status, rollout.mode, (rollout.resources_id, None), None, rollout.reward)
+        return
+    version = latest.resources_version if latest.policy_version is None else latest.policy_version
+    state.meters.finished(
+        step.now,
+        (latest.outcome or status) if status != "cancelled" else status,
+        rollout.mode,
+        (rollout.resources_id, version),
+        step.now - latest.start_time,
+        rollout.reward if latest.reward is None else latest.reward,
+    )
+
+
 def count_running(state: State, rollout: Rollout, more: int) -> None:
     """Count that one more rollout of a limited queue runs, or (-1) one less, which may make room for another."""
     limit = state.gates.limits.get(rollout.queue)
@@ -308,6 +327,11 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
         state.put_attempt(entry, len(entry.attempts) - 1, before.evolve(outcome="superseded"))
     newest = None if rollout.resources_id is None else state.resources.newest(rollout.resources_id)
     state.attempts_made += 1
+    meters = state.meters
+    bucket = meters.now if step.now < meters.ends else meters.at(step.now)
+    bucket.started += 1
+    if before is None:
+        bucket.waited.append(step.now - rollout.start_time)
     taken: Container[str] = entry.holders
     if len(entry.holders) < len(entry.attempts):  # else each was made by a session, which holds it for ever
         taken = {attempt.attempt_id for attempt in entry.attempts}

@@ -166,12 +166,22 @@ class AttemptChanges(TypedDict, total=False):
     metadata: Value
 
 
+class Calls(TypedDict):
+    """The calls of models that an attempt has made."""
+
+    turns: Whole
+    prompt_tokens: Whole
+    response_tokens: Whole
+    finish_reasons: dict[Text, Positive]
+
+
 class FinalChanges(AttemptChanges, total=False):
     """What is set of an attempt by the one who ran it, when it ends."""
 
     outcome: Outcome
     error: Text
     died: bool
+    calls: Calls
 
 
 class WorkerChanges(TypedDict, total=False):

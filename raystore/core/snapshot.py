@@ -73,6 +73,7 @@ def sections(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
         yield "gates", state.gates.image()
     if len(state.feeds):
         yield "feeds", state.feeds.image()
+    yield "meters", state.meters.image()
 
 
 def _chunks(state: State) -> Iterator[tuple[dict[str, Any] | LazyChunk, list[int]]]:
@@ -150,6 +151,8 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
                 state.gates.restore(value)
             case "feeds":
                 state.feeds.restore(value)
+            case "meters":
+                state.meters.restore(value)
             case _:
                 raise KeyError(name)
     for rollout_id, made in zip(ids, chunk_of, strict=True):

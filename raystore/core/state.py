@@ -23,6 +23,7 @@ from raystore.core.gates import Gates
 from raystore.core.group_table import GroupTable
 from raystore.core.indexes import ChangeFeed, CompletionLog, Crowds, Indexes, WatchSets
 from raystore.core.lifecycle import ACTIVE, BUSY, LIVE, OPEN, UNCHARGED, is_busy, is_live
+from raystore.core.meters import Meters
 from raystore.core.payload import of_attempt, size_of
 from raystore.core.queues import Deadlines, LazyHeap, Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker, declare, declared, packed, pairs, shown, unpacked
@@ -483,6 +484,7 @@ class State:
         self.sessions: dict[str, Session] = {}
         self.deleting: dict[str, Session] = {}  # those of which a long deletion is under way
         self.changes: ChangeFeed = ChangeFeed()
+        self.meters: Meters = Meters()  # in snapshots, and in no digest
         self.completions: CompletionLog = CompletionLog()
         self.crowds: Crowds = Crowds()  # that queries have met; no journal keeps them
         self.watched: WatchSets = WatchSets()  # of callers of this process; no journal keeps them

@@ -121,6 +121,12 @@ class JournalWriter:
                 self._behind_since = self._behind_since or time.monotonic()
             return self.last
 
+    @property
+    def behind_seconds(self) -> float:
+        """For how long the oldest change has waited to be durable; 0 if none does."""
+        since = self._behind_since
+        return time.monotonic() - since if since else 0.0
+
     def when_failed(self, on_failure: Callable[[StoreError], None]) -> None:
         """Call `on_failure` if the writer ends by an error, on its thread; at once if it has."""
         with self._lock:
@@ -154,7 +160,7 @@ class JournalWriter:
                 if self._pending_bytes > PENDING_BYTES:
                     what = "bytes that wait for the disk of its journal"
                     raise StoreOverloadedError(what, self._pending_bytes, PENDING_BYTES, SLOW_SECONDS)
-                if self._behind_since and (age := time.monotonic() - self._behind_since) > PENDING_SECONDS:
+                if (age := self.behind_seconds) > PENDING_SECONDS:
                     what = "seconds of changes that wait for the disk of its journal"
                     raise StoreOverloadedError(what, int(age), PENDING_SECONDS, SLOW_SECONDS)
                 self._allocate(size)

@@ -169,6 +169,7 @@ class _Block:
         self.outer = _enclosing()
         _innermost.set(self)
         self._started = time.time()
+        self._context.open[self.span_id] = (self._span.name, self._started)
         return self._span
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -182,6 +183,7 @@ class _Block:
             if _enclosing() is self:  # else another context is being left
                 _innermost.set(self.outer)
         parent_id = None if self.outer is None else self.outer.span_id
+        self._context.open.pop(self.span_id, None)
         self._context._record(self._span, parent_id, self._started, time.time())
 
 
@@ -222,6 +224,7 @@ class Context:
         self._trace_id = token_hex(16)
         self._cancelled: str | None = None
         self._is_over = False
+        self.open: dict[str, tuple[str, float]] = {}  #: blocks that have begun, by span id: name, and since when
         self.sink = sink  #: takes the spans that have ended; for the runner
         self.lose = lose  #: takes reason, name and description of a lost span (`Losses.add`); for the runner
 
@@ -398,6 +401,7 @@ class Outbox:
         self._bytes = 0
         self._on_late: Callable[[Span], None] | None = None  # takes the spans that end after the rollout
         self._calls = CallCounter()
+        self.calls: dict[str, Any] | None = None  #: of models, once the rollout has ended
 
     def add(self, span: Span) -> None:
         if self._pid != transport.pid:  # in a forked child the lock may stay locked for ever
@@ -437,6 +441,7 @@ class Outbox:
             self._on_late, self._on_full = on_late, lambda: None  # a span that is kept must not keep the rollout alive
             calls, self._calls = self._calls, CallCounter()
         calls.report(self._losses)
+        self.calls = calls.total()
         return self.take()
 
 

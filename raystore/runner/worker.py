@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -56,6 +56,7 @@ CLAIM_PAUSE_SECONDS = 0.2  #: after a claim that failed
 MAX_UNREAD_PAUSE_SECONDS = 5.0  #: before the next claim where resources cannot be read
 EARLY_NOTICES_KEPT = 1_000  #: that arrived before their claim, or after the end of their rollout
 PLACES_WARNED = 20  #: places in the agents' code whose errors a runner logs
+NAME_LENGTH = 200  #: characters of a span's name in a heartbeat
 RESOURCES_IDLE_SECONDS = 1.0  #: that a version of resources stays cached after its last user
 
 T = TypeVar("T")
@@ -335,21 +336,23 @@ class Runner:
                 await self._finish_attempt(work.key, [], Ending("unresponsive", "withdrawn"))
             return
         try:
-            attempt = await self._finish_attempt(work.key, spans, ending)
+            attempt = await self._finish_attempt(work.key, spans, ending, work.outbox.calls)
         except Exception as error:
             self._raise_unless_refusal(error, spans)
             refusal = await self._send(work.rollout.rollout_id, spans)
             if refusal is not None and ending.status == "succeeded":
                 ending = _ending_of_refusal(refusal)
-            await self._finish_attempt(work.key, [], ending)
+            await self._finish_attempt(work.key, [], ending, work.outbox.calls)
         else:
             if ending.status == "succeeded" and attempt.reward is None:
                 self._warn_of_no_reward(work.rollout.rollout_id)
 
-    async def _finish_attempt(self, key: Key, spans: list[Span], ending: Ending) -> Attempt:
+    async def _finish_attempt(
+        self, key: Key, spans: list[Span], ending: Ending, calls: Mapping[str, Any] | None = None
+    ) -> Attempt:
         assert ending.status is not None
         return await self._store.finish_attempt(
-            *key, spans, ending.status, outcome=ending.outcome, error=ending.error, died=ending.died
+            *key, spans, ending.status, outcome=ending.outcome, error=ending.error, died=ending.died, calls=calls
         )
 
     async def _give_back_unread(self, work: _Work, resources_id: str, version: int, error: str) -> None:
@@ -498,6 +501,7 @@ class Runner:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "running": len(running),
+            "places": [_place_of(work) for work in list(self._running.values())],
             "rss_bytes": process.memory_info().rss,
         }
         self._store.sync.update_worker(self.worker_id, stats)
@@ -520,6 +524,17 @@ class Runner:
             if (seconds := work.rollout.config.unresponsive_seconds) is not None
         ]
         return max(min([self._options.heartbeat_seconds, *(seconds / 3 for seconds in limits)]), 0.05)
+
+
+def _place_of(work: _Work) -> dict[str, Any]:
+    """What a place of a runner does, since when, and the newest of its open spans."""
+    name, since = next(iter(reversed(list(work.context.open.values()))), (None, None))
+    return {
+        "rollout_id": work.rollout.rollout_id,
+        "since": work.rollout.attempt.start_time,
+        "span": None if name is None else name[:NAME_LENGTH],
+        "span_since": since,
+    }
 
 
 def _on_late_span(runner: weakref.ref[Runner], losses: Losses, span: Span) -> None:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, NoReturn
 
 import psutil
 
-from raystore.core import check, claims, expiry, feeds, pauses, retention, retries, training, verbs, workers
+from raystore.core import check, claims, expiry, feeds, meters, pauses, retention, retries, training, verbs, workers
 from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, LossReason, Positive, Rule, Text, Whole
@@ -47,9 +47,11 @@ from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
 from raystore.options import StoreConfig, resolve
+from raystore.service import sampling
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.presence import NO_QUEUES, UNSERVED_SECONDS, LivenessChecks, Pools
+from raystore.service.sampling import Sampler
 
 logger: logging.Logger = logging.getLogger("raystore.store")
 
@@ -103,6 +105,7 @@ class Service:
             self.state, step=self.step, do=self.do, clock=self.clock, regain_space=self.regain_space,
             liveness=self.liveness, pools=self.pools,
         )  # fmt: skip
+        self.sampler: Sampler = Sampler()
         self.operations: int = 0
         self.actor_calls = 0
         self.spans_lost: Counter[str] = Counter()  # by reason, as runners tell this process
@@ -210,6 +213,7 @@ class Service:
                 or state.patience_deadlines.soonest < rings_at
                 or (self.liveness.at is not None and self.liveness.at < rings_at)
                 or (self.pools.at is not None and self.pools.at < rings_at)
+                or (self.sampler.at is not None and self.sampler.at < rings_at)
                 or state.eviction_pass is not None
                 or (
                     not self.clock.is_manual  # else these wait for a tick
@@ -264,6 +268,8 @@ class Service:
                 return answer
             stands_still = isinstance(self._failed, ReadOnlyError)  # so that there is nothing to wait for
             park = self.parking.answer_of if stands_still else self.parking.park
+            if self.sampler.at is None and not stands_still:
+                self.sampler.begin(step.age)
             return park(Caller(step, ticket, deliver), spec.waits_for, arguments)
         except StoreError as refusal:  # before anything changed
             self.overloads += isinstance(refusal, OverloadedError)
@@ -489,7 +495,8 @@ class Service:
         state, is_manual = self.state, self.clock.is_manual
         age = self.clock.age()
         age_deadline = expiry.next_age_deadline(state)
-        ages = [deadline for deadline in (age_deadline, self.liveness.at, self.pools.at) if deadline is not None]
+        of_process = (self.liveness.at, self.pools.at, self.sampler.at)
+        ages = [deadline for deadline in (age_deadline, *of_process) if deadline is not None]
         in_seconds = [max(deadline - age, 0.0) for deadline in ages]
         deadline = expiry.next_deadline(state)
         self._armed = None
@@ -520,6 +527,7 @@ class Service:
                 self._advance(self.step())
                 self._probe()
                 self._settle()
+            self._sample()
             self._arm()
 
     # -- sessions ----------------------------------------------------------------------------------------------------
@@ -615,6 +623,11 @@ class Service:
         for session_id in self.liveness.due(self.clock.age(), is_work_waiting=self.state.queues.are_offering):
             self.on_notice(session_id)
 
+    def _sample(self) -> None:
+        behind = 0.0 if self._recorder is None else self._recorder.writer.behind_seconds
+        now, age = self.clock.now(), self.clock.age()
+        self.sampler.look(now, age, self.state, self.parking, is_behind=behind > sampling.LATE_SECONDS)
+
     # -- verbs of the process ----------------------------------------------------------------------------------------
 
     def _cancel_wait(self, caller: Caller, *, of: int) -> bool:
@@ -646,6 +659,37 @@ class Service:
             "cpu_seconds": time.process_time(),
             "rss_bytes": psutil.Process().memory_info().rss,
             "journal": self.snapshotter.statistics() if self.snapshotter is not None else None,
+        }
+
+    def _metrics(self, caller: Caller, *, seconds: Moment, versions: Whole) -> dict[str, Any]:
+        state, now = self.state, caller.step.now
+        buckets = state.meters.since(now - seconds)
+        newest = list(state.meters.versions.items())[-versions:] if versions else []
+        writer = None if self._recorder is None else self._recorder.writer
+        return {
+            "time": now,
+            "seconds": seconds,
+            "bucket_seconds": meters.BUCKET_SECONDS,
+            "total": meters.totals(buckets),
+            "buckets": [bucket.describe() for bucket in buckets],
+            "rewards": [
+                {"resources_id": resources_id, "version": version, "mode": mode, **moments.summary()}
+                for (resources_id, version, mode), moments in newest
+            ],
+            **sampling.described(self.sampler.since(now - seconds)),
+            "memory": {
+                "spans": state.spans.bytes,
+                "values": state.payload_bytes,
+                "resources": state.resources.bytes,
+                "groups": state.groups.bytes,
+                "total": state.total_bytes,
+                "eviction_threshold": state.settings.eviction_bytes,
+                "safe_threshold": state.settings.safe_bytes,
+                "capacity": self.capacity_bytes,
+            },
+            "journal_lag_seconds": None if writer is None else writer.behind_seconds,
+            "operations": self.operations,
+            "actor_calls": self.actor_calls,
         }
 
     def _story(self, caller: Caller, *, rollout_id: Id) -> list[str]:
@@ -739,6 +783,7 @@ PROCESS_VERBS: dict[str, Verb] = {
     "report_pool": Verb(Service._report_pool, changes=False),
     "report_spans_lost": Verb(Service._report_spans_lost, changes=False),
     "statistics": Verb(Service._statistics, changes=False),
+    "metrics": Verb(Service._metrics, changes=False),
     "story": Verb(Service._story, changes=False),
     "check": Verb(Service._check, changes=False),
     "tick": Verb(Service._tick, changes=False),

@@ -24,6 +24,7 @@ from raystore.tracing.dialects import CallFacts, is_model_call, tool_call
 
 logger: logging.Logger = logging.getLogger("raystore.tracing")
 
+REASON_LENGTH: int = 40  #: characters of a finish reason that are counted by
 SHOWN: int = 3  #: spans that one line of the log names
 
 
@@ -303,22 +304,42 @@ def _place(span: Span | _EndedCall) -> str:
 class _EndedCall:
     """A model call of which at least one span has ended."""
 
-    __slots__ = ("has_logprobs", "has_token_ids", "name", "response_id", "rollout_id", "span_id")
+    __slots__ = (
+        "has_logprobs", "has_token_ids", "name", "prompt_tokens", "reason", "response_id", "response_tokens",
+        "rollout_id", "span_id",
+    )  # fmt: skip
 
-    def __init__(self, span: Span, response_id: Any, has_token_ids: bool, has_logprobs: bool) -> None:
+    def __init__(
+        self, span: Span, response_id: Any, has_token_ids: bool, has_logprobs: bool, reason: Any = None
+    ) -> None:
         self.name, self.span_id, self.rollout_id = span.name, span.span_id, span.rollout_id
         self.response_id: str | None = response_id if isinstance(response_id, str) and response_id else None
         self.has_token_ids = has_token_ids
         self.has_logprobs = has_logprobs
+        self.prompt_tokens = _size(span.attributes, semconv.PROMPT_SIZES, semconv.INPUT_TOKEN_IDS)
+        self.response_tokens = _size(span.attributes, semconv.RESPONSE_SIZES, semconv.OUTPUT_TOKEN_IDS)
+        self.reason = reason[:REASON_LENGTH] if isinstance(reason, str) and reason else None
 
     def join(self, other: _EndedCall) -> None:
         self.response_id = self.response_id or other.response_id
         self.has_token_ids |= other.has_token_ids
         self.has_logprobs |= other.has_logprobs
+        self.prompt_tokens = max(self.prompt_tokens, other.prompt_tokens)
+        self.response_tokens = max(self.response_tokens, other.response_tokens)
+        self.reason = self.reason or other.reason
+
+
+def _size(attributes: Mapping[str, Any], places: Sequence[str], ids: str) -> int:
+    """How many tokens a prompt or a response has, as its tracer says, or by their ids; 0 if not known."""
+    for place in places:
+        if type(size := attributes.get(place)) is int and size >= 0:
+            return size
+    found = attributes.get(ids)
+    return len(found) if isinstance(found, (array, list, tuple)) else 0
 
 
 class CallCounter:
-    """Counts the model calls of one attempt that lack token ids or log-probabilities, as its spans end; keeps no span.
+    """Counts the model calls of one attempt, and those that lack something, as its spans end; keeps no span.
 
     Spans are one call by the rules of `model_calls`, except that token ids are not compared: two spans that both have
     them and no response id are two calls, neither of which lacks anything.
@@ -360,6 +381,17 @@ class CallCounter:
             self._by_response[call.response_id] = call
         return call
 
+    def total(self) -> dict[str, Any] | None:
+        """How many calls there are, their tokens and why they ended, as `finish_attempt` takes it; None without any."""
+        if not self._calls:
+            return None
+        return {
+            "turns": len(self._calls),
+            "prompt_tokens": sum(call.prompt_tokens for call in self._calls),
+            "response_tokens": sum(call.response_tokens for call in self._calls),
+            "finish_reasons": dict(Counter(call.reason for call in self._calls if call.reason is not None)),
+        }
+
     def report(self, losses: Losses) -> None:
         """Count the calls that lack something, once all spans have ended, and warn once what to do about it."""
         without_ids = [call for call in self._calls if not call.has_token_ids]
@@ -379,13 +411,16 @@ def _ended_call(span: Span) -> _EndedCall | None:
         return None
     if semconv.INPUT_TOKEN_IDS in attributes and semconv.OUTPUT_TOKEN_IDS in attributes:  # as nearly always
         has_logprobs = semconv.OUTPUT_LOGPROBS in attributes or not attributes[semconv.OUTPUT_TOKEN_IDS]
-        return _EndedCall(span, attributes.get(semconv.RESPONSE_ID), True, has_logprobs)
+        reasons = attributes.get(semconv.FINISH_REASONS)
+        reason = reasons[0] if isinstance(reasons, (list, tuple)) and reasons else reasons
+        return _EndedCall(span, attributes.get(semconv.RESPONSE_ID), True, has_logprobs, reason)
     try:
         facts = CallFacts(span, attributes)
     except InvalidValueError:
         return _EndedCall(span, None, False, False)
     has_logprobs = facts.has_token_ids and (facts.logprobs is not None or not facts.response_ids)
-    return _EndedCall(span, facts.response_id, facts.has_token_ids, has_logprobs)
+    reason = facts.text("finish_reason")
+    return _EndedCall(span, facts.response_id, facts.has_token_ids, has_logprobs, reason)
 
 
 # -- spans that are lost -----------------------------------------------------------------------------------------------

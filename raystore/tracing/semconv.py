@@ -19,6 +19,9 @@ SAMPLING: tuple[str, ...] = (
 )  # fmt: skip
 INPUT_TOKENS: str = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS: str = "gen_ai.usage.output_tokens"
+#: Where tracers say how many tokens prompt and response have, if they do: OpenTelemetry now and earlier, OpenInference.
+PROMPT_SIZES: tuple[str, ...] = (INPUT_TOKENS, "gen_ai.usage.prompt_tokens", "llm.token_count.prompt")
+RESPONSE_SIZES: tuple[str, ...] = (OUTPUT_TOKENS, "gen_ai.usage.completion_tokens", "llm.token_count.completion")
 INPUT_MESSAGES: str = "gen_ai.input.messages"
 OUTPUT_MESSAGES: str = "gen_ai.output.messages"
 SYSTEM_INSTRUCTIONS: str = "gen_ai.system_instructions"

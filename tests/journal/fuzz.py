@@ -172,7 +172,10 @@ class History:
     def end_of_attempt(self) -> dict[str, Any]:
         return self.rng.choice(
             [
-                {"status": "succeeded"}, {"status": "failed", "outcome": "infra", "error": "x"},
+                {"status": "succeeded"},
+                {"status": "succeeded", "calls": {
+                    "turns": 1, "prompt_tokens": 9, "response_tokens": 2, "finish_reasons": {"stop": 1}}},
+                {"status": "failed", "outcome": "infra", "error": "x"},
                 {"status": "failed", "outcome": "dropped"}, {"status": "timeout", "outcome": "timeout"},
                 {"status": "unresponsive", "outcome": "runner_lost", "died": True},
             ]
@@ -353,6 +356,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
     },
     "report_spans_lost": lambda h, rng: {"counts": {rng.choice(["sampled_out", "refused"]): rng.randint(1, 9)}},
     "statistics": lambda h, rng: {},
+    "metrics": lambda h, rng: {"seconds": rng.choice([0.0, 60.0, 3600.0]), "versions": rng.choice([0, 1, 100])},
     "story": lambda h, rng: {"rollout_id": h.rollout()},
     "check": lambda h, rng: {},
     "tick": lambda h, rng: {

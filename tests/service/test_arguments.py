@@ -85,6 +85,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "finish": {
         **_NAMES, "spans": [_ROW],
         "changes": {"status": "failed", "outcome": "agent_error", "error": "why", "died": False, "worker_id": "w",
+                    "calls": {"turns": 1, "prompt_tokens": 2, "response_tokens": 3, "finish_reasons": {"stop": 1}},
                     "last_heartbeat_time": 1e9, "metadata": None},
     },
     "next_numbers": {"rollout_ids": ["r0", "unknown"]},
@@ -154,6 +155,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "report_pool": {"pool_id": "p", "queues": ["nothing"], "failures": 3, "error": "x"},
     "report_spans_lost": {"counts": {"sampled_out": 2, "refused": 1}},
     "statistics": {},
+    "metrics": {"seconds": 60.0, "versions": 10},
     "story": {"rollout_id": "r0"},
     "check": {},
     "tick": {"seconds": 0.001, "sessions": False},
