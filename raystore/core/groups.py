@@ -299,8 +299,8 @@ def stand_of(entry: Entry, before: str, feed: FeedEntry | None) -> str:
     status = entry.rollout.status
     if status not in FINISHED:
         return LIVE
-    if status == "succeeded":
-        return FAILED if lifecycle.is_dropped(entry.latest) else SUCCEEDED
+    if status == "succeeded":  # also if its attempt was dropped: it succeeded by hand, or is sealed
+        return SUCCEEDED
     if status != "failed":
         return CANCELLED
     latest = entry.latest

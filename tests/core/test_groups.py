@@ -124,6 +124,20 @@ def test_a_dropped_member_is_not_replaced(core: Core) -> None:
     assert (group.status, len(group.members)) == ("complete", 3)
 
 
+def test_a_late_word_that_drops_a_member_of_a_taken_group_changes_its_attempt_only(core: Core) -> None:
+    """As with rollouts: what is in a batch is sealed."""
+    group = enqueue(core, 1, replace=3, min_size=None)
+    (key,) = at_work(core, group)
+    core.run("update_rollout", rollout_id=key[0], changes={"status": "succeeded"})
+    session = core.open("trainer")
+    _, number = core.run("take_groups", session=session, consumer="t", count=1)
+    core.finish(key, "failed", "dropped")
+    assert core.outcomes(key[0]) == ["dropped"]
+    assert (core.status(key[0]), group.status, list(group.chosen)) == ("succeeded", "complete", [key[0]])
+    core.run("ack", session=session, consumer="t", batch=number, at_step=1, note=None)
+    assert group.status == "trained"
+
+
 @pytest.mark.parametrize("outcome", ["infra", "runner_lost"])
 def test_what_the_infrastructure_failed_is_replaced_beside_that(make_core: Callable[..., Core], outcome: str) -> None:
     """As often as the store delivers a rollout again; after that the group ends."""
