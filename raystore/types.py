@@ -902,8 +902,8 @@ class StoreMetrics(TypedDict):
     buckets: list[MetricsBucket]  # the oldest first; those in which nothing happened are left out
     rewards: list[VersionRewards]  # the newest version last
     sampled_seconds: float  # in which somebody waited or something ran, so that the store looked once a second
-    # Of these seconds, the share in which ... ("trainer_waited", "admission_closed", "runners_idle", "runners_busy",
-    # "paused", "memory_full", "journal", "store": docs/metrics.md says when); more than one may hold at once.
+    # Of these seconds, the share in which each cause held the run back (docs/metrics.md says which there are); several
+    # may do so at once.
     shares: dict[str, float]
     waited_seconds: dict[str, float]  # of each consumer, for a batch
     loop_lag_seconds: float  # by which the store's loop was late, at most

@@ -69,6 +69,11 @@ def test_state_diagrams_are_drawn_from_the_tables() -> None:
     subprocess.run([sys.executable, ROOT / "docs/draw_states.py", "--check"], check=True)
 
 
+def test_tables_and_dashboard_of_metrics_are_drawn_from_the_source() -> None:
+    """`python docs/draw_metrics.py` writes them."""
+    subprocess.run([sys.executable, ROOT / "docs/draw_metrics.py", "--check"], check=True)
+
+
 def test_pictures_of_stragglers_show_what_the_core_does() -> None:
     """`python docs/draw_choices.py` runs the core and writes docs/rl/*.svg; docs/rl.md shows each."""
     subprocess.run([sys.executable, ROOT / "docs/draw_choices.py", "--check"], check=True)

@@ -113,6 +113,9 @@ class Bucket:
     enqueued: int = declare(0)
     started: int = declare(0)
     finished: dict[str, int] = declare(make=dict)  #: rollouts, by the outcome of their last attempt, or their status
+    ended: dict[tuple[str, str], int] = declare(  #: the same rollouts, by status and mode
+        make=dict, pack=lambda ended: list(ended.items()), unpack=lambda rows: {(a, b): n for (a, b), n in rows}
+    )
     retried: dict[str, int] = declare(make=dict)  #: attempts after which their rollout waits again, by outcome
     spans: int = declare(0)
     span_bytes: int = declare(0)
@@ -181,6 +184,7 @@ class Meters:
     def finished(
         self,
         now: float,
+        status: str,
         outcome: str,
         mode: str | None,
         version: tuple[str | None, int | None],
@@ -190,6 +194,8 @@ class Meters:
         """A rollout has finished, with an attempt that ran for so long with this version of its resources."""
         bucket = self.at(now)
         bucket.finished[outcome] = bucket.finished.get(outcome, 0) + 1
+        kind = (status, mode or "")
+        bucket.ended[kind] = bucket.ended.get(kind, 0) + 1
         if seconds is not None:
             bucket.durations.add(seconds)
         if reward is not None and math.isfinite(reward):

@@ -291,14 +291,16 @@ def _count(state: State, step: Step, entry: Entry, status: str) -> None:
     """Let the meters know that a rollout finishes with this status."""
     rollout, latest = entry.rollout, entry.latest
     if latest is None:
-        state.meters.finished(step.now, status, rollout.mode, (rollout.resources_id, None), None, rollout.reward)
+        version = (rollout.resources_id, None)
+        state.meters.finished(step.now, status, status, rollout.mode, version, None, rollout.reward)
         return
-    version = latest.resources_version if latest.policy_version is None else latest.policy_version
+    number = latest.resources_version if latest.policy_version is None else latest.policy_version
     state.meters.finished(
         step.now,
+        status,
         (latest.outcome or status) if status != "cancelled" else status,
         rollout.mode,
-        (rollout.resources_id, version),
+        (rollout.resources_id, number),
         step.now - latest.start_time,
         rollout.reward if latest.reward is None else latest.reward,
     )

@@ -32,6 +32,7 @@ from raystore.errors import FencedError, JournalFailedError, JournalFullError, S
 from raystore.journal.opening import Opened, open_journal
 from raystore.journal.reader import ReadingProgress
 from raystore.options import StoreConfig, memory_capacity, resolve
+from raystore.remote.exporter import Exporter
 from raystore.remote.lifelines import Lifelines, here
 from raystore.remote.server_session import Endpoint
 from raystore.service.clock import LoopAlarm
@@ -122,6 +123,8 @@ class StoreActor:
             self._service, self._endpoint = service, Endpoint(service)
             self._lifelines = Lifelines(service)
             self._lifelines.start()
+            self._exporter = Exporter(service, self._name)
+            self._exporter.start()
             self._endpoint.on_open = self._lifelines.opened
         return self._endpoint
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from raystore.core.lifecycle import ACTIVE
 from raystore.core.meters import BUCKET_SECONDS, BUCKETS
@@ -19,17 +19,17 @@ from raystore.service.parking import Parking
 SAMPLE_SECONDS = 1.0  #: between two looks
 LONGEST_SECONDS = 5.0  #: that a sample counts for, at most: else the process stood still
 
-Cause = Literal[
-    "trainer_waited",  # a take, or the batches of a feed, waited
-    "admission_closed",  # a feed had no place free: its trainer is the bottleneck
-    "runners_idle",  # callers waited for work, and there was none
-    "runners_busy",  # work waited, and no caller waited for it
-    "paused",  # a queue or a feed was paused
-    "memory_full",  # the store handed out no work
-    "journal",  # answers waited for the disk
-    "store",  # the loop of the store's process was late by a tenth of a second
-]
-CAUSES: tuple[Cause, ...] = Cause.__args__  # type: ignore[attr-defined]  # it is a Literal
+#: What may hold a run back, and when it does.
+CAUSES: dict[str, str] = {
+    "trainer_waited": "a consumer waited for a batch",
+    "admission_closed": "a feed had no place free, since its trainer has not acknowledged what it took",
+    "runners_idle": "callers waited for work, and there was none",
+    "runners_busy": "work waited, and no caller waited for it",
+    "paused": "a queue or a feed was paused",
+    "memory_full": "memory was full, and the store handed out no work",
+    "journal": "changes waited for the disk for a tenth of a second",
+    "store": "the loop of the store's process was late by a tenth of a second",
+}
 
 LATE_SECONDS = 0.1  #: from which on the loop of the store is late
 
@@ -72,7 +72,7 @@ class Sampler:
         waiting = {call.arguments["consumer"] for call in parking.by_kind.get("batch", {}).values()}
         for consumer in waiting:
             sample.waited[consumer] += seconds  # type: ignore[assignment]  # a Counter adds floats too
-        for cause in causes(now, state, parking, is_behind=is_behind, is_late=late > LATE_SECONDS):
+        for cause in causes(state, parking, is_behind=is_behind, is_late=late > LATE_SECONDS):
             sample.causes[cause] += seconds  # type: ignore[assignment]
         is_active = bool(parking) or len(state.queues) > 0 or any(state.indexes.count(("status", s)) for s in ACTIVE)
         self.at = age + SAMPLE_SECONDS if is_active else None
@@ -83,7 +83,7 @@ class Sampler:
         return [sample for sample in self._samples if sample.number >= first]
 
 
-def causes(now: float, state: State, parking: Parking, *, is_behind: bool, is_late: bool) -> Iterable[Cause]:
+def causes(state: State, parking: Parking, *, is_behind: bool, is_late: bool) -> Iterable[str]:
     """What holds the run back at this moment."""
     if "batch" in parking.by_kind:
         yield "trainer_waited"

@@ -24,6 +24,7 @@ from typing import Annotated, Any, NoReturn
 import psutil
 
 from raystore.core import check, claims, expiry, feeds, meters, pauses, retention, retries, training, verbs, workers
+from raystore.core.meters import Bucket
 from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
 from raystore.core.schema import Id, LossReason, Positive, Rule, Text, Whole
@@ -660,6 +661,13 @@ class Service:
             "rss_bytes": psutil.Process().memory_info().rss,
             "journal": self.snapshotter.statistics() if self.snapshotter is not None else None,
         }
+
+    def figures(self, seconds: float) -> tuple[dict[str, Any], dict[str, Any], list[Bucket]]:
+        """Statistics, the metrics of the last seconds, and their buckets; for who exports them."""
+        with self._lock:
+            caller = Caller(self.step(), 0, lambda ticket, answer: False)
+            metrics = self._metrics(caller, seconds=seconds, versions=0)
+            return self._statistics(caller), metrics, self.state.meters.since(caller.step.now - seconds)
 
     def _metrics(self, caller: Caller, *, seconds: Moment, versions: Whole) -> dict[str, Any]:
         state, now = self.state, caller.step.now

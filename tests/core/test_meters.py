@@ -132,7 +132,7 @@ def test_what_is_kept_is_bounded() -> None:
     """However many versions and finish reasons there are."""
     found = Meters()
     for version in range(2 * VERSIONS):
-        found.finished(1.0, "ok", None, ("policy", version), None, 1.0)
+        found.finished(1.0, "succeeded", "ok", None, ("policy", version), None, 1.0)
     assert len(found.versions) == VERSIONS and ("policy", 2 * VERSIONS - 1, "") in found.versions
     calls: Any = {"turns": 1, "prompt_tokens": 0, "response_tokens": 0}
     for number in range(5 * REASONS):
