@@ -1,4 +1,4 @@
-"""Row 72 of the fault suite: driver, store and runners of a feed are killed in turn, over and over."""
+"""Row 75 of the fault suite: driver, store and runners of a feed are killed in turn, over and over."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_all_of_a_feed_are_killed_in_turn(
     assert sum(sum(counts.values()) for counts in endings) == groups and status.over and not status.under_way
     did = f"{groups} groups of {feed_trainer.SIZE}, batches of {feed_trainer.BATCH}, in order"
     what = "driver, store and runners of a feed killed in turn"
-    report(72, what, figure=figure, bar="twice 0, differ 0", met=met, seed=seed, did=did)
+    report(75, what, figure=figure, bar="twice 0, differ 0", met=met, seed=seed, did=did)
 
 
 async def has_come_to(directory: Path, count: int | None, driver: subprocess.Popen[bytes]) -> bool:
