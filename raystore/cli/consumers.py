@@ -18,7 +18,7 @@ from raystore.types import LedgerEntry
 
 _STEPS = [
     Column("step"), Column("batches", 2, True), Column("rollouts", right=True), Column("mean reward", 1, True),
-    Column("durable", 3), Column("note", 4),
+    Column("durable", 3), Column("note", 4, least=16),
 ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from raystore.types import AnyRollout
 
 READ = 256  #: rollouts of a side of which the spans are read, for tokens and turns
 _COLUMNS = [
-    Column("effect", 1, True), Column("what"), Column("before", right=True), Column("after", right=True),
+    Column("effect", 1, True), Column("what", least=12), Column("before", right=True), Column("after", right=True),
     Column("of", 3, True),
 ]  # fmt: skip
 

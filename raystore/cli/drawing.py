@@ -41,11 +41,13 @@ class Column:
         title: its heading.
         rank: 0 for what a table never leaves out; the highest goes first.
         right: whether it holds figures.
+        least: the width to which it may shrink, going on in the next row, before another column is left out; 0: none.
     """
 
     title: str
     rank: int = 0
     right: bool = False
+    least: int = 0
 
 
 class Screen:
@@ -109,15 +111,21 @@ class Screen:
             index: max(cell_len(columns[index].title), *(cell_len(row[index].plain) for row in cells), 0)
             for index in kept
         }
-        while self.is_terminal and sum(widths[i] + 2 for i in kept) - 2 > self.width:
+
+        def least(index: int) -> int:
+            return min(widths[index], columns[index].least or widths[index])
+
+        while self.is_terminal and sum(least(i) + 2 for i in kept) - 2 > self.width:
             index = max(kept, key=lambda i: (columns[i].rank, i))
             if not columns[index].rank:
                 break
             kept.remove(index)
+        fits = sum(least(i) + 2 for i in kept) - 2 <= self.width
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
         for index in kept:
             side = "right" if columns[index].right else "left"
-            table.add_column(columns[index].title, justify=side, overflow="fold")  # type: ignore[arg-type]
+            is_whole = fits and not columns[index].least
+            table.add_column(columns[index].title, justify=side, overflow="fold", no_wrap=is_whole)  # type: ignore[arg-type]
         for row in cells:
             table.add_row(*(row[index] for index in kept))
         self._write(table)

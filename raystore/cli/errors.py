@@ -22,11 +22,11 @@ INFRASTRUCTURE = ("infra", "runner_lost")
 POLICY = ("agent_error", "timeout", "unresponsive", "dropped")
 
 _BY_ERROR = [
-    Column("count", right=True), Column("outcome", 1), Column("raised at", 3), Column("error"),
+    Column("count", right=True), Column("outcome", 1), Column("raised at", 3, least=20), Column("error", least=30),
     Column("one rollout", 2),
 ]  # fmt: skip
 _BY_PLACE = [
-    Column("count", right=True), Column("of", 2, True), Column("share", 1, True), Column("where"),
+    Column("count", right=True), Column("of", 2, True), Column("share", 1, True), Column("where", least=20),
     Column("one rollout", 3),
 ]  # fmt: skip
 

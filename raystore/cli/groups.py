@@ -12,8 +12,8 @@ from raystore.cli.text import duration, figure
 from raystore.core.lifecycle import FINISHED, GROUP_STATUSES
 
 COLUMNS = [
-    Column("group"), Column("status"), Column("done", right=True), Column("of", 1, True), Column("rewards", 2),
-    Column("age", 3, True), Column("took", 4, True), Column("queue", 6), Column("mode", 7), Column("why", 5),
+    Column("group"), Column("status"), Column("done", right=True), Column("of", 1, True), Column("rewards", 2, least=12),
+    Column("age", 3, True), Column("took", 4, True), Column("queue", 6), Column("mode", 7), Column("why", 5, least=16),
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from raystore.errors.text import meant, quoted
 from raystore.values.closed import Closed
 
 COLUMNS = [
-    Column("id"), Column("version", right=True), Column("policy", 2, True), Column("published", 1), Column("resources"),
+    Column("id"), Column("version", right=True), Column("policy", 2, True), Column("published", 1), Column("resources", least=16),
 ]  # fmt: skip
 CONTEXT = 3  #: lines around a difference
 

@@ -16,7 +16,7 @@ from raystore.core.queries import ROLLOUT_SORT
 COLUMNS = [
     Column("rollout"), Column("status"), Column("outcome", 3), Column("reward", 1, True), Column("took", 2, True),
     Column("age", 4, True), Column("environment", 5), Column("mode", 8), Column("try", 7, True),
-    Column("version", 9, True), Column("runner", 10), Column("group", 11), Column("error", 6),
+    Column("version", 9, True), Column("runner", 10), Column("group", 11), Column("error", 6, least=20),
 ]  # fmt: skip
 
 

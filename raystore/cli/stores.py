@@ -44,10 +44,15 @@ async def status(view: View) -> None:
             ("refused", f"{told['overloads']:,} calls: too much of something" if told.get("overloads") else ""),
         ]
     )
-    queues = _queues(told)
+    queues = _queues(told, view.is_journal)
     if queues:
         screen.heading("queues")
-        columns = [Column("queue"), Column("waiting", right=True), Column("backing off", 3, True), Column("held by", 1)]
+        columns = [
+            Column("queue"),
+            Column("waiting", right=True),
+            Column("backing off", 3, True),
+            Column("held by", 1, least=16),
+        ]
         screen.table(columns, queues)
     if told["consumers"]:
         screen.heading("consumers")
@@ -93,7 +98,7 @@ def _journal(told: dict[str, Any] | None) -> str:
     return text + (f"; NO MORE SNAPSHOTS: {told['failed']}" if told["failed"] else "")
 
 
-def _queues(told: dict[str, Any]) -> list[list[Any]]:
+def _queues(told: dict[str, Any], is_journal: bool) -> list[list[Any]]:
     """Of each queue: how many wait, and what holds them back."""
     paused = {pause["queue"]: pause for pause in told.get("paused", ())}
     unserved, limits = told.get("unserved_queues", {}), told.get("queue_limits", {})
@@ -107,7 +112,7 @@ def _queues(told: dict[str, Any]) -> list[list[Any]]:
             at = f"at most {limit['max_running']} at once" if limit["max_running"] is not None else ""
             rate = f"{limit['per_minute']} a minute" if limit["per_minute"] is not None else ""
             held.append(", ".join(filter(None, [at, rate])) + (" (reached)" if limit["reached"] else ""))
-        if name in unserved:
+        if name in unserved and not is_journal:
             held.append(f"nobody asked for its work for {duration(unserved[name])}")
         waiting, backing = told["queue_lengths"].get(name, 0), told["backing_off_by_queue"].get(name)
         rows.append([name, f"{waiting:,}", backing, "; ".join(held)])
@@ -116,7 +121,7 @@ def _queues(told: dict[str, Any]) -> list[list[Any]]:
 
 CONSUMER_COLUMNS = [
     Column("consumer"), Column("takes", 2), Column("awaits", right=True), Column("open batches", 1, True),
-    Column("batches", 3, True), Column("checkpoint", 1, True), Column("unreleased", 4, True), Column("filter", 5),
+    Column("batches", 3, True), Column("checkpoint", 1, True), Column("unreleased", 4, True), Column("filter", 5, least=16),
 ]  # fmt: skip
 
 
