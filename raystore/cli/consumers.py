@@ -66,7 +66,7 @@ async def consumers(view: View, *, consumer: str | None, rewind: int | None, lim
         await _rewind(view, name, told, rewind)
         return
     known = (await view.store.statistics())["consumers"]
-    changed = view.following("taken", "consumed", "returned", "checkpoint", "rewound") if follow else None
+    changed = await view.following("taken", "consumed", "returned", "checkpoint", "rewound") if follow else None
     if consumer is None:
         await _overview(view, known, is_first=not follow)
     else:

@@ -12,8 +12,9 @@ from raystore.cli.text import duration, figure
 from raystore.core.lifecycle import FINISHED, GROUP_STATUSES
 
 COLUMNS = [
-    Column("group"), Column("status"), Column("done", right=True), Column("of", 1, True), Column("rewards", 2, least=12),
-    Column("age", 3, True), Column("took", 4, True), Column("queue", 6), Column("mode", 7), Column("why", 5, least=16),
+    Column("group"), Column("status"), Column("done", right=True), Column("of", 1, True),
+    Column("rewards", 2, least=12), Column("age", 3, True), Column("took", 4, True),
+    Column("queue", 6), Column("mode", 7), Column("why", 5, least=16),
 ]  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def row(group: Any, members: dict[str, Any], view: View) -> list[Any]:
 async def groups(view: View, *, status: list[Any] | None, ids: tuple[str, ...], limit: int, follow: bool) -> None:
     """The groups that match, one line each; the newest first."""
     wanted: dict[str, Any] = {"status_in": status, "group_id_in": list(ids) or None}
-    changed = view.following() if follow else None
+    changed = await view.following() if follow else None
     count = (await view.store.query_groups(**wanted, limit=0)).total
     page = await view.store.query_groups(**wanted, limit=limit, offset=max(count - limit, 0))
     found = list(page.items)[::-1]

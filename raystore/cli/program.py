@@ -147,6 +147,7 @@ def _forget_output() -> None:
 
 
 @click.group(
+    name="raystore",
     cls=Program, epilog=EPILOG, no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )  # fmt: skip

@@ -90,19 +90,21 @@ class View:
         return page.items, max(end, page.cursor or 0)
 
     async def following(self, *kinds: str, since: int | None = None) -> AsyncIterator[list[Change]]:
-        """Changes as they happen, those of one answer of the store together; from now on, or behind a cursor."""
-        if self.is_journal and since is None:
+        """Changes from now on, or behind a cursor, as they happen; those of one answer of the store together.
+
+        Raises `WrongUse` for a journal, in which nothing happens any more.
+        """
+        if self.is_journal:
             raise WrongUse("nothing happens in a journal that is read; leave out --follow, or connect to the store")
-        cursor = int((await self.store.statistics())["changes"]) if since is None else since
+        return self._following(kinds, int((await self.store.statistics())["changes"]) if since is None else since)
+
+    async def _following(self, kinds: Sequence[str], cursor: int) -> AsyncIterator[list[Change]]:
         while True:
-            wait = 0.0 if self.is_journal else POLL_SECONDS
-            page = await self.store.changes(cursor, kinds=kinds or None, timeout=wait)
-            self.now = time.time() if not self.is_journal else self.now
+            page = await self.store.changes(cursor, kinds=kinds or None, timeout=POLL_SECONDS)
+            self.now = time.time()
             cursor = page.cursor if page.cursor is not None else cursor
             if page.items:
                 yield page.items
-            elif self.is_journal:
-                return
 
 
 async def all_of(calls: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:

@@ -18,7 +18,8 @@ from raystore.errors.text import meant, quoted
 from raystore.values.closed import Closed
 
 COLUMNS = [
-    Column("id"), Column("version", right=True), Column("policy", 2, True), Column("published", 1), Column("resources", least=16),
+    Column("id"), Column("version", right=True), Column("policy", 2, True), Column("published", 1),
+    Column("resources", least=16),
 ]  # fmt: skip
 CONTEXT = 3  #: lines around a difference
 

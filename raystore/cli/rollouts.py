@@ -67,7 +67,7 @@ async def rollouts(
         "status_in": status, "rollout_id_contains": contains, "group_id": group, "tags": dict(tags) or None,
         "queue": queue, "worker_id": worker, "mode": mode,
     }  # fmt: skip
-    changed = view.following() if follow else None
+    changed = await view.following() if follow else None
     order: Any = "asc" if ascending else "desc"
     page = await view.store.query_rollouts(**filters, sort_by=sort, sort_order=order, limit=limit)
     if not follow and view.wants_json:

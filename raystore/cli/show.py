@@ -283,7 +283,8 @@ async def _show_deleted(view: View, rollout_id: str, story: list[str]) -> None:
     """What is left of a rollout that does not exist. Raises `WrongUse` if nothing is."""
     known = [line for line in story if not line.startswith(_DELETED)]
     if not known:
-        near = await view.store.query_rollouts(rollout_id_contains=rollout_id[:8], limit=5)
+        begins = rollout_id[: max(len(rollout_id) // 2, 3)]
+        near = await view.store.query_rollouts(rollout_id_contains=begins, limit=100)
         hint = meant(rollout_id, [one.rollout_id for one in near])
         raise WrongUse(f"no rollout {rollout_id!r}, and the last changes name none{hint}")
     if view.wants_json:

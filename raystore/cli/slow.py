@@ -14,8 +14,8 @@ from raystore.cli.text import clean, counted, duration, share
 from raystore.core.lifecycle import ACTIVE, FINISHED
 
 _COLUMNS = [
-    Column("rollout"), Column("took", right=True), Column("x median", 1, True), Column("where the time goes", 2, least=20),
-    Column("environment", 4), Column("status", 5), Column("runner", 3),
+    Column("rollout"), Column("took", right=True), Column("x median", 1, True),
+    Column("where the time goes", 2, least=20), Column("environment", 4), Column("status", 5), Column("runner", 3),
 ]  # fmt: skip
 
 

@@ -121,7 +121,8 @@ def _queues(told: dict[str, Any], is_journal: bool) -> list[list[Any]]:
 
 CONSUMER_COLUMNS = [
     Column("consumer"), Column("takes", 2), Column("awaits", right=True), Column("open batches", 1, True),
-    Column("batches", 3, True), Column("checkpoint", 1, True), Column("unreleased", 4, True), Column("filter", 5, least=16),
+    Column("batches", 3, True), Column("checkpoint", 1, True), Column("unreleased", 4, True),
+    Column("filter", 5, least=16),
 ]  # fmt: skip
 
 
@@ -151,8 +152,8 @@ def _list(address: str | None, namespace: str | None, json: bool) -> None:
     if not found:
         screen.print(f"no store runs {'in namespace ' + repr(namespace) if namespace else 'on this cluster'}")
         return
-    columns = [Column("name"), Column("namespace"), Column("starts", 2, True), Column("node", 3), Column("store id", 4)]
-    screen.table(columns, [[one.name, one.namespace, one.epoch, one.node, one.store_id] for one in found])
+    columns = [Column("name"), Column("namespace"), Column("store id", 2), Column("node", 3)]
+    screen.table(columns, [[one.name, one.namespace, one.store_id, one.node] for one in found])
 
 
 list_ = click.command(

@@ -44,7 +44,7 @@ async def tail(view: View, *, kinds: str | None, last: int, rollout_id: str | No
     _give(view, before, rollout_id)
     if no_follow or view.is_journal:
         return
-    async for changes in view.following(*wanted, since=cursor):
+    async for changes in await view.following(*wanted, since=cursor):
         _give(view, changes, rollout_id)
 
 

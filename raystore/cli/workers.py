@@ -43,7 +43,7 @@ def row(worker: Any, view: View) -> list[Any]:
 async def workers(view: View, *, status: list[Any] | None, contains: str | None, limit: int, follow: bool) -> None:
     """The runners, what each works on, and since when; those first that the store heard of last."""
     wanted: dict[str, Any] = {"status_in": status, "worker_id_contains": contains}
-    changed = view.following("claimed", "succeeded", "failed", "requeuing", "cancelled") if follow else None
+    changed = await view.following("claimed", "succeeded", "failed", "requeuing", "cancelled") if follow else None
     page = await view.store.query_workers(**wanted, sort_by="last_dequeue_time", sort_order="desc", limit=limit)
     if not follow and view.wants_json:
         view.give({"total": page.total, "workers": page.items})

@@ -81,9 +81,12 @@ class Terminal:
 def here(*arguments: Any, columns: int = 120) -> Shown:
     """Run a command in this process, on a terminal."""
     terminal, err = Terminal(columns), io.StringIO()
-    with open(os.dup(terminal.slave), "w", encoding="utf-8") as out, contextlib.redirect_stderr(err):
-        with contextlib.redirect_stdout(out):
-            code = _run(arguments)
+    with (
+        open(os.dup(terminal.slave), "w", encoding="utf-8") as out,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = _run(arguments)
     terminal.close()
     return Shown(code, terminal.text, err.getvalue())
 

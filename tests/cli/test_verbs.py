@@ -13,6 +13,7 @@ import raystore as rs
 from raystore.cli.program import FAMILIES
 from tests.cli.small_run import HOSTILE
 from tests.cli.terminal import COLOURS, Shown, here, piped
+from tests.helpers import present
 
 #: Each verb with arguments, and what it must say of the small run.
 VERBS: list[tuple[list[str], list[str]]] = [
@@ -140,7 +141,7 @@ def test_two_runs_are_compared(killed: Path, tmp_path: Path) -> None:
     with rs.InMemoryLightningStore(journal=str(other)) as store:
         for number in range(4):
             store.sync.enqueue_rollout(number, rollout_id=f"r{number}", tags={"env": "math"})
-            claimed = store.sync.dequeue_rollout("w")
+            claimed = present(store.sync.dequeue_rollout("w"))
             store.sync.update_attempt(f"r{number}", claimed.attempt.attempt_id, status="failed")
     shown = here("diff", killed, other, columns=300)
     assert shown.code == 0
