@@ -36,6 +36,8 @@ LAYERS = [
     ["client"],
     ["remote"],
     ["runner"],
+    ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 

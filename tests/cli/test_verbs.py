@@ -1,0 +1,163 @@
+"""Every verb on a terminal: against a store on Ray, and against the journal of a run that was killed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import raystore as rs
+from raystore.cli.program import FAMILIES
+from tests.cli.small_run import HOSTILE
+from tests.cli.terminal import COLOURS, Shown, here, piped
+from tests.helpers import present
+
+#: Each verb with arguments, and what it must say of the small run.
+VERBS: list[tuple[list[str], list[str]]] = [
+    (["status"], [r"2 queuing", r"gpu-only +1", r"trainer +groups", r"6 complete, 6 trained"]),
+    (["rollouts", "--limit", "4"], [r"stuck +running", r"waiting +queuing", r"4 of 35"]),
+    (["rollouts", "--status", "failed", "--tag", "env=code"], [r"raises-0 +failed +agent_error", r"ValueError"]),
+    (["rollouts", "--queue", "nowhere"], [r"no rollout matches"]),
+    (["groups", "--status", "trained", "--limit", "2"], [r"code-2-0|math-\d-\d", r"2 of 6"]),
+    (["consumers"], [r"trainer +groups +6"]),
+    (["consumers", "trainer"], [r"1 +1 +4 +0\.15 +yes +loss 1\.5", r"3 +1 +4 +0\.45 +no"]),
+    (["consumers", "--rewind", "1"], [r"steps lost +2 \(2 to 3\)", r"trained on again +8", r"all of them are there"]),
+    (["workers"], [r"runner-3 +busy +1 min 32 s +stuck|runner-3 +busy", r"runner-1 +idle.*node-a"]),
+    (["resources"], [r"policy +3 +2 ", r"weights: <raystore\.types\.ObjectResource, a pickle of \d+ bytes, not"]),
+    (["resources", "policy"], [r"policy +3 +2", r"policy +1 +0", r"api_key: \(hidden\)", r"Think step by step"]),
+    (["resources", "policy", "--version", "1"], [r"endpoint: http://10\.0\.0\.0/v1"]),
+    (["resources", "policy", "--diff", "1", "3"], [r"-    \{question\}", r"\+    Think step by step"]),
+    (["show", "raises-0"], [r"parsing\.py:12 in parse", r"✗ parse", r"ValueError: invalid literal", r"\+500 ms"]),
+    (["show", "retried"], [r"2 attempts", r"failed +infra", r"succeeded +ok +0\.5", r"connection reset"]),
+    (["show", "stuck"], [r"rollout stuck +running", r"prepare +█+"]),
+    (["show", "deleted"], [r"was deleted; its story is left", r"\+500 ms +running", r"deleted"]),
+    (["show", "waiting"], [r"input +<tests\.cli\.small_run\._opened, a pickle of \d+ bytes, not opened>"]),
+    (["show", "math-0-1"], [r"group math-0-1 +trained", r"members", r"group_complete"]),
+    (["errors"], [r"the policy's doing +4 attempts, 12%", r"3 +agent_error +agents/parsing\.py:12", r"1 +infra"]),
+    (["slow", "--limit", "3"], [r"median of 32", r"stuck +1 min 32 s +23\.\d|stuck ", r"chat qwen3-4b 2\.1 s \(53%\)"]),
+    (["tail", "--last", "3", "--no-follow"], [r"claimed +stuck|running +stuck", r"enqueued +last"]),
+    (["curve"], [r"train +mean reward by policy version", r"val +0\.25 +0\.75", r"train +0\.15 +0\.5444 .* 29 +4"]),
+    (["curve", "--by", "time", "--mode", "val"], [r"seconds since the first", r"val "]),
+    (["diff", "1", "3"], [r"\+2\.3 sd +reward +0\.15 +0\.45", r"\+    Think step by step"]),
+    (["watch", "--once", "--fail-on", "errors>0.5@20"], [r"errors>0\.5@20: no, it is 0\.\d"]),
+]  # fmt: skip
+
+
+def ids(case: Any) -> str:
+    return " ".join(case) if isinstance(case, list) and case and case[0] in _NAMES else ""
+
+
+_NAMES = {name for family in FAMILIES.values() for name, _, _ in family}
+
+
+@pytest.mark.parametrize(("command", "said"), VERBS, ids=ids)
+def test_a_verb_says_what_is_so(where: list[Any], command: list[str], said: list[str]) -> None:
+    """On a terminal of 120 columns, in colours."""
+    shown = here(*command, *where)
+    assert shown.code == 0 and shown.err == "", shown
+    for part in said:
+        assert re.search(part, shown.text), f"{part!r} is not in:\n{shown.text}"
+    nothing_came_through(shown)
+    assert all(len(line) <= 120 for line in shown.lines)
+
+
+@pytest.mark.parametrize("command", [command for command, _ in VERBS], ids=ids)
+def test_a_verb_fits_forty_columns(killed: Path, command: list[str]) -> None:
+    """No line is longer, and the ids that it is about are there."""
+    shown = here(*command, "--journal", killed, columns=40)
+    assert shown.code == 0
+    assert max(map(len, shown.lines)) <= 40, shown.text
+    nothing_came_through(shown)
+
+
+@pytest.mark.parametrize("command", [command for command, _ in VERBS], ids=ids)
+def test_a_verb_gives_json(killed: Path, command: list[str]) -> None:
+    """One document, or a line for each change; in ASCII, so that no control character is in it."""
+    shown = piped(*command, "--json", "--journal", killed)
+    assert shown.code == 0 and shown.err == ""
+    assert shown.out.isascii() and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", shown.out)
+    documents = shown.out.splitlines() if command[0] == "tail" else [shown.out]
+    assert all(isinstance(json.loads(document), dict) for document in documents)
+    assert "sk-secret" not in shown.out
+
+
+@pytest.mark.parametrize("command", [command for command, _ in VERBS], ids=ids)
+def test_a_verb_writes_no_escape_code_into_a_pipe(killed: Path, command: list[str]) -> None:
+    """Nor blanks at the ends of lines."""
+    shown = piped(*command, "--journal", killed)
+    assert shown.code == 0 and "\x1b" not in shown.out
+    assert all(line == line.rstrip() for line in shown.out.splitlines())
+
+
+def test_every_verb_that_reads_is_tried() -> None:
+    """A new one is put into the list of this file, or of the one that tries it."""
+    elsewhere = {"list", "start", "stop", "demo", "why", "doctor", "export", "top", "limits"}
+    assert _NAMES - elsewhere == {command[0] for command, _ in VERBS}
+
+
+def nothing_came_through(shown: Shown) -> None:
+    """All that a terminal acts upon are the colours that were meant."""
+    left = COLOURS.sub("", shown.out)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", left), repr(left)
+
+
+def test_what_a_user_wrote_is_shown_and_not_obeyed(where: list[Any]) -> None:
+    """Escape sequences, titles, bells, turned text, in metadata, span names, messages and errors."""
+    for command in (["show", "hostile"], ["show", "hostile", "--all"], ["errors"], ["rollouts", "--limit", "50"]):
+        shown = here(*command, *where)
+        nothing_came_through(shown)
+        assert r"\x1b]0;title\x07" in "".join(shown.lines)
+    assert HOSTILE.count("\x1b") == 3
+
+
+def test_a_conversation_is_told_by_what_is_new(killed: Path) -> None:
+    """The messages of the call before are not repeated; a tool call shows its arguments."""
+    found = json.loads(piped("rollouts", "--group", "math-1-0", "--json", "--journal", killed).out)["rollouts"]
+    shown = here("show", found[0]["rollout_id"], "--journal", killed)
+    assert shown.text.count("What is 17 * 23?") == 1
+    assert '→ calculator({"expression": "17 * 23"})' in shown.text
+    assert "… 3 messages as before" in shown.text and "tool: 391" in shown.text
+    assert "21 + 12 tokens, of which no ids are known" in shown.text
+    calls = json.loads(piped("show", found[0]["rollout_id"], "--json", "--journal", killed).out)["model_calls"]
+    assert [call["finish_reason"] for call in calls] == ["stop", "stop"]
+
+
+def test_a_picture_of_the_curve(killed: Path, tmp_path: Path) -> None:
+    """SVG, with one line for each mode."""
+    picture = tmp_path / "reward.svg"
+    assert here("curve", "--svg", picture, "--journal", killed).code == 0
+    drawn = picture.read_text()
+    assert drawn.startswith("<svg") and drawn.count("<polyline") == 2 and ">val<" in drawn
+    refused = here("curve", "--svg", tmp_path / "no" / "where.svg", "--journal", killed)
+    assert refused.code == 2 and "cannot write" in refused.err
+
+
+def test_two_runs_are_compared(killed: Path, tmp_path: Path) -> None:
+    """By the directories of their journals; the largest effect first."""
+    other = tmp_path / "other"
+    with rs.InMemoryLightningStore(journal=str(other)) as store:
+        for number in range(4):
+            store.sync.enqueue_rollout(number, rollout_id=f"r{number}", tags={"env": "math"})
+            claimed = present(store.sync.dequeue_rollout("w"))
+            store.sync.update_attempt(f"r{number}", claimed.attempt.attempt_id, status="failed")
+    shown = here("diff", killed, other, columns=300)
+    assert shown.code == 0
+    effects = [abs(float(found)) for found in re.findall(r"^ *([+-]\d+\.\d) sd", shown.text, re.MULTILINE)]
+    assert effects == sorted(effects, reverse=True) and max(effects) > 0.8
+    assert re.search(r"\+\d\.\d sd +ended as failed +12\.\d% +100\.0%", shown.text)
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [
+        ("errors>0.1@20", 1), ("errors>0.9@20", 0), ("errors>0@100", 0), ("infra>0", 0), ("reward<0.9@10", 1),
+        ("reward>0.9@10", 0), ("idle>1m", 1), ("idle>10m", 0), ("queue>1", 1), ("queue>2", 0), ("seconds>500ms@5", 1),
+    ],
+)  # fmt: skip
+def test_watch_tells_bad_news_by_its_exit_code(killed: Path, condition: str, code: int) -> None:
+    """A condition that looks at more rollouts than have finished does not hold."""
+    shown = here("watch", "--fail-on", condition, "--journal", killed)
+    assert shown.code == code and condition in shown.text and shown.err == ""
