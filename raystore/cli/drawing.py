@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -85,6 +86,24 @@ class Screen:
             else:
                 self._console.print(text, overflow="fold")
         self.file.flush()
+
+    @property
+    def height(self) -> int:
+        """Rows of the terminal."""
+        return self._console.size.height
+
+    def draw(self, picture: Any) -> None:
+        """Write something that rich can draw, as wide as the screen."""
+        if self.is_terminal:
+            self._console.print(picture)
+            return
+        with self._console.capture() as captured:
+            self._console.print(picture, width=self.width)
+        self.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+    def live(self, picture: Any) -> Live:
+        """A picture that takes the whole terminal, and is updated, while a block runs."""
+        return Live(picture, console=self._console, screen=True, auto_refresh=False, transient=True)
 
     def heading(self, title: str, beside: str = "") -> None:
         """An empty line, and a title with what belongs to it."""

@@ -36,10 +36,12 @@ FAMILIES: dict[str, list[tuple[str, str, str]]] = {
         ("resources", "resources", "Resources, their versions, and what changed between two."),
     ],
     "Why it is so": [
+        ("top", "top", "A live page on a store: rates, rewards, consumers, and what each runner does."),
         ("why", "why", "What holds a run up, or one rollout, group or consumer."),
         ("doctor", "why", "What looks wrong, each with its remedy."),
         ("show", "show", "All of one rollout: attempts, story, spans, conversation, reward."),
         ("errors", "errors", "What failed: the policy's doing and the infrastructure's apart."),
+        ("limits", "limits", "Who limited whom in the last hour: trainer, runners, journal, store."),
         ("slow", "slow", "What takes longest, and in which span the time goes."),
         ("tail", "tail", "Changes, as they happen."),
     ],

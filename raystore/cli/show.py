@@ -228,6 +228,11 @@ _ATTEMPTS = [
 @click.option("--all", "everything", is_flag=True, help="All spans, and all of each message.")
 async def show(view: View, *, rollout_id: str, attempt: int | None, everything: bool) -> None:
     """All of one rollout: attempts, spans over time, conversation with models, errors, reward, tokens, story."""
+    await show_rollout(view, rollout_id, attempt, everything=everything)
+
+
+async def show_rollout(view: View, rollout_id: str, attempt: int | None = None, *, everything: bool = False) -> None:
+    """What `raystore show` shows."""
     rollout = await view.store.get_rollout_by_id(rollout_id)
     story = await view.store.story(rollout_id)
     if rollout is None:

@@ -22,7 +22,7 @@ LONGEST_SECONDS = 5.0  #: that a sample counts for, at most: else the process st
 #: What may hold a run back, and when it does.
 CAUSES: dict[str, str] = {
     "trainer_waited": "a consumer waited for a batch",
-    "admission_closed": "a feed had no place free, since its trainer has not acknowledged what it took",
+    "admission_closed": "a feed had no place free, and its trainer waited for no batch",
     "runners_idle": "callers waited for work, and there was none",
     "runners_busy": "work waited, and no caller waited for it",
     "paused": "a queue or a feed was paused",
@@ -87,7 +87,8 @@ def causes(state: State, parking: Parking, *, is_behind: bool, is_late: bool) ->
     """What holds the run back at this moment."""
     if "batch" in parking.by_kind:
         yield "trainer_waited"
-    if any(not feed.is_over and len(feed.items) >= feed.places for feed in state.feeds):
+    waiting = {call.arguments["consumer"] for call in parking.by_kind.get("batch", {}).values()}
+    if any(len(feed.items) >= feed.places and feed.name not in waiting and not feed.is_over for feed in state.feeds):
         yield "admission_closed"
     is_offering = state.queues.are_offering
     if "work" in parking.by_kind:
