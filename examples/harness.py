@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed"
 
 import ray
 
-COLOURS = ("#06c", "#c50", "#283", "#a0a")
+from raystore.cli import svg
 
 
 class Run:
@@ -41,24 +41,9 @@ class Run:
         return step % max(self.steps // 15, 1) == 0 or step == self.steps - 1
 
     def draw(self, curves: Mapping[str, Sequence[float]], *, label: str = "mean reward") -> None:
-        """Write curves between 0 and 1 as SVG, one for each name."""
-        lines = []
-        for number, (name, values) in enumerate(curves.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            points = " ".join(
-                f"{60 + 520 * i / max(len(values) - 1, 1):.1f},{260 - 220 * y:.1f}" for i, y in enumerate(values)
-            )
-            lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            lines.append(f'<text x="570" y="{236 - 16 * number}" text-anchor="end" fill="{colour}">{name}</text>')
-        grid = "".join(
-            f'<line x1="60" x2="580" y1="{260 - 220 * y}" y2="{260 - 220 * y}" stroke="#ddd"/>'
-            f'<text x="50" y="{264 - 220 * y}" text-anchor="end">{y:g}</text>'
-            for y in (0, 0.5, 1)
-        )
+        """Write curves as SVG, one for each name."""
         self.curve.write_text(
-            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 300" font-family="sans-serif" font-size="12">'
-            f'<rect width="620" height="300" fill="white"/>{grid}<text x="320" y="290" text-anchor="middle">step</text>'
-            f'<text x="60" y="24">{label}</text>{"".join(lines)}</svg>'
+            svg.draw({name: list(enumerate(values)) for name, values in curves.items()}, title=label, below="step")
         )
 
 

@@ -52,7 +52,7 @@ class Series:
 
 async def collect(view: View, by: str, mode: Any) -> tuple[dict[str, Series], int, str]:
     """The curves by mode, how many rollouts were left out for want of a version, and by what the curves are."""
-    finished = [one async for one in view.rollouts(status_in=sorted(FINISHED - {"cancelled"}), mode=mode)]
+    finished = [one async for one in view.rollouts(FINISHED - {"cancelled"}) if mode in (None, one.mode)]
     versions = [attempt.policy_version if (attempt := attempt_of(one)) else None for one in finished]
     if by == "version" and finished and all(version is None for version in versions):
         by = "time"  # nobody says which policy it was

@@ -236,7 +236,7 @@ async def _whole_run(view: View, name: str) -> Side:
     steps: dict[str, int] = {}
     for consumer in (await view.store.statistics())["consumers"]:
         steps |= {one.rollout_id: one.step for one in await view.store.ledger(consumer) if one.step is not None}
-    finished = [one async for one in view.rollouts(status_in=sorted(FINISHED))]
+    finished = [one async for one in view.rollouts(FINISHED)]
     return await side_of(view, name, finished, steps)
 
 

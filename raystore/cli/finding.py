@@ -111,6 +111,8 @@ def join(address: str | None, *, may_start: bool = False) -> None:
     if found is not None:
         _knock(found)
     with _telling("Starting Ray ..." if found is None else f"Connecting to Ray at {found} ..."):
+        if found is not None:
+            _use_token()
         import ray
 
         kept = os.environ.pop("RAY_ADDRESS", None)  # "local" would start one
@@ -121,6 +123,17 @@ def join(address: str | None, *, may_start: bool = False) -> None:
         finally:
             if kept is not None:
                 os.environ["RAY_ADDRESS"] = kept
+
+
+def _use_token() -> None:
+    """Have Ray send its token to the cluster, if there is one: clusters that `ray.init()` starts ask for it.
+
+    Ray sends it only if RAY_AUTH_MODE says so when it is imported; whoever looks at a run from another terminal cannot
+    know. A cluster that asks for no token does not mind.
+    """
+    has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if has_token or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def cluster(address: str | None, *, may_start: bool = False) -> str | None:

@@ -47,7 +47,7 @@ async def slow(view: View, *, limit: int) -> None:
     """
     running: list[tuple[float, Any]] = []
     finished: list[tuple[float, Any]] = []
-    async for rollout in view.rollouts(status_in=sorted(ACTIVE | FINISHED)):
+    async for rollout in view.rollouts(ACTIVE | FINISHED):
         if (seconds := took(rollout, view.now)) is not None:
             (running if rollout.status in ACTIVE else finished).append((seconds, rollout))
     usual = median(seconds for seconds, _ in finished) if finished else None

@@ -36,7 +36,7 @@ async def status(view: View) -> None:
             ("spans", f"{told['total_spans']:,} in {size(told['total_span_bytes'])}"),
             ("attempts", f"{told['total_attempts']:,}"),
             ("runners", _runners(told, view)),
-            ("memory", _memory(told)),
+            ("memory", size(told["accounted_bytes"]) if view.is_journal else _memory(told)),
             ("evicted", _evicted(told)),
             ("lost spans", _counts(told.get("spans_lost") or {})),
             ("store's process", None if view.is_journal else _process(told)),

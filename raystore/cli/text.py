@@ -49,9 +49,9 @@ def duration(seconds: float | None) -> str:
         return ""
     if seconds < 0:
         return f"-{duration(-seconds)}"
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:

@@ -109,7 +109,7 @@ def _run(arguments: Any) -> int:
 def process(*arguments: Any, stdout: Any = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
     """Start the program in a process of its own."""
     command = [sys.executable, "-m", "raystore", *map(str, arguments)]
-    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "NO_COLOR", "COLUMNS")}
+    kept = {name: value for name, value in os.environ.items() if name not in UNSET}
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=kept | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"} | environment,
