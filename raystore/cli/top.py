@@ -16,7 +16,7 @@ import termios
 import threading
 import tty
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
@@ -312,7 +312,7 @@ async def top(view: View, *, interval: float, once: bool) -> None:
     """A live page: queues, rates, failures, rewards, consumers, memory, and what each place of the runners does."""
     page = await read(view)
     if view.wants_json:
-        view.give({"statistics": page.told, "metrics": page.metrics, "places": page.places})
+        view.give({"statistics": page.told, "metrics": page.metrics, "places": [*map(asdict, page.places)]})
         return
     info = getattr(view.store, "info", None)
     name = (

@@ -23,7 +23,7 @@ LONGEST_SECONDS = 5.0  #: that a sample counts for, at most: else the process st
 CAUSES: dict[str, str] = {
     "trainer_waited": "a consumer waited for a batch",
     "admission_closed": "a feed had no place free, and its trainer waited for no batch",
-    "runners_idle": "callers waited for work, and there was none",
+    "runners_idle": "a caller waited for work, and there was none for it",
     "runners_busy": "work waited, and no caller waited for it",
     "paused": "a queue or a feed was paused",
     "memory_full": "memory was full, and the store handed out no work",
@@ -90,11 +90,9 @@ def causes(state: State, parking: Parking, *, is_behind: bool, is_late: bool) ->
     waiting = {call.arguments["consumer"] for call in parking.by_kind.get("batch", {}).values()}
     if any(len(feed.items) >= feed.places and feed.name not in waiting and not feed.is_over for feed in state.feeds):
         yield "admission_closed"
-    is_offering = state.queues.are_offering
-    if "work" in parking.by_kind:
-        if not is_offering:
-            yield "runners_idle"
-    elif is_offering:
+    if "work" in parking.by_kind:  # a call is parked only while there is nothing for it
+        yield "runners_idle"
+    elif state.queues.are_offering:
         yield "runners_busy"
     if state.gates.pauses or any(feed.spent is not None for feed in state.feeds):
         yield "paused"

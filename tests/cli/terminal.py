@@ -21,6 +21,8 @@ from typing import Any
 from raystore.cli.program import program
 
 ROOT = Path(__file__).parents[2]
+#: What a process in another terminal does not have of this one's environment.
+UNSET = {"RAY_ADDRESS", "RAY_AUTH_MODE", "NO_COLOR", "COLUMNS"}
 #: What a terminal may be sent: text, line ends, and colours. Anything else of a user's would have come through.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -63,6 +65,10 @@ class Terminal:
     def text(self) -> str:
         """What was written so far."""
         return self._written.decode(errors="replace").replace("\r\n", "\n")
+
+    def press(self, keys: str) -> None:
+        """Type."""
+        os.write(self.master, keys.encode())
 
     def until(self, part: str, within: float = 30.0) -> None:
         """Wait until this was written."""

@@ -38,6 +38,8 @@ VERBS: list[tuple[list[str], list[str]]] = [
     (["show", "math-0-1"], [r"group math-0-1 +trained", r"members", r"group_complete"]),
     (["errors"], [r"the policy's doing +4 attempts, 12%", r"3 +agent_error +agents/parsing\.py:12", r"1 +infra"]),
     (["slow", "--limit", "3"], [r"median of 32", r"stuck +1 min 32 s +23\.\d|stuck ", r"chat qwen3-4b 2\.1 s \(53%\)"]),
+    (["top", "--once"], [r"2 queuing", r"queued +default|queued +gpu-only", r"runner-3", r"trainer"]),
+    (["limits"], [r"who limited whom|a journal does not know this|nothing was waited for"]),
     (["tail", "--last", "3", "--no-follow"], [r"claimed +stuck|running +stuck", r"enqueued +last"]),
     (["curve"], [r"train +mean reward by policy version", r"val +0\.25 +0\.75", r"train +0\.15 +0\.5444 .* 29 +4"]),
     (["curve", "--by", "time", "--mode", "val"], [r"seconds since the first", r"val "]),
@@ -94,7 +96,7 @@ def test_a_verb_writes_no_escape_code_into_a_pipe(killed: Path, command: list[st
 
 def test_every_verb_that_reads_is_tried() -> None:
     """A new one is put into the list of this file, or of the one that tries it."""
-    elsewhere = {"list", "start", "stop", "demo", "why", "doctor", "export", "top", "limits"}
+    elsewhere = {"list", "start", "stop", "demo", "why", "doctor", "export"}
     assert _NAMES - elsewhere == {command[0] for command, _ in VERBS}
 
 
