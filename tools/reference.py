@@ -109,7 +109,8 @@ GROUPS = [
         "Operate",
         "What a store is, holds and did; and what it may forget.",
         """
-        LightningStore statistics LightningStoreStatistics story changes Change check release delete_rollouts
+        LightningStore statistics LightningStoreStatistics why Finding story changes Change check release
+        delete_rollouts
         pause resume limit_queue QueuePause QueueLimit query_workers get_worker_by_id Worker LightningStoreCapabilities
         otlp_traces_endpoint
         """,

@@ -354,6 +354,8 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
     "report_spans_lost": lambda h, rng: {"counts": {rng.choice(["sampled_out", "refused"]): rng.randint(1, 9)}},
     "statistics": lambda h, rng: {},
     "story": lambda h, rng: {"rollout_id": h.rollout()},
+    "why": lambda h, rng: {"rollout_id": None, "group_id": None, "consumer": None}
+    | rng.choice([{}, {"rollout_id": h.rollout()}, {"group_id": "g1"}, {"consumer": "c"}]),
     "check": lambda h, rng: {},
     "tick": lambda h, rng: {
         "seconds": rng.choice([0.5, 2.0, 8.0, 70.0]), "sessions": rng.random() < 0.15,

@@ -155,6 +155,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "report_spans_lost": {"counts": {"sampled_out": 2, "refused": 1}},
     "statistics": {},
     "story": {"rollout_id": "r0"},
+    "why": {"rollout_id": "r0", "group_id": None, "consumer": None},
     "check": {},
     "tick": {"seconds": 0.001, "sessions": False},
     "end_chain": {"chain_id": 7},
