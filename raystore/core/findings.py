@@ -112,8 +112,8 @@ KINDS: dict[str, Kind] = {
         "Make the training step quicker, or raise max_lag= if more lag is acceptable.",
     ),
     "not_judged": Kind(
-        "Complete groups wait for the feed's own process: it reads their spans, and calls keep=.",
-        "Look whether the event loop of that process is blocked; quicken keep=, or ask for less with require=.",
+        "Complete groups wait for the feed's own process: it reads their spans, and calls keep= and order=.",
+        "Look whether the event loop of that process is blocked; make these functions quicker.",
     ),
     "group_waits": Kind(
         "A group is not complete: it waits for some of its rollouts.",
@@ -180,7 +180,8 @@ RANK: dict[str, int] = {kind: number for number, kind in enumerate(KINDS)}
 def found(kind: str, text: str, **evidence: Any) -> Finding:
     """A finding of a kind, with that kind's remedy."""
     shown = {name: _plain(value) for name, value in evidence.items()}
-    return Finding(kind, plain(text), KINDS[kind].remedy.format(**shown), shown)
+    ends = "" if text.endswith((".", "?")) else "."
+    return Finding(kind, plain(text) + ends, KINDS[kind].remedy.format(**shown), shown)
 
 
 def _plain(value: Any) -> Any:
@@ -197,8 +198,13 @@ def plain(text: str) -> str:
 def brief(text: str | None) -> str:
     """The last line of an error, or of another text of a user's, as far as a sentence has room for it."""
     lines = (text or "").strip().splitlines()
-    last = plain(lines[-1].strip()) if lines else "no text"
-    return last if len(last) <= TEXT_LENGTH else f"{last[:TEXT_LENGTH]}..."
+    return short(lines[-1].strip()) if lines else "no text"
+
+
+def short(text: str) -> str:
+    """A text of a user's as far as a sentence has room for it."""
+    shown = plain(text[: TEXT_LENGTH + 1])
+    return shown if len(shown) <= TEXT_LENGTH else f"{shown[:TEXT_LENGTH]}..."
 
 
 def lasting(seconds: float) -> str:

@@ -708,7 +708,7 @@ class Service:
             logger.info("Hands out work again: %d bytes are in use", state.total_bytes)
             return
         found = memory_full(state)
-        logger.warning("%s. %s", found.text, found.remedy)
+        logger.warning("%s %s", found.text, found.remedy)
 
     def _warn_of_object_ids(self) -> None:
         """Many ids hold objects: likely a leak of weights. Said once."""

@@ -6,8 +6,8 @@ from itertools import islice
 
 from raystore.core import pauses, training
 from raystore.core.feed_table import NO_SLOT, FeedEntry, Item
-from raystore.core.findings import Finding, brief, counted, found, lasting
-from raystore.core.lifecycle import OPEN
+from raystore.core.findings import Finding, brief, counted, found, lasting, short
+from raystore.core.lifecycle import ACTIVE, FINISHED, OPEN, QUEUED
 from raystore.core.state import Consumer
 from raystore.service.diagnosis.known import (
     GROUPS,
@@ -23,6 +23,7 @@ from raystore.service.diagnosis.known import (
 )
 from raystore.service.diagnosis.work import Work
 
+LOOKED_AT = 1_000  #: rollouts or groups, to see whether one is what a consumer asks for
 NEARLY = 0.8  #: share of a budget, from which on it is named
 
 
@@ -66,11 +67,10 @@ def of_taker(work: Work, name: str, known: Consumer, *, is_asked: bool = False) 
     there = len(known.groups) if known.takes == training.GROUPS else len(known.awaiting)
     if held and not asks:
         return told
-    is_filtered = known.filter is not None and len(known.filter) > 1
-    if (not is_filtered or known.coming is not None) and not training.may_still_come(state, known) and not there:
-        if is_filtered:
-            asked = {key: value for key, value in (known.filter or {}).items() if key != "status_in"}
-            text = f"Nothing that waits or runs is what consumer {name!r} asks for: {brief(repr(asked))}"
+    if not there and not _may_come(work, known):
+        asked = {key: value for key, value in (known.filter or {}).items() if key != "status_in"}
+        if asked:
+            text = f"Nothing that waits or runs is what consumer {name!r} asks for: {short(repr(asked))}"
             told.append(Told(TRAINING, 0, found("nothing_fits", text, consumer=name)))
         return told
     if is_asked and there and not asks:
@@ -95,6 +95,25 @@ def of_taker(work: Work, name: str, known: Consumer, *, is_asked: bool = False) 
             told += work.of_queue(queue)
         told += [*work.of_missing_resources(), *work.of_what_runs()]
     return told
+
+
+def _may_come(work: Work, known: Consumer) -> bool:
+    """Whether anything that waits or runs could be given to a consumer; also if finding out would be a long search."""
+    state, wanted = work.state, known.filter
+    if known.coming is not None or wanted is None or len(wanted) == 1:
+        return training.may_still_come(state, known)
+    if known.takes == training.GROUPS:
+        opened = state.groups.having(OPEN)
+        return len(opened) > LOOKED_AT or any(training.fits(wanted, state.groups.by_id[i]) for i in opened)
+    indexes = state.indexes
+    statuses = [("status", status) for status in (*ACTIVE, *QUEUED)]
+    named = [(key, wanted[name]) for name, key in (("queue", "queue"), ("group_id", "group")) if name in wanted]
+    named += [("tag", tag) for tag in wanted.get("tags", {}).items()]
+    fewest = min([statuses, *([key] for key in named)], key=lambda keys: sum(map(indexes.count, keys)))
+    if sum(map(indexes.count, fewest)) > LOOKED_AT:
+        return True
+    found = (state.entries[i].rollout for key in fewest for i in indexes.find(key))
+    return any(one.status not in FINISHED and training.fits(wanted, one) for one in found)
 
 
 def of_feed(work: Work, feed: FeedEntry, *, is_asked: bool = False) -> list[Told]:
@@ -200,6 +219,10 @@ def next_batch(
         groups = counted(len(unjudged), "complete group waits", "complete groups wait")
         text = f"{groups} for the process of feed {name!r}, which reads their spans and calls keep="
         told.append(Told(TRAINING, 0, found("not_judged", text, consumer=name, groups=len(unjudged))))
+    if feed.rule["order"] == "chosen" and ready >= batch and not feed.choice:
+        text = f"{ready} complete groups wait for the process of feed {name!r}, whose order= chooses among them"
+        told.append(Told(TRAINING, 0, found("not_judged", text, consumer=name, groups=ready)))
+        return told
     if not opened:
         free = sum(feed.free().values())
         if not there and feed.pump is not None and free:
@@ -207,16 +230,16 @@ def next_batch(
             text = f"{places} free in feed {name!r}, and nothing is drawn"
             told.append(Told(TRAINING, 0, found("not_drawn", text, consumer=name)))
         return told
-    is_blocked = name in work.known.asking and ready >= batch
+    is_ordered = feed.rule["order"] == "in_order"
+    is_blocked = name in work.known.asking and ready >= batch and (is_ordered or feed.rule["late"] == "wait")
     target = binding_item(work, feed, known, opened, is_blocked=is_blocked)
     group = state.groups.by_id[target.group_id]
     has = f"The next batch of feed {name!r} has {ready} of {batch} groups"
     before = f"{has}. "
     if is_blocked:
-        order = feed.rule["order"] == "in_order"
-        before = f"{has}, and must have one more " + (
-            "before them (order='in_order'). " if order else f"that would lag more than {feed.rule['max_lag']} else. "
-        )
+        late = f"that would otherwise lag more than {feed.rule['max_lag']}"
+        which = "before these (order='in_order')" if is_ordered else late
+        before = f"{has}, and must have one {which}. "
     waiting, finding = work.waits_for_member(group, before)
     told.append(Told(STOPPED if is_blocked and waiting is None else TRAINING, 0, finding))
     if waiting is not None and is_asked:

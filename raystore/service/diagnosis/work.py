@@ -14,7 +14,7 @@ from typing import Any
 
 from raystore.core import pauses, retries
 from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry
-from raystore.core.findings import Finding, brief, counted, found, lasting
+from raystore.core.findings import Finding, brief, counted, found, lasting, short
 from raystore.core.group_table import LIVE, GroupEntry
 from raystore.core.lifecycle import ACTIVE, FINISHED
 from raystore.core.queues import ASIDE, HELD
@@ -39,7 +39,8 @@ from raystore.service.presence import Pools
 
 FINISHED_LAST = 64  #: rollouts whose durations are looked at
 FEW = 3  #: durations, of which no median is taken
-SLOW = 1.5  #: times the median, from which on it is named
+SLOW = 1.5  #: times the median, from which on it is named,
+SHORT_SECONDS = 0.01  #: unless the median is below
 
 
 def typical_seconds(state: State, queue: str) -> float | None:
@@ -131,8 +132,8 @@ class Work:
         said = f"running for {lasting(seconds)}"
         if attempt.status == "preparing":
             said = f"claimed {lasting(seconds)} ago, without a sign of life since"
-        if usual is not None and seconds > SLOW * usual:
-            ratio = seconds / max(usual, 0.001)
+        if usual is not None and usual >= SHORT_SECONDS and seconds > SLOW * usual:
+            ratio = seconds / usual
             said += f", {ratio:,.{0 if ratio >= 10 else 1}f} times the median of {lasting(usual)}"
         holder = entry.holders.get(attempt.attempt_id)
         if attempt.worker_id is not None:
@@ -151,8 +152,8 @@ class Work:
         if span is not None and span.attempt_id == attempt.attempt_id:
             ended = span.end_time if span.end_time is not None else span.start_time
             ago = "" if ended is None else f", which ended {lasting(now - ended)} ago"
-            evidence |= {"span": brief(span.name), "span_seconds": None if ended is None else now - ended}
-            said += f"; the last span received of it is '{brief(span.name)}'{ago}"
+            evidence |= {"span": short(span.name), "span_seconds": None if ended is None else now - ended}
+            said += f"; the last span received of it is '{short(span.name)}'{ago}"
         if (heard := attempt.last_heartbeat_time) is not None:
             evidence["heard_seconds"] = now - heard
             said += f"; last heard of {lasting(now - heard)} ago"
