@@ -7,6 +7,7 @@ Not here: which constraints there are at the moment, and which of them binds (`s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 TEXT_LENGTH = 300  #: characters of an error, or of another text of a user's, that a finding shows
@@ -179,9 +180,14 @@ RANK: dict[str, int] = {kind: number for number, kind in enumerate(KINDS)}
 
 def found(kind: str, text: str, **evidence: Any) -> Finding:
     """A finding of a kind, with that kind's remedy."""
+    return finding(KINDS[kind], kind, text, evidence)
+
+
+def finding(of: Kind, kind: str, text: str, evidence: Mapping[str, Any]) -> Finding:
+    """A finding of a kind that need not be in `KINDS`."""
     shown = {name: _plain(value) for name, value in evidence.items()}
     ends = "" if text.endswith((".", "?")) else "."
-    return Finding(kind, plain(text) + ends, KINDS[kind].remedy.format(**shown), shown)
+    return Finding(kind, plain(text) + ends, of.remedy.format(**shown), shown)
 
 
 def _plain(value: Any) -> Any:
