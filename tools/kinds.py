@@ -20,19 +20,19 @@ Written by `python -m tools.kinds` from the tables of the code; do not edit.
 
 `await store.why()` says what holds a run up now: a list of `rs.Finding`, the binding constraint first, each with its
 evidence in words and in plain values, and the next thing to do. `why(rollout_id=...)` says it of one rollout,
-`why(group_id=...)` of a group, `why(consumer=...)` of a trainer, by the name of its consumer or feed. It costs the store
-the same however many rollouts there are. `rs.recover(path).why()` says what was binding in a run that crashed.
+`why(group_id=...)` of a group, `why(consumer=...)` of a trainer, by the name of its consumer or feed. It costs the
+store the same however many rollouts there are. `rs.recover(path).why()` says what was binding in a run that crashed.
 
 What stops the whole store comes first; then what stops a trainer; then what holds up rollouts that wait: of several
-constraints the one that holds up most of them; then what a trainer waits for, or lets others wait for; then that there is
-nothing to do; and in the end what may bind soon. Constraints that weigh the same come in the order of this table.
+constraints the one that holds up most of them; then what a trainer waits for, or lets others wait for; then that there
+is nothing to do; and in the end what may bind soon. Constraints that weigh the same come in the order of this table.
 """
 
 DOCTOR = """
 ## What the doctor looks for
 
-In the rollouts that were enqueued last and have finished; each finding with counts, its share, and the id of a rollout as
-an example, by severity and share. The findings {taken} are those of above.
+In the rollouts that were enqueued last and have finished; each finding with counts, its share, and the id of a rollout
+as an example, by severity and share. The findings {taken} are those of above.
 """
 
 SEVERITIES = {

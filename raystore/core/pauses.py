@@ -162,21 +162,20 @@ def describe(state: State, now: float) -> dict[str, Any]:
 
 
 def reasons(state: State, queue: str, now: float) -> list[Finding]:
-    """Why a queue hands out nothing now: a finding for each pause, and one for the limit that is reached."""
-    return [*paused(state, (EVERY, queue), now), *_limit_reached(state, queue, now)]
+    """Why this one queue hands out nothing now: a finding for each pause, and one for the limit that is reached."""
+    return [*paused(state, queue, now), *_limit_reached(state, queue, now)]
 
 
-def paused(state: State, names: Iterable[str], now: float) -> list[Finding]:
-    """The pauses of these queues (`EVERY`: of all)."""
+def paused(state: State, name: str, now: float) -> list[Finding]:
+    """The first pauses of a queue, or (`EVERY`) of all queues."""
+    what = "All queues are" if name == EVERY else f"Queue {name!r} is"
     return [
         found(
             "paused",
-            f"{'All queues are' if name == EVERY else f'Queue {name!r} is'} paused by "
-            f"{who(state, pause.session_id)} for {lasting(now - pause.since)}, until "
+            f"{what} paused by {who(state, pause.session_id)} for {lasting(now - pause.since)}, until "
             f"{'somebody resumes' if whose == KEPT else 'that session resumes or ends'}",
             queue=name or None, session_id=pause.session_id, since=pause.since, keep=whose == KEPT,
         )
-        for name in names
         for whose, pause in islice(state.gates.pauses.get(name, {}).items(), NAMED)
     ]  # fmt: skip
 

@@ -86,6 +86,11 @@ class Pools:
         """For how long each queue was served by nobody while rollouts waited in it."""
         return {queue: age - since for queue, since in self._unserved.items() if queue in lengths}
 
+    def unserved_for(self, queue: str, age: float) -> float | None:
+        """For how long a queue in which rollouts wait was served by nobody; None if somebody serves it."""
+        since = self._unserved.get(queue)
+        return None if since is None else age - since
+
     def to_name(self, lengths: Mapping[str, int], age: float) -> list[str]:
         """The queues that nobody has served for too long and that were not named yet."""
         self._unserved = {queue: since for queue, since in self._unserved.items() if queue in lengths}

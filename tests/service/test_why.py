@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import raystore as rs
+from raystore.core import pauses
 from raystore.core.findings import KINDS, Finding, found, lasting, plain
 from raystore.core.state import Session
 from raystore.core.training import GROUPS
-from raystore.errors import InvalidValueError, JournalFailedError, ReadOnlyError, RolloutNotFoundError
+from raystore.errors import (
+    InvalidValueError,
+    JournalFailedError,
+    JournalFullError,
+    ReadOnlyError,
+    RolloutNotFoundError,
+    StoreCorruptError,
+)
+from raystore.journal import failpoints
+from raystore.journal.writer import FULL_SECONDS
+from raystore.service.diagnosis import work
 from raystore.service.diagnosis.known import Journal, Known
 from raystore.service.diagnosis.why import why
 from raystore.service.presence import Pools
+from tests.conftest import MakeMemoryStore
 from tests.core.conftest import Core
 from tests.core.conftest import make_core as make_core  # a fixture
 from tests.core.test_feeds import Loop
@@ -547,6 +562,51 @@ def test_durations_are_short(seconds: float, shown: str) -> None:
     assert lasting(seconds) == shown
 
 
+# -- a journal that is in trouble --------------------------------------------------------------------------------------
+
+
+async def test_a_disk_that_is_full_is_named(
+    make_memory_store: MakeMemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a store that goes on once there is space."""
+    store = make_memory_store(journal=tmp_path / "j")
+    monkeypatch.setitem(failpoints._actions, "writer.allocating", ("full", 0))
+    with pytest.raises(JournalFullError):
+        await store.enqueue_rollout("x" * 6_000_000)
+    binding, *_ = await store.why()
+    assert binding.kind == "journal_full" and str(tmp_path / "j") in binding.text
+    monkeypatch.undo()
+    await asyncio.sleep(FULL_SECONDS)
+    await store.enqueue_rollout("x" * 6_000_000)
+    assert (await store.why())[0].kind == "unserved_queue"
+
+
+async def test_a_disk_that_is_slow_is_named(
+    make_memory_store: MakeMemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer waits for it like any other."""
+    store = make_memory_store(journal=tmp_path / "j")
+    monkeypatch.setitem(failpoints._actions, "writer.gathered", ("sleep:2.0", 0))
+    waiting = asyncio.ensure_future(store.enqueue_rollout("x"))
+    await asyncio.sleep(1.3)
+    binding, *_ = await store.why()
+    assert binding.kind == "journal_slow" and 1.0 < binding.evidence["seconds"] < 3.0
+    await waiting
+    monkeypatch.undo()
+    assert (await store.why())[0].kind == "unserved_queue"
+
+
+async def test_a_store_that_has_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads go on, and why is one."""
+    with rs.InMemoryLightningStore() as store:
+        service: Any = store._service
+        monkeypatch.setattr(service.state.queues, "tail", lambda priority: 1 / 0)
+        with pytest.raises(StoreCorruptError):
+            await store.enqueue_rollout("x")
+        binding, *_ = await store.why()
+        assert binding.kind == "store_failed" and "ZeroDivisionError" in binding.text
+
+
 # -- questions that have no answer -------------------------------------------------------------------------------------
 
 
@@ -595,9 +655,36 @@ class Counting(dict[Any, Any]):
         return [(key, self[key]) for key in self]
 
 
-def test_a_large_store_is_answered_by_looking_at_little(scene: Scene) -> None:
-    """100,000 rollouts: finished, queued, in groups, backing off; each question looks at some hundred records."""
-    core = scene.core
+def test_a_thousand_queues_are_answered_with_some_sentences(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are made for those that are told, whatever the queues wait for."""
+    core, made = scene.core, {"input": b"\x01x", "metadata": None}
+    for kind in ("served", "not", "paused", "limited"):
+        names = [f"{kind}-{n}" for n in range(500)]
+        core.run("enqueue", requests=[made | {"queue": name} for name in names for _ in range(2)])
+        if kind == "not":
+            scene.pools.wait_in(names, core.now)
+        else:
+            scene.pools.asked("runner", names)
+        if kind == "paused":
+            core.run("pause_queues", session=core.open("person"), queues=names, keep=True)
+            core.run("pause_queues", session=core.open("other"), queues=None, keep=True)
+    told: list[str] = []
+
+    def counted(kind: str, *rest: Any, **more: Any) -> Finding:
+        told.append(kind)
+        return found(kind, *rest, **more)
+
+    monkeypatch.setattr(work, "found", counted)
+    monkeypatch.setattr(pauses, "found", counted)
+    answer = scene.ask()
+    assert answer[0].text.startswith("All queues are paused") and len(told) < 50, told
+    assert {one.kind for one in answer} == {"paused", "unserved_queue"}
+
+
+def test_a_large_store_is_answered_by_looking_at_little() -> None:
+    """100,000 rollouts: finished, running, queued, in groups; each question looks at some hundred records."""
+    core = Core()
+    scene = Scene(core)
     made = {"input": b"\x01x", "metadata": None}
     core.run("enqueue", requests=[dict(made) for _ in range(30_000)])
     for _ in range(30):

@@ -11,7 +11,7 @@ from raystore.journal.writer import JournalWriter
 from raystore.service.presence import Pools
 
 # Of what there may be much, so many are looked at.
-QUEUES = 1_000  #: with rollouts that wait
+QUEUES = 1_000  #: with rollouts that wait, the longest
 NAMED = 5  #: things of one kind that are named
 ITEMS = 2_000  #: of a feed
 GROUPS = 200  #: that are open

@@ -149,7 +149,7 @@ def of_idle_pauses(work: Work) -> Iterator[Told]:
     for name in islice(gates.pauses, QUEUES):
         is_idle = not work.state.queues if name == EVERY else not work.state.queues.length(name)
         if is_idle:
-            for one in pauses.paused(work.state, (name,), work.known.now):
+            for one in pauses.paused(work.state, name, work.known.now):
                 yield Told(SOON, 0, one)
 
 

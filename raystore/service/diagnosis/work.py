@@ -5,8 +5,9 @@ Not here: what trainers wait for (`trainers`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import islice
 from statistics import median
@@ -15,6 +16,7 @@ from typing import Any
 from raystore.core import pauses, retries
 from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry
 from raystore.core.findings import Finding, brief, counted, found, lasting, short
+from raystore.core.gates import EVERY
 from raystore.core.group_table import LIVE, GroupEntry
 from raystore.core.lifecycle import ACTIVE, FINISHED
 from raystore.core.queues import ASIDE, HELD
@@ -38,6 +40,7 @@ from raystore.service.diagnosis.known import (
 from raystore.service.presence import Pools
 
 FINISHED_LAST = 64  #: rollouts whose durations are looked at
+COMPARED = 200  #: names of queues that are served, to which that of another one is compared
 FEW = 3  #: durations, of which no median is taken
 SLOW = 1.5  #: times the median, from which on it is named,
 SHORT_SECONDS = 0.01  #: unless the median is below
@@ -63,16 +66,16 @@ def typical_seconds(state: State, queue: str) -> float | None:
 def unserved(pools: Pools, queue: str, waiting: int, seconds: float) -> Finding:
     """That rollouts wait in a queue of which nobody has asked for work: a misspelt name, perhaps."""
     served = pools.servers.keys()
+    some = sorted(islice(served, COMPARED))
     if served:
-        others = quoted(sorted(islice(served, QUEUES))[:NAMED])
-        hint = f"Served are {others}{', ...' if len(served) > NAMED else ''}{meant(queue, served) or '.'}"
+        hint = f"Served are {quoted(some[:NAMED])}{', ...' if len(served) > NAMED else ''}{meant(queue, some) or '.'}"
     else:
         hint = "No queue is served: the runners are not ready yet, have ended, or were never started."
     text = (
         f"Rollouts wait in queue {queue!r} ({waiting}), and no process has asked for work of it for "
         f"{lasting(seconds)}. {hint}"
     )
-    return found("unserved_queue", text, queue=queue, rollouts=waiting, seconds=seconds, served=sorted(served)[:NAMED])
+    return found("unserved_queue", text, queue=queue, rollouts=waiting, seconds=seconds, served=some[:NAMED])
 
 
 @dataclass(slots=True)
@@ -81,6 +84,14 @@ class Work:
 
     state: State
     known: Known
+    _said: Counter[str] = field(default_factory=Counter)  # how often each kind was found of a queue
+    _oldest: tuple[Entry, str, dict[str, Any]] | None = None
+    _everywhere: list[Finding] | None = None
+
+    def _is_named(self, kind: str) -> bool:
+        """Whether another queue is to be named in a finding of a kind; of many only the first are, since words cost."""
+        self._said[kind] += 1
+        return self._said[kind] <= NAMED
 
     def nothing(self) -> Finding:
         """That there is nothing to do."""
@@ -95,11 +106,14 @@ class Work:
         """How many rollouts run."""
         return sum(self.state.indexes.count(("status", status)) for status in ACTIVE)
 
-    def oldest(self) -> Entry | None:
-        """The rollout that has run for longest: of each status, the one that has had it for longest."""
-        ids = (next(iter(self.state.indexes.find(("status", status))), None) for status in sorted(ACTIVE))
-        entries = [self.state.entries[rollout_id] for rollout_id in ids if rollout_id is not None]
-        return min(entries, key=_began, default=None)
+    def oldest(self) -> tuple[Entry, str, dict[str, Any]] | None:
+        """The rollout that has run for longest (of each status: that has had it for longest), and what it does."""
+        if self._oldest is None:
+            ids = (next(iter(self.state.indexes.find(("status", status))), None) for status in sorted(ACTIVE))
+            entries = [self.state.entries[rollout_id] for rollout_id in ids if rollout_id is not None]
+            entry = min(entries, key=_began, default=None)
+            self._oldest = None if entry is None else (entry, *self.at_work(entry))
+        return self._oldest
 
     def of_what_runs(self) -> Iterator[Told]:
         """That all that is unfinished runs."""
@@ -108,13 +122,13 @@ class Work:
         oldest = self.oldest()
         if oldest is None or len(state.queues) > by_itself:
             return
-        said, evidence = self.at_work(oldest)
+        entry, said, evidence = oldest
         idle = self.known.idle
         more = f"; {counted(idle, 'call waits', 'calls wait')} for more work" if idle else ""
         left = "Nothing is left in the queues" if not state.queues else "What is left in the queues waits for its time"
         text = (
             f"{left}: {counted(running, 'rollout')} {'runs' if running == 1 else 'run'}, the oldest of them "
-            f"{oldest.rollout.rollout_id}, {said}{more}"
+            f"{entry.rollout.rollout_id}, {said}{more}"
         )
         yield Told(TRAINING, 0, found("all_claimed", text, running=running, idle=idle, **evidence))
 
@@ -173,9 +187,10 @@ class Work:
         aside = queues.in_line(queue, ASIDE)
         offered = queues.length(queue) - queues.in_line(queue, HELD) - aside
         yield from self.at_the_gate(queue, offered)
-        for one in retries.reasons(self.state, queue, now):
-            yield self._by_itself(queues.backing_off_by_queue[queue], one)
-        if aside:
+        if queue in queues.backing_off_by_queue and self._is_named("backing_off"):
+            for one in retries.reasons(self.state, queue, now):
+                yield self._by_itself(queues.backing_off_by_queue[queue], one)
+        if aside and self._is_named("suspect_waits"):
             for first in islice((i for i in islice(self.state.suspects, ITEMS) if queues.line_of[i][0] == queue), 1):
                 yield self._by_itself(aside, self.suspect(first))
 
@@ -185,18 +200,36 @@ class Work:
 
     def at_the_gate(self, queue: str, offered: int) -> list[Told]:
         """What keeps the rollouts of a queue that could be claimed from being claimed, if there are any."""
-        told = [Told(WAITING, offered, one) for one in pauses.reasons(self.state, queue, self.known.now)]
+        hindrance = self.state.gates.hindrance(queue, self.known.now)
+        reasons: list[Finding] = []
+        if hindrance is not None:
+            reasons += self.paused_everywhere()
+            reasons += pauses.reasons(self.state, queue, self.known.now) if self._is_named(hindrance) else []
         if offered:
-            told += [Told(WAITING, offered, one) for one in self.nobody(queue)]
-            if not told:
-                told.append(Told(WAITING, offered, self.no_runner_free(queue, offered)))
-        return told
+            kind = self.nobody(queue) or ("" if hindrance else "no_runner")
+            if kind and self._is_named(kind):
+                reasons.append(self.unattended(queue, kind) if kind != "no_runner" else self.no_runner(queue, offered))
+        return [Told(WAITING, offered, one) for one in reasons]
 
-    def nobody(self, queue: str) -> Iterator[Finding]:
+    def paused_everywhere(self) -> list[Finding]:
+        """The pauses of all queues."""
+        if self._everywhere is None:
+            self._everywhere = pauses.paused(self.state, EVERY, self.known.now)
+        return self._everywhere
+
+    def nobody(self, queue: str) -> str:
+        """The kind of the finding that nobody serves a queue; empty if somebody does, or nobody knows."""
+        pools = self.known.pools
+        if pools is None:
+            return ""
+        if pools.failing(queue) is not None:
+            return "pool_failed"
+        return "unserved_queue" if pools.unserved_for(queue, self.known.age) is not None else ""
+
+    def unattended(self, queue: str, kind: str) -> Finding:
         """That nobody serves a queue."""
         pools, waiting = self.known.pools, self.state.queues.length(queue)
-        if pools is None:
-            return
+        assert pools is not None
         name = pools.failing(queue)
         if name is not None:
             pool = pools.failed[name]
@@ -205,13 +238,10 @@ class Work:
                 f"{pool.failures} in a row, the last one with: {brief(pool.error)}"
             )
             evidence = {"pool_id": name, "failures": pool.failures, "error": brief(pool.error), "rollouts": waiting}
-            yield found("pool_failed", text, queue=queue, **evidence)
-            return
-        seconds = pools.unserved({queue: waiting}, self.known.age).get(queue)
-        if seconds is not None:
-            yield unserved(pools, queue, waiting, seconds)
+            return found(kind, text, queue=queue, **evidence)
+        return unserved(pools, queue, waiting, pools.unserved_for(queue, self.known.age) or 0.0)
 
-    def no_runner_free(self, queue: str, offered: int) -> Finding:
+    def no_runner(self, queue: str, offered: int) -> Finding:
         """That rollouts wait for a runner, of which there are some."""
         known, oldest = self.known, self.oldest()
         waiting = f"{counted(offered, 'rollout waits', 'rollouts wait')} in queue {queue!r}"
@@ -227,10 +257,10 @@ class Work:
             by = f"; {counted(served, 'process serves', 'processes serve')} it" if served else ""
             text = f"{waiting}, and nothing runs: no runner asks for work at the moment{by}"
             return found("runners_busy", text, **evidence)
-        said, more = self.at_work(oldest)
+        entry, said, more = oldest
         text = (
-            f"{waiting}, and no runner is free: {counted(self.running(), 'rollout')} run, the oldest of them "
-            f"{oldest.rollout.rollout_id}, {said}"
+            f"{waiting}, and no runner is free: {counted(self.running(), 'rollout runs', 'rollouts run')}, the oldest "
+            f"of them {entry.rollout.rollout_id}, {said}"
         )
         return found("runners_busy", text, **evidence, **more)
 
