@@ -120,7 +120,7 @@ class Pools:
                 if rollout_id not in state.queues:  # it runs, or is there no more
                     return None
                 queues.add(state.entries[rollout_id].rollout.queue)
-        in_charge = list(map(self.failing, queues))
+        in_charge = list(map(self.failing, sorted(queues)))
         name = next(iter(in_charge), None)
         if name is None or None in in_charge:
             return None

@@ -78,8 +78,8 @@ class Scene:
 
     def ask(self, **whose: Any) -> list[Finding]:
         """The answer now; every sentence is in one line, and says the next thing to do."""
-        usual = {"pools": self.pools, **self.known}
-        told = why(self.core.state, Known(self.core.now, self.core.now, **usual), **whose)
+        usual: dict[str, Any] = {"now": self.core.now, "age": self.core.now, "pools": self.pools}
+        told = why(self.core.state, Known(**usual | self.known), **whose)
         for one in told:
             assert one.text.isprintable() and one.remedy.isprintable() and "{" not in one.remedy, one
             assert one.kind in KINDS and one.text[-1] in ".?", one
@@ -111,7 +111,7 @@ def names(told: list[Finding], kind: str, *words: str) -> Finding:
 
 def no_tasks(scene: Scene) -> None:
     scene.known["idle"] = 4
-    names(scene.ask(), "no_tasks", "Nothing is queued, and nothing runs, and 4 calls wait for work")
+    names(scene.ask(), "no_tasks", "Nothing is queued and nothing runs; 4 calls wait for work")
 
 
 def store_failed(scene: Scene) -> None:
@@ -340,7 +340,7 @@ def admission_closed(scene: Scene) -> None:
     scene.known["idle"] = 3
     told = names(
         scene.ask(), "admission_closed", "all 4 places are taken (max_lag=1: 2 batches of 2 groups under way)",
-        "The trainer is the bottleneck: batch 1 is held for 312 s by session 'driver'", "2 groups more are complete",
+        "The trainer is the bottleneck: batch 1 is held for 312 s by session 'driver'", "2 more groups are complete",
         "3 calls wait for work",
     )  # fmt: skip
     assert told.evidence["batches"] == [1] and told.evidence["held_seconds"] == 312
@@ -378,10 +378,10 @@ def rollout_runs(scene: Scene) -> None:
     scene.run_some()
     made = scene.core.enqueue(config=[600.0, None, 1, []])
     scene.core.claim(scene.session(), worker_id="pool-w1")
-    told = names(
-        scene.ask(rollout_id=made), "rollout_runs", "claimed 0.00 s ago, without a sign of life", "worker pool-w1"
-    )
-    assert "of at most 600 s" in told.text
+    said = f"Rollout {made} has not ended: claimed 0.00 s ago, on worker pool-w1, of at most 600 s"
+    names(scene.ask(rollout_id=made), "rollout_runs", said)
+    scene.known["now"] = scene.core.now + 8
+    names(scene.ask(rollout_id=made), "rollout_runs", "claimed 8.0 s ago, without a sign of life since, 4.0 times")
 
 
 def all_claimed(scene: Scene) -> None:
@@ -535,6 +535,19 @@ def test_a_trainer_whose_batch_must_have_one_more_group_waits_for_that(scene: Sc
         f"would otherwise lag more than 1. Group {slow} has 1 of 2, and waits for rollout {second}",
     )  # fmt: skip
     assert told.evidence["group_id"] == slow and kinds(scene.ask())[1] == "runners_busy"
+
+
+def test_a_trainer_at_work_binds_only_while_runners_are_idle(scene: Scene) -> None:
+    """Else both are busy, and that it admits nothing more is a remark."""
+    loop = scene.loop()
+    loop.complete(*loop.draw()[:2])
+    _, number = loop.take()
+    assert loop.core.acknowledge(loop.driver, [("f", number)]) == []
+    told = scene.ask()
+    assert kinds(told) == ["all_claimed", "admission_closed"] and "The trainer is at work" in told[1].text
+    names(scene.ask(consumer="f"), "batch_held", "batch 1 is held")
+    scene.known["idle"] = 1
+    assert kinds(scene.ask()) == ["admission_closed", "all_claimed"]
 
 
 def test_an_order_of_items_is_waited_for_in_the_same_way(scene: Scene) -> None:

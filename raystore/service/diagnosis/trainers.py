@@ -133,13 +133,15 @@ def of_feed(work: Work, feed: FeedEntry, *, is_asked: bool = False) -> list[Told
     there = [item for item in islice(feed.items.values(), ITEMS) if not item.is_taken]
     opened = [item for item in there if state.groups.by_id[item.group_id].is_open]
     stands = not feed.is_closed and not feed.free() and not (is_drawn and opened)
-    batches, held = of_batches(work, name, known, is_asked=is_asked and not stands)
+    binds = stands and (work.known.idle > 0 or not opened)  # else runners are at work, as the trainer is
+    batches, held = of_batches(work, name, known, is_asked=is_asked and not binds)
     told += batches
     if feed.is_over:
         told.append(Told(NOTHING, 0, over(work, feed, held)))
     elif not asks and (held or ready >= feed.rule["batch"]):
         if stands:
-            told.append(Told(TRAINING, 0, admission(work, feed, ready, held, is_drawn=is_drawn)))
+            finding = admission(work, feed, ready, held, binds=binds, is_drawn=is_drawn)
+            told.append(Told(TRAINING if binds else SOON, 0, finding))
         elif is_asked and not held:
             text = f"Feed {name!r} has {ready} complete groups, which nobody has asked for"
             told.append(Told(TRAINING, 0, found("batch_ready", text, consumer=name, ready=ready)))
@@ -186,7 +188,7 @@ def budgets(work: Work, feed: FeedEntry) -> list[Told]:
     return told
 
 
-def admission(work: Work, feed: FeedEntry, ready: int, held: str, *, is_drawn: bool) -> Finding:
+def admission(work: Work, feed: FeedEntry, ready: int, held: str, *, binds: bool, is_drawn: bool) -> Finding:
     """That a feed is as far ahead of its trainer as it may be."""
     lag, known, idle = feed.rule["max_lag"], work.state.consumers[feed.name], work.known.idle
     since = min((known.since[n] for n in known.holders if n in known.since), default=None)
@@ -198,9 +200,10 @@ def admission(work: Work, feed: FeedEntry, ready: int, held: str, *, is_drawn: b
     else:
         because = "what was undone is trained on again first"
     text = (
-        f"Feed {feed.name!r} admits nothing more: {because}. The trainer is the bottleneck: "
-        f"{held or 'it has not asked for the next batch'}, and {counted(ready, 'group')} more "
-        f"{'is' if ready == 1 else 'are'} complete"
+        f"Feed {feed.name!r} admits nothing more: {because}. "
+        f"The trainer is {'the bottleneck' if binds else 'at work'}: "
+        f"{held or 'it has not asked for the next batch'}, and "
+        f"{counted(ready, 'more group is', 'more groups are') if ready else 'no other group is'} complete"
         + (f"; {counted(idle, 'call waits', 'calls wait')} for work meanwhile" if idle else "")
     )
     evidence = {"consumer": feed.name, "max_lag": lag, "places": feed.places, "ready": ready, "idle": idle}

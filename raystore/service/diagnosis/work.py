@@ -42,6 +42,7 @@ from raystore.service.presence import Pools
 FINISHED_LAST = 64  #: rollouts whose durations are looked at
 COMPARED = 200  #: names of queues that are served, to which that of another one is compared
 FEW = 3  #: durations, of which no median is taken
+QUIET_SECONDS = 5.0  #: without a sign of life, from which on that is told: a runner gives one within a second
 SLOW = 1.5  #: times the median, from which on it is named,
 SHORT_SECONDS = 0.01  #: unless the median is below
 
@@ -98,8 +99,8 @@ class Work:
         state, idle = self.state, self.known.idle
         over = len(state.completions)
         past = f"; {counted(over, 'rollout has', 'rollouts have')} finished" if over else ""
-        wait = f", and {counted(idle, 'call waits', 'calls wait')} for work" if idle else ""
-        text = f"Nothing is queued, and nothing runs{past}{wait}"
+        wait = f"; {counted(idle, 'call waits', 'calls wait')} for work" if idle else ""
+        text = f"Nothing is queued and nothing runs{past}{wait}"
         return found("no_tasks", text, finished=over, idle=idle)
 
     def running(self) -> int:
@@ -145,7 +146,9 @@ class Work:
         }  # fmt: skip
         said = f"running for {lasting(seconds)}"
         if attempt.status == "preparing":
-            said = f"claimed {lasting(seconds)} ago, without a sign of life since"
+            said = f"claimed {lasting(seconds)} ago" + (
+                ", without a sign of life since" if seconds > QUIET_SECONDS else ""
+            )
         if usual is not None and usual >= SHORT_SECONDS and seconds > SLOW * usual:
             ratio = seconds / usual
             said += f", {ratio:,.{0 if ratio >= 10 else 1}f} times the median of {lasting(usual)}"
@@ -313,7 +316,7 @@ class Work:
             yield from self.of_waiting(entry)
         else:
             said, evidence = self.at_work(entry)
-            yield Told(TRAINING, 0, found("rollout_runs", f"Rollout {rollout_id} is {said}", **evidence))
+            yield Told(TRAINING, 0, found("rollout_runs", f"Rollout {rollout_id} has not ended: {said}", **evidence))
 
     def of_waiting(self, entry: Entry) -> list[Told]:
         """What holds up a rollout that waits in a queue: its own reason first, then those of its queue."""
