@@ -77,6 +77,7 @@ bench-peers: .venv-agentlightning/installed
 # docs/api.md, from the docstrings.
 reference: .venv/installed
 	$(BIN)/python -m tools.reference
+	$(BIN)/python -m tools.kinds
 
 # Also that any type checker knows the type of every public name, and infers no other.
 lint: .venv/installed

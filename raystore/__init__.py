@@ -64,7 +64,7 @@ _NAMES = {
     "raystore.types": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         RetryRule RetryOutcome
-        Batch LedgerEntry EnqueueGroupRequest Group TakenGroup GroupBatch GroupStatus QueuePause QueueLimit
+        Batch LedgerEntry EnqueueGroupRequest Group TakenGroup GroupBatch GroupStatus QueuePause QueueLimit Finding
         ResourcesUpdate PromptTemplate LLM ProxyLLM ObjectResource Resource ResourceUnion NamedResources
         PaginatedResult
         UNSET Unset is_queuing is_running is_finished LightningStoreCapabilities LightningStoreStatistics

@@ -16,9 +16,9 @@ from raystore.client.transport import iterate_blocking, run_blocking
 from raystore.errors.text import explain_methods
 from raystore.types import (
     AnyRollout, Attempt, AttemptStatus, AttemptedRollout, Batch, Change, EnqueueGroupRequest, EnqueueRolloutRequest,
-    FilterLogic, FoundRollout, Group, GroupBatch, GroupStatus, LedgerEntry, LightningStoreStatistics, NamedResources,
-    Page, PaginatedResult, QueueLimit, QueuePause, ResourcesUpdate, Rollout, RolloutConfig, RolloutMode, RolloutStatus,
-    SortOrder, Span, StoreMetrics, TagValue, TaskInput, UNSET, Unset, Worker, WorkerStatus,
+    FilterLogic, Finding, FoundRollout, Group, GroupBatch, GroupStatus, LedgerEntry, LightningStoreStatistics,
+    NamedResources, Page, PaginatedResult, QueueLimit, QueuePause, ResourcesUpdate, Rollout, RolloutConfig, RolloutMode,
+    RolloutStatus, SortOrder, Span, StoreMetrics, TagValue, TaskInput, UNSET, Unset, Worker, WorkerStatus,
 )
 
 
@@ -36,6 +36,11 @@ class SyncStore:
 
     def story(self, rollout_id: str) -> list[str]:
         return run_blocking(self._store.story(rollout_id))
+
+    def why(
+        self, *, rollout_id: str | None = None, group_id: str | None = None, consumer: str | None = None,
+    ) -> list[Finding]:
+        return run_blocking(self._store.why(rollout_id=rollout_id, group_id=group_id, consumer=consumer))
 
     def check(self) -> None:
         return run_blocking(self._store.check())

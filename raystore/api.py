@@ -45,6 +45,7 @@ from raystore.types import (
     EnqueueGroupRequest,
     EnqueueRolloutRequest,
     FilterLogic,
+    Finding,
     FoundRollout,
     Group,
     GroupBatch,
@@ -104,6 +105,19 @@ class LightningStore(ABC):
     @abstractmethod
     async def story(self, rollout_id: str) -> list[str]:
         """What is known of the history of a rollout, or of a group by its id, as lines for people to read."""
+
+    @abstractmethod
+    async def why(
+        self, *, rollout_id: str | None = None, group_id: str | None = None, consumer: str | None = None
+    ) -> list[Finding]:
+        """What keeps work from going on now, in words: the binding constraint first, then others, and what may soon.
+
+        Of a rollout: why it has not started or finished. Of a group: why it is not complete. Of a consumer, or a feed
+        by its name: why its trainer waits. Of everything, if none is given; then there is at least one finding. Costs
+        the store the same however many rollouts it has. The kinds of findings are in docs/why.md.
+
+        Raises `RolloutNotFoundError`, and `InvalidValueError` for an unknown group or consumer, or for several names.
+        """
 
     @abstractmethod
     async def check(self) -> None:

@@ -45,7 +45,7 @@ from raystore.values.plain import scalar
 
 __all__ = [
     "LLM", "UNSET", "Attempt", "AttemptStatus", "AttemptedRollout", "Batch", "Change", "Distribution",
-    "EnqueueGroupRequest", "EnqueueRolloutRequest", "Group", "GroupBatch", "GroupStatus", "LedgerEntry",
+    "EnqueueGroupRequest", "EnqueueRolloutRequest", "Finding", "Group", "GroupBatch", "GroupStatus", "LedgerEntry",
     "LightningStoreCapabilities", "LightningStoreStatistics", "MetricsBucket", "MetricsTotal", "NamedResources",
     "ObjectResource", "Outcome", "Page", "PaginatedResult", "PromptTemplate", "ProxyLLM", "QueueLimit",
     "QueuePause", "Resource", "ResourceUnion", "ResourcesUpdate", "RetryOutcome", "RetryRule", "RewardSummary",
@@ -754,6 +754,22 @@ class QueueLimit(BaseModel):
     per_minute: int | None
     running: int
     reached: Literal["max_running", "per_minute"] | None
+
+
+class Finding(BaseModel):
+    """One thing that keeps work from going on, or may soon; or that is wrong with a run.
+
+    Attributes:
+        kind: a short code, the same in all versions: "no_tasks", "unserved_queue", ... (docs/why.md has them all).
+        text: what is the case, in words, with numbers and ids. Control characters of a user's texts are spelt out.
+        remedy: the next thing to do.
+        evidence: what the text says, as plain values: ids, counts, seconds.
+    """
+
+    kind: str
+    text: str
+    remedy: str
+    evidence: dict[str, Any]
 
 
 class Change(BaseModel):

@@ -110,7 +110,7 @@ GROUPS = [
         "What a store is, holds and did; and what it may forget.",
         """
         LightningStore statistics LightningStoreStatistics metrics StoreMetrics MetricsTotal MetricsBucket Distribution
-        RewardSummary VersionRewards story changes Change check release delete_rollouts
+        RewardSummary VersionRewards why Finding story changes Change check release delete_rollouts
         pause resume limit_queue QueuePause QueueLimit query_workers get_worker_by_id Worker LightningStoreCapabilities
         otlp_traces_endpoint
         """,

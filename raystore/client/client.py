@@ -46,6 +46,7 @@ from raystore.types import (
     EnqueueGroupRequest,
     EnqueueRolloutRequest,
     FilterLogic,
+    Finding,
     FoundRollout,
     Group,
     GroupBatch,
@@ -184,6 +185,13 @@ class StoreClient(RunnerStore):
 
     async def story(self, rollout_id: str) -> list[str]:
         return list(await self._transport.call("story", {"rollout_id": checks.identifier("rollout_id", rollout_id)}))
+
+    async def why(
+        self, *, rollout_id: str | None = None, group_id: str | None = None, consumer: str | None = None
+    ) -> list[Finding]:
+        named = {"rollout_id": rollout_id, "group_id": group_id, "consumer": consumer}
+        arguments = {name: checks.optional_identifier(name, value) for name, value in named.items()}
+        return [_named(Finding, row) for row in await self._transport.call("why", arguments)]
 
     async def check(self) -> None:
         await self._transport.call("check", {})

@@ -208,16 +208,6 @@ def _check_gates(state: State) -> None:
         assert is_live, f"the pause of {queue!r} by {pause.session_id} has outlived its session"
 
 
-def _held_back(state: State, resources_id: str | None, rollout_id: str) -> str:
-    """That a rollout is held back, why, and what releases it; or that it backs off."""
-    if (until := state.queues.backs_off_until(rollout_id)) is not None:
-        return f", backs off until {until + state.paused:.6f}"
-    if resources_id is None or not state.queues.is_held(rollout_id):
-        return ""
-    version, why = state.resources.missing[resources_id]
-    return f", held back: resources {resources_id} version {version} cannot be had ({why}); publish them again"
-
-
 def _check_consumers(state: State) -> None:
     for name, known in state.consumers.items():
         if known.takes == training.GROUPS:
@@ -238,6 +228,7 @@ def _check_consumers(state: State) -> None:
         awaited = known.groups if known.takes == training.GROUPS else known.awaiting
         assert known.returned.keys() <= awaited.keys(), f"what came back to {name}"
         assert not (known.holders.keys() & known.steps.keys()), f"a batch of {name} is open and consumed"
+        assert known.since.keys() <= known.holders.keys(), f"since when {name} holds batches"
         assert known.inherited.keys() <= known.holders.keys() <= known.batches.keys(), f"batches of {name}"
         for number, whose in known.holders.items():
             assert whose is None or (name, number) in state.sessions[whose].batches, f"batch {number} of {name}"
@@ -265,7 +256,6 @@ def story(state: State, rollout_id: str) -> list[str]:
         f"now: {rollout.status}, {len(entry.attempts)} attempts, {len(state.spans.of(rollout_id))} spans"
         + (", spans evicted" if rollout_id in state.spans.evicted else "")
         + (f", in queue {rollout.queue}" if rollout_id in state.queues else "")
-        + _held_back(state, rollout.resources_id, rollout_id)
         + (f", {entry.deliveries} charged deliveries" if entry.deliveries else "")
     )
     if (group := state.groups.of(rollout)) is not None:

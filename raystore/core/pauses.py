@@ -9,8 +9,10 @@ Not here: how a queue is found to be held back (`gates`), rollouts whose resourc
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Annotated, Any
 
+from raystore.core.findings import Finding, found, lasting
 from raystore.core.gates import EVERY, KEPT, Gates, Pause
 from raystore.core.lifecycle import ACTIVE
 from raystore.core.schema import Id, Rule
@@ -51,7 +53,7 @@ def pause(state: State, step: Step, *, queues: list[Id] | None, keep: bool) -> l
     if new:
         state.changes.append(step.now, "queues_paused", **_counted(new), session_id=session_id, keep=keep)
         end = "until it is resumed" if keep else "until that session resumes it or ends"
-        state.effects.said.append(f"Paused {_names(new)}, by {_who(state, session_id)}, {end}")
+        state.effects.said.append(f"Paused {_names(new)}, by {who(state, session_id)}, {end}")
     return rows(gates)
 
 
@@ -69,7 +71,7 @@ def resume(state: State, step: Step, *, queues: list[Id] | None, others: bool) -
         if others or whose in (KEPT, session_id)
     ]
     if ended:
-        _end(state, step, ended, f"by {_who(state, session_id)}", session_id)
+        _end(state, step, ended, f"by {who(state, session_id)}", session_id)
     return rows(gates)
 
 
@@ -77,7 +79,7 @@ def session_ended(state: State, step: Step, session: Session) -> None:
     """End the pauses of a session that has ended."""
     own = [(name, session.session_id) for name, made in state.gates.pauses.items() if session.session_id in made]
     if own:
-        _end(state, step, own, f"since {_who(state, session.session_id)} has ended", session.session_id)
+        _end(state, step, own, f"since {who(state, session.session_id)} has ended", session.session_id)
 
 
 def _end(state: State, step: Step, ended: list[tuple[str, str]], why: str, session_id: str) -> None:
@@ -119,7 +121,7 @@ def limit(
     if before != (max_running, per_minute):
         gates.limit(queue, max_running, per_minute, running)
         state.changes.append(step.now, "queue_limited", queue=queue, max_running=max_running, per_minute=per_minute)
-        by = f", by {_who(state, step.session.session_id)}" if step.session is not None else ""
+        by = f", by {who(state, step.session.session_id)}" if step.session is not None else ""
         state.effects.said.append(f"Queue {queue!r} has {_limits(max_running, per_minute)} now{by}")
         if state.queues.length(queue):
             state.effects.queues.add(queue)
@@ -159,22 +161,36 @@ def describe(state: State, now: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def reasons(state: State, queue: str, now: float) -> list[str]:
-    """Why a queue hands out nothing now, a line for each pause, and one for the limit that is reached."""
-    lines = [
-        f"{_names([name])} {'are' if name == EVERY else 'is'} paused by {_who(state, pause.session_id)} "
-        f"since {pause.since:.6f}, until {'somebody resumes' if whose == KEPT else 'it resumes or ends'}"
-        for name, whose, pause in state.gates.all_pauses()
-        if name in (EVERY, queue)
-    ]
+def reasons(state: State, queue: str, now: float) -> list[Finding]:
+    """Why this one queue hands out nothing now: a finding for each pause, and one for the limit that is reached."""
+    return [*paused(state, queue, now), *_limit_reached(state, queue, now)]
+
+
+def paused(state: State, name: str, now: float) -> list[Finding]:
+    """The first pauses of a queue, or (`EVERY`) of all queues."""
+    what = "All queues are" if name == EVERY else f"Queue {name!r} is"
+    return [
+        found(
+            "paused",
+            f"{what} paused by {who(state, pause.session_id)} for {lasting(now - pause.since)}, until "
+            f"{'somebody resumes' if whose == KEPT else 'that session resumes or ends'}",
+            queue=name or None, session_id=pause.session_id, since=pause.since, keep=whose == KEPT,
+        )
+        for whose, pause in islice(state.gates.pauses.get(name, {}).items(), NAMED)
+    ]  # fmt: skip
+
+
+def _limit_reached(state: State, queue: str, now: float) -> list[Finding]:
     limit = state.gates.limits.get(queue)
     reached = limit.hindrance(now) if limit is not None else None
-    if limit is not None and reached == "max_running":
-        lines.append(f"queue {queue!r} has reached max_running={limit.max_running}; running: {limit.running}")
-    elif limit is not None and reached == "per_minute":
-        left = (limit.opens_at() or now) - now
-        lines.append(f"queue {queue!r} has reached per_minute={limit.per_minute}, until {left:.1f} s from now")
-    return lines
+    if limit is None or reached is None:
+        return []
+    if reached == "max_running":
+        text = f"Queue {queue!r} has reached max_running={limit.max_running}: {limit.running} of its rollouts run"
+        return [found("limit_reached", text, queue=queue, max_running=limit.max_running, running=limit.running)]
+    left = (limit.opens_at() or now) - now
+    text = f"Queue {queue!r} has reached per_minute={limit.per_minute}; it hands out again in {lasting(left)}"
+    return [found("limit_reached", text, queue=queue, per_minute=limit.per_minute, seconds=left)]
 
 
 def _counted(names: list[str]) -> dict[str, Any]:
@@ -195,7 +211,7 @@ def _limits(max_running: int | None, per_minute: int | None) -> str:
     return " and ".join(said) if said else "no limits"
 
 
-def _who(state: State, session_id: str) -> str:
+def who(state: State, session_id: str) -> str:
     """A session, with the id of its process if that is known."""
     session = state.sessions.get(session_id)
     process = f" (process {session.process[2]})" if session is not None and session.process else ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 K = TypeVar("K")
@@ -247,13 +248,22 @@ class Queues:
         """Until when a rollout backs off; None if it does not."""
         return self._backoffs.get(rollout_id)
 
-    def backoffs(self, queue: str) -> list[float]:
-        """Until when each rollout of a queue backs off that does. Looks at all that back off."""
-        return [until for rollout_id, until in self._backoffs.items() if self.line_of[rollout_id][0] == queue]
+    def backoffs(self, queue: str, most: int) -> list[float]:
+        """Until when each rollout of a queue backs off, of the `most` that began to back off first, in any queue."""
+        found = islice(self._backoffs.items(), most)
+        return [until for rollout_id, until in found if self.line_of[rollout_id][0] == queue]
 
     def held_counts(self) -> dict[str, int]:
         """How many rollouts are held back, by what they wait for."""
         return {waits_for: len(held) for waits_for, held in self._held.items()}
+
+    def held_for(self, waits_for: str) -> int:
+        """How many rollouts are held back for something."""
+        return len(self._held.get(waits_for, ()))
+
+    def in_line(self, queue: str, line: int) -> int:
+        """How many rollouts wait in one line of a queue."""
+        return len(self._lines.get((queue, line), ()))
 
     def offers(self, queue: str) -> bool:
         """Whether a queue has a rollout that is not held back."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from raystore.core.findings import Finding, brief, found, lasting
 from raystore.core.lifecycle import FINISHED, REQUEUABLE
 from raystore.core.payload import size_of
 from raystore.core.records import RetryRule
@@ -24,6 +25,7 @@ from raystore.core.state import Entry, Pair, State, Step
 from raystore.errors import RolloutNotFoundError, RolloutSucceededError
 
 REQUEUED = 10_000  #: rollouts in one call: all of them or none, in one step
+LOOKED_AT = 1_000  #: rollouts that back off, of which the one is named whose delay is over first
 Requeued = Annotated[list[Id], Rule(f"len({{v}}) <= {REQUEUED}", f"a list of at most {REQUEUED:,} ids")]
 
 
@@ -77,16 +79,32 @@ def back_off(state: State, step: Step, entry: Entry, rule: RetryRule, *, keep_pl
         )  # fmt: skip
 
 
-def reasons(state: State, queue: str, now: float) -> list[str]:
+def reasons(state: State, queue: str, now: float) -> list[Finding]:
     """That rollouts of a queue are not handed out now, since they back off."""
-    ends = state.queues.backoffs(queue)
-    if not ends:
+    number = state.queues.backing_off_by_queue.get(queue, 0)
+    if not number:
         return []
-    left = max(min(ends) + state.paused - now, 0.0)
-    return [
-        f"{len(ends)} of {state.queues.length(queue)} rollouts in queue {queue!r} back off after an attempt that ended "
-        f"badly, the first of them for another {left:.1f} s"
-    ]
+    ends = state.queues.backoffs(queue, LOOKED_AT)
+    left = max(min(ends) + state.paused - now, 0.0) if ends else None
+    first = "" if left is None else f", the first of them for another {lasting(left)}"
+    text = (
+        f"{number:,} of {state.queues.length(queue):,} rollouts in queue {queue!r} back off after an attempt that "
+        f"ended badly{first}"
+    )
+    return [found("backing_off", text, queue=queue, rollouts=number, seconds=left)]
+
+
+def why_it_backs_off(state: State, entry: Entry, now: float) -> list[Finding]:
+    """That a rollout backs off, after what, and for how long."""
+    rollout = entry.rollout
+    until = state.queues.backs_off_until(rollout.rollout_id)
+    if until is None:
+        return []
+    left, latest = max(until + state.paused - now, 0.0), entry.latest
+    after = "" if latest is None else f" after attempt {latest.sequence_id} ended with outcome {latest.outcome}"
+    error = f" ({brief(latest.error)})" if latest is not None and latest.error else ""
+    text = f"Rollout {rollout.rollout_id} backs off for another {lasting(left)}{after}{error}"
+    return [found("backing_off", text, rollout_id=rollout.rollout_id, seconds=left)]
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------------

@@ -250,6 +250,11 @@ class SpanTable:
             return []
         return spans if attempt_id is None else [span for span in spans if span.attempt_id == attempt_id]
 
+    def latest(self, rollout_id: str) -> Span | None:
+        """The span of a rollout that came last; None if none is in memory."""
+        held = self.by_rollout.get(rollout_id)
+        return next(reversed(held.spans.values()), None) if held is not None else None
+
     def has(self, rollout_id: str) -> bool:
         """Whether there is a span to evict."""
         held = self.by_rollout.get(rollout_id)

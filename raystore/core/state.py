@@ -289,6 +289,8 @@ class Consumer:
     made: int = declare(0)
     #: Batches that it holds and has not consumed, with the session of each; None once that has ended.
     holders: dict[int, str | None] = declare(make=dict, pack=pairs, unpack=dict)
+    #: Since when each of these is held by that session. A replay need not reproduce it: older journals do not have it.
+    since: dict[int, float] = declare(make=dict, pack=pairs, unpack=dict, in_digest=False)
     #: Of these, those whose session took them over from one that had ended.
     inherited: dict[int, None] = declare(make=dict, pack=list, unpack=dict.fromkeys, shows=list)
     #: Rollouts of batches that no checkpoint has released.

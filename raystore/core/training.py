@@ -405,7 +405,7 @@ def let_go(state: State, consumer: str) -> list[str]:
     rollout_ids = [*known.awaiting, *awaited, *(entry.rollout.rollout_id for entry in held)]
     groups = [group_id for batch in known.grouped.values() for group_id in batch]
     known.awaiting, known.groups, known.coming, known.takes = OrderedDict(), OrderedDict(), None, None
-    for kept in (known.returned, known.batches, known.grouped, known.steps, known.holders):
+    for kept in (known.returned, known.batches, known.grouped, known.steps, known.holders, known.since):
         kept.clear()
     _undo(state, groups)
     for rollout_id in rollout_ids:
@@ -708,6 +708,7 @@ def _hand(state: State, step: Step, known: Consumer, consumer: str, number: int)
         known.holders[number] = None
         return
     known.holders[number] = session.session_id
+    known.since[number] = step.now
     session.batches[consumer, number] = step.age
     state.claim_deadlines.guard((session.session_id, (consumer, number)))
 
@@ -715,6 +716,7 @@ def _hand(state: State, step: Step, known: Consumer, consumer: str, number: int)
 def _free(state: State, known: Consumer, consumer: str, number: int) -> None:
     """Close a batch: nobody holds it any more."""
     whose = known.holders.pop(number, None)
+    known.since.pop(number, None)
     known.inherited.pop(number, None)
     if whose is not None and (session := state.sessions.get(whose)) is not None:
         session.batches.pop((consumer, number), None)

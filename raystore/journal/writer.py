@@ -194,6 +194,17 @@ class JournalWriter:
             self._allocate(0)
         return not self._refused_at
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the disk refused space when it was asked last."""
+        return self._refused_at > 0
+
+    def behind(self) -> tuple[float, int]:
+        """For how many seconds the oldest record waits to be durable, and how many bytes wait; 0 and 0 if none does."""
+        with self._lock:
+            since, size = self._behind_since, self._pending_bytes
+        return (time.monotonic() - since, size) if since else (0.0, 0)
+
     def rotate(self) -> None:
         """Begin a new segment soon; `on_segment_closed` hears of the old one."""
         with self._lock:

@@ -19,7 +19,7 @@ PAUSE_SECONDS = 1.0  #: until the next ones are asked
 
 
 @dataclass(slots=True, frozen=True)
-class _Failed:
+class FailedPool:
     """A pool that cannot work."""
 
     session_id: str
@@ -37,7 +37,7 @@ class Pools:
     """
 
     def __init__(self) -> None:
-        self._failed: dict[str, _Failed] = {}
+        self.failed: dict[str, FailedPool] = {}  #: by pool id
         self.servers: dict[str, dict[str, None]] = {}  #: sessions that asked for work, by queue; if there are any
         self.asked_by: dict[str, set[str]] = {}  #: queues that each session has asked for work of
         self._unserved: dict[str, float] = {}  # queues in which something waits, and since when
@@ -57,9 +57,9 @@ class Pools:
     def report(self, pool_id: str, session_id: str, queues: Iterable[str], failures: int, error: str | None) -> None:
         """A pool says that its runners fail, or (without an error) that one is ready."""
         if error is None:
-            self._failed.pop(pool_id, None)
+            self.failed.pop(pool_id, None)
         else:
-            self._failed[pool_id] = _Failed(session_id, tuple(queues), failures, error)
+            self.failed[pool_id] = FailedPool(session_id, tuple(queues), failures, error)
 
     def drop_session(self, session_id: str) -> list[str]:
         """A process has ended, and what it served is served by it no more; the queues that nobody serves now."""
@@ -70,8 +70,8 @@ class Pools:
             if not servers:
                 del self.servers[queue]
                 left.append(queue)
-        if self._failed:
-            self._failed = {name: pool for name, pool in self._failed.items() if pool.session_id != session_id}
+        if self.failed:
+            self.failed = {name: pool for name, pool in self.failed.items() if pool.session_id != session_id}
         return left
 
     def wait_in(self, queues: Iterable[str], age: float) -> None:
@@ -86,6 +86,11 @@ class Pools:
         """For how long each queue was served by nobody while rollouts waited in it."""
         return {queue: age - since for queue, since in self._unserved.items() if queue in lengths}
 
+    def unserved_for(self, queue: str, age: float) -> float | None:
+        """For how long a queue in which rollouts wait was served by nobody; None if somebody serves it."""
+        since = self._unserved.get(queue)
+        return None if since is None else age - since
+
     def to_name(self, lengths: Mapping[str, int], age: float) -> list[str]:
         """The queues that nobody has served for too long and that were not named yet."""
         self._unserved = {queue: since for queue, since in self._unserved.items() if queue in lengths}
@@ -99,11 +104,11 @@ class Pools:
     @property
     def have_failed(self) -> bool:
         """Whether there is a pool that cannot work."""
-        return bool(self._failed)
+        return bool(self.failed)
 
     def why_never(self, state: State, rollout_ids: Iterable[str] | None = None) -> PoolFailedError | None:
         """The error if all these rollouts (None: all) wait for pools that cannot work; None if one may finish."""
-        if not self._failed:
+        if not self.failed:
             return None
         if rollout_ids is None:
             if any(state.indexes.find(("status", status)) for status in ACTIVE):
@@ -115,13 +120,18 @@ class Pools:
                 if rollout_id not in state.queues:  # it runs, or is there no more
                     return None
                 queues.add(state.entries[rollout_id].rollout.queue)
-        if not queues or any(queue in self.servers for queue in queues):
+        in_charge = list(map(self.failing, sorted(queues)))
+        name = next(iter(in_charge), None)
+        if name is None or None in in_charge:
             return None
-        in_charge = [(name, pool) for name, pool in self._failed.items() if queues & {*pool.queues}]
-        if not in_charge or not queues <= {queue for _, pool in in_charge for queue in pool.queues}:
-            return None
-        name, pool = in_charge[0]
+        pool = self.failed[name]
         return PoolFailedError(name, pool.failures, sorted(queues), pool.error)
+
+    def failing(self, queue: str) -> str | None:
+        """The pool that a queue waits for, since nobody else serves it, and whose runners fail; None: there is none."""
+        if queue in self.servers:
+            return None
+        return next((name for name, pool in self.failed.items() if queue in pool.queues), None)
 
 
 class LivenessChecks:

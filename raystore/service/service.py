@@ -18,12 +18,13 @@ import time
 import traceback
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, NoReturn
 
 import psutil
 
-from raystore.core import check, claims, expiry, feeds, meters, pauses, retention, retries, training, verbs, workers
+from raystore.core import check, claims, expiry, feeds, meters, pauses, retention, training, verbs, workers
+from raystore.core.findings import Finding
 from raystore.core.meters import Bucket
 from raystore.core.queues import NEVER
 from raystore.core.resources import FREED, OBJECT_IDS_WARNED, Freed
@@ -40,7 +41,6 @@ from raystore.errors import (
     StoreError,
     copy_of,
 )
-from raystore.errors.text import meant
 from raystore.journal.compaction import Snapshotter
 from raystore.journal.files import JournalObjects
 from raystore.journal.opening import Opened
@@ -50,6 +50,9 @@ from raystore.journal.writer import FULL_SECONDS, JournalWriter
 from raystore.options import StoreConfig, resolve
 from raystore.service import sampling
 from raystore.service.clock import Alarm, Clock, ManualClock
+from raystore.service.diagnosis.known import Known, journal_of
+from raystore.service.diagnosis.why import memory_full, why
+from raystore.service.diagnosis.work import unserved
 from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.presence import NO_QUEUES, UNSERVED_SECONDS, LivenessChecks, Pools
 from raystore.service.sampling import Sampler
@@ -612,7 +615,8 @@ class Service:
     def _name_unserved(self) -> None:
         lengths = self.state.queues.lengths()
         for queue in self.pools.to_name(lengths, self.clock.age()):
-            _log_unserved(queue, lengths[queue], self.pools.servers.keys())
+            found = unserved(self.pools, queue, lengths[queue], UNSERVED_SECONDS)
+            logger.warning("%s %s", found.text, found.remedy)
 
     def _suspend(self) -> None:
         """A claim was withdrawn: ask those who wait for work whether they live, before handing out more."""
@@ -703,12 +707,30 @@ class Service:
     def _story(self, caller: Caller, *, rollout_id: Id) -> list[str]:
         story = check.story(self.state, rollout_id)
         if rollout_id in self.state.queues:
-            queue = self.state.entries[rollout_id].rollout.queue
-            if (seconds := self.pools.unserved({queue: 1}, self.clock.age()).get(queue)) is not None:
-                story.append(f"waits in queue {queue!r}, of which no process has asked for work for {seconds:.0f} s")
-            story += pauses.reasons(self.state, queue, caller.step.now)
-            story += retries.reasons(self.state, queue, caller.step.now)
+            story += [finding.text for finding in self.why(rollout_id=rollout_id)]
         return story
+
+    def _why(self, caller: Caller, *, rollout_id: Id | None, group_id: Id | None, consumer: Id | None) -> list[Finding]:
+        return self.why(rollout_id=rollout_id, group_id=group_id, consumer=consumer)
+
+    def why(self, **whose: str | None) -> list[Finding]:
+        """What keeps work from going on, the binding constraint first; see `diagnosis`."""
+        return why(self.state, self._known(), **whose)
+
+    def _known(self) -> Known:
+        parked, writer = self.parking.by_kind, None if self._recorder is None else self._recorder.writer
+        if self.journal is not None and writer is None:  # time stands still at the end of the journal
+            return Known(self.journal.not_before, self.journal.not_before, failed=self._failed)
+        return Known(
+            now=self.clock.now(),
+            age=self.clock.age(),
+            pools=self.pools,
+            idle=len(parked.get("work", ())),
+            suspended=len(self.liveness.suspended),
+            asking=frozenset(call.arguments["consumer"] for call in parked.get("batch", {}).values()),
+            journal=None if writer is None else journal_of(writer),
+            failed=self._failed,
+        )
 
     def _check(self, caller: Caller) -> None:
         check.check(self.state)
@@ -737,16 +759,8 @@ class Service:
         if not state.memory_full:
             logger.info("Hands out work again: %d bytes are in use", state.total_bytes)
             return
-        in_the_way = training.in_the_way(state) if state.waits_for is not None else []
-        whose = [f"consumer {name!r} awaits {awaited} rollouts and holds {held}" for name, awaited, held in in_the_way]
-        logger.warning(
-            "Memory is full (%d bytes, threshold %d) and nothing more may be evicted: no work is handed out until %d "
-            "bytes are in use. %s",
-            state.total_bytes, state.settings.eviction_bytes, state.settings.safe_bytes,
-            "Call release() for what nobody needs any more (on_memory_full='pause')." if not whose else
-            f"In the way: {'; '.join(whose[:5])}. What is taken, acknowledged and covered by a checkpoint is freed; "
-            f"say forget_consumer({state.waits_for!r}) if it will not come again. A journal keeps spans on disk.",
-        )  # fmt: skip
+        found = memory_full(state)
+        logger.warning("%s %s", found.text, found.remedy)
 
     def _warn_of_object_ids(self) -> None:
         """Many ids hold objects: likely a leak of weights. Said once."""
@@ -793,20 +807,7 @@ PROCESS_VERBS: dict[str, Verb] = {
     "statistics": Verb(Service._statistics, changes=False),
     "metrics": Verb(Service._metrics, changes=False),
     "story": Verb(Service._story, changes=False),
+    "why": Verb(Service._why, changes=False),
     "check": Verb(Service._check, changes=False),
     "tick": Verb(Service._tick, changes=False),
 }
-
-
-def _log_unserved(queue: str, waiting: int, served: Collection[str]) -> None:
-    """Rollouts wait in a queue of which nobody has asked for work for a while: a misspelt name, perhaps."""
-    if served:
-        others = ", ".join(repr(name) for name in sorted(served)[:5])
-        hint = f"Served are {others}{', ...' if len(served) > 5 else ''}{meant(queue, served) or '.'}"
-    else:
-        hint = "No queue is served: the runners are not ready yet, have ended, or were never started."
-    logger.warning(
-        "Rollouts wait in queue %r (%d), and no process has asked for work of it for %.0f s. %s "
-        "Serve it with RunnerPool(store, agent, queues=[%r]), or cancel_rollouts() what was put there by mistake.",
-        queue, waiting, UNSERVED_SECONDS, hint, queue,
-    )  # fmt: skip

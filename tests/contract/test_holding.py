@@ -155,20 +155,21 @@ async def test_what_is_held_back_can_be_seen(store: AnyStore) -> None:
     shown = {"queue": "default", "session_id": pause.session_id, "since": pause.since, "keep": True}
     assert (await store.statistics())["paused"] == [shown] == [pause.model_dump()]
     story = "\n".join(await store.story(made.rollout_id))
-    assert f"queue 'default' is paused by session '{pause.session_id}'" in story
-    assert f"since {pause.since:.6f}, until somebody resumes" in story
+    assert f"Queue 'default' is paused by session '{pause.session_id}'" in story
+    assert "until somebody resumes" in story
     await store.resume()
     await store.pause()
-    assert "all queues are paused by" in (await store.story(made.rollout_id))[-1]
+    assert "All queues are paused by" in "\n".join(await store.story(made.rollout_id))
     await store.resume()
     await store.limit_queue("default", max_running=1)
     other = await store.start_rollout("by hand")
-    assert "has reached max_running=1; running: 1" in (await store.story(made.rollout_id))[-1]
+    assert "has reached max_running=1: 1 of its rollouts run" in "\n".join(await store.story(made.rollout_id))
     await store.cancel_rollouts([other.rollout_id])
     await store.limit_queue("default", per_minute=1)
     waits = await store.enqueue_rollout("y")
     await store.dequeue_rollout()
-    assert "has reached per_minute=1, until 60.0 s from now" in (await store.story(waits.rollout_id))[-1]
+    story = "\n".join(await store.story(waits.rollout_id))
+    assert "has reached per_minute=1; it hands out again in 60.0 s" in story
     kinds = [change.kind for change in (await store.changes()).items]
     assert [kind for kind in kinds if "queue" in kind and kind != "enqueued"] == [
         "queues_paused", "queues_resumed", "queues_paused", "queues_resumed", "queue_limited", "queue_limited",

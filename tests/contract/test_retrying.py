@@ -52,7 +52,7 @@ async def test_a_rule_tries_again_after_a_delay(store: AnyStore) -> None:
 
 
 async def test_what_backs_off_can_be_seen(store: AnyStore) -> None:
-    """In the statistics, in its story and in that of another one that waits, and in the changes."""
+    """In the statistics, in its story, in the answer to why nothing goes on, and in the changes."""
     config = rs.RolloutConfig(timeout_seconds=5, retry_rules={"timeout": rule(1, 30)})
     made = await store.enqueue_rollout("x", config=config)
     await store.dequeue_rollout()
@@ -60,9 +60,11 @@ async def test_what_backs_off_can_be_seen(store: AnyStore) -> None:
     found = await store.statistics()
     assert (found["backing_off"], found["backing_off_by_queue"], found["held_back"]) == (1, {"default": 1}, 0)
     story = "\n".join(await store.story(made.rollout_id))
-    assert "backs off until" in story and "outcome=timeout retry=1 max_retries=1 seconds=30.0" in story
-    assert "1 of 1 rollouts in queue 'default' back off after an attempt that ended badly, the first" in story
-    assert "for another 30.0 s" in story
+    assert "outcome=timeout retry=1 max_retries=1 seconds=30.0" in story
+    assert f"Rollout {made.rollout_id} backs off for another 30.0 s after attempt 1 ended with outcome timeout" in story
+    (binding, *_) = await store.why()
+    assert binding.kind == "backing_off"
+    assert binding.text.startswith("1 of 1 rollouts in queue 'default' back off after an attempt")
     await store.testing.tick(30.5)
     assert (await store.statistics())["backing_off"] == 0
     kinds = [change.kind for change in (await store.changes()).items if change.rollout_id == made.rollout_id]

@@ -66,6 +66,7 @@ SAMPLES: dict[Any, dict[str, Any]] = {
         "takes": "groups", "groups": OrderedDict({"g": None}), "grouped": {2: ["g"]},
         "filter": {"mode": "val", "status_in": ["failed"]}, "awaiting": OrderedDict({"mine": None}),
         "returned": {"mine": None}, "coming": {"mine": None}, "made": 3, "holders": {2: "s"}, "inherited": {2: None},
+        "since": {2: 5.5},
         "batches": {2: ["mine"]}, "steps": {1: 4}, "checkpoint": 1, "cursor": 5, "open": 2,
     },
     GroupEntry: {
@@ -93,7 +94,7 @@ NOT_IN_SNAPSHOTS = {(Entry, "read"), (Entry, "evicts_as"), (Consumer, "coming")}
 
 #: What a replay need not reproduce: what only a process knows, and what is still to be sent.
 NOT_IN_DIGESTS = {
-    (Entry, "read"), (Entry, "evicts_as"), (Consumer, "coming"),
+    (Entry, "read"), (Entry, "evicts_as"), (Consumer, "coming"), (Consumer, "since"),
     (Session, "last_heard"), (Session, "notices"), (Session, "replies"), (Span, "body"), (Span, "size"),
     *((ReplyCache, field.name) for field in declared(ReplyCache)),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raystore.core import check, expiry
+from raystore.core import check, expiry, retries
 from raystore.core.records import Config, RetryRule
 from raystore.core.retries import REQUEUED, delay_before
 from raystore.core.schema import MAX_BACKOFF_SECONDS
@@ -173,7 +173,7 @@ def test_chance_is_of_the_step(core: Core) -> None:
         core.enqueue(task, config=ruled(rule("unresponsive", 1, jitter=1.0), usual=(None, 3.0, 1, [])))
     core.hold(core.open("runner"), limit=2)
     core.tick(3.1)
-    ends = core.state.queues.backoffs("default")
+    ends = core.state.queues.backoffs("default", 9)
     assert len(set(ends)) == 2 and all(core.now <= until <= core.now + 10 for until in ends)
 
 
@@ -308,7 +308,8 @@ def test_it_counts_as_queued_and_is_told_of(make_core: Callable[..., Core]) -> N
     counted = check.counts(core.state)
     assert (counted["backing_off"], counted["backing_off_by_queue"]) == (1, {"q": 1})
     assert counted["queue_lengths"] == {"q": 1} and not counted["held_back"]
-    assert any(f"backs off until {core.now + 10:.6f}" in line for line in check.story(core.state, made))
+    (told,) = retries.why_it_backs_off(core.state, core.state.entries[made], core.now)
+    assert told.text.startswith(f"Rollout {made} backs off for another 10.0 s after attempt 1 ended")
 
 
 def test_a_store_that_stood_still_moves_the_end(core: Core, backing_off: tuple[str, str]) -> None:

@@ -358,6 +358,8 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
     "statistics": lambda h, rng: {},
     "metrics": lambda h, rng: {"seconds": rng.choice([0.0, 60.0, 3600.0]), "versions": rng.choice([0, 1, 100])},
     "story": lambda h, rng: {"rollout_id": h.rollout()},
+    "why": lambda h, rng: {"rollout_id": None, "group_id": None, "consumer": None}
+    | rng.choice([{}, {"rollout_id": h.rollout()}, {"group_id": "g1"}, {"consumer": "c"}]),
     "check": lambda h, rng: {},
     "tick": lambda h, rng: {
         "seconds": rng.choice([0.5, 2.0, 8.0, 70.0]), "sessions": rng.random() < 0.15,

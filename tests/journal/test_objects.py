@@ -146,7 +146,7 @@ async def test_a_restart_holds_back_what_no_file_keeps(tmp_path: Path) -> None:
         store = rs.InMemoryLightningStore(journal=tmp_path)
         assert (await store.statistics())["held_back_by_resources"] == {"w": 1}
         assert await store.dequeue_rollout() is None
-        assert "publish them again" in (await store.story(rollout.rollout_id))[-1]
+        assert "until they are published again" in (await store.story(rollout.rollout_id))[-1]
         await store.check()
         store.close()
     store = rs.InMemoryLightningStore(journal=tmp_path)

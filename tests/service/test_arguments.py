@@ -157,6 +157,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "statistics": {},
     "metrics": {"seconds": 60.0, "versions": 10},
     "story": {"rollout_id": "r0"},
+    "why": {"rollout_id": "r0", "group_id": None, "consumer": None},
     "check": {},
     "tick": {"seconds": 0.001, "sessions": False},
     "end_chain": {"chain_id": 7},

@@ -40,7 +40,7 @@ async def test_it_is_named_once_with_the_nearest_name(
     (told,) = named(caplog)
     assert "in queue 'maht' (1)" in told and "Served are 'default', 'math'; did you mean 'math'?" in told, told
     assert (await store.statistics())["unserved_queues"] == {"maht": pytest.approx(UNSERVED_SECONDS + 3.5, abs=5)}
-    assert "of which no process has asked for work for 3" in (await store.story(made.rollout_id))[-1]
+    assert "and no process has asked for work of it for 3" in (await store.story(made.rollout_id))[-1]
     await store.testing.tick(3600, sessions=True)
     assert len(named(caplog)) == 1
 
