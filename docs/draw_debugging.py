@@ -116,7 +116,7 @@ async def agent(task: dict[str, Any], ctx: rs.Context) -> float:
     with ctx.span("plan"):
         prompt = [lots.randrange(1000) for _ in range(20 + lots.randrange(20))]
         answer = [lots.randrange(1000) for _ in range(5 + lots.randrange(40))]
-        said = {"prompt": [{"role": "user", "content": task["text"]}], "finish_reason": "stop"}
+        said: Any = {"prompt": [{"role": "user", "content": task["text"]}], "finish_reason": "stop"}
         ctx.llm(prompt_ids=prompt, response_ids=answer, logprobs=[-1.0] * len(answer), model="small", **said)
     if task["env"] == "math" and number == HANGS:
         with ctx.span("tool.search", query=task["text"]):

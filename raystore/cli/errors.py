@@ -1,12 +1,13 @@
 """`raystore errors`: what failed, by whose doing, and where.
 
 What the infrastructure did (a process that died, an abort) says nothing of the policy; what an agent did is the
-policy's own. Each is grouped by what was raised and where, by runner and host, and by environment, with one rollout of
-each.
+policy's own. Each is grouped by what was raised and where, whatever the values in its text, by runner and host, and by
+environment, with one rollout of each.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,8 +88,13 @@ def grouped(failures: Iterable[Failure], key: Any) -> list[tuple[Any, list[Failu
     return sorted(groups.items(), key=lambda item: (-len(item[1]), str(item[0])))
 
 
+#: What differs between errors of one kind: quoted values, ids, numbers.
+_VALUES = re.compile(r"""'[^']*'|"[^"]*"|\b[0-9a-f]{8,}\b|\d+""")
+
+
 def _what(failure: Failure) -> tuple[str, str, str]:
-    return failure.attempt.outcome, clean(place_of(failure.attempt.error), 120), failure.error
+    """Errors of one kind: of one outcome, at one place, and alike but for the values in them."""
+    return failure.attempt.outcome, clean(place_of(failure.attempt.error), 120), _VALUES.sub("#", failure.error)
 
 
 @reading("raystore errors --since 1h")
@@ -162,8 +168,8 @@ def _section(view: View, title: str, failures: list[Failure], found: Found, host
     view.screen.table(
         _BY_ERROR,
         [
-            [len(held), outcome, place, error, held[0].rollout.rollout_id]
-            for (outcome, place, error), held in kinds[:limit]
+            [len(held), outcome, place, held[0].error, held[0].rollout.rollout_id]
+            for (outcome, place, _), held in kinds[:limit]
         ],
     )
     if len(kinds) > limit:
@@ -182,9 +188,9 @@ def _as_plain(found: Found, failures: list[Failure], host: Any) -> dict[str, Any
     told: dict[str, Any] = {
         "count": len(failures),
         "by_error": [
-            {"outcome": outcome, "raised_at": place, "error": error, "count": len(held),
+            {"outcome": outcome, "raised_at": place, "error": held[0].error, "count": len(held),
              "rollout_id": held[0].rollout.rollout_id}
-            for (outcome, place, error), held in grouped(failures, _what)
+            for (outcome, place, _), held in grouped(failures, _what)
         ],
     }  # fmt: skip
     for name, of in _PLACES:

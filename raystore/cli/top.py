@@ -66,6 +66,14 @@ class Page:
     places: list[Place]
     workers: int
     now: float
+    is_journal: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """The time that rates are of: since the first of what is counted."""
+        buckets = self.metrics["buckets"]
+        first = buckets[0]["time"] if buckets else self.now
+        return float(min(max(self.now - first, self.metrics["bucket_seconds"]), LAST_SECONDS))
 
 
 @dataclass
@@ -76,7 +84,7 @@ class Choice:
     pattern: str = ""
     is_typing: bool = False
     is_paused: bool = False
-    row: int = 0
+    row: int = 0  # -1: none can be chosen, since there are no keys
     opened: str | None = None
     shown: list[Place] = field(default_factory=list)
 
@@ -119,7 +127,7 @@ class Choice:
             lambda place: -(place.heard or 0.0),
         ]
         self.shown = sorted(kept, key=keys[self.sort])
-        self.row = min(self.row, max(len(self.shown) - 1, 0))
+        self.row = min(self.row, len(self.shown) - 1) if self.row >= 0 and self.shown else min(self.row, 0)
         return self.shown
 
 
@@ -133,7 +141,7 @@ async def read(view: View) -> Page:
     found = await view.store.query_workers(sort_by="last_dequeue_time", sort_order="desc", limit=WORKERS)
     now = metrics["time"] if not view.is_journal else view.now
     places = [place for worker in found.items for place in places_of(worker, now)]
-    return Page(told, metrics, places, found.total, now)
+    return Page(told, metrics, places, found.total, now, view.is_journal)
 
 
 def places_of(worker: Any, now: float) -> Iterator[Place]:
@@ -171,11 +179,16 @@ def draw(page: Page, choice: Choice, *, name: str, width: int, height: int) -> G
         lines.append(consumers)
     used = len(lines) + (consumers.row_count if consumers is not None else 0)
     lines.append(_places(page, choice, max(height - used - 3, 1), width))
-    foot = f"filter: {choice.pattern}_" if choice.is_typing else KEYS
-    if choice.pattern and not choice.is_typing:
-        foot += f"   filter {choice.pattern!r}"
-    lines.append(Text(foot + ("   PAUSED" if choice.is_paused else ""), style="dim", overflow="ellipsis", no_wrap=True))
+    if choice.row >= 0:
+        lines.append(Text(_foot(choice), style="dim", overflow="ellipsis", no_wrap=True))
     return Group(*lines)
+
+
+def _foot(choice: Choice) -> str:
+    if choice.is_typing:
+        return f"filter: {choice.pattern}_"
+    said = [KEYS, f"filter {choice.pattern!r}" if choice.pattern else "", "PAUSED" if choice.is_paused else ""]
+    return "   ".join(filter(None, said))
 
 
 def _head(page: Page, name: str) -> Text:
@@ -187,14 +200,13 @@ def _head(page: Page, name: str) -> Text:
 def _summary(page: Page) -> list[str]:
     told, metrics = page.told, page.metrics
     total = metrics["total"]
-    seconds = min(LAST_SECONDS, max(told.get("uptime") or LAST_SECONDS, 1.0))
     finished = sum(total["finished"].values())
     failed = {outcome: count for outcome, count in total["finished"].items() if outcome != "ok"}
     queues = ", ".join(f"{clean(queue)} {count:,}" for queue, count in sorted(told["queue_lengths"].items()) if count)
     took = total["durations"]
     lines = [f"queued    {queues or 'nothing'}" + ("   PAUSED" if told["paused"] else "")]
     lines.append(
-        f"finished  {finished / seconds:.2f} a second"
+        f"finished  {finished / page.seconds:.2f} a second"
         + (f"   took {duration(took['p50'])}, 90 % within {duration(took['p90'])}" if took["count"] else "")
         + (f"   waited {duration(total['waits']['p50'])}" if total["waits"]["count"] else "")
     )
@@ -203,9 +215,9 @@ def _summary(page: Page) -> list[str]:
     if bad or again:
         lines.append(f"failed    {bad or 'none'}" + (f"   tried again {again}" if again else ""))
     memory = metrics["memory"]
+    of = f" of {size(memory['eviction_threshold'])} ({share(memory['total'], memory['eviction_threshold'])})"
     lines.append(
-        f"memory    spans {size(memory['spans'])}, values {size(memory['values'])} of "
-        f"{size(memory['eviction_threshold'])} ({share(memory['total'], memory['eviction_threshold'])})"
+        f"memory    spans {size(memory['spans'])}, values {size(memory['values'])}{'' if page.is_journal else of}"
         + ("   FULL" if told["memory_full"] else "")
     )
     held = [(cause, part) for cause, part in metrics["shares"].items() if part >= 0.05]

@@ -50,7 +50,9 @@ async def why(view: View, *, id: str | None) -> None:
             asked["consumer"] = id
         else:
             raise WrongUse(f"{id!r} is no rollout, group or consumer of this store")
-    draw_findings(view, await store.why(**asked), "nothing holds it up")
+    # That a journal is only read is what --journal asked for.
+    findings = [one for one in await store.why(**asked) if not (view.is_journal and one.kind == "read_only")]
+    draw_findings(view, findings, "nothing holds it up")
 
 
 @reading("raystore doctor --json")
