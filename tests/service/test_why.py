@@ -408,7 +408,8 @@ def nothing_fits(scene: Scene) -> None:
     scene.core.enqueue()
     scene.core.run("take", session=trainer, consumer="t", count=1, timeout=60.0, queue="eval")
     scene.core.hold(scene.session())
-    names(scene.ask(consumer="t"), "nothing_fits", "Nothing that waits or runs is what consumer 't' asks for", "'eval'")
+    said = "Nothing that waits or runs would come to consumer 't', which takes rollouts of {'queue': 'eval'}"
+    names(scene.ask(consumer="t"), "nothing_fits", said)
 
 
 def rollout_finished(scene: Scene) -> None:
