@@ -231,7 +231,9 @@ def resources_gone(scene: Scene) -> None:
     )  # fmt: skip
     made = core.enqueue(resources_id="w")
     core.end(owner)
-    told = names(scene.ask(), "resources_gone", "Resources w version 1 cannot be had", "1 rollout waits")
+    told = names(
+        scene.ask(), "resources_gone", "Resources w version 1, policy version 7, cannot be had", "1 rollout waits"
+    )
     assert "Publish 'w' again" in told.remedy
     names(scene.ask(rollout_id=made), "resources_gone")
 
