@@ -529,7 +529,6 @@ def test_a_trainer_whose_batch_must_have_one_more_group_waits_for_that(scene: Sc
     assert loop.take() == ([], 0)
     for _ in range(50):
         loop.core.enqueue()
-    scene.known["asking"] = frozenset({"f"})
     (first, second, *_) = loop.core.state.groups.by_id[slow].places
     loop.end(first)
     scene.wait(100)
@@ -558,7 +557,6 @@ def test_an_order_of_items_is_waited_for_in_the_same_way(scene: Scene) -> None:
     loop = scene.loop(order="in_order")
     slow, *others = loop.draw()
     loop.complete(*others)
-    scene.known["asking"] = frozenset({"f"})
     names(scene.ask(consumer="f"), "group_waits", "must have one before these (order='in_order')", slow)
 
 

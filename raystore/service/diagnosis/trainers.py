@@ -139,7 +139,7 @@ def of_feed(work: Work, feed: FeedEntry, *, is_asked: bool = False) -> list[Told
     told += batches
     if feed.is_over:
         told.append(Told(NOTHING, 0, over(work, feed, held)))
-    elif not asks and (held or ready >= feed.rule["batch"]):
+    elif not asks and (held or training.has_something(state, name, known, feed.rule["batch"])):
         if stands:
             finding = admission(work, feed, ready, held, binds=binds, is_drawn=is_drawn)
             told.append(Told(TRAINING if binds else SOON, 0, finding))
@@ -235,7 +235,7 @@ def next_batch(
             told.append(Told(TRAINING, 0, found("not_drawn", text, consumer=name)))
         return told
     is_ordered = feed.rule["order"] == "in_order"
-    is_blocked = name in work.known.asking and ready >= batch and (is_ordered or feed.rule["late"] == "wait")
+    is_blocked = ready >= batch and (is_ordered or feed.rule["late"] == "wait")  # or it would be given
     target = binding_item(work, feed, known, opened, is_blocked=is_blocked)
     group = state.groups.by_id[target.group_id]
     has = f"The next batch of feed {name!r} has {ready} of {batch} groups"
