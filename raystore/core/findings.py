@@ -143,7 +143,7 @@ KINDS: dict[str, Kind] = {
     ),
     "nothing_fits": Kind(
         "Nothing that waits or runs is what a consumer asks for.",
-        "Compare the filter with what is enqueued; forget_consumer({consumer!r}) lets it take with another one.",
+        "Compare what it takes with what is enqueued; after forget_consumer({consumer!r}) it may ask for other things.",
     ),
     "rollout_finished": Kind(
         "A rollout has ended.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from raystore.core import check
+from raystore.core.findings import KINDS
 from raystore.core.snapshot import digest, parts
 from raystore.journal.compaction import compact
 from raystore.journal.files import Directory
@@ -505,6 +507,19 @@ def _same(one: Any, other: Any, what: str) -> None:
         raise Broken(f"{what} differs: {differing[:1]}")
 
 
+def _explain(store: Store) -> None:
+    """Ask why nothing goes on, of all and of some things: there is an answer, in one line, and nothing is changed."""
+    state, ask = store.state, store.service.why
+    named: dict[str, Any] = {"rollout_id": state.entries, "group_id": state.groups.by_id, "consumer": state.consumers}
+    before = digest(state) if store.service.operations % 8 == 0 else None
+    answers = [ask(), *(ask(**{name: one}) for name, table in named.items() for one in sorted(table)[-4:])]
+    for found in itertools.chain(*answers):
+        if not (found.text.isprintable() and found.remedy.isprintable() and found.kind in KINDS):
+            raise Broken(f"a finding cannot be shown: {found}")
+    if not all(answers) or (before is not None and digest(state) != before):
+        raise Broken(f"no answer to why, or one that changed something: {answers}")
+
+
 async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[str]:
     """One history; the errors that were answered, by class. Raises `Broken`, or whatever the store raises."""
     rng = random.Random(seed)
@@ -527,6 +542,7 @@ async def run(seed: int, path: Path, batches: int = 60) -> collections.Counter[s
             for reply in replies or []:
                 if reply[0] == frames.ERROR:
                     refused[reply[1]] += 1
+            _explain(store)
             is_refused = is_alone and replies is not None and replies[0][0] == frames.ERROR
             if is_refused and ended == len(store.state.sessions) and digest(store.state) != before:
                 raise Broken(f"a refused operation changed something: {operations} {replies}")

@@ -231,7 +231,9 @@ def resources_gone(scene: Scene) -> None:
     )  # fmt: skip
     made = core.enqueue(resources_id="w")
     core.end(owner)
-    told = names(scene.ask(), "resources_gone", "Resources w version 1 cannot be had", "1 rollout waits")
+    told = names(
+        scene.ask(), "resources_gone", "Resources w version 1, policy version 7, cannot be had", "1 rollout waits"
+    )
     assert "Publish 'w' again" in told.remedy
     names(scene.ask(rollout_id=made), "resources_gone")
 
@@ -408,7 +410,8 @@ def nothing_fits(scene: Scene) -> None:
     scene.core.enqueue()
     scene.core.run("take", session=trainer, consumer="t", count=1, timeout=60.0, queue="eval")
     scene.core.hold(scene.session())
-    names(scene.ask(consumer="t"), "nothing_fits", "Nothing that waits or runs is what consumer 't' asks for", "'eval'")
+    said = "Nothing that waits or runs would come to consumer 't', which takes rollouts of {'queue': 'eval'}"
+    names(scene.ask(consumer="t"), "nothing_fits", said)
 
 
 def rollout_finished(scene: Scene) -> None:
@@ -526,7 +529,6 @@ def test_a_trainer_whose_batch_must_have_one_more_group_waits_for_that(scene: Sc
     assert loop.take() == ([], 0)
     for _ in range(50):
         loop.core.enqueue()
-    scene.known["asking"] = frozenset({"f"})
     (first, second, *_) = loop.core.state.groups.by_id[slow].places
     loop.end(first)
     scene.wait(100)
@@ -555,7 +557,6 @@ def test_an_order_of_items_is_waited_for_in_the_same_way(scene: Scene) -> None:
     loop = scene.loop(order="in_order")
     slow, *others = loop.draw()
     loop.complete(*others)
-    scene.known["asking"] = frozenset({"f"})
     names(scene.ask(consumer="f"), "group_waits", "must have one before these (order='in_order')", slow)
 
 

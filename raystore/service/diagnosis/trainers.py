@@ -31,9 +31,10 @@ def of_consumer(work: Work, name: str, known: Consumer) -> list[Told]:
     """Why a consumer waits."""
     feed = work.state.feeds.get(name)
     told = of_feed(work, feed, is_asked=True) if feed is not None else of_taker(work, name, known, is_asked=True)
-    if any(one.tier < NOTHING for one in told):
+    if any(one.tier <= NOTHING for one in told):
         return told
-    return [*told, *work.of_what_runs()] if work.running() else [*told, Told(NOTHING, 0, work.nothing())]
+    others = [*work.of_queues(), *work.of_missing_resources(), *work.of_what_runs()]
+    return [*told, *(others or [Told(NOTHING, 0, work.nothing())])]
 
 
 def of_batches(work: Work, name: str, known: Consumer, *, is_asked: bool) -> tuple[list[Told], str]:
@@ -69,8 +70,9 @@ def of_taker(work: Work, name: str, known: Consumer, *, is_asked: bool = False) 
         return told
     if not there and not _may_come(work, known):
         asked = {key: value for key, value in (known.filter or {}).items() if key != "status_in"}
-        if asked:
-            text = f"Nothing that waits or runs is what consumer {name!r} asks for: {short(repr(asked))}"
+        if state.queues or work.running():
+            wanted = f"{known.takes or 'rollouts'}{f' of {short(repr(asked))}' if asked else ''}"
+            text = f"Nothing that waits or runs would come to consumer {name!r}, which takes {wanted}"
             told.append(Told(TRAINING, 0, found("nothing_fits", text, consumer=name)))
         return told
     if is_asked and there and not asks:
@@ -90,10 +92,9 @@ def of_taker(work: Work, name: str, known: Consumer, *, is_asked: bool = False) 
     elif is_asked:
         queue = (known.filter or {}).get("queue")
         if queue is None:
-            told += work.of_queues()
-        elif state.queues.length(queue):
+            return told  # it waits for what everybody does
+        if state.queues.length(queue):
             told += work.of_queue(queue)
-        told += [*work.of_missing_resources(), *work.of_what_runs()]
     return told
 
 
@@ -138,7 +139,7 @@ def of_feed(work: Work, feed: FeedEntry, *, is_asked: bool = False) -> list[Told
     told += batches
     if feed.is_over:
         told.append(Told(NOTHING, 0, over(work, feed, held)))
-    elif not asks and (held or ready >= feed.rule["batch"]):
+    elif not asks and (held or training.has_something(state, name, known, feed.rule["batch"])):
         if stands:
             finding = admission(work, feed, ready, held, binds=binds, is_drawn=is_drawn)
             told.append(Told(TRAINING if binds else SOON, 0, finding))
@@ -234,7 +235,7 @@ def next_batch(
             told.append(Told(TRAINING, 0, found("not_drawn", text, consumer=name)))
         return told
     is_ordered = feed.rule["order"] == "in_order"
-    is_blocked = name in work.known.asking and ready >= batch and (is_ordered or feed.rule["late"] == "wait")
+    is_blocked = ready >= batch and (is_ordered or feed.rule["late"] == "wait")  # or it would be given
     target = binding_item(work, feed, known, opened, is_blocked=is_blocked)
     group = state.groups.by_id[target.group_id]
     has = f"The next batch of feed {name!r} has {ready} of {batch} groups"

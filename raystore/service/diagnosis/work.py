@@ -291,11 +291,15 @@ class Work:
         """That resources cannot be had."""
         version, cause = self.state.resources.missing[resources_id]
         number = self.state.queues.held_for(resources_id)
+        newest = self.state.resources.newest(resources_id)
+        policy = newest.policy_version if newest is not None else None
+        which = f"version {version}" + ("" if policy is None else f", policy version {policy},")
         text = (
-            f"Resources {resources_id} version {version} cannot be had ({brief(cause)}): "
+            f"Resources {resources_id} {which} cannot be had ({brief(cause)}): "
             f"{counted(number, 'rollout waits', 'rollouts wait')} until they are published again"
         )
-        return found("resources_gone", text, resources_id=resources_id, version=version, rollouts=number)
+        evidence = {"resources_id": resources_id, "version": version, "policy_version": policy, "rollouts": number}
+        return found("resources_gone", text, **evidence)
 
     def of_rollout(self, entry: Entry) -> Iterator[Told]:
         """Why a rollout has not finished."""
