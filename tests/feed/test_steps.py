@@ -75,7 +75,7 @@ async def test_shares_of_what_was_not_trained_on(store: AnyStore) -> None:
     def agent(rollout: Any) -> float:
         if rollout.input in (1, 2):
             raise Failed
-        return 0.0 if rollout.input < 4 else rollout.input + float(rollout.rollout_id > "ro-8")
+        return 0.0 if rollout.input < 4 else float(rollout.input)
 
     async with running(store, agent):
         await train(feed, keep=lambda group: group.input > 3)
@@ -139,7 +139,7 @@ async def test_after_a_resume_the_steps_are_those_of_the_trainer(make_memory_sto
 async def test_what_is_not_callable_is_refused(make_memory_store: MakeMemoryStore) -> None:
     """At once."""
     feed = make_memory_store().feed("train", [1], **RIGHT)
-    with pytest.raises(rs.InvalidValueError, match="on_step|function='wandb'"):
+    with pytest.raises(rs.InvalidValueError, match="function='wandb'.*a function of"):
         feed.on_step("wandb")  # type: ignore[arg-type]
 
 
