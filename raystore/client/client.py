@@ -81,6 +81,7 @@ from raystore.types import (
     WorkerStatus,
     warn_caller,
 )
+from raystore.values.closed import are_closed
 from raystore.values.models import refusal
 from raystore.values.objects import Kept, Origin, Parts
 from raystore.wire import checks, convert
@@ -158,7 +159,8 @@ class StoreClient(RunnerStore):
     def _reach(self, transport: Transport, config: StoreConfig, objects_at: Origin) -> None:
         """Use a store of this configuration over a transport."""
         self._transport = transport
-        self._encoder = convert.Encoder(config.all_limits(), config.estimator())
+        estimator = None if are_closed() else config.estimator()
+        self._encoder = convert.Encoder(config.all_limits(), estimator)
         self._objects_at = objects_at
         self._feeds = {}
         self.sync = SyncStore(self)

@@ -26,7 +26,7 @@ import struct
 import sys
 import types
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -35,6 +35,7 @@ import msgpack
 from raystore.core.payload import CANONICAL, PICKLED, PLAIN, Opaque, Payload, digest_of_bytes
 from raystore.errors import PayloadLostError, PayloadNotPicklableError, PayloadTooLargeError
 from raystore.values import pickler
+from raystore.values.closed import are_closed, closed
 from raystore.values.plain import LEAVES, TYPECODES
 
 _PACKED = 1  # msgpack extension: a type code and the array's bytes (little-endian, as all machines that Ray runs on)
@@ -120,6 +121,44 @@ def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
     return Payload(data, ()) if data is payload and len(data) > LARGE_BYTES else payload
 
 
+def encode_each(values: Mapping[str, Any], what: str, limit_bytes: int) -> bytes | Payload:
+    """Named values as one payload in which each stays apart: a plain one is plain data, another a pickle of its own.
+
+    `decode_each` is its inverse. Raises what `encode` raises.
+    """
+    refs: list[Any] = []
+    try:
+        packed = _packb(PLAIN, {name: _apart(value, refs) for name, value in values.items()})
+    except Exception as error:  # whatever a value's own `__reduce__` raises
+        raise PayloadNotPicklableError(what, f"{type(error).__name__}: {error}") from error
+    if len(packed) > limit_bytes:
+        raise PayloadTooLargeError(what, len(packed), limit_bytes)
+    return Payload(packed, tuple(refs)) if refs or len(packed) > LARGE_BYTES else packed
+
+
+def _apart(value: Any, refs: list[Any]) -> Any:
+    """A plain value as it is, in a list of its own; else the bytes of its payload, whose references are added."""
+    if _is_plain(value):
+        try:
+            _packb(value)
+            return [value]
+        except (OverflowError, UnicodeEncodeError):
+            pass
+    return pickler.dumps(value, refs, prefix=bytes((PICKLED,)))
+
+
+def decode_each(payload: Opaque, *, lost: Any = None) -> dict[str, Any] | None:
+    """The values of a payload of `encode_each`; None if it was encoded otherwise. `lost` is as in `decode`."""
+    data, refs = (payload.data, payload.refs) if isinstance(payload, Payload) else (payload, ())
+    if data is None or data[0] != PLAIN:
+        return None
+    found = _unpackb(memoryview(data)[1:])
+    return {
+        name: held[0] if isinstance(held, list) else decode(Payload(held, refs), lost=lost)
+        for name, held in found.items()
+    }
+
+
 def _pickled(value: Any) -> bytes | Payload:
     refs: list[Any] = []
     data = pickler.dumps(value, refs, prefix=bytes((PICKLED,)))
@@ -135,7 +174,7 @@ def decode(payload: Opaque, *, lost: Any = None) -> Any:
     """The value of a payload; None for None.
 
     A reference that is gone becomes `lost`; without it `PayloadLostError` is raised. Raises also what a user's class
-    raises while it is unpickled.
+    raises while it is unpickled. Where pickles stay closed (`values.closed`), a `Closed` stands for what is pickled.
     """
     if payload is None:
         return None
@@ -149,6 +188,8 @@ def decode(payload: Opaque, *, lost: Any = None) -> Any:
         raise ValueError(
             f"payload has tag {tag:#x}; expected {PLAIN:#x} or {PICKLED:#x}: it was written by another version"
         )
+    if are_closed():
+        return closed(memoryview(data)[1:])
     stream = io.BytesIO(data)
     stream.seek(1)
     unpickler = _Unpickler(stream)

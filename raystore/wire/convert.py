@@ -20,6 +20,7 @@ from raystore.core.schema import ID_LENGTH, MAX_PRIORITY, MAX_SPAN_NUMBER
 from raystore.errors import InvalidValueError
 from raystore.spans import reward_of
 from raystore.types import (
+    LLM,
     Attempt,
     AttemptedRollout,
     Change,
@@ -30,6 +31,8 @@ from raystore.types import (
     NamedResources,
     ObjectResource,
     OtelResource,
+    PromptTemplate,
+    ProxyLLM,
     ResourcesUpdate,
     RetryRule,
     Rollout,
@@ -39,11 +42,12 @@ from raystore.types import (
     TraceStatus,
     Worker,
 )
+from raystore.values.closed import Closed
 from raystore.values.models import EXTRA, Undecoded, decode_all
 from raystore.values.objects import Kept, Origin, Source
 from raystore.values.plain import LEAVES, plainest
 from raystore.wire import checks
-from raystore.wire.codec import decode, digest, encode, is_pickled
+from raystore.wire.codec import decode, decode_each, digest, encode, encode_each, is_pickled
 from raystore.wire.frames import collector_paused
 
 M = TypeVar("M", bound=BaseModel)
@@ -175,9 +179,24 @@ class Encoder:
         ]
 
     def resources(self, resources: NamedResources) -> tuple[Opaque, bool]:
-        """Named resources, validated before, as a payload, and whether they hold an object."""
+        """Named resources, validated before, as a payload, and whether they hold an object.
+
+        Prompts and endpoints are plain data in it, so that they can be read without opening a pickle.
+        """
         holds_objects = any(isinstance(resource, ObjectResource) for resource in resources.values())
-        return encode(resources, "resources", self._value_bytes), holds_objects
+        parts = {name: _plain_fields(resource) or resource for name, resource in resources.items()}
+        return encode_each(parts, "resources", self._value_bytes), holds_objects
+
+
+#: Resources that travel as their fields; of a class that a user derived, only a pickle knows the class.
+_PLAIN_RESOURCES: dict[str, type[BaseModel]] = {"llm": LLM, "proxy_llm": ProxyLLM, "prompt_template": PromptTemplate}
+
+
+def _plain_fields(resource: Any) -> dict[str, Any] | None:
+    """The fields of a prompt or an endpoint; None for any other resource."""
+    values = vars(resource)
+    is_plain = type(resource) is _PLAIN_RESOURCES.get(values.get("resource_type", ""))
+    return dict(values) if is_plain and values.keys() == type(resource).model_fields.keys() else None
 
 
 #: What holds a task, and is no task itself.
@@ -410,7 +429,12 @@ _LOST = Kept(None, 0)
 
 def _resources_field(origin: Origin, resources_id: str, version: int, payload: Opaque) -> dict[str, Any]:
     """The field `resources`, in which those that are objects know where these may be found."""
-    resources: dict[str, Any] = decode(payload, lost=_LOST)
+    parts = decode_each(payload, lost=_LOST)
+    if parts is None:  # they were published when all of them were one pickle
+        parts = decode(payload, lost=_LOST)
+    if isinstance(parts, Closed):
+        return {"resources": parts}
+    resources = {name: _resource(part) for name, part in parts.items()}
     for resource in resources.values():
         if isinstance(resource, ObjectResource) and resource.is_elsewhere:
             kept = resource.source.kept if resource.source is not None else _LOST
@@ -418,6 +442,11 @@ def _resources_field(origin: Origin, resources_id: str, version: int, payload: O
             if resource.value is _LOST:
                 resource.value = kept
     return {"resources": resources}
+
+
+def _resource(part: Any) -> Any:
+    """A resource, of its fields if it travelled as these."""
+    return build(_PLAIN_RESOURCES[part["resource_type"]], part) if isinstance(part, dict) else part
 
 
 def to_resources(answer: Row, origin: Origin, payload: Opaque = None) -> ResourcesUpdate:
@@ -448,7 +477,8 @@ def to_span(answer: Row) -> Span:
     """A span, from its index and its body."""
     index, payload = row(answer)[:9], row(answer)[10]
     try:
-        return _span(index, decode(payload))
+        body = decode(payload)
+        return _span(index, body if not isinstance(body, Closed) else ("UNSET", {NOT_OPENED: repr(body)}, *[None] * 3))
     except Exception:  # an attribute is of a user's class
         return _undecoded_span(index, payload)
 
@@ -482,6 +512,8 @@ def _span(index: Sequence[Any], body: Sequence[Any]) -> Span:
         extra,
     )
 
+
+NOT_OPENED = "raystore.not_opened"  #: attribute of a span whose body is a pickle that stays closed
 
 _OF_BODY = ("status", "attributes", "events", "links", "context", "parent", "resource")
 
