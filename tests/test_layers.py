@@ -40,6 +40,7 @@ LAYERS = [
     ["client"],
     ["remote"],
     ["runner"],
+    ["cli"],
 ]
 LEVEL = {name: number for number, names in enumerate(LAYERS) for name in names}
 

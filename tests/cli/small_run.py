@@ -117,7 +117,7 @@ async def _claimed(store: Any, rollout_id: str, *, worker: str = "runner-1", **m
     """A rollout with this id, claimed."""
     more = {"mode": "train", "resources_id": "policy", "queue": "own"} | more
     await store.enqueue_rollout({"question": rollout_id}, rollout_id=rollout_id, **more)
-    claimed = present(await store.dequeue_rollout(worker, queues=["own"]))
+    claimed: rs.AttemptedRollout = present(await store.dequeue_rollout(worker, queues=["own"]))
     assert claimed.rollout_id == rollout_id
     await store.testing.tick(0.5)
     await store.add_span(span(claimed, 80, "prepare", 0.0, 0.2))

@@ -33,9 +33,13 @@ def read(payload: Any) -> rs.ResourcesUpdate:
 
 def written(resources: dict[str, Any]) -> Any:
     """The payload of resources, as a client writes it."""
-    return convert.Encoder({"value_bytes": 10**6, "span_bytes": 10**6, "call_bytes": 10**6}, None).resources(resources)[
-        0
-    ]
+    limits = dict.fromkeys(["value_bytes", "span_bytes", "call_bytes"], 10**6)
+    return convert.Encoder(limits, None).resources(resources)[0]
+
+
+def size_of(payload: Any) -> int:
+    """Bytes of the pickle in a payload."""
+    return len(payload.data if isinstance(payload, Payload) else payload) - 1
 
 
 def test_prompts_and_endpoints_are_plain_data() -> None:
