@@ -87,12 +87,15 @@ class Plan:
     def what(self, store: Any) -> dict[str, Any]:
         """What tells this export from another one that the cursor file may be of."""
         filters = self.filters
-        return {
-            "format": self.format, "groups": self.of_groups, "status": list(filters.status),
-            "to": self.to if self.format == "otlp" else None,  # the cursor file of a file is moved with it
-            "mode": filters.mode, "tags": dict(filters.tags), "since": filters.since is not None,
-            "store": getattr(getattr(store, "info", None), "store_id", None),
+        told: dict[str, Any] = {
+            "format": self.format, "groups": self.of_groups, "status": list(filters.status), "mode": filters.mode,
+            "tags": dict(filters.tags), "since": filters.since is not None,
         }  # fmt: skip
+        if self.format == "otlp":  # the cursor file of a file stands beside it, and is moved with it
+            told["to"] = self.to
+        if (info := getattr(store, "info", None)) is not None:  # which a journal has not
+            told["store"] = info.store_id
+        return told
 
 
 # -- doing it ----------------------------------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ def plan_of(
     plan = Plan(to, format, groups, filters, dict(map(_header, headers)), openinference, Path(name), anew)
     if cursor is None and format != "otlp":
         in_directory = format == "parquet" and plan.single is None
-        cursor = plan.path / "export.cursor" if in_directory else plan.path.with_name(f"{plan.path.name}.cursor")
+        cursor = plan.path / "_export.cursor" if in_directory else plan.path.with_name(f"{plan.path.name}.cursor")
     return plan if cursor is None else Plan(**{**vars(plan), "cursor": cursor})
 
 
@@ -272,7 +275,7 @@ def _statuses(given: str | None, of_groups: bool) -> tuple[str, ...]:
         if word not in known:
             what = "a group that has ended" if of_groups else "a rollout"
             raise ExportError(
-                f"--status {word!r} is no status of {what}{meant(word, known).rstrip('?')}; there are {either(known)}"
+                f"--status {word!r} is no status of {what}; there are {either(known)}{meant(word, known)}"
             )
     return found
 

@@ -77,7 +77,7 @@ def span_message(span: Span, one: Whole, attempt: Any, *, is_openinference: bool
     """A span as an OTLP span."""
     from opentelemetry.proto.trace.v1 import trace_pb2
 
-    message = trace_pb2.Span()
+    message: Any = trace_pb2.Span()
     message.trace_id, message.span_id = id_bytes(span.trace_id, 16), id_bytes(span.span_id, 8)
     if span.parent_id:
         message.parent_span_id = id_bytes(span.parent_id, 8)

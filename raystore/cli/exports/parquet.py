@@ -91,15 +91,20 @@ def write(path: Path, rows: Sequence[dict[str, Any]], form: Any) -> None:
     """Write rows to a file of their own, which appears as a whole."""
     pyarrow = library()
     table = pyarrow.Table.from_pylist([fitted(row, form) for row in rows], schema=schema(form))
-    started = path.with_name(path.name + ".partial")
+    started = unfinished(path)
     pyarrow.parquet.write_table(table, started, compression="zstd")
     started.replace(path)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is written, under a name that readers of its directory pass over."""
+    return path.with_name(f"_{path.name}.partial")
 
 
 def join(parts: Sequence[Path], path: Path, form: Any) -> None:
     """Join files of rows to one, some rows at a time."""
     pyarrow = library()
-    started = path.with_name(path.name + ".partial")
+    started = unfinished(path)
     with pyarrow.parquet.ParquetWriter(started, schema(form), compression="zstd") as writer:
         for part in parts:
             for batch in pyarrow.parquet.ParquetFile(part).iter_batches(batch_size=JOINED_ROWS):

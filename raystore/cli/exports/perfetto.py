@@ -69,14 +69,15 @@ class Lanes:
             yield {"ph": "i", "s": "t", "name": name, "cat": category, "ts": slices[0][0], **where, "args": says}
 
     def _place(self, worker: str, begin: int, end: int) -> int:
-        """The first place of a runner that is free again at the beginning; it is busy until the end."""
+        """The place of a runner that was free last before the beginning; it is busy until the end."""
         places = self.state.setdefault(worker, [])
-        for number, place in enumerate(places):
-            if place[0] <= begin:
-                place[0] = end
-                return number
-        places.append([end, 0])
-        return len(places) - 1
+        free = [(place[0], number) for number, place in enumerate(places) if place[0] <= begin]
+        if not free:
+            places.append([end, 0])
+            return len(places) - 1
+        _, number = max(free)
+        places[number][0] = end
+        return number
 
     def _names(self, worker: str, process: int, place: int, tracks: int) -> Iterator[dict[str, Any]]:
         """The names of the process and threads that have none yet."""

@@ -29,7 +29,7 @@ from raystore.cli.exports.source import CHUNK, Whole
 
 VERSION = 1  #: of cursor files
 PART_ROWS = 5_000  #: of a file of Parquet
-PART_BYTES = 48 * 1024 * 1024  #: ... or so many bytes of JSON
+PART_BYTES = 16 * 1024 * 1024  #: ... or so many bytes of JSON; memory is bounded by that
 POST_SECONDS = 30.0  #: to wait for a collector
 TRIES = 6  #: of a request that a collector cannot take at the moment
 BUSY = (429, 502, 503, 504)  #: codes by which it says so
@@ -159,15 +159,17 @@ class Parquet:
         self._single = single
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
-        self._parts = 0
+        self._parts = self._committed = 0
         parquet.library()  # or say now what is missing
 
     def begin(self, state: dict[str, Any] | None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._parts = 0 if state is None else state["parts"]
+        self._parts = self._committed = 0 if state is None else state["parts"]
         for number, part in self._there():
             if number >= self._parts:
                 part.unlink()
+        for left in self.path.glob("_part-*.partial"):  # by an export that was killed
+            left.unlink()
 
     def _there(self) -> list[tuple[int, Path]]:
         found = [(part.stem.removeprefix("part-"), part) for part in self.path.glob("part-*.parquet")]
@@ -182,12 +184,12 @@ class Parquet:
     def _add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
         self._bytes += len(to_json(row))
-        if self.is_due and self._bytes > 2 * PART_BYTES:  # within a page: memory is bounded all the same
+        if len(self._rows) >= PART_ROWS or self._bytes >= PART_BYTES:
             self._flush()
 
     @property
     def is_due(self) -> bool:
-        return len(self._rows) >= PART_ROWS or self._bytes >= PART_BYTES
+        return self._parts > self._committed
 
     def _flush(self) -> None:
         if self._rows:
@@ -197,6 +199,7 @@ class Parquet:
 
     async def commit(self) -> dict[str, Any]:
         self._flush()
+        self._committed = self._parts
         return {"parts": self._parts}
 
     async def end(self) -> None:
@@ -258,6 +261,7 @@ class Collector:
         self.url = collector_url(url)
         self.sent = 0
         self.rejected: tuple[int, str] = (0, "")
+        self._has_answered = False
         self._headers = {
             "Content-Type": "application/x-protobuf", "Content-Encoding": "gzip", "User-Agent": "raystore", **headers,
         }  # fmt: skip
@@ -299,9 +303,10 @@ class Collector:
                     delay = _seconds(error.headers.get("Retry-After"), delay)
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", None) or error
-                if not self.sent or not left:  # nobody has answered there so far
+                if not self._has_answered or not left:  # it is not there, or has gone for good
                     raise ExportError(f"no collector answers at {self.url}: {reason}") from None
             else:
+                self._has_answered = True
                 self._note(answer)
                 return
             await asyncio.sleep(delay)
@@ -387,8 +392,8 @@ class CursorFile:
         if version != VERSION:
             raise ExportError(f"{self.path} was written by another version of raystore; say --anew to begin anew")
         for name, value in self._what.items():
-            if what.get(name) != value and None not in (what.get(name), value):
-                told = f"{name} {what.get(name)!r}, and now it is {value!r}"
+            if what.get(name, value) != value:
+                told = f"{name} {what[name]!r}, and now it is {value!r}"
                 raise ExportError(f"{self.path} belongs to an export with {told}; say --anew to begin anew")
         self.place, self.state, self.count = place, state, count
         return True
