@@ -208,7 +208,7 @@ def _refuse_to_replace(plan: Plan) -> None:
 
 
 def _told(plan: Plan, target: Target, count: int, more: int, before: int) -> str:
-    noun = "groups" if plan.of_groups else "rollouts"
+    noun = ("group" if plan.of_groups else "rollout") + "s" * (count != 1)
     told = f"{count:,} {noun} to {plan.to if plan.format == 'otlp' else plan.path}"
     if more:
         told += f", and {more:,} that have not finished"

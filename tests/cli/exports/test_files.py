@@ -29,7 +29,7 @@ async def test_a_line_has_all_of_a_rollout(make_memory_store: MakeMemoryStore, r
     found = await store.get_rollout_by_id(rollout_id)
     spans = await store.query_spans(rollout_id)
     path = tmp_path / "new" / "rollouts.jsonl"
-    assert run(store, "--to", path).output == f"exported 1 rollouts to {path}\n"
+    assert run(store, "--to", path).output == f"exported 1 rollout to {path}\n"
     (row,) = lines(path)
     assert row["rollout_id"] == rollout_id and row["input"] == {"question": "17 * 23"} and row["reward"] == 1.0
     assert row["mode"] == "train" and row["tags"] == {"env": "math"} and row["metadata"] == {"a": [1]}
@@ -188,7 +188,7 @@ async def test_a_store_that_lives_is_exported_again_and_again(
     assert [(row["input"], row["status"]) for row in lines(path)] == [(0, "succeeded"), (1, "queuing")]
     await finish(store, 2)
     said = run(store, "--to", path, "--status", statuses).output
-    assert "exported 1 rollouts" in said and "and 1 that have not finished; 1 were there before" in said
+    assert "exported 1 rollout" in said and "and 1 that have not finished; 1 were there before" in said
     assert [(row["input"], row["status"]) for row in lines(path)] == [
         (0, "succeeded"), (2, "succeeded"), (1, "queuing"),
     ]  # fmt: skip

@@ -99,7 +99,7 @@ async def test_a_collector_gets_the_spans(make_memory_store: MakeMemoryStore, ru
     rollout_id = await finish(store, "task", mode="train", tags={"env": "math", "level": 3})
     found = await store.query_spans(rollout_id)
     told = run(store, "--to", receiver.url, "--header", "authorization=Bearer s3cret").output
-    assert told == f"exported 1 rollouts to {receiver.url} (3 spans)\n"
+    assert told == f"exported 1 rollout to {receiver.url} (3 spans)\n"
     assert receiver.paths == ["/v1/traces"] and receiver.headers[0]["authorization"] == "Bearer s3cret"
     assert receiver.headers[0]["content-type"] == "application/x-protobuf"
     assert receiver.headers[0]["content-encoding"] == "gzip"
