@@ -127,7 +127,8 @@ async def _claimed(store: Any, rollout_id: str, *, worker: str = "runner-1", **m
 async def _finish(store: Any, rollout_id: str, value: float, **more: Any) -> None:
     """A rollout that has succeeded."""
     claimed = await _claimed(store, rollout_id, **more)
-    await store.testing.tick(2.0)
+    await conversation(store, claimed)
+    await store.testing.tick(3.5)
     await store.add_span(reward(claimed, value))
     await store.finish_attempt(claimed.rollout_id, claimed.attempt.attempt_id, [], "succeeded")
 

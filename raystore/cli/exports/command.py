@@ -13,7 +13,8 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -337,35 +338,50 @@ Example:
 """
 
 
-@click.command("export", help=_HELP)
-@click.option("--to", required=True, metavar="FILE|DIR|URL", help="Where it goes; the name says the format.")
-@click.option("--format", type=click.Choice(FORMATS), help="The format, if the name does not say it.")
-@click.option("--groups", is_flag=True, help="Groups to train on, in place of rollouts.")
-@click.option("--status", metavar="STATUS,...", help="Only these; of rollouts those that have finished, unless said.")
-@click.option("--mode", type=click.Choice(_MODES), help="Only of this mode.")
-@click.option("--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Only with this tag; may be repeated.")
-@click.option("--since", metavar="TIME", help="Only what ended since: 2h, 7d, 2026-11-30T12:00, seconds since 1970.")
-@click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="Of requests to a collector.")
-@click.option("--openinference", is_flag=True, help="Name calls of models, tools and agents as Phoenix shows them.")
-@click.option("--cursor", type=click.Path(path_type=Path), metavar="FILE", help="Where to note how far it is.")
-@click.option("--anew", is_flag=True, help="Begin anew, and replace what is there.")
-@click.pass_context
-def export(context: click.Context, /, **given: Any) -> None:
-    """Write rollouts and spans for other programs."""
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of an export."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
 
-    async def run() -> str:
+
+_OPTIONS = [
+    click.option("--to", required=True, metavar="FILE|DIR|URL", help="Where it goes; the name says the format."),
+    click.option("--format", type=click.Choice(FORMATS), help="The format, if the name does not say it."),
+    click.option("--groups", is_flag=True, help="Groups to train on, in place of rollouts."),
+    click.option("--status", metavar="STATUS,...", help="Only these; unless said, all that have finished."),
+    click.option("--mode", type=click.Choice(_MODES), help="Only of this mode."),
+    click.option("--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Only with this tag; may be repeated."),
+    click.option(
+        "--since", metavar="TIME", help="Only what ended since: 2h, 7d, 2026-11-30T12:00, seconds since 1970."
+    ),
+    click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="Of requests to a collector."),
+    click.option("--openinference", is_flag=True, help="Name calls of models, tools and agents as Phoenix shows them."),
+    click.option("--cursor", type=click.Path(path_type=Path), metavar="FILE", help="Where to note how far it is."),
+    click.option("--anew", is_flag=True, help="Begin anew, and replace what is there."),
+]
+
+
+async def export_from(opened: AbstractAsyncContextManager[Any], **given: Any) -> str:
+    """Export from a store as the options say; what was done. Raises `click.ClickException`, in one line."""
+    try:
         plan = plan_of(**given, now=time.time())
         with pickles_closed():
-            async with context.obj.open() as store:
-                return await export_to(store, plan)
-
-    try:
-        told = asyncio.run(run())
+            async with opened as store:
+                return escaped(f"exported {await export_to(store, plan)}")
     except (ExportError, ModuleNotFoundError, StoreError) as error:
         raise click.ClickException(escaped(str(error))) from None
     except OSError as error:
         raise click.ClickException(escaped(f"cannot write {given['to']}: {error}")) from None
+
+
+@click.command("export", help=_HELP)
+@options
+@click.pass_context
+def export(context: click.Context, /, **given: Any) -> None:
+    """Write rollouts and spans for other programs."""
+    try:
+        click.echo(asyncio.run(export_from(context.obj.open(), **given)))
     except KeyboardInterrupt:
         click.echo("interrupted; say the same again, and it goes on where it was", err=True)
         raise
-    click.echo(escaped(f"exported {told}"))
