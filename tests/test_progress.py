@@ -150,6 +150,27 @@ def test_reading_a_long_journal_is_drawn(tmp_path: Any) -> None:
     assert re.search(r"at record 1\d\d of", plain(drawn))
 
 
+def test_a_store_on_ray_that_reads_its_journal_is_waited_for_visibly(cluster: None, tmp_path: Any) -> None:
+    """By whoever starts it, who knows from the store how far it is."""
+    import ray
+
+    with rs.InMemoryLightningStore(journal=tmp_path) as store:
+        for _ in range(120):
+            store.sync.enqueue_rollout("x" * 10_000)
+    code = f"""
+        import ray, raystore as rs
+        ray.init(log_to_driver=False, logging_level="ERROR")
+        slow = {{"runtime_env": {{"env_vars": {{"RAYSTORE_FAILPOINTS": "replay.record=sleep:0.06"}}}}}}
+        with rs.start("long", journal={str(tmp_path)!r}, actor_options=slow) as store:
+            print(store.sync.statistics()["total_rollouts"])
+    """
+    address = ray.get_runtime_context().gcs_address
+    printed, drawn = run_on_terminal(code, environment={"RAY_ADDRESS": address})
+    assert printed == "120\n"
+    assert re.search(r"waiting for a store that reads its journal, kB  [\d,]+/1,\d{3}", plain(drawn)), plain(drawn)
+    assert re.search(r"at record \d+ of \d+ or more", plain(drawn))
+
+
 async def test_waiting_with_progress_gives_what_waiting_gives(
     make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
