@@ -159,6 +159,10 @@ class _Picture:
             live, self._live = self._live, None
         live.stop()
 
+    def forget(self) -> None:
+        """Draw nothing any longer: in a forked process, whose lock may be locked for ever."""
+        self._lock, self._drawn, self._live = threading.Lock(), [], None
+
     def drawn(self) -> Group:
         """The picture of this moment."""
         from rich.console import Group
@@ -196,3 +200,4 @@ def _start(picture: _Picture) -> Live | None:
 
 
 _PICTURE = _Picture()
+os.register_at_fork(after_in_child=_PICTURE.forget)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from time import monotonic
 from typing import Any
+
+from raystore.errors import StoreError
 
 LOOK_SECONDS = 5.0  #: after which the store is asked again
 SILENT_SECONDS = 30.0  #: without a claim, after which it is told why
@@ -25,13 +28,19 @@ class Claims:
         if now - self._looked < LOOK_SECONDS:
             return self._why
         self._looked = now
+        with suppress(StoreError):  # whoever waits is told by the call that waits
+            self._why = await self._look(now)
+        return self._why
+
+    async def _look(self, now: float) -> str:
         counts = await self._store.statistics()
         made = counts["total_attempts"] + counts["withdrawals"]  # only a claim, or a start by hand, makes more of them
         if made != self._known:
-            self._known, self._since, self._why = made, now, ""
-        elif now - self._since >= SILENT_SECONDS:
-            self._why = f"Nothing was claimed for {now - self._since:.0f} s{await self._first_finding()}"
-        return self._why
+            self._known, self._since = made, now
+            return ""
+        if now - self._since < SILENT_SECONDS:
+            return ""
+        return f"Nothing was claimed for {now - self._since:.0f} s{await self._first_finding()}"
 
     async def _first_finding(self) -> str:
         findings = await self._store.why() if hasattr(self._store, "why") else []

@@ -473,14 +473,13 @@ class StoreClient(RunnerStore):
         self, *, rollout_ids: Sequence[str], timeout: float | None = None, progress: bool = False
     ) -> list[AnyRollout]:
         ids = checks.identifiers("rollout_ids", rollout_ids)
-        with Progress("rollouts", len(set(ids)), is_wanted=checks.flag("progress", progress)) as shown:
-            if shown.can_draw and timeout is None:
-                await self._show_waiting(shown, ids, None)
-            elif shown.can_draw:
-                until = monotonic() + checks.number("timeout", timeout)
-                await self._show_waiting(shown, ids, until)
-                timeout = until - monotonic()
+        if not checks.flag("progress", progress):
             return await self._wait(ids, timeout)
+        until = None if timeout is None else monotonic() + checks.number("timeout", timeout)
+        with Progress("rollouts") as shown:
+            if shown.can_draw:
+                await self._show_waiting(shown, ids, until)
+            return await self._wait(ids, None if until is None else until - monotonic())
 
     async def _show_waiting(self, shown: Progress, rollout_ids: list[str], deadline: float | None) -> None:
         """Show how rollouts finish, until all have, or until the deadline (`monotonic`)."""

@@ -199,7 +199,8 @@ class ReadingProgress:
         if record is not None:
             self.record = record
         self.kilobytes = bytes_read // 1000
-        self._shown.update(self.kilobytes, total=self.kilobytes_in_all, note=str(self))
+        if self._shown.can_draw:
+            self._shown.update(self.kilobytes, total=self.kilobytes_in_all, note=str(self))
         if (now := time.monotonic()) > self._logged_at + LOG_SECONDS:
             self._logged_at = now
             logger.info("Reading the journal: %s", self)

@@ -243,7 +243,7 @@ def plan_of(
     """The plan of what the options say. Raises `ExportError`."""
     is_url = "://" in to
     if format is None:
-        format = "otlp" if is_url else _SUFFIXES.get(Path(to).suffix, "parquet")
+        format = "otlp" if is_url else _format_of(to)
     if is_url != (format == "otlp"):
         raise ExportError(
             f"format {format} does not go to {to!r}: otlp goes to the address of a collector, as "
@@ -265,6 +265,17 @@ def plan_of(
         in_directory = format == "parquet" and plan.single is None
         cursor = plan.path / "_export.cursor" if in_directory else plan.path.with_name(f"{plan.path.name}.cursor")
     return plan if cursor is None else Plan(**{**vars(plan), "cursor": cursor})
+
+
+def _format_of(to: str) -> str:
+    """The format that the name of a file says; Parquet for a directory."""
+    path = Path(to)
+    if path.suffix in _SUFFIXES:
+        return _SUFFIXES[path.suffix]
+    if path.suffix and not to.endswith("/") and not path.is_dir():
+        known = either(list(_SUFFIXES))
+        raise ExportError(f"{to!r} does not say a format; name it {known}, or with / at its end for a directory")
+    return "parquet"
 
 
 def _statuses(given: str | None, of_groups: bool) -> tuple[str, ...]:

@@ -116,10 +116,11 @@ class Place:
             begin = max(self.offset - OVERLAP, 0)
             items, total = await read(limit + OVERLAP, begin)
             known = {*self.ids}
-            if begin and not (items and getattr(items[0], key) in known):  # so many have gone that some would be missed
+            last = next((at for at in range(len(items) - 1, -1, -1) if getattr(items[at], key) in known), -1)
+            if begin and last < 0:  # so many have gone that this is behind the place
                 self.offset = begin
                 continue
-            found = [item for item in items if getattr(item, key) not in known]
+            found = list(items[last + 1 :])
             self.offset = begin + len(items)
             self.ids.extend(getattr(item, key) for item in found)
             if found or self.offset >= total:

@@ -265,6 +265,9 @@ async def test_places_are_found_again_when_others_have_gone(monkeypatch: pytest.
             if there and there[0].name in found:
                 gone.append(there.pop(0).name)
     assert found == [f"{number:03}" for number in range(200)] and len(gone) > 50
+    there[:] = [Record("new")]  # and of all that was read nothing is left
+    assert [one.name for one in await place.next(read, 10, "name")] == ["new"]
+    assert await place.next(read, 10, "name") == []
 
 
 # -- wrong use ---------------------------------------------------------------------------------------------------------
@@ -279,6 +282,7 @@ async def test_places_are_found_again_when_others_have_gone(monkeypatch: pytest.
         (["--to", "x.jsonl", "--header", "a=b"], "are for a collector"),
         (["--to", "http://h", "--header", "a b=c"], "--header 'a b=c' is no header"),
         (["--to", "http://h", "--header", "a=b\nEvil: 1"], "is no header"),
+        (["--to", "x.csv"], "'x.csv' does not say a format; name it .jsonl"),
         (["--to", "x.json", "--groups"], "as jsonl or parquet, and not trace"),
         (["--to", "x.json", "--format", "jsonl"], "'x.json' is named as trace is"),
         (["--to", "http://h", "--format", "jsonl"], "format jsonl does not go to 'http://h'"),
