@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.client.feed import BatchShard as BatchShard, Feed as Feed, FeedBatch as FeedBatch
     from raystore.errors import *  # noqa: F403
     from raystore.feeds import *  # noqa: F403
+    from raystore.log import setup_logging as setup_logging
     from raystore.options import StoreOptions as StoreOptions
     from raystore.remote.store import start as start, connect as connect, list_stores as list_stores, stop as stop
     from raystore.remote.store import RayLightningStore as RayLightningStore
@@ -56,6 +57,7 @@ _NAMES = {
         BatchManifest FailureBudget FailureReward FeedGroup FeedStatus GroupManifest Keep Lag Sampler StreamStatus keep
         reward
     """,
+    "raystore.log": "setup_logging",
     "raystore.options": "StoreOptions",
     "raystore.remote.store": "RayLightningStore start connect list_stores stop",
     "raystore.runner": "RunnerPool Context current run_one",

@@ -145,8 +145,10 @@ class SyncStore:
     def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
         return run_blocking(self._store.delete_rollouts(rollout_ids))
 
-    def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
-        return run_blocking(self._store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=timeout))
+    def wait_for_rollouts(
+        self, *, rollout_ids: Sequence[str], timeout: float | None = None, progress: bool = False,
+    ) -> list[AnyRollout]:
+        return run_blocking(self._store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=timeout, progress=progress))
 
     def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
         return run_blocking(self._store.wait_for_rollout(rollout_id, timeout))

@@ -372,12 +372,17 @@ class LightningStore(ABC):
     # -- waiting -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
+    async def wait_for_rollouts(
+        self, *, rollout_ids: Sequence[str], timeout: float | None = None, progress: bool = False
+    ) -> list[AnyRollout]:
         """Wait until all rollouts have finished, or for `timeout`; returns the finished ones in the given order.
 
         `timeout` None waits without limit; 0 or less does not wait. Unknown ids are skipped. Costs one waiting call,
         however many ids there are. Raises `PoolFailedError` if all of the unfinished ones wait for pools that cannot
         start a runner.
+
+        With `progress` a driver draws on its terminal how many have finished and failed, how fast, and how long it will
+        take; and why nothing is claimed, if nothing is for 30 s. Elsewhere it changes nothing.
         """
 
     @abstractmethod

@@ -30,6 +30,7 @@ from raystore.core.lifecycle import (
 )
 from raystore.core.schema import MAX_BACKOFF_SECONDS, MAX_FACTOR, MAX_RETRIES
 from raystore.errors import PayloadLostError
+from raystore.log import a_minute, logger_of
 from raystore.spans import AttributeValue as AttributeValue
 from raystore.spans import Event as Event
 from raystore.spans import Link as Link
@@ -54,7 +55,7 @@ __all__ = [
     "is_running",
 ]  # fmt: skip
 
-logger: logging.Logger = logging.getLogger(__name__)
+logger: logging.Logger = logger_of("raystore.types")
 
 RolloutMode = Literal["train", "val", "test"]
 TaskInput = Any  #: a rollout's input: anything that can be pickled
@@ -469,7 +470,10 @@ class ProxyLLM(LLM):
 
     def __getattribute__(self, name: str) -> Any:
         if name == "endpoint":
-            logger.warning("Read ProxyLLM.endpoint: requests to it belong to no rollout; use get_base_url()")
+            logger.warning(
+                "Read ProxyLLM.endpoint: requests to it belong to no rollout; use get_base_url()",
+                extra=a_minute("endpoint"),
+            )
         return super().__getattribute__(name)
 
     def get_base_url(self, rollout_id: str | None = None, attempt_id: str | None = None) -> str:

@@ -17,6 +17,7 @@ os.environ["RAY_ADDRESS"] = "local"  # a cluster that someone else runs here is 
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import raystore as rs
+from raystore import log
 from tests.helpers import AnyStore
 
 MakeMemoryStore = Callable[..., rs.InMemoryLightningStore]
@@ -30,6 +31,12 @@ RESULTS = Path(__file__).parent.parent / "runs" / "faults.jsonl"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that in the end nobody waits for one file."""
     items.sort(key=lambda item: not {"faults", "runners"} & {*item.path.parts})
+
+
+@pytest.fixture(autouse=True)
+def nothing_told() -> None:
+    """Every test begins in a process that has been told nothing yet."""
+    log.forget_told()
 
 
 @pytest.fixture

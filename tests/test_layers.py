@@ -16,6 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "raystore"
 # From the bottom up; a module imports from its own layer and those above it in this list.
 LAYERS = [
     ["errors"],
+    ["log"],
+    ["progress"],
     ["core"],
     ["values"],
     ["tracing.semconv"],
@@ -25,6 +27,8 @@ LAYERS = [
     ["feeds"],
     ["wire"],
     ["client.datasets"],
+    ["client.claims"],
+    ["client.steps"],
     ["client.pump"],
     ["client.feed"],
     ["api"],

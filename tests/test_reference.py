@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 #: Of Python, Ray and others.
 FOREIGN = {
     "AbstractContextManager", "Any", "AsyncIterator", "BaseException", "Callable", "False", "Iterable", "Literal",
-    "Mapping", "NDArray", "None", "PathLike", "Sequence", "Set", "SpanProcessor", "T", "TracerProvider", "True",
+    "Mapping", "NDArray", "None", "PathLike", "Sequence", "Set", "SpanProcessor", "T", "TextIO", "TracerProvider",
+    "True",
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ GROUPS = [
         "A store on Ray, or in this process.",
         """
         start connect RayLightningStore InMemoryLightningStore StoreOptions list_stores stop recover RecoveredRun
-        StoreInfo Testing
+        StoreInfo Testing setup_logging
         """,
     ),
     (

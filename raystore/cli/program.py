@@ -124,6 +124,8 @@ def _one_line(error: click.ClickException) -> str:
     if isinstance(error, (WrongUse, NoStore)):
         return error.message
     said = " ".join(error.format_message().split())
+    if not isinstance(error, click.UsageError):
+        return said
     path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx is not None else "raystore"
     return f"{said.rstrip('.')}. {path} --help shows how it is used"
 

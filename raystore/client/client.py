@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import isfunction
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from raystore._sync import SyncStore
 from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
+from raystore.client.claims import Claims
 from raystore.client.datasets import streams_of
 from raystore.client.feed import Feed
 from raystore.client.pump import Channel
@@ -32,7 +33,9 @@ from raystore.core.verbs import VERBS
 from raystore.errors import AnswerGoneError, FeedHeldError, InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.text import NOT_GIVEN, explain_methods, typed_as, unfit
 from raystore.feeds import FailureBudget, FailureReward, Sampler
+from raystore.log import a_minute, logger_of
 from raystore.options import StoreConfig
+from raystore.progress import Progress
 from raystore.tracing.evidence import Evidence
 from raystore.types import (
     LLM,
@@ -92,12 +95,13 @@ from raystore.wire.feeds import Changed, Chooser, Late, Order
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-logger: logging.Logger = logging.getLogger("raystore")
+logger: logging.Logger = logger_of("raystore")
 
 PART_ITEMS = 512  #: a bulk call is cut into parts of at most so many items ...
 PART_BYTES = 1024 * 1024  #: ... and so many bytes, so that one caller cannot hold up the others
 READ_AGAIN = 3  #: how often a long read starts over after a restart of the store interrupted it
-LOOK_AGAIN_SECONDS = 10.0  #: after which `as_completed` asks whether the rollouts that it waits for still exist
+LOOK_AGAIN_SECONDS = 10.0  #: after which whoever waits for rollouts asks whether they still exist
+SHOWN_SECONDS = 1.0  #: after which progress is counted again
 
 # Remedies, told in errors.
 TO_ENQUEUE = "wrap each task: rs.EnqueueRolloutRequest(input=task)"
@@ -481,8 +485,33 @@ class StoreClient(RunnerStore):
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
-    async def wait_for_rollouts(self, *, rollout_ids: Sequence[str], timeout: float | None = None) -> list[AnyRollout]:
-        return await self._wait(checks.identifiers("rollout_ids", rollout_ids), timeout)
+    async def wait_for_rollouts(
+        self, *, rollout_ids: Sequence[str], timeout: float | None = None, progress: bool = False
+    ) -> list[AnyRollout]:
+        ids = checks.identifiers("rollout_ids", rollout_ids)
+        if not checks.flag("progress", progress):
+            return await self._wait(ids, timeout)
+        until = None if timeout is None else monotonic() + checks.number("timeout", timeout)
+        with Progress("rollouts") as shown:
+            if shown.can_draw:
+                await self._show_waiting(shown, ids, until)
+            return await self._wait(ids, None if until is None else until - monotonic())
+
+    async def _show_waiting(self, shown: Progress, rollout_ids: list[str], deadline: float | None) -> None:
+        """Show how rollouts finish, until all have, or until the deadline (`monotonic`)."""
+        finishing, claims = Finishing(self._rows, rollout_ids), Claims(self)
+        found, looked = await finishing.look(), monotonic()
+        total, done, failed = len(finishing.missing) + len(found), 0, 0
+        while True:
+            done += len(found)
+            failed += sum(rollout.status != "succeeded" for rollout in found)
+            shown.update(done, failed=failed, total=total, note=await claims.why_none())
+            left = SHOWN_SECONDS if deadline is None else min(deadline - monotonic(), SHOWN_SECONDS)
+            if not finishing.missing or left <= 0:
+                return
+            found = await finishing.next(left)
+            if not found and monotonic() - looked > LOOK_AGAIN_SECONDS:
+                found, looked = await finishing.look(), monotonic()
 
     async def wait_for_rollout(self, rollout_id: str, timeout: float | None = None) -> AnyRollout | None:
         finished = await self._wait([checks.identifier("rollout_id", rollout_id)], timeout)
@@ -497,44 +526,22 @@ class StoreClient(RunnerStore):
     async def as_completed(
         self, rollout_ids: Sequence[str], *, timeout: float | None = None
     ) -> AsyncIterator[AnyRollout]:
-        missing = set(checks.identifiers("rollout_ids", rollout_ids))
+        asked = checks.identifiers("rollout_ids", rollout_ids)
         deadline = None if timeout is None else monotonic() + checks.duration("timeout", timeout)
-        asked = set(missing)
-        finished, cursor, token = await self._split_finished(missing)
-        if unknown := sorted(asked - missing):
+        finishing = Finishing(self._rows, asked)
+        finished = await finishing.look()
+        if unknown := sorted({*asked} - finishing.missing - {rollout.rollout_id for rollout in finished}):
             raise RolloutNotFoundError(*unknown)
         while True:
             for rollout in finished:
-                if rollout.rollout_id in missing:
-                    missing.discard(rollout.rollout_id)
-                    yield rollout
-            if not missing:
+                yield rollout
+            if not finishing.missing:
                 return
             left = LOOK_AGAIN_SECONDS if deadline is None else min(deadline - monotonic(), LOOK_AGAIN_SECONDS)
             if left <= 0:
-                raise TimeoutError(f"{len(missing)} of the rollouts had not finished after {timeout} s")
-            wanted = {"cursor": cursor, "limit": 256, "timeout": left, "filters": {}, "among": token}
-            try:
-                items, after = await self._rows("completed", wanted)
-                finished, cursor = convert.all_of(convert.to_any_rollout, items), after or cursor
-            except AnswerGoneError:  # the store has forgotten the token
-                finished = []
-            if not finished:  # some may have been deleted, and will never finish
-                finished, cursor, token = await self._split_finished(missing, token)
-
-    async def _split_finished(
-        self, missing: set[str], instead_of: int | None = None
-    ) -> tuple[list[AnyRollout], int, int | None]:
-        """The finished ones, with a cursor and a token of the store's by which to ask for the others.
-
-        Ids that do not exist are removed from `missing`. The token `instead_of` is of no more use then.
-        """
-        items, (cursor, unfinished, token) = await self._rows(
-            "sort_out", {"rollout_ids": list(missing), "instead_of": instead_of}
-        )
-        finished = convert.all_of(convert.to_any_rollout, items)
-        missing &= {*unfinished, *(rollout.rollout_id for rollout in finished)}
-        return finished, cursor, token
+                raise TimeoutError(f"{len(finishing.missing)} of the rollouts had not finished after {timeout} s")
+            # Some may have been deleted, and will never finish.
+            finished = await finishing.next(left) or await finishing.look()
 
     async def completed(
         self,
@@ -908,7 +915,7 @@ class StoreClient(RunnerStore):
             ask=self._transport.call, open=partial(call_past_the_dead, self._transport.call), reader=self,
             encoder=self._encoder, take=self._take, put=self._put, travels=self._travels,
         )  # fmt: skip
-        made = self._feeds[plan.feed] = Feed(plan, streams, drawing["sampler"], channel)
+        made = self._feeds[plan.feed] = Feed(plan, streams, drawing["sampler"], channel, drawing["epochs"])
         return made
 
     # -- resources -----------------------------------------------------------------------------------------------------
@@ -1183,6 +1190,42 @@ class StoreClient(RunnerStore):
         self.close()
 
 
+class Finishing:
+    """Rollouts in the order in which they finish, each once.
+
+    Attributes:
+        missing: ids of those that have not finished; of those only that exist.
+    """
+
+    def __init__(
+        self, rows: Callable[[str, dict[str, Any]], Coroutine[Any, Any, tuple[list[Any], Any]]], rollout_ids: list[str]
+    ) -> None:
+        self.missing: set[str] = set(rollout_ids)
+        self._rows = rows
+        self._cursor = 0
+        self._token: int | None = None  # of the store's, by which it knows which are missing
+
+    async def look(self) -> list[AnyRollout]:
+        """Those that have finished by now; also finds out which have been deleted."""
+        wanted = {"rollout_ids": list(self.missing), "instead_of": self._token}
+        items, (self._cursor, unfinished, self._token) = await self._rows("sort_out", wanted)
+        finished = convert.all_of(convert.to_any_rollout, items)
+        self.missing.intersection_update(unfinished)
+        return finished
+
+    async def next(self, seconds: float) -> list[AnyRollout]:
+        """Those that finish next; empty after so many seconds."""
+        wanted = {"cursor": self._cursor, "limit": 256, "timeout": seconds, "filters": {}, "among": self._token}
+        try:
+            items, after = await self._rows("completed", wanted)
+        except AnswerGoneError:  # the store has forgotten the token
+            return await self.look()
+        self._cursor = after or self._cursor
+        finished = [one for one in convert.all_of(convert.to_any_rollout, items) if one.rollout_id in self.missing]
+        self.missing.difference_update(rollout.rollout_id for rollout in finished)
+        return finished
+
+
 class Testing:
     """What tests may do to a store and production code must not: `store.testing`, for `clock="manual"`."""
 
@@ -1223,7 +1266,7 @@ def _named(model: type[M], row: Sequence[Any]) -> M:
 def _log_duplicate(span: Span) -> None:
     logger.error(
         "Duplicated span added: span %s of attempt %s of rollout %s is stored already",
-        span.span_id, span.attempt_id, span.rollout_id,
+        span.span_id, span.attempt_id, span.rollout_id, extra=a_minute("duplicate"),
     )  # fmt: skip
 
 

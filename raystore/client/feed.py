@@ -12,13 +12,18 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
+from raystore.client.claims import Claims
 from raystore.client.datasets import Stream
 from raystore.client.pump import CLOSE_SECONDS, Channel, Pump, Reader, Test
+from raystore.client.steps import StepClock, endings, flat
 from raystore.errors import BatchHeldError, FeedClosedError, InvalidValueError
+from raystore.errors.text import summary
 from raystore.feeds import BatchManifest, FeedGroup, FeedStatus, Keep, Sampler, manifest_of
+from raystore.log import a_minute, logger_of, once
+from raystore.progress import Progress
 from raystore.spans import Span
 from raystore.tracing.calls import model_calls
 from raystore.tracing.evidence import rewards_by_name
@@ -29,10 +34,15 @@ from raystore.wire import feeds as wire_feeds
 from raystore.wire import groups as wire_groups
 from raystore.wire.feeds import Plan
 
-logger: logging.Logger = logging.getLogger("raystore")
+logger: logging.Logger = logger_of("raystore")
 
 TAKE_SECONDS = 3600.0  #: for which one call waits for a batch
 UNPUBLISHED_SECONDS = 10.0  #: after which whoever waits for a batch is told that nothing was published
+
+SHOWN_SECONDS = 1.0  #: after which progress is counted again
+
+#: What `on_step` takes: it gets the metrics of a step, and its number.
+OnStep = Callable[[dict[str, float], int], Any]
 
 WEIGHTS = "weights"  #: the name under which agents find what is published without one
 
@@ -99,6 +109,7 @@ class FeedBatch:
         self._reader: Reader | None = channel.reader
         self._travels = channel.travels
         self._feed: Feed | None = None
+        self._is_told = False  # whoever asked for steps, of this one
         self._spans: dict[str, list[Span]] | None = None
 
     @property
@@ -119,13 +130,17 @@ class FeedBatch:
         rollout id, are kept in the ledger as JSON. May be repeated. Raises `BatchConflictError` if the feed does not
         hold the batch any more, or if the step is before the last one.
         """
+        at_step = checks.whole("step", step, at_least=0)
         noted = None if per_rollout is None else wire_feeds.notes(per_rollout, (r.rollout_id for r in self.rollouts))
         arguments = {
-            "at_step": checks.whole("step", step, at_least=0),
+            "at_step": at_step,
             "note": None if metrics is None else wire_feeds.note("metrics", metrics),
             "notes": noted,
         }
         await self._ask("ack", arguments)
+        if self._feed is not None and not self._is_told:
+            self._is_told = True
+            await self._feed.tell_of_step(self, at_step, metrics or {})
 
     async def nack(self) -> None:
         """Give the batch back unconsumed: its groups come again before all others.
@@ -216,14 +231,22 @@ class Feed:
     """
 
     def __init__(
-        self, plan: Plan, streams: Sequence[tuple[Stream, float]], sampler: Sampler | None, channel: Channel
+        self,
+        plan: Plan,
+        streams: Sequence[tuple[Stream, float]],
+        sampler: Sampler | None,
+        channel: Channel,
+        epochs: int | None,
     ) -> None:
         self.name: str = plan.feed
+        self._epochs = epochs
         self._plan = plan
         self._channel = channel
         self._make = functools.partial(Pump, plan, streams, sampler, channel)
         self._pump = self._make()
         self._is_closed = False
+        self._steps = StepClock()
+        self._on_step: list[OnStep] = []
 
     @property
     def is_pumping(self) -> bool:
@@ -282,7 +305,9 @@ class Feed:
             return dict(weights)
         return {WEIGHTS: weights if isinstance(weights, Resource) else ObjectResource(value=weights)}
 
-    def batches(self, keep: Keep | Test | None = None, *, max_open: int = 1) -> AsyncIterator[FeedBatch]:
+    def batches(
+        self, keep: Keep | Test | None = None, *, max_open: int = 1, progress: bool = False
+    ) -> AsyncIterator[FeedBatch]:
         """Iterate over batches of `batch` groups each, until all items have come to their ends.
 
         `keep` says which groups are trained on: `rs.keep(...)`, or a function of a `FeedGroup` that gives True or
@@ -292,6 +317,9 @@ class Feed:
         A batch is held until `ack` or `nack`; up to `max_open` may be held at once, to fetch ahead. Another one raises
         `BatchHeldError`.
 
+        With `progress` a driver draws on its terminal, while it waits for a batch, how many items have come to their
+        ends, how fast, how many failed, and how much of the batch is there.
+
         Raises `FailureBudgetError` or `FilteredTooManyError` if the feed has paused: `resume` and iterate again.
         Raises `FeedClosedError` if the feed was closed, or if a function of the user's raised, which is its cause;
         `FeedHeldError` and `DatasetChangedError`; and what `store.take` raises.
@@ -300,7 +328,9 @@ class Feed:
             if not callable(keep) or inspect.iscoroutinefunction(keep):
                 expected = "rs.keep(...), or a plain function of a group that gives True or False"
                 raise InvalidValueError("keep", keep, expected)
-        return self._batches(keep, checks.whole("max_open", max_open, at_least=1))
+        checks.whole("max_open", max_open, at_least=1)
+        shown = Progress(f"feed {self.name}", is_wanted=checks.flag("progress", progress))
+        return self._batches(keep, max_open, shown)
 
     async def checkpoint(self, step: int) -> int:
         """Tell that the model of step `step` is durable; returns how many rollouts that releases.
@@ -311,6 +341,41 @@ class Feed:
         at_step = checks.whole("step", step, at_least=0)
         await self._begun()
         return int(await self._channel.ask("checkpoint", {"consumer": self.name, "at_step": at_step}))
+
+    def on_step(self, function: OnStep) -> OnStep:
+        """Call `function(metrics, step)` after each `ack` with what the step was like; returns the function.
+
+        `metrics` is one flat mapping of names to floats, made anew for each call, with those of `ack(metrics=...)`;
+        `docs/metrics.md` lists the names. `step` is that of `ack`. So a tracker is one line:
+        `feed.on_step(lambda metrics, step: wandb.log(metrics, step=step))`.
+
+        An asynchronous function is awaited. What a function raises is logged once, and never stops the training.
+        """
+        if not callable(function):
+            raise InvalidValueError("function", function, "a function of (metrics, step), such as a tracker's log")
+        self._on_step.append(function)
+        return function
+
+    async def tell_of_step(self, batch: FeedBatch, step: int, metrics: Mapping[str, Any]) -> None:
+        """A batch was acknowledged: tell those who asked for it."""
+        if not self._on_step:
+            return
+        judged = self._pump.take_judged()
+        try:
+            found = self._steps.metrics(batch.groups, step, judged, await self.status()) | flat(metrics)
+        except Exception:  # whatever it is: the step is acknowledged, and training goes on
+            logger.exception("What step %d of feed %r was like is not known", step, self.name, extra=once("step"))
+            return
+        for number, function in enumerate(self._on_step):
+            try:
+                answer = function(dict(found), step)
+                if inspect.isawaitable(answer):
+                    await answer
+            except Exception as error:
+                logger.exception(
+                    "Function %d of on_step of feed %r failed at step %d, and training goes on: %s (told once)",
+                    number, self.name, step, summary(error), extra=once("on_step", self.name, number),
+                )  # fmt: skip
 
     async def status(self) -> FeedStatus:
         """Where the feed stands. Raises `FeedNotFoundError` before it has begun for the first time."""
@@ -381,17 +446,25 @@ class Feed:
             pump.raise_error()
             raise FeedClosedError(self.name, "it was closed" if self._is_closed else "its store was closed")
 
-    async def _batches(self, keep: Keep | Test | None, max_open: int) -> AsyncIterator[FeedBatch]:
+    async def _batches(self, keep: Keep | Test | None, max_open: int, shown: Progress) -> AsyncIterator[FeedBatch]:
         pump = await self._begun()
         pump.judge_by(keep)
+        self._steps.begin(await self.status())
         if pump.is_published:
             pump.go_on()
-        while (batch := await self._next(pump, max_open)) is not None:
+        while True:
+            since = time.monotonic()
+            with shown:
+                batch = await self._next(pump, max_open, shown)
+            if batch is None:
+                return
+            self._steps.waited += time.monotonic() - since
             yield batch
 
-    async def _next(self, pump: Pump, max_open: int) -> FeedBatch | None:
+    async def _next(self, pump: Pump, max_open: int, shown: Progress) -> FeedBatch | None:
         """The next batch; None if there will be none."""
         take: asyncio.Task[FeedBatch | None] | None = None
+        claims = Claims(self._channel.reader)
         since = time.monotonic()
         is_told = False
         try:
@@ -401,6 +474,9 @@ class Feed:
                     self._raise_end(pump)
                     take = take or asyncio.ensure_future(self._take(pump, max_open))
                     left = None if is_told else max(UNPUBLISHED_SECONDS + since - time.monotonic(), 0.0)
+                    if shown.can_draw:
+                        await self._show(shown, claims)
+                        left = SHOWN_SECONDS if left is None else min(left, SHOWN_SECONDS)
                     await asyncio.wait((take, ring), timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     pump.bell.forget(ring)
@@ -413,11 +489,22 @@ class Feed:
                     if not pump.is_published:
                         logger.warning(
                             "Feed %r hands out nothing until publish(weights, version=...): a batch has been waited "
-                            "for %d s", self.name, time.monotonic() - since,
+                            "for %d s", self.name, time.monotonic() - since, extra=a_minute("unpublished", self.name),
                         )  # fmt: skip
         finally:
             if take is not None:
                 await self._give_back(take)
+
+    async def _show(self, shown: Progress, claims: Claims) -> None:
+        """Show where the feed is, and how much of the next batch is there."""
+        status = await self.status()
+        found, size = endings(status), self._plan.rule["batch"]
+        lengths = [stream.length for stream in status.streams.values()]
+        known = [length for length in lengths if length is not None]
+        total = sum(known) * self._epochs if self._epochs and len(known) == len(lengths) else None
+        ready = min(status.under_way.get("complete", 0), size)
+        note = await claims.why_none() or f"next batch: {ready} of {size} groups are complete"
+        shown.update(found.total(), failed=found["failed"], total=total, note=note)
 
     async def _give_back(self, take: asyncio.Task[FeedBatch | None]) -> None:
         """Whoever waited has gone: a batch that has come meanwhile is not kept."""

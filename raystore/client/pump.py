@@ -38,6 +38,7 @@ from raystore.errors import (
 )
 from raystore.errors.text import summary
 from raystore.feeds import FeedGroup, Keep, Sampler
+from raystore.log import a_minute, logger_of
 from raystore.spans import Span
 from raystore.tracing.calls import model_calls
 from raystore.tracing.evidence import lacking, rewards_by_name
@@ -48,7 +49,7 @@ from raystore.wire.codec import decode, encode
 from raystore.wire.convert import Encoder
 from raystore.wire.feeds import Plan, to_feed_group
 
-logger: logging.Logger = logging.getLogger("raystore")
+logger: logging.Logger = logger_of("raystore")
 
 WORK_SECONDS = 30.0  #: for which one call waits for something to do
 REST_SECONDS = 1.0  #: after which the store is asked again, if nothing could be done of what it said
@@ -59,6 +60,7 @@ SKIPPED_AT_ONCE = 100  #: items that are passed over in one step, at most
 UNREADABLE = 10_000  #: items in a row that cannot be read, after which the dataset counts as broken; or a whole epoch
 STATE_BYTES = 16 * 1024 * 1024  #: of what a dataset or sampler keeps of its position
 CLOSE_SECONDS = 5.0  #: for which the end of a pump is waited for
+REWARDS_KEPT = 100_000  #: of judged groups, until somebody asks for them
 REMEMBERED = 10_000  #: groups whose spans were read and that are not taken yet
 
 #: Whether a group is trained on.
@@ -186,8 +188,8 @@ class Pump:
         self._must_open = False  # since it has changed what is judged
         self._seen: dict[str, Seen] = {}  # by group, until it is taken or has ended
         self._endings = 0  # the number of the last one that was told
+        self._judged: list[float] = []  # rewards of the groups that `keep` has judged since they were asked for
         self._unreadable: dict[str, int] = {}  # by stream: items passed over since the last one that could be read
-        self._warned: set[str] = set()  # kinds of reasons that were logged
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -267,6 +269,12 @@ class Pump:
         """What was read of a group's spans, which is forgotten here."""
         return self._seen.pop(group_id, None)
 
+    def take_judged(self) -> list[float]:
+        """The rewards of the groups that `keep` has judged since the last call, whether they passed or not."""
+        with self._lock:
+            judged, self._judged = self._judged, []
+        return judged
+
     @property
     def reads_spans(self) -> bool:
         """Whether groups are looked into before they are trained on."""
@@ -318,9 +326,7 @@ class Pump:
                     await self._open()
                 did = await self._do(await self._work())
             except (JournalFullError, OverloadedError) as error:
-                if type(error).__name__ not in self._warned:
-                    self._warned.add(type(error).__name__)
-                    logger.warning("Feed %r draws nothing for now: %s (told once)", self.plan.feed, error)
+                logger.warning("Feed %r draws nothing for now: %s", self.plan.feed, error, extra=self._kind("full"))
                 if isinstance(error, OverloadedError) and error.asked > error.bound:
                     raise  # one group alone is more than there may be
                 await asyncio.sleep(min(error.retry_after_seconds, REST_SECONDS))
@@ -341,7 +347,7 @@ class Pump:
             except PASSING as error:
                 if not self.is_open and isinstance(error, StoreUnavailableError):
                     raise  # whoever has just begun is told
-                logger.warning("Feed %r waits for its store: %s", self.plan.feed, error)
+                logger.warning("Feed %r waits for its store: %s", self.plan.feed, error, extra=self._kind("waits"))
                 await asyncio.sleep(REST_SECONDS)
 
     async def _open(self) -> None:
@@ -530,14 +536,11 @@ class Pump:
                 pending.clear()
 
     def _pass_over(self, stream: Stream, environment: str, index: int, why: str) -> None:
-        """Log that an item is passed over, once for each kind of reason; too many are a broken dataset."""
-        kind = why.partition(":")[0]
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning(
-                "Feed %r passes over item %d of %r: %s (told once for each kind of reason; feed.status() counts them)",
-                self.plan.feed, index, environment, why,
-            )  # fmt: skip
+        """Log that an item is passed over, by the kind of reason; too many are a broken dataset."""
+        logger.warning(
+            "Feed %r passes over item %d of %r: %s (feed.status() counts them)",
+            self.plan.feed, index, environment, why, extra=self._kind("passed over", why.partition(":")[0]),
+        )  # fmt: skip
         count = self._unreadable[stream.name] = self._unreadable.get(stream.name, 0) + 1
         if count >= min(stream.length or UNREADABLE, UNREADABLE):
             error = InvalidValueError(f"data[{environment!r}]", why, f"items that can be read; {count} in a row cannot")
@@ -554,6 +557,7 @@ class Pump:
             why = None
             if self._keep is not None:
                 why = self._why_not(self._keep, group)
+                self._remember_rewards(group)
             if unusable:
                 self._say_unusable(unusable)
             tokens = seen.tokens if seen is not None else None
@@ -562,6 +566,11 @@ class Pump:
                 self._seen.pop(group.group_id, None)
         if verdicts:
             await self._ask("feed_judge", verdicts=verdicts)
+
+    def _remember_rewards(self, group: FeedGroup) -> None:
+        rewards = [reward for reward in group.rewards if reward is not None]
+        with self._lock:
+            self._judged = (self._judged + rewards)[-REWARDS_KEPT:]
 
     def _why_not(self, keep: Keep | Test, group: FeedGroup) -> str | None:
         if isinstance(keep, Keep):
@@ -576,15 +585,17 @@ class Pump:
         return None if answer else f"{name} does not keep it"
 
     def _say_unusable(self, unusable: Mapping[str, str]) -> None:
-        """Log once that rollouts lack what training on them needs."""
-        if "unusable" not in self._warned:
-            self._warned.add("unusable")
-            rollout_id, what = next(iter(unusable.items()))
-            logger.warning(
-                "Feed %r does not train on %d rollouts of a group, such as %s: %s, and require=%r asks for it. They "
-                "count as failures (told once)",
-                self.plan.feed, len(unusable), rollout_id, what, list(self.plan.require),
-            )  # fmt: skip
+        """Log that rollouts lack what training on them needs."""
+        rollout_id, what = next(iter(unusable.items()))
+        logger.warning(
+            "Feed %r does not train on %d rollouts of a group, such as %s: %s, and require=%r asks for it. They "
+            "count as failures",
+            self.plan.feed, len(unusable), rollout_id, what, list(self.plan.require), extra=self._kind("unusable"),
+        )  # fmt: skip
+
+    def _kind(self, *kind: str) -> dict[str, Any]:
+        """Tell a line of this kind, of this pump, once a minute."""
+        return a_minute(self.pump_id, *kind)
 
     async def _choose(self, chooser: Callable[..., Any], group_ids: list[str]) -> None:
         """Have the user's function choose the groups of the next batch."""

@@ -29,8 +29,9 @@ from raystore.core.claims import is_batch
 from raystore.core.state import HandedKey
 from raystore.core.verbs import HANDING
 from raystore.errors import BatchHeldError, FeedHeldError
+from raystore.log import a_minute, logger_of
 
-logger: logging.Logger = logging.getLogger("raystore")
+logger: logging.Logger = logger_of("raystore")
 
 T = TypeVar("T")
 
@@ -296,7 +297,7 @@ class NoticeHandlers:
             try:
                 handler(*notice)
             except Exception:  # an error of a user's handler must not stop the session
-                logger.exception("A handler of notices failed")
+                logger.exception("A handler of notices failed", extra=a_minute("notices"))
 
 
 # -- forks -------------------------------------------------------------------------------------------------------------

@@ -45,8 +45,9 @@ from raystore.journal.reader import JournalReader
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
 from raystore.journal.writer import SEGMENT_BYTES
+from raystore.log import logger_of
 
-logger: logging.Logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logger_of("raystore.store")
 
 VERIFY_LAG = 2_000  #: so many rollouts are touched before the first of them is verified: most have come to rest then
 VERIFY_AT_ONCE = 64

@@ -29,9 +29,10 @@ from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter, is_full
+from raystore.log import logger_of
 from raystore.options import StoreConfig
 
-logger: logging.Logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logger_of("raystore.store")
 
 HOLD_AFTER = 2  #: processes that die at the same record; the next one serves the state before it, and takes no changes
 
@@ -143,7 +144,8 @@ def _read(
         reader = JournalReader(directory, epoch)
         if stop_at is not None and reader.position.record == stop_at:
             raise JournalHeldError(str(directory.path), stop_at, marker.deaths)
-        return reader, replay(reader, before=marker.mark, stop_at=stop_at, progress=progress)
+        with progress or ReadingProgress(is_shown=True) as shown:
+            return reader, replay(reader, before=marker.mark, stop_at=stop_at, progress=shown)
 
     try:
         return retry_on_replacement(read)
@@ -221,7 +223,8 @@ def read_run(path: str | Path) -> Replay:
     directory = checked_directory(path, to_write=False)
     if not directory.segments(RECORDS, SNAPSHOT):
         raise JournalMissingError(str(directory.path), "there are no segments")
-    return retry_on_replacement(lambda: replay(JournalReader(directory)))
+    with ReadingProgress(is_shown=True) as shown:
+        return retry_on_replacement(lambda: replay(JournalReader(directory), progress=shown))
 
 
 def open_for_reading(path: str | Path) -> Opened:

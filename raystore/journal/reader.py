@@ -16,15 +16,17 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from raystore.errors import JournalDamagedError
 from raystore.journal import files, format, snapshot_file
 from raystore.journal.files import SNAPSHOT, Directory, JournalFile, JournalPosition
 from raystore.journal.format import FORMAT, START, Chunks, WriterInfo
+from raystore.log import logger_of
+from raystore.progress import Progress
 from raystore.values import objects
 
-logger: logging.Logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logger_of("raystore.store")
 
 T = TypeVar("T")
 
@@ -42,6 +44,7 @@ class JournalReader:
         self.snapshot: Path | None = None  # to begin with
         self.format: int = FORMAT  # of the record that was read last
         self.is_old: bool = False  # something that was read has an earlier format
+        self.bytes_read: int = 0  # of the segments
 
         def is_wanted(found: JournalFile) -> bool:
             return (epoch is None or found.epoch < epoch) and (until is None or found[:2] <= until)
@@ -91,6 +94,11 @@ class JournalReader:
         """A record up to which the journal goes at least, known before its records are read."""
         return files.read_head(self._segments[-1].path).first if self._segments else self.position.record
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all segments, as far as it is known before they are read."""
+        return sum(segment.path.stat().st_size for segment in self._segments)
+
     def __iter__(self) -> Iterator[tuple[int, Chunks]]:
         """Number and chunks of each record behind the snapshot."""
         expected = self.position.record + 1
@@ -104,12 +112,13 @@ class JournalReader:
                 raise JournalDamagedError(str(path), 0, f"it begins with record {head.first}, and {expected} is next")
             self.format = head.format
             self.is_old = self.is_old or head.format < FORMAT
-            end = 0
+            end, before = 0, self.bytes_read
             for frame in found:
                 for record in frame.records():
                     yield expected, record
                     expected += 1
                 end = frame.end
+                self.bytes_read = before + end
                 self.position = JournalPosition(epoch, number, end, expected - 1)
             if limit is not None and is_limited and expected - 1 != limit.record:
                 why = f"its records end at {expected - 1}, and not at {limit.record}"
@@ -173,22 +182,35 @@ class CrashMarker:
 
 
 class ReadingProgress:
-    """How far a reading has come, for other threads and, now and then, for the log."""
+    """How far a reading has come, for other threads, for the log now and then, and for whoever waits at a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_shown: bool = False) -> None:
         self.steps: int = 0  #: grows as long as the reading makes progress
         self.record: int = 0  #: that is being read; 0 before the first
         self.known_last = 0  #: the journal goes at least up to this record
+        self.kilobytes: int = 0  #: of its segments that were read
+        self.kilobytes_in_all: int = 0
         self._logged_at = time.monotonic()
+        self._shown = Progress("reading the journal, kB", is_wanted=is_shown)
 
-    def advance(self, record: int | None = None) -> None:
-        """A section of a snapshot was read, or a record is about to be."""
+    def advance(self, record: int | None = None, bytes_read: int = 0) -> None:
+        """A section of a snapshot was read, or a record is about to be, behind so many bytes of segments."""
         self.steps += 1
         if record is not None:
             self.record = record
+        self.kilobytes = bytes_read // 1000
+        if self._shown.can_draw:
+            self._shown.update(self.kilobytes, total=self.kilobytes_in_all, note=str(self))
         if (now := time.monotonic()) > self._logged_at + LOG_SECONDS:
             self._logged_at = now
             logger.info("Reading the journal: %s", self)
+
+    def __enter__(self) -> Self:
+        self._shown.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._shown.__exit__(*exc)
 
     def __str__(self) -> str:
         return f"at record {self.record} of {max(self.record, self.known_last)} or more"

@@ -240,7 +240,7 @@ def replay(
     A snapshot counts as the newest record that it holds.
     """
     progress = progress or ReadingProgress()
-    progress.known_last = reader.known_last
+    progress.known_last, progress.kilobytes_in_all = reader.known_last, reader.size_bytes // 1000
     replayed = Replay()
     if reader.snapshot is not None:
         before(reader.position.record)
@@ -249,7 +249,7 @@ def replay(
         if number == stop_at:
             break
         before(number)
-        progress.advance(number)
+        progress.advance(number, reader.bytes_read)
         failpoint("replay.record")
         replayed.apply(number, record, reader.format)
     return replayed

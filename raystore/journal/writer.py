@@ -30,8 +30,9 @@ from raystore.journal import format
 from raystore.journal.failpoints import failpoint
 from raystore.journal.files import Directory
 from raystore.journal.format import FileHead, Record
+from raystore.log import logger_of
 
-logger: logging.Logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logger_of("raystore.store")
 
 SEGMENT_BYTES = 64 * 1024 * 1024  #: a segment that has grown beyond is followed by a new one
 SPACE_BYTES = 4 * 1024 * 1024  #: allocated at once, at least

@@ -31,6 +31,7 @@ from raystore.core.state import Settings
 from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
 from raystore.journal.reader import ReadingProgress
+from raystore.log import logger_of
 from raystore.options import StoreConfig, memory_capacity, resolve
 from raystore.remote.exporter import Exporter
 from raystore.remote.lifelines import Lifelines, here
@@ -39,7 +40,7 @@ from raystore.service.clock import LoopAlarm
 from raystore.service.service import PROTOCOL, Service
 from raystore.wire import frames
 
-logger: logging.Logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logger_of("raystore.store")
 
 #: Records form no cycles. So the garbage collector seldom looks at old objects, which would only pause the loop.
 COLLECTOR_THRESHOLDS = (3_000, 2, 250_000)
@@ -135,7 +136,9 @@ class StoreActor:
             async with asyncio.timeout(READ_SECONDS):
                 await self._until_read()
         except TimeoutError:
-            return brief | {"reading": [self._progress.steps, str(self._progress)]}
+            progress = self._progress
+            at = [progress.kilobytes, progress.kilobytes_in_all]
+            return brief | {"reading": [progress.steps, str(progress)], "kilobytes": at}
         if self._refusal is not None:
             return brief | {"refusal": to_record(self._refusal)}
         service = self._open().service

@@ -27,9 +27,10 @@ import ray
 
 from raystore.core.claims import JOB_ENDED
 from raystore.core.state import Session
+from raystore.log import a_minute, logger_of
 from raystore.service.service import Service
 
-logger: logging.Logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logger_of("raystore.store")
 
 LOOK_SECONDS = 1.0  #: between two looks at the processes of sessions
 AGAIN_SECONDS = 0.5  #: to the next look when a process is gone; then Ray knows whether its job has ended
@@ -222,7 +223,7 @@ class Lifelines:
                     self._service.end_sessions(ended)
                 self._forget()
             except Exception:  # Ray may answer next time
-                logger.exception("The processes of clients could not be looked for")
+                logger.exception("The processes of clients could not be looked for", extra=a_minute("lifelines"))
             seconds = EARLY_SECONDS if self._held else None
             if watched:
                 seconds = AGAIN_SECONDS if self._suspected else LOOK_SECONDS

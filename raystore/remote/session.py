@@ -43,12 +43,14 @@ from raystore.errors import (
     from_record,
 )
 from raystore.errors.text import last_line
+from raystore.log import a_minute, logger_of
+from raystore.progress import Progress
 from raystore.remote.lifelines import this_process
 from raystore.remote.session_state import PENDING_SECONDS, Actions, Batch, Listen, Operation, SessionState, Version
 from raystore.service.service import PROTOCOL
 from raystore.wire import frames
 
-logger: logging.Logger = logging.getLogger("raystore")
+logger: logging.Logger = logger_of("raystore")
 
 CLIENT = (PROTOCOL, f"raystore {__version__}")  #: protocol and version of this side of a session
 HANDSHAKE_SECONDS = 60.0  #: to wait for the first answer of a store
@@ -81,30 +83,9 @@ def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
         raise NotAStoreError(f"{handle!r} (a {type(handle).__name__})")
     if not is_store(handle):
         raise NotAStoreError(f"The actor {handle!r}")
-    deadline = time.monotonic() + HANDSHAKE_SECONDS
-    steps, progressed_at, logged_at = -1, 0.0, time.monotonic()
     try:
-        while True:
-            try:
-                known = handle.describe.remote().future().result(timeout=max(deadline - time.monotonic(), 0))
-            except ray.exceptions.ActorUnavailableError:  # it may be back in a moment, and asking again is harmless
-                time.sleep(HANDSHAKE_RETRY_SECONDS)
-                continue
-            if not isinstance(known, dict) or known.get("reading") is None:
-                break
-            now, (count, where) = time.monotonic(), known["reading"]
-            deadline = now + HANDSHAKE_SECONDS
-            if count != steps:
-                steps, progressed_at = count, now
-            elif now - progressed_at > STANDSTILL_SECONDS:
-                why = f"it has not come on in its journal for {STANDSTILL_SECONDS:g} s, {where}. Its log says more"
-                raise StoreUnavailableError(known["name"], why)
-            if not waits:
-                raise StoreUnavailableError(known["name"], f"it reads its journal, {where}")
-            if now > logged_at + LOG_SECONDS:
-                logged_at = now
-                logger.info("Waiting for store %r, which reads its journal: %s", known["name"], where)
-            time.sleep(HANDSHAKE_RETRY_SECONDS)
+        with Progress("waiting for a store that reads its journal, kB") as shown:
+            known = _described(handle, waits, shown)
     except ray.exceptions.ActorDiedError as error:
         raise StoreUnavailableError(repr(handle), f"its actor has died. {last_line(str(error))}") from None
     except TimeoutError:
@@ -117,6 +98,35 @@ def describe(handle: Any, *, waits: bool = True) -> dict[str, Any]:
         theirs = f"raystore {known['version']}, protocol {known['protocol']}"
         raise ProtocolMismatchError(f"{CLIENT[1]}, protocol {PROTOCOL}", theirs)
     return known
+
+
+def _described(handle: Any, waits: bool, shown: Progress) -> Any:
+    """What an actor says of itself, once it has read its journal."""
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
+    steps, progressed_at, logged_at = -1, 0.0, time.monotonic()
+    while True:
+        try:
+            known = handle.describe.remote().future().result(timeout=max(deadline - time.monotonic(), 0))
+        except ray.exceptions.ActorUnavailableError:  # it may be back in a moment, and asking again is harmless
+            time.sleep(HANDSHAKE_RETRY_SECONDS)
+            continue
+        if not isinstance(known, dict) or known.get("reading") is None:
+            return known
+        now, (count, where) = time.monotonic(), known["reading"]
+        read, in_all = known["kilobytes"]
+        shown.update(read, total=in_all, note=where)
+        deadline = now + HANDSHAKE_SECONDS
+        if count != steps:
+            steps, progressed_at = count, now
+        elif now - progressed_at > STANDSTILL_SECONDS:
+            why = f"it has not come on in its journal for {STANDSTILL_SECONDS:g} s, {where}. Its log says more"
+            raise StoreUnavailableError(known["name"], why)
+        if not waits:
+            raise StoreUnavailableError(known["name"], f"it reads its journal, {where}")
+        if now > logged_at + LOG_SECONDS:
+            logged_at = now
+            logger.info("Waiting for store %r, which reads its journal: %s", known["name"], where)
+        time.sleep(HANDSHAKE_RETRY_SECONDS)
 
 
 def is_store(handle: Any) -> bool:
@@ -347,7 +357,9 @@ class ClientSession:
                 actions = self.state.reply(batch, epoch, outcome, rest, time.monotonic())
             self._do(actions)
         except Exception as error:  # nobody else would tell the callers of this batch
-            logger.exception("The answer to a batch of store %r could not be taken", self.store)
+            logger.exception(
+                "The answer to a batch of store %r could not be taken", self.store, extra=a_minute("batch", self.store)
+            )
             with self._lock:
                 actions = self.state.give_up(
                     batch, f"its answer could not be taken. {_first_line(error)}", time.monotonic()
@@ -366,7 +378,9 @@ class ClientSession:
                 actions = self.state.listened(listen, epoch, outcome, rest, time.monotonic())
             self._do(actions)
         except Exception:  # the next call may fare better, and what came will come again
-            logger.exception("What store %r had to say could not be taken", self.store)
+            logger.exception(
+                "What store %r had to say could not be taken", self.store, extra=a_minute("said", self.store)
+            )
             self._listen_again(listen)
 
     def _listen_again(self, listen: Listen) -> None:
@@ -385,7 +399,9 @@ class ClientSession:
         """Do what follows from an answer: one wake-up for each loop, however many answers it has."""
         for key in actions.lost:
             what = "Batch %d of consumer %r" if isinstance(key[1], int) else "The claim of attempt %s of rollout %s"
-            logger.warning(f"{what} was lost: acknowledged too late", key[1], key[0])
+            logger.warning(
+                f"{what} was lost: acknowledged too late", key[1], key[0], extra=a_minute("lost", self.store)
+            )
         by_loop: dict[asyncio.AbstractEventLoop, list[Operation]] = {}
         for operation in actions.answered:
             operation.is_answered = True

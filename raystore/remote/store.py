@@ -32,6 +32,7 @@ from raystore.errors import (
 )
 from raystore.errors.text import explained, explained_with
 from raystore.journal.opening import checked_directory
+from raystore.log import logger_of, once
 from raystore.options import OPTIONS, StoreConfig, StoreOptions, make_config
 from raystore.remote.actor import StoreActor
 from raystore.remote.session import (
@@ -49,7 +50,7 @@ from raystore.types import NamedResources, ObjectResource, StoreInfo
 from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 from raystore.wire.checks import identifier
 
-logger: logging.Logger = logging.getLogger("raystore")
+logger: logging.Logger = logger_of("raystore")
 
 NAMESPACE = "raystore"
 
@@ -113,7 +114,6 @@ class RayLightningStore(StoreClient):
         self.actor = handle
         self._known = known
         self._owns = owns
-        self._warned: set[tuple[str | None, str]] = set()  # of these resources that they do not survive
         told = known["objects"] or {"path": None, "token": None}
         origin = Origin(told["path"], told["token"], known["name"], known["namespace"])
         self._reach(ActorTransport(handle, known), known["config"], origin)
@@ -160,14 +160,12 @@ class RayLightningStore(StoreClient):
 
     def _warn(self, resources_id: str | None, name: str, size: int, bound: int) -> None:
         """Log once that an object is lost if this process dies."""
-        if (resources_id, name) in self._warned:
-            return
-        self._warned.add((resources_id, name))
         logger.warning(
             "Resource %r of %s (%s) is not kept in the journal, which keeps objects of at most journal_object_bytes=%d."
             " It is lost if this process or its object store dies, and what waits for it is then held back until it is "
             "published again. To have it survive, start the store with a larger journal_object_bytes (told once)",
             name, resources_id or "new resources", f"{size} bytes" if size else "a reference", bound,
+            extra=once("object", self._known["store_id"], resources_id, name),
         )  # fmt: skip
 
     async def _published(self, answer: Any, payload: Opaque, boxed: Boxed) -> None:

@@ -20,12 +20,15 @@ from raystore.client.client import StoreClient
 from raystore.client.transport import run_blocking
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.errors.text import last_line, portable, text_of
+from raystore.log import a_minute, logger_of
+from raystore.progress import Progress
 from raystore.runner.agents import retry_delays
 from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all
 
-logger: logging.Logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logger_of("raystore.runner")
 
 NAMESPACE = "raystore-runners"  #: Ray's namespace in which the runners' worker ids are the names of their actors
+SHOWN_SECONDS = 0.5  #: after which progress of a start is counted again
 REPLACE_SECONDS = 1.0  #: after a death the runner is replaced, even if the store did not answer whether it was useful
 FAILURES_REPORTED = 3  #: after so many runners in a row that died before they were ready, the pool reports a failure
 
@@ -163,21 +166,26 @@ class RunnerActors:
         deadline = time.monotonic() + self._start_timeout
         explain_at = time.monotonic() + min(EXPLAIN_SECONDS, self._start_timeout)
         has_explained = False
-        for member, session in [(member, member.actor.ready.remote().future()) for member in members]:
-            while not member.is_ready:
-                try:
-                    left = (deadline if has_explained else explain_at) - time.monotonic()
-                    member.session_id = session.result(timeout=max(left, 0))
-                    member.is_ready = True
-                except TimeoutError as error:
-                    if session.done():  # the agent itself raised it
+        sessions = [member.actor.ready.remote().future() for member in members]
+        with Progress("starting runners", len(members)) as shown:
+            for member, session in zip(members, sessions, strict=True):
+                while not member.is_ready:
+                    shown.update(sum(one.done() for one in sessions))
+                    try:
+                        left = (deadline if has_explained else explain_at) - time.monotonic()
+                        left = min(left, SHOWN_SECONDS) if shown.can_draw else left
+                        member.session_id = session.result(timeout=max(left, 0))
+                        member.is_ready = True
+                    except TimeoutError as error:
+                        if session.done():  # the agent itself raised it
+                            raise self._error(_cause(error)) from error
+                        if time.monotonic() >= deadline:
+                            raise self._error(setting_up=sum(member.is_setting_up for member in members)) from None
+                        if not has_explained and time.monotonic() >= explain_at:
+                            self._log_waiting([member for member in members if not member.is_ready])
+                            has_explained = True
+                    except Exception as error:  # the runner has died, or its agent cannot be set up
                         raise self._error(_cause(error)) from error
-                    if has_explained or time.monotonic() >= deadline:
-                        raise self._error(setting_up=sum(member.is_setting_up for member in members)) from None
-                    self._log_waiting([member for member in members if not member.is_ready])
-                    has_explained = True
-                except Exception as error:  # the runner has died, or its agent cannot be set up
-                    raise self._error(_cause(error)) from error
 
     def _start_member(self, number: int) -> _Member:
         worker_id = self._ids.next(number)
@@ -218,7 +226,9 @@ class RunnerActors:
             try:
                 handle(member, future)
             except Exception:  # the other runners must still be watched
-                logger.exception("An event of runner %s could not be handled", member.worker_id)
+                logger.exception(
+                    "An event of runner %s could not be handled", member.worker_id, extra=a_minute("event")
+                )
 
     def _on_slow(self, member: _Member, future: None) -> None:
         if not member.is_ready and not member.ended.is_set() and not self._stopping:
@@ -239,7 +249,10 @@ class RunnerActors:
             self._failures = failures = self._failures + 1
             if failures >= FAILURES_REPORTED and not self._stopping:
                 cause = _cause(error)
-                logger.error("Pool %s has failed %d times to start a runner: %s", self._pool_id, failures, cause)
+                logger.error(
+                    "Pool %s has failed %d times to start a runner: %s", self._pool_id, failures, cause,
+                    extra=a_minute("failures", self._pool_id),
+                )  # fmt: skip
                 self._later(0, lambda: self._report_pool(failures, cause))
         self._later(0, lambda: self._on_death(member, error))
 
@@ -286,7 +299,9 @@ class RunnerActors:
         if was_useful:
             self._delays.pop(member.number, None)
         delay = 0.0 if was_useful else next(self._delays.setdefault(member.number, retry_delays()))
-        logger.warning("Runner %s died and is replaced: %s", member.worker_id, _cause(error))
+        logger.warning(
+            "Runner %s died and is replaced: %s", member.worker_id, _cause(error), extra=a_minute("died", self._pool_id)
+        )
         self._later(delay, lambda: self._start_replacement(member))
 
     def _start_replacement(self, dead: _Member) -> None:
@@ -307,7 +322,10 @@ class RunnerActors:
                 run_blocking(self._store.report_ended(member.session_id, worker_id=worker_id, stopped=stopped))
                 return
             except OutcomeUnknownError as doubt:  # a second report does no harm
-                logger.warning("Runner %s has ended, which the store may not know yet: %s", member.worker_id, doubt)
+                logger.warning(
+                    "Runner %s has ended, which the store may not know yet: %s", member.worker_id, doubt,
+                    extra=a_minute("doubt", self._pool_id),
+                )  # fmt: skip
                 if self._stopping:  # the store will notice that its session is silent
                     return
             except StoreError as refusal:

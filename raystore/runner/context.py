@@ -21,6 +21,7 @@ from raystore.client import transport
 from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError, NoSuchResourceError
 from raystore.errors.text import meant, report, summary, text_of
+from raystore.log import logger_of, once
 from raystore.spans import AttributeValue, Event, Span, TraceStatus, attributes_of
 from raystore.tracing import semconv
 from raystore.tracing.calls import CallCounter, Losses
@@ -28,7 +29,7 @@ from raystore.types import LLM, Attempt, AttemptedRollout
 from raystore.values import plain
 from raystore.values.plain import pack_floats, pack_integers
 
-logger: logging.Logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logger_of("raystore.runner")
 
 STOPPED = "the runner stops"  #: reason of a cancellation after which the work is given back
 ALONE = "run_one"  #: worker id of a call without a store
@@ -420,14 +421,12 @@ class Outbox:
             self._on_full()
 
     def _warn_of_fork(self, span: Span) -> None:
-        if self._pid:
-            self._pid = 0
-            logger.warning(
-                "Span %r of rollout %s is lost, as is everything that this process records: the agent forked it, and "
-                "nothing recorded in a fork reaches the runner. Return it to the agent, and let the agent record it. "
-                "(Logged once.)",
-                span.name, span.rollout_id,
-            )  # fmt: skip
+        logger.warning(
+            "Span %r of rollout %s is lost, as is everything that this process records: the agent forked it, and "
+            "nothing recorded in a fork reaches the runner. Return it to the agent, and let the agent record it. "
+            "(Told once.)",
+            span.name, span.rollout_id, extra=once("fork"),
+        )  # fmt: skip
 
     def take(self) -> list[Span]:
         """Remove and return the spans that wait."""

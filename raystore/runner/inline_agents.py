@@ -23,6 +23,7 @@ from raystore.client.client import TO_PUBLISH
 from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError
 from raystore.errors.text import add_note, explained, summary
+from raystore.log import a_minute, logger_of
 from raystore.runner import agents
 from raystore.runner.agents import Agent, Ending, retry_delays
 from raystore.runner.context import ALONE, Context, Outbox
@@ -32,7 +33,7 @@ from raystore.tracing.calls import Losses
 from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
 from raystore.wire.checks import validated
 
-logger: logging.Logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logger_of("raystore.runner")
 
 CLOSE_SECONDS = 1.0  #: that an agent may take to end after one of its calls was abandoned
 
@@ -56,7 +57,6 @@ class InlineAgents:
         self._thread: _AgentThread | None = None
         self._opening = asyncio.Lock()
         self._pending: dict[Context, _Pending] = {}
-        self._has_warned = False
         self._has_abandoned = False
 
     async def open(self) -> None:
@@ -72,7 +72,10 @@ class InlineAgents:
                     thread = await self._living_thread()
                 except Exception as error:
                     delay = next(delays)
-                    logger.error("The agent cannot be made again; trying again in %g s. %s", delay, summary(error))
+                    logger.error(
+                        "The agent cannot be made again; trying again in %g s. %s", delay, summary(error),
+                        extra=a_minute("agent not made"),
+                    )  # fmt: skip
                     await asyncio.wait([pending.ending], timeout=delay)
                     continue
                 thread.begin(context, pending)
@@ -110,13 +113,12 @@ class InlineAgents:
 
     def kill(self, context: Context) -> None:
         """Kill an agent that was cancelled when the grace period is over; here, only log that it goes on."""
-        if context in self._pending and not self._has_warned:
-            self._has_warned = True
+        if context in self._pending:
             logger.warning(
                 "The agent goes on with rollout %s although its work is no longer needed (%s), and occupies its slot "
                 "until it returns. Call ctx.check() in the agent now and then, or use "
-                "RunnerPool(isolation='process'). (Logged once.)",
-                context.rollout.rollout_id, context.why,
+                "RunnerPool(isolation='process').",
+                context.rollout.rollout_id, context.why, extra=a_minute("agent goes on"),
             )  # fmt: skip
 
     def abandon(self, context: Context) -> None:
@@ -154,7 +156,9 @@ class _AgentThread:
                 self.life.serve()
         except BaseException as error:  # SystemExit, too
             if is_open:
-                logger.exception("An agent has ended; another one is made for the next rollout")
+                logger.exception(
+                    "An agent has ended; another one is made for the next rollout", extra=a_minute("agent has ended")
+                )
             else:
                 self._resolve(self.opened, error)
         finally:

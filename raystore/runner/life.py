@@ -27,11 +27,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from raystore.errors.text import add_note, text_of, with_causes
+from raystore.log import a_minute, logger_of
 from raystore.runner import agents
 from raystore.runner.agents import Agent, Ending
 from raystore.runner.context import Context, outside_rollouts
 
-logger: logging.Logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logger_of("raystore.runner")
 
 NEEDS_MAIN_THREAD = (
     "this can be done in the main thread of a process only, and the agent runs in another one here; "
@@ -126,7 +127,7 @@ class Life:
                 with outside_rollouts():
                     self._call_method("close")
         except Exception:
-            logger.exception("close() of the agent failed")
+            logger.exception("close() of the agent failed", extra=a_minute("close"))
         finally:
             self._agent = None  # collected in its own thread
             self._threads.close()

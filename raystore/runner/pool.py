@@ -11,6 +11,7 @@ import contextlib
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -18,14 +19,16 @@ from raystore.client.client import StoreClient
 from raystore.client.local import InMemoryLightningStore
 from raystore.errors import InvalidValueError, NotAStoreError, PoolStartError
 from raystore.errors.text import explained, last_line, report
+from raystore.log import logger_of
+from raystore.progress import Progress
 from raystore.runner import agents
-from raystore.runner.actors import RunnerActors
+from raystore.runner.actors import SHOWN_SECONDS, RunnerActors
 from raystore.runner.agents import Agent
 from raystore.runner.context import outside_rollouts
 from raystore.runner.worker import EXPLAIN_SECONDS, STOP_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all
 from raystore.wire import checks
 
-logger: logging.Logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logger_of("raystore.runner")
 
 
 class RunnerPool:
@@ -243,13 +246,23 @@ class LocalRunners:
     def start(self) -> None:
         """Make all agents, and start to work."""
         self._thread.start()
-        if not self._started.wait(min(EXPLAIN_SECONDS, self._start_timeout)):
-            logger.warning("Still waiting for __init__ or setup() of the agent.")
-            if not self._started.wait(max(self._start_timeout - EXPLAIN_SECONDS, 0)):
-                self._stopping = True  # agents that are set up after this are closed again
-                raise self._error(setting_up=self._size)
+        with Progress("starting runners", self._size) as shown:
+            if not self._wait_until_started(min(EXPLAIN_SECONDS, self._start_timeout), shown):
+                logger.warning("Still waiting for __init__ or setup() of the agent.")
+                if not self._wait_until_started(self._start_timeout - EXPLAIN_SECONDS, shown):
+                    self._stopping = True  # agents that are set up after this are closed again
+                    raise self._error(setting_up=self._size)
         if self._failure is not None:
             raise self._error(self._failure) from self._failure
+
+    def _wait_until_started(self, seconds: float, shown: Progress) -> bool:
+        """Whether all agents are made within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            shown.update(0, note="__init__ or setup() of the agent")
+            if self._started.wait(min(left, SHOWN_SECONDS) if shown.can_draw else left):
+                return True
+        return self._started.is_set()
 
     def _error(self, failure: Exception | None = None, *, setting_up: int = 0) -> PoolStartError:
         cause = None if failure is None else last_line(report(failure))

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from raystore.errors import AgentProcessError
 from raystore.errors.text import report, summary
+from raystore.log import a_minute, logger_of
 from raystore.runner.agents import Ending, retry_delays
 from raystore.runner.context import Context
 from raystore.runner.fork_server import Exit, ForkServer, kill_tree
@@ -35,7 +36,7 @@ from raystore.spans import Span
 from raystore.types import ObjectResource
 from raystore.values import pickler
 
-logger: logging.Logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logger_of("raystore.runner")
 
 CLOSE_SECONDS = 1.0  #: that an agent's `close` may take
 LAST_MESSAGES_SECONDS = 0.2  #: that the last messages of a process that has ended may take to arrive
@@ -126,7 +127,10 @@ class _Process:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except Exception:  # a span of a class that cannot be imported here, for example
-            logger.exception("A message of an agent's process cannot be read; the process is killed")
+            logger.exception(
+                "A message of an agent's process cannot be read; the process is killed",
+                extra=a_minute("unread message"),
+            )
             self.kill()
         finally:
             if not self.ready.done():
@@ -228,7 +232,9 @@ class ProcessAgents:
             except AgentProcessError as error:
                 if context.cancelled or self._server is None:
                     return None
-                logger.error("No process for an agent; trying again in %g s. %s", delay, error)
+                logger.error(
+                    "No process for an agent; trying again in %g s. %s", delay, error, extra=a_minute("no process")
+                )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self._cancelled[context].wait()

@@ -37,6 +37,7 @@ from raystore.errors import (
     StoreUnavailableError,
 )
 from raystore.errors.text import last_line, summary
+from raystore.log import a_minute, logger_of, once
 from raystore.runner.agents import Agent, Ending, lost_resources, pickled
 from raystore.runner.context import STOPPED, Context, Outbox, outside_rollouts
 from raystore.runner.inline_agents import InlineAgents
@@ -46,7 +47,7 @@ from raystore.tracing.calls import Losses
 from raystore.types import Attempt, AttemptedRollout
 from raystore.values import pickler
 
-logger: logging.Logger = logging.getLogger("raystore.runner")
+logger: logging.Logger = logger_of("raystore.runner")
 
 EXPLAIN_SECONDS = 10.0  #: after which a pool that has not started logs what it waits for
 STOP_SECONDS = 5.0  #: that rollouts have to finish when their pool closes
@@ -55,7 +56,6 @@ CLAIM_SECONDS = 30.0  #: of one long poll, so that a runner whose pool is gone d
 CLAIM_PAUSE_SECONDS = 0.2  #: after a claim that failed
 MAX_UNREAD_PAUSE_SECONDS = 5.0  #: before the next claim where resources cannot be read
 EARLY_NOTICES_KEPT = 1_000  #: that arrived before their claim, or after the end of their rollout
-PLACES_WARNED = 20  #: places in the agents' code whose errors a runner logs
 NAME_LENGTH = 200  #: characters of a span's name in a heartbeat
 RESOURCES_IDLE_SECONDS = 1.0  #: that a version of resources stays cached after its last user
 
@@ -159,8 +159,6 @@ class Runner:
         self._running: dict[Key, _Work] = {}
         self._early_notices: OrderedDict[Key, str] = OrderedDict()
         self._resources = ResourceCache(store)
-        self._places_warned: set[str] = set()
-        self._has_warned_of_no_reward = False
         self._unread_pause = 0.0  # grows while resources cannot be read here
         self._stopping = threading.Event()
         self._heartbeat_wanted = threading.Event()
@@ -219,9 +217,9 @@ class Runner:
                 if not isinstance(error, OutcomeUnknownError):
                     logger.error("Runner %s ends: %s", self.worker_id, error)
                     return
-                logger.warning("Runner %s claims again: %s", self.worker_id, error)
+                logger.warning("Runner %s claims again: %s", self.worker_id, error, extra=a_minute("claim"))
             except Exception as error:
-                logger.error("Runner %s cannot claim a rollout: %s", self.worker_id, error)
+                logger.error("Runner %s cannot claim a rollout: %s", self.worker_id, error, extra=a_minute("no claim"))
                 await asyncio.sleep(CLAIM_PAUSE_SECONDS)
             if claimed is not None:
                 reports.append(await self._run(claimed))
@@ -258,7 +256,10 @@ class Runner:
             rollout.input  # noqa: B018 - raises if the task cannot be decoded here
             resources = await self._resources.acquire(rollout)
         except Exception as error:  # deleted resources, or a class that cannot be imported here
-            logger.error("Runner %s cannot run rollout %s: %s", self.worker_id, rollout.rollout_id, error)
+            logger.error(
+                "Runner %s cannot run rollout %s: %s", self.worker_id, rollout.rollout_id, error,
+                extra=a_minute("not run", type(error).__name__),
+            )  # fmt: skip
             await asyncio.sleep(CLAIM_PAUSE_SECONDS)  # another runner, which may be able to run it, claims it first
             key = (rollout.rollout_id, rollout.attempt.attempt_id)
             return functools.partial(self._finish_attempt, key, [], Ending("failed", "infra", summary(error)))
@@ -300,24 +301,20 @@ class Runner:
         return functools.partial(self._finish, work, ending)
 
     def _warn_of_error(self, rollout: AttemptedRollout, place: str, error: str | None) -> None:
-        """Log an agent's error, once for each place: a run in which all agents fail should not be silent."""
-        if place not in self._places_warned and len(self._places_warned) < PLACES_WARNED:
-            self._places_warned.add(place)
-            logger.warning(
-                "The agent failed on rollout %s: %s (%s; logged once, attempt.error has the traceback)",
-                rollout.rollout_id, last_line(error or "")[:400], place,
-            )  # fmt: skip
+        """Log an agent's error, by its place: a run in which all agents fail should not be silent."""
+        logger.warning(
+            "The agent failed on rollout %s: %s (%s; attempt.error has the traceback)",
+            rollout.rollout_id, last_line(error or "")[:400], place, extra=a_minute("agent failed", place),
+        )  # fmt: skip
 
     def _warn_of_no_reward(self, rollout_id: str) -> None:
         """Log once that an agent gives no reward: its author may believe that it does."""
-        if not self._has_warned_of_no_reward:
-            self._has_warned_of_no_reward = True
-            logger.warning(
-                "Rollout %s succeeded without a reward, so its reward is None. Let the agent return a number, or call "
-                "ctx.reward(x); ignore this if the reward comes from elsewhere, or if there is none. To keep a rollout "
-                "from training, raise rs.Drop(why). (Logged once.)",
-                rollout_id,
-            )  # fmt: skip
+        logger.warning(
+            "Rollout %s succeeded without a reward, so its reward is None. Let the agent return a number, or call "
+            "ctx.reward(x); ignore this if the reward comes from elsewhere, or if there is none. To keep a rollout "
+            "from training, raise rs.Drop(why). (Told once.)",
+            rollout_id, extra=once("no reward"),
+        )  # fmt: skip
 
     async def _finish(self, work: _Work, ending: Ending) -> None:
         """Send the last spans of a rollout, and report how it ended."""
@@ -401,7 +398,9 @@ class Runner:
                     work.sending = asyncio.create_task(self._send_of(work, spans))
                     await asyncio.shield(work.sending)
                 except StoreError as error:
-                    logger.warning("Spans of rollout %s are lost: %s", work.rollout.rollout_id, error)
+                    logger.warning(
+                        "Spans of rollout %s are lost: %s", work.rollout.rollout_id, error, extra=a_minute("spans lost")
+                    )
             elif not is_known:
                 with contextlib.suppress(StoreError):  # the runner's regular heartbeat will log it
                     await self._store.heartbeat([work.key])
@@ -488,9 +487,13 @@ class Runner:
                 try:
                     self._send_heartbeat(process)
                 except StoreError as error:
-                    logger.warning("Runner %s could not send a heartbeat: %s", self.worker_id, error)
+                    logger.warning(
+                        "Runner %s could not send a heartbeat: %s", self.worker_id, error, extra=a_minute("heartbeat")
+                    )
                 except Exception:  # if this thread ended, all rollouts of this runner would become unresponsive
-                    logger.exception("Runner %s could not send a heartbeat", self.worker_id)
+                    logger.exception(
+                        "Runner %s could not send a heartbeat", self.worker_id, extra=a_minute("heartbeat failed")
+                    )
 
     def _send_heartbeat(self, process: psutil.Process) -> None:
         running = list(self._running)
@@ -558,9 +561,9 @@ async def _logging_errors(report: Report) -> None:
     try:
         await report()
     except ValueError as error:  # the claim is lost, or the rollout deleted
-        logger.warning("A report came too late and was refused: %s", error)
+        logger.warning("A report came too late and was refused: %s", error, extra=a_minute("report too late"))
     except Exception:
-        logger.exception("A rollout could not be reported")
+        logger.exception("A rollout could not be reported", extra=a_minute("not reported"))
 
 
 # -- its resources -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-logger: logging.Logger = logging.getLogger("raystore.store")
+from raystore.log import a_minute, logger_of
+
+logger: logging.Logger = logger_of("raystore.store")
 
 AGAIN_SECONDS = 1.0  #: after a ring that failed
 IDLE_SECONDS = 30.0  #: how often a thread with nothing to wait for looks whether its store is still there
@@ -156,6 +158,8 @@ def _rung(ring: Callable[[], None]) -> bool:
     try:
         ring()
     except Exception:
-        logger.exception("What was due could not be worked off; trying again in %g s", AGAIN_SECONDS)
+        logger.exception(
+            "What was due could not be worked off; trying again in %g s", AGAIN_SECONDS, extra=a_minute("due")
+        )
         return False
     return True

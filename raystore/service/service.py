@@ -47,6 +47,7 @@ from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
+from raystore.log import a_minute, logger_of, once
 from raystore.options import StoreConfig, resolve
 from raystore.service import sampling
 from raystore.service.clock import Alarm, Clock, ManualClock
@@ -57,7 +58,7 @@ from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.presence import NO_QUEUES, UNSERVED_SECONDS, LivenessChecks, Pools
 from raystore.service.sampling import Sampler
 
-logger: logging.Logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logger_of("raystore.store")
 
 PROTOCOL = 5  #: version of the session protocol; client and store refuse each other when it differs
 TICK_SECONDS = 1.0  #: between looks at the clock while there are deadlines, so that a standstill is measured
@@ -130,7 +131,6 @@ class Service:
         elif opened is not None:
             self._failed = opened.held or ReadOnlyError(str(opened.directory.path))
         self._closed = False
-        self._has_warned_of_object_ids = False
         #: To be done before the next operation; may be added to from anywhere, a garbage collection included.
         self.deferred: deque[Callable[[], None]] = deque()
         self._unneeded: deque[list[str]] = deque()  # objects of the journal whose files may go now
@@ -310,7 +310,10 @@ class Service:
         now = clock.now() if clock.is_manual else time.monotonic() + clock.offset
         if self._armed is not None and now > self._armed + LATE_SECONDS and not clock.is_manual:
             self.do("pause", Step(now, now), now - self._armed)
-            logger.warning("The store stood still for %.1f s; deadlines move by as much", now - self._armed)
+            logger.warning(
+                "The store stood still for %.1f s; deadlines move by as much", now - self._armed,
+                extra=a_minute("stood still", self.store_id),
+            )  # fmt: skip
             self._armed, self._rings_at = None, NEVER
         return Step(now, clock.age() if clock.is_manual else now, self._seeds.getrandbits(64), session)
 
@@ -751,6 +754,7 @@ class Service:
         logger.log(
             level, "Evicted %d spans (%d bytes) of %d rollouts in %.4f s%s",
             done.spans, done.bytes, len(done.rollout_ids), self.last_eviction_seconds, unread,
+            extra=a_minute("evicted", self.store_id) if done.unread else None,
         )  # fmt: skip
 
     def _log_memory(self) -> None:
@@ -764,13 +768,11 @@ class Service:
 
     def _warn_of_object_ids(self) -> None:
         """Many ids hold objects: likely a leak of weights. Said once."""
-        if not self._has_warned_of_object_ids:
-            self._has_warned_of_object_ids = True
-            logger.warning(
-                "%d resources ids hold objects, and none of them is freed while its id stays. Publish new weights with "
-                "update_resources() under one id, or start the store with keep_resources=N",
-                len(self.state.resources.object_ids),
-            )
+        logger.warning(
+            "%d resources ids hold objects, and none of them is freed while its id stays. Publish new weights with "
+            "update_resources() under one id, or start the store with keep_resources=N (told once)",
+            len(self.state.resources.object_ids), extra=once("object ids", self.store_id),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Answer everybody who waits with what there is, and take no more calls."""

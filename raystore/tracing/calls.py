@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,11 +19,12 @@ from typing import Any
 
 from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError, PayloadNotReadableError
+from raystore.log import a_minute, logger_of, once
 from raystore.spans import Span
 from raystore.tracing import semconv
 from raystore.tracing.dialects import CallFacts, is_model_call, tool_call
 
-logger: logging.Logger = logging.getLogger("raystore.tracing")
+logger: logging.Logger = logger_of("raystore.tracing")
 
 REASON_LENGTH: int = 40  #: characters of a finish reason that are counted by
 SHOWN: int = 3  #: spans that one line of the log names
@@ -123,7 +125,7 @@ def model_calls(spans: Iterable[Span]) -> list[ModelCall]:
     if unreadable:
         shown = "; ".join(f"{_place(span)}: {error}" for span, error in unreadable[:SHOWN])
         more = f"; and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
-        logger.warning("Passed over while model calls were read: %s%s", shown, more)
+        logger.warning("Passed over while model calls were read: %s%s", shown, more, extra=a_minute("passed over"))
     return sorted(found, key=lambda call: min(places[id(span)] for span in call.spans))
 
 
@@ -265,14 +267,12 @@ _REMEDY = (
     "a tracer that keeps them (agent-lightning's; OpenInference's for OpenAI), or record the call with "
     "ctx.llm(prompt_ids=, response_ids=, logprobs=), or set the attributes "
     f"{semconv.INPUT_TOKEN_IDS}, {semconv.OUTPUT_TOKEN_IDS} and {semconv.OUTPUT_LOGPROBS} on its span. "
-    "Said once in this process."
+    "(Told once.)"
 )
 _THEREFORE = {
     "token ids": "they are not trained on",
     "log-probabilities": "no importance ratio can be computed for them",
 }
-
-_warned: set[str] = set()  # of what this process has warned
 
 
 def with_token_ids(calls: Sequence[ModelCall]) -> list[tuple[ModelCall, array[int], array[int]]]:
@@ -291,10 +291,11 @@ def with_token_ids(calls: Sequence[ModelCall]) -> list[tuple[ModelCall, array[in
 
 def _warn_once(what: str, lacking: Sequence[Span | _EndedCall], among: int) -> None:
     """Warn, once in this process, that these of so many calls lack something."""
-    if lacking and what not in _warned:
-        _warned.add(what)
-        counts = f"{len(lacking)} of {among} model calls have no {what}, so that {_THEREFORE[what]}"
-        logger.warning("%s; the first is %s. %s", counts, _place(lacking[0]), _REMEDY)
+    if lacking:
+        logger.warning(
+            "%d of %d model calls have no %s, so that %s; the first is %s. %s",
+            len(lacking), among, what, _THEREFORE[what], _place(lacking[0]), _REMEDY, extra=once("lack", what),
+        )  # fmt: skip
 
 
 def _place(span: Span | _EndedCall) -> str:
@@ -425,8 +426,6 @@ def _ended_call(span: Span) -> _EndedCall | None:
 
 # -- spans that are lost -----------------------------------------------------------------------------------------------
 
-NAMES_LOGGED: int = 20  #: spans with a fault of their own, of different names, that a process logs for each reason
-
 _REMEDIES: dict[LossReason, str] = {
     "sampled_out": (
         "Unset OTEL_TRACES_SAMPLER, or give the TracerProvider sampler=ALWAYS_ON; one that is based on the parent also "
@@ -443,7 +442,10 @@ _REMEDIES: dict[LossReason, str] = {
 }
 _OF_ONE_SPAN: tuple[LossReason, ...] = ("not_convertible", "refused")  #: other spans of the agent are kept
 
-_logged: dict[LossReason, set[str]] = {}  # names of spans that this process has logged
+
+def _place_of(name: str) -> int:
+    """A small number for a name: of names that have an id in them there is no end."""
+    return zlib.crc32(name.encode("utf-8", "replace")) % 100
 
 
 class Losses:
@@ -459,15 +461,13 @@ class Losses:
             self._counts[reason] += number
 
     def add(self, reason: LossReason, name: str, story: str) -> None:
-        """Count the loss of a span, and log it: once for each reason, or for each name if the span is at fault."""
+        """Count the loss of a span, and log it: once for each reason, or each minute by name if it is at fault."""
         self.count(reason)
-        logged = _logged.setdefault(reason, set())
-        if name not in logged and len(logged) < (NAMES_LOGGED if reason in _OF_ONE_SPAN else 1):
-            logged.add(name)
-            remedy = _REMEDIES.get(reason, "The others are kept.")
-            # A runner reports no more when such a span comes.
-            counted = "" if reason == "too_late" else ", and counted"
-            logger.warning("%s. %s (Told once%s.)", story.rstrip("."), remedy, counted)
+        kind = a_minute("lost", reason, _place_of(name)) if reason in _OF_ONE_SPAN else once("lost", reason)
+        # A runner reports no more when such a span comes.
+        counted = "" if reason == "too_late" else " They are counted."
+        remedy = _REMEDIES.get(reason, "The others are kept.")
+        logger.warning("%s. %s%s", story.rstrip("."), remedy, counted, extra=kind)
 
     def take(self) -> dict[LossReason, int]:
         """The counts since the last call."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from raystore.errors import InvalidValueError, PayloadNotReadableError
+from raystore.log import a_minute, logger_of
 from raystore.spans import Span, find_final_reward
 from raystore.tracing.calls import ModelCall, by_attempt, checked_spans, model_calls, with_token_ids
 from raystore.values.plain import scalar
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-logger: logging.Logger = logging.getLogger("raystore.tracing")
+logger: logging.Logger = logger_of("raystore.tracing")
 
 UNKNOWN_VERSION: int = -1  #: in place of a policy version, where a token was not generated or its version is not known
 
@@ -36,7 +37,10 @@ def _final_rewards(spans: Iterable[Span]) -> dict[tuple[str, str], float | None]
         try:
             rewards[key] = find_final_reward(attempt)
         except PayloadNotReadableError as error:
-            logger.warning("The reward of attempt %s of rollout %s is not known: %s", key[1], key[0], error)
+            logger.warning(
+                "The reward of attempt %s of rollout %s is not known: %s", key[1], key[0], error,
+                extra=a_minute("no reward", error.module),
+            )  # fmt: skip
             rewards[key] = None
     return rewards
 

@@ -33,7 +33,14 @@ def told(*arguments: str, at: str) -> str:
 def demo(tmp_path: Path) -> Iterator[str]:
     """The demo while it runs; gives the address of its cluster."""
     environment = os.environ | {"RAY_ADDRESS": "local"}
-    command = [sys.executable, ROOT / "examples" / "01_prompt_bandit.py", "--steps", "100000", "--runners", "2"]
+    command: list[Any] = [
+        sys.executable,
+        ROOT / "examples" / "01_prompt_bandit.py",
+        "--steps",
+        "100000",
+        "--runners",
+        "2",
+    ]
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:

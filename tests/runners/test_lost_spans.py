@@ -27,7 +27,6 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 
 import raystore as rs
 from raystore.core.schema import LossReason
-from raystore.tracing import calls
 from tests.conftest import MakeMemoryStore, MakeRayStore
 from tests.helpers import AnyStore, present, until
 
@@ -39,10 +38,8 @@ LOST = {
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
-    """A process that has been told nothing yet; what it is told."""
-    monkeypatch.setattr(calls, "_logged", {})
-    monkeypatch.setattr(calls, "_warned", set())
+def told(caplog: pytest.LogCaptureFixture) -> Any:
+    """What the process is told."""
     caplog.set_level(logging.WARNING, "raystore")
     return caplog
 

@@ -25,9 +25,8 @@ CALLING = Turn([1, 2], [9], [-1.0], "chatcmpl-0", "tool_calls", MESSAGES[:2], CA
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
-    """A process that has been told nothing yet; what it is told."""
-    monkeypatch.setattr(calls, "_warned", set())
+def told(caplog: pytest.LogCaptureFixture) -> Any:
+    """What the process is told."""
     caplog.set_level(logging.INFO, "raystore")
     return caplog
 
