@@ -165,9 +165,23 @@ def _pickled(value: Any) -> bytes | Payload:
     return Payload(data, tuple(refs)) if refs else data
 
 
-def is_pickled(payload: bytes | Payload) -> bool:
+def is_pickled(payload: Opaque) -> bool:
     """Whether a payload holds more than plain data."""
-    return (payload.data if isinstance(payload, Payload) else payload)[0] == PICKLED
+    data = payload.data if isinstance(payload, Payload) else payload
+    return data is not None and data[0] == PICKLED
+
+
+def plain_of(payload: Opaque) -> Any:
+    """The value of a payload of plain data; None for one that would have to be unpickled, or cannot be read.
+
+    For the store, which else never looks into what a client has encoded, and must not fail by it.
+    """
+    if not payload or is_pickled(payload):
+        return None
+    try:
+        return decode(payload)
+    except (ValueError, TypeError, IndexError):  # the bytes are no client's of ours
+        return None
 
 
 def decode(payload: Opaque, *, lost: Any = None) -> Any:

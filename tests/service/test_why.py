@@ -28,6 +28,7 @@ from raystore.service.diagnosis import work
 from raystore.service.diagnosis.known import Journal, Known
 from raystore.service.diagnosis.why import why
 from raystore.service.presence import Pools
+from raystore.wire.codec import encode
 from tests.conftest import MakeMemoryStore
 from tests.core.conftest import Core
 from tests.core.conftest import make_core as make_core  # a fixture
@@ -726,3 +727,37 @@ def test_a_large_store_is_answered_by_looking_at_little() -> None:
         assert scene.ask(**whose)
         assert Counting.looks < 1_500, (whose, Counting.looks)
     assert core.state.consumers["g"].takes == GROUPS
+
+
+@pytest.mark.parametrize(
+    ("stats", "said"),
+    [
+        ({"places": [{"rollout_id": "other", "span": "x", "span_since": 1.0},
+                     {"rollout_id": "mine", "span": "tool.search\x1b[2J", "span_since": 1030.0}]},
+         r"in span 'tool.search\x1b[2J' for 92.0 s"),
+        ({"places": [{"rollout_id": "mine", "span": None, "span_since": None}]}, "on worker w"),
+        ({"places": "none"}, "on worker w"),
+        (None, "on worker w"),
+    ],
+)  # fmt: skip
+def test_the_open_span_of_a_runner_is_named(make_core: MakeCore, stats: Any, said: str) -> None:
+    """As its last heartbeat says; whatever else a heartbeat holds, the store does not stumble over it."""
+    core = make_core()
+    session = core.open("runner")
+    core.enqueue(rollout_id="mine")
+    core.run("dequeue", session=session, queues=["default"], limit=1, worker_id="w")
+    core.run("update_worker", session=session, worker_id="w", changes={"heartbeat_stats": encode(stats, "s", 10**6)})
+    core.now = 1122.0
+    first = why(core.state, Known(core.now, core.now), rollout_id="mine")[0]
+    assert said in first.text and "\x1b" not in first.text
+
+
+@pytest.mark.parametrize("data", [b"\x01", b"\x01body", b"\x80\x05garbage", b"\x01\xd4\x07x", None])
+def test_bytes_that_are_no_value_say_nothing(make_core: MakeCore, data: bytes | None) -> None:
+    """The store never unpickles, and a peer may have sent anything."""
+    core = make_core()
+    session = core.open("runner")
+    core.enqueue(rollout_id="mine")
+    core.run("dequeue", session=session, queues=["default"], limit=1, worker_id="w")
+    core.run("update_worker", session=session, worker_id="w", changes={"heartbeat_stats": data})
+    assert why(core.state, Known(core.now, core.now), rollout_id="mine")[0].kind

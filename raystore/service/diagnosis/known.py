@@ -16,6 +16,7 @@ NAMED = 5  #: things of one kind that are named
 ITEMS = 2_000  #: of a feed
 GROUPS = 200  #: that are open
 MEMBERS = 1_000  #: of a group
+PLACES = 1_000  #: of a runner
 
 # The tiers of findings, in the order in which they are told. What stops the whole store. What stops a trainer for good,
 # or until one group is complete, although a batch is there. What holds up rollouts that wait. What a trainer waits for,

@@ -29,6 +29,7 @@ from raystore.service.diagnosis.known import (
     MEMBERS,
     NAMED,
     NOTHING,
+    PLACES,
     QUEUES,
     SOON,
     STOPPED,
@@ -38,6 +39,7 @@ from raystore.service.diagnosis.known import (
     Told,
 )
 from raystore.service.presence import Pools
+from raystore.wire.codec import plain_of
 
 FINISHED_LAST = 64  #: rollouts whose durations are looked at
 COMPARED = 200  #: names of queues that are served, to which that of another one is compared
@@ -163,10 +165,14 @@ class Work:
         return said + self._last_sign(attempt, evidence), evidence
 
     def _last_sign(self, attempt: Attempt, evidence: dict[str, Any]) -> str:
-        """What was heard last of an attempt."""
+        """What was heard last of an attempt: the span that was open at its last heartbeat, else the last that ended."""
         now, said = self.known.now, ""
         span = self.state.spans.latest(attempt.rollout_id)
-        if span is not None and span.attempt_id == attempt.attempt_id:
+        if (open_span := self._open_span(attempt)) is not None:
+            name, since = open_span
+            evidence |= {"span": short(name), "span_seconds": now - since}
+            said += f", in span '{short(name)}' for {lasting(now - since)}"
+        elif span is not None and span.attempt_id == attempt.attempt_id:
             ended = span.end_time if span.end_time is not None else span.start_time
             ago = "" if ended is None else f", which ended {lasting(now - ended)} ago"
             evidence |= {"span": short(span.name), "span_seconds": None if ended is None else now - ended}
@@ -175,6 +181,17 @@ class Work:
             evidence["heard_seconds"] = now - heard
             said += f"; last heard of {lasting(now - heard)} ago"
         return said
+
+    def _open_span(self, attempt: Attempt) -> tuple[str, float] | None:
+        """The newest open span of an attempt, and since when, as its runner said with its last heartbeat."""
+        worker = self.state.workers.get(attempt.worker_id or "")
+        stats = None if worker is None else plain_of(worker.heartbeat_stats)
+        places = stats.get("places") if isinstance(stats, dict) else None
+        for place in places[:PLACES] if isinstance(places, list) else ():
+            match place:
+                case {"rollout_id": attempt.rollout_id, "span": str() as name, "span_since": float() as since}:
+                    return name, since
+        return None
 
     def of_queues(self) -> list[Told]:
         """What holds up the rollouts of each queue in which some wait."""
