@@ -107,6 +107,8 @@ class Program(click.Group):
             _say(_one_line(error))
             code = error.exit_code
         except ModuleNotFoundError as error:  # of an extra, as `export` needs for Parquet
+            if (error.name or "").startswith("raystore"):
+                raise
             _say(f"this needs the package {error.name!r}, which is not installed here: pip install {error.name}")
             code = WRONG_USE
         except (InvalidValueError, RolloutNotFoundError) as error:

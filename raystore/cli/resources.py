@@ -71,7 +71,9 @@ async def _version(view: View, resources_id: str, version: int | None) -> Any:
         known = [update.resources_id for update in await view.store.query_resources()]
         there = f"there are {quoted(known[:5])}" if known else "nothing was published"
         raise WrongUse(f"no resources {resources_id!r}{meant(resources_id, known)}; {there}")
-    raise WrongUse(f"no version {version} of {resources_id!r}; the newest is {newest.version}")
+    is_gone = version is not None and version < newest.version
+    gone = ", and versions that no attempt uses are not kept for ever" if is_gone else ""
+    raise WrongUse(f"no version {version} of {resources_id!r}; the newest is {newest.version}{gone}")
 
 
 async def _versions(view: View, resources_id: str, limit: int) -> list[Any]:

@@ -46,6 +46,7 @@ def row(rollout: Any, view: View) -> list[Any]:
 @click.option("--sort", type=Word(sorted(ROLLOUT_SORT), "field"), default="start_time", help="By this field.")
 @click.option("--ascending", is_flag=True, help="The smallest or oldest first.")
 @click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="So many at most.")
+@click.option("--offset", type=click.IntRange(0), default=0, help="Without the first ones.")
 @click.option("--follow", is_flag=True, help="Go on with those that change, as they change.")
 async def rollouts(
     view: View,
@@ -60,6 +61,7 @@ async def rollouts(
     sort: str,
     ascending: bool,
     limit: int,
+    offset: int,
     follow: bool,
 ) -> None:
     """The rollouts that match, one line each; the newest first."""
@@ -69,7 +71,7 @@ async def rollouts(
     }  # fmt: skip
     changed = await view.following() if follow else None
     order: Any = "asc" if ascending else "desc"
-    page = await view.store.query_rollouts(**filters, sort_by=sort, sort_order=order, limit=limit)
+    page = await view.store.query_rollouts(**filters, sort_by=sort, sort_order=order, limit=limit, offset=offset)
     if not follow and view.wants_json:
         view.give({"total": page.total, "rollouts": page.items})
         return

@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[2]
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
+_LEFT_OUT = ("RAY_ADDRESS", "RAY_AUTH_MODE", "NO_COLOR", "COLUMNS")  # of what a new process is given
+
+
 @dataclass
 class Shown:
     """What a command wrote, and its exit code."""
@@ -109,7 +112,7 @@ def _run(arguments: Any) -> int:
 def process(*arguments: Any, stdout: Any = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
     """Start the program in a process of its own."""
     command = [sys.executable, "-m", "raystore", *map(str, arguments)]
-    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "NO_COLOR", "COLUMNS")}
+    kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=kept | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"} | environment,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -21,7 +22,7 @@ import raystore as rs
 from raystore.cli import demo, finding
 from raystore.cli.endings import NoStore, WrongUse
 from raystore.cli.program import FAMILIES, program
-from tests.cli.terminal import Terminal, here, piped, process
+from tests.cli.terminal import ROOT, Terminal, here, piped, process
 
 COMMANDS = [name for family in FAMILIES.values() for name, _, _ in family]
 NOT_HERE = {"export"}  #: of which another file has the command
@@ -259,6 +260,57 @@ def test_a_dead_address_is_told_at_once() -> None:
         shown = here("status", "--address", f"127.0.0.1:{taken.getsockname()[1]}")
     assert shown.code == 3 and "no Ray cluster answers at 127.0.0.1" in shown.err
     assert time.monotonic() - begun < 4
+
+
+def test_a_cluster_that_does_not_let_us_in_is_told() -> None:
+    """Something listens, and it is no Ray, or one that is ending: Ray itself would try for ever. Exit code 3."""
+    code = """
+from raystore.cli import finding
+from raystore.cli.program import program
+
+finding.CONNECT_SECONDS = 3.0
+program.main(["status", "--address", "127.0.0.1:PORT"], "raystore")
+"""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        code = code.replace("PORT", str(silent.getsockname()[1]))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 3 and done.stderr.startswith("error: Ray at 127.0.0.1:"), done.stderr
+    assert "did not let us in within 3 s" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_token_is_sent_to_clusters_of_this_machine_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As Ray does for a cluster that it finds itself; what the user says comes first."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr(finding, "_running_here", lambda: ["127.0.0.1:7"])
+    monkeypatch.setattr(finding, "_knock", lambda address: None)
+    monkeypatch.setattr(finding, "TOKEN", tmp_path / "token")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    said = []
+    finding.join("127.0.0.1:7")
+    said.append(os.environ.get("RAY_AUTH_MODE"))  # there is no token
+    (tmp_path / "token").touch()
+    finding.join("10.0.0.1:7")
+    said.append(os.environ.get("RAY_AUTH_MODE"))  # it runs elsewhere
+    finding.join("127.0.0.1:7")
+    said.append(os.environ.get("RAY_AUTH_MODE"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    finding.join("127.0.0.1:7")
+    said.append(os.environ.get("RAY_AUTH_MODE"))
+    assert said == [None, None, "token", "disabled"]
+
+
+def test_what_is_waited_for_is_said_on_a_terminal(killed: Path) -> None:
+    """Before it is there; then it is taken away."""
+    terminal = Terminal()
+    command = [sys.executable, "-m", "raystore", "status", "--journal", str(killed)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal.slave, timeout=30)
+    terminal.close()
+    assert done.returncode == 0 and b"Reading" not in done.stdout
+    said, gone = f"Reading the journal {killed} ...", len(f"Reading the journal {killed} ...") * " "
+    assert terminal.text == f"{said}\r{gone}\r"
 
 
 def test_one_of_several_clusters_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

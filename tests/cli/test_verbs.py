@@ -120,7 +120,7 @@ def test_a_conversation_is_told_by_what_is_new(killed: Path) -> None:
     assert shown.text.count("What is 17 * 23?") == 1
     assert '→ calculator({"expression": "17 * 23"})' in shown.text
     assert "… 3 messages as before" in shown.text and "tool: 391" in shown.text
-    assert "21 + 12 tokens, of which no ids are known" in shown.text
+    assert "21 + 12 tokens, no token ids, ended by stop" in shown.text
     calls = json.loads(piped("show", found[0]["rollout_id"], "--json", "--journal", killed).out)["model_calls"]
     assert [call["finish_reason"] for call in calls] == ["stop", "stop"]
 
