@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from raystore.cli.drawing import Column
-from raystore.cli.reading import View, Words, reading
+from raystore.cli.reading import COUNT, View, Words, reading
 from raystore.cli.text import duration, figure
 from raystore.core.lifecycle import FINISHED, GROUP_STATUSES
 
@@ -41,7 +41,7 @@ def row(group: Any, members: dict[str, Any], view: View) -> list[Any]:
 @reading("raystore groups --status open,failed")
 @click.option("--status", type=Words(GROUP_STATUSES, "status"), help="One or several, separated by commas.")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="This group; may be repeated.")
-@click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="So many at most.")
+@click.option("--limit", **COUNT, default=20, help="So many at most.")
 @click.option("--follow", is_flag=True, help="Go on with those that change, as they change.")
 async def groups(view: View, *, status: list[Any] | None, ids: tuple[str, ...], limit: int, follow: bool) -> None:
     """The groups that match, one line each; the newest first."""

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from raystore import __version__
 from raystore.cli.endings import GONE, INTERRUPTED, WRONG_USE, NoStore, WrongUse
 from raystore.errors import InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.text import meant
@@ -153,7 +154,7 @@ def _forget_output() -> None:
     cls=Program, epilog=EPILOG, no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )  # fmt: skip
-@click.version_option(package_name="raystore", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def program() -> None:
     """See a raystore: what a run does, why it does not go on, and what becomes of the reward.
 

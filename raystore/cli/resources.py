@@ -11,7 +11,7 @@ from rich.text import Text
 from raystore.cli.drawing import Column
 from raystore.cli.endings import WrongUse
 from raystore.cli.plainly import as_json, plain
-from raystore.cli.reading import View, all_of, reading
+from raystore.cli.reading import COUNT, View, all_of, reading
 from raystore.cli.text import clean, clean_lines, duration
 from raystore.errors import PayloadLostError
 from raystore.errors.text import meant, quoted
@@ -103,7 +103,7 @@ def _table(view: View, updates: list[Any]) -> None:
 @click.argument("resources_id", required=False, metavar="[ID]")
 @click.option("--version", type=click.IntRange(1), help="All of this version.")
 @click.option("--diff", nargs=2, type=click.IntRange(1), metavar="OLD NEW", help="What changed between two versions.")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="So many at most.")
+@click.option("--limit", **COUNT, default=20, help="So many at most.")
 async def resources(
     view: View, *, resources_id: str | None, version: int | None, diff: tuple[int, int] | None, limit: int
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from raystore.cli.drawing import Column
-from raystore.cli.reading import Tag, View, Word, Words, attempt_of, environment_of, reading, took
+from raystore.cli.reading import COUNT, Tag, View, Word, Words, attempt_of, environment_of, reading, took
 from raystore.cli.text import clean, duration, figure, last_line
 from raystore.core.lifecycle import ROLLOUT_STATUSES
 from raystore.core.queries import ROLLOUT_SORT
@@ -45,8 +45,8 @@ def row(rollout: Any, view: View) -> list[Any]:
 @click.option("--mode", type=Word(["train", "val", "test"], "mode"), help="train, val or test.")
 @click.option("--sort", type=Word(sorted(ROLLOUT_SORT), "field"), default="start_time", help="By this field.")
 @click.option("--ascending", is_flag=True, help="The smallest or oldest first.")
-@click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="So many at most.")
-@click.option("--offset", type=click.IntRange(0), default=0, help="Without the first ones.")
+@click.option("--limit", **COUNT, default=20, help="So many at most.")
+@click.option("--offset", type=click.IntRange(0), metavar="N", default=0, help="Without the first ones.")
 @click.option("--follow", is_flag=True, help="Go on with those that change, as they change.")
 async def rollouts(
     view: View,

@@ -126,7 +126,6 @@ async def _last_finished(view: View, count: int) -> deque[Ended]:
 
 
 ACTIVITY = ("claimed", "running", "succeeded", "failed", "requeuing", "cancelled")
-FIGURES_TEXT = "; ".join(f"{name}: {what}" for name, what in FIGURES.items())
 
 
 @reading('raystore watch --fail-on "errors>0.2" --fail-on "idle>10m" --fail-on "reward<0.1@50"')

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from raystore.cli.drawing import Column
-from raystore.cli.reading import View, Words, reading
+from raystore.cli.reading import COUNT, View, Words, reading
 from raystore.cli.text import duration, size
 from raystore.core.lifecycle import WORKER_STATUSES
 
@@ -38,7 +38,7 @@ def row(worker: Any, view: View) -> list[Any]:
 @reading("raystore workers --status busy")
 @click.option("--status", type=Words(WORKER_STATUSES, "status"), help="One or several, separated by commas.")
 @click.option("--id", "contains", metavar="TEXT", help="Whose id contains this.")
-@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="So many at most.")
+@click.option("--limit", **COUNT, default=50, help="So many at most.")
 @click.option("--follow", is_flag=True, help="Go on with those that change, as they change.")
 async def workers(view: View, *, status: list[Any] | None, contains: str | None, limit: int, follow: bool) -> None:
     """The runners, what each works on, and since when; those first that the store heard of last."""

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def ran(*arguments: Any) -> tuple[int, str]:
         (["rollouts", "--sort", "start-time"], "'start-time' is no field; did you mean 'start_time'?"),
         (["rollouts", "--stat", "x"], "--status"),
         (["rollouts", "--tag", "math"], "'math' is no tag; write NAME=VALUE"),
-        (["rollouts", "--limit", "-1"], "-1 is not in the range"),
+        (["rollouts", "--limit", "-1"], "-1 is not in the range x>=1"),
         (["groups", "--status", "complet"], "did you mean 'complete'?"),
         (["workers", "--status", "bussy"], "did you mean 'busy'?"),
         (["resources", "p", "--diff", "1"], "'--diff' requires 2 arguments"),
@@ -112,6 +114,14 @@ def test_every_reading_command_gives_json() -> None:
     """Only those that change something, or run the demo, do not."""
     without = [name for name in COMMANDS if name not in NOT_HERE and "--json" not in ran(name, "--help")[1]]
     assert without == ["start", "stop", "demo"]
+
+
+def test_the_program_is_installed_with_the_package() -> None:
+    """The entry point of pyproject.toml is there."""
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = found["raystore"].partition(":")
+    assert callable(getattr(import_module(module), name))
+    assert ran("--version") == (0, f"raystore {rs.__version__}\n")
 
 
 def test_help_is_quick_and_light() -> None:
