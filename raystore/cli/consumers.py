@@ -12,7 +12,7 @@ from raystore.cli.endings import WrongUse
 from raystore.cli.reading import COUNT, View, all_of, reading
 from raystore.cli.stores import CONSUMER_COLUMNS, consumer_row
 from raystore.cli.text import clean, figure, share
-from raystore.errors import RolloutNotFoundError, SpansEvictedError
+from raystore.errors import SpansEvictedError
 from raystore.errors.text import meant, quoted
 from raystore.types import LedgerEntry
 
@@ -181,6 +181,4 @@ async def _fate(view: View, rollout_id: str) -> str:
         await view.store.query_spans(rollout_id, limit=0)
     except SpansEvictedError:
         return "have lost spans to eviction"
-    except RolloutNotFoundError:
-        return "do not exist any more"
     return "whole" if await view.store.get_rollout_by_id(rollout_id) is not None else "do not exist any more"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from raystore.types import AnyRollout, Change
 from raystore.values.closed import pickles_closed
 
 PAGE = 2000  #: rollouts that are read at once
+MANY = 20_000  #: rollouts, from which on it is said that they are read
 POLL_SECONDS = 30.0  #: that a call waits at the store for something new
 AT_ONCE = 64  #: queries of one kind that are under way together
 
@@ -74,6 +76,8 @@ class View:
         offset = 0
         while True:
             page = await self.store.query_rollouts(limit=PAGE, offset=offset)
+            if not offset and page.total > MANY and sys.stderr.isatty():
+                click.echo(f"Reading {page.total:,} rollouts ...", err=True)
             for rollout in page.items:
                 if statuses is None or rollout.status in statuses:
                     yield rollout
