@@ -83,7 +83,7 @@ async def consumers(view: View, *, consumer: str | None, rewind: int | None, lim
             detail = change.detail or {}
             if consumer is None or detail.get("consumer") == consumer:
                 if view.wants_json:
-                    view.give_line(change)
+                    view.give_lines([change])
                 else:
                     said = ", ".join(f"{key} {value}" for key, value in detail.items() if value is not None)
                     view.screen.print(f"{change.kind}: {said}")

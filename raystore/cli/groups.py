@@ -53,7 +53,9 @@ async def groups(view: View, *, status: list[Any] | None, ids: tuple[str, ...], 
     if not follow and view.wants_json:
         view.give({"total": page.total, "groups": found})
         return
-    if not view.wants_json:
+    if view.wants_json:
+        view.give_lines(found)
+    else:
         members = await members_of(view, found)
         view.screen.table(COLUMNS, [row(group, members, view) for group in found])
         if len(found) < page.total:
@@ -69,8 +71,7 @@ async def groups(view: View, *, status: list[Any] | None, ids: tuple[str, ...], 
             continue
         now = await view.store.query_groups(status_in=status, group_id_in=touched)
         if view.wants_json:
-            for group in now:
-                view.give_line(group)
+            view.give_lines(now)
         elif now:
             members = await members_of(view, list(now))
             view.screen.table(COLUMNS, [row(group, members, view) for group in now])

@@ -13,7 +13,7 @@ import asyncio
 import inspect
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from raystore.values.closed import pickles_closed
 PAGE = 2000  #: rollouts that are read at once
 MANY = 20_000  #: rollouts, from which on it is said that they are read
 POLL_SECONDS = 30.0  #: that a call waits at the store for something new
+BREATH_SECONDS = 0.2  #: between two answers with something new: a busy store would have some at once, all the time
 AT_ONCE = 64  #: queries of one kind that are under way together
 
 
@@ -59,9 +60,9 @@ class View:
         """Write the JSON document of the answer."""
         self.screen.file.write(as_json(document, indent=2) + "\n")
 
-    def give_line(self, record: Any) -> None:
-        """Write one line of JSON, of an answer that goes on."""
-        self.screen.file.write(as_json(record) + "\n")
+    def give_lines(self, records: Iterable[Any]) -> None:
+        """Write a line of JSON for each, of an answer that goes on."""
+        self.screen.file.writelines(as_json(record) + "\n" for record in records)
         self.screen.file.flush()
 
     def age(self, since: float | None) -> float | None:
@@ -113,6 +114,7 @@ class View:
             cursor = page.cursor if page.cursor is not None else cursor
             if page.items:
                 yield page.items
+                await asyncio.sleep(BREATH_SECONDS)
 
 
 async def all_of(calls: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:

@@ -75,7 +75,9 @@ async def rollouts(
     if not follow and view.wants_json:
         view.give({"total": page.total, "rollouts": page.items})
         return
-    if not view.wants_json:
+    if view.wants_json:
+        view.give_lines(page.items)
+    else:
         view.screen.table(COLUMNS, [row(rollout, view) for rollout in page.items])
         if len(page) < page.total:
             view.screen.print(f"{len(page):,} of {page.total:,}; --limit shows more")
@@ -88,7 +90,6 @@ async def rollouts(
         found = await view.store.query_rollouts(**filters | {"rollout_id_contains": None}, rollout_id_in=ids)
         kept = [one for one in found.items if contains is None or contains in one.rollout_id]
         if view.wants_json:
-            for one in kept:
-                view.give_line(one)
+            view.give_lines(kept)
         elif kept:
             view.screen.table(COLUMNS, [row(one, view) for one in kept])

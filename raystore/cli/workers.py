@@ -48,7 +48,9 @@ async def workers(view: View, *, status: list[Any] | None, contains: str | None,
     if not follow and view.wants_json:
         view.give({"total": page.total, "workers": page.items})
         return
-    if not view.wants_json:
+    if view.wants_json:
+        view.give_lines(page.items)
+    else:
         view.screen.table(COLUMNS, [row(worker, view) for worker in page.items])
         if len(page) < page.total:
             view.screen.print(f"{len(page):,} of {page.total:,}; --limit shows more")
@@ -63,7 +65,6 @@ async def workers(view: View, *, status: list[Any] | None, contains: str | None,
         every = await view.store.query_workers(**wanted)
         kept = [worker for worker in every if worker.worker_id in names]
         if view.wants_json:
-            for worker in kept:
-                view.give_line(worker)
+            view.give_lines(kept)
         elif kept:
             view.screen.table(COLUMNS, [row(worker, view) for worker in kept])

@@ -371,9 +371,9 @@ def test_tail_goes_on_until_ctrl_c(cluster: None) -> None:
 
 
 def test_follow_gives_lines_of_json(cluster: None) -> None:
-    """One for each rollout that changes and matches, also if it changes before the store is asked for changes."""
+    """One for each rollout that matches, and again when it changes, also if it changes before changes are asked for."""
     with rs.start("followed") as store:
-        store.sync.enqueue_rollout("old", rollout_id="was-there", queue="other")
+        store.sync.enqueue_rollout("old", rollout_id="was-there", queue="own")
         options = ["--queue", "own", "--name", "followed", "--address", address()]
         running = process("rollouts", "--follow", "--json", *options)
         connected(store)
@@ -384,6 +384,7 @@ def test_follow_gives_lines_of_json(cluster: None) -> None:
         lines = [json.loads(running.stdout.readline()) for _ in range(3)]
         running.send_signal(signal.SIGINT)
         running.communicate(timeout=20)
+    assert lines[0]["rollout_id"] == "was-there" and lines[2]["rollout_id"].startswith("new-")
     assert {line["queue"] for line in lines} == {"own"} and running.returncode == 130
 
 
