@@ -114,6 +114,14 @@ def test_no_imports_in_circles() -> None:
     assert waiting == {}, "these import each other"
 
 
+def test_only_the_command_line_needs_click_and_rich() -> None:
+    """Whoever imports raystore into a program does not load them; the picture of curves needs neither."""
+    needing = {
+        name for name, path in modules() for imported in imports(path) if imported.split(".")[0] in ("click", "rich")
+    }
+    assert needing and all(name.startswith("cli.") for name in needing) and "cli.svg" not in needing
+
+
 def test_the_core_is_pure() -> None:
     """Standard library only, and nothing that waits, sleeps, draws lots or reads a clock."""
     impure = [

@@ -9,10 +9,10 @@ import click
 
 from raystore.cli.drawing import Column
 from raystore.cli.endings import WrongUse
-from raystore.cli.reading import View, all_of, reading
+from raystore.cli.reading import COUNT, View, all_of, reading
 from raystore.cli.stores import CONSUMER_COLUMNS, consumer_row
 from raystore.cli.text import clean, figure, share
-from raystore.errors import RolloutNotFoundError, SpansEvictedError
+from raystore.errors import SpansEvictedError
 from raystore.errors.text import meant, quoted
 from raystore.types import LedgerEntry
 
@@ -53,7 +53,7 @@ async def rewards_of(view: View, ledger: list[LedgerEntry]) -> dict[str, float |
 @reading("raystore consumers trainer --rewind 400")
 @click.argument("consumer", required=False, metavar="[CONSUMER]")
 @click.option("--rewind", type=click.IntRange(0), metavar="STEP", help="What rewind(STEP) would undo; undoes nothing.")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="So many steps at most.")
+@click.option("--limit", **COUNT, default=20, help="So many steps at most.")
 @click.option("--follow", is_flag=True, help="Go on with what is taken and consumed.")
 async def consumers(view: View, *, consumer: str | None, rewind: int | None, limit: int, follow: bool) -> None:
     """All consumers; the steps of one; what a restart at a checkpoint would undo.
@@ -83,7 +83,7 @@ async def consumers(view: View, *, consumer: str | None, rewind: int | None, lim
             detail = change.detail or {}
             if consumer is None or detail.get("consumer") == consumer:
                 if view.wants_json:
-                    view.give_line(change)
+                    view.give_lines([change])
                 else:
                     said = ", ".join(f"{key} {value}" for key, value in detail.items() if value is not None)
                     view.screen.print(f"{change.kind}: {said}")
@@ -181,6 +181,4 @@ async def _fate(view: View, rollout_id: str) -> str:
         await view.store.query_spans(rollout_id, limit=0)
     except SpansEvictedError:
         return "have lost spans to eviction"
-    except RolloutNotFoundError:
-        return "do not exist any more"
     return "whole" if await view.store.get_rollout_by_id(rollout_id) is not None else "do not exist any more"

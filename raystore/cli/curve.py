@@ -34,8 +34,8 @@ class Series:
 
     def __init__(self) -> None:
         self.rewards: dict[float, list[float]] = {}
-        self.count = 0
-        self.without_reward = 0
+        self.count: int = 0
+        self.without_reward: int = 0
 
     def add(self, at: float, reward: float | None) -> None:
         """Count a finished rollout."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from raystore.cli.endings import WrongUse
-from raystore.cli.reading import with_example
+from raystore.cli.reading import COUNT, command_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "01_prompt_bandit.py"
 
@@ -31,12 +31,12 @@ def _demo(runners: int, steps: int, seed: int) -> None:
     raise click.exceptions.Exit(subprocess.run(command, env=environment).returncode)
 
 
-demo = click.command(
-    "demo",
-    help=with_example(_demo.__doc__, "raystore demo --steps 40 --seed 1"),
-    params=[
-        click.Option(["--runners"], type=click.IntRange(1), default=4, show_default=True, help="Runners of agents."),
-        click.Option(["--steps"], type=click.IntRange(1), default=20, show_default=True, help="Training steps."),
+demo: click.Command = command_of(
+    _demo,
+    "raystore demo --steps 40 --seed 1",
+    [
+        click.Option(["--runners"], **COUNT, default=4, help="Runners of agents."),
+        click.Option(["--steps"], **COUNT, default=20, help="Training steps."),
         click.Option(["--seed"], type=int, default=0, show_default=True, help="The same seed gives the same run."),
     ],
-)(_demo)
+)

@@ -21,7 +21,7 @@ from raystore.cli.drawing import Column
 from raystore.cli.endings import WrongUse
 from raystore.cli.errors import INFRASTRUCTURE, POLICY
 from raystore.cli.finding import Where, opened
-from raystore.cli.reading import JSON, STORE_OPTIONS, View, attempt_of, environment_of, run_on, took, with_example
+from raystore.cli.reading import COUNT, JSON, STORE_OPTIONS, View, attempt_of, command_of, environment_of, run_on, took
 from raystore.cli.resources import lines_of
 from raystore.cli.show import calls_of, tokens_of
 from raystore.cli.text import clean, counted, duration, figure, last_line
@@ -269,14 +269,10 @@ def _diff(
     run_on(Where(journal=Path(before)), lambda view: _runs(view, Path(after), limit), wants_json=json)
 
 
-diff = click.command(
-    "diff",
-    help=with_example(_diff.__doc__, "raystore diff 400 412 --consumer trainer"),
-    params=[
+diff: click.Command = command_of(_diff, "raystore diff 400 412 --consumer trainer", [
         click.Argument(["before"]),
         click.Argument(["after"]),
         click.Option(["--consumer"], metavar="NAME", help="Whose steps; needed if there are several consumers."),
-        click.Option(["--limit"], type=click.IntRange(1), default=25, show_default=True, help="So many lines at most."),
+        click.Option(["--limit"], **COUNT, default=25, help="So many lines at most."),
         *STORE_OPTIONS, JSON,
-    ],
-)(_diff)  # fmt: skip
+    ])  # fmt: skip

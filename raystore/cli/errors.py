@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from raystore.cli.drawing import Column
-from raystore.cli.reading import Seconds, View, all_of, attempt_of, environment_of, reading
+from raystore.cli.reading import COUNT, Seconds, View, all_of, attempt_of, environment_of, reading
 from raystore.cli.text import clean, counted, duration, last_line, place_of, share
 
 #: Whose doing an outcome is.
@@ -99,7 +99,7 @@ def _what(failure: Failure) -> tuple[str, str, str]:
 
 @reading("raystore errors --since 1h")
 @click.option("--since", type=Seconds(), metavar="DURATION", help="Only attempts that ended within this time.")
-@click.option("--limit", type=click.IntRange(1), default=10, show_default=True, help="So many of each kind at most.")
+@click.option("--limit", **COUNT, default=10, help="So many of each kind at most.")
 async def errors(view: View, *, since: float | None, limit: int) -> None:
     """What failed: the policy's doing and the infrastructure's apart; by error, runner, host and environment."""
     found = await collect(view, None if since is None else view.now - since)

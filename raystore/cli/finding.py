@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from typing import Any
 
 import click
 
-from raystore.cli.endings import NoStore, WrongUse
+from raystore.cli.endings import GONE, NoStore, WrongUse
 from raystore.errors import StoreError, StoreNotFoundError
 from raystore.errors.text import meant, quoted
 
 NAMESPACE = "raystore"
 ANSWER_SECONDS = 3.0  #: for the port of a cluster to answer
+CONNECT_SECONDS = 30.0  #: for Ray to connect; it takes one or two
+TOKEN = Path.home() / ".ray" / "auth_token"  #: where Ray keeps the token of this user's clusters
 _TO_START = "start a store with `raystore start`, or read a finished run with --journal DIR"
 
 
@@ -110,30 +113,41 @@ def join(address: str | None, *, may_start: bool = False) -> None:
     found = cluster(address, may_start=may_start)
     if found is not None:
         _knock(found)
-    with _telling("Starting Ray ..." if found is None else f"Connecting to Ray at {found} ..."):
-        if found is not None:
-            _use_token()
+    if found is not None and "RAY_AUTH_MODE" not in os.environ and TOKEN.exists() and found in _running_here():
+        os.environ["RAY_AUTH_MODE"] = "token"  # as Ray does for a cluster that it finds itself, and for no other
+    with _telling("Starting Ray ..." if found is None else f"Connecting to Ray at {found} ..."), _bounded(found):
         import ray
 
         kept = os.environ.pop("RAY_ADDRESS", None)  # "local" would start one
         try:
             ray.init(address=found or "local", logging_level="error", log_to_driver=False, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise NoStore(f"Ray at {found} cannot be used: {str(error).strip().splitlines()[0]}") from None
+            why = str(error).strip().splitlines()[0].rstrip(".")
+            raise NoStore(f"Ray at {found} cannot be used: {why}. Newer Rays want RAY_AUTH_MODE=token") from None
         finally:
             if kept is not None:
                 os.environ["RAY_ADDRESS"] = kept
 
 
-def _use_token() -> None:
-    """Have Ray send its token to the cluster, if there is one: clusters that `ray.init()` starts ask for it.
+@contextmanager
+def _bounded(address: str | None) -> Iterator[None]:
+    """End this process if it is not connected in time: Ray tries for ever if a cluster ends meanwhile."""
 
-    Ray sends it only if RAY_AUTH_MODE says so when it is imported; whoever looks at a run from another terminal cannot
-    know. A cluster that asks for no token does not mind.
-    """
-    has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if has_token or (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    def give_up() -> None:
+        why = "it may be ending, or want a token, which Ray sends where RAY_AUTH_MODE=token is set"
+        click.echo(f"error: Ray at {address} did not let us in within {CONNECT_SECONDS:g} s; {why}", err=True)
+        os._exit(GONE)  # the main thread is within Ray, and no exception reaches it there
+
+    if address is None:
+        yield
+        return
+    timer = threading.Timer(CONNECT_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def cluster(address: str | None, *, may_start: bool = False) -> str | None:

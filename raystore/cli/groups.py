@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from raystore.cli.drawing import Column
-from raystore.cli.reading import View, Words, reading
+from raystore.cli.reading import COUNT, View, Words, reading
 from raystore.cli.text import duration, figure
 from raystore.core.lifecycle import FINISHED, GROUP_STATUSES
 
@@ -41,7 +41,7 @@ def row(group: Any, members: dict[str, Any], view: View) -> list[Any]:
 @reading("raystore groups --status open,failed")
 @click.option("--status", type=Words(GROUP_STATUSES, "status"), help="One or several, separated by commas.")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="This group; may be repeated.")
-@click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="So many at most.")
+@click.option("--limit", **COUNT, default=20, help="So many at most.")
 @click.option("--follow", is_flag=True, help="Go on with those that change, as they change.")
 async def groups(view: View, *, status: list[Any] | None, ids: tuple[str, ...], limit: int, follow: bool) -> None:
     """The groups that match, one line each; the newest first."""
@@ -53,7 +53,9 @@ async def groups(view: View, *, status: list[Any] | None, ids: tuple[str, ...], 
     if not follow and view.wants_json:
         view.give({"total": page.total, "groups": found})
         return
-    if not view.wants_json:
+    if view.wants_json:
+        view.give_lines(found)
+    else:
         members = await members_of(view, found)
         view.screen.table(COLUMNS, [row(group, members, view) for group in found])
         if len(found) < page.total:
@@ -69,8 +71,7 @@ async def groups(view: View, *, status: list[Any] | None, ids: tuple[str, ...], 
             continue
         now = await view.store.query_groups(status_in=status, group_id_in=touched)
         if view.wants_json:
-            for group in now:
-                view.give_line(group)
+            view.give_lines(now)
         elif now:
             members = await members_of(view, list(now))
             view.screen.table(COLUMNS, [row(group, members, view) for group in now])

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from raystore import __version__
 from raystore.cli.endings import GONE, INTERRUPTED, WRONG_USE, NoStore, WrongUse
 from raystore.errors import InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.text import meant
@@ -109,6 +110,8 @@ class Program(click.Group):
             _say(_one_line(error))
             code = error.exit_code
         except ModuleNotFoundError as error:  # of an extra, as `export` needs for Parquet
+            if (error.name or "").startswith("raystore"):
+                raise
             _say(f"this needs the package {error.name!r}, which is not installed here: pip install {error.name}")
             code = WRONG_USE
         except (InvalidValueError, RolloutNotFoundError) as error:
@@ -155,7 +158,7 @@ def _forget_output() -> None:
     cls=Program, epilog=EPILOG, no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )  # fmt: skip
-@click.version_option(package_name="raystore", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def program() -> None:
     """See a raystore: what a run does, why it does not go on, and what becomes of the reward.
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,9 @@ from raystore.types import AnyRollout, Change
 from raystore.values.closed import pickles_closed
 
 PAGE = 2000  #: rollouts that are read at once
+MANY = 20_000  #: rollouts, from which on it is said that they are read
 POLL_SECONDS = 30.0  #: that a call waits at the store for something new
+BREATH_SECONDS = 0.2  #: between two answers with something new: a busy store would have some at once, all the time
 AT_ONCE = 64  #: queries of one kind that are under way together
 
 
@@ -57,9 +60,9 @@ class View:
         """Write the JSON document of the answer."""
         self.screen.file.write(as_json(document, indent=2) + "\n")
 
-    def give_line(self, record: Any) -> None:
-        """Write one line of JSON, of an answer that goes on."""
-        self.screen.file.write(as_json(record) + "\n")
+    def give_lines(self, records: Iterable[Any]) -> None:
+        """Write a line of JSON for each, of an answer that goes on."""
+        self.screen.file.writelines(as_json(record) + "\n" for record in records)
         self.screen.file.flush()
 
     def age(self, since: float | None) -> float | None:
@@ -74,6 +77,8 @@ class View:
         offset = 0
         while True:
             page = await self.store.query_rollouts(limit=PAGE, offset=offset)
+            if not offset and page.total > MANY and sys.stderr.isatty():
+                click.echo(f"Reading {page.total:,} rollouts ...", err=True)
             for rollout in page.items:
                 if statuses is None or rollout.status in statuses:
                     yield rollout
@@ -109,6 +114,7 @@ class View:
             cursor = page.cursor if page.cursor is not None else cursor
             if page.items:
                 yield page.items
+                await asyncio.sleep(BREATH_SECONDS)
 
 
 async def all_of(calls: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
@@ -125,7 +131,7 @@ async def all_of(calls: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
 Body = Callable[..., Awaitable[None]]
 
 
-def reading(example: str, *, name: str | None = None) -> Callable[[Body], click.Command]:
+def reading(example: str) -> Callable[[Body], click.Command]:
     """Make a command of a coroutine function that reads a store; its docstring is the help."""
 
     def made(body: Body) -> click.Command:
@@ -133,12 +139,9 @@ def reading(example: str, *, name: str | None = None) -> Callable[[Body], click.
             where = Where(given.pop("name"), given.pop("namespace"), given.pop("address"), given.pop("journal"))
             run_on(where, lambda view: body(view, **given), wants_json=given.pop("json"))
 
-        run.__click_params__ = [*getattr(body, "__click_params__", ()), *STORE_OPTIONS, JSON]  # type: ignore[attr-defined]
-        run.__doc__ = with_example(body.__doc__, example)
-        called = name or body.__name__.rstrip("_")
-        command = click.command(called)(run)
-        # click lists parameters in the order in which decorators stand.
-        return command
+        run.__name__, run.__doc__ = body.__name__, body.__doc__
+        own = getattr(body, "__click_params__", ())  # what the decorators left, the last one first
+        return command_of(run, example, [*reversed(own), *STORE_OPTIONS, JSON])
 
     return made
 
@@ -158,11 +161,19 @@ def run_on(where: Where, body: Callable[[View], Awaitable[None]], *, wants_json:
         asyncio.run(whole())
 
 
+def command_of(function: Callable[..., None], example: str, params: Sequence[click.Parameter]) -> click.Command:
+    """Make a command of a function `_name` with these parameters; its docstring is the help."""
+    called = function.__name__.strip("_")
+    return click.Command(called, callback=function, params=list(params), help=with_example(function.__doc__, example))
+
+
 def with_example(help: str | None, example: str) -> str:
     """A help text with its example, in a paragraph that is not wrapped."""
     return f"{inspect.cleandoc(help or '')}\n\n\b\nExample:\n  {example}"
 
 
+#: Of an option that says how many.
+COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N", "show_default": True}
 STORE_OPTIONS: list[click.Option] = [
     click.Option(["--name"], envvar="RAYSTORE_NAME", metavar="NAME", help="Name of the store, if there are several."),
     click.Option(
@@ -188,7 +199,7 @@ class Word(Parameter):
     """One of some words; for a typo, the one that was meant."""
 
     def __init__(self, words: Sequence[str], what: str) -> None:
-        self.words = list(words)
+        self.words: list[str] = list(words)
         self.name = what
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:

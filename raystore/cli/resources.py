@@ -11,7 +11,7 @@ from rich.text import Text
 from raystore.cli.drawing import Column
 from raystore.cli.endings import WrongUse
 from raystore.cli.plainly import as_json, plain
-from raystore.cli.reading import View, all_of, reading
+from raystore.cli.reading import COUNT, View, all_of, reading
 from raystore.cli.text import clean, clean_lines, duration
 from raystore.errors import PayloadLostError
 from raystore.errors.text import meant, quoted
@@ -71,7 +71,9 @@ async def _version(view: View, resources_id: str, version: int | None) -> Any:
         known = [update.resources_id for update in await view.store.query_resources()]
         there = f"there are {quoted(known[:5])}" if known else "nothing was published"
         raise WrongUse(f"no resources {resources_id!r}{meant(resources_id, known)}; {there}")
-    raise WrongUse(f"no version {version} of {resources_id!r}; the newest is {newest.version}")
+    is_gone = version is not None and version < newest.version
+    gone = ", and versions that no attempt uses are not kept for ever" if is_gone else ""
+    raise WrongUse(f"no version {version} of {resources_id!r}; the newest is {newest.version}{gone}")
 
 
 async def _versions(view: View, resources_id: str, limit: int) -> list[Any]:
@@ -101,7 +103,7 @@ def _table(view: View, updates: list[Any]) -> None:
 @click.argument("resources_id", required=False, metavar="[ID]")
 @click.option("--version", type=click.IntRange(1), help="All of this version.")
 @click.option("--diff", nargs=2, type=click.IntRange(1), metavar="OLD NEW", help="What changed between two versions.")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="So many at most.")
+@click.option("--limit", **COUNT, default=20, help="So many at most.")
 async def resources(
     view: View, *, resources_id: str | None, version: int | None, diff: tuple[int, int] | None, limit: int
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from raystore.cli.drawing import Column
-from raystore.cli.reading import Tag, View, Word, Words, attempt_of, environment_of, reading, took
+from raystore.cli.reading import COUNT, Tag, View, Word, Words, attempt_of, environment_of, reading, took
 from raystore.cli.text import clean, duration, figure, last_line
 from raystore.core.lifecycle import ROLLOUT_STATUSES
 from raystore.core.queries import ROLLOUT_SORT
@@ -45,7 +45,8 @@ def row(rollout: Any, view: View) -> list[Any]:
 @click.option("--mode", type=Word(["train", "val", "test"], "mode"), help="train, val or test.")
 @click.option("--sort", type=Word(sorted(ROLLOUT_SORT), "field"), default="start_time", help="By this field.")
 @click.option("--ascending", is_flag=True, help="The smallest or oldest first.")
-@click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="So many at most.")
+@click.option("--limit", **COUNT, default=20, help="So many at most.")
+@click.option("--offset", type=click.IntRange(0), metavar="N", default=0, help="Without the first ones.")
 @click.option("--follow", is_flag=True, help="Go on with those that change, as they change.")
 async def rollouts(
     view: View,
@@ -60,6 +61,7 @@ async def rollouts(
     sort: str,
     ascending: bool,
     limit: int,
+    offset: int,
     follow: bool,
 ) -> None:
     """The rollouts that match, one line each; the newest first."""
@@ -69,11 +71,13 @@ async def rollouts(
     }  # fmt: skip
     changed = await view.following() if follow else None
     order: Any = "asc" if ascending else "desc"
-    page = await view.store.query_rollouts(**filters, sort_by=sort, sort_order=order, limit=limit)
+    page = await view.store.query_rollouts(**filters, sort_by=sort, sort_order=order, limit=limit, offset=offset)
     if not follow and view.wants_json:
         view.give({"total": page.total, "rollouts": page.items})
         return
-    if not view.wants_json:
+    if view.wants_json:
+        view.give_lines(page.items)
+    else:
         view.screen.table(COLUMNS, [row(rollout, view) for rollout in page.items])
         if len(page) < page.total:
             view.screen.print(f"{len(page):,} of {page.total:,}; --limit shows more")
@@ -86,7 +90,6 @@ async def rollouts(
         found = await view.store.query_rollouts(**filters | {"rollout_id_contains": None}, rollout_id_in=ids)
         kept = [one for one in found.items if contains is None or contains in one.rollout_id]
         if view.wants_json:
-            for one in kept:
-                view.give_line(one)
+            view.give_lines(kept)
         elif kept:
             view.screen.table(COLUMNS, [row(one, view) for one in kept])

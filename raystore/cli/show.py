@@ -154,11 +154,12 @@ def draw_calls(screen: Screen, calls: Sequence[ModelCall], most: int = MOST_TEXT
     """The model calls as a conversation: of each, what was new to the model since the call before, and its answer."""
     shown: list[dict[str, Any]] = []
     for number, call in enumerate(calls, 1):
-        tokens = [None if ids is None else len(ids) for ids in (call.prompt_ids, call.response_ids)]
+        given_tokens, made_tokens = tokens_in(call)
         facts = [
             call.model, f"role {call.role}" if call.role else None,
-            f"{tokens[0]} + {tokens[1]} tokens" if tokens != [None, None] else _usage(call),
-            "no log-probabilities" if tokens[1] and call.logprobs is None else None,
+            None if made_tokens is None else f"{'?' if given_tokens is None else given_tokens} + {made_tokens} tokens",
+            "no token ids" if made_tokens and call.response_ids is None else None,
+            "no log-probabilities" if call.response_ids and call.logprobs is None else None,
             f"ended by {call.finish_reason}" if call.finish_reason else None,
         ]  # fmt: skip
         screen.print(Text.assemble((f"call {number}", "bold"), (f"  {clean(', '.join(filter(None, facts)))}", "dim")))
@@ -192,18 +193,18 @@ def _draw_message(screen: Screen, message: dict[str, Any], most: int) -> None:
     screen.print(*(Text(f"    {line}") for line in lines[1:]))
 
 
-def _usage(call: ModelCall) -> str | None:
-    """How many tokens the tracer counted, where it did not keep them."""
-    for span in call.spans:
-        given, made = (span.attributes.get(name) for name in (semconv.INPUT_TOKENS, semconv.OUTPUT_TOKENS))
-        if isinstance(given, int) and isinstance(made, int):
-            return f"{given} + {made} tokens, of which no ids are known"
-    return None
+def tokens_in(call: ModelCall) -> tuple[int | None, int | None]:
+    """How many tokens a model was given, and how many it generated: of their ids, else as its tracer counted them."""
+    found: list[int | None] = []
+    for ids, name in ((call.prompt_ids, semconv.INPUT_TOKENS), (call.response_ids, semconv.OUTPUT_TOKENS)):
+        counts = [count for span in call.spans if isinstance(count := span.attributes.get(name), int)]
+        found.append(len(ids) if ids is not None else next(iter(counts), None))
+    return found[0], found[1]
 
 
 def tokens_of(calls: Sequence[ModelCall]) -> int:
     """The tokens that a model generated in these calls, as far as they are known."""
-    return sum(len(call.response_ids) for call in calls if call.response_ids is not None)
+    return sum(tokens_in(call)[1] or 0 for call in calls)
 
 
 def calls_of(spans: Sequence[Any]) -> list[ModelCall]:
@@ -402,7 +403,7 @@ def _as_plain(call: ModelCall) -> dict[str, Any]:
     return {
         "span_ids": [span.span_id for span in call.spans], "model": call.model, "role": call.role,
         "finish_reason": call.finish_reason, "messages": plain(call.messages), "answer": plain(call.answer),
-        "prompt_tokens": None if call.prompt_ids is None else len(call.prompt_ids),
-        "response_tokens": None if call.response_ids is None else len(call.response_ids),
+        "prompt_tokens": tokens_in(call)[0], "response_tokens": tokens_in(call)[1],
+        "has_token_ids": call.response_ids is not None,
         "has_logprobs": call.logprobs is not None, "policy_version": call.policy_version,
     }  # fmt: skip

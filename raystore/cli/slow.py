@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from raystore.cli.drawing import Column
-from raystore.cli.reading import View, attempt_of, environment_of, reading, took
+from raystore.cli.reading import COUNT, View, attempt_of, environment_of, reading, took
 from raystore.cli.show import tree, walk
 from raystore.cli.text import clean, counted, duration, share
 from raystore.core.lifecycle import ACTIVE, FINISHED
@@ -39,7 +39,7 @@ def silence(spans: list[Any], now: float) -> str:
 
 
 @reading("raystore slow --limit 5")
-@click.option("--limit", type=click.IntRange(1), default=10, show_default=True, help="So many of each kind at most.")
+@click.option("--limit", **COUNT, default=10, help="So many of each kind at most.")
 async def slow(view: View, *, limit: int) -> None:
     """What takes longest: of the rollouts that run, and of those that have finished; against the median.
 

@@ -12,7 +12,7 @@ import click
 from raystore.cli.drawing import Column, Screen
 from raystore.cli.finding import Where, cluster, end, join
 from raystore.cli.plainly import as_json
-from raystore.cli.reading import JSON, STORE_OPTIONS, View, Word, reading, with_example
+from raystore.cli.reading import JSON, STORE_OPTIONS, View, Word, command_of, reading
 from raystore.cli.text import counted, duration, share, size
 
 
@@ -156,14 +156,10 @@ def _list(address: str | None, namespace: str | None, json: bool) -> None:
     screen.table(columns, [[one.name, one.namespace, one.store_id, one.node] for one in found])
 
 
-list_ = click.command(
-    "list",
-    help=with_example(_list.__doc__, "raystore list --address 10.0.0.1:6379"),
-    params=[
+list_: click.Command = command_of(_list, "raystore list --address 10.0.0.1:6379", [
         click.Option(["--namespace"], envvar="RAYSTORE_NAMESPACE", metavar="NAME", help="Only of this namespace."),
         _ADDRESS, JSON,
-    ],
-)(_list)  # fmt: skip
+    ])  # fmt: skip
 
 
 # -- starting and stopping ---------------------------------------------------------------------------------------------
@@ -207,10 +203,7 @@ def _address_here() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-start = click.command(
-    "start",
-    help=with_example(_start.__doc__, "raystore start trainer --journal runs/grpo"),
-    params=[
+start: click.Command = command_of(_start, "raystore start trainer --journal runs/grpo", [
         click.Argument(["name"], required=False),
         *STORE_OPTIONS[1:3],
         click.Option(
@@ -221,8 +214,7 @@ start = click.command(
             ["--resume"], type=Word(["auto", "must", "never"], "way to resume"), default="auto",
             help="auto (default): go on with the run in the journal, if there is one.",
         ),
-    ],
-)(_start)  # fmt: skip
+    ])  # fmt: skip
 
 
 def _stop(name: str, namespace: str, address: str | None) -> None:
@@ -231,8 +223,4 @@ def _stop(name: str, namespace: str, address: str | None) -> None:
     Screen().print(f"store {name} has ended")
 
 
-stop = click.command(
-    "stop",
-    help=with_example(_stop.__doc__, "raystore stop trainer"),
-    params=[click.Argument(["name"]), *STORE_OPTIONS[1:3]],
-)(_stop)
+stop: click.Command = command_of(_stop, "raystore stop trainer", [click.Argument(["name"]), *STORE_OPTIONS[1:3]])

@@ -53,6 +53,6 @@ def _give(view: View, changes: list[Change], rollout_id: str | None) -> None:
         if rollout_id is not None and change.rollout_id != rollout_id:
             continue
         if view.wants_json:
-            view.give_line(change)
+            view.give_lines([change])
         else:
             view.screen.print(line_of(change))

@@ -7,7 +7,6 @@ the answer comes with the next one, or when a bound on idling could be passed.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 import urllib.error
@@ -22,10 +21,11 @@ import click
 from raystore.cli.endings import BAD_NEWS, WrongUse
 from raystore.cli.errors import INFRASTRUCTURE
 from raystore.cli.plainly import as_json
-from raystore.cli.reading import POLL_SECONDS, Parameter, Seconds, View, attempt_of, reading, seconds_of
+from raystore.cli.reading import BREATH_SECONDS, POLL_SECONDS, Parameter, Seconds, View, attempt_of, reading, seconds_of
 from raystore.cli.text import duration, figure
-from raystore.core.lifecycle import FINISHED
+from raystore.core.lifecycle import RolloutStatus
 from raystore.errors.text import meant
+from raystore.types import Change
 
 WINDOW = 100  #: finished rollouts that a condition looks at, unless it says another number
 LEAST_SECONDS = 0.2  #: between two looks at the clock
@@ -119,14 +119,13 @@ def value_of(check: Check, last: Sequence[Ended], idle: float | None, waiting: i
 
 
 async def _last_finished(view: View, count: int) -> deque[Ended]:
-    page = await view.store.query_rollouts(
-        status_in=sorted(FINISHED - {"cancelled"}), sort_by="end_time", sort_order="desc", limit=count  # type: ignore[arg-type]
-    )  # fmt: skip
+    page = await view.store.query_rollouts(status_in=COUNTED, sort_by="end_time", sort_order="desc", limit=count)
     return deque([ended(one) for one in reversed(page.items)], maxlen=count)
 
 
-ACTIVITY = ("claimed", "running", "succeeded", "failed", "requeuing", "cancelled")
-FIGURES_TEXT = "; ".join(f"{name}: {what}" for name, what in FIGURES.items())
+#: Statuses of rollouts that conditions look at: not what somebody has cancelled.
+COUNTED: tuple[RolloutStatus, ...] = ("succeeded", "failed")
+ACTIVITY: tuple[str, ...] = ("claimed", "running", "succeeded", "failed", "requeuing", "cancelled")
 
 
 @reading('raystore watch --fail-on "errors>0.2" --fail-on "idle>10m" --fail-on "reward<0.1@50"')
@@ -169,9 +168,17 @@ async def watch(view: View, *, checks: Sequence[Check], webhook: str | None, lon
         cursor = page.cursor if page.cursor is not None else cursor
         if page.items:
             active_at = max(active_at, page.items[-1].time)
-            finished = [one.rollout_id for one in page.items if one.kind in FINISHED and one.rollout_id]
-            for rollout in await view.store.query_rollouts(rollout_id_in=finished) if finished else ():
-                last.append(ended(rollout))
+            await _add_finished(view, page.items, last)
+            await asyncio.sleep(BREATH_SECONDS)
+
+
+async def _add_finished(view: View, changes: Sequence[Change], last: deque[Ended]) -> None:
+    """Put the rollouts that have finished behind the last ones; one that finishes again stands only there."""
+    ids = list(dict.fromkeys(one.rollout_id for one in changes if one.kind in COUNTED and one.rollout_id))
+    found = {one.rollout_id: one for one in await view.store.query_rollouts(rollout_id_in=ids)} if ids else {}
+    before = [one for one in last if one.rollout_id not in found]
+    last.clear()
+    last.extend([*before, *(ended(found[one]) for one in ids if one in found)])
 
 
 def _patience(checks: Sequence[Check], idle: float, until: float | None) -> float:
@@ -212,13 +219,13 @@ async def _bad_news(view: View, check: Check, value: float | None, last: Sequenc
         if failed and check.figure in ("errors", "infra"):
             view.screen.print(f"the last that failed: raystore show {failed[0]}; all: raystore errors")
     if webhook is not None:
-        await asyncio.to_thread(_post, webhook, json.loads(as_json(news)))
+        await asyncio.to_thread(_post, webhook, as_json(news))
     raise click.exceptions.Exit(BAD_NEWS)
 
 
-def _post(url: str, news: dict[str, Any]) -> None:
+def _post(url: str, news: str) -> None:
     request = urllib.request.Request(
-        url, data=json.dumps(news).encode(), headers={"Content-Type": "application/json"}, method="POST"
+        url, data=news.encode(), headers={"Content-Type": "application/json"}, method="POST"
     )
     try:
         urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS).close()

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from raystore.cli.drawing import Column
-from raystore.cli.reading import View, Words, reading
+from raystore.cli.reading import COUNT, View, Words, reading
 from raystore.cli.text import duration, size
 from raystore.core.lifecycle import WORKER_STATUSES
 
@@ -38,7 +38,7 @@ def row(worker: Any, view: View) -> list[Any]:
 @reading("raystore workers --status busy")
 @click.option("--status", type=Words(WORKER_STATUSES, "status"), help="One or several, separated by commas.")
 @click.option("--id", "contains", metavar="TEXT", help="Whose id contains this.")
-@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="So many at most.")
+@click.option("--limit", **COUNT, default=50, help="So many at most.")
 @click.option("--follow", is_flag=True, help="Go on with those that change, as they change.")
 async def workers(view: View, *, status: list[Any] | None, contains: str | None, limit: int, follow: bool) -> None:
     """The runners, what each works on, and since when; those first that the store heard of last."""
@@ -48,7 +48,9 @@ async def workers(view: View, *, status: list[Any] | None, contains: str | None,
     if not follow and view.wants_json:
         view.give({"total": page.total, "workers": page.items})
         return
-    if not view.wants_json:
+    if view.wants_json:
+        view.give_lines(page.items)
+    else:
         view.screen.table(COLUMNS, [row(worker, view) for worker in page.items])
         if len(page) < page.total:
             view.screen.print(f"{len(page):,} of {page.total:,}; --limit shows more")
@@ -63,7 +65,6 @@ async def workers(view: View, *, status: list[Any] | None, contains: str | None,
         every = await view.store.query_workers(**wanted)
         kept = [worker for worker in every if worker.worker_id in names]
         if view.wants_json:
-            for worker in kept:
-                view.give_line(worker)
+            view.give_lines(kept)
         elif kept:
             view.screen.table(COLUMNS, [row(worker, view) for worker in kept])

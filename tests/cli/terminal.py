@@ -21,10 +21,11 @@ from typing import Any
 from raystore.cli.program import program
 
 ROOT = Path(__file__).parents[2]
-#: What a process in another terminal does not have of this one's environment.
-UNSET = {"RAY_ADDRESS", "RAY_AUTH_MODE", "NO_COLOR", "COLUMNS"}
 #: What a terminal may be sent: text, line ends, and colours. Anything else of a user's would have come through.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+_LEFT_OUT = ("RAY_ADDRESS", "RAY_AUTH_MODE", "NO_COLOR", "COLUMNS")  # of what a new process is given
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _run(arguments: Any) -> int:
 def process(*arguments: Any, stdout: Any = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
     """Start the program in a process of its own."""
     command = [sys.executable, "-m", "raystore", *map(str, arguments)]
-    kept = {name: value for name, value in os.environ.items() if name not in UNSET}
+    kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=kept | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"} | environment,

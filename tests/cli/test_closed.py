@@ -11,10 +11,11 @@ import pytest
 
 import raystore as rs
 from raystore.core.payload import Payload
-from raystore.values.closed import Closed, pickles_closed
+from raystore.values.closed import Closed, are_closed, pickles_closed
 from raystore.values.objects import Origin
 from raystore.wire import codec, convert
 from tests.cli.small_run import Unknown
+from tests.cli.terminal import here
 from tests.conftest import MakeMemoryStore
 from tests.helpers import make_span, present
 
@@ -131,6 +132,28 @@ async def test_nothing_of_a_store_is_opened(make_memory_store: MakeMemoryStore, 
             found = present(await reader.get_latest_resources()).resources
             assert isinstance(found["weights"], Closed) and found["p"] == PROMPT
             assert (await reader.query_spans(claimed.rollout_id))[0].attributes == {"k": "v"}
+
+
+class Estimator:
+    """A function of a user, as stores take it."""
+
+    def __call__(self, span: Any) -> int:
+        return 1
+
+    def __reduce__(self) -> Any:
+        return _estimator, ()
+
+
+def _estimator() -> Estimator:
+    assert not are_closed(), "a pickle was opened"
+    return Estimator()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_configuration_of_a_store_is_not_opened() -> None:
+    """It may hold a user's function, which only writers of spans need."""
+    with rs.start("estimating", span_size_estimator=Estimator()):
+        assert here("status", "--name", "estimating").code == 0
 
 
 def test_a_span_whose_body_is_a_pickle_says_so() -> None:

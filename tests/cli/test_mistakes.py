@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import raystore as rs
 from raystore.cli import demo, finding
 from raystore.cli.endings import NoStore, WrongUse
 from raystore.cli.program import FAMILIES, program
-from tests.cli.terminal import Terminal, here, piped, process
+from tests.cli.terminal import ROOT, Terminal, here, piped, process
 
 COMMANDS = [name for family in FAMILIES.values() for name, _, _ in family]
 NOT_HERE = {"export"}  #: of which another file has the command
@@ -43,7 +46,7 @@ def ran(*arguments: Any) -> tuple[int, str]:
         (["rollouts", "--sort", "start-time"], "'start-time' is no field; did you mean 'start_time'?"),
         (["rollouts", "--stat", "x"], "--status"),
         (["rollouts", "--tag", "math"], "'math' is no tag; write NAME=VALUE"),
-        (["rollouts", "--limit", "-1"], "-1 is not in the range"),
+        (["rollouts", "--limit", "-1"], "-1 is not in the range x>=1"),
         (["groups", "--status", "complet"], "did you mean 'complete'?"),
         (["workers", "--status", "bussy"], "did you mean 'busy'?"),
         (["resources", "p", "--diff", "1"], "'--diff' requires 2 arguments"),
@@ -111,6 +114,14 @@ def test_every_reading_command_gives_json() -> None:
     """Only those that change something, or run the demo, do not."""
     without = [name for name in COMMANDS if name not in NOT_HERE and "--json" not in ran(name, "--help")[1]]
     assert without == ["start", "stop", "demo"]
+
+
+def test_the_program_is_installed_with_the_package() -> None:
+    """The entry point of pyproject.toml is there."""
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = found["raystore"].partition(":")
+    assert callable(getattr(import_module(module), name))
+    assert ran("--version") == (0, f"raystore {rs.__version__}\n")
 
 
 def test_help_is_quick_and_light() -> None:
@@ -261,6 +272,57 @@ def test_a_dead_address_is_told_at_once() -> None:
     assert time.monotonic() - begun < 4
 
 
+def test_a_cluster_that_does_not_let_us_in_is_told() -> None:
+    """Something listens, and it is no Ray, or one that is ending: Ray itself would try for ever. Exit code 3."""
+    code = """
+from raystore.cli import finding
+from raystore.cli.program import program
+
+finding.CONNECT_SECONDS = 3.0
+program.main(["status", "--address", "127.0.0.1:PORT"], "raystore")
+"""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        code = code.replace("PORT", str(silent.getsockname()[1]))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 3 and done.stderr.startswith("error: Ray at 127.0.0.1:"), done.stderr
+    assert "did not let us in within 3 s" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_token_is_sent_to_clusters_of_this_machine_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As Ray does for a cluster that it finds itself; what the user says comes first."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr(finding, "_running_here", lambda: ["127.0.0.1:7"])
+    monkeypatch.setattr(finding, "_knock", lambda address: None)
+    monkeypatch.setattr(finding, "TOKEN", tmp_path / "token")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    said = []
+    finding.join("127.0.0.1:7")
+    said.append(os.environ.get("RAY_AUTH_MODE"))  # there is no token
+    (tmp_path / "token").touch()
+    finding.join("10.0.0.1:7")
+    said.append(os.environ.get("RAY_AUTH_MODE"))  # it runs elsewhere
+    finding.join("127.0.0.1:7")
+    said.append(os.environ.get("RAY_AUTH_MODE"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    finding.join("127.0.0.1:7")
+    said.append(os.environ.get("RAY_AUTH_MODE"))
+    assert said == [None, None, "token", "disabled"]
+
+
+def test_what_is_waited_for_is_said_on_a_terminal(killed: Path) -> None:
+    """Before it is there; then it is taken away."""
+    terminal = Terminal()
+    command = [sys.executable, "-m", "raystore", "status", "--journal", str(killed)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal.slave, timeout=30)
+    terminal.close()
+    assert done.returncode == 0 and b"Reading" not in done.stdout
+    said, gone = f"Reading the journal {killed} ...", len(f"Reading the journal {killed} ...") * " "
+    assert terminal.text == f"{said}\r{gone}\r"
+
+
 def test_one_of_several_clusters_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Unless Ray has written down which was started last."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -309,9 +371,9 @@ def test_tail_goes_on_until_ctrl_c(cluster: None) -> None:
 
 
 def test_follow_gives_lines_of_json(cluster: None) -> None:
-    """One for each rollout that changes and matches, also if it changes before the store is asked for changes."""
+    """One for each rollout that matches, and again when it changes, also if it changes before changes are asked for."""
     with rs.start("followed") as store:
-        store.sync.enqueue_rollout("old", rollout_id="was-there", queue="other")
+        store.sync.enqueue_rollout("old", rollout_id="was-there", queue="own")
         options = ["--queue", "own", "--name", "followed", "--address", address()]
         running = process("rollouts", "--follow", "--json", *options)
         connected(store)
@@ -322,6 +384,7 @@ def test_follow_gives_lines_of_json(cluster: None) -> None:
         lines = [json.loads(running.stdout.readline()) for _ in range(3)]
         running.send_signal(signal.SIGINT)
         running.communicate(timeout=20)
+    assert lines[0]["rollout_id"] == "was-there" and lines[2]["rollout_id"].startswith("new-")
     assert {line["queue"] for line in lines} == {"own"} and running.returncode == 130
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 
 import raystore as rs
+from raystore.cli.consumers import _fate
+from raystore.cli.drawing import Screen
 from raystore.cli.program import FAMILIES
+from raystore.cli.reading import View
 from tests.cli.small_run import HOSTILE
 from tests.cli.terminal import COLOURS, Shown, here, piped
-from tests.helpers import present
+from tests.helpers import make_span, present
 
 #: Each verb with arguments, and what it must say of the small run.
 VERBS: list[tuple[list[str], list[str]]] = [
@@ -122,7 +126,7 @@ def test_a_conversation_is_told_by_what_is_new(killed: Path) -> None:
     assert shown.text.count("What is 17 * 23?") == 1
     assert '→ calculator({"expression": "17 * 23"})' in shown.text
     assert "… 3 messages as before" in shown.text and "tool: 391" in shown.text
-    assert "21 + 12 tokens, of which no ids are known" in shown.text
+    assert "21 + 12 tokens, no token ids, ended by stop" in shown.text
     calls = json.loads(piped("show", found[0]["rollout_id"], "--json", "--journal", killed).out)["model_calls"]
     assert [call["finish_reason"] for call in calls] == ["stop", "stop"]
 
@@ -150,6 +154,35 @@ def test_two_runs_are_compared(killed: Path, tmp_path: Path) -> None:
     effects = [abs(float(found)) for found in re.findall(r"^ *([+-]\d+\.\d) sd", shown.text, re.MULTILINE)]
     assert effects == sorted(effects, reverse=True) and max(effects) > 0.8
     assert re.search(r"\+\d\.\d sd +ended as failed +12\.\d% +100\.0%", shown.text)
+
+
+def test_status_says_what_holds_a_queue_back(tmp_path: Path) -> None:
+    """Pauses, limits, and resources that cannot be had."""
+    with rs.InMemoryLightningStore(journal=str(tmp_path / "journal")) as store:
+        for queue in ("stopped", "bounded", "free"):
+            store.sync.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=1, queue=queue)] * 2)
+        store.sync.pause(["stopped"], keep=True)
+        store.sync.limit_queue("bounded", max_running=1, per_minute=5)
+        store.sync.dequeue_rollout(queues=["bounded"])
+        during = json.loads(piped("status", "--json", "--journal", tmp_path / "journal").out)
+    assert during["queue_lengths"] == {"stopped": 2, "bounded": 1, "free": 2}  # of a run that goes on
+    shown = here("status", "--journal", tmp_path / "journal")
+    assert re.search(r"stopped +2 +paused", shown.text), shown.text
+    assert re.search(r"bounded +1 +at most 1 at once, 5 a minute \(reached\)", shown.text)
+    assert re.search(r"free +2 *$", shown.text, re.MULTILINE)
+
+
+async def test_a_rewind_tells_what_cannot_be_had_again() -> None:
+    """Spans that were evicted, rollouts that are gone."""
+    with rs.InMemoryLightningStore(eviction_memory_threshold=20_000, safe_memory_threshold=10_000) as store:
+        claimed = await store.start_rollout("x")
+        await store.add_span(make_span(claimed, attributes={"much": "x" * 50_000}))
+        await store.update_attempt(claimed.rollout_id, "latest", status="succeeded")
+        await store.add_span(make_span(await store.start_rollout("y"), attributes={"much": "x" * 50_000}))
+        view = View(store, Screen(io.StringIO()), False, 0.0, False)
+        assert await _fate(view, claimed.rollout_id) == "have lost spans to eviction"
+        assert await _fate(view, "nowhere") == "do not exist any more"
+        assert await _fate(view, (await store.start_rollout("z")).rollout_id) == "whole"
 
 
 @pytest.mark.parametrize(
