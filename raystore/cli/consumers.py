@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -34,6 +35,23 @@ async def the_consumer(view: View, name: str | None) -> tuple[str, dict[str, Any
     if name not in known:
         raise WrongUse(f"no consumer {name!r}{meant(name, known)}; there are {quoted(sorted(known))}")
     return name, known[name]
+
+
+def metrics_of(note: str | None) -> dict[str, float]:
+    """The numbers in the note of an entry, by name, where it is the JSON that a feed makes of metrics."""
+    try:
+        found = json.loads(note or "")
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def _said(note: str | None) -> str:
+    """A note in a few words."""
+    metrics = metrics_of(note)
+    return clean(", ".join(f"{name} {figure(value)}" for name, value in metrics.items()) or note or "", 60)
 
 
 def by_step(ledger: list[LedgerEntry]) -> dict[int | None, list[LedgerEntry]]:
@@ -118,7 +136,7 @@ async def _steps(
         rows.append([
             "held" if step is None else step, len({entry.batch for entry in entries}), len(entries),
             figure(sum(got) / len(got)) if got else "", "yes" if entries[0].is_durable else "no",
-            clean(entries[0].note or "", 60),
+            _said(entries[0].note),
         ])  # fmt: skip
     view.screen.heading("steps")
     view.screen.table(_STEPS, rows)

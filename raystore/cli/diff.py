@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 from rich.text import Text
 
-from raystore.cli.consumers import the_consumer
+from raystore.cli.consumers import metrics_of, the_consumer
 from raystore.cli.drawing import Column
 from raystore.cli.endings import WrongUse
 from raystore.cli.errors import INFRASTRUCTURE, POLICY
@@ -45,11 +45,22 @@ class Side:
     values: dict[str, list[float]] = field(default_factory=dict)
     flags: dict[str, int] = field(default_factory=dict)  # of `count`
     resources: list[str] = field(default_factory=list)  # lines of the newest version that was used
+    metrics: dict[str, float] = field(default_factory=dict)  # what the trainer said of the step
 
     def measure(self, what: str, value: float | None) -> None:
         """Add a measured value."""
         if value is not None:
             self.values.setdefault(what, []).append(value)
+
+    def note(self, notes: Sequence[str | None]) -> None:
+        """Take the metrics in the notes of a step: of the whole of it if all are equal, else of each rollout."""
+        told = [metrics_of(note) for note in notes]
+        for name in dict.fromkeys(name for metrics in told for name in metrics):
+            values = [metrics[name] for metrics in told if name in metrics]
+            if len(set(values)) == 1:
+                self.metrics[name] = values[0]
+            else:
+                self.values[f"metric {name}"] = values
 
     def count_flag(self, what: str) -> None:
         """Count a rollout of which this is so."""
@@ -185,6 +196,7 @@ def draw_difference(view: View, before: Side, after: Side, limit: int) -> None:
             {
                 "before": {"name": before.name, "rollouts": before.count},
                 "after": {"name": after.name, "rollouts": after.count},
+                "metrics": {"before": before.metrics, "after": after.metrics},
                 "differences": [vars(one) for one in found],
                 "resources": changed,
             }
@@ -209,6 +221,11 @@ def draw_difference(view: View, before: Side, after: Side, limit: int) -> None:
         screen.print("nothing that is measured differs")
     if len(found) > limit:
         screen.print(f"… and {len(found) - limit} more; --limit shows them")
+    if before.metrics or after.metrics:
+        screen.heading("what the trainer said")
+        names = dict.fromkeys([*before.metrics, *after.metrics])
+        told = [[name, figure(before.metrics.get(name)), figure(after.metrics.get(name))] for name in names]
+        screen.table([Column("metric"), Column("before", right=True), Column("after", right=True)], told)
     if changed:
         screen.heading("resources")
         screen.print(*changed[2:])
@@ -229,6 +246,7 @@ async def _steps(view: View, steps: tuple[int, int], consumer: str | None, limit
             raise WrongUse(f"consumer {name!r} has no step {step} in its ledger; {there}")
         rollouts = list(await view.store.query_rollouts(rollout_id_in=ids))
         sides.append(await side_of(view, f"step {step}", rollouts, dict.fromkeys(ids, step)))
+        sides[-1].note([entry.note for entry in ledger if entry.step == step])
     draw_difference(view, sides[0], sides[1], limit)
 
 

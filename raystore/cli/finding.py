@@ -75,14 +75,14 @@ def _connected(where: Where) -> Any:
 
 def _missing(where: Where, why: StoreError) -> click.ClickException:
     """The error for a store that cannot be had, which says what there is."""
+    if not isinstance(why, StoreNotFoundError):  # it is there, and does not answer, or is of another kind or version
+        return NoStore(str(why))
     from raystore.remote.store import list_stores
 
     there = list_stores(namespace=None)
     here = [info.name for info in there if info.namespace == where.namespace and info.name]
     if where.name is None and len(here) > 1:
         return WrongUse(f"several stores run in namespace {where.namespace!r}: {quoted(here)}; say --name {here[0]}")
-    if not isinstance(why, StoreNotFoundError):  # it is there, and does not answer, or is of another kind or version
-        return NoStore(str(why))
     wanted = f"store {where.name!r}" if where.name else "store"
     if not there:
         return NoStore(f"no {wanted} on this cluster, and no other; {_TO_START}")

@@ -7,9 +7,11 @@ Not here: what a command does (its file), what all reading commands share (`read
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -92,7 +94,8 @@ class Program(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            super().invoke(context)
+            with _remarks():
+                super().invoke(context)
             sys.stdout.flush()
         except BrokenPipeError:  # whoever read the output has enough
             _forget_output()
@@ -123,6 +126,26 @@ class Program(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+class _Remarks(logging.Handler):
+    """Says what raystore logs as errors are said: one line on stderr, cleaned."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage(), record.levelname.lower())
+
+
+@contextmanager
+def _remarks() -> Iterator[None]:
+    """Show warnings of raystore within the block."""
+    logger, handler = logging.getLogger("raystore"), _Remarks(logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate, propagated = False, logger.propagate
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+
+
 def _one_line(error: click.ClickException) -> str:
     if isinstance(error, (WrongUse, NoStore)):
         return error.message
@@ -133,12 +156,12 @@ def _one_line(error: click.ClickException) -> str:
     return f"{said.rstrip('.')}. {path} --help shows how it is used"
 
 
-def _say(text: str) -> None:
+def _say(text: str, kind: str = "error") -> None:
     """One line on stderr."""
     from raystore.cli.text import clean
 
     try:
-        click.echo(f"error: {clean(text)}", err=True)
+        click.echo(f"{kind}: {clean(text)}", err=True)
     except BrokenPipeError:
         _forget_output()
 

@@ -7,6 +7,7 @@ that nobody serves. The clock is manual, and ids are given where commands name t
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import raystore as rs
@@ -100,7 +101,7 @@ async def fill(store: Any) -> None:
                 name = f"{environment}-{version}-{index}"
                 await _group(store, name, environment, version, min(gain * version + 0.2 * index, 1.0))
         batch = await store.take_groups(2, consumer="trainer", timeout=1.0)
-        await store.ack(batch, step=version + 1, note=f"loss {1.5 - version / 2}")
+        await store.ack(batch, step=version + 1, note=json.dumps({"loss": 1.5 - version / 2, "kl": 0.01}))
         await _finish(store, f"val-{version}", 0.25 * (version + 1), mode="val", tags={"env": "math"})
     await store.checkpoint("trainer", 1)
     await store.add_resources({"weights": rs.ObjectResource(value=Unknown())})

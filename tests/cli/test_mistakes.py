@@ -186,6 +186,16 @@ def test_no_store_of_this_name_says_what_there_is(live: rs.RayLightningStore) ->
     assert elsewhere.code == 3 and "no store in namespace 'nowhere'; there are: small-run" in elsewhere.err
 
 
+def test_a_store_of_another_version_is_told(live: rs.RayLightningStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused in one line, and the list says that it is left out. Exit code 3."""
+    monkeypatch.setattr("raystore.remote.session.PROTOCOL", 99)
+    shown = here("status", "--name", "small-run")
+    assert shown.code == 3 and "install the same raystore on both sides" in shown.err
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    listed = here("list")
+    assert listed.code == 0 and listed.err.startswith("warning: Left out of the list: ")
+
+
 def test_one_of_several_stores_must_be_named(live: rs.RayLightningStore) -> None:
     """The error names them. Exit code 2, since there are stores."""
     with rs.start("another"):

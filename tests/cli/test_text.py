@@ -149,6 +149,18 @@ def test_large_attributes_are_shown_briefly(tmp_path: Path) -> None:
     assert len(piped("show", claimed.rollout_id, "--json", "--journal", journal).out) > 12_000_000
 
 
+def test_a_span_that_cannot_be_read_is_a_warning_and_cleaned(tmp_path: Path) -> None:
+    """One line beside what can be shown; what a user wrote comes through there no more than elsewhere."""
+    journal = tmp_path / "journal"
+    with rs.InMemoryLightningStore(journal=str(journal)) as store:
+        claimed = present(store.sync.start_rollout("x"))
+        attributes = {"gen_ai.operation.name": "chat", "prompt_token_ids": "\x1b[31mno numbers"}
+        store.sync.add_span(make_span(claimed, attributes=attributes, name="\x1b]0;title\x07"))
+    shown = here("show", claimed.rollout_id, "--journal", journal)
+    assert shown.code == 0 and "\x1b" not in shown.err
+    assert shown.err.startswith("warning: Passed over while model calls were read") and shown.err.count("\n") == 1
+
+
 def test_the_picture_of_curves() -> None:
     """Round numbers at the axes, names escaped, also of one point and of none."""
     drawn = svg.draw({"a<b": [(0, 0.13), (7, 0.87)], "flat": [(3, 0.5)]}, title="t & u", below="step")

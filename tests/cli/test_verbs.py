@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 import raystore as rs
 from raystore.cli.consumers import _fate
+from raystore.cli.diff import Side, differences
 from raystore.cli.drawing import Screen
 from raystore.cli.program import FAMILIES
 from raystore.cli.reading import View
@@ -27,7 +29,7 @@ VERBS: list[tuple[list[str], list[str]]] = [
     (["rollouts", "--queue", "nowhere"], [r"no rollout matches"]),
     (["groups", "--status", "trained", "--limit", "2"], [r"code-2-0|math-\d-\d", r"2 of 6"]),
     (["consumers"], [r"trainer +groups +6"]),
-    (["consumers", "trainer"], [r"1 +1 +4 +0\.15 +yes +loss 1\.5", r"3 +1 +4 +0\.45 +no"]),
+    (["consumers", "trainer"], [r"1 +1 +4 +0\.15 +yes +loss 1\.5, kl 0\.01", r"3 +1 +4 +0\.45 +no"]),
     (["consumers", "--rewind", "1"], [r"steps lost +2 \(2 to 3\)", r"trained on again +8", r"all of them are there"]),
     (["workers"], [r"runner-3 +busy +1 min 32 s +stuck|runner-3 +busy", r"runner-1 +idle.*node-a"]),
     (["resources"], [r"policy +3 +2 ", r"weights: <raystore\.types\.ObjectResource, a pickle of \d+ bytes, not"]),
@@ -47,7 +49,7 @@ VERBS: list[tuple[list[str], list[str]]] = [
     (["tail", "--last", "3", "--no-follow"], [r"claimed +stuck|running +stuck", r"enqueued +last"]),
     (["curve"], [r"train +mean reward by policy version", r"val +0\.25 +0\.75", r"train +0\.15 +0\.5444 .* 29 +4"]),
     (["curve", "--by", "time", "--mode", "val"], [r"seconds since the first", r"val "]),
-    (["diff", "1", "3"], [r"\+2\.3 sd +reward +0\.15 +0\.45", r"\+    Think step by step"]),
+    (["diff", "1", "3"], [r"loss +1\.5 +0\.5", r"\+2\.3 sd +reward +0\.15 +0\.45", r"\+    Think step by step"]),
     (["watch", "--once", "--fail-on", "errors>0.5@20"], [r"errors>0\.5@20: no, it is 0\.\d"]),
 ]  # fmt: skip
 
@@ -196,3 +198,24 @@ def test_watch_tells_bad_news_by_its_exit_code(killed: Path, condition: str, cod
     """A condition that looks at more rollouts than have finished does not hold."""
     shown = here("watch", "--fail-on", condition, "--journal", killed)
     assert shown.code == code and condition in shown.text and shown.err == ""
+
+
+def test_metrics_of_a_step_and_of_its_rollouts() -> None:
+    """What a trainer said of a whole step stands apart; what it said of each rollout is compared as all else."""
+    one, other = Side("one", 2), Side("other", 2)
+    one.note(['{"loss": 2, "advantage": 0.5}', '{"loss": 2, "advantage": -0.5}'])
+    other.note(["no json", '{"loss": 1, "advantage": [1]}', None])
+    assert one.metrics == {"loss": 2} and other.metrics == {"loss": 1}
+    assert one.values == {"metric advantage": [0.5, -0.5]} and other.values == {}
+
+
+def test_effects_of_differences() -> None:
+    """In standard deviations, shares likewise; infinite where nothing varies, none where a side has nothing."""
+    one, other = Side("one", 4), Side("other", 4)
+    one.values, other.values = {"a": [0.0, 2.0], "b": [1.0, 1.0], "c": [1.0], "d": [3.0]}, {"a": [2.0, 4.0], "b": [2.0]}
+    one.flags, other.flags = {"x": 2, "y": 1}, {"x": 2, "y": 3}
+    found = {difference.what: difference.effect for difference in differences(one, other)}
+    assert next(iter(found)) == "b" and found["b"] == math.inf
+    assert found["a"] == pytest.approx(2 / math.sqrt(2)) and found["c"] == found["d"] == 0
+    assert found["y"] == pytest.approx(2 * math.asin(math.sqrt(0.75)) - 2 * math.asin(math.sqrt(0.25)))
+    assert "x" not in found
