@@ -57,9 +57,10 @@ class Terminal:
 
 def run_on_terminal(code: str, *, environment: Mapping[str, str] | None = None, seconds: float = 90) -> tuple[str, str]:
     """Run a program whose stderr is a terminal; what it printed, and what it drew."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     with Terminal() as terminal:
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=terminal.stream, text=True,
-            timeout=seconds, check=True, env={**os.environ, "TERM": "xterm", **(environment or {})},
+            timeout=seconds, check=True, env={**kept, "TERM": "xterm", **(environment or {})},
         )  # fmt: skip
         return done.stdout, terminal.read()

@@ -7,6 +7,7 @@ become a new store for each test, since the start of a process takes ten times a
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,14 +38,12 @@ class Actors:
 
     def __init__(self) -> None:
         self._idle: list[Any] = []
-        self._made = 0
 
     def store(self, **options: Any) -> rs.RayLightningStore:
         """A store that nobody has used."""
         config = make_config(**options)
         if not self._idle:
-            name = f"shared-{self._made}"
-            self._made += 1
+            name = f"shared-{secrets.token_hex(4)}"  # tests of another folder may use such actors of their own
             actor = ray.remote(Shared).options(name=name, namespace="shared", num_cpus=0, max_concurrency=1_000)
             self._idle.append(actor.remote(config, name, "shared"))
         actor = self._idle.pop()
