@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from time import monotonic
 from typing import Any, TextIO
 
@@ -131,7 +131,7 @@ class _Sieve(logging.Filter):
 
 _FORMATTER = logging.Formatter()
 _SIEVE = _Sieve()
-forget_told = _SIEVE.forget
+forget_told: Callable[[], None] = _SIEVE.forget
 os.register_at_fork(after_in_child=forget_told)
 
 

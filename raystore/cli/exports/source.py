@@ -107,7 +107,7 @@ class Place:
     """
 
     def __init__(self, offset: int = 0, ids: Sequence[str] = ()) -> None:
-        self.offset = offset
+        self.offset: int = offset
         self.ids: deque[str] = deque(ids, maxlen=REMEMBERED)
 
     async def next(self, read: Any, limit: int, key: str) -> list[Any]:

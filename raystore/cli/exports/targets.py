@@ -258,8 +258,8 @@ class Collector:
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], *, is_openinference: bool) -> None:
-        self.url = collector_url(url)
-        self.sent = 0
+        self.url: str = collector_url(url)
+        self.sent: int = 0
         self.rejected: tuple[int, str] = (0, "")
         self._has_answered = False
         self._headers = {
@@ -376,7 +376,7 @@ class CursorFile:
         self.path = path
         self.place: Any = None
         self.state: dict[str, Any] | None = None
-        self.count = 0
+        self.count: int = 0
         self._what = dict(what)
 
     def load(self) -> bool:
