@@ -53,24 +53,26 @@ class Sketch:
         self.total += other.total
         self.most = max(self.most, other.most)
 
-    def quantile(self, share: float) -> float | None:
-        """The number below which this share of them is, within 5 %; None if there are none."""
+    def quantiles(self, *shares: float) -> list[float | None]:
+        """The numbers below which these shares of all are, within 5 %; None if there are none. The shares ascend."""
         if not self.count:
-            return None
-        left = share * self.count - (self.count - sum(self.counts.values()))
-        if left <= 0:
-            return 0.0
-        for place in sorted(self.counts):
-            left -= self.counts[place]
-            if left <= 0:
-                return min(math.exp((place - 0.5) * _GROWTH), self.most)
-        return self.most
+            return [None] * len(shares)
+        found: list[float | None] = []
+        places, seen, at = sorted(self.counts), self.count - sum(self.counts.values()), 0
+        value = 0.0
+        for share in shares:
+            while seen < share * self.count and at < len(places):
+                seen += self.counts[places[at]]
+                value = min(math.exp((places[at] - 0.5) * _GROWTH), self.most)
+                at += 1
+            found.append(value)
+        return found
 
     def summary(self) -> dict[str, float | None]:
         """Count, mean, some quantiles and the largest of them."""
-        mean = self.total / self.count if self.count else None
-        quantiles = {f"p{share}": self.quantile(share / 100) for share in (50, 90, 99)}
-        return {"count": self.count, "mean": mean, **quantiles, "max": self.most if self.count else None}
+        p50, p90, p99 = self.quantiles(0.5, 0.9, 0.99)
+        mean, most = (self.total / self.count, self.most) if self.count else (None, None)
+        return {"count": self.count, "mean": mean, "p50": p50, "p90": p90, "p99": p99, "max": most}
 
 
 @dataclass(slots=True, eq=False)
