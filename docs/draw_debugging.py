@@ -58,7 +58,7 @@ QUESTIONS = (
         "is held up. The next question says what.",
     ),
     Question(
-        "Why is the trainer waiting now?", ("raystore why train",), (r"tool\.search|{hanging}",),
+        "Why is the trainer waiting now?", ("raystore why train",), (r"{hanging}", r"in span .tool\.search."),
         "One group is not complete, and the batch waits for it (`late=\"wait\"`): one of its rollouts runs for many "
         "times the median. A `deadline_seconds=` on the feed would have ended this wait.",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,10 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 import raystore as rs
 from raystore import log
 from tests.helpers import AnyStore
+
+# A shell that runs tests in the background has Ctrl+C ignored, and what tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeMemoryStore = Callable[..., rs.InMemoryLightningStore]
 MakeRayStore = Callable[..., rs.RayLightningStore]
