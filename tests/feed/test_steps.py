@@ -146,14 +146,10 @@ async def test_what_is_not_callable_is_refused(make_memory_store: MakeMemoryStor
 async def test_trackio_takes_the_line_of_the_docs(
     make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The real one where it is installed (it is not small), and else what has its call shape."""
+    """It writes the steps into its database, which is read back."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    try:
-        trackio: Any = importlib.import_module("trackio")
-    except ModuleNotFoundError:
-        trackio = Tracker()
-    else:
-        trackio.init(project="raystore-test", embed=False)
+    trackio: Any = importlib.import_module("trackio")
+    trackio.init(project="raystore-test", embed=False)
     line = re.search(r"^feed\.on_step\((lambda.*trackio\.log.*)\)$", DOCS.read_text(), re.MULTILINE)
     assert line is not None
     log: Callable[[dict[str, float], int], Any] = eval(line[1], {"trackio": trackio})
@@ -162,14 +158,10 @@ async def test_trackio_takes_the_line_of_the_docs(
     feed.on_step(log)
     async with running(store, lambda rollout: 1.0):
         await train(feed)
-    if isinstance(trackio, Tracker):
-        rows = [(step, row["critic/rewards/mean"]) for step, row in trackio.rows]
-    else:
-        trackio.finish()
-        from trackio.sqlite_storage import SQLiteStorage  # type: ignore[import-not-found]
-
-        run = SQLiteStorage.get_runs("raystore-test")[0]
-        rows = [(row["step"], row["critic/rewards/mean"]) for row in SQLiteStorage.get_logs("raystore-test", run)]
+    trackio.finish()
+    storage: Any = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+    run = storage.get_runs("raystore-test")[0]
+    rows = [(row["step"], row["critic/rewards/mean"]) for row in storage.get_logs("raystore-test", run)]
     assert rows == [(1, 1.0), (2, 1.0)]
 
 
