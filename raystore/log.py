@@ -12,6 +12,7 @@ Not here: what goes wrong, and when that is worth a line.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -74,7 +75,7 @@ class _Sieve(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection may log while it is held
         self._kinds: dict[Hashable, _Kind] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -100,19 +101,22 @@ class _Sieve(logging.Filter):
             known = self._kinds.get(key)
             if known is not None and now < known.until:
                 known.left_out, known.last = known.left_out + 1, text
-                if known.left_out == 1 and seconds < math.inf:
-                    self._tell_rest_in(known.until - now, record, key)
-                return None
-            if known is None and len(self._kinds) >= KINDS_KNOWN:
-                del self._kinds[next(iter(self._kinds))]
-            self._kinds[key] = _Kind(now + seconds)
-            return 0 if known is None else known.left_out
+                is_first, left = known.left_out == 1 and seconds < math.inf, known.until - now
+            else:
+                if known is None and len(self._kinds) >= KINDS_KNOWN:
+                    del self._kinds[next(iter(self._kinds))]
+                self._kinds[key] = _Kind(now + seconds)
+                return 0 if known is None else known.left_out
+        if is_first:  # without the lock: the new thread may log as well, in a garbage collection
+            self._tell_rest_in(left, record, key)
+        return None
 
     def _tell_rest_in(self, seconds: float, record: logging.LogRecord, key: Hashable) -> None:
         """Tell how many were left out, should no other line of this kind do it."""
         timer = threading.Timer(seconds, self._tell_rest, (record.name, record.levelno, key))
         timer.name, timer.daemon = "log-of-raystore", True
-        timer.start()
+        with contextlib.suppress(RuntimeError):  # no thread can be started, or the interpreter ends
+            timer.start()
 
     def _tell_rest(self, name: str, level: int, key: Hashable) -> None:
         with self._lock:
@@ -125,7 +129,7 @@ class _Sieve(logging.Filter):
 
     def forget(self) -> None:
         """Tell every kind again; for tests, and in a forked process, whose lock may be locked for ever."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._kinds = {}
 
 

@@ -280,3 +280,31 @@ def test_wrong_arguments_change_nothing(unconfigured: logging.Logger, given: dic
     with pytest.raises(rs.InvalidValueError, match=said):
         rs.setup_logging(**given)
     assert unconfigured.handlers == before
+
+
+def test_a_line_that_a_garbage_collection_logs_stops_nothing() -> None:
+    """Also in the midst of another one, and in the thread that tells the rest."""
+    code = """
+        import gc, logging, sys
+        from raystore import log
+
+        logger = log.logger_of("raystore.tried")
+        logging.getLogger("raystore").setLevel("CRITICAL")
+
+        class Loud:
+            def __init__(self):
+                self.me = self
+
+            def __del__(self):
+                logger.warning("gone", extra=log.a_minute("gone"))
+
+        gc.set_threshold(5)
+        for number in range(3000):
+            Loud()
+            logger.warning("line", extra=log.a_minute("line", number % 700))
+        print("done")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "done\n"

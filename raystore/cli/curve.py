@@ -6,6 +6,7 @@ Train, validation and test are apart. Rollouts that finished without a reward ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Series:
     def add(self, at: float, reward: float | None) -> None:
         """Count a finished rollout."""
         self.count += 1
-        if reward is None:
+        if reward is None or not math.isfinite(reward):
             self.without_reward += 1
         else:
             self.rewards.setdefault(at, []).append(reward)

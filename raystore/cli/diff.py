@@ -275,7 +275,7 @@ def _diff(
     Rewards by environment, lengths, endings, lag, errors, resources: the largest effect first. An effect is in standard
     deviations, shares on the same scale: 0.2 is small, 0.8 large.
     """
-    if before.isdigit() and after.isdigit():
+    if before.isdecimal() and after.isdecimal():
         steps = int(before), int(after)
         run_on(
             Where(name, namespace, address, journal), lambda view: _steps(view, steps, consumer, limit), wants_json=json

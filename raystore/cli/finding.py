@@ -196,7 +196,7 @@ def _last_started() -> str | None:
 def _knock(address: str) -> None:
     """Refuse an address at which nothing listens, which Ray would try for a minute."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         raise WrongUse(f"address {address!r} is not of the form HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()

@@ -6,6 +6,7 @@ what went wrong, and its story. A rollout that is deleted is told by its story, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class Node:
     def seconds(self) -> float | None:
         """How long it took."""
         start, end = self.span.start_time, self.span.end_time
-        return None if start is None or end is None else max(end - start, 0.0)
+        is_known = start is not None and end is not None and math.isfinite(start) and math.isfinite(end)
+        return max(end - start, 0.0) if is_known else None
 
     def own_seconds(self) -> float:
         """How long it took without the spans in it, however these overlap."""

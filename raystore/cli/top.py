@@ -228,8 +228,9 @@ def _summary(page: Page) -> list[str]:
 
 
 def _rewards(page: Page, width: int) -> Text | None:
-    means = [point["mean"] for point in page.metrics["rewards"] if point["mode"] != "val" and point["mean"] is not None]
-    vals = [point["mean"] for point in page.metrics["rewards"] if point["mode"] == "val" and point["mean"] is not None]
+    points = sorted(page.metrics["rewards"], key=lambda point: point["version"] if point["version"] is not None else -1)
+    means = [point["mean"] for point in points if point["mode"] in ("train", "") and point["mean"] is not None]
+    vals = [point["mean"] for point in points if point["mode"] == "val" and point["mean"] is not None]
     if not means and not vals:
         return None
     text = f"reward    {sparkline(means, max(width - 50, 10))} {figure(means[-1])}" if means else "reward    "
@@ -357,7 +358,7 @@ async def _live(view: View, keyboard: Keyboard, page: Page, name: str, interval:
         opened, choice.opened = choice.opened, None
         try:
             await show_rollout(view, opened)
-        except StoreError as error:  # it was deleted meanwhile
+        except (StoreError, click.ClickException) as error:  # it was deleted meanwhile
             screen.print(str(error))
         screen.print("", "any key goes back")
         async for _ in keyboard.pressed(WAIT_SECONDS):

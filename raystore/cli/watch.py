@@ -208,9 +208,10 @@ def _good_news(view: View, checks: Sequence[Check], figures: dict[str, float | N
 async def _bad_news(view: View, check: Check, value: float | None, last: Sequence[Ended], webhook: str | None) -> None:
     """Say what has gone wrong, and exit."""
     failed = [one.rollout_id for one in last if one.failed][-1:]
+    now = view.now if view.is_journal else time.time()
     news = {
         "holds": check.text, "figure": check.figure, "value": value, "bound": check.bound,
-        "meaning": FIGURES[check.figure], "rollout_id": failed[0] if failed else None, "time": view.now,
+        "meaning": FIGURES[check.figure], "rollout_id": failed[0] if failed else None, "time": now,
     }  # fmt: skip
     if view.wants_json:
         view.give(news)

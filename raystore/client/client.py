@@ -134,6 +134,10 @@ def store_info(known: dict[str, Any]) -> StoreInfo:
     return StoreInfo(**{name: known[name] for name in names} | {"capabilities": CAPABILITIES})
 
 
+#: Arguments of reads of spans, by whether pickles stay closed: who looks at a run so leaves no mark on what is read.
+_LEAVES_NO_MARK: dict[bool, dict[str, bool]] = {False: {}, True: {"marks": False}}
+
+
 @dataclass(slots=True)
 class Boxed:
     """Resources as they travel, and where their objects went."""
@@ -753,6 +757,7 @@ class StoreClient(RunnerStore):
             ),
             "filter_logic": filter_logic,
             "allow_partial": checks.flag("allow_partial", allow_partial),
+            **_LEAVES_NO_MARK[are_closed()],
         }  # fmt: skip
         return await self._page("query_spans", arguments, sort_by, sort_order, limit, offset, convert.to_span)
 
@@ -770,6 +775,7 @@ class StoreClient(RunnerStore):
             "rollout_ids": ids,
             "attempt_id": attempt_id,
             "allow_partial": checks.flag("allow_partial", allow_partial),
+            **_LEAVES_NO_MARK[are_closed()],
         }
         found: dict[str, list[Span]] = {rollout_id: [] for rollout_id in ids}
         items, _ = await self._rows("query_many_spans", arguments)

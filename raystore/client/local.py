@@ -259,6 +259,11 @@ class RecoveredRun(StoreClient):
         self._service = Service(config, capacity_bytes=memory_capacity(), alarm=NoAlarm, opened=opened)
         self._reach(LocalTransport(self._service), config, Origin(str(opened.directory.path / OBJECTS)))
 
+    @property
+    def store_id(self) -> str:
+        """The id of the store whose run this is."""
+        return self._service.store_id
+
 
 @explained
 def recover(path: str | os.PathLike[str]) -> RecoveredRun:

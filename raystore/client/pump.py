@@ -188,7 +188,8 @@ class Pump:
         self._must_open = False  # since it has changed what is judged
         self._seen: dict[str, Seen] = {}  # by group, until it is taken or has ended
         self._endings = 0  # the number of the last one that was told
-        self._judged: list[float] = []  # rewards of the groups that `keep` has judged since they were asked for
+        #: Rewards of the groups that `keep` has judged since they were asked for.
+        self._judged: deque[float] = deque(maxlen=REWARDS_KEPT)
         self._unreadable: dict[str, int] = {}  # by stream: items passed over since the last one that could be read
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -272,7 +273,8 @@ class Pump:
     def take_judged(self) -> list[float]:
         """The rewards of the groups that `keep` has judged since the last call, whether they passed or not."""
         with self._lock:
-            judged, self._judged = self._judged, []
+            judged = list(self._judged)
+            self._judged.clear()
         return judged
 
     @property
@@ -570,7 +572,7 @@ class Pump:
     def _remember_rewards(self, group: FeedGroup) -> None:
         rewards = [reward for reward in group.rewards if reward is not None]
         with self._lock:
-            self._judged = (self._judged + rewards)[-REWARDS_KEPT:]
+            self._judged.extend(rewards)
 
     def _why_not(self, keep: Keep | Test, group: FeedGroup) -> str | None:
         if isinstance(keep, Keep):

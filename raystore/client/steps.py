@@ -7,6 +7,7 @@ Not here: when a step is told, and to whom (`client.feed`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, pstdev
@@ -99,7 +100,8 @@ _STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "st
 
 
 def _stats(name: str, values: Sequence[float], which: Iterable[str]) -> dict[str, Any]:
-    return {f"{name}/{one}": _STATISTICS[one](values) for one in which} if values else {}
+    finite = [value for value in values if math.isfinite(value)]
+    return {f"{name}/{one}": _STATISTICS[one](finite) for one in which} if finite else {}
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

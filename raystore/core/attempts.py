@@ -346,11 +346,14 @@ def end(
     died = changes.pop("died", False)  # the process that ran this attempt, and nothing else
     calls = changes.pop("calls", None)
     written = put_spans(state, step, rollout_id, attempt_id, spans) if spans else SpansWritten([], 0, None)
-    if calls is not None:
-        state.meters.called(step.now, calls)
     event = lifecycle.EVENT_OF_OUTCOME.get(changes.get("outcome") or "")
     if event is None:
-        return _report(state, step, rollout_id, attempt_id, changes), written
+        attempt = _report(state, step, rollout_id, attempt_id, changes)
+        if calls is not None:
+            state.meters.called(step.now, calls)
+        return attempt, written
+    if calls is not None:
+        state.meters.called(step.now, calls)
     _end(state, step, entry, attempt_id, event, is_charged=died, orderly=True, error=changes.get("error"))
     return entry.attempts[state.find_attempt(entry, attempt_id)], written
 

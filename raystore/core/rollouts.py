@@ -255,7 +255,8 @@ def move(
         end_time = step.now
         state.completions.append(rollout_id)
         state.effects.finished.append(rollout_id)
-        _count(state, step, entry, status)
+        if before.status not in FINISHED:
+            _count(state, step, entry, status)
     elif before.status in FINISHED:
         state.completions.discard(rollout_id)
         entry.read = False
@@ -559,34 +560,41 @@ def query_spans(
     limit: int,
     offset: int,
     allow_partial: bool,
+    marks: bool = True,
 ) -> Many:
     conditions = [queries.equals(name, value) for name, value in equal.items()]
     conditions += [queries.contains(name, str(part)) for name, part in containing.items()]
-    found = queries.select(_spans_of(state, rollout_id, attempt_id, allow_partial), conditions, filter_logic)
+    spans = _spans_of(state, rollout_id, attempt_id, allow_partial, marks=marks)
+    found = queries.select(spans, conditions, filter_logic)
     found = queries.arrange(found, sort_by, sort_order, queries.SPAN_SORT)
     return Many(queries.page(found, limit, offset), len(found))
 
 
 def query_many_spans(
-    state: State, step: Step, *, rollout_ids: list[Id], attempt_id: Id | None, allow_partial: bool
+    state: State,
+    step: Step,
+    *,
+    rollout_ids: list[Id],
+    attempt_id: Id | None,
+    allow_partial: bool,
+    marks: bool = True,
 ) -> Many:
-    spans = [
-        span
-        for rollout_id in dict.fromkeys(rollout_ids)
-        for span in queries.arrange(
-            _spans_of(state, rollout_id, attempt_id, allow_partial), "sequence_id", "asc", queries.SPAN_SORT
-        )
-    ]
-    return Many(spans, len(spans))
+    found: list[Span] = []
+    for rollout_id in dict.fromkeys(rollout_ids):
+        spans = _spans_of(state, rollout_id, attempt_id, allow_partial, marks=marks)
+        found += queries.arrange(spans, "sequence_id", "asc", queries.SPAN_SORT)
+    return Many(found, len(found))
 
 
-def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_partial: bool) -> list[Span]:
+def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_partial: bool, *, marks: bool) -> list[Span]:
+    """The spans of a rollout, which count as read unless somebody only looks at them (no `marks`)."""
     if rollout_id in state.spans.evicted and not allow_partial:
         raise SpansEvictedError(rollout_id)
     entry = state.entries.get(rollout_id)
     if entry is None:
         return []
-    mark_read(state, entry)
+    if marks:
+        mark_read(state, entry)
     if attempt_id == "latest":
         if entry.latest is None:
             return []

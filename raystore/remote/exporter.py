@@ -167,7 +167,8 @@ class Exporter:
     def __init__(self, service: Service, name: str) -> None:
         self._service = service
         self._thread = ThreadPoolExecutor(1, "raystore-exporter")
-        self._counted: dict[int, dict[Labels, float]] = {}  # by number of a bucket: what was exported
+        #: By number of a bucket: what was exported, by an earlier process what is there already.
+        self._counted = {bucket.number: counted(bucket) for bucket in service.state.meters.since(0.0)}
         self._shown: dict[str, set[Labels]] = {}  # labels that each gauge has
         self._store = {"store": name}
         self._metrics: dict[str, Any] = {}
@@ -218,11 +219,12 @@ class Exporter:
                 for labels, count in found.items():
                     metric.inc(count, tags=self._tags(figure, labels))
                 continue
-            for labels in self._shown.get(figure.name, set()) - found.keys():
+            kept = set(found)
+            for labels in self._shown.get(figure.name, set()) - kept:
                 found[labels] = 0.0  # it is gone
             for labels, value in found.items():
                 metric.set(value, tags=self._tags(figure, labels))
-            self._shown[figure.name] = set(found)
+            self._shown[figure.name] = kept
 
     def _tags(self, figure: Figure, labels: Labels) -> dict[str, str]:
         return self._store | dict(zip(figure.labels, labels, strict=True))

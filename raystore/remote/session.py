@@ -113,7 +113,7 @@ def _described(handle: Any, waits: bool, shown: Progress) -> Any:
         if not isinstance(known, dict) or known.get("reading") is None:
             return known
         now, (count, where) = time.monotonic(), known["reading"]
-        read, in_all = known["kilobytes"]
+        read, in_all = known.get("kilobytes", (0, 0))
         shown.update(read, total=in_all, note=where)
         deadline = now + HANDSHAKE_SECONDS
         if count != steps:

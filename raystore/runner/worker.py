@@ -339,7 +339,7 @@ class Runner:
             refusal = await self._send(work.rollout.rollout_id, spans)
             if refusal is not None and ending.status == "succeeded":
                 ending = _ending_of_refusal(refusal)
-            await self._finish_attempt(work.key, [], ending, work.outbox.calls)
+            await self._finish_attempt(work.key, [], ending)  # without figures, which may be what was refused
         else:
             if ending.status == "succeeded" and attempt.reward is None:
                 self._warn_of_no_reward(work.rollout.rollout_id)
@@ -535,7 +535,7 @@ def _place_of(work: _Work) -> dict[str, Any]:
     return {
         "rollout_id": work.rollout.rollout_id,
         "since": work.rollout.attempt.start_time,
-        "span": None if name is None else name[:NAME_LENGTH],
+        "span": None if name is None else str(name)[:NAME_LENGTH],
         "span_since": since,
     }
 

@@ -368,7 +368,10 @@ class Parking:
         for call in calls:
             if call.waits_for not in _NEEDS_RUNNERS:
                 continue
-            refusal = self._pools.why_never(self._state, call.missing if call.waits_for == "rollouts" else None)
+            awaited: Iterable[str] | None = call.missing if call.waits_for == "rollouts" else None
+            if call.among is not None:
+                awaited = rollouts.unfinished_among(self._state, call.among)
+            refusal = self._pools.why_never(self._state, awaited)
             if refusal is None:
                 continue
             known = self._state.consumers.get(call.arguments["consumer"]) if call.waits_for == "batch" else None

@@ -26,6 +26,7 @@ from raystore.tracing.dialects import CallFacts, is_model_call, tool_call
 
 logger: logging.Logger = logger_of("raystore.tracing")
 
+MOST_TOKENS: int = 2**40  #: of one call; a larger number is an error of its tracer
 REASON_LENGTH: int = 40  #: characters of a finish reason that are counted by
 SHOWN: int = 3  #: spans that one line of the log names
 
@@ -319,7 +320,8 @@ class _EndedCall:
         self.has_logprobs = has_logprobs
         self.prompt_tokens = _size(span.attributes, semconv.PROMPT_SIZES, semconv.INPUT_TOKEN_IDS)
         self.response_tokens = _size(span.attributes, semconv.RESPONSE_SIZES, semconv.OUTPUT_TOKEN_IDS)
-        self.reason = reason[:REASON_LENGTH] if isinstance(reason, str) and reason else None
+        is_text = isinstance(reason, str) and reason != ""
+        self.reason = reason[:REASON_LENGTH].encode(errors="replace").decode() if is_text else None
 
     def join(self, other: _EndedCall) -> None:
         self.response_id = self.response_id or other.response_id
@@ -333,7 +335,7 @@ class _EndedCall:
 def _size(attributes: Mapping[str, Any], places: Sequence[str], ids: str) -> int:
     """How many tokens a prompt or a response has, as its tracer says, or by their ids; 0 if not known."""
     for place in places:
-        if type(size := attributes.get(place)) is int and size >= 0:
+        if type(size := attributes.get(place)) is int and 0 <= size < MOST_TOKENS:
             return size
     found = attributes.get(ids)
     return len(found) if isinstance(found, (array, list, tuple)) else 0

@@ -163,3 +163,24 @@ def test_a_span_whose_body_is_a_pickle_says_so() -> None:
     with pickles_closed():
         span = convert.to_span(row)
     assert span.name == "name" and "not opened" in str(span.attributes[convert.NOT_OPENED])
+
+
+async def test_looking_leaves_no_mark() -> None:
+    """What a command reads does not count as read, for retention and eviction; what a trainer reads does."""
+    async with rs.InMemoryLightningStore(clock="manual") as store:
+        made = [await store.start_rollout(number) for number in range(2)]
+        for rollout in made:
+            await store.add_span(
+                rs.Span.from_attributes(
+                    name="a", rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id, sequence_id=1,
+                    trace_id="t", span_id="s", parent_id=None, start_time=1.0, end_time=2.0, attributes={},
+                )
+            )  # fmt: skip
+            await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
+        first, second = (store._service.state.entries[rollout.rollout_id] for rollout in made)
+        with pickles_closed():
+            assert len(await store.query_spans(made[0].rollout_id)) == 1
+            assert all((await store.query_many_spans([rollout.rollout_id for rollout in made])).values())
+        assert not first.read and not second.read
+        await store.query_spans(made[1].rollout_id)
+        assert not first.read and second.read

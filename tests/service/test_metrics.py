@@ -100,3 +100,15 @@ def test_a_standstill_counts_for_little() -> None:
     assert found["loop_lag_seconds"] == pytest.approx(500.0 - sampling.SAMPLE_SECONDS)
     assert found["shares"]["store"] == 1.0
     assert sampler.at is None
+
+
+async def test_an_answer_is_the_callers_own() -> None:
+    """What is done to it does nothing to the store; and an end that is told again is counted once."""
+    async with rs.InMemoryLightningStore() as store:
+        made = await store.start_rollout("x")
+        for _ in range(3):
+            await store.update_rollout(made.rollout_id, status="succeeded")
+        first = await store.metrics()
+        assert sum(first["total"]["finished"].values()) == 1
+        first["buckets"][0]["finished"].clear()
+        assert sum((await store.metrics())["total"]["finished"].values()) == 1

@@ -26,6 +26,7 @@ from raystore.cli.exports.source import FINISHED, GROUP_STATUSES, UNFINISHED, Fi
 from raystore.cli.exports.targets import Collector, CursorFile, ExportError, Lines, Parquet, Target, Trace
 from raystore.cli.finding import Where, opened
 from raystore.cli.reading import STORE_OPTIONS
+from raystore.client.local import RecoveredRun
 from raystore.errors import StoreError
 from raystore.errors.text import either, meant
 from raystore.log import escaped
@@ -95,7 +96,9 @@ class Plan:
         }  # fmt: skip
         if self.format == "otlp":  # the cursor file of a file stands beside it, and is moved with it
             told["to"] = self.to
-        if (info := getattr(store, "info", None)) is not None:  # which a journal has not
+        if isinstance(store, RecoveredRun):
+            told["store"] = store.store_id
+        elif (info := getattr(store, "info", None)) is not None:
             told["store"] = info.store_id
         return told
 
@@ -123,11 +126,11 @@ async def export_to(store: Any, plan: Plan) -> str:
             else:
                 await _export_finished(store, plan, target, cursor, shown)
                 more = await _export_unfinished(store, plan, target, cursor, shown)
+            if plan.single is not None:  # before the parts go: what is begun again then begins anew
+                plan.cursor.unlink(missing_ok=True)
             await target.end()
     finally:
         target.close()
-    if plan.single is not None:
-        plan.cursor.unlink(missing_ok=True)
     return _told(plan, target, cursor.count - began, more, began)
 
 
@@ -306,7 +309,12 @@ def _tag(given: str) -> tuple[str, Any]:
 
 def _header(given: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
-    if not equals or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not value.isprintable():
+    if (
+        not equals
+        or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name)
+        or not value.isascii()
+        or not value.isprintable()
+    ):
         raise ExportError(f"--header {given!r} is no header; write NAME=VALUE, as --header authorization='Bearer ...'")
     return name, value
 

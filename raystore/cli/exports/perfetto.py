@@ -9,6 +9,7 @@ only.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -108,7 +109,7 @@ def nested(slices: list[Slice]) -> list[list[Slice]]:
 
 
 def _micros(seconds: float) -> int:
-    return round(seconds * 1_000_000)
+    return round(seconds * 1_000_000) if math.isfinite(seconds) else 0
 
 
 def _slice_of_attempt(one: Whole, attempt: Any) -> Slice:

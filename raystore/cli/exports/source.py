@@ -76,7 +76,7 @@ async def finished(store: Any, filters: Filters, cursor: int | None) -> AsyncIte
     if not {*filters.status} & {*FINISHED}:
         return
     while True:
-        page = await store.completed(cursor, limit=PAGE, mode=filters.mode, tags=filters.tags or None)
+        page = await store.completed(cursor, limit=PAGE)  # a filter of the store's would walk on to what matches
         if not page.items:
             return
         cursor = page.cursor
