@@ -21,13 +21,13 @@ from typing import Any
 
 import click
 
+from raystore.cli.endings import WrongUse
 from raystore.cli.exports import source
 from raystore.cli.exports.source import FINISHED, GROUP_STATUSES, UNFINISHED, Filters, Place, Whole
 from raystore.cli.exports.targets import Collector, CursorFile, ExportError, Lines, Parquet, Target, Trace
 from raystore.cli.finding import Where, opened
 from raystore.cli.reading import STORE_OPTIONS
 from raystore.client.local import RecoveredRun
-from raystore.errors import StoreError
 from raystore.errors.text import either, meant
 from raystore.log import escaped
 from raystore.progress import Progress
@@ -116,6 +116,9 @@ async def export_to(store: Any, plan: Plan) -> str:
         _refuse_to_replace(plan)
     began = cursor.count
     target.begin(cursor.state)
+    cursor.save(
+        cursor.place, await target.commit(), cursor.count
+    )  # so that a kill before the first page is gone on from
     noun = "groups" if plan.of_groups else "rollouts"
     try:
         with Progress(f"exporting {noun}", await _how_many(store, plan)) as shown:
@@ -384,14 +387,14 @@ _OPTIONS = [
 
 
 async def export_from(store: Any, **given: Any) -> str:
-    """Export from a store as the options say; what was done. Raises `click.ClickException`, in one line."""
+    """Export from a store as the options say; what was done. Raises `WrongUse` in one line, and what a store raises."""
     try:
         plan = plan_of(**given, now=time.time())
         return escaped(f"exported {await export_to(store, plan)}")
-    except (ExportError, ModuleNotFoundError, StoreError) as error:
-        raise click.ClickException(escaped(str(error))) from None
+    except (ExportError, ModuleNotFoundError) as error:
+        raise WrongUse(escaped(str(error))) from None
     except OSError as error:
-        raise click.ClickException(escaped(f"cannot write {given['to']}: {error}")) from None
+        raise WrongUse(escaped(f"cannot write {given['to']}: {error}")) from None
 
 
 @click.command("export", help=_HELP)

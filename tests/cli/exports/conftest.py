@@ -43,7 +43,7 @@ def run() -> Run:
 
 def refused(found: Result) -> str:
     """The error of a command that failed: one line, without control characters."""
-    assert found.exit_code == 1
+    assert found.exit_code == 2
     (line,) = found.stderr.splitlines()
     assert line.startswith("Error: ") and line.isprintable()
     return line.removeprefix("Error: ")
