@@ -313,10 +313,11 @@ class World:
             sizes[value] += group.renewed if group is not None else 0
         doubled += sum(len(entries) > sizes[value] for value, entries in made.items()) + len(claims) - len(set(claims))
         lost += sum(len(entries) < sizes[value] for value, entries in made.items())
-        for peer in self.peers:  # each item that was drawn is under way, or trained, and none twice
+        for peer in self.peers:  # each item that was drawn is under way, trained, or has ended otherwise; none twice
             feed = state.feeds.get(peer.feed)
             indexes = [] if feed is None else [item.index for item in (*feed.items.values(), *feed.trained.values())]
-            lost += len(set(range(peer.drawn)) - set(indexes))
+            ended = {int(one.group_id.rpartition("/")[2]) for one in (feed.endings if feed is not None else ())}
+            lost += len(set(range(peer.drawn)) - set(indexes) - ended)
             doubled += len(indexes) - len(set(indexes))
         return {
             "lost": lost,
