@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 from ray.util.metrics import Counter, Gauge
 
 from raystore.core.meters import Bucket
+from raystore.log import a_minute, logger_of
 from raystore.service.service import Service
 
-logger: logging.Logger = logging.getLogger("raystore.store")
+logger: logging.Logger = logger_of("raystore.store")
 
 EXPORT_SECONDS = 5.0  #: between two exports
 LAST_SECONDS = 60.0  #: that rates, quantiles and shares are of
@@ -172,7 +173,6 @@ class Exporter:
         self._shown: dict[str, set[Labels]] = {}  # labels that each gauge has
         self._store = {"store": name}
         self._metrics: dict[str, Any] = {}
-        self._is_broken = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -185,11 +185,8 @@ class Exporter:
             try:
                 source = self.read()
                 await loop.run_in_executor(self._thread, self.export, source)
-                self._is_broken = False
-            except Exception:
-                if not self._is_broken:
-                    logger.warning("The metrics of the store cannot be exported (told once)", exc_info=True)
-                self._is_broken = True
+            except Exception:  # whatever Ray raises: figures never stop a store
+                logger.warning("Metrics cannot be exported", exc_info=True, extra=a_minute("metrics not exported"))
             await asyncio.sleep(EXPORT_SECONDS)
 
     def read(self) -> Source:

@@ -69,8 +69,7 @@ class Sampler:
         sample = self._samples[-1]
         sample.seconds += seconds
         sample.late = max(sample.late, late)
-        waiting = {call.arguments["consumer"] for call in parking.by_kind.get("batch", {}).values()}
-        for consumer in waiting:
+        for consumer in consumers_waiting(parking):
             sample.waited[consumer] += seconds  # type: ignore[assignment]  # a Counter adds floats too
         for cause in causes(state, parking, is_behind=is_behind, is_late=late > LATE_SECONDS):
             sample.causes[cause] += seconds  # type: ignore[assignment]
@@ -83,11 +82,16 @@ class Sampler:
         return [sample for sample in self._samples if sample.number >= first]
 
 
+def consumers_waiting(parking: Parking) -> set[str]:
+    """The consumers that wait for a batch."""
+    return {call.arguments["consumer"] for call in parking.by_kind.get("batch", {}).values()}
+
+
 def causes(state: State, parking: Parking, *, is_behind: bool, is_late: bool) -> Iterable[str]:
     """What holds the run back at this moment."""
-    if "batch" in parking.by_kind:
+    waiting = consumers_waiting(parking)
+    if waiting:
         yield "trainer_waited"
-    waiting = {call.arguments["consumer"] for call in parking.by_kind.get("batch", {}).values()}
     if any(len(feed.items) >= feed.places and feed.name not in waiting and not feed.is_over for feed in state.feeds):
         yield "admission_closed"
     if "work" in parking.by_kind:  # a call is parked only while there is nothing for it

@@ -1,7 +1,7 @@
 """Pickles that stay closed: a reader that must run no code of others sees the type and the size of such a value.
 
-`with pickles_closed():` no pickle of a user is opened by this task or thread, nor by those that it starts: a `Closed`
-stands in its place. Plain data is read as always.
+`with pickles_closed():` no pickle of a user is opened by this task or thread, nor by the tasks that it starts: a
+`Closed` stands in its place. Plain data is read as always. A new thread opens pickles, but for `asyncio.to_thread`'s.
 Not here: which values are pickled (`wire.codec`).
 """
 

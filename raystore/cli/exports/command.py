@@ -7,6 +7,7 @@ Not here: how a format stands (`records`, `groups`, `perfetto`, `otlp`, `parquet
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -26,7 +27,7 @@ from raystore.cli.exports import source
 from raystore.cli.exports.source import FINISHED, GROUP_STATUSES, UNFINISHED, Filters, Place, Whole
 from raystore.cli.exports.targets import Collector, CursorFile, ExportError, Lines, Parquet, Target, Trace
 from raystore.cli.finding import Where, opened
-from raystore.cli.reading import STORE_OPTIONS
+from raystore.cli.reading import STORE_OPTIONS, seconds_of
 from raystore.client.local import RecoveredRun
 from raystore.errors.text import either, meant
 from raystore.log import escaped
@@ -36,7 +37,6 @@ from raystore.values.closed import pickles_closed
 FORMATS = ("jsonl", "parquet", "trace", "otlp")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".json": "trace"}
 _MODES = ("train", "val", "test")
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass(frozen=True)
@@ -324,8 +324,9 @@ def _header(given: str) -> tuple[str, str]:
 
 def _time(given: str, now: float) -> float:
     """A time: of a day, in seconds since the epoch, or so long ago."""
-    if ago := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", given):
-        return now - float(ago[1]) * _UNITS[ago[2]]
+    if given[-1:].isalpha():
+        with contextlib.suppress(ValueError):  # else it is none, which is told below
+            return now - seconds_of(given)
     try:
         found = float(given)
     except ValueError:
