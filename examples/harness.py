@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed"
 
 import ray
 
-from raystore.cli import svg
+from raystore.reports import svg
 
 
 class Run:

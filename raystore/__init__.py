@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.options import StoreOptions as StoreOptions
     from raystore.remote.store import start as start, connect as connect, list_stores as list_stores, stop as stop
     from raystore.remote.store import RayLightningStore as RayLightningStore
+    from raystore.reports.selection import *  # noqa: F403
     from raystore.runner import otel as otel
     from raystore.runner import RunnerPool as RunnerPool, Context as Context, current as current, run_one as run_one
     from raystore.spans import (
@@ -60,6 +61,7 @@ _NAMES = {
     "raystore.log": "setup_logging",
     "raystore.options": "StoreOptions",
     "raystore.remote.store": "RayLightningStore start connect list_stores stop",
+    "raystore.reports.selection": "SelectionReport EndingReport ValueReport Comparison NumberSummary",
     "raystore.runner": "RunnerPool Context current run_one",
     "raystore.tracing.calls": "ModelCall model_calls",
     "raystore.tracing.trajectories": "Triplet triplets Trajectory Split trajectories collate",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from raystore.api import METHODS, LightningStore
 from raystore.client.transport import iterate_blocking, run_blocking
 from raystore.errors.text import explain_methods
+from raystore.reports.selection import SelectionReport
 from raystore.types import (
     AnyRollout, Attempt, AttemptStatus, AttemptedRollout, Batch, Change, EnqueueGroupRequest, EnqueueRolloutRequest,
     FilterLogic, Finding, FoundRollout, Group, GroupBatch, GroupStatus, LedgerEntry, LightningStoreStatistics,
@@ -275,6 +276,9 @@ class SyncStore:
 
     def ledger(self, consumer: str) -> list[LedgerEntry]:
         return run_blocking(self._store.ledger(consumer))
+
+    def selection_report(self, consumer: str, *, since: float | None = None) -> SelectionReport:
+        return run_blocking(self._store.selection_report(consumer, since=since))
 
     def add_resources(self, resources: NamedResources, *, policy_version: int | None = None) -> ResourcesUpdate:
         return run_blocking(self._store.add_resources(resources, policy_version=policy_version))

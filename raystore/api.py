@@ -33,6 +33,7 @@ from typing import Any, Literal
 from raystore.client.feed import Feed
 from raystore.core.schema import LossReason
 from raystore.feeds import FailureBudget, FailureReward, Sampler
+from raystore.reports.selection import SelectionReport
 from raystore.tracing.evidence import Evidence
 from raystore.types import (
     UNSET,
@@ -788,6 +789,23 @@ class LightningStore(ABC):
 
         The other arguments are those of `enqueue_rollout`. Rollouts run with the newest version of `resources_id` that
         `Feed.publish` published.
+        """
+
+    @abstractmethod
+    async def selection_report(self, consumer: str, *, since: float | None = None) -> SelectionReport:
+        """What a feed, or another consumer, trained on, compared with all that was started for it: is that biased?
+
+        By environment, tag, policy version, duration, turns, tokens and reward; by ending and reason; with the items
+        that were never trained on. Rollouts that were cut off count as survival analysis has it. Counts are exact, of
+        the whole run, through restarts; the store keeps sketches of numbers, within 5 %, of a bounded size.
+
+        `since` is a time in seconds since the epoch; None: from the beginning. The store counts in windows, of ten
+        minutes and, further back, of more, so that it may count from somewhat earlier on.
+
+        Of a consumer that is no feed, the rollouts count that its filter selects and that the store still has; these
+        are read page by page, and turns and tokens are not known.
+
+        Raises `InvalidValueError` if there is no consumer of this name.
         """
 
     # -- resources ---------------------------------------------------------------------------------------------------

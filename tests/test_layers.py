@@ -25,6 +25,7 @@ LAYERS = [
     ["tracing"],
     ["types"],
     ["feeds"],
+    ["reports"],
     ["wire"],
     ["client.datasets"],
     ["client.claims"],
@@ -119,7 +120,7 @@ def test_only_the_command_line_needs_click_and_rich() -> None:
     needing = {
         name for name, path in modules() for imported in imports(path) if imported.split(".")[0] in ("click", "rich")
     }
-    assert {name for name in needing if not name.startswith("cli.")} == {"progress"} and "cli.svg" not in needing
+    assert {name for name in needing if not name.startswith("cli.")} == {"progress"} and "reports.svg" not in needing
 
 
 def test_the_core_is_pure() -> None:

@@ -64,8 +64,13 @@ def generate() -> str:
         elif answer.startswith("AsyncIterator"):
             text += _twin(name, method, "iterate_blocking", answer.removeprefix("Async"))
     used = {*re.findall(r"\w+", text)} - {*re.findall(r"\w+", HEADER)}
-    imports = _fold("from raystore.types import (", sorted(used & vars(types).keys() & vars(api).keys()), ")")
-    return f"{HEADER}{imports}\n{text}{FOOTER}"
+    known = used & vars(api).keys()
+    homes: dict[str, list[str]] = {}
+    for name in sorted(known - vars(types).keys()):
+        homes.setdefault(getattr(vars(api)[name], "__module__", ""), []).append(name)
+    others = [f"from {home} import {', '.join(names)}\n" for home, names in homes.items() if "raystore." in home]
+    imports = _fold("from raystore.types import (", sorted(known & vars(types).keys()), ")")
+    return f"{HEADER}{''.join(others)}{imports}\n{text}{FOOTER}"
 
 
 def _twin(name: str, method: Callable[..., Any], driver: str, answer: str) -> str:

@@ -98,6 +98,13 @@ GROUPS = [
         """,
     ),
     (
+        "Know what was trained on",
+        "What became of everything that was started.",
+        """
+        selection_report SelectionReport EndingReport NumberSummary ValueReport Comparison
+        """,
+    ),
+    (
         "Publish resources",
         "Prompts, endpoints and weights, for agents to use.",
         """

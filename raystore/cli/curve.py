@@ -17,9 +17,9 @@ from rich.text import Text
 from raystore.cli.drawing import Column, Screen
 from raystore.cli.endings import WrongUse
 from raystore.cli.reading import View, Word, attempt_of, reading
-from raystore.cli.svg import Points, draw
 from raystore.cli.text import counted, duration, figure, means, sparkline
 from raystore.core.lifecycle import FINISHED
+from raystore.reports.svg import Points, draw
 
 HEIGHT = 10  #: of a picture in the terminal, in rows
 BUCKETS = 40  #: of a curve over time

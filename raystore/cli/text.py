@@ -11,6 +11,10 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+from raystore.reports.words import counted as counted
+from raystore.reports.words import figure as figure
+from raystore.reports.words import share as share
+
 #: What a terminal may act upon: control characters, marks of direction, what has no width, halves of characters.
 _UNSHOWN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -72,23 +76,6 @@ def size(count: float | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def figure(value: float | None) -> str:
-    """A reward or a mean, with as many digits as say something."""
-    return "" if value is None else f"{value:.4g}"
-
-
-def share(part: float, whole: float) -> str:
-    """A share in per cent; empty of nothing."""
-    if not whole:
-        return ""
-    return "below 1%" if 0 < part < whole / 200 else f"{part / whole:.0%}"
-
-
-def counted(number: int, noun: str, nouns: str | None = None) -> str:
-    """A number with its noun: 1 rollout, 2 rollouts."""
-    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def last_line(text: str | None) -> str:

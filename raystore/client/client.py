@@ -24,6 +24,7 @@ from raystore.client.claims import Claims
 from raystore.client.datasets import streams_of
 from raystore.client.feed import Feed
 from raystore.client.pump import Channel
+from raystore.client.taken import selection_of
 from raystore.client.transport import PendingCall, Transport, call_past_the_dead
 from raystore.core.pauses import MOST_PER_MINUTE, MOST_RUNNING
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
@@ -36,6 +37,7 @@ from raystore.feeds import FailureBudget, FailureReward, Sampler
 from raystore.log import a_minute, logger_of
 from raystore.options import StoreConfig
 from raystore.progress import Progress
+from raystore.reports.selection import SelectionReport, selection_report
 from raystore.tracing.evidence import Evidence
 from raystore.types import (
     LLM,
@@ -923,6 +925,15 @@ class StoreClient(RunnerStore):
         )  # fmt: skip
         made = self._feeds[plan.feed] = Feed(plan, streams, drawing["sampler"], channel, drawing["epochs"])
         return made
+
+    async def selection_report(self, consumer: str, *, since: float | None = None) -> SelectionReport:
+        expected = "a time in seconds since the epoch, or None for all of it"
+        name = checks.identifier("consumer", consumer)
+        start = None if since is None else checks.number("since", since, expected)
+        told = await self._transport.call("selection", {"consumer": name, "since": start})
+        if "endings" not in told:
+            told = await selection_of(self, name, start, told["until"])
+        return selection_report(told)
 
     # -- resources -----------------------------------------------------------------------------------------------------
 

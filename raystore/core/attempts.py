@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raystore.core import lifecycle, queries, retries, workers
+from raystore.core import fates, lifecycle, queries, retries, workers
 from raystore.core.lifecycle import ACTIVE, AT_WORK, FINISHED, SPAN, attempt_after
 from raystore.core.payload import OnDisk, bounded_error
 from raystore.core.records import Attempt, Many, Span
 from raystore.core.rollouts import begin, chosen_among, create, move, set_reward
-from raystore.core.schema import AttemptChanges, FinalChanges, Id, Request, SortOrder, SpanRow, Tags
+from raystore.core.schema import AttemptChanges, Calls, FinalChanges, Id, Request, SortOrder, SpanRow, Tags
 from raystore.core.spans import SpansWritten
 from raystore.core.state import Entry, InChain, Pair, State, Step
 from raystore.core.training import enter_eviction, reconsider
@@ -350,12 +350,19 @@ def end(
     if event is None:
         attempt = _report(state, step, rollout_id, attempt_id, changes)
         if calls is not None:
-            state.meters.called(step.now, calls)
+            _count_calls(state, step, entry, calls)
         return attempt, written
     if calls is not None:
-        state.meters.called(step.now, calls)
+        _count_calls(state, step, entry, calls)
     _end(state, step, entry, attempt_id, event, is_charged=died, orderly=True, error=changes.get("error"))
     return entry.attempts[state.find_attempt(entry, attempt_id)], written
+
+
+def _count_calls(state: State, step: Step, entry: Entry, calls: Calls) -> None:
+    """A runner has said how often an attempt called models."""
+    state.meters.called(step.now, calls)
+    if state.feeds.by_group:
+        fates.note_calls(state, entry, calls)
 
 
 def latest(state: State, step: Step, *, rollout_id: Id) -> Attempt | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from raystore.core.records import Attempt, Rollout, declare, packed, pairs, shown, unpacked
+from raystore.core.selection import Fate, Selection, Value
 from raystore.errors import FailureBudgetError, FilteredTooManyError, StoreError
 
 ENDED_KEPT = 1_000  #: endings of items that whoever draws them can still be told
@@ -62,6 +63,25 @@ class Stream:
     endings: dict[str, int] = declare(make=dict, pack=pairs, unpack=dict, shows=lambda e: sorted(e.items()))
 
 
+class Counted(NamedTuple):
+    """How the training on an item was counted, to count it out again if it is undone."""
+
+    time: float
+    fates: list[Fate]
+    values: list[Value]
+    is_first: bool  #: nothing was trained on the item before
+
+    def image(self) -> list[Any]:
+        """It as plain data."""
+        return [self.time, [list(fate) for fate in self.fates], [list(value) for value in self.values], self.is_first]
+
+    @classmethod
+    def of(cls, row: list[Any]) -> Counted:
+        """It again."""
+        time, fates, values, is_first = row
+        return cls(time, [Fate(*fate) for fate in fates], [(one, two) for one, two in values], is_first)
+
+
 @dataclass(slots=True, eq=False)
 class Item:
     """One item under way."""
@@ -90,6 +110,15 @@ class Item:
     #: The group of the same item that came too late.
     requeued_from: str | None = declare(None)
     requeues: int = declare(0)
+    #: Of members that have run: calls of models and tokens that these generated, as their runners reported them.
+    calls: dict[str, tuple[int, int]] = declare(
+        make=dict, pack=pairs, unpack=lambda rows: {one: (turns, tokens) for one, (turns, tokens) in rows},
+        in_digest=False,
+    )  # fmt: skip
+    #: How it was counted as trained on.
+    counted: Counted | None = declare(
+        None, pack=lambda one: one and one.image(), unpack=lambda row: row and Counted.of(row), in_digest=False
+    )
 
 
 def _by_stream(rows: list[Any]) -> dict[str, Stream]:
@@ -150,6 +179,8 @@ class FeedEntry:
     #: Items that ended so far, and the last of them.
     ended: int = declare(0)
     endings: list[Ending] = declare(make=list, unpack=lambda rows: [Ending(*row) for row in rows])
+    #: What became of all rollouts and items.
+    selection: Selection = declare(make=Selection, pack=Selection.image, unpack=Selection.of, in_digest=False)
 
     # -- places ------------------------------------------------------------------------------------------------------
 
@@ -393,6 +424,7 @@ class FeedTable:
         self.by_name: dict[str, FeedEntry] = {}
         self.by_group: dict[str, FeedEntry] = {}  #: of items under way
         self.moved: dict[str, None] = {}  #: `State.moved_feeds`
+        self.uncounted: list[tuple[FeedEntry, Item, str]] = []  #: items that have ended in this step, and how
 
     def __len__(self) -> int:
         return len(self.by_name)
@@ -433,6 +465,7 @@ class FeedTable:
         del feed.items[item.group_id], self.by_group[item.group_id]
         feed.count(item.stream, ending)
         feed.tell(item.group_id, ending, why)
+        self.uncounted.append((feed, item, ending))
         self.moved[feed.name] = None
 
     def let_go(self, session_id: str) -> None:
@@ -484,6 +517,7 @@ class FeedTable:
                 feed.trained[group_id] = item
                 feed.count(item.stream, "trained")
                 feed.tell(group_id, "trained", None)
+                self.uncounted.append((feed, item, "trained"))
         feed.acks += 1
         self.moved[feed.name] = None
 
@@ -496,6 +530,10 @@ class FeedTable:
                 item.lag = None
                 feed.items[group_id] = item
                 feed.count(item.stream, "trained", -1)
+                if (counted := item.counted) is not None:
+                    place = (item.environment, item.index)
+                    feed.selection.undo(counted.time, counted.fates, counted.values, place, counted.is_first)
+                    item.counted = None
             if item is not None:
                 item.is_taken, item.is_returned = False, True
         if acknowledged:  # whatever was claimed in the meantime was claimed after the last batch that counts

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from raystore.core import groups, publishing, training
+from raystore.core import fates, groups, publishing, training
 from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry, Item, Stream
 from raystore.core.group_table import GroupEntry
 from raystore.core.lifecycle import LATE, MISSED, QUEUED, REJECTED
@@ -393,6 +393,8 @@ def settle(state: State, step: Step) -> None:
                 _hold_back(state, step, feed)
             state.effects.has_batches = True
             state.effects.feeds.add(name)
+    if state.feeds.uncounted:
+        fates.count_ended(state, step)
 
 
 def _hold_back(state: State, step: Step, feed: FeedEntry) -> None:
@@ -416,6 +418,7 @@ def _drop_late(state: State, step: Step, feed: FeedEntry) -> None:
         if late == "requeue" and item.requeues < feed.rule["requeues"]:
             del feed.items[item.group_id]  # it goes on in a new group
             groups.conclude(state, step, group, LATE, why)
+            fates.count_group(state, step, feed, item, group, group.status)
             del state.feeds.by_group[item.group_id]
             _queue_again(state, step, feed, item, group)
         else:

@@ -248,6 +248,11 @@ def is_dropped(attempt: Attempt | None) -> bool:
     return attempt is not None and attempt.outcome == "dropped"
 
 
+def is_cut_off(rollout_status: str, latest: Attempt) -> bool:
+    """Whether a rollout would have run longer than its latest attempt has: somebody, or something, ended it."""
+    return rollout_status != "succeeded" and latest.outcome not in ("ok", "agent_error", "dropped")
+
+
 def is_possible(attempt: Attempt) -> bool:
     """Whether status and outcome go together: what was lost can only be unresponsive."""
     return attempt.outcome != "runner_lost" or attempt.status == "unresponsive"

@@ -12,11 +12,11 @@ import pytest
 from rich.cells import cell_len
 
 import raystore as rs
-from raystore.cli import svg
 from raystore.cli.drawing import Column, Screen, bar
 from raystore.cli.plainly import as_json
 from raystore.cli.show import tree, walk
 from raystore.cli.text import clean, clean_lines, counted, duration, last_line, place_of, share, size, sparkline
+from raystore.reports import svg
 from tests.cli.small_run import TRACEBACK
 from tests.cli.terminal import COLOURS, Terminal, here, piped
 from tests.helpers import make_span, present

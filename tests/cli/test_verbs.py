@@ -49,6 +49,7 @@ VERBS: list[tuple[list[str], list[str]]] = [
     (["tail", "--last", "3", "--no-follow"], [r"claimed +stuck|running +stuck", r"enqueued +last"]),
     (["curve"], [r"train +mean reward by policy version", r"val +0\.25 +0\.75", r"train +0\.15 +0\.5444 .* 29 +4"]),
     (["curve", "--by", "time", "--mode", "val"], [r"seconds since the first", r"val "]),
+    (["report"], [r"trained +6 +12 +50%", r"under way +6 +12", r"the store still has", r"Only 6 groups"]),
     (["diff", "1", "3"], [r"loss +1\.5 +0\.5", r"\+2\.3 sd +reward +0\.15 +0\.45", r"\+    Think step by step"]),
     (["watch", "--once", "--fail-on", "errors>0.5@20"], [r"errors>0\.5@20: no, it is 0\.\d"]),
 ]  # fmt: skip
