@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 
-from benchmarks import against, bulk, durability, feeds, groups, ingest, latency, lifecycles, memory, scale
+from benchmarks import against, bulk, durability, feeds, groups, ingest, latency, lifecycles, memory, scale, selection
 from benchmarks.parties import close_idle, has_peers
 from benchmarks.scope import Scope
 from benchmarks.table import HEADER, Line, as_json, markdown
@@ -30,6 +30,7 @@ ROWS = (
     | against.ROWS
     | groups.ROWS
     | feeds.ROWS
+    | selection.ROWS
 )
 
 

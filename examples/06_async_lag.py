@@ -67,6 +67,7 @@ class Result:
     trained: list[float] = field(default_factory=list)  # lengths
     started: list[float] = field(default_factory=list)
     learnt: float = 0.0  # the median length under the policy in the end
+    report: rs.SelectionReport | None = None  # what the store says of what was trained on
 
     @property
     def name(self) -> str:
@@ -97,6 +98,7 @@ async def train(store: rs.RayLightningStore, run: harness.Run, max_lag: int, lat
                     result.trained.append(length_of(rollout.rollout_id, policy[version or 0]))
             run.log(max_lag=max_lag, late=late, step=step, reward=result.rewards[-1], policy=policy[-1])
     result.seconds, result.learnt = time.monotonic() - begun, exp(policy[-1])
+    result.report = await store.selection_report(name)
     everything = await store.query_rollouts(tags={"env": name})
     result.started = [
         length_of(r.rollout_id, policy[r.attempt.policy_version or 0])
@@ -115,6 +117,8 @@ def faults(results: Iterable[Result]) -> list[str]:
             found.append(f"{name}: a group was trained with lag {max(result.lags)}")
         if result.late != "drop" and sorted(result.trained) != sorted(result.started):
             found.append(f"{name}: what was trained on is not what was started")
+        if result.late != "drop" and (result.report is None or result.report.is_biased):
+            found.append(f"{name}: the store finds a bias where nothing was dropped")
     dropped = by_name["max_lag=2, late=drop"]
     if not np.mean(dropped.trained) < np.mean(dropped.started):
         found.append("dropping what is late did not drop what is long")
@@ -192,6 +196,8 @@ async def main(run: harness.Run) -> bool:
                 f"started, {len(result.started) - len(result.trained):3} dropped  reward "
                 f"{harness.tail(result.rewards):.2f}, policy {exp(START):.0f} -> {result.learnt:.1f}"
             )
+    for sentence in next(one.report.sentences for one in results if one.name == "max_lag=2, late=drop" and one.report):
+        print(f"- {sentence}")
     run.curve = run.folder / "lag.svg"
     run.curve.write_text(picture(results))
     found = faults(results)

@@ -313,6 +313,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
         "holds_objects": False, "objects": [],
     },
     "feed_items": lambda h, rng: {"feed": "feed", "group_ids": [f"a/{rng.randint(0, 5)}"]},
+    "selection": lambda h, rng: {"consumer": rng.choice(["feed", h.consumer()]), "since": rng.choice([None, 0.0])},
     "feed_status": lambda h, rng: {"feed": "feed"},
     "resume_feed": lambda h, rng: {"feed": "feed"},
     "close_feed": lambda h, rng: h.pump(),
