@@ -39,6 +39,7 @@ ENDINGS = {
     UNDER_WAY: "runs, or waits for its group, its judgement or its batch",
 }
 SHOWN = 100  #: indexes of items, for each environment
+VALUE_LETTERS = 64  #: of a tag, by which values are told apart
 
 
 def count_ended(state: State, step: Step) -> None:
@@ -71,7 +72,7 @@ def note_calls(state: State, entry: Entry, calls: Calls) -> None:
 
 
 def _values(item: Item, group: GroupEntry) -> list[Value]:
-    tags = [(f"tag {name}", str(value)) for name, value in group.tags.items() if name != "env"]
+    tags = [(f"tag {name}", str(value)[:VALUE_LETTERS]) for name, value in group.tags.items() if name != "env"]
     return [("environment", item.environment), *tags]
 
 
