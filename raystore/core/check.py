@@ -195,6 +195,9 @@ def _check_feed(state: State, feed: FeedEntry) -> None:
     counted = sum(sum(stream.endings.values()) for stream in feed.streams.values())
     skipped = sum(stream.endings.get("skipped", 0) for stream in feed.streams.values())
     assert counted - skipped + len(feed.items) == feed.drawn, f"endings of {name}"
+    reported = [count for window in feed.selection.windows for count in window.items.values()]
+    assert sum(reported) <= counted - skipped, f"{name} reports more endings than there were"
+    assert feed.selection.untracked or feed.selection.ended.keys() == feed.selection.trained.keys()
 
 
 def _check_gates(state: State) -> None:

@@ -418,7 +418,7 @@ def _drop_late(state: State, step: Step, feed: FeedEntry) -> None:
         if late == "requeue" and item.requeues < feed.rule["requeues"]:
             del feed.items[item.group_id]  # it goes on in a new group
             groups.conclude(state, step, group, LATE, why)
-            fates.count_group(state, step, feed, item, group, group.status)
+            fates.count_group(state, step, feed, item, group, "stale")
             del state.feeds.by_group[item.group_id]
             _queue_again(state, step, feed, item, group)
         else:
