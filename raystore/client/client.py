@@ -971,11 +971,12 @@ class StoreClient(RunnerStore):
         return await evaluating.begin(plan, items, self._evaluating())
 
     def _evaluating(self) -> EvalChannel:
-        return EvalChannel(self._transport.call, self._encoder, self, partial(in_thread, sleep), run_blocking)
+        return EvalChannel(
+            self._transport.call, self._encoder, self, partial(in_thread, sleep), run_blocking, self._rows
+        )
 
     async def evaluations(self, name: str | None = None) -> list[EvaluationResult]:
-        rows, _ = await self._rows("evaluations", {"name": checks.optional_identifier("name", name)})
-        return [wire_evaluations.to_result(row) for row in rows]
+        return await self._evaluating().results(name=checks.optional_identifier("name", name))
 
     async def drop_evaluation(self, name: str, version: int | None = None) -> int:
         arguments = {

@@ -41,6 +41,12 @@ class EvalChannel:
     store: Any  # of which `Claims` asks why nothing goes on
     rest: Callable[[float], Awaitable[Any]]  # waits, also in a blocking call
     block: Callable[[Coroutine[Any, Any, Any]], Any]  # runs a coroutine to its end in this thread
+    rows: Callable[[str, dict[str, Any]], Coroutine[Any, Any, tuple[list[Any], Any]]]  # reads a long answer
+
+    async def results(self, *, name: str | None = None, feed: str | None = None) -> list[EvaluationResult]:
+        """The evaluations of a name, or of a feed, by version."""
+        rows, _ = await self.rows("evaluations", {"name": name, "feed": feed})
+        return [wire.to_result(row) for row in rows]
 
 
 class Evaluation:

@@ -20,9 +20,10 @@ from raystore.client.claims import Claims
 from raystore.client.datasets import Stream
 from raystore.client.evaluation import EvalChannel, Evaluation
 from raystore.client.pump import CLOSE_SECONDS, Channel, Pump, Reader, Test
-from raystore.client.steps import StepClock, endings, flat
+from raystore.client.steps import StepClock, endings, flat, of_evaluations
 from raystore.errors import BatchHeldError, FeedClosedError, InvalidValueError
 from raystore.errors.text import summary
+from raystore.evaluations import EvaluationResult
 from raystore.feeds import BatchManifest, FeedGroup, FeedStatus, Keep, Sampler, manifest_of
 from raystore.log import a_minute, logger_of, once
 from raystore.progress import Progress
@@ -253,6 +254,10 @@ class Feed:
         self._is_closed = False
         self._steps = StepClock()
         self._on_step: list[OnStep] = []
+        self._evaluated = 0  # evaluations that had finished when they were looked at last
+        #: Those that `on_step` need not be told of: they had finished before, or were told. By version and branch.
+        self._told: set[tuple[str, int | None, int]] = set()
+        self._asked: set[tuple[str, int | None, int]] = set()  # those that this process has asked for
 
     @property
     def is_pumping(self) -> bool:
@@ -368,7 +373,9 @@ class Feed:
             return
         judged = self._pump.take_judged()
         try:
-            found = self._steps.metrics(batch.groups, step, judged, await self.status()) | flat(metrics)
+            status = await self.status()
+            found = self._steps.metrics(batch.groups, step, judged, status)
+            found |= of_evaluations(await self._finished(status)) | flat(metrics)
         except Exception:  # whatever it is: the step is acknowledged, and training goes on
             logger.exception("What step %d of feed %r was like is not known", step, self.name, extra=once("step"))
             return
@@ -420,7 +427,25 @@ class Feed:
             queue=member["queue"] if queue is None else queue,
             priority=member["priority"] if priority is None else priority,
         )  # fmt: skip
-        return await evaluating.begin(plan, items, self._evaluations)
+        made = await evaluating.begin(plan, items, self._evaluations)
+        self._asked.add((made.name, made.version, made.branch))
+        return made
+
+    async def _finished(self, status: FeedStatus) -> list[EvaluationResult]:
+        """The evaluations of this feed that have finished, and were not told."""
+        if status.evaluations == self._evaluated:
+            return []
+        self._evaluated = status.evaluations
+        ended = [one for one in await self._evaluations.results(feed=self.name) if one.status == "finished"]
+        new = [one for one in ended if (one.name, one.version, one.branch) not in self._told]
+        self._told.update((one.name, one.version, one.branch) for one in new)
+        return new
+
+    async def _pass_over(self, status: FeedStatus) -> None:
+        """Do not tell of evaluations that had finished before this process began, unless it has asked for them."""
+        await self._finished(status)
+        self._told -= self._asked
+        self._evaluated = -1 if self._asked else self._evaluated
 
     async def status(self) -> FeedStatus:
         """Where the feed stands. Raises `FeedNotFoundError` before it has begun for the first time."""
@@ -494,7 +519,9 @@ class Feed:
     async def _batches(self, keep: Keep | Test | None, max_open: int, shown: Progress) -> AsyncIterator[FeedBatch]:
         pump = await self._begun()
         pump.judge_by(keep)
-        self._steps.begin(await self.status())
+        status = await self.status()
+        if self._steps.begin(status) and self._on_step:
+            await self._pass_over(status)
         if pump.is_published:
             pump.go_on()
         while True:

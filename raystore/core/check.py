@@ -289,6 +289,8 @@ def story(state: State, rollout_id: str) -> list[str]:
         place = group.places.get(rollout_id)
         role = "without a place" if place is None else f"in place {place + 1} of {group.n}"
         lines.append(f"in group {group.group_id}, which is {group.status}: {role}")
+    if (evaluation := state.evaluations.by_rollout.get(rollout_id)) is not None:
+        lines.append(f"of evaluation {evaluation}: no consumer is given it")
     for name, taken in entry.taken.items():
         lines.append(
             f"taken by {name!r}: batch {taken.batch}, "
@@ -334,6 +336,8 @@ def _story_of_group(state: State, group: GroupEntry) -> list[str]:
             f"item {item.index} of epoch {item.epoch} of {item.environment!r} in feed {feed.name!r}, {claimed} of "
             f"{feed.acks}{lag}"
         )
+    if (evaluation := state.evaluations.by_group.get(group.group_id)) is not None:
+        lines.append(f"an item of evaluation {evaluation}: no consumer is given it")
     if group.rests_since is not None:
         lines.append(f"its deadline rests: {len(group.held)} members are held back")
     for rollout_id, stand in group.members.items():

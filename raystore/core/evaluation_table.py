@@ -157,6 +157,7 @@ class EvaluationTable:
     def __init__(self) -> None:
         self.by_key: dict[str, Evaluation] = {}
         self.made: int = 0
+        self.finished: int = 0  #: that have ended with all their samples
         self.running: dict[str, Evaluation] = {}  #: those that have not ended
         self.by_group: dict[str, str] = {}  #: key of the evaluation of each group, also of one that is not kept
         self.by_rollout: dict[str, str] = {}  #: the same of each rollout
@@ -231,6 +232,7 @@ class EvaluationTable:
     def end(self, evaluation: Evaluation) -> None:
         """An evaluation has ended; the oldest of those that have go, if there are more than are kept."""
         self.running.pop(evaluation.key, None)
+        self.finished += evaluation.status == ENDED
         ended = [one for one in self if one.status != RUNNING]
         of_name = [one for one in ended if one.name == evaluation.name]
         gone = [*ended[: max(len(ended) - KEPT_IN_ALL, 0)], *of_name[: max(len(of_name) - KEPT, 0)]]
@@ -251,11 +253,11 @@ class EvaluationTable:
         for group_id, key in self.by_group.items():
             groups.setdefault(key, []).append(group_id)
         strays = [(rollout_id, self.by_rollout[rollout_id]) for rollout_id in self.strays]
-        return [self.made, [packed(one) for one in self], list(groups.items()), strays]
+        return [self.made, self.finished, [packed(one) for one in self], list(groups.items()), strays]
 
     def restore(self, image: list[Any]) -> None:
         """Fill an empty table from an image; `gather` finds what follows from the other tables."""
-        self.made, rows, groups, strays = image
+        self.made, self.finished, rows, groups, strays = image
         for row in rows:
             self.add(unpacked(Evaluation, row))
         for key, group_ids in groups:
@@ -273,12 +275,12 @@ class EvaluationTable:
     def sums(self) -> list[Any]:
         """How much there is, for a quick comparison."""
         rows = [(one.key, one.status, one.position, one.counted, one.pin) for one in self.running.values()]
-        return [self.made, len(self), len(self.by_rollout), rows]
+        return [self.made, self.finished, len(self), len(self.by_rollout), rows]
 
     def shown(self) -> list[Any]:
         """What a replay must reproduce."""
         evaluations = [shown(self.by_key[key]) for key in sorted(self.by_key)]
-        return [self.made, evaluations, sorted(self.by_group.items()), sorted(self.by_rollout.items())]
+        return [self.made, self.finished, evaluations, sorted(self.by_group.items()), sorted(self.by_rollout.items())]
 
     def check(self, rollouts: Mapping[str, str], queues: Queues) -> None:
         """Verify what is known of rollouts, given the status of each."""

@@ -530,4 +530,5 @@ def status(state: State, step: Step, *, feed: Id) -> dict[str, Any]:
         "errors": [list(row) for row in known.commonest_errors()],
         "pump": None if known.pump is None else known.pump[0],
         "over": known.is_over,
+        "evaluations": state.evaluations.finished,
     }  # fmt: skip
