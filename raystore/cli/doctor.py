@@ -293,7 +293,7 @@ def _of_groups(read: Read) -> Iterable[Finding]:
     judged = [
         (group, [rewards[i] for i in group.members if i in rewards])
         for group in read.groups
-        if known.issuperset(group.members)
+        if known.issuperset(group.members) and not (group.mode == "val" and "eval" in group.tags)
     ]
     judged = [(group, given) for group, given in judged if len(given) > 1]
     equal = [(group, given) for group, given in judged if len(set(given)) == 1]

@@ -931,7 +931,7 @@ class StoreClient(RunnerStore):
             encoder=self._encoder, take=self._take, put=self._put, travels=self._travels,
         )  # fmt: skip
         made = self._feeds[plan.feed] = Feed(
-            plan, streams, drawing["sampler"], channel, drawing["epochs"], self._evaluating()
+            plan, streams, drawing["sampler"], channel, drawing["epochs"], self.evaluating()
         )
         return made
 
@@ -968,15 +968,16 @@ class StoreClient(RunnerStore):
             failure_reward=failure_reward, eval_share=eval_share, overtaken=overtaken, config=config, queue=queue,
             priority=priority, tags=tags,
         )  # fmt: skip
-        return await evaluating.begin(plan, items, self._evaluating())
+        return await evaluating.begin(plan, items, self.evaluating())
 
-    def _evaluating(self) -> EvalChannel:
+    def evaluating(self) -> EvalChannel:
+        """What evaluations need of the store."""
         return EvalChannel(
             self._transport.call, self._encoder, self, partial(in_thread, sleep), run_blocking, self._rows
         )
 
     async def evaluations(self, name: str | None = None) -> list[EvaluationResult]:
-        return await self._evaluating().results(name=checks.optional_identifier("name", name))
+        return await self.evaluating().results(name=checks.optional_identifier("name", name))
 
     async def drop_evaluation(self, name: str, version: int | None = None) -> int:
         arguments = {

@@ -108,9 +108,17 @@ class Evaluation:
         named = {"name": self.name, "version": self.version, "branch": self.branch}
         return await self._channel.ask(verb, named | more)
 
+    def __reduce__(self) -> Any:
+        return _elsewhere, (self._channel.store, self.name, self.version, self.branch)
+
     def __repr__(self) -> str:
         branch = f", branch {self.branch}" if self.branch else ""
         return f"<Evaluation {self.name!r} of version {self.version}{branch}>"
+
+
+def _elsewhere(store: Any, name: str, version: int | None, branch: int) -> Evaluation:
+    """The same evaluation in a process that it was sent to."""
+    return Evaluation(store.evaluating(), {"name": name, "version": version, "branch": branch})
 
 
 class BlockingEvaluation:

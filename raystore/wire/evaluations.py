@@ -24,7 +24,7 @@ EVALUATION = "eval"  #: the tag that names the evaluation of a rollout
 ROLLOUTS = 1_000_000  #: of one evaluation
 PART_ITEMS = 256  #: items that are enqueued in one step, at most ...
 PART_BYTES = 1024 * 1024  #: ... or so many bytes of them,
-PART_ROLLOUTS = 4_096  #: or so many rollouts
+PART_ROLLOUTS = 512  #: or so many rollouts
 
 
 class EvalItem(NamedTuple):

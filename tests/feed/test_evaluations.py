@@ -406,3 +406,14 @@ async def test_threads_and_loops_of_their_own(store: AnyStore) -> None:
     evaluation = await store.evaluate("bench", [1])
     found = await asyncio.to_thread(lambda: asyncio.run(evaluation.status()))
     assert found.status == "running" and repr(evaluation) == "<Evaluation 'bench' of version None>"
+
+
+async def test_a_handle_may_be_sent_to_another_process(store: AnyStore) -> None:
+    """Of a store on Ray; one in memory says why it cannot."""
+    evaluation = await store.evaluate("bench", [1])
+    if isinstance(store, rs.InMemoryLightningStore):
+        with pytest.raises(TypeError, match=r"raystore\.start"):
+            pickle.dumps(evaluation)
+        return
+    again = pickle.loads(pickle.dumps(evaluation))
+    assert (await again.status()).status == "running" and await again.drop()
