@@ -1,7 +1,7 @@
 """The trainer of `feed_trainer`, which also evaluates; with an address: `python -m tests.faults.eval_trainer ...`.
 
 Every few steps it begins an evaluation that is pinned to the step, and waits for it only at the end; when it begins
-with a step, it says the same of that step again. It notes what its feed had under way, and in the end what the
+with a step, it says the same of that step again. It notes how far its feed has drawn, and in the end what the
 evaluations came to, and each of their rollouts.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import raystore as rs
-from tests.faults.feed_trainer import main
+from tests.faults.feed_trainer import BATCH, main
 
 ITEMS, SAMPLES, EVERY = {"math": list(range(8)), "code": list(range(100, 104))}, 3, 4
 NAME = "eval"
@@ -27,12 +27,13 @@ async def evaluate(feed: rs.Feed, step: int) -> rs.Evaluation:
 
 
 async def beside(directory: Path, store: Any, feed: rs.Feed, step: int) -> None:
-    """Evaluate every few steps, and note how much of the feed is under way."""
+    """Evaluate every few steps, and note how much the feed has drawn that is trained or under way."""
     if step % EVERY == 0:
         await evaluate(feed, step)
     status = await feed.status()
-    with (directory / "under-way").open("a") as file:
-        file.write(f"{sum(status.under_way.values())} {status.places}\n")
+    with (directory / "drawn").open("a") as file:
+        others = sum(n for one in status.streams.values() for ending, n in one.endings.items() if ending != "trained")
+        file.write(f"{step} {status.drawn - others} {status.places}\n")
 
 
 async def last(directory: Path, store: Any, feed: rs.Feed, step: int) -> None:
@@ -73,6 +74,18 @@ def judged(results: list[Any], samples: list[Any], steps: int) -> dict[str, int]
         wrong_versions += list(one["versions"]) != [version, version] or not one["pinned"]
     missing = set(range(0, steps + 1, EVERY)) - standing.keys()
     return {"not evaluated": len(missing), "numbers wrong": wrong_numbers, "versions wrong": wrong_versions}
+
+
+def too_far_ahead(lines: list[str]) -> int:
+    """How often more was drawn than places, and batches that may have been acknowledged by then, allow.
+
+    What a rewind undoes comes again beside what is under way, and lets nothing more be drawn.
+    """
+    found = trained = 0
+    for step, drawn, places in (map(int, line.split()) for line in lines):
+        found += drawn > BATCH * max(trained, step - 1) + places
+        trained = max(trained, step)  # it is acknowledged after this was noted
+    return found
 
 
 if __name__ == "__main__":

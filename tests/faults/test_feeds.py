@@ -137,8 +137,7 @@ async def test_evaluations_beside_a_feed_whose_processes_are_killed(
     found = json.loads((directory / "model.json").read_text())
     results, samples = (json.loads((directory / f"{name}.json").read_text()) for name in ("results", "samples"))
     wrong = eval_trainer.judged(results, samples, len(expected))
-    under_way = [list(map(int, line.split())) for line in (directory / "under-way").read_text().splitlines()]
-    ahead = sum(number > places for number, places in under_way)
+    ahead = eval_trainer.too_far_ahead((directory / "drawn").read_text().splitlines())
     standing = [one for one in results if not one["undone"]]
     figure = {
         **wrong, "too far ahead": ahead, "batches that differ": differing(expected, found),
