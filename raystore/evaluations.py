@@ -5,11 +5,19 @@ Not here: how they are computed (`core.scores`), the evaluation itself (`client.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 __all__ = ["EvaluationResult", "EvaluationScore"]
+
+EVALUATION: str = "eval"  #: the tag that names the evaluation of a rollout
+
+
+def is_sample(one: Any) -> bool:
+    """Whether a rollout is a sample of an evaluation, or a group an item of one, so that nobody trains on it."""
+    name = one.tags.get(EVALUATION)
+    return name is not None and one.mode == "val" and (one.group_id or "").startswith(f"{name}@")
 
 
 class EvaluationScore(BaseModel):

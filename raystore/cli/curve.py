@@ -21,7 +21,7 @@ from raystore.cli.endings import WrongUse
 from raystore.cli.reading import View, Word, attempt_of, reading
 from raystore.cli.text import counted, duration, figure, means, sparkline
 from raystore.core.lifecycle import FINISHED
-from raystore.evaluations import EvaluationScore
+from raystore.evaluations import EvaluationScore, is_sample
 from raystore.reports.svg import Points, draw
 
 HEIGHT = 10  #: of a picture in the terminal, in rows
@@ -64,9 +64,8 @@ class Series:
 async def collect(view: View, by: str, mode: Any) -> tuple[dict[str, Series], int, str]:
     """The curves by mode, how many rollouts were left out for want of a version, and by what the curves are."""
     evaluated = [one for one in await view.store.evaluations() if one.status == "finished" and not one.undone]
-    names = {one.name for one in evaluated}
     everything = [one async for one in view.rollouts(FINISHED - {"cancelled"}) if mode in (None, one.mode)]
-    finished = [one for one in everything if one.mode != "val" or one.tags.get("eval") not in names]
+    finished = [one for one in everything if not is_sample(one)]
     versions = [attempt.policy_version if (attempt := attempt_of(one)) else None for one in finished]
     if by == "version" and finished and all(version is None for version in versions):
         by = "time"  # nobody says which policy it was

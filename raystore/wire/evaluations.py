@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from raystore.core.evaluation_table import key_of
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError, StoreError
-from raystore.evaluations import EvaluationResult, EvaluationScore
+from raystore.evaluations import EVALUATION, EvaluationResult, EvaluationScore
 from raystore.types import EnqueueRolloutRequest
 from raystore.wire import checks
 from raystore.wire import groups as wire_groups
@@ -20,7 +20,6 @@ from raystore.wire.feeds import ENVIRONMENT, name_of, one_of, share_of_running
 
 Overtaken = Literal["finish", "drop"]
 
-EVALUATION = "eval"  #: the tag that names the evaluation of a rollout
 ROLLOUTS = 1_000_000  #: of one evaluation
 PART_ITEMS = 256  #: items that are enqueued in one step, at most ...
 PART_BYTES = 1024 * 1024  #: ... or so many bytes of them,
