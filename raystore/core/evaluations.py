@@ -72,9 +72,9 @@ def begin(
 
     `version` pins it; else it is known by the newest version that there is.
     """
-    owner = _owner(state, feed)
+    owner, said = _owner(state, feed), resources_id
     if owner is not None:
-        resources_id = owner.rule["resources_id"]
+        resources_id = said = owner.rule["resources_id"]
     elif resources_id is None:
         resources_id = state.resources.latest_id
     is_pinned = version is not None
@@ -83,7 +83,7 @@ def begin(
     branch = 0 if owner is None or version is None else owner.branch_of_step(version)
     known = state.evaluations.by_key.get(key_of(name, version, branch))
     if known is not None:
-        _refuse_other(known, rule, is_pinned=is_pinned, resources_id=resources_id)
+        _refuse_other(known, rule, is_pinned=is_pinned, resources_id=said)
         known.rule["share"] = rule["share"]
         return told(state, known)
     require_room("evaluations that run", len(state.evaluations.running), AT_ONCE)
@@ -125,19 +125,19 @@ def _newest(state: State, owner: FeedEntry | None, resources_id: str | None) -> 
 
 def _pinned(state: State, owner: FeedEntry | None, resources_id: str | None, version: int) -> Resources:
     """The newest of the resources that stand for a version of the policy. Raises `VersionNotFoundError`."""
-    there: list[int] = []
-    for held in reversed(state.resources.all_versions(resources_id) if resources_id is not None else []):
+    named = resources_id or ""
+    missing, _ = state.resources.missing.get(named, (0, ""))
+    there: set[int] = set()
+    for held in reversed(state.resources.all_versions(named)):
         step = held.policy_version
-        if step is None or held.resources is None:
+        if step is None or held.resources is None or held.version == missing:
             continue
-        stands = owner is None or owner.branch_of_version(held.version) >= owner.branch_of_step(step)
-        newest = state.resources.missing.get(resources_id or "", (0, ""))[0]
-        if not stands or held.version == newest:
-            continue
+        if owner is not None and owner.branch_of_version(held.version) < owner.branch_of_step(step):
+            continue  # it was undone
         if step == version:
             return held
-        there.append(step)
-    raise VersionNotFoundError(resources_id or "", version, sorted(set(there)))
+        there.add(step)
+    raise VersionNotFoundError(named, version, sorted(there))
 
 
 def _refuse_other(known: Evaluation, rule: EvaluationRule, *, is_pinned: bool, resources_id: str | None) -> None:
@@ -146,7 +146,7 @@ def _refuse_other(known: Evaluation, rule: EvaluationRule, *, is_pinned: bool, r
     differing = [name for name in SAME if known.rule[name] != asked[name]]
     if known.rule["pinned"] != is_pinned:
         differing.append("version")
-    if known.resources_id != resources_id:
+    if resources_id is not None and known.resources_id != resources_id:  # None: what it was
         differing.append("resources_id")
     if differing:
         raise EvaluationConflictError(known.name, known.version, list(dict.fromkeys(map(_said, differing))))

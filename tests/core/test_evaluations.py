@@ -257,6 +257,7 @@ def test_the_same_again_is_the_same(bench: Bench) -> None:
     bench.publish(1, "other")
     with pytest.raises(EvaluationConflictError, match="resources_id differ"):
         bench.begin(1, resources_id="other")
+    assert bench.begin(1)["enqueued"] == 2  # who names no resources means those of then, whatever is latest now
     for rollout_id in bench.claim():
         bench.end(rollout_id, 1.0)
     assert bench.begin(1, resources_id="policy")["status"] == "finished"
