@@ -7,7 +7,7 @@ Not here: what counts as what (`core.evaluations`).
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from time import monotonic
@@ -23,6 +23,7 @@ from raystore.wire import checks
 from raystore.wire import evaluations as wire
 from raystore.wire.convert import Encoder
 from raystore.wire.evaluations import EvalItem, EvalPlan, EvalWork
+from raystore.wire.feeds import name_of
 
 T = TypeVar("T")
 
@@ -193,7 +194,7 @@ def read_items(name: str, items: Any) -> list[EvalItem]:
     for environment, data in by_environment.items():
         place = "items"
         if isinstance(items, Mapping):
-            checks.identifier("items key", environment)
+            name_of("items key", environment, without="~")
             place = f"items[{environment!r}]"
             _refuse_task(place, data, items)
         check_dataset(place, data)
@@ -216,7 +217,7 @@ def _refuse_task(place: str, data: Any, items: Mapping[Any, Any]) -> None:
         raise InvalidValueError(place, data, expected)
 
 
-def _each(place: str, data: Any, most: int) -> Any:
+def _each(place: str, data: Any, most: int) -> Iterator[Any]:
     """The items of a dataset; what never ends is not read for ever."""
     number = 0
     try:

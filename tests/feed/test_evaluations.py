@@ -301,6 +301,7 @@ def forever() -> Iterator[int]:
         ({"items": 5}, "items=5"),
         ({"items": {"q": "what?"}}, r"items\['q'\]='what.'.*a list of items"),
         ({"items": {"q": {"x": 1}}}, r"items\['q'\].*lists by the names"), ({"items": {3: [1]}}, "items key=3"),
+        ({"items": {"x" * 201: [1]}}, "items key=.*200 characters"),
         ({"items": {"a": [1], "b": []}}, r"items\['b'\]"), ({"items": {1, 2}}, "order"),
         ({"items": [1, None]}, r"items\[1\]=None.*a task"), ({"items": {"a": [None]}}, r"items\['a'\]\[0\]"),
         ({"items": Raises()}, "after 2 of them reading raised OSError: disk"),
