@@ -22,8 +22,10 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.client.local import InMemoryLightningStore as InMemoryLightningStore
     from raystore.client.local import RecoveredRun as RecoveredRun
     from raystore.client.local import recover as recover
+    from raystore.client.evaluation import BlockingEvaluation as BlockingEvaluation, Evaluation as Evaluation
     from raystore.client.feed import BatchShard as BatchShard, Feed as Feed, FeedBatch as FeedBatch
     from raystore.errors import *  # noqa: F403
+    from raystore.evaluations import *  # noqa: F403
     from raystore.feeds import *  # noqa: F403
     from raystore.log import setup_logging as setup_logging
     from raystore.options import StoreOptions as StoreOptions
@@ -53,7 +55,9 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
 _NAMES = {
     "raystore.api": "LightningStore",
     "raystore.client.local": "InMemoryLightningStore RecoveredRun recover",
+    "raystore.client.evaluation": "BlockingEvaluation Evaluation",
     "raystore.client.feed": "Feed FeedBatch BatchShard",
+    "raystore.evaluations": "EvaluationResult EvaluationScore",
     "raystore.feeds": """
         BatchManifest FailureBudget FailureReward FeedGroup FeedStatus GroupManifest Keep Lag Sampler StreamStatus keep
         reward

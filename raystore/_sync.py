@@ -14,6 +14,9 @@ from typing import Any, Literal
 from raystore.api import METHODS, LightningStore
 from raystore.client.transport import iterate_blocking, run_blocking
 from raystore.errors.text import explain_methods
+from raystore.client.evaluation import Evaluation
+from raystore.evaluations import EvaluationResult
+from raystore.wire.evaluations import Overtaken
 from raystore.reports.selection import SelectionReport
 from raystore.types import (
     AnyRollout, Attempt, AttemptStatus, AttemptedRollout, Batch, Change, EnqueueGroupRequest, EnqueueRolloutRequest,
@@ -276,6 +279,24 @@ class SyncStore:
 
     def ledger(self, consumer: str) -> list[LedgerEntry]:
         return run_blocking(self._store.ledger(consumer))
+
+    def evaluate(
+        self, name: str, items: Any, *, resources_id: str | None = None, version: int | None = None, samples: int = 1,
+        threshold: float = 0.0, failure_reward: float = 0.0, eval_share: float = 0.25, overtaken: Overtaken = "finish",
+        config: RolloutConfig | None = None, queue: str = "default", priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Evaluation:
+        return run_blocking(self._store.evaluate(
+            name, items, resources_id=resources_id, version=version, samples=samples, threshold=threshold,
+            failure_reward=failure_reward, eval_share=eval_share, overtaken=overtaken, config=config, queue=queue,
+            priority=priority, tags=tags,
+        ))
+
+    def evaluations(self, name: str | None = None) -> list[EvaluationResult]:
+        return run_blocking(self._store.evaluations(name))
+
+    def drop_evaluation(self, name: str, version: int | None = None) -> int:
+        return run_blocking(self._store.drop_evaluation(name, version))
 
     def selection_report(self, consumer: str, *, since: float | None = None) -> SelectionReport:
         return run_blocking(self._store.selection_report(consumer, since=since))

@@ -30,8 +30,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from inspect import isfunction
 from typing import Any, Literal
 
+from raystore.client.evaluation import Evaluation
 from raystore.client.feed import Feed
 from raystore.core.schema import LossReason
+from raystore.evaluations import EvaluationResult
 from raystore.feeds import FailureBudget, FailureReward, Sampler
 from raystore.reports.selection import SelectionReport
 from raystore.tracing.evidence import Evidence
@@ -74,6 +76,7 @@ from raystore.types import (
     Worker,
     WorkerStatus,
 )
+from raystore.wire.evaluations import Overtaken
 from raystore.wire.feeds import Changed, Chooser, Late, Order
 
 
@@ -750,6 +753,7 @@ class LightningStore(ABC):
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
         changed: Changed = "refuse",
+        eval_share: float = 0.25,
     ) -> Feed:
         """A feed: it enqueues a group of `size` rollouts for each item of a dataset, and gives them in whole batches.
 
@@ -788,7 +792,65 @@ class LightningStore(ABC):
         `keep` filtered (None: 10 batches, at least 100), the feed pauses with `FilteredTooManyError`.
 
         The other arguments are those of `enqueue_rollout`. Rollouts run with the newest version of `resources_id` that
-        `Feed.publish` published.
+        `Feed.publish` published. `eval_share` is that of `Feed.evaluate`.
+        """
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def evaluate(
+        self,
+        name: str,
+        items: Any,
+        *,
+        resources_id: str | None = None,
+        version: int | None = None,
+        samples: int = 1,
+        threshold: float = 0.0,
+        failure_reward: float = 0.0,
+        eval_share: float = 0.25,
+        overtaken: Overtaken = "finish",
+        config: RolloutConfig | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Evaluation:
+        """Run `samples` rollouts of each item to measure a policy; returns once all are enqueued, and waits for none.
+
+        `items` is a list, another dataset or a finite iterable; or several by the names of their environments, which
+        are scored apart as well. Each sample is a rollout of mode "val", with the tags "eval" (the name) and "env".
+        What is measured changes nothing of training: no consumer is ever given these rollouts, and no feed counts them.
+
+        *Which policy.* With `version`, all attempts run with the newest of the `resources_id` (None: what was published
+        last) that have this `policy_version`; they are kept until the evaluation has ended. Raises
+        `VersionNotFoundError` if there are none. Without, attempts run with what is newest at their claim, and the
+        result has the least and the greatest version that samples ran with.
+
+        *How much runs.* While other work waits as well, evaluations have `eval_share` of the rollouts that run, and one
+        at least; otherwise they have all that is free. `priority` orders them among themselves.
+
+        *What counts.* A sample passes if its reward is above `threshold`. One that failed for good, was cancelled or
+        deleted, or has no reward counts as not passed, with `failure_reward`: it stays in the denominator.
+
+        *Again.* An evaluation is known by its name and its version; without one, by the newest version at the first
+        call. The same call again gives it as it is, finished or not, and goes on with enqueuing after a crash. Other
+        items, `samples`, `threshold` or `failure_reward` raise `EvaluationConflictError`: take another name. When a
+        later one of a name begins, those that still run finish, or are dropped (`overtaken="drop"`).
+        """
+
+    @abstractmethod
+    async def evaluations(self, name: str | None = None) -> list[EvaluationResult]:
+        """The evaluations of a name, the newest version last, so that they are a curve; or (None) of all names.
+
+        Of those that have ended, the newest 1,000 of a name are kept.
+        """
+
+    @abstractmethod
+    async def drop_evaluation(self, name: str, version: int | None = None) -> int:
+        """Drop what still runs of a name, or of one version of it; returns how many evaluations that are.
+
+        What waits and runs of them is cancelled, and what was scored stays. Those that have ended stay as they are.
+        Raises `EvaluationNotFoundError` for an unknown name or version.
         """
 
     @abstractmethod

@@ -218,6 +218,7 @@ class FeedStatus(BaseModel, extra="allow"):
         errors: the commonest of the newest rollouts: text, how many, the id of one.
         pump: session of the process that draws items; None if none does.
         over: whether all items have come to their ends.
+        evaluations: of the store, that have finished so far; those that were dropped do not count.
     """
 
     name: str
@@ -236,6 +237,7 @@ class FeedStatus(BaseModel, extra="allow"):
     errors: list[tuple[str, int, str]]
     pump: str | None
     over: bool
+    evaluations: int = 0
 
 
 # -- what a user says --------------------------------------------------------------------------------------------------

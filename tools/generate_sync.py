@@ -14,6 +14,7 @@ from typing import Any
 
 from raystore import api, types
 from raystore.api import LightningStore
+from raystore.wire import evaluations
 
 WIDTH = 120  #: of lines
 
@@ -67,7 +68,10 @@ def generate() -> str:
     known = used & vars(api).keys()
     homes: dict[str, list[str]] = {}
     for name in sorted(known - vars(types).keys()):
-        homes.setdefault(getattr(vars(api)[name], "__module__", ""), []).append(name)
+        home = str(getattr(vars(api)[name], "__module__", ""))
+        if name in vars(evaluations) and not home.startswith("raystore."):  # a literal does not say where it is from
+            home = evaluations.__name__
+        homes.setdefault(home, []).append(name)
     others = [f"from {home} import {', '.join(names)}\n" for home, names in homes.items() if "raystore." in home]
     imports = _fold("from raystore.types import (", sorted(known & vars(types).keys()), ")")
     return f"{HEADER}{''.join(others)}{imports}\n{text}{FOOTER}"

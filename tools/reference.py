@@ -105,6 +105,13 @@ GROUPS = [
         """,
     ),
     (
+        "Evaluate",
+        "Items are sampled some times each beside the training, to measure a policy.",
+        """
+        evaluate evaluations drop_evaluation Evaluation BlockingEvaluation EvaluationResult EvaluationScore
+        """,
+    ),
+    (
         "Publish resources",
         "Prompts, endpoints and weights, for agents to use.",
         """
@@ -162,6 +169,7 @@ ALIASES = {
     "Late": "what becomes of a group that would lag too much",
     "Order": "of the groups of batches",
     "Changed": "what becomes of a feed whose dataset has changed",
+    "Overtaken": "what becomes of an evaluation when a later one of its name begins",
     "Evidence": "what a recorded model call may have to have",
     "Chooser": "a function that takes complete groups and gives those of the next batch, the best first",
     "Test": "a function that says of a group whether it is trained on",
@@ -172,7 +180,10 @@ ALIASES = {
 }
 
 #: Classes that are made by raystore only.
-GIVEN = {"Context", "OpenSpan", "Testing", "RecoveredRun", "Feed", "FeedBatch", "BatchShard", "Sampler"}
+GIVEN = {
+    "Context", "OpenSpan", "Testing", "RecoveredRun", "Feed", "FeedBatch", "BatchShard", "Sampler", "Evaluation",
+    "BlockingEvaluation",
+}  # fmt: skip
 
 #: What is shown of a class, where it is not all that it has of its own.
 MEMBERS = {
@@ -311,7 +322,8 @@ def default(value: ast.expr) -> str:
 def definition(name: str) -> str:
     """What a name of a type stands for, as it is written; empty if that is for machines."""
     for module in (
-        "raystore.types", "raystore.spans", "raystore.options", "raystore.wire.feeds", "raystore.tracing.evidence",
+        "raystore.types", "raystore.spans", "raystore.options", "raystore.wire.feeds", "raystore.wire.evaluations",
+        "raystore.tracing.evidence",
         "raystore.client.pump",
     ):  # fmt: skip
         for node in reversed(list(ast.walk(parsed(module)[1]))):  # the last: not that for type checkers only

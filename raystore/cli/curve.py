@@ -1,7 +1,9 @@
 """`raystore curve`: whether it learns, by the rewards of all finished rollouts.
 
 Unfiltered: also of those that were not trained on, since the curve of what passes a filter is flat by construction.
-Train, validation and test are apart. Rollouts that finished without a reward are in no mean, and are counted.
+Train, validation and test are apart. Rollouts that finished without a reward are in no mean, and are counted. An
+evaluation has a curve of its own, of its results, which are there when its rollouts are not any more; in them a sample
+without a reward counts as failed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from raystore.cli.endings import WrongUse
 from raystore.cli.reading import View, Word, attempt_of, reading
 from raystore.cli.text import counted, duration, figure, means, sparkline
 from raystore.core.lifecycle import FINISHED
+from raystore.evaluations import EvaluationScore, is_sample
 from raystore.reports.svg import Points, draw
 
 HEIGHT = 10  #: of a picture in the terminal, in rows
@@ -46,6 +49,13 @@ class Series:
         else:
             self.rewards.setdefault(at, []).append(reward)
 
+    def measure(self, at: float, score: EvaluationScore) -> None:
+        """Add what an evaluation came to."""
+        self.count += score.samples
+        self.without_reward += score.failed
+        if score.mean is not None:
+            self.rewards[at] = [score.mean]
+
     def points(self) -> Points:
         """The mean at each place."""
         return [(at, sum(got) / len(got)) for at, got in sorted(self.rewards.items())]
@@ -53,11 +63,13 @@ class Series:
 
 async def collect(view: View, by: str, mode: Any) -> tuple[dict[str, Series], int, str]:
     """The curves by mode, how many rollouts were left out for want of a version, and by what the curves are."""
-    finished = [one async for one in view.rollouts(FINISHED - {"cancelled"}) if mode in (None, one.mode)]
+    evaluated = [one for one in await view.store.evaluations() if one.status == "finished" and not one.undone]
+    everything = [one async for one in view.rollouts(FINISHED - {"cancelled"}) if mode in (None, one.mode)]
+    finished = [one for one in everything if not is_sample(one)]
     versions = [attempt.policy_version if (attempt := attempt_of(one)) else None for one in finished]
     if by == "version" and finished and all(version is None for version in versions):
         by = "time"  # nobody says which policy it was
-    ends = [one.end_time for one in finished if one.end_time is not None]
+    ends = [one.end_time for one in (*finished, *evaluated) if one.end_time is not None]
     first, last = min(ends, default=0.0), max(ends, default=0.0)
     width = max(last - first, 1e-6) / BUCKETS
     series: dict[str, Series] = {}
@@ -71,7 +83,12 @@ async def collect(view: View, by: str, mode: Any) -> tuple[dict[str, Series], in
         else:
             series.setdefault(rollout.mode or "no mode", Series()).add(at, rollout.reward)
     order = ["train", "val", "test", "no mode"]
-    return {name: series[name] for name in order if name in series}, left_out, by
+    found = {name: series[name] for name in order if name in series}
+    for one in evaluated if mode in (None, "val") else ():
+        at = one.version if by == "version" else (one.end_time or first) - first
+        if at is not None:
+            found.setdefault(f"eval {one.name}", Series()).measure(at, one.overall)
+    return found, left_out, by
 
 
 @reading("raystore curve --by version --svg reward.svg")
@@ -81,7 +98,10 @@ async def collect(view: View, by: str, mode: Any) -> tuple[dict[str, Series], in
 @click.option("--mode", type=Word(["train", "val", "test"], "mode"), help="Only of this mode.")
 @click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a picture.")
 async def curve(view: View, *, by: str, mode: str | None, svg: Path | None) -> None:
-    """The mean reward of all finished rollouts, by policy version or over time; train and validation apart."""
+    """The mean reward of all finished rollouts, by policy version or over time; train and validation apart.
+
+    Evaluations have curves of their own: of each the mean of its items.
+    """
     series, left_out, by = await collect(view, by, mode)
     curves = {name: points for name, one in series.items() if (points := one.points())}
     below = "policy version" if by == "version" else "seconds since the first rollout finished"

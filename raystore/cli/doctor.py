@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from raystore.api import LightningStore
 from raystore.core.findings import Kind, finding, lasting
 from raystore.errors import PayloadNotReadableError, RolloutNotFoundError, SpansEvictedError
+from raystore.evaluations import is_sample
 from raystore.spans import Span
 from raystore.tracing.calls import ModelCall, model_calls
 from raystore.tracing.evidence import lacking
@@ -293,7 +294,7 @@ def _of_groups(read: Read) -> Iterable[Finding]:
     judged = [
         (group, [rewards[i] for i in group.members if i in rewards])
         for group in read.groups
-        if known.issuperset(group.members)
+        if known.issuperset(group.members) and not is_sample(group)
     ]
     judged = [(group, given) for group, given in judged if len(given) > 1]
     equal = [(group, given) for group, given in judged if len(set(given)) == 1]

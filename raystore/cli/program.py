@@ -51,6 +51,7 @@ FAMILIES: dict[str, list[tuple[str, str, str]]] = {
     "How training goes": [
         ("curve", "curve", "The mean reward of finished rollouts, by policy version or over time."),
         ("report", "report", "What a consumer trained on, what was thrown away, and whether that is biased."),
+        ("evaluations", "evaluations", "What was measured beside training: means and pass@k, step by step."),
         ("diff", "diff", "What changed between two steps of a consumer, or between two runs."),
         ("watch", "watch", "Wait until a run goes wrong, and say so by the exit code."),
     ],

@@ -13,19 +13,21 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import isfunction
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Literal, Never, Self, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
 from raystore._sync import SyncStore
 from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
+from raystore.client import evaluation as evaluating
 from raystore.client.claims import Claims
 from raystore.client.datasets import streams_of
+from raystore.client.evaluation import EvalChannel, Evaluation
 from raystore.client.feed import Feed
 from raystore.client.pump import Channel
 from raystore.client.taken import selection_of
-from raystore.client.transport import PendingCall, Transport, call_past_the_dead
+from raystore.client.transport import PendingCall, Transport, call_past_the_dead, in_thread, run_blocking
 from raystore.core.pauses import MOST_PER_MINUTE, MOST_RUNNING
 from raystore.core.payload import Opaque, Payload, bounded_error, size_of
 from raystore.core.records import Many
@@ -33,6 +35,7 @@ from raystore.core.schema import LossReason
 from raystore.core.verbs import VERBS
 from raystore.errors import AnswerGoneError, FeedHeldError, InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.text import NOT_GIVEN, explain_methods, typed_as, unfit
+from raystore.evaluations import EvaluationResult
 from raystore.feeds import FailureBudget, FailureReward, Sampler
 from raystore.log import a_minute, logger_of
 from raystore.options import StoreConfig
@@ -89,9 +92,11 @@ from raystore.values.closed import are_closed
 from raystore.values.models import refusal
 from raystore.values.objects import Kept, Origin, Parts
 from raystore.wire import checks, convert
+from raystore.wire import evaluations as wire_evaluations
 from raystore.wire import feeds as wire_feeds
 from raystore.wire import groups as wire_groups
 from raystore.wire.checks import model_of, validated
+from raystore.wire.evaluations import Overtaken
 from raystore.wire.feeds import Changed, Chooser, Late, Order
 
 T = TypeVar("T")
@@ -906,12 +911,14 @@ class StoreClient(RunnerStore):
         priority: int = 0,
         tags: Mapping[str, TagValue] | None = None,
         changed: Changed = "refuse",
+        eval_share: float = wire_feeds.EVAL_SHARE,
     ) -> Feed:
         plan = wire_feeds.plan(
             name, data, resources_id=resources_id, size=size, batch=batch, max_lag=max_lag, max_running=max_running,
             late=late, order=order, on_failure=on_failure, min_size=min_size, spare=spare, race=race, replace=replace,
             deadline_seconds=deadline_seconds, require=require, batch_tokens=batch_tokens, max_filtered=max_filtered,
             budget=budget, config=config, mode=mode, queue=queue, priority=priority, tags=tags, changed=changed,
+            eval_share=eval_share,
         )  # fmt: skip
         drawing = wire_feeds.drawing(epochs=epochs, seed=seed, mix=mix, sampler=sampler, data=data)
         streams = streams_of(plan.feed, data, **drawing)
@@ -923,7 +930,9 @@ class StoreClient(RunnerStore):
             ask=self._transport.call, open=partial(call_past_the_dead, self._transport.call), reader=self,
             encoder=self._encoder, take=self._take, put=self._put, travels=self._travels,
         )  # fmt: skip
-        made = self._feeds[plan.feed] = Feed(plan, streams, drawing["sampler"], channel, drawing["epochs"])
+        made = self._feeds[plan.feed] = Feed(
+            plan, streams, drawing["sampler"], channel, drawing["epochs"], self.evaluating()
+        )
         return made
 
     async def selection_report(self, consumer: str, *, since: float | None = None) -> SelectionReport:
@@ -934,6 +943,48 @@ class StoreClient(RunnerStore):
         if "endings" not in told:
             told = await selection_of(self, name, start, told["until"])
         return selection_report(told)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    async def evaluate(
+        self,
+        name: str,
+        items: Any,
+        *,
+        resources_id: str | None = None,
+        version: int | None = None,
+        samples: int = 1,
+        threshold: float = 0.0,
+        failure_reward: float = 0.0,
+        eval_share: float = wire_feeds.EVAL_SHARE,
+        overtaken: Overtaken = "finish",
+        config: RolloutConfig | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Evaluation:
+        plan = wire_evaluations.eval_plan(
+            name, feed=None, resources_id=resources_id, version=version, samples=samples, threshold=threshold,
+            failure_reward=failure_reward, eval_share=eval_share, overtaken=overtaken, config=config, queue=queue,
+            priority=priority, tags=tags,
+        )  # fmt: skip
+        return await evaluating.begin(plan, items, self.evaluating())
+
+    def evaluating(self) -> EvalChannel:
+        """What evaluations need of the store."""
+        return EvalChannel(
+            self._transport.call, self._encoder, self, partial(in_thread, sleep), run_blocking, self._rows
+        )
+
+    async def evaluations(self, name: str | None = None) -> list[EvaluationResult]:
+        return await self.evaluating().results(name=checks.optional_identifier("name", name))
+
+    async def drop_evaluation(self, name: str, version: int | None = None) -> int:
+        arguments = {
+            "name": checks.identifier("name", name),
+            "version": None if version is None else checks.whole("version", version, at_least=-(2**63)),
+        }
+        return int(await self._transport.call("drop_evaluation", arguments))
 
     # -- resources -----------------------------------------------------------------------------------------------------
 

@@ -414,7 +414,7 @@ def streams_of(
         raise InvalidValueError("data", data, "at least one dataset")
     for environment, one in named.items():
         place = f"data[{environment!r}]" if isinstance(data, Mapping) else "data"
-        _check_dataset(place, one, epochs)
+        check_dataset(place, one, epochs)
     if mix is None:
         iterated = [name for name, one in named.items() if not is_indexed(one)]
         if iterated and len(named) > 1:
@@ -437,7 +437,8 @@ def streams_of(
     return streams
 
 
-def _check_dataset(place: str, data: Any, epochs: int | None) -> None:
+def check_dataset(place: str, data: Any, epochs: int | None = 1) -> None:
+    """Refuse what cannot be read, item by item, so many times; reads nothing."""
     if isinstance(data, (str, bytes, Mapping)) or not (is_indexed(data) or hasattr(type(data), "__iter__")):
         raise InvalidValueError(place, data, A_DATASET)
     if isinstance(data, (set, frozenset)):

@@ -15,12 +15,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
+from raystore.client import evaluation as evaluating
 from raystore.client.claims import Claims
 from raystore.client.datasets import Stream
+from raystore.client.evaluation import EvalChannel, Evaluation
 from raystore.client.pump import CLOSE_SECONDS, Channel, Pump, Reader, Test
-from raystore.client.steps import StepClock, endings, flat
+from raystore.client.steps import StepClock, endings, flat, of_evaluations
 from raystore.errors import BatchHeldError, FeedClosedError, InvalidValueError
 from raystore.errors.text import summary
+from raystore.evaluations import EvaluationResult
 from raystore.feeds import BatchManifest, FeedGroup, FeedStatus, Keep, Sampler, manifest_of
 from raystore.log import a_minute, logger_of, once
 from raystore.progress import Progress
@@ -28,10 +31,12 @@ from raystore.spans import Span
 from raystore.tracing.calls import model_calls
 from raystore.tracing.evidence import rewards_by_name
 from raystore.tracing.trajectories import count_tokens
-from raystore.types import AnyRollout, ObjectResource, Resource
+from raystore.types import AnyRollout, ObjectResource, Resource, RolloutConfig, TagValue
 from raystore.wire import checks
+from raystore.wire import evaluations as wire_evaluations
 from raystore.wire import feeds as wire_feeds
 from raystore.wire import groups as wire_groups
+from raystore.wire.evaluations import Overtaken
 from raystore.wire.feeds import Plan
 
 logger: logging.Logger = logger_of("raystore")
@@ -237,8 +242,10 @@ class Feed:
         sampler: Sampler | None,
         channel: Channel,
         epochs: int | None,
+        evaluations: EvalChannel,
     ) -> None:
         self.name: str = plan.feed
+        self._evaluations = evaluations
         self._epochs = epochs
         self._plan = plan
         self._channel = channel
@@ -247,6 +254,10 @@ class Feed:
         self._is_closed = False
         self._steps = StepClock()
         self._on_step: list[OnStep] = []
+        self._evaluated = 0  # evaluations that had finished when they were looked at last
+        #: Those that `on_step` need not be told of: they had finished before, or were told. By version and branch.
+        self._told: set[tuple[str, int | None, int]] = set()
+        self._asked: set[tuple[str, int | None, int]] = set()  # those that this process has asked for
 
     @property
     def is_pumping(self) -> bool:
@@ -362,7 +373,9 @@ class Feed:
             return
         judged = self._pump.take_judged()
         try:
-            found = self._steps.metrics(batch.groups, step, judged, await self.status()) | flat(metrics)
+            status = await self.status()
+            found = self._steps.metrics(batch.groups, step, judged, status)
+            found |= of_evaluations(await self._finished(status)) | flat(metrics)
         except Exception:  # whatever it is: the step is acknowledged, and training goes on
             logger.exception("What step %d of feed %r was like is not known", step, self.name, extra=once("step"))
             return
@@ -376,6 +389,63 @@ class Feed:
                     "Function %d of on_step of feed %r failed at step %d, and training goes on: %s (told once)",
                     number, self.name, step, summary(error), extra=once("on_step", self.name, number),
                 )  # fmt: skip
+
+    async def evaluate(
+        self,
+        items: Any,
+        *,
+        version: int | None = None,
+        samples: int = 1,
+        name: str = "eval",
+        threshold: float = 0.0,
+        failure_reward: float = 0.0,
+        eval_share: float | None = None,
+        overtaken: Overtaken = "finish",
+        config: RolloutConfig | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        tags: Mapping[str, TagValue] | None = None,
+    ) -> Evaluation:
+        """Measure a step of the policy on items beside its training: `LightningStore.evaluate` says how.
+
+        With `version`, a step that this feed has published, all samples run with it: say this right after `publish`,
+        since older weights are freed. The weights of that step stay until the evaluation has ended. If they travel by
+        other ways, attempts carry the version, and the inference server must serve it. Without, samples run with what
+        is newest at their claim, and the result tells from which version to which.
+
+        `eval_share`, `config`, `queue` and `priority` are those of the feed unless they are given. After `restore`, an
+        evaluation of a step that stands is found again, and one of a step that was undone is dropped if it still runs.
+        May be called by a process that does not draw the items of the feed. Raises `FeedNotFoundError` before the feed
+        has begun for the first time.
+        """
+        member = self._plan.member
+        plan = wire_evaluations.eval_plan(
+            name, feed=self.name, resources_id=member["resources_id"], version=version, samples=samples,
+            threshold=threshold, failure_reward=failure_reward, overtaken=overtaken, tags=tags,
+            eval_share=self._plan.eval_share if eval_share is None else eval_share,
+            config=member["config"] if config is None else config,
+            queue=member["queue"] if queue is None else queue,
+            priority=member["priority"] if priority is None else priority,
+        )  # fmt: skip
+        made = await evaluating.begin(plan, items, self._evaluations)
+        self._asked.add((made.name, made.version, made.branch))
+        return made
+
+    async def _finished(self, status: FeedStatus) -> list[EvaluationResult]:
+        """The evaluations of this feed that have finished, and were not told."""
+        if status.evaluations == self._evaluated:
+            return []
+        self._evaluated = status.evaluations
+        ended = [one for one in await self._evaluations.results(feed=self.name) if one.status == "finished"]
+        new = [one for one in ended if (one.name, one.version, one.branch) not in self._told]
+        self._told.update((one.name, one.version, one.branch) for one in new)
+        return new
+
+    async def _pass_over(self, status: FeedStatus) -> None:
+        """Do not tell of evaluations that had finished before this process began, unless it has asked for them."""
+        await self._finished(status)
+        self._told -= self._asked
+        self._evaluated = -1 if self._asked else self._evaluated
 
     async def status(self) -> FeedStatus:
         """Where the feed stands. Raises `FeedNotFoundError` before it has begun for the first time."""
@@ -449,7 +519,9 @@ class Feed:
     async def _batches(self, keep: Keep | Test | None, max_open: int, shown: Progress) -> AsyncIterator[FeedBatch]:
         pump = await self._begun()
         pump.judge_by(keep)
-        self._steps.begin(await self.status())
+        status = await self.status()
+        if self._steps.begin(status) and self._on_step:
+            await self._pass_over(status)
         if pump.is_published:
             pump.go_on()
         while True:

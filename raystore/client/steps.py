@@ -14,6 +14,7 @@ from statistics import fmean, pstdev
 from time import monotonic
 from typing import Any
 
+from raystore.evaluations import EvaluationResult, EvaluationScore
 from raystore.feeds import FeedGroup, FeedStatus
 from raystore.values.plain import scalar
 
@@ -40,10 +41,12 @@ class StepClock:
         self._since: float | None = None
         self._before: Counter[str] | None = None
 
-    def begin(self, status: FeedStatus) -> None:
-        """The trainer begins to ask for batches."""
-        if self._since is None:
-            self._since, self._before = monotonic(), endings(status)
+    def begin(self, status: FeedStatus) -> bool:
+        """The trainer begins to ask for batches; whether it had not before."""
+        if self._since is not None:
+            return False
+        self._since, self._before = monotonic(), endings(status)
+        return True
 
     def metrics(
         self, groups: Sequence[FeedGroup], step: int, judged: Sequence[float], status: FeedStatus
@@ -94,6 +97,29 @@ def _speed(groups: Sequence[FeedGroup], seconds: float) -> dict[str, Any]:
         "perf/total_num_tokens": tokens,
         "perf/throughput": tokens / seconds if tokens is not None and seconds else None,
     }
+
+
+def of_evaluations(results: Iterable[EvaluationResult]) -> dict[str, float]:
+    """What evaluations came to; of several of a name the newest version."""
+    found: dict[str, float] = {}
+    for one in results:
+        start = f"eval/{one.name}"
+        whole = one.items * one.samples
+        found |= _of_score(start, one.overall) | {f"{start}/failed_fraction": one.overall.failed / whole}
+        if one.version is not None:
+            found[f"{start}/version"] = float(one.version)
+        for environment, score in one.environments.items() if len(one.environments) > 1 else ():
+            found |= _of_score(f"{start}/{environment}", score)
+    return found
+
+
+def _of_score(start: str, score: EvaluationScore) -> dict[str, float]:
+    found = {f"{start}/pass@{k}": chance for k, chance in score.pass_at.items()}
+    if score.mean is not None:
+        found[f"{start}/reward_mean"] = score.mean
+    if score.confidence is not None:
+        found[f"{start}/reward_low"], found[f"{start}/reward_high"] = score.confidence
+    return found
 
 
 _STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "std": pstdev, "min": min, "max": max}

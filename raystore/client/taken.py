@@ -13,6 +13,7 @@ from raystore.core.fates import UNDER_WAY, ended_row
 from raystore.core.lifecycle import FINISHED, TRAINABLE, is_cut_off
 from raystore.core.selection import Ended, Fate, Value, Window
 from raystore.core.training import GROUPS, fits
+from raystore.evaluations import is_sample
 from raystore.types import AnyRollout, Group, LedgerEntry
 
 PAGE = 2_000  #: rollouts that are asked for at once
@@ -47,7 +48,11 @@ async def selection_of(store: Store, consumer: str, since: float | None, now: fl
         page = await store.query_rollouts(limit=PAGE, offset=offset)
         offset, total = offset + PAGE, page.total
         for rollout in page.items:
-            if not fits(told["filter"], rollout) or (takes_groups and rollout.group_id not in groups):
+            if (
+                is_sample(rollout)
+                or not fits(told["filter"], rollout)
+                or (takes_groups and rollout.group_id not in groups)
+            ):
                 continue
             if since is not None and rollout.end_time is not None and rollout.end_time < since:
                 continue

@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from raystore.core import claims, groups, lifecycle, training
+from raystore.core.evaluation_table import LOST
 from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry
 from raystore.core.gates import KEPT
 from raystore.core.group_table import CANCELLED, FAILED, FILLING, LIVE, TRAINED_ON, GroupEntry
@@ -68,6 +69,9 @@ def check(state: State) -> None:
         _check_feed(state, feed)
     assert not state.moved_feeds, "a feed has not followed its groups"
     assert state.feeds.by_group.keys() == {i for feed in state.feeds for i in (*feed.items, *feed.trained)}, "feeds"
+    statuses = {i: state.entries[i].rollout.status for i in state.evaluations.by_rollout if i in state.entries}
+    state.evaluations.check(statuses, state.queues)
+    _check_evaluations(state)
     assert not state.moved_members, "a group has not followed its members"
     for group in state.groups:
         _check_group(state, group)
@@ -168,13 +172,32 @@ def _check_groups_of(state: State, name: str, known: Consumer) -> None:
 def _hindrance(state: State, rollout_id: str) -> str | None:
     """What a rollout that waits should be held back for."""
     rollout = state.entries[rollout_id].rollout
-    if rollout.resources_id in state.resources.missing:
+    evaluation = state.evaluations.of_rollout(rollout_id)
+    if evaluation is not None and evaluation.lost is not None:
+        return LOST
+    is_pinned = state.evaluations.pin_of(rollout) is not None
+    if rollout.resources_id in state.resources.missing and not is_pinned:
         return rollout.resources_id
     feed = state.feeds.by_group.get(rollout.group_id or "")
     if feed is not None and feed.is_closed:
         return CLOSED
     has_slot = feed is None or feed.rule["max_running"] is None or rollout_id in feed.slots
     return None if has_slot else NO_SLOT
+
+
+def _check_evaluations(state: State) -> None:
+    table = state.evaluations
+    assert table.by_group.keys() <= state.groups.by_id.keys(), "groups of evaluations"
+    members = {i: key for group_id, key in table.by_group.items() for i in state.groups.by_id[group_id].members}
+    assert members | {i: table.by_rollout[i] for i in table.strays} == table.by_rollout, "rollouts of evaluations"
+    for key, one in table.running.items():
+        is_had = one.pin is None or state.resources.is_there(one.resources_id or "", one.pin)
+        assert is_had or one.lost is not None, f"the version of {key} is gone"
+        for group_id, item in one.items.items():
+            group = state.groups.get(group_id)
+            for rollout_id in () if group is None else group.members:
+                is_over = state.entries[rollout_id].rollout.status in FINISHED
+                assert (rollout_id in item.results) == is_over, f"sample {rollout_id} of {key}"
 
 
 def _check_feed(state: State, feed: FeedEntry) -> None:
@@ -222,6 +245,7 @@ def _check_consumers(state: State) -> None:
             statuses = known.filter["status_in"] if known.filter is not None else lifecycle.TRAINABLE
             is_trainable = entry.rollout.status in statuses and not training.is_given_up(entry)
             is_asked = fits(known.filter, entry.rollout)
+            is_asked = is_asked and rollout_id not in state.evaluations.by_rollout
             if is_trainable and is_asked and name not in entry.taken:
                 expected.add(rollout_id)
             if known.coming is not None:
@@ -265,6 +289,8 @@ def story(state: State, rollout_id: str) -> list[str]:
         place = group.places.get(rollout_id)
         role = "without a place" if place is None else f"in place {place + 1} of {group.n}"
         lines.append(f"in group {group.group_id}, which is {group.status}: {role}")
+    if (evaluation := state.evaluations.by_rollout.get(rollout_id)) is not None:
+        lines.append(f"of evaluation {evaluation}: no consumer is given it")
     for name, taken in entry.taken.items():
         lines.append(
             f"taken by {name!r}: batch {taken.batch}, "
@@ -310,6 +336,8 @@ def _story_of_group(state: State, group: GroupEntry) -> list[str]:
             f"item {item.index} of epoch {item.epoch} of {item.environment!r} in feed {feed.name!r}, {claimed} of "
             f"{feed.acks}{lag}"
         )
+    if (evaluation := state.evaluations.by_group.get(group.group_id)) is not None:
+        lines.append(f"an item of evaluation {evaluation}: no consumer is given it")
     if group.rests_since is not None:
         lines.append(f"its deadline rests: {len(group.held)} members are held back")
     for rollout_id, stand in group.members.items():
@@ -348,7 +376,7 @@ def counts(state: State) -> dict[str, Any]:
         "queue_lengths": state.queues.lengths(),
         "held_back": sum(state.queues.held_counts().values()),
         "held_back_by_resources": {
-            name: count for name, count in state.queues.held_counts().items() if name not in (CLOSED, NO_SLOT)
+            name: count for name, count in state.queues.held_counts().items() if name not in (CLOSED, NO_SLOT, LOST)
         },
         "backing_off": sum(state.queues.backing_off_by_queue.values()),
         "backing_off_by_queue": dict(state.queues.backing_off_by_queue),

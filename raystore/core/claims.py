@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from raystore.core import attempts, pauses, publishing, training, workers
-from raystore.core.lifecycle import BUSY, is_untouched
-from raystore.core.queues import ASIDE, OVERDUE, PLAIN
+from raystore.core.lifecycle import ACTIVE, BUSY, is_untouched
+from raystore.core.queues import ASIDE, EVALUATED, OVERDUE, PLAIN
 from raystore.core.records import Attempt, Rollout
 from raystore.core.rollouts import begin, move, stop_waiting, unqueue
 from raystore.core.schema import Id, Positive, Seconds
@@ -30,6 +30,7 @@ from raystore.core.state import SURPLUS, AttemptKey, BatchKey, Entry, HandedKey,
 Claimed = tuple[Rollout, Attempt, bool]
 
 USUAL_LINES: tuple[int, ...] = (PLAIN, OVERDUE)  #: from which a session is served
+USUAL_SHARE = 0.25  #: of a rollout of an evaluation that has ended, which was requeued
 SUSPICIOUS_WITHDRAWALS = 2  #: a rollout with so many claims that nobody acknowledged is a suspect
 # Why a session ended: its driver is gone; its pool has stopped it; it said so itself.
 JOB_ENDED, STOPPED, CLOSED = STOPS = ("job ended", "stopped", "closed")  #: no losses: nothing is charged or suspected
@@ -86,6 +87,8 @@ def claim(
         if state.suspects or session is None or session.eternal or session.reserved_since is not None:
             lines = _lines_for(state, step, offering)
         rollout_id = state.queues.first(offering, lines)
+        if state.queues.evaluated and PLAIN in lines:
+            rollout_id = _shared(state, offering, rollout_id)
         if rollout_id is None:
             break
         entry = state.entries[rollout_id]
@@ -100,6 +103,27 @@ def claim(
     if not claimed and note_empty and worker_id is not None:
         workers.came_away_empty(state, step, worker_id)
     return claimed
+
+
+def _shared(state: State, queues: list[str], other: str | None) -> str | None:
+    """What is handed out, if rollouts of evaluations wait: the first of them, or the `other` work that waits.
+
+    If both wait, evaluations have their share of what runs then, and one rollout at least. If only one kind waits, it
+    has everything. So neither starves, and no runner is idle.
+    """
+    first = state.queues.first(queues, (EVALUATED,))
+    if first is None or other is None:
+        return first or other
+    share, mine, running = share_of(state, first)
+    return first if mine < max(share * (running + 1), 1) else other
+
+
+def share_of(state: State, rollout_id: str) -> tuple[float, int, int]:
+    """The share of a rollout's evaluation; how many rollouts of evaluations run, and how many of all."""
+    evaluation = state.evaluations.of_rollout(rollout_id)
+    share = USUAL_SHARE if evaluation is None else float(evaluation.rule["share"])
+    running = sum(state.indexes.count(("status", status)) for status in ACTIVE)
+    return share, len(state.evaluations.active), running
 
 
 def _lines_for(state: State, step: Step, queues: list[str]) -> tuple[int, ...]:

@@ -160,6 +160,11 @@ class FeedEntry:
     contents: dict[int, str] = declare(make=dict, pack=pairs, unpack=dict, shows=pairs)
     #: The first version of the resources in each branch.
     branches: list[tuple[int, int]] = declare(make=list, unpack=lambda rows: [tuple(row) for row in rows])
+    #: Of each branch but the first, the step at which it begins: later ones of other branches are undone. Older digests
+    #: do not have it.
+    rewinds: list[tuple[int, int]] = declare(
+        make=list, unpack=lambda rows: [tuple(row) for row in rows], in_digest=False
+    )
     #: Whose pump draws the items: its session, and its id.
     pump: tuple[str, str] | None = declare(None, unpack=lambda row: row if row is None else tuple(row))
     #: The groups of the next batch, if the user's own function chooses them.
@@ -250,8 +255,24 @@ class FeedEntry:
     def branch_of(self, attempt: Attempt | None) -> int:
         """The branch of the policy with which an attempt ran; 0 if it is not known."""
         version = attempt.resources_version if attempt is not None else None
-        found = [branch for first, branch in self.branches if version is not None and first <= version]
-        return found[-1] if found else 0
+        return 0 if version is None else self.branch_of_version(version)
+
+    def begin_branch(self, at_step: int) -> None:
+        """The model is at an earlier step again."""
+        if self.version is not None:
+            self.branch += 1
+            self.rewinds.append((self.branch, at_step))
+        elif self.rewinds:  # nothing was published since the last time
+            self.rewinds[-1] = self.branch, min(self.rewinds[-1][1], at_step)
+        self.version, self.contents = None, {}
+
+    def branch_of_step(self, step: int) -> int:
+        """The branch in which a step of the model that stands was made, or is to be made."""
+        return next((branch for branch, at_step in reversed(self.rewinds) if step > at_step), 0)
+
+    def branch_of_version(self, version: int) -> int:
+        """The branch in which a version of the resources was published."""
+        return next((branch for first, branch in reversed(self.branches) if first <= version), 0)
 
     # -- what the next batch is made of --------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from raystore.core import fates, groups, publishing, training
+from raystore.core import evaluations, fates, groups, publishing, training
 from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry, Item, Stream
 from raystore.core.group_table import GroupEntry
 from raystore.core.lifecycle import LATE, MISSED, QUEUED, REJECTED
@@ -222,7 +222,8 @@ def add(
     is_elsewhere = (drawn_from.epoch, drawn_from.cursor) != tuple(at) or len(items) != len(requests)
     if is_elsewhere or (requests and len(requests) > known.free().get(stream, 0)):
         return [drawn_from.epoch, drawn_from.cursor]
-    made = [_with_free_id(state, request) for request in requests]
+    # Groups of a feed of the same name before may be there still.
+    made: list[Any] = [{**one, "group_id": groups.free_id(state, one.get("group_id") or "")} for one in requests]
     groups.check_all(state, made)
     drawn_from.epoch, drawn_from.cursor = to
     drawn_from.state, drawn_from.is_over = state_after, over
@@ -235,15 +236,6 @@ def add(
         known.tell(group_id, "skipped", why)
     state.moved_feeds[feed] = None
     return [drawn_from.epoch, drawn_from.cursor]
-
-
-def _with_free_id(state: State, request: GroupRequest) -> Any:
-    """The request with an id that no group has: those of a feed of the same name before may be there still."""
-    group_id, turn = request.get("group_id") or "", 1
-    while group_id in state.groups.by_id:
-        turn += 1
-        group_id = f"{request.get('group_id')}+{turn}"
-    return {**request, "group_id": group_id}
 
 
 def judge(state: State, step: Step, *, feed: Id, pump: Id, verdicts: list[Verdict]) -> None:
@@ -336,9 +328,8 @@ def rewind(state: State, step: Step, *, consumer: Id, at_step: Whole) -> int:
     feed = state.feeds.get(consumer)
     if feed is None:
         return count
-    if feed.version is not None:
-        feed.branch += 1
-    feed.version, feed.contents = None, {}
+    feed.begin_branch(at_step)
+    evaluations.drop_undone(state, step, feed)
     _offer(state, step, feed)
     state.moved_feeds[consumer] = None
     return len(state.consumers[consumer].returned)
@@ -381,6 +372,8 @@ def settle(state: State, step: Step) -> None:
     """Let groups follow what has become of their members in this step, and feeds what became of groups and batches."""
     while state.moved_members or state.moved_feeds:
         groups.settle(state, step)
+        if state.evaluations.moved:
+            evaluations.settle(state, step)
         moved = list(state.moved_feeds)
         state.moved_feeds.clear()
         for name in moved:
@@ -537,4 +530,5 @@ def status(state: State, step: Step, *, feed: Id) -> dict[str, Any]:
         "errors": [list(row) for row in known.commonest_errors()],
         "pump": None if known.pump is None else known.pump[0],
         "over": known.is_over,
+        "evaluations": state.evaluations.finished,
     }  # fmt: skip

@@ -60,6 +60,15 @@ KINDS: dict[str, Kind] = {
         "Somebody has paused a queue, or all of them.",
         "Say store.resume(): it ends kept pauses and those of its own process, and with others=True all.",
     ),
+    "evaluation_share": Kind(
+        "Rollouts of an evaluation wait, since evaluations have their share of what runs while other work waits.",
+        "Nothing, if training matters more; else give the evaluation a larger eval_share=, or the store more runners.",
+    ),
+    "evaluation_version_gone": Kind(
+        "An evaluation waits for the version of the policy that it is pinned to, which cannot be had.",
+        "Publish that version again, as a trainer does that starts again, or drop the evaluation: "
+        "store.drop_evaluation({evaluation!r}).",
+    ),
     "limit_reached": Kind(
         "As much of a queue or a feed runs, or has started within a minute, as its limit allows.",
         "Raise the limit if more may run: store.limit_queue(...) of a queue, max_running= of a feed.",

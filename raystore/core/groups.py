@@ -182,6 +182,15 @@ def _existing_of(state: State, request: Mapping[str, Any]) -> GroupEntry | None:
     return group
 
 
+def free_id(state: State, group_id: str) -> str:
+    """An id that no group has: this one, or one that begins with it."""
+    found, turn = group_id, 1
+    while found in state.groups.by_id:
+        turn += 1
+        found = f"{group_id}+{turn}"
+    return found
+
+
 def make(state: State, step: Step, request: Mapping[str, Any], latest: str | None) -> GroupEntry:
     """Make a group of a request that was checked, and enqueue its members."""
     member, rule, table = request["member"], _rule_of(request), state.groups
@@ -210,6 +219,8 @@ def make(state: State, step: Step, request: Mapping[str, Any], latest: str | Non
     table.add(group)
     _touch(state, group)
     made = {**member, "group_id": group_id, "rollout_id": None}
+    if (evaluation := state.evaluations.by_group.get(group_id)) is not None:
+        made["evaluation"] = evaluation
     for number in range(group.n + group.spare):
         _join(state, step, group, made, latest, number if number < group.n else None)
     state.group_deadlines.guard(group_id)
@@ -263,6 +274,9 @@ def _look_at(state: State, step: Step, group: GroupEntry, rollout_id: str) -> li
     if feed is not None and (item := feed.items.get(group.group_id)) is not None:
         if item.claimed is None and entry is not None and entry.rollout.status in ACTIVE:
             item.claimed = feed.acks
+    if state.evaluations.running:
+        rollout, latest = (None, None) if entry is None else (entry.rollout, entry.latest)
+        state.evaluations.note(group.group_id, rollout_id, rollout, latest)
     if state.queues.is_held(rollout_id):
         group.held[rollout_id] = None
     else:
@@ -552,6 +566,7 @@ def _forget(state: State, step: Step, group: GroupEntry) -> None:
     elif feed is not None:
         state.feeds.release(feed, [group.group_id])
     forget_group(state, group)
+    state.evaluations.by_group.pop(group.group_id, None)
     state.groups.remove(group)
     state.group_deadlines.pop(group.group_id, None)
     _touch(state, group)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from raystore.core import attempts, queries
+from raystore.core import attempts, evaluations, queries
 from raystore.core.payload import Payload
 from raystore.core.records import Many, Resources
 from raystore.core.rollouts import put_anew
@@ -46,6 +46,8 @@ def put(
         publisher=step.session.session_id if step.session is not None else None,
     )
     release(state, step, made.resources_id)
+    if state.evaluations.running:
+        evaluations.found_version(state, step, made)
     detail: dict[str, Any] = {"resources_id": made.resources_id, "version": made.version}
     if policy_version is not None:
         detail["policy_version"] = policy_version
@@ -87,8 +89,11 @@ def query(
 
 def delete(state: State, step: Step, *, resources_id: Id) -> None:
     """Delete all versions of an id; rollouts that name it are not held back any more."""
+    versions = [held.version for held in state.resources.all_versions(resources_id)]
     state.resources.delete(resources_id)
     release(state, step, resources_id)
+    for version in versions if state.evaluations.running else ():
+        evaluations.lose_version(state, step, resources_id, version, "it was deleted")
     state.changes.append(step.now, "resources_deleted", resources_id=resources_id)
 
 
@@ -96,11 +101,12 @@ def delete(state: State, step: Step, *, resources_id: Id) -> None:
 
 
 def hold_back(state: State, step: Step, resources_id: str, version: int, why: str) -> bool:
-    """Hold back what waits for a version that is missing; False if it is not the newest one, or is known to be."""
+    """Hold back what waits for a version that is missing; False if nothing may wait for it, or it is known to be."""
     table = state.resources
+    is_pinned = state.evaluations.running and evaluations.lose_version(state, step, resources_id, version, why)
     newest = table.newest(resources_id)
     if newest is None or newest.version != version or resources_id in table.missing:
-        return False
+        return bool(is_pinned)
     table.missing[resources_id] = (version, why)
     waiting = [
         i
@@ -159,6 +165,10 @@ def hold_objects(state: State, step: Step, *, versions: list[tuple[Id, Positive,
         references = given.refs if isinstance(given, Payload) else ()
         if not state.resources.hold(resources_id, version, references, session.session_id):
             unneeded.append((resources_id, version))
-        elif state.resources.missing.get(resources_id, (0, ""))[0] == version:
+            continue
+        held = state.resources.record_of(resources_id, version)
+        if held is not None and state.evaluations.running:
+            evaluations.found_version(state, step, held)
+        if state.resources.missing.get(resources_id, (0, ""))[0] == version:
             release(state, step, resources_id)
     return unneeded

@@ -138,7 +138,8 @@ Line = tuple[str, int]  #: queue, and one of
 
 #: Lines of a queue. PLAIN: for any session. ASIDE: suspects, for a session that runs nothing else. OVERDUE: suspects
 #: for which no such session came in time, for any session. HELD: rollouts that are held back or back off, for none.
-PLAIN, ASIDE, OVERDUE, HELD = LINES = range(4)
+#: EVALUATED: those of evaluations, which have a share of what runs (`claims`).
+PLAIN, ASIDE, OVERDUE, HELD, EVALUATED = LINES = range(5)
 
 
 class Queues:
@@ -153,6 +154,7 @@ class Queues:
         self._backoffs: dict[str, float] = {}  # until when each of those that back off does
         self.backing_off_by_queue: dict[str, int] = {}  #: how many do, if any
         self.arrivals: int = 0  #: places at the tail that were given
+        self.evaluated: int = 0  #: how many wait in lines of evaluations
 
     def __len__(self) -> int:
         return len(self.line_of)
@@ -214,6 +216,8 @@ class Queues:
             heap = self._lines[place] = LazyHeap()
         heap.put(rollout_id, order)
         self._lengths[queue] = self._lengths.get(queue, 0) + 1
+        if line == EVALUATED:
+            self.evaluated += 1
 
     def hold(self, queue: str, rollout_id: str, order: Order, waits_for: str) -> None:
         """Let a rollout wait at its place, and be passed over; it must not be waiting yet."""
@@ -234,6 +238,10 @@ class Queues:
     def is_held(self, rollout_id: str) -> bool:
         """Whether a rollout is held back, since its resources cannot be had."""
         return rollout_id in self._waits_for
+
+    def is_evaluated(self, rollout_id: str) -> bool:
+        """Whether a rollout that waits does so in a line of evaluations."""
+        return self.line_of[rollout_id][1] == EVALUATED
 
     def waits_for(self, rollout_id: str) -> str | None:
         """What a rollout is held back for, if it is."""
@@ -290,6 +298,8 @@ class Queues:
             del self._held[waits_for][rollout_id]
             if not self._held[waits_for]:
                 del self._held[waits_for]
+        elif line[1] == EVALUATED:
+            self.evaluated -= 1
         left = self._lengths[queue] - 1
         if left:
             self._lengths[queue] = left
@@ -345,3 +355,4 @@ class Queues:
             queue = self.line_of[rollout_id][0]
             ends[queue] = ends.get(queue, 0) + 1
         assert ends == self.backing_off_by_queue, "how many back off"
+        assert self.evaluated == sum(map(self.is_evaluated, self)), "how many wait in lines of evaluations"

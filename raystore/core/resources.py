@@ -120,6 +120,10 @@ class ResourceTable:
             )
         return found
 
+    def record_of(self, resources_id: str, version: int) -> Resources | None:
+        """What is kept of one version, whose value may be freed."""
+        return self._versions.get(resources_id, {}).get(version)
+
     def latest(self) -> Resources | None:
         """What was published last."""
         return self.newest(self.latest_id)

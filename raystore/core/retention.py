@@ -56,6 +56,8 @@ def delete(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
             state.indexes.move(rollout_id, kind, value, None)
         if state.gates.limits and entry.rollout.status in ACTIVE:
             count_running(state, entry.rollout, -1)
+        if state.evaluations.by_rollout:
+            state.evaluations.forget(rollout_id)
         state.spans.forget(rollout_id)
         state.deadlines.pop(rollout_id, None)
         state.payload_bytes -= entry.bytes

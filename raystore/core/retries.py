@@ -146,7 +146,8 @@ def _newest(state: State, entry: Entry) -> Entry:
 def _again(state: State, step: Step, entry: Entry) -> Entry:
     """Let a rollout wait at the tail of its queue again, or a new one that names it."""
     group = state.groups.of(entry.rollout)
-    if entry.is_sealed or (group is not None and not group.is_open):
+    is_sampled = state.evaluations.of_rollout(entry.rollout.rollout_id) is not None  # it counts once it has ended again
+    if entry.is_sealed or (group is not None and not group.is_open and not is_sampled):
         return _successor(state, step, entry, is_member=group is not None)
     entry.forgiven = len(entry.attempts)
     entry.deliveries = entry.blames = entry.losses = entry.withdrawals = 0
@@ -160,10 +161,13 @@ def _successor(state: State, step: Step, entry: Entry, *, is_member: bool) -> En
     before = entry.rollout
     request = {name: getattr(before, name) for name in CONTENT}
     request |= {"config": before.config.row(), "requeued_from": before.rollout_id}
+    request["evaluation"] = evaluation = state.evaluations.by_rollout.get(before.rollout_id)
     if is_member:
         request["group_id"] = None
     made = create(state, step, "queuing", request, before.resources_id)
     rollout = made.rollout
+    if evaluation is not None:
+        state.evaluations.strays[rollout.rollout_id] = None
     state.spans.adopt_numbers(rollout.rollout_id)
     enter_queue(state, step, made, state.queues.tail(rollout.priority))
     state.changes.append(step.now, "requeued", before.rollout_id, by=rollout.rollout_id)

@@ -12,10 +12,11 @@ from itertools import groupby, islice
 from typing import Any
 
 from raystore.core import queries
+from raystore.core.evaluation_table import LOST
 from raystore.core.indexes import Key, keys_of
 from raystore.core.lifecycle import ACTIVE, BUSY, FINISHED, QUEUED, RolloutStatus, is_live, notice_of
 from raystore.core.payload import digest_of_bytes, is_digest, of_rollout, same_content, size_of
-from raystore.core.queues import ASIDE, PLAIN
+from raystore.core.queues import ASIDE, EVALUATED, PLAIN
 from raystore.core.records import Attempt, Change, Config, Many, Rollout, Span
 from raystore.core.schema import (
     Filters,
@@ -91,6 +92,8 @@ def create(state: State, step: Step, status: str, request: Mapping[str, Any], la
     state.payload_bytes += size
     for kind, value in keys_of(rollout, None):
         state.indexes.move(rollout.rollout_id, kind, None, value)
+    if (evaluation := request.get("evaluation")) is not None:  # which no request from outside has
+        state.evaluations.join(rollout.rollout_id, evaluation, status)
     if state.consumers:
         follow(state, entry)
     if state.gates.limits and status in ACTIVE:
@@ -188,13 +191,22 @@ def enter_queue(state: State, step: Step, entry: Entry, order: tuple[int, int], 
         state.queues.back_off(rollout.queue, rollout.rollout_id, order, until)
         state.deadlines.guard(rollout.rollout_id, until)
         return
-    if rollout.resources_id in state.resources.missing:
+    line = PLAIN
+    if state.evaluations.by_rollout and rollout.rollout_id in state.evaluations.by_rollout:
+        evaluation = state.evaluations.of_rollout(rollout.rollout_id)
+        if evaluation is not None and evaluation.lost is not None:
+            state.queues.hold(rollout.queue, rollout.rollout_id, order, LOST)
+            return
+        line = EVALUATED
+    if rollout.resources_id in state.resources.missing and not (
+        line == EVALUATED and state.evaluations.pin_of(rollout) is not None
+    ):
         state.queues.hold(rollout.queue, rollout.rollout_id, order, rollout.resources_id)
         return
     if state.feeds.by_group and (hindrance := state.feeds.hindrance(rollout)) is not None:
         state.queues.hold(rollout.queue, rollout.rollout_id, order, hindrance)
         return
-    state.queues.put(rollout.queue, rollout.rollout_id, order, line=ASIDE if entry.suspect else PLAIN)
+    state.queues.put(rollout.queue, rollout.rollout_id, order, line=ASIDE if entry.suspect else line)
     if entry.suspect:
         state.suspects[rollout.rollout_id] = step.age
         state.patience_deadlines.guard((False, rollout.rollout_id))
@@ -277,6 +289,8 @@ def move(
         state.indexes.move(rollout_id, "status", before.status, status)
         if before.group_id is not None:
             state.note_member(before)
+        if state.evaluations.by_rollout and rollout_id in state.evaluations.by_rollout:
+            state.evaluations.move(rollout_id, status)
         if state.gates.limits and (more := (status in ACTIVE) - (before.status in ACTIVE)):
             count_running(state, before, more)
         attempt_id = entry.attempts[-1].attempt_id if entry.attempts else None
@@ -329,6 +343,8 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
     if before is not None and before.status in ACTIVE:
         state.put_attempt(entry, len(entry.attempts) - 1, before.evolve(outcome="superseded"))
     newest = None if rollout.resources_id is None else state.resources.newest(rollout.resources_id)
+    if state.evaluations.by_rollout and (pin := state.evaluations.pin_of(rollout)) is not None:
+        newest = state.resources.record_of(rollout.resources_id or "", pin)
     state.attempts_made += 1
     meters = state.meters
     bucket = meters.now if step.now < meters.ends else meters.at(step.now)
@@ -605,6 +621,8 @@ def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_parti
 def set_reward(state: State, entry: Entry, reward: float) -> None:
     """Lift the reward of the latest attempt to its rollout."""
     state.put_rollout(entry, entry.rollout.evolve(reward=reward))
+    if state.evaluations.by_rollout and entry.rollout.rollout_id in state.evaluations.by_rollout:
+        state.note_member(entry.rollout)
 
 
 # -- verbs that answer None if their callers have to wait --------------------------------------------------------------

@@ -73,6 +73,8 @@ def sections(state: State, places: dict[str, int]) -> Iterator[tuple[str, Any]]:
         yield "gates", state.gates.image()
     if len(state.feeds):
         yield "feeds", state.feeds.image()
+    if state.evaluations.are_used:
+        yield "evaluations", state.evaluations.image()
     yield "meters", state.meters.image()
 
 
@@ -151,6 +153,8 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
                 state.gates.restore(value)
             case "feeds":
                 state.feeds.restore(value)
+            case "evaluations":
+                state.evaluations.restore(value)
             case "meters":
                 state.meters.restore(value)
             case _:
@@ -158,6 +162,9 @@ def restore(state: State, sections: Iterable[tuple[str, Any]], unpack: Callable[
     for rollout_id, made in zip(ids, chunk_of, strict=True):
         entry = state.entries[rollout_id] = Entry.__new__(Entry)
         entry.chunk = made
+    if state.evaluations.are_used:
+        active = (rollout_id for status in ACTIVE for rollout_id in state.indexes.find(("status", status)))
+        state.evaluations.gather(state.groups, state.completions, active)
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------------
@@ -349,6 +356,8 @@ def verify(state: State, count: int) -> str:
         made.update(repr(state.gates.sums()).encode())
     if len(state.feeds):
         made.update(repr(state.feeds.sums()).encode())
+    if state.evaluations.are_used:
+        made.update(repr(state.evaluations.sums()).encode())
     return made.hexdigest()
 
 
@@ -379,6 +388,8 @@ def parts(state: State) -> Iterator[Any]:
         yield "gates", state.gates.shown()
     if len(state.feeds):
         yield "feeds", _plain(state.feeds.shown())
+    if state.evaluations.are_used:
+        yield "evaluations", _plain(state.evaluations.shown())
 
 
 #: Fields of an entry that hold records, of whose long values only what tells them apart counts.

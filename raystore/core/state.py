@@ -18,6 +18,7 @@ from hashlib import sha1
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
+from raystore.core.evaluation_table import EvaluationTable
 from raystore.core.feed_table import FeedTable
 from raystore.core.gates import Gates
 from raystore.core.group_table import GroupTable
@@ -480,6 +481,7 @@ class State:
         self.groups: GroupTable = GroupTable()
         self.feeds: FeedTable = FeedTable()
         self.moved_feeds: dict[str, None] = self.feeds.moved  # those that look at their items at the end of the step
+        self.evaluations: EvaluationTable = EvaluationTable()
         self.moved_members: dict[str, str] = {}  # of groups, which look at them at the end of the step; group of each
         self.resources: ResourceTable = ResourceTable(settings.keep_resources)
         self.spans: SpanTable = SpanTable(keep_duplicates=settings.keep_duplicates)

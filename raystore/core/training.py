@@ -111,6 +111,8 @@ def follow(state: State, entry: Entry, *, has_finished: bool = False) -> None:
     """Let consumers await a rollout, or not any more, after it has changed; anew, at the end, if it `has_finished`."""
     rollout = entry.rollout
     rollout_id = rollout.rollout_id
+    if rollout_id in state.evaluations.by_rollout:  # nobody is to train on it
+        return
     is_finished = rollout.status in FINISHED
     is_trainable = rollout.status in TRAINABLE and not is_given_up(entry)
     for name, known in state.consumers.items():
@@ -157,6 +159,8 @@ def follow_group(state: State, group: GroupEntry) -> None:
 
 def asks_for(state: State, consumer: str, known: Consumer, group: GroupEntry) -> bool:
     """Whether a consumer of groups is given a group, however it may end; that of a feed gets those of the feed."""
+    if group.group_id in state.evaluations.by_group:
+        return False
     feed = state.feeds.get(consumer)
     return fits(known.filter, group) if feed is None else state.feeds.by_group.get(group.group_id) is feed
 
@@ -222,6 +226,8 @@ def is_needed(state: State, entry: Entry) -> bool:
 
 def _will_be_awaited(state: State, consumer: str, known: Consumer, entry: Entry) -> bool:
     """Whether a rollout that has not been decided may be one that a consumer awaits."""
+    if entry.rollout.rollout_id in state.evaluations.by_rollout:
+        return False
     if known.takes != GROUPS:
         return entry.rollout.status not in FINISHED and fits(known.filter, entry.rollout)
     group = state.groups.of(entry.rollout)
@@ -234,15 +240,20 @@ def may_still_come(state: State, known: Consumer) -> bool:
     """Whether anything that waits or runs could be given to a consumer, no feed, once it has finished."""
     takes_groups = known.takes == GROUPS
     if known.filter is None or len(known.filter) == 1:
-        return state.groups.count(OPEN) > 0 if takes_groups else len(state.entries) > len(state.completions)
+        evaluations = state.evaluations
+        if takes_groups:
+            return state.groups.count(OPEN) > len(state.groups.having(OPEN).keys() & evaluations.by_group.keys())
+        return len(state.entries) - len(state.completions) > len(evaluations.unfinished)
     if known.coming is None and takes_groups:
         found = map(state.groups.by_id.__getitem__, state.groups.having(OPEN))
-        known.coming = {group.group_id: None for group in found if fits(known.filter, group)}
+        of_others = (group for group in found if group.group_id not in state.evaluations.by_group)
+        known.coming = {group.group_id: None for group in of_others if fits(known.filter, group)}
     elif known.coming is None:
         known.coming = {}
         for status in (*ACTIVE, *QUEUED):
             for rollout_id in state.indexes.find(("status", status)):
-                if fits(known.filter, state.entries[rollout_id].rollout):
+                is_evaluated = rollout_id in state.evaluations.by_rollout
+                if not is_evaluated and fits(known.filter, state.entries[rollout_id].rollout):
                     known.coming[rollout_id] = None
     return bool(known.coming)
 
@@ -384,6 +395,8 @@ def _accepts(state: State, consumer: str, wanted: Filter | None, *, is_new: bool
 
     def accepts(rollout_id: str) -> bool:
         if not (rollout_id in succeeded or rollout_id in failed) or not all(rollout_id in ids for ids in found):
+            return False
+        if rollout_id in state.evaluations.by_rollout:
             return False
         if is_new and mode is None and rollout_id in succeeded:
             return True

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from raystore.core import (
     attempts,
     claims,
+    evaluations,
     expiry,
     fates,
     feeds,
@@ -34,7 +35,7 @@ from raystore.core.schema import Part, Schema, checker
 from raystore.core.state import Chain, HandedKey, Session, State, Step
 from raystore.errors import InvalidValueError, SessionEndedError, StoreError, copy_of
 
-WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes", "feed"]
+WaitsFor = Literal["work", "batch", "rollouts", "completions", "changes", "feed", "evaluation"]
 
 
 @dataclass(slots=True, eq=False)
@@ -218,6 +219,11 @@ VERBS: dict[str, Verb] = {
     "selection": Verb(fates.selection, changes=False),
     "resume_feed": Verb(feeds.resume),
     "close_feed": Verb(feeds.close_feed),
+    "begin_evaluation": Verb(evaluations.begin),
+    "evaluation_add": Verb(evaluations.add),
+    "evaluation_result": Verb(evaluations.result, changes=False, waits_for="evaluation"),
+    "evaluations": Verb(evaluations.query, changes=False),
+    "drop_evaluation": Verb(evaluations.drop),
     "put_resources": Verb(publishing.put),
     "get_resources": Verb(publishing.get, changes=False),
     "get_latest_resources": Verb(publishing.latest, changes=False),

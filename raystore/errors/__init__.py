@@ -19,7 +19,8 @@ from raystore.errors.text import NAMED, quoted, shown
 __all__ = [
     "Abort", "AgentNotPicklableError", "AgentProcessError", "AnswerGoneError", "AttemptNotFoundError",
     "BatchConflictError", "BatchHeldError", "ClaimLostError", "ConflictError", "ConsumerFilterError",
-    "ConsumerUnitError", "CursorTooOldError", "DatasetChangedError", "Drop", "FailureBudgetError", "FeedClosedError",
+    "ConsumerUnitError", "CursorTooOldError", "DatasetChangedError", "Drop", "EvaluationConflictError",
+    "EvaluationNotFoundError", "FailureBudgetError", "FeedClosedError",
     "FeedHeldError", "FeedNotFoundError", "FencedError", "FilteredTooManyError", "ForkedError", "GroupConflictError",
     "InvalidValueError", "JournalDamagedError", "JournalError", "JournalFailedError", "JournalFormatError",
     "JournalFullError", "JournalHeldError", "JournalInUseError", "JournalMissingError", "NoSuchResourceError",
@@ -28,6 +29,7 @@ __all__ = [
     "RayClientError", "ReadOnlyError", "ResourcesNotFoundError", "RolloutNotFoundError", "RolloutSucceededError",
     "SealedError", "SessionEndedError", "SpansEvictedError", "StoreClosedError", "StoreCorruptError", "StoreError",
     "StoreExistsError", "StoreNotFoundError", "StoreOverloadedError", "StoreUnavailableError", "VersionConflictError",
+    "VersionNotFoundError",
 ]  # fmt: skip
 
 
@@ -271,6 +273,59 @@ class VersionConflictError(ConflictError):
         return (
             f"Feed {self.feed!r} cannot publish version {self.version}: {self.why}. Publish each step of the model "
             "once, and say restore(step) after the model was loaded again, which begins a new branch of versions."
+        )
+
+
+class EvaluationConflictError(ConflictError):
+    """An evaluation of this name and version exists already with other content; nothing was enqueued."""
+
+    name: str
+    version: int | None  #: of the policy
+    differing: Sequence[str]  #: names of the arguments that differ
+
+    def __init__(self, name: str, version: int | None, differing: Sequence[str]) -> None:
+        self._set(name=name, version=version, differing=differing)
+        vars(self).update(rollout_id=None)
+
+    def __str__(self) -> str:
+        of = "without a version" if self.version is None else f"of version {self.version}"
+        return (
+            f"Evaluation {self.name!r} {of} exists already with other content ({', '.join(self.differing)} differ). "
+            "Its results are not comparable with what is asked for now: give this one another name=, or repeat the "
+            "same arguments to get the existing one, finished or not."
+        )
+
+
+class EvaluationNotFoundError(_Facts, LookupError):
+    """No evaluation has this name and version."""
+
+    name: str
+    version: int | None  #: None if any was asked for
+    names: list[str]  #: that there are
+
+    def __str__(self) -> str:
+        which = "" if self.version is None else f" of version {self.version}"
+        there = f"there are {quoted(self.names)}" if self.names else "there is none"
+        return (
+            f"There is no evaluation {self.name!r}{which} in this store; {there}. One begins with "
+            "feed.evaluate(items, version=step) or store.evaluate(name, items); store.evaluations() lists them."
+        )
+
+
+class VersionNotFoundError(_Facts, LookupError):
+    """A version of the policy cannot be evaluated: it was never published, was undone, or was freed since."""
+
+    resources_id: str
+    version: int  #: of the policy
+    there: list[int]  #: versions that can be had
+
+    def __str__(self) -> str:
+        there = f"Those that can be had are {', '.join(map(str, self.there))}" if self.there else "None can be had"
+        return (
+            f"Version {self.version} of resources {self.resources_id!r} cannot be evaluated: it was never published, "
+            f"was undone by a restore, or is freed since newer ones came. {there}. Say evaluate(items, version=step) "
+            "right after publish(weights, version=step), which keeps that version until the evaluation has ended; or "
+            "publish it under another resources_id, for store.evaluate(name, items, resources_id=..., version=...)."
         )
 
 

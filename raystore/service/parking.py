@@ -13,7 +13,7 @@ from heapq import merge
 from operator import attrgetter
 from typing import Any
 
-from raystore.core import feeds, rollouts, training
+from raystore.core import evaluations, feeds, rollouts, training
 from raystore.core.queues import LazyHeap
 from raystore.core.state import Pair, Session, State, Step, require_room
 from raystore.core.verbs import WaitsFor
@@ -24,7 +24,7 @@ from raystore.service.presence import LivenessChecks, Pools
 WAITERS = 100_000  #: calls that wait, at most
 FOR_EVER_SECONDS = 1e9  #: a call with a longer timeout waits without a limit
 #: Kinds of calls that wait for runners: they are refused if only pools that cannot work serve their queues.
-_NEEDS_RUNNERS = frozenset({"rollouts", "batch", "completions"})
+_NEEDS_RUNNERS = frozenset({"rollouts", "batch", "completions", "evaluation"})
 
 PARKED: Any = object()  #: answer of a call that waits; the real one goes to its `deliver`
 
@@ -224,6 +224,8 @@ class Parking:
             return rollouts.finished_by_now(self._state, call.arguments["rollout_ids"])
         if call.waits_for == "feed":
             return self._feed_work(call, is_over=True)
+        if call.waits_for == "evaluation":
+            return self._evaluated(call, is_over=True)
         return [] if call.waits_for == "work" else ([], call.cursor)
 
     def answer_of(self, caller: Caller, waits_for: WaitsFor, arguments: dict[str, Any]) -> Any:
@@ -241,6 +243,9 @@ class Parking:
                     self._answer_wait(call)
         for call in self._of_kind("batch"):  # consumers await other rollouts than before
             self._offer_batch(call)
+        for call in self._of_kind("evaluation"):
+            if (result := self._evaluated(call)) is not None:
+                self._answer(call, result)
         for call in self._of_kind("completions"):
             if items := self._completed(call):
                 self._answer(call, (items, call.cursor))
@@ -359,6 +364,14 @@ class Parking:
         except StoreError as refusal:
             return refusal
 
+    def _evaluated(self, call: ParkedCall, *, is_over: bool = False) -> Any:
+        """The result of an evaluation, or why there is none; None: it still runs."""
+        asked = call.arguments | ({"timeout": 0.0} if is_over else {})
+        try:
+            return evaluations.result(self._state, self._step(self._state.sessions.get(call.session_id)), **asked)
+        except StoreError as refusal:  # it was forgotten
+            return refusal
+
     def pools_changed(self) -> None:
         """Pools cannot work: refuse those who wait for nothing but what such pools would do."""
         if self._pools.have_failed:
@@ -369,6 +382,9 @@ class Parking:
             if call.waits_for not in _NEEDS_RUNNERS:
                 continue
             awaited: Iterable[str] | None = call.missing if call.waits_for == "rollouts" else None
+            if call.waits_for == "evaluation":
+                asked = call.arguments
+                awaited = evaluations.unfinished(self._state, asked["name"], asked["version"], asked["branch"])
             if call.among is not None:
                 awaited = rollouts.unfinished_among(self._state, call.among)
             refusal = self._pools.why_never(self._state, awaited)

@@ -146,18 +146,19 @@ class Service:
         """After a restart, hold back the rollouts whose resources refer to objects that the journal does not keep."""
         assert self.objects is not None
         resources = self.state.resources
-        for held in resources.all_newest():
-            objects = resources.objects_of(held.resources_id, held.version)
+        newest = [(held.resources_id, held.version) for held in resources.all_newest()]
+        for resources_id, version in dict.fromkeys([*newest, *self.state.evaluations.pins()]):
+            objects = resources.objects_of(resources_id, version)
             if any(address is None for address, _ in objects):
                 why = "the store was started again, and the journal does not keep its objects"
             elif not all(address is not None and self.objects.files.has(address) for address, _ in objects):
                 why = "the store was started again, and the file of an object is missing in the journal"
             else:
                 continue
-            if self.do("hold_back", self.step(), held.resources_id, held.version, why):
+            if self.do("hold_back", self.step(), resources_id, version, why):
                 logger.warning(
                     "Resources %s version %d cannot be had: %s. What waits for them is held back until they are "
-                    "published again", held.resources_id, held.version, why,
+                    "published again", resources_id, version, why,
                 )  # fmt: skip
 
     # -- the entry point ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ Changed = Literal["refuse", "continue"]
 
 NAME_LETTERS = 200  #: of a feed or a dataset, since both are in the ids of groups
 ENVIRONMENT = "env"  #: the tag that names the dataset of a rollout
+EVAL_SHARE = 0.25  #: of what runs that evaluations have while other work waits, unless the user says how much
 REQUEUES = 3  #: how often an item that comes too late is queued again
 LEAST_FILTERED = 100  #: groups that may be filtered in a row, at least, unless the user says how many
 FILTERED_BATCHES = 10  #: and as many batches of them
@@ -53,6 +54,7 @@ class Plan:
     require: tuple[str, ...]
     chooser: Chooser | None
     changed: str
+    eval_share: float  # of its evaluations, unless they say another one
 
     def request(self, encoder: Encoder, environment: str, epoch: int, index: int, item: Any) -> dict[str, Any]:
         """What makes the group of an item. Raises a `StoreError` for an item that cannot be a task."""
@@ -93,11 +95,12 @@ def plan(
     priority: Any,
     tags: Any,
     changed: Any,
+    eval_share: Any,
 ) -> Plan:
     """Check the arguments of a feed, but those that say how its items are drawn."""
-    feed = _name("name", name, without="/~")
+    feed = name_of("name", name, without="/~")
     for environment in data if isinstance(data, Mapping) else ():
-        _name("data key", environment, without="~")
+        name_of("data key", environment, without="~")
     chooser = order if callable(order) else None
     count = checks.whole("batch", batch, at_least=1)
     is_raced = checks.flag("race", race)
@@ -121,8 +124,8 @@ def plan(
         "batch": count,
         "max_lag": checks.whole("max_lag", max_lag, at_least=0),
         "max_running": checks.queue_limit("max_running", max_running, at_most=MOST_RUNNING),
-        "late": _one_of("late", late, get_args(Late)),
-        "order": "chosen" if chooser is not None else _one_of("order", order, get_args(Order), TO_CHOOSE),
+        "late": one_of("late", late, get_args(Late)),
+        "order": "chosen" if chooser is not None else one_of("order", order, get_args(Order), TO_CHOOSE),
         "on_failure": how,
         "failure_reward": failure_reward,
         "race": is_raced,
@@ -160,14 +163,16 @@ def plan(
         tags=given,
         require=_evidence(require),
         chooser=chooser,
-        changed=_one_of("changed", changed, get_args(Changed)),
+        changed=one_of("changed", changed, get_args(Changed)),
+        eval_share=share_of_running("eval_share", eval_share),
     )
 
 
 TO_CHOOSE = "; or a function that takes complete groups and gives those of the next batch"
 
 
-def _name(argument: str, value: Any, *, without: str) -> str:
+def name_of(argument: str, value: Any, *, without: str) -> str:
+    """A name of which ids of groups are made."""
     name = checks.identifier(argument, value)
     if len(name) > NAME_LETTERS or any(letter in name for letter in without):
         expected = f"a name of at most {NAME_LETTERS} characters without {either([repr(one) for one in without])}"
@@ -175,7 +180,8 @@ def _name(argument: str, value: Any, *, without: str) -> str:
     return name
 
 
-def _one_of(name: str, value: Any, choices: Sequence[str], more: str = "") -> str:
+def one_of(name: str, value: Any, choices: Sequence[str], more: str = "") -> str:
+    """One of some words."""
     if not isinstance(value, str) or value not in choices:
         expected = either([repr(one) for one in choices]) + more + meant(value, choices)
         raise InvalidValueError(name, value, expected)
@@ -187,7 +193,7 @@ def _on_failure(value: Any) -> tuple[str, float | None]:
         return "reward", value.value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         raise InvalidValueError("on_failure", value, f"'mask', 'replace' or rs.reward(x): write rs.reward({value:g})")
-    return _one_of("on_failure", value, ("mask", "replace"), ", or rs.reward(x)"), None
+    return one_of("on_failure", value, ("mask", "replace"), ", or rs.reward(x)"), None
 
 
 def _replacements(how: str, replace: Any, size: int) -> int:
@@ -214,7 +220,17 @@ def _evidence(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     names = checks.listed("require", value, "a list of what each recorded model call must have")
-    return tuple(dict.fromkeys(_one_of(f"require[{n}]", name, EVIDENCE) for n, name in enumerate(names)))
+    return tuple(dict.fromkeys(one_of(f"require[{n}]", name, EVIDENCE) for n, name in enumerate(names)))
+
+
+def share_of_running(name: str, value: Any) -> float:
+    """A share of the rollouts that run."""
+    expected = "a share of the rollouts that run, above 0 and at most 1: 0.25"
+    found = checks.number(name, value, expected)
+    if not 0 < found <= 1:
+        percent = f"; write {found / 100:g} for {found:g} %" if 1 < found <= 100 else ""
+        raise InvalidValueError(name, value, expected + percent)
+    return found
 
 
 def shares(mix: Any, data: Any) -> dict[str, float] | None:

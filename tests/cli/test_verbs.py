@@ -103,7 +103,7 @@ def test_a_verb_writes_no_escape_code_into_a_pipe(killed: Path, command: list[st
 
 def test_every_verb_that_reads_is_tried() -> None:
     """A new one is put into the list of this file, or of the one that tries it."""
-    elsewhere = {"list", "start", "stop", "demo", "why", "doctor", "export"}
+    elsewhere = {"list", "start", "stop", "demo", "why", "doctor", "export", "evaluations"}
     assert _NAMES - elsewhere == {command[0] for command, _ in VERBS}
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,23 @@ def begin(directory: Path, address: str | None, namespace: str) -> Any:
     return rs.start(STORE, namespace=namespace, journal=directory / "journal", detached=True, exist="attach")
 
 
-async def main(directory: Path, groups: int, address: str | None, namespace: str) -> None:
-    """Train to the end of the dataset."""
+def weights(step: int) -> list[float]:
+    """What is published of a step."""
+    return [float(step)] * 1_000
+
+
+#: Called with store, feed and step, after that step was published and acknowledged, and when a driver begins with it.
+Beside = Callable[[Any, rs.Feed, int], Awaitable[None]]
+
+
+async def nothing(store: Any, feed: rs.Feed, step: int) -> None:
+    """Do nothing beside training."""
+
+
+async def main(
+    directory: Path, groups: int, address: str | None, namespace: str, beside: Beside = nothing, last: Beside = nothing
+) -> None:
+    """Train to the end of the dataset; `last` is called at the end."""
     model = Model(directory / "model.json")
     async with contextlib.AsyncExitStack() as stack:
         store = await stack.enter_async_context(begin(directory, address, namespace))
@@ -78,16 +94,19 @@ async def main(directory: Path, groups: int, address: str | None, namespace: str
             require=(), budget=None,
         )  # fmt: skip
         await feed.restore(model.step)
-        await feed.publish(version=model.step)
+        await feed.publish(weights(model.step), version=model.step)
+        await beside(store, feed, model.step)
         async for batch in feed.batches():
             model.train(batch)
             with (directory / "steps").open("a") as steps:  # whoever kills us goes by it
                 steps.write(f"{model.step}\n")
-            await feed.publish(version=model.step)
+            await feed.publish(weights(model.step), version=model.step)
+            await beside(store, feed, model.step)
             await batch.ack(step=model.step)
             if model.step % EVERY == 0:
                 await feed.checkpoint(model.save())
         await feed.checkpoint(model.save())
+        await last(store, feed, model.step)
         (directory / "status.json").write_text((await feed.status()).model_dump_json())
 
 

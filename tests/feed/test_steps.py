@@ -172,8 +172,80 @@ async def test_every_name_is_in_the_docs(make_memory_store: MakeMemoryStore) -> 
     feed = store.feed("train", {"math": [1], "code": [2]}, **RIGHT)
     feed.on_step(tracker.log)
     async with running(store, lambda rollout: 1.0):
+        await feed.publish("weights", version=0)
+        for name, items in (("one", [1, 2]), ("two", {"math": [1], "code": [2]})):
+            await (await feed.evaluate(items, version=0, name=name, samples=2)).result()
         await train(feed)
     ((_, found),) = tracker.rows
     listed = set(re.findall(r"^\| `([^`]+)` \|", DOCS.read_text().partition("## Per step")[2], re.MULTILINE))
-    assert {re.sub(r"^env/\w+/", "env/<name>/", name) for name in found} == listed
+    told = {re.sub(r"^env/\w+/", "env/<name>/", name) for name in found}
+    told = {re.sub(r"^eval/\w+/", "eval/<name>/", name).replace("/math/", "/<environment>/") for name in told}
+    told = {re.sub(r"pass@\d+$", "pass@<k>", name) for name in told}
+    assert {name for name in told if "/code/" not in name} - {"eval/<name>/<environment>/pass@<k>"} == listed
     assert set(steps.TOLD) <= {name.removeprefix("groups/").removesuffix("_fraction") for name in listed}
+
+
+# -- evaluations -------------------------------------------------------------------------------------------------------
+
+
+async def test_an_evaluation_is_told_once(store: AnyStore) -> None:
+    """With the step after its end: its version, mean, interval, pass@k, and its environments if it has several."""
+    tracker = Tracker()
+    feed = store.feed("train", list(range(8)), **RIGHT)
+    feed.on_step(tracker.log)
+
+    def agent(rollout: Any) -> float:
+        return 1.0 if rollout.mode == "train" else float(rollout.input)
+
+    async with running(store, agent):
+        await feed.publish("weights", version=0)
+        before = await feed.evaluate([0, 1], version=0, name="before")
+        await before.result()
+        step = 0
+        async for batch in feed.batches():
+            step += 1
+            await feed.publish("weights", version=step)
+            if step == 2:
+                both = await feed.evaluate({"a": [0, 1], "b": [1, 1]}, version=2, samples=2)
+                await both.result()
+            await batch.ack(step=step)
+    told = [{name: value for name, value in found.items() if name.startswith("eval/")} for _, found in tracker.rows]
+    assert told[0]["eval/before/reward_mean"] == 0.5 and told[0]["eval/before/version"] == 0
+    assert told[2] == told[3] == {}
+    assert told[1] == {
+        "eval/eval/version": 2.0, "eval/eval/reward_mean": 0.75, "eval/eval/failed_fraction": 0.0,
+        "eval/eval/reward_low": pytest.approx(-0.0455, abs=1e-3),
+        "eval/eval/reward_high": pytest.approx(1.5456, abs=1e-3),
+        "eval/eval/pass@1": 0.75, "eval/eval/pass@2": 0.75,
+        "eval/eval/a/reward_mean": 0.5, "eval/eval/a/pass@1": 0.5, "eval/eval/a/pass@2": 0.5,
+        "eval/eval/a/reward_low": pytest.approx(-5.853, abs=1e-2),
+        "eval/eval/a/reward_high": pytest.approx(6.853, abs=1e-2),
+        "eval/eval/b/reward_mean": 1.0, "eval/eval/b/pass@1": 1.0, "eval/eval/b/pass@2": 1.0,
+        "eval/eval/b/reward_low": 1.0, "eval/eval/b/reward_high": 1.0,
+    }  # fmt: skip
+
+
+async def test_what_was_evaluated_before_is_not_told_again(make_memory_store: MakeMemoryStore) -> None:
+    """To another process, unless it asks for it; one that was dropped is never told."""
+    store = make_memory_store()
+    feed = store.feed("train", list(range(8)), **RIGHT)
+    async with running(store, lambda rollout: 1.0):
+        await feed.publish("weights", version=0)
+        for name in ("old", "asked"):
+            await (await feed.evaluate([1], version=0, name=name)).result()
+        await feed.close()
+        tracker = Tracker()
+        feed = store.feed("train", list(range(8)), **RIGHT)
+        feed.on_step(tracker.log)
+        await feed.restore(0)
+        await feed.publish("weights", version=0)
+        await feed.evaluate([1], version=0, name="asked")
+        await store.pause(["none"])
+        step = 0
+        async for batch in feed.batches():
+            step += 1
+            await feed.publish("weights", version=step)
+            await (await feed.evaluate([1], version=step, name="dropped", queue="none")).drop()
+            await batch.ack(step=step)
+    names = [name.split("/")[1] for _, found in tracker.rows for name in found if name.endswith("reward_mean")]
+    assert names == ["asked"]

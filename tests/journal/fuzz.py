@@ -55,6 +55,7 @@ class History:
         self.attempts: list[tuple[str, str]] = []
         self.sessions: list[str] = []
         self.positions: dict[str, list[int]] = {}  # of the streams of the feed
+        self.evaluations: dict[str, list[Any]] = {}  # name, version, branch and position of some
         self.judged: list[str] = []  # groups that it is to judge
 
     # -- arguments -------------------------------------------------------------------------------------------------
@@ -148,6 +149,20 @@ class History:
             "skipped": [[f"{stream}/skipped", "unreadable"]] if rng.random() < 0.1 else [],
         }  # fmt: skip
 
+    def evaluation(self) -> dict[str, Any]:
+        known = self.rng.choice(list(self.evaluations.values()) or [["e", None, 0, 0]])
+        return dict(zip(("name", "version", "branch"), known, strict=False))
+
+    def of_evaluation(self) -> dict[str, Any]:
+        name, version, branch, at = self.rng.choice(list(self.evaluations.values()) or [["e", None, 0, 0]])
+        count = self.rng.choice([0, 1, 1, 2])
+        member = {**self.request(), "mode": "val"}
+        requests = [{"member": member, "n": 1, "group_id": f"{name}@{n}"} for n in range(count)]
+        return {
+            "name": name, "version": version, "branch": branch, "at": at, "requests": requests,
+            "items": [["math", at + n] for n in range(count)],
+        }  # fmt: skip
+
     def page(self) -> dict[str, Any]:
         rng = self.rng
         return {"sort_by": None, "sort_order": rng.choice(["asc", "desc"]), "limit": rng.choice([-1, 2]), "offset": 0}
@@ -191,6 +206,9 @@ class History:
             self.rollouts += [i for row in value for i in (row[-1] if isinstance(row[0], str) else [row[0][0]])]
         elif verb == "open_feed":
             self.positions = {name: [epoch, cursor] for name, epoch, cursor, *_ in value[3]}
+        elif verb in ("begin_evaluation", "evaluation_result") and value:
+            known = [value["name"], value["version"], value["branch"], value["enqueued"]]
+            self.evaluations[repr(known[:3])] = known
         elif verb == "feed_work":
             self.judged = value["judge"] + (value["choose"] or [])
         elif verb in ("start_rollout", "start_attempt"):
@@ -317,6 +335,21 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
     "feed_status": lambda h, rng: {"feed": "feed"},
     "resume_feed": lambda h, rng: {"feed": "feed"},
     "close_feed": lambda h, rng: h.pump(),
+    "begin_evaluation": lambda h, rng: {
+        "name": rng.choice(["e", "e", "f"]), "feed": rng.choice([None, "feed", "feed"]),
+        "resources_id": rng.choice([None, "r1"]), "version": rng.choice([None, None, rng.randint(0, 4)]),
+        "rule": {
+            "total": rng.choice([3, 3, 1]), "items": "x", "samples": rng.choice([2, 2, 1]), "threshold": 0.0,
+            "failure_reward": 0.0, "share": rng.choice([0.1, 0.5, 1.0]),
+        },
+        "overtaken": rng.choice(["finish", "finish", "drop"]),
+    },
+    "evaluation_add": lambda h, rng: {**h.evaluation(), **h.of_evaluation()},
+    "evaluation_result": lambda h, rng: {**h.evaluation(), "timeout": rng.choice([0.0, 5.0])},
+    "evaluations": lambda h, rng: {"name": rng.choice([None, "e"]), **h.maybe(0.5, feed="feed")},
+    "drop_evaluation": lambda h, rng: {
+        **{name: value for name, value in h.evaluation().items() if name != "branch"}, **h.maybe(0.3, branch=0),
+    } if rng.random() < 0.3 else {"name": "none", "version": None},
     "put_resources": lambda h, rng: {
         "resources_id": rng.choice([None, "r1", "r2"]), "resources": b"\x01\x80",
         "policy_version": rng.choice([None, 1, 2]), "holds_objects": rng.random() < 0.3,
@@ -371,6 +404,8 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
 
 #: What is asked for more often than the rest.
 OFTEN = [
+    "begin_evaluation",
+    "evaluation_add",
     "enqueue",
     "enqueue",
     "dequeue",

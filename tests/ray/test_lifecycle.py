@@ -165,7 +165,9 @@ async def test_errors_survive_a_real_call(cluster: None) -> None:
         rs.SessionEndedError("s"), rs.BatchHeldError("c", [[1, 2, "s"]], 1), rs.ConsumerFilterError("c", "a", "b"),
         rs.GroupConflictError("g", ["n"]), rs.ConsumerUnitError("c", "rollouts", "groups"),
         rs.RolloutSucceededError("r"), rs.FeedNotFoundError("f"), rs.FeedHeldError("f", "h"),
-        rs.FeedClosedError("f", "w"), rs.DatasetChangedError("f", "s", 3, 2), rs.VersionConflictError("f", 1, "w"),
+        rs.EvaluationConflictError("e", 1, ["items"]), rs.EvaluationNotFoundError("e", None, ["f"]),
+        rs.VersionNotFoundError("r", 1, [2]), rs.FeedClosedError("f", "w"),
+        rs.DatasetChangedError("f", "s", 3, 2), rs.VersionConflictError("f", 1, "w"),
         rs.FailureBudgetError("f", "w", [["e", 2, "r"]]), rs.FilteredTooManyError("f", 3, 2, "w"),
     ]  # fmt: skip
 

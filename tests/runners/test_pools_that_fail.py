@@ -55,6 +55,20 @@ async def test_those_who_wait_are_told(store: AnyStore) -> None:
     assert (await store.statistics())["waiters"] == 0
 
 
+async def test_who_waits_for_an_evaluation_is_told(store: AnyStore) -> None:
+    """It waits for nothing but what such pools would run."""
+    evaluation = await store.evaluate("bench", [1])
+    call = asyncio.ensure_future(evaluation.result())
+
+    async def parked() -> bool:
+        return (await store.statistics())["waiters"] == 1
+
+    await until(parked)
+    await tell(store)
+    with pytest.raises(rs.PoolFailedError, match="no model server"):
+        await asyncio.wait_for(call, 10)
+
+
 async def test_those_who_wait_for_something_else_are_not(make_memory_store: MakeMemoryStore) -> None:
     """What runs, what somebody else serves, a queue that the pool does not serve, a pool that works again."""
     store = make_memory_store()

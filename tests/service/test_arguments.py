@@ -41,6 +41,7 @@ _RULE = {
     "in_a_row": 9, "share": 0.5, "window": 9, "requeues": 1,
 }  # fmt: skip
 _PUMPED = {"feed": "f", "pump": "p"}
+_EVALUATION = {"name": "e", "version": 1, "branch": 0}  # that of the resources
 _PAGE = {"sort_by": None, "sort_order": "asc", "limit": -1, "offset": 0}
 _NAMES = {"rollout_id": "r0", "attempt_id": "ATTEMPT"}  # which runs, and whose id is put here
 _FILTERS = {"group_id": "g", "tags": {"k": 1}, "queue": "default", "mode": "train"}
@@ -123,6 +124,16 @@ RIGHT: dict[str, dict[str, Any]] = {
         "requests": [{"member": _REQUEST, "n": 2, "group_id": "f/0/0"}], "items": [["e", 0, 0]],
         "skipped": [["f/0/1", "why"]],
     },
+    "begin_evaluation": {
+        "name": "e", "feed": None, "resources_id": None, "version": None, "overtaken": "drop",
+        "rule": {"total": 2, "items": "x", "samples": 2, "threshold": 0.0, "failure_reward": 0.0, "share": 0.5},
+    },
+    "evaluation_add": {
+        **_EVALUATION, "at": 0, "requests": [{"member": _REQUEST, "n": 1, "group_id": "e@-/0"}], "items": [["e", 0]],
+    },
+    "evaluation_result": {**_EVALUATION, "timeout": 1.0},
+    "evaluations": {"name": "e", "feed": None},
+    "drop_evaluation": _EVALUATION,
     "feed_judge": {**_PUMPED, "verdicts": [["f/0/0", "why", 3, ["r0"]]]},
     "feed_choose": {**_PUMPED, "group_ids": ["f/0/0"]},
     "publish_feed": {
@@ -223,6 +234,8 @@ async def test_whatever_the_arguments_are(tmp_path: Path, verb: str) -> None:
     await other.call(store, "take", consumer="c", count=1)
     log = store.writer
     await peer.send(store, peer.batch())
+    if "evaluation" in verb and verb != "begin_evaluation":
+        await peer.call(store, "begin_evaluation", **RIGHT["begin_evaluation"])
     if "feed" in verb and verb != "open_feed":
         await peer.call(store, "open_feed", **RIGHT["open_feed"])
     if verb == "feed_add":

@@ -32,6 +32,7 @@ from raystore.wire.codec import encode
 from tests.conftest import MakeMemoryStore
 from tests.core.conftest import Core
 from tests.core.conftest import make_core as make_core  # a fixture
+from tests.core.test_evaluations import Bench
 from tests.core.test_feeds import Loop
 
 MakeCore = Callable[..., Core]
@@ -202,6 +203,41 @@ def limit_reached(scene: Scene) -> None:
     scene.core.hold(scene.session())
     scene.wait(20)
     names(scene.ask(), "limit_reached", "has reached per_minute=1; it hands out again in 40.0 s")
+
+
+def evaluated(scene: Scene, version: int | None = None) -> list[str]:
+    """Begin an evaluation of two items, and enqueue them; their rollouts."""
+    bench = Bench.__new__(Bench)
+    bench.core = scene.core
+    bench.start(version, resources_id="w", samples=1)
+    return list(scene.core.state.evaluations.unfinished)
+
+
+def evaluation_share(scene: Scene) -> None:
+    others = [scene.core.enqueue() for _ in range(3)]
+    first, second = evaluated(scene)
+    held = [rollout_id for rollout_id, _ in scene.core.hold(scene.session(), limit=3)]
+    assert first in held and others[0] in held
+    said = f"Rollout {second} waits for its evaluation's share: 1 of 3 rollouts that run are of evaluations"
+    told = names(scene.ask(rollout_id=second), "evaluation_share", said, "eval_share=0.25", "1 other waits")
+    assert "a larger eval_share=" in told.remedy
+    scene.core.hold(scene.session(), limit=1)  # nothing else waits now: it is only behind what runs
+    assert "evaluation_share" not in kinds(scene.ask(rollout_id=second))
+
+
+def evaluation_version_gone(scene: Scene) -> None:
+    owner, made = scene.core.open("owner"), list[str]()
+    for version in (7, 8):
+        scene.core.run(
+            "put_resources", session=owner, resources_id="w", resources=b"\x01w", policy_version=version,
+            holds_objects=True, objects=[(None, 9)],
+        )  # fmt: skip
+        made = made or evaluated(scene, version)
+    scene.core.end(owner)
+    said = "Evaluation e@7 waits for version 7 of resources w, which cannot be had"
+    told = names(scene.ask(), "evaluation_version_gone", said, "2 rollouts have not finished")
+    assert "store.drop_evaluation('e')" in told.remedy
+    names(scene.ask(rollout_id=made[0]), "evaluation_version_gone")
 
 
 def pool_failed(scene: Scene) -> None:
@@ -433,6 +469,7 @@ def group_ended(scene: Scene) -> None:
 
 SITUATIONS: list[Callable[[Scene], None]] = [
     no_tasks, store_failed, journal_full, journal_slow, memory_full, budget_spent, filtered_too_many, paused,
+    evaluation_share, evaluation_version_gone,
     limit_reached, pool_failed, unserved_queue, resources_gone, not_published, runners_silent, suspect_waits,
     backing_off, runners_busy, no_pump, not_drawn, batch_left, batch_held, batch_ready, admission_closed, not_judged,
     group_waits, rollout_runs, all_claimed, feed_over, nothing_fits, rollout_finished, group_ended,

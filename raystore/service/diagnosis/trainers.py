@@ -105,7 +105,9 @@ def _may_come(work: Work, known: Consumer) -> bool:
         return training.may_still_come(state, known)
     if known.takes == training.GROUPS:
         opened = state.groups.having(OPEN)
-        return len(opened) > LOOKED_AT or any(training.fits(wanted, state.groups.by_id[i]) for i in opened)
+        return len(opened) > LOOKED_AT or any(
+            training.fits(wanted, state.groups.by_id[i]) for i in opened if i not in state.evaluations.by_group
+        )
     indexes = state.indexes
     statuses = [("status", status) for status in (*ACTIVE, *QUEUED)]
     named = [(key, wanted[name]) for name, key in (("queue", "queue"), ("group_id", "group")) if name in wanted]
@@ -113,7 +115,8 @@ def _may_come(work: Work, known: Consumer) -> bool:
     fewest = min([statuses, *([key] for key in named)], key=lambda keys: sum(map(indexes.count, keys)))
     if sum(map(indexes.count, fewest)) > LOOKED_AT:
         return True
-    found = (state.entries[i].rollout for key in fewest for i in indexes.find(key))
+    ids = (i for key in fewest for i in indexes.find(key) if i not in state.evaluations.by_rollout)
+    found = (state.entries[i].rollout for i in ids)
     return any(one.status not in FINISHED and training.fits(wanted, one) for one in found)
 
 

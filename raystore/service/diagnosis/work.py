@@ -13,14 +13,15 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from raystore.core import pauses, retries
+from raystore.core import claims, pauses, retries
+from raystore.core.evaluation_table import LOST
 from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry
 from raystore.core.findings import Finding, brief, counted, found, lasting, short
 from raystore.core.gates import EVERY
 from raystore.core.group_table import LIVE, GroupEntry
 from raystore.core.lifecycle import ACTIVE, FINISHED
-from raystore.core.queues import ASIDE, HELD
-from raystore.core.records import Attempt
+from raystore.core.queues import ASIDE, HELD, PLAIN
+from raystore.core.records import Attempt, Rollout
 from raystore.core.state import Entry, State
 from raystore.errors import FailureBudgetError
 from raystore.errors.text import meant, quoted
@@ -303,6 +304,34 @@ class Work:
             number = self.state.queues.held_for(resources_id)
             if number:
                 yield Told(WAITING, number, self.gone(resources_id))
+        yield from self.of_lost_versions()
+
+    def of_lost_versions(self, rollout_id: str | None = None) -> Iterator[Told]:
+        """Evaluations whose version cannot be had; or (of a rollout) that of its own."""
+        known = self.state.evaluations
+        mine = None if rollout_id is None else known.of_rollout(rollout_id)
+        lost = [one for one in known.running.values() if one.lost is not None and mine in (None, one)]
+        for one in lost[:NAMED]:
+            number = one.position * int(one.rule["samples"]) - one.counted
+            text = (
+                f"Evaluation {one.key} waits for version {one.version} of resources {one.resources_id}, which cannot "
+                f"be had ({brief(one.lost or '')}): {counted(number, 'rollout has', 'rollouts have')} not finished"
+            )
+            evidence = {"evaluation": one.name, "version": one.version, "resources_id": one.resources_id}
+            yield Told(WAITING, number, found("evaluation_version_gone", text, rollouts=number, **evidence))
+
+    def share_of_evaluations(self, rollout: Rollout) -> list[Finding]:
+        """That a rollout of an evaluation waits, since evaluations have their share."""
+        others = self.state.queues.in_line(rollout.queue, PLAIN)
+        share, mine, running = claims.share_of(self.state, rollout.rollout_id)
+        if not others or mine < max(share * (running + 1), 1):
+            return []
+        text = (
+            f"Rollout {rollout.rollout_id} waits for its evaluation's share: {mine} of {running} rollouts that run are "
+            f"of evaluations (eval_share={share:g}), and {counted(others, 'other waits', 'others wait')}"
+        )
+        evidence = {"rollout_id": rollout.rollout_id, "share": share, "evaluations": mine, "running": running}
+        return [found("evaluation_share", text, **evidence)]
 
     def gone(self, resources_id: str) -> Finding:
         """That resources cannot be had."""
@@ -348,12 +377,16 @@ class Work:
         own: list[Finding] = []
         if waits_for in (CLOSED, NO_SLOT):
             own = [one.finding for one in self.closed(feed)] + self.no_slot(feed) if feed is not None else []
+        elif waits_for == LOST:
+            own = [told.finding for told in self.of_lost_versions(rollout.rollout_id)]
         elif waits_for is not None:
             own = [self.gone(waits_for)]
         elif rollout.rollout_id in state.suspects:
             own = [self.suspect(rollout.rollout_id)]
         own += retries.why_it_backs_off(state, entry, self.known.now)
         is_offered = not own
+        if is_offered and queues.is_evaluated(rollout.rollout_id):
+            own += self.share_of_evaluations(rollout)
         gate = self.at_the_gate(rollout.queue, 1 if is_offered else 0)
         return [*(Told(WAITING, 1, one) for one in own), *gate]
 
