@@ -76,6 +76,7 @@ async def trainer(file: str, told: Mapping[str, Any]) -> AsyncIterator[tuple[Pro
         writer.close()
         if process.returncode is None:
             process.kill()
+            await process.wait()
 
 
 def teller(told: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
