@@ -4,14 +4,21 @@ BIN := .venv/bin
 # A cluster that someone else runs on this machine is never joined by accident.
 LOCAL := RAY_ADDRESS=local
 
-.PHONY: demo examples test test-faults test-examples test-long test-agentlightning test-tracers faults fuzz test-ray-oldest bench bench-long bench-peers reference lint clean
+.PHONY: demo examples example-transformer test test-faults test-examples test-long test-agentlightning test-tracers faults fuzz test-ray-oldest bench bench-long bench-peers reference lint clean
 
 demo: .venv/installed
 	@$(LOCAL) $(BIN)/python examples/01_prompt_bandit.py $(ARGS)
 
-# All training loops; each fails if it did not do what it says.
+# All training loops but the one that needs torch; each fails if it did not do what it says.
+TRANSFORMER := examples/08_transformer_grpo.py
+
 examples: .venv/installed
-	@set -e; for example in examples/0*.py; do $(LOCAL) $(BIN)/python $$example $(ARGS); done
+	@set -e; for example in $(filter-out $(TRANSFORMER),$(sort $(wildcard examples/0*.py))); do \
+		$(LOCAL) $(BIN)/python $$example $(ARGS); done
+
+# A transformer that learns by GRPO, in an environment with torch; `make example-transformer ARGS=--quick` is shorter.
+example-transformer: .venv-torch/installed
+	@$(LOCAL) .venv-torch/bin/python $(TRANSFORMER) $(ARGS)
 
 # Two files at a time, since most tests wait for processes; the slow ones begin. A run that crashes an interpreter ends.
 PYTEST := $(LOCAL) $(BIN)/python -m pytest
@@ -113,5 +120,16 @@ lint: .venv/installed
 		'opentelemetry-instrumentation-openai-v2==2.4b0' 'opentelemetry-util-genai==0.4b0'
 	@touch $@
 
+# Measured: the build for the CPU, and all that is beside torch. Those of CUDA are what pip shows of PyPI's files (torch
+# 526.6 MB, cuDNN 366.2 MB, NCCL 206 MB, cuSPARSELt 170.1 MB, and a dozen more), and roughly their sum.
+.venv-torch/installed: pyproject.toml
+	@echo "Installing torch 2.13.0 into .venv-torch, once. What pip downloads, beside 120 MB of ray, numpy and others:"
+	@echo "  Linux on x86_64, from PyPI: a build for CUDA of 530 MB, and about 2 GB of CUDA's libraries, unused here"
+	@echo "  Linux on x86_64, built for the CPU: 190 MB (1.3 GB once installed). You get it by stopping this with Ctrl+C and"
+	@echo "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make example-transformer"
+	@test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
+	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-agentlightning .venv-tracers .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .venv-oldest .venv-agentlightning .venv-tracers .venv-torch .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

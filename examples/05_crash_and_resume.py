@@ -59,9 +59,7 @@ def load(path: Path) -> tuple[np.ndarray, int, list[str]]:
 async def train(told: dict[str, Any]) -> None:
     """The algorithm, from its newest checkpoint on; ends at once at the point that the supervisor chose."""
     folder, seed, steps = Path(told["folder"]), told["seed"], told["steps"]
-
-    def say(what: dict[str, Any]) -> None:
-        os.write(told["channel"], json.dumps(what).encode() + b"\n")
+    say = harness.teller(told)
 
     def may_die(point: str) -> None:
         if told["die"] == [step, point]:
@@ -127,36 +125,27 @@ class Supervisor:
 
     async def trainer(self, others: dict[int, str], death: list[Any] | None) -> int:
         """One process of the trainer, to its end."""
-        ours, theirs = socket.socketpair()  # for what it says: to its stdout others print, too
         told = {
             "address": ray.get_runtime_context().gcs_address, "name": self.name, "folder": str(self.folder),
             "seed": self.run.seed, "steps": self.run.steps, "runners": self.run.runners, "die": death,
-            "channel": theirs.fileno(),
         }  # fmt: skip
-        command = [sys.executable, __file__, "--trainer", json.dumps(told)]
-        process = await asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()])
-        theirs.close()
-        said, writer = await asyncio.open_connection(sock=ours)
         killing: asyncio.Task[None] | None = None
-        try:
-            async for line in said:
-                news = json.loads(line)
-                self.again += news.get("again", 0)
-                if "reward" in news:
-                    step = news["step"]
-                    self.curve[step] = news["reward"]
-                    if self.run.shows(step - 1):
-                        print(f"step {step:3}  reward {news['reward']:.2f}  {'#' * round(30 * news['reward'])}")
-                following = 1 + (news["step"] if "step" in news else news["from"])
-                if (victim := others.pop(following, None)) is not None:
-                    killing = asyncio.create_task(self.kill(victim))
-            return await process.wait()
-        finally:
-            writer.close()
-            if process.returncode is None:
-                process.kill()
-            if killing is not None and not killing.cancel():
-                killing.result()  # what went wrong in it, if anything did
+        async with harness.trainer(__file__, told) as (process, said):
+            try:
+                async for news in said:
+                    self.again += news.get("again", 0)
+                    if "reward" in news:
+                        step = news["step"]
+                        self.curve[step] = news["reward"]
+                        if self.run.shows(step - 1):
+                            print(f"step {step:3}  reward {news['reward']:.2f}  {'#' * round(30 * news['reward'])}")
+                    following = 1 + (news["step"] if "step" in news else news["from"])
+                    if (victim := others.pop(following, None)) is not None:
+                        killing = asyncio.create_task(self.kill(victim))
+                return await process.wait()
+            finally:
+                if killing is not None and not killing.cancel():
+                    killing.result()  # what went wrong in it, if anything did
 
     async def kill(self, victim: str) -> None:
         """SIGKILL the store, or a runner that is in the middle of a rollout."""

@@ -5,10 +5,15 @@ Nothing of it is needed to use raystore.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import socket
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # Ray prints a line for each worker that dies, which these examples make happen on purpose.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
@@ -25,6 +30,7 @@ class Run:
         self.runners: int = arguments.runners
         self.steps: int = arguments.steps
         self.seed: int = arguments.seed
+        self.is_quick: bool = arguments.quick
         self.folder = Path("runs") / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = self.folder / "metrics.jsonl"
@@ -53,13 +59,58 @@ def tail(curve: Sequence[float]) -> float:
     return sum(last) / len(last)
 
 
-def run(name: str, main: Callable[[Run], Awaitable[bool]], doc: str, *, runners: int = 4, steps: int = 20) -> None:
-    """Run an example; the exit status is 0 if `main` says that it did what it says."""
+@contextlib.asynccontextmanager
+async def trainer(file: str, told: Mapping[str, Any]) -> AsyncIterator[tuple[Process, AsyncIterator[dict[str, Any]]]]:
+    """Start a trainer that may be killed, `file --trainer TOLD`: its process, and what it says to `teller`.
+
+    It hears no Ctrl+C of the terminal, and ends with the block.
+    """
+    ours, theirs = socket.socketpair()  # for what it says: to its stdout others print, too
+    command = [sys.executable, file, "--trainer", json.dumps({**told, "channel": theirs.fileno()})]
+    process = await asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()], start_new_session=True)
+    theirs.close()
+    said, writer = await asyncio.open_connection(sock=ours)
+    try:
+        yield process, (json.loads(line) async for line in said)
+    finally:
+        writer.close()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def teller(told: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+    """With what a trainer says something to whoever started it."""
+
+    def say(what: Mapping[str, Any]) -> None:
+        os.write(told["channel"], json.dumps(what).encode() + b"\n")
+
+    return say
+
+
+def run(
+    name: str,
+    main: Callable[[Run], Awaitable[bool]],
+    doc: str,
+    *,
+    runners: int = 4,
+    steps: int = 20,
+    quick: int | None = None,
+) -> None:
+    """Run an example; the exit status is 0 if `main` says that it did what it says.
+
+    With `quick` it has a short form of so many steps, `--quick`.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--runners", type=int, default=runners)
-    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(quick=False)
+    if quick is not None:
+        parser.add_argument("--quick", action="store_true", help=f"a short form of {quick} steps")
     arguments = parser.parse_args()
+    if arguments.steps is None:
+        arguments.steps = quick if arguments.quick else steps
 
     async def start() -> bool:
         print(f"{name}: {arguments.runners} runners; Ray starts, which takes some seconds ...", flush=True)

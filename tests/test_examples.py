@@ -86,7 +86,7 @@ def test_the_exit_status_says_whether_it_did_what_it_says(
     monkeypatch.setattr(sys, "argv", ["example.py", "--steps", "7"])
 
     async def main(run: Any) -> bool:
-        assert (run.steps, run.runners, run.seed) == (7, 4, 0)
+        assert (run.steps, run.runners, run.seed, run.is_quick) == (7, 4, 0, False)
         if isinstance(result, BaseException):
             raise result
         return result
@@ -94,6 +94,29 @@ def test_the_exit_status_says_whether_it_did_what_it_says(
     with pytest.raises(SystemExit) as ended:
         harness.run("example", main, "What it does.\n\nMore of it.")
     assert ended.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "is_quick"),
+    [([], 20, False), (["--quick"], 5, True), (["--quick", "--steps", "7"], 7, True)],
+)
+def test_an_example_may_have_a_short_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], steps: int, is_quick: bool
+) -> None:
+    """`--quick` has fewer steps, unless these are given."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    harness = importlib.import_module("harness")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harness.ray, "init", lambda **options: None)
+    monkeypatch.setattr(sys, "argv", ["example.py", *arguments])
+
+    async def main(run: Any) -> bool:
+        assert (run.steps, run.is_quick) == (steps, is_quick)
+        return True
+
+    with pytest.raises(SystemExit) as ended:
+        harness.run("example", main, "What it does.", quick=5)
+    assert ended.value.code == 0
 
 
 @short_and_long("02_grpo_tools", 30, 60)
@@ -146,6 +169,86 @@ def test_many_agents_wait_at_once(ran: Any) -> None:
     check(done, metrics, folder, steps=steps)
     assert "every rollout and span is there" in done.stdout
     assert all(line["calls_per_rollout"] < 1 for line in metrics)
+
+
+# -- the example with torch, which `make example-transformer` runs: what of it needs none ------------------------------
+
+
+def test_the_transformer_says_what_to_install(tmp_path: Path) -> None:
+    """Without torch it ends at once, before Ray starts, with the command that mends it."""
+    path = str(ROOT / "examples/08_transformer_grpo.py")
+    without = f"import runpy, sys; sys.modules['torch'] = None; runpy.run_path({path!r}, run_name='__main__')"
+    command: list[str | Path] = [sys.executable, "-c", without]
+    search = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, env=search)
+    assert done.returncode == 1 and not done.stdout and not list(tmp_path.iterdir())
+    assert "pip install 'raystore[torch]'" in done.stderr and "Traceback" not in done.stderr
+    assert "make example-transformer" in done.stderr
+
+
+def test_the_size_of_torch_is_said_before_it_is_downloaded() -> None:
+    """`make example-transformer` installs once, after saying how much that is; `make examples` runs all but it."""
+
+    def recipe(target: str) -> str:
+        command = ["make", "--dry-run", "--always-make", target]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True).stdout
+
+    wanted = recipe("example-transformer")
+    assert wanted.index("530 MB") < wanted.index("190 MB") < wanted.index("pip install")
+    assert wanted.rstrip().endswith("examples/08_transformer_grpo.py")
+    others = recipe("examples")
+    assert "08_transformer" not in others and ".[torch]" not in others
+    names = {path.name for path in ROOT.glob("examples/0*.py")}
+    assert {name for name in names if name in others} == names - {"08_transformer_grpo.py"}
+
+
+def test_numbers_backwards_are_judged_digit_by_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each right place counts, the end too; what is held out is never trained on."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    digits = importlib.import_module("digits")
+    prompts = [digits.prompt_of([1, 2, 3]), digits.prompt_of([1, 2, 3, 4, 5])]
+    assert prompts == [[digits.PAD, digits.PAD, 1, 2, 3, digits.ASK], [1, 2, 3, 4, 5, digits.ASK]]
+    for answer, reward in {
+        (3, 2, 1, digits.END): 1, (3, 2, 1, 0): 0.75, (3, 2, 1): 0.75, (1, 2, 3, digits.END): 0.5, (digits.END,): 0,
+        (3, 2, 1, digits.END, 7): 1, (): 0,
+    }.items():  # fmt: skip
+        assert digits.reward_of([1, 2, 3], answer) == reward
+    train, held_out = digits.numbers(3, 500, 32)
+    assert (train, held_out) == digits.numbers(3, 500, 32) != digits.numbers(4, 500, 32)
+    for name, length in digits.LENGTHS.items():
+        known = {tuple(number) for number in train[name]}
+        others = {tuple(number) for number in held_out[name]}
+        assert (len(known), len(others)) == (500, 32) and not known & others
+        assert {len(number) for number in known | others} == {length}
+    with pytest.raises(ValueError, match="there are 1000 numbers of 3 digits, not 990 \\+ 32"):
+        digits.numbers(0, 990, 32)
+
+
+def test_a_wrong_ledger_of_the_transformer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained twice, not at all, in part or in another step is named; a ledger as it should be is not."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("08_transformer_grpo")
+    right = [
+        (step, f"digits/{step}-{group}", f"ro-{step}-{group}-{member}")
+        for step in (1, 2, 3)
+        for group in range(example.GROUPS)
+        for member in range(example.SIZE)
+    ]
+    ledger = example.ledger_of(right)
+    assert [len(groups) for groups in ledger.values()] == [example.GROUPS] * 3 and not example.differing(ledger, ledger)
+    assert example.faults_of(ledger, right, 3) == []
+
+    def found(consumed: list[tuple[int, str, str]]) -> str:
+        return "; ".join(example.faults_of(example.ledger_of(consumed), consumed, 3))
+
+    assert found(right[: -example.SIZE]) == f"{3 * example.GROUPS - 1} groups were trained on, not {3 * example.GROUPS}"
+    assert found(right[:-1]) == f"groups have not {example.SIZE} rollouts: {right[-1][1]}"
+    assert f"groups were trained on more than once: {right[0][1]}" in found([*right, (3, *right[0][1:])])
+    assert "a rollout was trained on more than once" in found([*right, right[-1]])
+    assert "the model has steps [1, 2], not 1 to 3" in found(right[: -example.SIZE * example.GROUPS])
+    exchanged = {**ledger, 2: [ledger[3][0], *ledger[2][1:]], 3: [ledger[2][0], *ledger[3][1:]]}
+    assert example.differing(ledger, exchanged) == [2, 3]
+    assert example.differing(ledger, {**ledger, 1: ledger[1][::-1]}) == [1]
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
