@@ -19,6 +19,7 @@ import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -27,11 +28,15 @@ import psutil
 from raystore.client.client import StoreClient
 from raystore.client.transport import run_blocking
 from raystore.errors import (
+    AttemptNotFoundError,
+    AttemptOverError,
+    ClaimLostError,
     InvalidValueError,
     OutcomeUnknownError,
     PayloadNotPicklableError,
     PayloadTooLargeError,
     ResourcesNotFoundError,
+    RolloutNotFoundError,
     StoreClosedError,
     StoreError,
     StoreUnavailableError,
@@ -39,19 +44,21 @@ from raystore.errors import (
 from raystore.errors.text import last_line, summary
 from raystore.log import a_minute, logger_of, once
 from raystore.runner.agents import Agent, Ending, lost_resources, pickled
-from raystore.runner.context import STOPPED, Context, Outbox, outside_rollouts
+from raystore.runner.context import SAVE, STOPPED, Context, EndedError, Outbox, new_question, outside_rollouts
 from raystore.runner.inline_agents import InlineAgents
 from raystore.runner.process_agents import ProcessAgents
 from raystore.spans import Span, is_traced
 from raystore.tracing.calls import Losses
 from raystore.types import Attempt, AttemptedRollout
 from raystore.values import pickler
+from raystore.wire.codec import Encoded
 
 logger: logging.Logger = logger_of("raystore.runner")
 
 EXPLAIN_SECONDS = 10.0  #: after which a pool that has not started logs what it waits for
 STOP_SECONDS = 5.0  #: that rollouts have to finish when their pool closes
 WITHDRAW_SECONDS = 1.0  #: that runners then have to give back unfinished rollouts, before they are killed
+SAVE_SECONDS = 0.5  #: of these, that agents have to end, perhaps after they have saved once more
 CLAIM_SECONDS = 30.0  #: of one long poll, so that a runner whose pool is gone does not wait for ever
 CLAIM_PAUSE_SECONDS = 0.2  #: after a claim that failed
 MAX_UNREAD_PAUSE_SECONDS = 5.0  #: before the next claim where resources cannot be read
@@ -127,6 +134,7 @@ class _Work:
     context: Context
     outbox: Outbox
     flush_wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    saving: asyncio.Lock = field(default_factory=asyncio.Lock)  # one state after the other
     sending: asyncio.Task[None] | None = None  # the last flush
     has_refused_batch: bool = False  # of spans, which are then sent again one by one
     refusal: Exception | None = None  # of a span that the agent made itself
@@ -199,11 +207,12 @@ class Runner:
         for claiming in list(self._claiming):
             claiming.cancel()
         if not drain:
+            grace = min(self._options.cancel_grace_seconds, SAVE_SECONDS)
             for work in list(self._running.values()):
                 if not work.context.cancelled:
                     work.context.cancel(STOPPED)
                     self._agents.cancel(work.context)
-                self._agents.abandon(work.context)
+                self._loop.call_later(grace, self._agents.abandon, work.context)
 
     # -- one slot ----------------------------------------------------------------------------------------------------
 
@@ -254,6 +263,7 @@ class Runner:
         """Run the agent on one rollout; returns the report of its end."""
         try:
             rollout.input  # noqa: B018 - raises if the task cannot be decoded here
+            saved = await self._saved_of(rollout)
             resources = await self._resources.acquire(rollout)
         except Exception as error:  # deleted resources, or a class that cannot be imported here
             logger.error(
@@ -264,13 +274,26 @@ class Runner:
             key = (rollout.rollout_id, rollout.attempt.attempt_id)
             return functools.partial(self._finish_attempt, key, [], Ending("failed", "infra", summary(error)))
         try:
-            return await self._run_with(rollout, resources)
+            return await self._run_with(rollout, resources, saved)
         finally:
             self._resources.release(rollout)
 
-    async def _run_with(self, rollout: AttemptedRollout, resources: dict[str, Any]) -> Report:
+    async def _saved_of(self, rollout: AttemptedRollout) -> Any:
+        """The state that a rollout goes on from, if it does; encoded if only the agent's process needs to read it."""
+        if rollout.attempt.resumed_from is None:
+            return None
+        return await self._store.get_saved_state(
+            rollout.rollout_id, rollout.attempt.attempt_id, encoded=self._options.isolation == "process"
+        )
+
+    async def _run_with(self, rollout: AttemptedRollout, resources: dict[str, Any], saved: Any) -> Report:
         outbox = Outbox(self._losses, on_full=lambda: self._call_soon(rollout.rollout_id, work.flush_wanted.set))
-        work = _Work(Context(rollout, resources, self.worker_id, outbox.add, self._losses.add), outbox)
+        context = Context(
+            rollout, resources, self.worker_id, outbox.add, self._losses.add,
+            saved=saved, ask=lambda what, given: self._ask(work, what, given),
+        )  # fmt: skip
+        work = _Work(context, outbox)
+        del context, saved  # the agent may let go of it
         if (kind := self._early_notices.pop(work.key, None)) is not None:
             work.context.cancel(kind)
             return functools.partial(self._finish, work, Ending(None))
@@ -319,6 +342,8 @@ class Runner:
     async def _finish(self, work: _Work, ending: Ending) -> None:
         """Send the last spans of a rollout, and report how it ended."""
         context = work.context
+        async with work.saving:  # what the agent asked for last, and did not wait for
+            pass
         # A span that the agent keeps refers to the outbox, which must not keep the context or this runner alive.
         spans = work.outbox.close(functools.partial(_on_late_span, weakref.ref(self), self._losses))
         if work.has_refused_batch and work.sending is not None:  # else the flush arrives first without being awaited
@@ -362,6 +387,39 @@ class Runner:
         await self._store.report_unread(*work.key, resources_id, version, error=error)
         self._unread_pause = min(max(2 * self._unread_pause, CLAIM_PAUSE_SECONDS), MAX_UNREAD_PAUSE_SECONDS)
         await self._until_stopped(asyncio.sleep(self._unread_pause))
+
+    # -- what an agent asks for ----------------------------------------------------------------------------------------
+
+    def _ask(self, work: _Work, what: str, given: Any) -> Future[Any]:
+        """Do what an agent asks for, on this runner's loop; called on any thread."""
+        asked = new_question()
+        answer = {SAVE: self._save}[what]
+        try:
+            self._loop.call_soon_threadsafe(
+                self._start_in_background, functools.partial(_answer, asked, answer, work, given)
+            )
+        except RuntimeError:  # the loop is closed
+            asked.set_exception(EndedError("the runner has ended"))
+        return asked
+
+    async def _save(self, work: _Work, state: Encoded | None) -> str | None:
+        """Keep a state of an agent, with the spans that ended before; returns why its work is no longer needed."""
+        async with work.saving:
+            if work.sending is not None and not work.sending.done():  # a span of that may be refused, and sent again
+                await asyncio.wait([work.sending])
+            spans = work.outbox.take()
+            try:
+                try:
+                    await self._store.save_state(*work.key, state, spans)
+                except Exception as error:
+                    self._raise_unless_refusal(error, spans)
+                    await self._send_of(work, spans)
+                    await self._store.save_state(*work.key, state)  # raises again if it is the state that was refused
+            except (AttemptOverError, AttemptNotFoundError, RolloutNotFoundError, ClaimLostError) as error:
+                if not work.context.cancelled:  # its notice is still on the way
+                    outcome = error.outcome if isinstance(error, AttemptOverError) else ""
+                    work.context.cancel(outcome if outcome in ("cancelled", "timeout") else "superseded")
+        return None if work.context.stopped else work.context.why
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
@@ -554,6 +612,17 @@ def _lose_late_span(losses: Losses, rollout_id: str) -> None:
 def _ending_of_refusal(refusal: Exception) -> Ending:
     """The ending of an agent that returned, and whose span the store refused."""
     return Ending("failed", "agent_error", f"a span of the agent was refused: {type(refusal).__name__}: {refusal}")
+
+
+async def _answer(asked: Future[Any], answer: Callable[[_Work, Any], Awaitable[Any]], work: _Work, given: Any) -> None:
+    """Answer what an agent asked for; an error is the agent's."""
+    try:
+        asked.set_result(await answer(work, given))
+    except Exception as error:
+        asked.set_exception(error)
+    except BaseException:  # the runner's loop ends
+        asked.set_exception(EndedError("the runner has ended"))
+        raise
 
 
 async def _logging_errors(report: Report) -> None:
