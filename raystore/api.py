@@ -941,6 +941,15 @@ class RunnerStore(LightningStore):
         """
 
     @abstractmethod
+    async def refresh_attempt(self, rollout_id: str, attempt_id: str) -> tuple[str, int, int | None] | None:
+        """Let an attempt that runs switch to the newest version of the resources of its rollout.
+
+        Returns their id, version and policy version; None if the attempt has the newest. The version stays as long as
+        the attempt lives, or until it switches again. `Attempt.resources_version` and `policy_version` stay those of
+        the claim. Raises `AttemptOverError` if the attempt has ended or is not the newest.
+        """
+
+    @abstractmethod
     async def report_unread(
         self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str
     ) -> None:

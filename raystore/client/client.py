@@ -1106,6 +1106,10 @@ class StoreClient(RunnerStore):
             return None
         return Encoded(payload) if is_encoded else convert.to_state(payload, rollout_id)
 
+    async def refresh_attempt(self, rollout_id: str, attempt_id: str) -> tuple[str, int, int | None] | None:
+        newer = await self._transport.call("refresh", checks.attempt_ids(rollout_id, attempt_id))
+        return None if newer is None else (newer[0], newer[1], newer[2])
+
     async def report_unread(
         self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str
     ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from raystore.core import lifecycle, queries, retries, saved, workers
 from raystore.core.lifecycle import ACTIVE, AT_WORK, FINISHED, SPAN, attempt_after
 from raystore.core.payload import OnDisk, Opaque, bounded_error
-from raystore.core.records import Attempt, Many, Span
+from raystore.core.records import Attempt, Many, Resources, Span
 from raystore.core.rollouts import begin, chosen_among, create, move, set_reward
 from raystore.core.schema import AttemptChanges, FinalChanges, Id, Request, SortOrder, SpanRow, Tags, Value
 from raystore.core.spans import SpansWritten
@@ -284,6 +284,34 @@ def get_saved(state: State, step: Step, *, rollout_id: Id, attempt_id: Id) -> Op
     """The state that an attempt that runs goes on from, or has saved itself; None if there is none."""
     kept = _running(state, step, rollout_id, attempt_id).saved
     return kept.payload if kept is not None else None
+
+
+def refresh(state: State, step: Step, *, rollout_id: Id, attempt_id: Id) -> tuple[str, int, int | None] | None:
+    """Let an attempt that runs switch to the newest version of its resources, which stays as long as it lives.
+
+    Answers with id, version and policy version; None if the attempt has the newest. It is a sign of life.
+    """
+    entry = _running(state, step, rollout_id, attempt_id)
+    _beat(state, step, entry, len(entry.attempts) - 1, None)
+    latest, resources_id = entry.attempts[-1], entry.rollout.resources_id
+    newest = _may_switch_to(state, entry)
+    now = latest.resources_version if entry.refreshed is None else entry.refreshed
+    if newest is None or resources_id is None or newest.version == now:
+        return None
+    state.resources.refer(resources_id, newest.version, 1)
+    if entry.refreshed is not None:
+        state.resources.refer(resources_id, entry.refreshed, -1)
+    entry.refreshed = newest.version
+    state.touch(rollout_id)
+    state.changes.append(
+        step.now, "refreshed", rollout_id, attempt_id, version=newest.version, policy_version=newest.policy_version
+    )
+    return resources_id, newest.version, newest.policy_version
+
+
+def _may_switch_to(state: State, entry: Entry) -> Resources | None:
+    """The version that an attempt of a rollout may switch to; None for one that is to stay with its own."""
+    return state.resources.newest(entry.rollout.resources_id)
 
 
 def _running(state: State, step: Step, rollout_id: str, attempt_id: str) -> Entry:

@@ -351,6 +351,7 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
         resources_version=newest.version if newest else None,
         policy_version=newest.policy_version if newest else state.resources.policy_version,
     )
+    entry.refreshed = None
     if entry.saved is not None:
         saved.resume(entry, attempt)
     stamps = {"last_busy_time": step.now} | ({"last_dequeue_time": step.now} if kind == "claimed" else {})
@@ -415,6 +416,10 @@ def update(state: State, step: Step, *, rollout_id: Id, changes: RolloutChanges)
 
 def _move_references(state: State, entry: Entry, before: str | None) -> None:
     """Move the references of running attempts from the old resources id `before` to the new id of their rollout."""
+    if entry.refreshed is not None:
+        if is_live(entry.attempts[-1]):
+            state.resources.refer(before, entry.refreshed, -1)
+        entry.refreshed = None
     for index, attempt in enumerate(entry.attempts):
         if is_live(attempt):
             state.resources.refer(before, attempt.resources_version, -1)

@@ -398,6 +398,8 @@ class Entry:
     marks: dict[str, int] | None = declare(
         None, is_later=True, pack=lambda marks: marks and pairs(marks), unpack=lambda rows: dict(rows) if rows else None
     )
+    #: The version of its resources that the latest attempt has switched to; referred to as long as that attempt lives.
+    refreshed: int | None = declare(None, is_later=True)
     #: The chunk of a snapshot that it is in (`snapshot.LazyChunk`); only as long as nobody needed it.
     chunk: Any = field(init=False, repr=False)
 
@@ -683,6 +685,8 @@ class State:
         if was_live != lives:
             if attempt.resources_version is not None:
                 self.resources.refer(entry.rollout.resources_id, attempt.resources_version, 1 if lives else -1)
+            if entry.refreshed is not None and index == len(entry.attempts) - 1:
+                self.resources.refer(entry.rollout.resources_id, entry.refreshed, 1 if lives else -1)
             if lives and old is not None:  # else whoever added it says who holds it
                 self.hold(entry, attempt.attempt_id)
             elif not lives:

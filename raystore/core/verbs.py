@@ -195,6 +195,7 @@ VERBS: dict[str, Verb] = {
     "add_spans": Verb(attempts.add_spans, names=_ONE),
     "save": Verb(attempts.save, names=_ONE),
     "get_saved": Verb(attempts.get_saved, changes=False, names=_ONE),
+    "refresh": Verb(attempts.refresh, names=_ONE),
     "finish": Verb(attempts.finish, names=_ONE),
     "next_numbers": Verb(rollouts.next_numbers),
     "query_spans": Verb(rollouts.query_spans, changes=False, names=_ONE),

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from secrets import token_hex
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from raystore.client import transport
 from raystore.core.schema import LossReason
@@ -105,6 +105,13 @@ class _Resources(dict[str, Any]):
     def __init__(self, resources: Mapping[str, Any], source: str) -> None:
         super().__init__(resources)
         self._source = source
+
+    def replace(self, resources: Mapping[str, Any], source: str) -> None:
+        """Hold others."""
+        self._source = source
+        for name in self.keys() - resources.keys():
+            del self[name]
+        self.update(resources)
 
     def __missing__(self, name: object) -> NoReturn:
         names = sorted(self)
@@ -205,10 +212,18 @@ def _parent_id() -> str | None:
     return block.span_id if block is not None else None
 
 
-#: Asks the runner for something, on any thread: `SAVE`, with an encoded state or None. The answer to it is why the work
-#: is no longer needed now; None if it is.
+#: Asks the runner for something, on any thread. `SAVE`, with an encoded state or None, is answered with why the work is
+#: no longer needed now, None if it is; `REFRESH`, with None, with the newer `Version`, None if there is none.
 Ask = Callable[[str, Any], "Future[Any]"]
-SAVE = "save"
+SAVE, REFRESH = "save", "refresh"
+
+
+class Version(NamedTuple):
+    """A version of the resources of a rollout."""
+
+    version: int | None
+    policy_version: int | None
+    resources: Mapping[str, Any]
 
 
 def new_question() -> Future[Any]:
@@ -237,6 +252,11 @@ class SyncContext:
         if context.stopped and not context.is_told:  # nothing else has interrupted this agent
             context.check()
 
+    def refresh(self) -> bool:
+        """Switch to the newest version of the resources, as `Context.refresh` does; returns whether it is another."""
+        context = self._context
+        return context._take_version(_result_of(context._ask_to_refresh()))
+
 
 class Context:
     """The rollout that an agent runs for.
@@ -245,8 +265,8 @@ class Context:
         rollout: the rollout, with its attempt; `rollout.input` is the task.
         saved: the state that an earlier attempt saved last (`save`), from which this one is to go on; None if there is
             none. It stays what it was at the start.
-        resources: by name, of the version that was newest at the claim; a missing name raises `NoSuchResourceError`, a
-            KeyError.
+        resources: by name, of the version that was newest at the claim, or at the last `refresh`; a missing name raises
+            `NoSuchResourceError`, a KeyError.
         worker_id: the runner that runs it.
     """
 
@@ -266,6 +286,7 @@ class Context:
         self.ask = ask  #: asks the runner; for the runner
         self.resources: _Resources = _Resources(resources, _source_of(rollout, worker_id))
         self.worker_id = worker_id
+        self._versions = rollout.attempt.resources_version, rollout.attempt.policy_version
         self._trace_id = token_hex(16)
         self._cancelled: str | None = None
         self.is_told = False  #: that its runner stops: by an exception; for the runner
@@ -282,7 +303,12 @@ class Context:
     @property
     def policy_version(self) -> int | None:
         """Version of the weights behind the resources, as the driver published it."""
-        return self.attempt.policy_version
+        return self._versions[1]
+
+    @property
+    def resources_version(self) -> int | None:
+        """Version of the resources: that of the claim, or of the last `refresh`; None if there are none."""
+        return self._versions[0]
 
     # -- spans and rewards -------------------------------------------------------------------------------------------
 
@@ -390,7 +416,7 @@ class Context:
 
     @property
     def sync(self) -> SyncContext:
-        """`save` as a blocking call, for agents that are not async."""
+        """`save` and `refresh` as blocking calls, for agents that are not async."""
         return SyncContext(self)
 
     async def save(self, state: Any) -> None:
@@ -411,12 +437,7 @@ class Context:
                 stops (`stopped`) can still save in its `except` or `finally`, for half a second; if the node goes away
                 (`RunnerPool(preempt=)`), for `cancel_grace_seconds`.
         """
-        asked = self._ask_to_save(state)
-        try:
-            why = await asyncio.shield(asyncio.wrap_future(asked))  # what was asked goes on if this is cancelled
-        except EndedError as error:
-            raise asyncio.CancelledError(str(error)) from None
-        self._take_answer(why)
+        self._take_answer(await _answer_to(self._ask_to_save(state)))
 
     def _ask_to_save(self, state: Any) -> Future[Any]:
         """Encode a state here, where its classes are, and ask the runner to keep it."""
@@ -430,6 +451,42 @@ class Context:
         if why is not None:
             self._cancelled = self._cancelled or why
             self.check()
+
+    # -- newer weights -----------------------------------------------------------------------------------------------
+
+    async def refresh(self) -> bool:
+        """Switch to the newest version of the rollout's resources; returns whether it is another than before.
+
+        `resources` and `policy_version` change in place; what was taken out of `resources` before stays as it was.
+        Calls of models that are recorded from now on have the new version (`Trajectory.policy_versions` has one for
+        each token). The attempt's own versions stay those of its claim, from which staleness counts. False also if the
+        rollout is to stay with its version, and without a store.
+
+        Agents that are not async call `ctx.sync.refresh()`. Raises `asyncio.CancelledError` as `check` does, and what
+        `get_resources_by_id` raises, and then the version before stays.
+        """
+        return self._take_version(await _answer_to(self._ask_to_refresh()))
+
+    def _ask_to_refresh(self) -> Future[Any]:
+        self.check()
+        if self._is_over:
+            raise AttemptOverError(self.rollout.rollout_id, self.attempt.attempt_id, "its agent has returned")
+        return self.ask(REFRESH, None)
+
+    def _take_version(self, version: Version | str | None) -> bool:
+        if isinstance(version, str):
+            self._take_answer(version)
+        if not isinstance(version, Version):
+            return False
+        self.switch(version)
+        return True
+
+    def switch(self, version: Version) -> None:
+        """Have another version of the resources from now on; for the runner."""
+        attempt = self.attempt.model_copy(update={"resources_version": version.version})
+        source = _source_of(self.rollout.model_copy(update={"attempt": attempt}), self.worker_id)
+        self._versions = version.version, version.policy_version
+        self.resources.replace(version.resources, source)
 
     # -- cancellation ------------------------------------------------------------------------------------------------
 
@@ -475,6 +532,14 @@ class Context:
 
 class EndedError(Exception):
     """The runner, or the store that it works for, has ended before it could answer an agent."""
+
+
+async def _answer_to(asked: Future[Any]) -> Any:
+    """The answer of the runner. What was asked goes on if its caller is cancelled."""
+    try:
+        return await asyncio.shield(asyncio.wrap_future(asked))
+    except EndedError as error:
+        raise asyncio.CancelledError(str(error)) from None
 
 
 def _result_of(asked: Future[Any]) -> Any:

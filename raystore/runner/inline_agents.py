@@ -275,7 +275,7 @@ class _Kept:
         self.state: Encoded | None = None
 
     def ask(self, what: str, given: Any) -> Future[Any]:
-        if what == SAVE:
+        if what == SAVE:  # there is no newer version
             self.state = given
         asked = new_question()
         asked.set_result(None)

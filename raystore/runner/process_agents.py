@@ -23,7 +23,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ from raystore.errors import AgentProcessError
 from raystore.errors.text import report, summary
 from raystore.log import a_minute, logger_of
 from raystore.runner.agents import Ending, retry_delays
-from raystore.runner.context import Context, EndedError, new_question
+from raystore.runner.context import Context, EndedError, Version, new_question
 from raystore.runner.fork_server import Exit, ForkServer, kill_tree
 from raystore.runner.life import Life
 from raystore.spans import Span
@@ -81,6 +81,7 @@ class _Process:
         self._sinks: dict[tuple[str, str], Callable[[Span], None]] = {}
         self._lose: Callable[..., None] = lambda *loss: None
         self._context: Context | None = None  # of the rollout that runs
+        self._answering: set[asyncio.Task[None]] = set()  # questions of its agent
         self._version: tuple[str | None, int | None] | None = None  # of the resources that it has
         self._reading = asyncio.create_task(self._read())
 
@@ -99,7 +100,7 @@ class _Process:
         resources = None
         version = (context.rollout.resources_id, context.attempt.resources_version)
         if version != self._version:
-            resources = {name: await _without_references(value) for name, value in context.resources.items()}
+            resources = await _all_without_references(context.resources)
             self._version = version
         self._has_started = False
         done: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
@@ -173,13 +174,25 @@ class _Process:
 
         def answer(asked: Future[Any]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self._answer, number, asked)
+                loop.call_soon_threadsafe(self._start_to_answer, number, asked)
 
         self._context.ask(what, given).add_done_callback(answer)
 
-    def _answer(self, number: int, asked: Future[Any]) -> None:
-        error = asked.exception()
-        self.send(ANSWER, number, None if error is not None else asked.result(), error)
+    def _start_to_answer(self, number: int, asked: Future[Any]) -> None:
+        task = asyncio.create_task(self._answer(number, asked))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _answer(self, number: int, asked: Future[Any]) -> None:
+        answer, error = None, asked.exception()
+        try:
+            if error is None:
+                answer = asked.result()
+            if isinstance(answer, Version):
+                answer = answer._replace(resources=await _all_without_references(answer.resources))
+        except Exception as lost:  # a resource cannot be had
+            answer, error = None, lost
+        self.send(ANSWER, number, answer, error)
 
     def kill(self) -> None:
         """Kill it with everything that it started."""
@@ -313,6 +326,10 @@ class ProcessAgents:
         server, self._server = self._server, None
         if server is not None:
             await server.close()
+
+
+async def _all_without_references(resources: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: await _without_references(resource) for name, resource in resources.items()}
 
 
 async def _without_references(resource: Any) -> Any:

@@ -61,7 +61,7 @@ SAMPLES: dict[Any, dict[str, Any]] = {
         "former": "requeuing", "suspect": True, "deliveries": 2, "blames": 1, "losses": 3, "withdrawals": 1,
         "forgiven": 1,
         "holders": {"at-gone": "s"}, "taken": MappingProxyType({"t": Taken(3)}),
-        "saved": Saved("at", 7, 0.5, Payload(b"\x01state", ())), "marks": {"at": 7},
+        "saved": Saved("at", 7, 0.5, Payload(b"\x01state", ())), "marks": {"at": 7}, "refreshed": 3,
     },
     Limit: {"max_running": 4, "per_minute": 9, "running": 2, "claims": deque([5.0, 6.0])},
     Taken: {"batch": 9, "step": 2, "note": "n", "is_durable": True},

@@ -251,6 +251,7 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
         "spans": [h.span() for _ in range(rng.randint(0, 2))],
     },
     "get_saved": lambda h, rng: h.attempt(),
+    "refresh": lambda h, rng: h.attempt(),
     "next_numbers": lambda h, rng: {"rollout_ids": [h.rollout(), rng.choice(["mine-3", "ro-none"])]},
     "query_spans": lambda h, rng: {
         "rollout_id": h.rollout(), "attempt_id": rng.choice([None, "latest"]), "equal": {}, "containing": {},

@@ -65,7 +65,8 @@ def fail(how: str) -> None:
 async def played(store: AnyStore, agent: Callable[..., Any], isolation: Isolation, **task: Any) -> rs.Rollout:
     async with rs.RunnerPool(store, agent, size=1, isolation=isolation):
         made = await store.enqueue_rollout(task)
-        return present(await store.wait_for_rollout(made.rollout_id, timeout=30))
+        done: rs.Rollout = present(await store.wait_for_rollout(made.rollout_id, timeout=30))
+        return done
 
 
 @mostly_in_memory
