@@ -10,6 +10,7 @@ each turn is written before it is played, says what was paid for.
 """
 
 import asyncio
+import logging
 import os
 import random
 import signal
@@ -112,6 +113,7 @@ async def check(run: harness.Run, store: rs.RayLightningStore, rollout: rs.Rollo
 
 
 async def main(run: harness.Run) -> bool:
+    logging.getLogger("raystore.runner").setLevel(logging.ERROR)  # no line for each runner that is killed on purpose
     # A lost rollout says nothing of itself here, since all of them are lost: none is suspected, and none given up.
     async with rs.start(max_deliveries=1_000, suspect_patience_seconds=0.0) as store:
         began = time.monotonic()

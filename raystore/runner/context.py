@@ -283,13 +283,13 @@ class Context:
     ) -> None:
         self.rollout = rollout
         self.saved = saved
-        self.ask = ask  #: asks the runner; for the runner
+        self.ask: Ask = ask  #: asks the runner; for the runner
         self.resources: _Resources = _Resources(resources, _source_of(rollout, worker_id))
         self.worker_id = worker_id
         self._versions = rollout.attempt.resources_version, rollout.attempt.policy_version
         self._trace_id = token_hex(16)
         self._cancelled: str | None = None
-        self.is_told = False  #: that its runner stops: by an exception; for the runner
+        self.is_told: bool = False  #: that its runner stops: by an exception; for the runner
         self._is_over = False
         self.open: dict[str, tuple[str, float]] = {}  #: blocks that have begun, by span id: name, and since when
         self.sink = sink  #: takes the spans that have ended; for the runner

@@ -152,6 +152,9 @@ class Work:
             said = f"claimed {lasting(seconds)} ago" + (
                 ", without a sign of life since" if seconds > QUIET_SECONDS else ""
             )
+        if attempt.resumed_from is not None:
+            evidence["resumed_from"] = attempt.resumed_from
+            said += f", having gone on from what attempt {attempt.resumed_from} saved"
         if usual is not None and usual >= SHORT_SECONDS and seconds > SLOW * usual:
             ratio = seconds / usual
             said += f", {ratio:,.{0 if ratio >= 10 else 1}f} times the median of {lasting(usual)}"
