@@ -1000,6 +1000,36 @@ class RunnerStore(LightningStore):
         """
 
     @abstractmethod
+    async def save_state(self, rollout_id: str, attempt_id: str, state: Any, spans: Sequence[Span] = ()) -> None:
+        """Keep a state of an attempt that runs, with the spans that it has recorded by now, which the store numbers.
+
+        It is durable when this returns, as `durability` says, and replaces the one before. The next attempt of the
+        rollout goes on from it (`Attempt.resumed_from`): the spans of this attempt until now count as its own. None
+        means that the next attempt begins anew; then those that this attempt has taken over count no longer, either.
+        It is a sign of life, as a span is. States that travel encoded are `raystore.wire.codec.Encoded`.
+
+        Raises what `add_span` raises; `AttemptOverError` if the attempt has ended or is not the newest; and
+        `PayloadTooLargeError` (`limits["state_bytes"]`) or `PayloadNotPicklableError`, and then the state before stays.
+        """
+
+    @abstractmethod
+    async def get_saved_state(self, rollout_id: str, attempt_id: str, *, encoded: bool = False) -> Any:
+        """The state that an attempt that runs goes on from, or has saved itself since; None if there is none.
+
+        `encoded` returns it as an `Encoded`, for another process. Raises `PayloadNotReadableError` if it cannot be
+        decoded here, and `AttemptOverError` if the attempt has ended or is not the newest.
+        """
+
+    @abstractmethod
+    async def refresh_attempt(self, rollout_id: str, attempt_id: str) -> tuple[str, int, int | None] | None:
+        """Let an attempt that runs switch to the newest version of the resources of its rollout.
+
+        Returns their id, version and policy version; None if the attempt has the newest. The version stays as long as
+        the attempt lives, or until it switches again. `Attempt.resources_version` and `policy_version` stay those of
+        the claim. Raises `AttemptOverError` if the attempt has ended or is not the newest.
+        """
+
+    @abstractmethod
     async def report_unread(
         self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str
     ) -> None:

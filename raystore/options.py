@@ -37,7 +37,9 @@ DEFAULT_EVICTION_RATIO = 0.7  #: of the capacity
 DEFAULT_SAFE_RATIO = 0.8  #: of the eviction threshold
 
 #: Bytes; beyond these, pass a reference. Real traces reach 100-400 MB for a rollout, in many spans.
-DEFAULT_LIMITS = {"value_bytes": 16 * MIB, "span_bytes": 64 * MIB, "call_bytes": 64 * MIB}
+DEFAULT_LIMITS = {
+    "value_bytes": 16 * MIB, "span_bytes": 64 * MIB, "call_bytes": 64 * MIB, "state_bytes": 16 * MIB,
+}  # fmt: skip
 
 FILTERS = ("mode", "tags", "queue", "group_id", "status_in")
 
@@ -73,8 +75,8 @@ class StoreOptions(TypedDict, total=False):
         retention: when to delete finished rollouts that were released or read: an age in seconds, or
             {"max_age_seconds": ..., "max_rollouts": ...}. Default: never.
         keep_resources: newest resources ids to keep; older ones go when nobody refers to them. Default: all stay.
-        limits: largest size in bytes of one value, span or call: {"value_bytes": ..., "span_bytes": ...,
-            "call_bytes": ...}. Default: 16 MiB, 64 MiB, 64 MiB.
+        limits: largest size in bytes of one value, span or call, or of a state that an agent saves: {"value_bytes":
+            ..., "span_bytes": ..., "call_bytes": ..., "state_bytes": ...}. Default: 16 MiB, 64 MiB, 64 MiB, 16 MiB.
         consumers: names of the consumers that will `take`, so that what they await is kept for them from the start. Or
             a mapping of each name to its filter, as arguments of `take`: {"trainer": {"mode": "train"}}; nothing
             outside its filter is kept for a consumer.

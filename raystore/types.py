@@ -260,7 +260,9 @@ class Attempt(StoredModel):
         error: what went wrong, as text; None if nothing did.
         resources_version: version of the resources when it was claimed.
         policy_version: version of the policy when it was claimed.
-        reward: the last primary reward that it reported; None if there is none.
+        reward: the last primary reward that it reported, or took over with a saved state; None if there is none.
+        resumed_from: the attempt whose saved state it goes on from (`ctx.save`), and whose spans until then count as
+            its own; None if it began anew.
     """
 
     rollout_id: str
@@ -278,6 +280,7 @@ class Attempt(StoredModel):
     resources_version: int | None = None
     policy_version: int | None = None
     reward: float | None = None
+    resumed_from: str | None = None
 
 
 class AttemptedRollout(Rollout):
@@ -943,7 +946,7 @@ class StoreInfo(BaseModel):
         epoch: number of its process, larger after each restart.
         protocol: version of the protocol that it speaks.
         node: Ray's id of the node on which it runs.
-        limits: largest sizes in bytes ("value_bytes", "span_bytes", "call_bytes").
+        limits: largest sizes in bytes ("value_bytes", "span_bytes", "call_bytes", "state_bytes").
         capabilities: as in `LightningStoreCapabilities`.
         endpoints: names of the actors that take spans and rollouts.
     """

@@ -153,6 +153,18 @@ def test_running_ahead_saves_time_and_dropping_what_is_late_drops_what_is_long(r
     assert "each did what it says" in done.stdout and "WRONG" not in done.stdout
 
 
+@short_and_long("07_long_rollouts", 4, 12)
+def test_long_rollouts_go_on_where_they_were_saved(ran: Any) -> None:
+    """Their runners are killed all the time; each turn is paid for about once, and without `ctx.save` none ends."""
+    done, metrics, folder, steps = ran
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "it went on" in done.stdout and "WRONG" not in done.stdout
+    assert f"{steps} of {steps} games" in done.stdout and "without ctx.save: 0 ended" in done.stdout
+    assert len(metrics) == steps and {line["turns"] for line in metrics} == {30}
+    (curve,) = (folder / "runs").glob("*/*.svg")
+    assert curve.read_text().startswith("<svg")
+
+
 @short_and_long("03_otel_agent", 6, 12)
 def test_an_agent_of_opentelemetry_is_trained(ran: Any) -> None:
     """Its file does not know raystore; every span of it arrives."""

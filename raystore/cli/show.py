@@ -248,6 +248,8 @@ async def show_rollout(view: View, rollout_id: str, attempt: int | None = None, 
     if attempt is not None and not wanted:
         raise WrongUse(f"rollout {rollout_id} has no attempt {attempt}; it has {len(attempts)}")
     shown = [span for span in spans if wanted and span.attempt_id == wanted[0].attempt_id]
+    if wanted and wanted[0].resumed_from is not None:  # the spans that it has taken over count as its own
+        shown = list(await view.store.query_spans(rollout_id, wanted[0].attempt_id, allow_partial=True))
     calls = calls_of(shown)
     if view.wants_json:
         document = {"rollout": rollout, "attempts": attempts, "spans": spans, "story": story}

@@ -96,6 +96,7 @@ from raystore.wire import evaluations as wire_evaluations
 from raystore.wire import feeds as wire_feeds
 from raystore.wire import groups as wire_groups
 from raystore.wire.checks import model_of, validated
+from raystore.wire.codec import LARGE_BYTES, Encoded
 from raystore.wire.evaluations import Overtaken
 from raystore.wire.feeds import Changed, Chooser, Late, Order
 
@@ -1140,6 +1141,36 @@ class StoreClient(RunnerStore):
         arguments = {**checks.attempt_ids(rollout_id, attempt_id), "spans": rows, "changes": changes}
         attempt, _ = await self._transport.call("finish", arguments)
         return convert.to_attempt(attempt)
+
+    async def save_state(self, rollout_id: str, attempt_id: str, state: Any, spans: Sequence[Span] = ()) -> None:
+        ids = checks.attempt_ids(rollout_id, attempt_id)
+        payload = self._encoder.state(state)
+        rows = [self._encoder.span(span, numbered=False) for span in checks.spans(spans)]
+        parts = cut([size_of(row[8]) for row in rows])
+        calls = []
+        try:
+            # A journal keeps the bytes of a call as long as a span of it may be read: a large state goes alone.
+            if len(parts) > 1 or size_of(payload) > LARGE_BYTES:
+                calls = [self._transport.post("add_spans", ids | {"spans": rows[i:j]}) for i, j in parts]
+                rows = []
+            calls.append(self._transport.post("save", ids | {"saved_state": payload, "spans": rows}))
+            for call in calls:
+                await call
+        except BaseException:
+            for call in calls:
+                self._transport.abandon(call)
+            raise
+
+    async def get_saved_state(self, rollout_id: str, attempt_id: str, *, encoded: bool = False) -> Any:
+        is_encoded = checks.flag("encoded", encoded)
+        payload = await self._transport.call("get_saved", checks.attempt_ids(rollout_id, attempt_id))
+        if payload is None:
+            return None
+        return Encoded(payload) if is_encoded else convert.to_state(payload, rollout_id)
+
+    async def refresh_attempt(self, rollout_id: str, attempt_id: str) -> tuple[str, int, int | None] | None:
+        newer = await self._transport.call("refresh", checks.attempt_ids(rollout_id, attempt_id))
+        return None if newer is None else (newer[0], newer[1], newer[2])
 
     async def report_unread(
         self, rollout_id: str, attempt_id: str, resources_id: str, version: int, *, error: str

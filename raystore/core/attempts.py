@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raystore.core import fates, lifecycle, queries, retries, workers
+from raystore.core import fates, lifecycle, queries, retries, saved, workers
 from raystore.core.lifecycle import ACTIVE, AT_WORK, FINISHED, SPAN, attempt_after
-from raystore.core.payload import OnDisk, bounded_error
-from raystore.core.records import Attempt, Many, Span
+from raystore.core.payload import OnDisk, Opaque, bounded_error
+from raystore.core.records import Attempt, Many, Resources, Span
 from raystore.core.rollouts import begin, chosen_among, create, move, set_reward
-from raystore.core.schema import AttemptChanges, Calls, FinalChanges, Id, Request, SortOrder, SpanRow, Tags
+from raystore.core.schema import AttemptChanges, Calls, FinalChanges, Id, Request, SortOrder, SpanRow, Tags, Value
 from raystore.core.spans import SpansWritten
 from raystore.core.state import Entry, InChain, Pair, State, Step
 from raystore.core.training import enter_eviction, reconsider
-from raystore.errors import AttemptNotFoundError, SealedError
+from raystore.errors import AttemptNotFoundError, AttemptOverError, SealedError
 
 
 def start_rollout(state: State, step: Step, *, request: Request, worker_id: Id | None) -> Pair:
@@ -259,6 +259,75 @@ def put_spans(state: State, step: Step, rollout_id: str, attempt_id: str, spans:
         enter_eviction(state, entry)
     _beat(state, step, entry, index, written.reward)
     return written
+
+
+def save(state: State, step: Step, *, rollout_id: Id, attempt_id: Id, saved_state: Value, spans: list[SpanRow]) -> int:
+    """Keep the state of an attempt that runs, with its spans until now, for the attempt that comes after it.
+
+    None means that the next one is to begin anew. It is a sign of life. Answers with the mark.
+    """
+    entry = _running(state, step, rollout_id, attempt_id)
+    written = None
+    if spans:
+        made = [Span(rollout_id, attempt_id, *row) for row in spans]
+        written = put_spans(state, step, rollout_id, attempt_id, made)
+    if written is None or True not in written.stored:
+        _beat(state, step, entry, len(entry.attempts) - 1, None)
+    if saved_state is None:
+        saved.begin_anew(state, step, entry)
+    else:
+        saved.keep(state, entry, entry.attempts[-1], saved_state)
+    return state.spans.newest_number(rollout_id)
+
+
+def get_saved(state: State, step: Step, *, rollout_id: Id, attempt_id: Id) -> Opaque:
+    """The state that an attempt that runs goes on from, or has saved itself; None if there is none."""
+    kept = _running(state, step, rollout_id, attempt_id).saved
+    return kept.payload if kept is not None else None
+
+
+def refresh(state: State, step: Step, *, rollout_id: Id, attempt_id: Id) -> tuple[str, int, int | None] | None:
+    """Let an attempt that runs switch to the newest version of its resources, which stays as long as it lives.
+
+    Answers with id, version and policy version; None if the attempt has the newest. It is a sign of life.
+    """
+    entry = _running(state, step, rollout_id, attempt_id)
+    _beat(state, step, entry, len(entry.attempts) - 1, None)
+    latest, resources_id = entry.attempts[-1], entry.rollout.resources_id
+    newest = _may_switch_to(state, entry)
+    now = latest.resources_version if entry.refreshed is None else entry.refreshed
+    if newest is None or resources_id is None or newest.version == now:
+        return None
+    state.resources.refer(resources_id, newest.version, 1)
+    if entry.refreshed is not None:
+        state.resources.refer(resources_id, entry.refreshed, -1)
+    entry.refreshed = newest.version
+    state.touch(rollout_id)
+    state.changes.append(
+        step.now, "refreshed", rollout_id, attempt_id, version=newest.version, policy_version=newest.policy_version
+    )
+    return resources_id, newest.version, newest.policy_version
+
+
+def _may_switch_to(state: State, entry: Entry) -> Resources | None:
+    """The version that an attempt of a rollout may switch to; None for one that is to stay with its own."""
+    if state.evaluations.pin_of(entry.rollout) is not None:
+        return None
+    return state.resources.newest(entry.rollout.resources_id)
+
+
+def _running(state: State, step: Step, rollout_id: str, attempt_id: str) -> Entry:
+    """The rollout of an attempt that decides what becomes of it; of any other attempt nothing is saved."""
+    entry = state.entry(rollout_id)
+    if attempt_id == "latest":  # whoever saves says whose it is: the newest attempt may be another's by now
+        raise AttemptNotFoundError(rollout_id, attempt_id)
+    index = state.find_attempt(entry, attempt_id, step.session)
+    attempt = entry.attempts[index]
+    if index < len(entry.attempts) - 1:
+        raise AttemptOverError(rollout_id, attempt.attempt_id, "superseded")
+    if lifecycle.is_over(attempt) or entry.rollout.status in FINISHED:
+        raise AttemptOverError(rollout_id, attempt.attempt_id, attempt.outcome or entry.rollout.status)
+    return entry
 
 
 def _beat(state: State, step: Step, entry: Entry, index: int, reward: float | None) -> None:

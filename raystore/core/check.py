@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any
 
-from raystore.core import claims, groups, lifecycle, training
+from raystore.core import claims, groups, lifecycle, saved, training
 from raystore.core.evaluation_table import LOST
 from raystore.core.feed_table import CLOSED, NO_SLOT, FeedEntry
 from raystore.core.gates import KEPT
@@ -85,6 +85,8 @@ def _check_entry(state: State, rollout_id: str) -> None:
     rollout = entry.rollout
     size = of_rollout(rollout.input, rollout.metadata, rollout.tags)
     size += sum(of_attempt(attempt.metadata, attempt.error) for attempt in entry.attempts)
+    size += saved.bytes_of(entry.saved)
+    saved.check_entry(entry)
     assert entry.bytes == size, f"{rollout_id} counts {entry.bytes} bytes, and has {size}"
     assert entry.rollout.rollout_id == rollout_id
     assert entry.rollout.status in lifecycle.ROLLOUT_STATUSES, f"rollout status {entry.rollout.status}"
@@ -302,11 +304,17 @@ def story(state: State, rollout_id: str) -> list[str]:
     if rollout.requeued_from is not None:
         lines.append(f"requeued from {rollout.requeued_from}")
     lines += [f"requeued as {other}" for other in state.indexes.find(("requeued_from", rollout_id))]
+    if entry.saved is not None:
+        lines.append(
+            f"a state of {saved.bytes_of(entry.saved):,} bytes is saved by attempt {entry.saved.attempt_id}, with the "
+            f"spans up to number {entry.saved.mark}: the next attempt goes on from there"
+        )
     for tried in entry.attempts:
         held = entry.holders.get(tried.attempt_id)
         lines.append(
             f"attempt {tried.sequence_id} {tried.attempt_id}: {tried.status}, outcome {tried.outcome}, "
             f"worker {tried.worker_id}, session {held}"
+            + (f", went on from what {tried.resumed_from} saved" if tried.resumed_from else "")
             + (f", error {tried.error.strip().splitlines()[-1]}" if tried.error and tried.error.strip() else "")
         )
     return lines

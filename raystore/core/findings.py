@@ -93,6 +93,10 @@ KINDS: dict[str, Kind] = {
         "A claim was not acknowledged, so that processes that ask for work must first show that they live.",
         "Wait some seconds; if it stays so, look whether the event loops of the runners are blocked.",
     ),
+    "runners_rest": Kind(
+        "All runners that are known rest, since preempt= says that their nodes go away.",
+        "Wait for other nodes, or for these to stay; or look whether the function preempt= is right.",
+    ),
     "suspect_waits": Kind(
         "A rollout was lost with its process; to show whether it is to blame, it waits for one that runs nothing else.",
         "Wait: after suspect_patience_seconds anybody may take it. Look into `story` for what it was lost with.",

@@ -39,7 +39,7 @@ class Field:
     stored_as: str = ""  # its name in a snapshot
     in_snapshot: bool = True
     in_digest: bool = True
-    in_rows: bool = True  # else only rows in which it is not empty have it, as the last of their values
+    in_rows: bool = True  # else it is one of the last, and a row ends behind the last of these that is not empty
     is_later: bool = False  # digests were recorded before it was there: they show it only if it is not as usual
 
 
@@ -148,8 +148,11 @@ def record(cls: T) -> T:
     source += [f"    new.{name} = self.{name}" for name in names]
     source += ["    for name, value in changes.items():", "        setattr(new, name, value)", "    return new"]
     source += ["def row(self):"]
-    if not declared(kind)[-1].in_rows:
-        source += [f"    if not self.{names[-1]}:", f"        return ({', '.join(f'self.{n}' for n in names[:-1])},)"]
+    always = sum(field.in_rows for field in declared(kind))  # those that are not come last
+    for number in range(always, len(names)):
+        if_all_are_empty = " or ".join(f"self.{name}" for name in names[number:])
+        row = ", ".join(f"self.{name}" for name in names[:number])
+        source += [f"    if not ({if_all_are_empty}):", f"        return ({row},)"]
     source += [f"    return ({', '.join(f'self.{name}' for name in names)},)"]
     namespace: dict[str, Any] = {}
     exec("\n".join(source), namespace)
@@ -226,6 +229,8 @@ class Attempt(Record):
     resources_version: int | None = None
     policy_version: int | None = None
     reward: float | None = None
+    #: The attempt whose saved state it goes on from.
+    resumed_from: str | None = declare(None, in_rows=False, is_later=True)
 
 
 @record

@@ -11,7 +11,7 @@ from collections.abc import Collection, Container, Iterable, Iterator, Mapping, 
 from itertools import groupby, islice
 from typing import Any
 
-from raystore.core import queries
+from raystore.core import queries, saved
 from raystore.core.evaluation_table import LOST
 from raystore.core.indexes import Key, keys_of
 from raystore.core.lifecycle import ACTIVE, BUSY, FINISHED, QUEUED, RolloutStatus, is_live, notice_of
@@ -265,6 +265,8 @@ def move(
     end_time = None
     if status in FINISHED:
         end_time = step.now
+        if entry.saved is not None and status != "failed":  # which somebody may requeue
+            saved.drop(state, entry)
         state.completions.append(rollout_id)
         state.effects.finished.append(rollout_id)
         if before.status not in FINISHED:
@@ -365,6 +367,9 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
         resources_version=newest.version if newest else None,
         policy_version=newest.policy_version if newest else state.resources.policy_version,
     )
+    entry.refreshed = None
+    if entry.saved is not None:
+        saved.resume(entry, attempt)
     stamps = {"last_busy_time": step.now} | ({"last_dequeue_time": step.now} if kind == "claimed" else {})
     if session is not None:
         entry.holders[attempt.attempt_id] = session.session_id
@@ -376,6 +381,10 @@ def begin(state: State, step: Step, entry: Entry, *, worker_id: str | None, kind
             session.held[key] = None
     state.put_attempt(entry, len(entry.attempts), attempt)
     move(state, step, entry, "preparing", kind=kind)
+    if attempt.resumed_from is not None:
+        state.changes.append(
+            step.now, "goes_on", rollout.rollout_id, attempt.attempt_id, resumed_from=attempt.resumed_from
+        )
     if worker_id is not None:
         state.put_worker(
             worker_id, status=BUSY, current_rollout_id=rollout.rollout_id, current_attempt_id=attempt.attempt_id,
@@ -423,6 +432,10 @@ def update(state: State, step: Step, *, rollout_id: Id, changes: RolloutChanges)
 
 def _move_references(state: State, entry: Entry, before: str | None) -> None:
     """Move the references of running attempts from the old resources id `before` to the new id of their rollout."""
+    if entry.refreshed is not None:
+        if is_live(entry.attempts[-1]):
+            state.resources.refer(before, entry.refreshed, -1)
+        entry.refreshed = None
     for index, attempt in enumerate(entry.attempts):
         if is_live(attempt):
             state.resources.refer(before, attempt.resources_version, -1)
@@ -441,6 +454,8 @@ def release(state: State, step: Step, *, rollout_ids: list[Id]) -> int:
             continue
         entry.released = True
         state.touch(rollout_id)
+        if entry.saved is not None:
+            saved.drop(state, entry)
         released += 1
         settle(state, entry)
     return released
@@ -603,7 +618,10 @@ def query_many_spans(
 
 
 def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_partial: bool, *, marks: bool) -> list[Span]:
-    """The spans of a rollout, which count as read unless somebody only looks at them (no `marks`)."""
+    """The spans of a rollout, which count as read unless somebody only looks at them (no `marks`).
+
+    Those of one attempt begin with what it has gone on from.
+    """
     if rollout_id in state.spans.evicted and not allow_partial:
         raise SpansEvictedError(rollout_id)
     entry = state.entries.get(rollout_id)
@@ -615,6 +633,8 @@ def _spans_of(state: State, rollout_id: str, attempt_id: str | None, allow_parti
         if entry.latest is None:
             return []
         attempt_id = entry.latest.attempt_id
+    if attempt_id is not None and entry.marks is not None:
+        return saved.spans_of(state, entry, attempt_id)
     return state.spans.of(rollout_id, attempt_id)
 
 

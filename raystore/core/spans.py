@@ -125,6 +125,10 @@ class SpanTable:
         found = (*self._counters.items(), *on_disk, *self._unknown.items())
         return [(rollout_id, number) for rollout_id, number in found if number]
 
+    def newest_number(self, rollout_id: str) -> int:
+        """The highest number that a span of a rollout has, or was given; 0 if there is none."""
+        return self._newest(rollout_id)
+
     def _newest(self, rollout_id: str) -> int:
         number = self._counters.get(rollout_id)
         return self._on_disk.get(rollout_id, 0) % NUMBERS if number is None else number

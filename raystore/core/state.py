@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from hashlib import sha1
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
+from zlib import crc32
 
 from raystore.core.evaluation_table import EvaluationTable
 from raystore.core.feed_table import FeedTable
@@ -25,7 +26,7 @@ from raystore.core.group_table import GroupTable
 from raystore.core.indexes import ChangeFeed, CompletionLog, Crowds, Indexes, WatchSets
 from raystore.core.lifecycle import ACTIVE, BUSY, LIVE, OPEN, UNCHARGED, is_busy, is_live
 from raystore.core.meters import Meters
-from raystore.core.payload import of_attempt, size_of
+from raystore.core.payload import Opaque, Payload, of_attempt, size_of
 from raystore.core.queues import Deadlines, LazyHeap, Order, Queues
 from raystore.core.records import Attempt, Config, Rollout, Worker, declare, declared, packed, pairs, shown, unpacked
 from raystore.core.resources import Freed, ResourceTable
@@ -319,6 +320,29 @@ class AttemptClock:
     beat: float | None = declare(None)
 
 
+@dataclass(slots=True, eq=False)
+class Saved:
+    """What an agent saved last: which attempt, the newest number of a span then, its reward then, and the state."""
+
+    attempt_id: str
+    mark: int
+    reward: float | None
+    payload: Opaque
+
+
+def _saved_packed(saved: Saved | None) -> list[Any] | None:
+    return None if saved is None else [saved.attempt_id, saved.mark, saved.reward, saved.payload]
+
+
+def _saved_unpacked(row: list[Any] | None) -> Saved | None:
+    return None if row is None else Saved(*row)
+
+
+def _saved_shown(saved: Saved) -> list[Any]:
+    data = saved.payload.data if isinstance(saved.payload, Payload) else saved.payload or b""
+    return [saved.attempt_id, saved.mark, saved.reward, len(data), crc32(data)]
+
+
 def _taken_packed(taken: Mapping[str, Taken]) -> list[Any]:
     return [[consumer, packed(of_one)] for consumer, of_one in taken.items()]
 
@@ -369,6 +393,14 @@ class Entry:
         make=lambda: NOBODY, pack=_taken_packed, unpack=_taken_unpacked,
         shows=lambda taken: sorted((name, shown(of_one)) for name, of_one in taken.items()),
     )  # fmt: skip
+    #: The newest state that an agent saved, for the attempt that comes next.
+    saved: Saved | None = declare(None, is_later=True, pack=_saved_packed, unpack=_saved_unpacked, shows=_saved_shown)
+    #: Of attempts that went on from a saved state: up to which number of a span they did. None: of none.
+    marks: dict[str, int] | None = declare(
+        None, is_later=True, pack=lambda marks: marks and pairs(marks), unpack=lambda rows: dict(rows) if rows else None
+    )
+    #: The version of its resources that the latest attempt has switched to; referred to as long as that attempt lives.
+    refreshed: int | None = declare(None, is_later=True)
     #: The chunk of a snapshot that it is in (`snapshot.LazyChunk`); only as long as nobody needed it.
     chunk: Any = field(init=False, repr=False)
 
@@ -655,6 +687,8 @@ class State:
         if was_live != lives:
             if attempt.resources_version is not None:
                 self.resources.refer(entry.rollout.resources_id, attempt.resources_version, 1 if lives else -1)
+            if entry.refreshed is not None and index == len(entry.attempts) - 1:
+                self.resources.refer(entry.rollout.resources_id, entry.refreshed, 1 if lives else -1)
             if lives and old is not None:  # else whoever added it says who holds it
                 self.hold(entry, attempt.attempt_id)
             elif not lives:

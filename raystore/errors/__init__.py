@@ -18,10 +18,10 @@ from raystore.errors.text import NAMED, quoted, shown
 
 __all__ = [
     "Abort", "AgentNotPicklableError", "AgentProcessError", "AnswerGoneError", "AttemptNotFoundError",
-    "BatchConflictError", "BatchHeldError", "ClaimLostError", "ConflictError", "ConsumerFilterError",
-    "ConsumerUnitError", "CursorTooOldError", "DatasetChangedError", "Drop", "EvaluationConflictError",
-    "EvaluationNotFoundError", "FailureBudgetError", "FeedClosedError",
-    "FeedHeldError", "FeedNotFoundError", "FencedError", "FilteredTooManyError", "ForkedError", "GroupConflictError",
+    "AttemptOverError", "BatchConflictError", "BatchHeldError", "ClaimLostError", "ConflictError",
+    "ConsumerFilterError", "ConsumerUnitError", "CursorTooOldError", "DatasetChangedError", "Drop",
+    "EvaluationConflictError", "EvaluationNotFoundError", "FailureBudgetError", "FeedClosedError", "FeedHeldError",
+    "FeedNotFoundError", "FencedError", "FilteredTooManyError", "ForkedError", "GroupConflictError",
     "InvalidValueError", "JournalDamagedError", "JournalError", "JournalFailedError", "JournalFormatError",
     "JournalFullError", "JournalHeldError", "JournalInUseError", "JournalMissingError", "NoSuchResourceError",
     "NotAStoreError", "OutcomeUnknownError", "OverloadedError", "PayloadLostError", "PayloadNotPicklableError",
@@ -153,6 +153,18 @@ class ClaimLostError(_Facts, ValueError):
     _message = (
         "Claim of attempt {attempt_id} of rollout {rollout_id} was lost: it was not acknowledged in time, so the "
         "rollout was offered again. Drop this work and claim the next rollout."
+    )
+
+
+class AttemptOverError(_Facts, ValueError):
+    """The attempt has ended, or another one was started after it: its state is neither saved nor given out."""
+
+    rollout_id: str
+    attempt_id: str
+    outcome: str  #: what became of it: "superseded", "timeout", "cancelled" and so on
+    _message = (
+        "Attempt {attempt_id} of rollout {rollout_id} is over ({outcome}), so that nothing goes on from what it saves "
+        "now; what it had saved before stays. Drop this work: the rollout has ended, or another attempt has it."
     )
 
 

@@ -286,8 +286,10 @@ class RunnerActors:
             logger.error("The end of runner %s cannot be reported to the store: %s", member.worker_id, refusal)
             return
         soon.cancel()
-        # A runner that has finished a rollout, or has waited for one, was healthy and was killed from outside.
-        self._replace(member, known is not None and known.last_idle_time is not None, error)
+        # A runner that has finished a rollout, saved a state or waited, was healthy and was killed from outside.
+        stats = None if known is None else known.heartbeat_stats
+        has_saved = isinstance(stats, dict) and stats.get("has_saved") is True
+        self._replace(member, has_saved or (known is not None and known.last_idle_time is not None), error)
         self._report_end(member, stopped=False)
 
     def _replace(self, member: _Member, was_useful: bool, error: BaseException) -> None:

@@ -135,7 +135,7 @@ def ending_of(context: Context, result: Any, error: BaseException | None) -> End
 
 def lost_resources(error: BaseException | None, context: Context) -> PayloadLostError | None:
     """The error among these causes that says that the rollout's own resources are lost."""
-    wanted = (context.rollout.resources_id, context.attempt.resources_version)
+    wanted = (context.rollout.resources_id, context.resources_version)
     lost = (one for one in with_causes(error) if isinstance(one, PayloadLostError) and one.resources == wanted)
     return next(lost, None)
 

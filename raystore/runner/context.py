@@ -7,19 +7,22 @@ Spans nest by context variable, so concurrent rollouts of one process do not mix
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
+import sys
 import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from secrets import token_hex
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from raystore.client import transport
 from raystore.core.schema import LossReason
-from raystore.errors import InvalidValueError, NoSuchResourceError
+from raystore.errors import AttemptOverError, InvalidValueError, NoSuchResourceError
 from raystore.errors.text import meant, report, summary, text_of
 from raystore.log import logger_of, once
 from raystore.spans import AttributeValue, Event, Span, TraceStatus, attributes_of
@@ -28,6 +31,7 @@ from raystore.tracing.calls import CallCounter, Losses
 from raystore.types import LLM, Attempt, AttemptedRollout
 from raystore.values import plain
 from raystore.values.plain import pack_floats, pack_integers
+from raystore.wire.codec import STATE, Encoded, encode
 
 logger: logging.Logger = logger_of("raystore.runner")
 
@@ -101,6 +105,13 @@ class _Resources(dict[str, Any]):
     def __init__(self, resources: Mapping[str, Any], source: str) -> None:
         super().__init__(resources)
         self._source = source
+
+    def replace(self, resources: Mapping[str, Any], source: str) -> None:
+        """Hold others."""
+        self._source = source
+        for name in self.keys() - resources.keys():
+            del self[name]
+        self.update(resources)
 
     def __missing__(self, name: object) -> NoReturn:
         names = sorted(self)
@@ -201,13 +212,61 @@ def _parent_id() -> str | None:
     return block.span_id if block is not None else None
 
 
+#: Asks the runner for something, on any thread. `SAVE`, with an encoded state or None, is answered with why the work is
+#: no longer needed now, None if it is; `REFRESH`, with None, with the newer `Version`, None if there is none.
+Ask = Callable[[str, Any], "Future[Any]"]
+SAVE, REFRESH = "save", "refresh"
+
+
+class Version(NamedTuple):
+    """A version of the resources of a rollout."""
+
+    version: int | None
+    policy_version: int | None
+    resources: Mapping[str, Any]
+
+
+def new_question() -> Future[Any]:
+    """A future for an answer, which whoever waits for it cannot cancel: what was asked goes on."""
+    asked: Future[Any] = Future()
+    asked.set_running_or_notify_cancel()
+    return asked
+
+
+def _asks_nobody(what: str, given: Any) -> Future[Any]:
+    asked = new_question()
+    asked.set_exception(EndedError("no runner listens to this agent any more"))
+    return asked
+
+
+class SyncContext:
+    """What a `Context` has as coroutines, as blocking calls: for agents that are not async."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def save(self, state: Any) -> None:
+        """Keep a state with the attempt, as `Context.save` does; returns when it is durable."""
+        context = self._context
+        context._take_answer(_result_of(context._ask_to_save(state)))
+        if context.stopped and not context.is_told:  # nothing else has interrupted this agent
+            context.check()
+
+    def refresh(self) -> bool:
+        """Switch to the newest version of the resources, as `Context.refresh` does; returns whether it is another."""
+        context = self._context
+        return context._take_version(_result_of(context._ask_to_refresh()))
+
+
 class Context:
     """The rollout that an agent runs for.
 
     Attributes:
         rollout: the rollout, with its attempt; `rollout.input` is the task.
-        resources: by name, of the version that was newest at the claim; a missing name raises `NoSuchResourceError`, a
-            KeyError.
+        saved: the state that an earlier attempt saved last (`save`), from which this one is to go on; None if there is
+            none. It stays what it was at the start.
+        resources: by name, of the version that was newest at the claim, or at the last `refresh`; a missing name raises
+            `NoSuchResourceError`, a KeyError.
         worker_id: the runner that runs it.
     """
 
@@ -218,12 +277,19 @@ class Context:
         worker_id: str,
         sink: Callable[[Span], None],
         lose: Callable[[LossReason, str, str], None],
+        *,
+        saved: Any = None,
+        ask: Ask = _asks_nobody,
     ) -> None:
         self.rollout = rollout
+        self.saved = saved
+        self.ask: Ask = ask  #: asks the runner; for the runner
         self.resources: _Resources = _Resources(resources, _source_of(rollout, worker_id))
         self.worker_id = worker_id
+        self._versions = rollout.attempt.resources_version, rollout.attempt.policy_version
         self._trace_id = token_hex(16)
         self._cancelled: str | None = None
+        self.is_told: bool = False  #: that its runner stops: by an exception; for the runner
         self._is_over = False
         self.open: dict[str, tuple[str, float]] = {}  #: blocks that have begun, by span id: name, and since when
         self.sink = sink  #: takes the spans that have ended; for the runner
@@ -237,7 +303,12 @@ class Context:
     @property
     def policy_version(self) -> int | None:
         """Version of the weights behind the resources, as the driver published it."""
-        return self.attempt.policy_version
+        return self._versions[1]
+
+    @property
+    def resources_version(self) -> int | None:
+        """Version of the resources: that of the claim, or of the last `refresh`; None if there are none."""
+        return self._versions[0]
 
     # -- spans and rewards -------------------------------------------------------------------------------------------
 
@@ -341,6 +412,82 @@ class Context:
         made.events = span.events
         self.sink(made)
 
+    # -- states that later attempts go on from -----------------------------------------------------------------------
+
+    @property
+    def sync(self) -> SyncContext:
+        """`save` and `refresh` as blocking calls, for agents that are not async."""
+        return SyncContext(self)
+
+    async def save(self, state: Any) -> None:
+        """Keep a state with the attempt, in place of the one before; it is durable when this returns.
+
+        If this attempt does not come to its end (its runner or node dies or stops, it times out, or it fails and the
+        rollout is tried again), the next one has the state as `ctx.saved`, and begins with the spans that have ended
+        by now. Whatever it needs to go on is to be in it: turns, the environment or how to find it again. Spans that
+        are open are not kept with it. None says that the next attempt is to begin anew.
+
+        Agents that are not async call `ctx.sync.save(state)`.
+
+        Raises:
+            PayloadNotPicklableError: the state cannot be pickled; the one before stays.
+            PayloadTooLargeError: it is larger than the store takes (`limits={"state_bytes": ...}`); the one before
+                stays.
+            asyncio.CancelledError: the work is no longer needed, as in `check`. Whoever is cancelled because the runner
+                stops (`stopped`) can still save in its `except` or `finally`, for half a second; if the node goes away
+                (`RunnerPool(preempt=)`), for `cancel_grace_seconds`.
+        """
+        self._take_answer(await _answer_to(self._ask_to_save(state)))
+
+    def _ask_to_save(self, state: Any) -> Future[Any]:
+        """Encode a state here, where its classes are, and ask the runner to keep it."""
+        if not self.stopped:
+            self.check()
+        if self._is_over:
+            raise AttemptOverError(self.rollout.rollout_id, self.attempt.attempt_id, "its agent has returned")
+        return self.ask(SAVE, None if state is None else Encoded(encode(state, STATE, sys.maxsize)))
+
+    def _take_answer(self, why: str | None) -> None:
+        if why is not None:
+            self._cancelled = self._cancelled or why
+            self.check()
+
+    # -- newer weights -----------------------------------------------------------------------------------------------
+
+    async def refresh(self) -> bool:
+        """Switch to the newest version of the rollout's resources; returns whether it is another than before.
+
+        `resources` and `policy_version` change in place; what was taken out of `resources` before stays as it was.
+        Calls of models that are recorded from now on have the new version (`Trajectory.policy_versions` has one for
+        each token). The attempt's own versions stay those of its claim, from which staleness counts. False also if the
+        rollout is to stay with its version, and without a store.
+
+        Agents that are not async call `ctx.sync.refresh()`. Raises `asyncio.CancelledError` as `check` does, and what
+        `get_resources_by_id` raises, and then the version before stays.
+        """
+        return self._take_version(await _answer_to(self._ask_to_refresh()))
+
+    def _ask_to_refresh(self) -> Future[Any]:
+        self.check()
+        if self._is_over:
+            raise AttemptOverError(self.rollout.rollout_id, self.attempt.attempt_id, "its agent has returned")
+        return self.ask(REFRESH, None)
+
+    def _take_version(self, version: Version | str | None) -> bool:
+        if isinstance(version, str):
+            self._take_answer(version)
+        if not isinstance(version, Version):
+            return False
+        self.switch(version)
+        return True
+
+    def switch(self, version: Version) -> None:
+        """Have another version of the resources from now on; for the runner."""
+        attempt = self.attempt.model_copy(update={"resources_version": version.version})
+        source = _source_of(self.rollout.model_copy(update={"attempt": attempt}), self.worker_id)
+        self._versions = version.version, version.policy_version
+        self.resources.replace(version.resources, source)
+
     # -- cancellation ------------------------------------------------------------------------------------------------
 
     @property
@@ -361,6 +508,7 @@ class Context:
     def check(self) -> None:
         """Raise `asyncio.CancelledError` if the work is no longer needed; for agents that are not async."""
         if self._cancelled is not None:
+            self.is_told = True
             raise asyncio.CancelledError(self._cancelled)
 
     def cancel(self, why: str) -> None:
@@ -378,7 +526,28 @@ class Context:
     def leave(self) -> None:
         """Note that the agent's call has ended, or was abandoned; for the runner."""
         self._is_over = True
+        self.ask = _asks_nobody
         _running.pop(self, None)
+
+
+class EndedError(Exception):
+    """The runner, or the store that it works for, has ended before it could answer an agent."""
+
+
+async def _answer_to(asked: Future[Any]) -> Any:
+    """The answer of the runner. What was asked goes on if its caller is cancelled."""
+    try:
+        return await asyncio.shield(asyncio.wrap_future(asked))
+    except EndedError as error:
+        raise asyncio.CancelledError(str(error)) from None
+
+
+def _result_of(asked: Future[Any]) -> Any:
+    """The answer of the runner, for which this thread waits."""
+    try:
+        return asked.result()
+    except (EndedError, concurrent.futures.CancelledError) as error:
+        raise asyncio.CancelledError(str(error)) from None
 
 
 # -- the spans of a rollout --------------------------------------------------------------------------------------------

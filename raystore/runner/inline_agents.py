@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, TypeVar
@@ -26,12 +26,14 @@ from raystore.errors.text import add_note, explained, summary
 from raystore.log import a_minute, logger_of
 from raystore.runner import agents
 from raystore.runner.agents import Agent, Ending, retry_delays
-from raystore.runner.context import ALONE, Context, Outbox
+from raystore.runner.context import ALONE, SAVE, Context, Outbox, new_question
 from raystore.runner.life import Life, returned
 from raystore.spans import Span, find_final_reward
 from raystore.tracing.calls import Losses
 from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
 from raystore.wire.checks import validated
+from raystore.wire.codec import Encoded
+from raystore.wire.convert import to_state
 
 logger: logging.Logger = logger_of("raystore.runner")
 
@@ -192,12 +194,15 @@ class Run:
         spans: those that the agent recorded, numbered in the order in which they ended.
         reward: the final reward, or None.
         spans_lost: how many spans were lost, and model calls cannot be trained on, by reason, as in `statistics()`.
+        saved: the state that the agent saved last, as another attempt would have it in `ctx.saved`; None if it saved
+            none.
     """
 
     rollout: AttemptedRollout
     spans: list[Span]
     reward: float | None
     spans_lost: dict[LossReason, int] = field(default_factory=dict)
+    saved: Any = None
 
     def __repr__(self) -> str:
         names = ", ".join(span.name for span in self.spans)
@@ -206,7 +211,12 @@ class Run:
 
 @explained
 def run_one(
-    agent: Agent, task: Any, resources: Mapping[str, Any] | None = None, *, policy_version: int | None = None
+    agent: Agent,
+    task: Any,
+    resources: Mapping[str, Any] | None = None,
+    *,
+    policy_version: int | None = None,
+    saved: Any = None,
 ) -> Run:
     """Run an agent on one task in this thread, as a runner would, and return its spans and reward.
 
@@ -215,6 +225,7 @@ def run_one(
         task: the rollout's input.
         resources: by name, for `ctx.resources`, as for `update_resources`.
         policy_version: for `ctx.policy_version`.
+        saved: for `ctx.saved`: a state that an earlier attempt has saved, or `Run.saved`.
 
     An error of the agent is raised unchanged, with a note of the spans recorded before. From `__init__` to `close` the
     agent lives in the calling thread, or in another one if this thread has a running event loop (a notebook).
@@ -236,7 +247,8 @@ def run_one(
     losses = Losses()
     outbox = Outbox(losses)
     given = validated("resources", NamedResources, {} if resources is None else resources, TO_PUBLISH)
-    context = Context(rollout, given, ALONE, outbox.add, losses.add)
+    kept = _Kept()
+    context = Context(rollout, given, ALONE, outbox.add, losses.add, saved=saved, ask=kept.ask)
     too_late = f"A span of rollout {rollout_id} ended after run_one, and is lost"
     try:
         if asyncio._get_running_loop() is None:
@@ -252,7 +264,22 @@ def run_one(
     spans = outbox.close(lambda span: losses.add("too_late", "", too_late))
     for number, span in enumerate(spans, 1):
         span.sequence_id = number
-    return Run(rollout, spans, find_final_reward(spans), losses.take())
+    state = None if kept.state is None else to_state(kept.state.payload, rollout_id)
+    return Run(rollout, spans, find_final_reward(spans), losses.take(), state)
+
+
+class _Kept:
+    """What an agent has saved without a store."""
+
+    def __init__(self) -> None:
+        self.state: Encoded | None = None
+
+    def ask(self, what: str, given: Any) -> Future[Any]:
+        if what == SAVE:  # there is no newer version
+            self.state = given
+        asked = new_question()
+        asked.set_result(None)
+        return asked
 
 
 def _run_once(agent: Agent, context: Context) -> None:

@@ -296,9 +296,11 @@ class Life:
 
     def _cancel(self, context: Context) -> None:
         if self._step is not None and self._step.context is context:
+            context.is_told = True
             self._cancels += 1
             self._main_task.cancel()
         elif context in self._tasks:  # `call_soon`: a task that is cancelled before its first step never runs
+            context.is_told = True
             self._loop.call_soon(self._tasks[context].cancel)
 
     # -- in a thread of `_Threads` -----------------------------------------------------------------------------------

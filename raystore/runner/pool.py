@@ -12,7 +12,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from raystore.client.client import StoreClient
@@ -55,6 +55,11 @@ class RunnerPool:
         max_agent_seconds: that one call of the agent may take; then its attempt ends with status "timeout".
         flush_seconds: after which spans are sent while the agent runs; 64 KiB of spans are sent at once.
         start_timeout: seconds for the first start of all runners; then `PoolStartError`.
+        preempt: says whether the node of a runner goes away: a function without arguments, which each runner's process
+            calls about once a second, on a thread of its own. It returns None or False; True; or the seconds that are
+            left. While it says yes the runner claims nothing, and gives its rollouts back without a charge: each right
+            after its next `ctx.save`, else when half of the time is over (`True`: 5 seconds), and then its agent has
+            `cancel_grace_seconds` to save. If it says no again, the runner goes on. What it raises counts as no.
         isolation: "actor": agents run in their runner's process. "process": each of a runner's `concurrency` slots has
             a process of its own, which can be killed, and whose crash does not harm the others. Agents have the same
             `ctx` there, but are not connected to Ray; an agent class has one instance in each process.
@@ -88,6 +93,7 @@ class RunnerPool:
         flush_seconds: float = 1.0,
         start_timeout: float = 120.0,
         isolation: Literal["actor", "process"] = "actor",
+        preempt: Callable[[], bool | float | None] | None = None,
     ) -> None:
         size = checks.whole("size", size, at_least=1)
         concurrency = checks.whole("concurrency", concurrency, at_least=1)
@@ -105,6 +111,8 @@ class RunnerPool:
             raise NotAStoreError(f"{store!r} (a {type(store).__name__})")
         if (expected := agents.check(agent)) is not None:
             raise InvalidValueError("agent", agent, expected)
+        if preempt is not None and not callable(preempt):
+            raise InvalidValueError("preempt", preempt, "a function without arguments, or None")
         options = RunnerOptions(
             concurrency=concurrency,
             queues=tuple(checks.queue_names(queues)),
@@ -113,6 +121,7 @@ class RunnerPool:
             cancel_grace_seconds=cancel_grace_seconds,
             max_agent_seconds=max_agent_seconds,
             isolation=isolation,
+            preempt=preempt,
         )
         self.pool_id: str = secrets.token_hex(4)
         self._runners: LocalRunners | RunnerActors
@@ -121,6 +130,8 @@ class RunnerPool:
             self._runners = LocalRunners(store, sent, size, options, start_timeout, self.pool_id)
         else:
             sent = agents.pickled(agent)
+            if preempt is not None:
+                options.preempt = agents.pickled(preempt)
             requirements = {
                 "num_cpus": num_cpus,
                 "num_gpus": num_gpus,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import pickle
@@ -22,19 +23,21 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any, NoReturn
 
 from raystore.errors import AgentProcessError
 from raystore.errors.text import report, summary
 from raystore.log import a_minute, logger_of
 from raystore.runner.agents import Ending, retry_delays
-from raystore.runner.context import Context
+from raystore.runner.context import Context, EndedError, Version, new_question
 from raystore.runner.fork_server import Exit, ForkServer, kill_tree
 from raystore.runner.life import Life
 from raystore.spans import Span
 from raystore.types import ObjectResource
 from raystore.values import pickler
+from raystore.wire.convert import to_state
 
 logger: logging.Logger = logger_of("raystore.runner")
 
@@ -45,10 +48,11 @@ KILL_SECONDS = 2.0  #: that the fork server has to kill a process whose runner i
 LENGTH = struct.Struct("<Q")
 
 # Messages are tuples with a kind first. To the process: SETUP, with its agent, `sys.path` and worker id; then RUN, with
-# a rollout and its resources (None: those of the rollout before), and CANCEL, with rollout id, attempt id and why.
-SETUP, RUN, CANCEL, CLOSE = "setup", "run", "cancel", "close"
-# Messages from it.
-READY, FAILED, STARTED, SPAN, LOST, DONE = "ready", "failed", "started", "span", "lost", "done"
+# a rollout, its resources (None: those of the rollout before) and the state that it goes on from, still encoded; then
+# CANCEL, with rollout id, attempt id and why; and ANSWER, with the number of an ASK, its answer, or else an error.
+SETUP, RUN, CANCEL, ANSWER, CLOSE = "setup", "run", "cancel", "answer", "close"
+# Messages from it. ASK is one of the questions of `Context`, with a number and what `Ask` takes.
+READY, FAILED, STARTED, SPAN, LOST, ASK, DONE = "ready", "failed", "started", "span", "lost", "ask", "done"
 
 
 def pack(message: tuple[Any, ...]) -> bytes:
@@ -76,6 +80,8 @@ class _Process:
         self._done: asyncio.Future[Ending] | None = None
         self._sinks: dict[tuple[str, str], Callable[[Span], None]] = {}
         self._lose: Callable[..., None] = lambda *loss: None
+        self._context: Context | None = None  # of the rollout that runs
+        self._answering: set[asyncio.Task[None]] = set()  # questions of its agent
         self._version: tuple[str | None, int | None] | None = None  # of the resources that it has
         self._reading = asyncio.create_task(self._read())
 
@@ -90,20 +96,21 @@ class _Process:
         if len(self._sinks) > SINKS_KEPT:
             del self._sinks[next(iter(self._sinks))]
         self._lose = context.lose
+        self._context = context
         resources = None
         version = (context.rollout.resources_id, context.attempt.resources_version)
         if version != self._version:
-            resources = {name: await _without_references(value) for name, value in context.resources.items()}
+            resources = await _all_without_references(context.resources)
             self._version = version
         self._has_started = False
         done: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._done = done
-        self.send(RUN, context.rollout, resources)
+        self.send(RUN, context.rollout, resources, context.saved)
         either: list[asyncio.Future[Any]] = [done, self.exited]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():  # unless a child of the agent holds the socket open, it closes after the last message
             await asyncio.wait([self._reading], timeout=LAST_MESSAGES_SECONDS)
-        self._done = None
+        self._done = self._context = None
         if not self._has_started:
             self._version = None  # the resources may not have arrived
         if done.done():
@@ -139,6 +146,8 @@ class _Process:
     def _on_message(self, kind: str, *values: Any) -> None:
         if kind == STARTED:
             self._has_started = True
+            if self._context is not None:
+                self._context.saved = None  # which the process has; it may be large
         elif kind == SPAN:
             (span,) = values
             if (sink := self._sinks.get((span.rollout_id, span.attempt_id))) is not None:
@@ -148,12 +157,42 @@ class _Process:
                 self._lose("too_late", span.name, f"{which} ended long after its rollout, and is lost")
         elif kind == LOST:
             self._lose(*values)
+        elif kind == ASK:
+            self._on_question(*values)
         elif kind == DONE and self._done is not None:
             self._done.set_result(values[0])
         elif kind == READY:
             self.ready.set_result(None)
         elif kind == FAILED:
             self.ready.set_exception(AgentProcessError(*values))
+
+    def _on_question(self, number: int, what: str, given: Any) -> None:
+        if self._context is None:  # the rollout is over
+            self.send(ANSWER, number, None, EndedError("the rollout is over"))
+            return
+        loop = asyncio.get_running_loop()
+
+        def answer(asked: Future[Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._start_to_answer, number, asked)
+
+        self._context.ask(what, given).add_done_callback(answer)
+
+    def _start_to_answer(self, number: int, asked: Future[Any]) -> None:
+        task = asyncio.create_task(self._answer(number, asked))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _answer(self, number: int, asked: Future[Any]) -> None:
+        answer, error = None, asked.exception()
+        try:
+            if error is None:
+                answer = asked.result()
+            if isinstance(answer, Version):
+                answer = answer._replace(resources=await _all_without_references(answer.resources))
+        except Exception as lost:  # a resource cannot be had
+            answer, error = None, lost
+        self.send(ANSWER, number, answer, error)
 
     def kill(self) -> None:
         """Kill it with everything that it started."""
@@ -289,6 +328,10 @@ class ProcessAgents:
             await server.close()
 
 
+async def _all_without_references(resources: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: await _without_references(resource) for name, resource in resources.items()}
+
+
 async def _without_references(resource: Any) -> Any:
     """A resource as a process without Ray can use it: an object instead of a reference to it."""
     return ObjectResource(value=await resource.aget()) if isinstance(resource, ObjectResource) else resource
@@ -330,6 +373,8 @@ class _AgentProcess:
         self._context: Context | None = None
         self._resources: dict[str, Any] = {}
         self._worker_id = ""
+        self._asked: dict[int, Future[Any]] = {}  # questions to the runner, by number
+        self._numbers = itertools.count()
 
     def run(self) -> None:
         """Set the agent up and serve the runner until it closes the agent."""
@@ -361,16 +406,36 @@ class _AgentProcess:
 
     def _on_message(self, life: Life, kind: str, *values: Any) -> None:
         if kind == RUN:
-            rollout, resources = values
+            rollout, resources, encoded = values
             self._resources = self._resources if resources is None else resources
             sink = functools.partial(self._channel.send, SPAN)
-            self._context = Context(rollout, self._resources, self._worker_id, sink, self._send_loss)
+            try:
+                saved = None if encoded is None else to_state(encoded.payload, rollout.rollout_id)
+            except Exception as error:
+                self._channel.send(DONE, Ending("failed", "infra", summary(error)))
+                return
+            self._context = Context(
+                rollout, self._resources, self._worker_id, sink, self._send_loss, saved=saved, ask=self._ask
+            )
             with contextlib.suppress(RuntimeError):  # the agent is over, and this process about to exit
                 life.begin(self._context, self._on_end, functools.partial(self._channel.send, STARTED))
         elif kind == CANCEL:
             self._cancel(life, *values)
+        elif kind == ANSWER:
+            number, answer, refusal = values
+            asked = self._asked.pop(number)
+            if refusal is not None:
+                asked.set_exception(refusal)
+            else:
+                asked.set_result(answer)
         elif kind == CLOSE:
             life.end()
+
+    def _ask(self, what: str, given: Any) -> Future[Any]:
+        number = next(self._numbers)
+        asked = self._asked[number] = new_question()
+        self._channel.send(ASK, number, what, given)
+        return asked
 
     def _send_loss(self, *loss: str) -> None:
         with contextlib.suppress(OSError):  # the runner is gone

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import socket
 import threading
@@ -19,6 +20,7 @@ import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -27,11 +29,15 @@ import psutil
 from raystore.client.client import StoreClient
 from raystore.client.transport import run_blocking
 from raystore.errors import (
+    AttemptNotFoundError,
+    AttemptOverError,
+    ClaimLostError,
     InvalidValueError,
     OutcomeUnknownError,
     PayloadNotPicklableError,
     PayloadTooLargeError,
     ResourcesNotFoundError,
+    RolloutNotFoundError,
     StoreClosedError,
     StoreError,
     StoreUnavailableError,
@@ -39,19 +45,31 @@ from raystore.errors import (
 from raystore.errors.text import last_line, summary
 from raystore.log import a_minute, logger_of, once
 from raystore.runner.agents import Agent, Ending, lost_resources, pickled
-from raystore.runner.context import STOPPED, Context, Outbox, outside_rollouts
+from raystore.runner.context import (
+    SAVE,
+    STOPPED,
+    Context,
+    EndedError,
+    Outbox,
+    Version,
+    new_question,
+    outside_rollouts,
+)
 from raystore.runner.inline_agents import InlineAgents
 from raystore.runner.process_agents import ProcessAgents
 from raystore.spans import Span, is_traced
 from raystore.tracing.calls import Losses
 from raystore.types import Attempt, AttemptedRollout
 from raystore.values import pickler
+from raystore.wire.codec import Encoded
 
 logger: logging.Logger = logger_of("raystore.runner")
 
 EXPLAIN_SECONDS = 10.0  #: after which a pool that has not started logs what it waits for
 STOP_SECONDS = 5.0  #: that rollouts have to finish when their pool closes
 WITHDRAW_SECONDS = 1.0  #: that runners then have to give back unfinished rollouts, before they are killed
+PREEMPT_SECONDS = 1.0  #: between two questions whether the node goes away
+SAVE_SECONDS = 0.5  #: of these, that agents have to end, perhaps after they have saved once more
 CLAIM_SECONDS = 30.0  #: of one long poll, so that a runner whose pool is gone does not wait for ever
 CLAIM_PAUSE_SECONDS = 0.2  #: after a claim that failed
 MAX_UNREAD_PAUSE_SECONDS = 5.0  #: before the next claim where resources cannot be read
@@ -61,7 +79,7 @@ RESOURCES_IDLE_SECONDS = 1.0  #: that a version of resources stays cached after 
 
 T = TypeVar("T")
 Key = tuple[str, str]  # rollout id, attempt id
-Version = tuple[str, int]  # resources id, version
+VersionKey = tuple[str, int]  # resources id, version
 Report = Callable[[], Awaitable[object]]
 
 
@@ -76,6 +94,7 @@ class RunnerOptions:
     cancel_grace_seconds: float
     max_agent_seconds: float | None
     isolation: Literal["actor", "process"]
+    preempt: Callable[[], object] | bytes | None = None  # pickled, if it has travelled
 
 
 # -- for pools of runners ----------------------------------------------------------------------------------------------
@@ -127,6 +146,7 @@ class _Work:
     context: Context
     outbox: Outbox
     flush_wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    saving: asyncio.Lock = field(default_factory=asyncio.Lock)  # one state after the other
     sending: asyncio.Task[None] | None = None  # the last flush
     has_refused_batch: bool = False  # of spans, which are then sent again one by one
     refusal: Exception | None = None  # of a span that the agent made itself
@@ -160,6 +180,12 @@ class Runner:
         self._early_notices: OrderedDict[Key, str] = OrderedDict()
         self._resources = ResourceCache(store)
         self._unread_pause = 0.0  # grows while resources cannot be read here
+        self._node = NodeWatch(options.preempt, worker_id) if options.preempt is not None else None
+        self._is_resting = False  # because its node goes away
+        self._stays = asyncio.Event()  # set while it does not rest
+        self._interrupt: asyncio.TimerHandle | None = None  # of the agents that run then
+        self._has_saved = False  # a state of an agent
+        self._beat_at_once = False  # a heartbeat has something to tell
         self._stopping = threading.Event()
         self._heartbeat_wanted = threading.Event()
         self._claiming: set[asyncio.Task[Any]] = set()
@@ -179,6 +205,9 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         stop_listening = self._store.listen_for_notices(self._on_notice)
         threading.Thread(target=self._send_heartbeats, name=f"{self.worker_id}-heartbeat", daemon=True).start()
+        self._stays.set()
+        if self._node is not None:
+            threading.Thread(target=self._watch_node, name=f"{self.worker_id}-preempt", daemon=True).start()
         try:
             with outside_rollouts():
                 await asyncio.gather(*(self._slot() for _ in range(self._options.concurrency)))
@@ -199,11 +228,12 @@ class Runner:
         for claiming in list(self._claiming):
             claiming.cancel()
         if not drain:
+            grace = min(self._options.cancel_grace_seconds, SAVE_SECONDS)
             for work in list(self._running.values()):
                 if not work.context.cancelled:
                     work.context.cancel(STOPPED)
                     self._agents.cancel(work.context)
-                self._agents.abandon(work.context)
+                self._loop.call_later(grace, self._agents.abandon, work.context)
 
     # -- one slot ----------------------------------------------------------------------------------------------------
 
@@ -230,13 +260,15 @@ class Runner:
         """Claim the next rollout, and send the report of the previous one with it."""
         reporting = asyncio.create_task(_logging_errors(reports.pop())) if reports else None
         claimed: AttemptedRollout | None = None
-        if not self._stopping.is_set():
+        if not self._stopping.is_set() and not self._is_resting:
             claiming = await self._until_stopped(
                 self._store.dequeue_rollout(self.worker_id, timeout=CLAIM_SECONDS, queues=self._options.queues)
             )
             claimed = None if claiming.cancelled() else claiming.result()
         if reporting is not None:
             await reporting
+        if claimed is None and self._is_resting and not self._stopping.is_set():
+            await self._until_stopped(self._stays.wait())
         return claimed
 
     async def _until_stopped(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -254,7 +286,8 @@ class Runner:
         """Run the agent on one rollout; returns the report of its end."""
         try:
             rollout.input  # noqa: B018 - raises if the task cannot be decoded here
-            resources = await self._resources.acquire(rollout)
+            saved = await self._saved_of(rollout)
+            resources = await self._resources.acquire(rollout.resources_id, rollout.attempt.resources_version)
         except Exception as error:  # deleted resources, or a class that cannot be imported here
             logger.error(
                 "Runner %s cannot run rollout %s: %s", self.worker_id, rollout.rollout_id, error,
@@ -263,14 +296,35 @@ class Runner:
             await asyncio.sleep(CLAIM_PAUSE_SECONDS)  # another runner, which may be able to run it, claims it first
             key = (rollout.rollout_id, rollout.attempt.attempt_id)
             return functools.partial(self._finish_attempt, key, [], Ending("failed", "infra", summary(error)))
+        work = self._work_for(rollout, resources, saved)
+        del saved  # the agent may let go of it
         try:
-            return await self._run_with(rollout, resources)
+            return await self._run_work(work)
         finally:
-            self._resources.release(rollout)
+            self._resources.release(rollout.resources_id, work.context.resources_version)
 
-    async def _run_with(self, rollout: AttemptedRollout, resources: dict[str, Any]) -> Report:
+    async def _saved_of(self, rollout: AttemptedRollout) -> Any:
+        """The state that a rollout goes on from, if it does; encoded if only the agent's process needs to read it."""
+        if rollout.attempt.resumed_from is None:
+            return None
+        return await self._store.get_saved_state(
+            rollout.rollout_id, rollout.attempt.attempt_id, encoded=self._options.isolation == "process"
+        )
+
+    def _work_for(self, rollout: AttemptedRollout, resources: dict[str, Any], saved: Any) -> _Work:
         outbox = Outbox(self._losses, on_full=lambda: self._call_soon(rollout.rollout_id, work.flush_wanted.set))
-        work = _Work(Context(rollout, resources, self.worker_id, outbox.add, self._losses.add), outbox)
+        context = Context(
+            rollout, resources, self.worker_id, outbox.add, self._losses.add,
+            saved=saved, ask=lambda what, given: self._ask(work, what, given),
+        )  # fmt: skip
+        work = _Work(context, outbox)
+        return work
+
+    async def _run_work(self, work: _Work) -> Report:
+        rollout = work.rollout
+        if self._is_resting:  # it was claimed at the last moment
+            work.context.cancel(STOPPED)
+            return functools.partial(self._finish, work, Ending(None))
         if (kind := self._early_notices.pop(work.key, None)) is not None:
             work.context.cancel(kind)
             return functools.partial(self._finish, work, Ending(None))
@@ -319,6 +373,8 @@ class Runner:
     async def _finish(self, work: _Work, ending: Ending) -> None:
         """Send the last spans of a rollout, and report how it ended."""
         context = work.context
+        async with work.saving:  # what the agent asked for last, and did not wait for
+            pass
         # A span that the agent keeps refers to the outbox, which must not keep the context or this runner alive.
         spans = work.outbox.close(functools.partial(_on_late_span, weakref.ref(self), self._losses))
         if work.has_refused_batch and work.sending is not None:  # else the flush arrives first without being awaited
@@ -362,6 +418,122 @@ class Runner:
         await self._store.report_unread(*work.key, resources_id, version, error=error)
         self._unread_pause = min(max(2 * self._unread_pause, CLAIM_PAUSE_SECONDS), MAX_UNREAD_PAUSE_SECONDS)
         await self._until_stopped(asyncio.sleep(self._unread_pause))
+
+    # -- what an agent asks for ----------------------------------------------------------------------------------------
+
+    def _ask(self, work: _Work, what: str, given: Any) -> Future[Any]:
+        """Do what an agent asks for, on this runner's loop; called on any thread."""
+        asked = new_question()
+        answer: Callable[[_Work, Any], Awaitable[Any]] = self._save if what == SAVE else self._refresh
+        try:
+            self._loop.call_soon_threadsafe(
+                self._start_in_background, functools.partial(_answer, asked, answer, work, given)
+            )
+        except RuntimeError:  # the loop is closed
+            asked.set_exception(EndedError("the runner has ended"))
+        return asked
+
+    async def _save(self, work: _Work, state: Encoded | None) -> str | None:
+        """Keep a state of an agent, with the spans that ended before; returns why its work is no longer needed."""
+        async with work.saving:
+            if work.sending is not None and not work.sending.done():  # a span of that may be refused, and sent again
+                await asyncio.wait([work.sending])
+            spans = work.outbox.take()
+            try:
+                try:
+                    await self._store.save_state(*work.key, state, spans)
+                except Exception as error:
+                    self._raise_unless_refusal(error, spans)
+                    await self._send_of(work, spans)
+                    await self._store.save_state(*work.key, state)  # raises again if it is the state that was refused
+            except _OVER as error:
+                return _cancelled_by(work.context, error)
+        if not self._has_saved:
+            self._has_saved = True  # a runner that is killed from now on was of use
+            self._beat_soon()
+        if self._is_resting and not work.context.cancelled:  # the state is where the next attempt goes on from
+            work.context.cancel(STOPPED)
+            self._loop.call_later(self._options.cancel_grace_seconds, self._agents.abandon, work.context)
+            return STOPPED
+        return None if work.context.stopped else work.context.why
+
+    async def _refresh(self, work: _Work, nothing: None) -> Version | str | None:
+        """Switch an agent to the newest resources; returns these, or why its work is no longer needed."""
+        context = work.context
+        try:
+            newer = await self._store.refresh_attempt(*work.key)
+        except _OVER as error:
+            return _cancelled_by(context, error)
+        if newer is None:
+            return None
+        resources_id, number, policy_version = newer
+        resources = await self._resources.acquire(resources_id, number)
+        if self._running.get(work.key) is not work:  # the agent has ended meanwhile
+            self._resources.release(resources_id, number)
+            return None
+        before = context.resources_version
+        version = Version(number, policy_version, resources)
+        context.switch(version)
+        self._resources.release(resources_id, before)
+        return version
+
+    # -- a node that goes away -----------------------------------------------------------------------------------------
+
+    def _watch_node(self) -> None:
+        """Ask once a second whether the node goes away; on a thread of its own, since that may take its time."""
+        assert self._node is not None
+        with outside_rollouts():
+            while not self._stopping.is_set():
+                left = self._node.seconds_left()
+                try:
+                    self._loop.call_soon_threadsafe(self._rest, left)
+                except RuntimeError:  # the loop is closed
+                    return
+                self._stopping.wait(PREEMPT_SECONDS)
+
+    def _rest(self, left: float | None) -> None:
+        """Rest while the node goes away, after so many seconds (infinity: it is not known when); None: it stays.
+
+        A runner that rests claims nothing. Its agents are interrupted in their next `save`, or when half of the time
+        is over, and their rollouts are given back.
+        """
+        if left is None:
+            if self._is_resting:
+                self._is_resting = False
+                self._stays.set()
+                self._beat_soon()
+                logger.info("Runner %s claims again: its node stays", self.worker_id)
+            if self._interrupt is not None:
+                self._interrupt.cancel()
+                self._interrupt = None
+            return
+        if self._stopping.is_set():
+            return
+        logger.warning(
+            "Runner %s rests, as preempt= says that its node goes away%s: it claims nothing, and gives %d rollouts "
+            "back once they have saved. It goes on if preempt= says no.",
+            self.worker_id, "" if left == math.inf else f" in {left:.0f} s", len(self._running),
+            extra=a_minute("rests", self.worker_id),
+        )  # fmt: skip
+        at = self._loop.time() + (STOP_SECONDS if left == math.inf else left / 2)
+        if not self._is_resting:
+            self._is_resting = True
+            self._stays.clear()
+            self._beat_soon()
+            for claiming in list(self._claiming):
+                claiming.cancel()
+            self._interrupt = self._loop.call_at(at, self._interrupt_all)
+        elif self._interrupt is not None and at < self._interrupt.when():
+            self._interrupt.cancel()
+            self._interrupt = self._loop.call_at(at, self._interrupt_all)
+
+    def _interrupt_all(self) -> None:
+        """Cancel the agents that have not saved meanwhile; they may do so once more."""
+        for work in list(self._running.values()):
+            if not work.context.cancelled:
+                work.context.cancel(STOPPED)
+                self._agents.cancel(work.context)
+                self._loop.call_later(self._options.cancel_grace_seconds, self._agents.abandon, work.context)
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
@@ -474,6 +646,11 @@ class Runner:
         await self._send(work.rollout.rollout_id, work.outbox.take())
         await self._finish_attempt(work.key, [], Ending("timeout", "timeout", error))
 
+    def _beat_soon(self) -> None:
+        """Send a heartbeat at once."""
+        self._beat_at_once = True
+        self._heartbeat_wanted.set()
+
     def _send_heartbeats(self) -> None:
         process = psutil.Process()
         last = float("-inf")  # the first heartbeat at once: it carries the pid of this process
@@ -481,6 +658,8 @@ class Runner:
             while not self._stopping.is_set():
                 self._heartbeat_wanted.clear()
                 left = last + self._heartbeat_interval() - time.monotonic()
+                if self._beat_at_once:
+                    self._beat_at_once, left = False, 0.0
                 if left > 0 and self._heartbeat_wanted.wait(left):
                     continue  # the runner stops, or a rollout has started that may need a shorter interval
                 last = time.monotonic()
@@ -506,6 +685,8 @@ class Runner:
             "running": len(running),
             "places": [_place_of(work) for work in list(self._running.values())],
             "rss_bytes": process.memory_info().rss,
+            "resting": self._is_resting,
+            "has_saved": self._has_saved,
         }
         self._store.sync.update_worker(self.worker_id, stats)
         run_blocking(self._report_losses())
@@ -556,6 +737,29 @@ def _ending_of_refusal(refusal: Exception) -> Ending:
     return Ending("failed", "agent_error", f"a span of the agent was refused: {type(refusal).__name__}: {refusal}")
 
 
+#: What the store says of an attempt that nobody needs any more.
+_OVER = (AttemptOverError, AttemptNotFoundError, RolloutNotFoundError, ClaimLostError)
+
+
+def _cancelled_by(context: Context, error: Exception) -> str | None:
+    """Why the work of an attempt is no longer needed, of which the store has said that it is over."""
+    if not context.cancelled:  # its notice is still on the way
+        outcome = error.outcome if isinstance(error, AttemptOverError) else ""
+        context.cancel(outcome if outcome in ("cancelled", "timeout") else "superseded")
+    return context.why
+
+
+async def _answer(asked: Future[Any], answer: Callable[[_Work, Any], Awaitable[Any]], work: _Work, given: Any) -> None:
+    """Answer what an agent asked for; an error is the agent's."""
+    try:
+        asked.set_result(await answer(work, given))
+    except Exception as error:
+        asked.set_exception(error)
+    except BaseException:  # the runner's loop ends
+        asked.set_exception(EndedError("the runner has ended"))
+        raise
+
+
 async def _logging_errors(report: Report) -> None:
     """Send a report and log its error, which must not stop the next rollout."""
     try:
@@ -564,6 +768,36 @@ async def _logging_errors(report: Report) -> None:
         logger.warning("A report came too late and was refused: %s", error, extra=a_minute("report too late"))
     except Exception:
         logger.exception("A rollout could not be reported", extra=a_minute("not reported"))
+
+
+# -- its node ----------------------------------------------------------------------------------------------------------
+
+
+class NodeWatch:
+    """Asks a function of the user's whether this node goes away."""
+
+    def __init__(self, preempt: Callable[[], object] | bytes, worker_id: str) -> None:
+        self._preempt: Callable[[], object] = pickler.loads_agent(preempt) if isinstance(preempt, bytes) else preempt
+        self._worker_id = worker_id
+
+    def seconds_left(self) -> float | None:
+        """For how long the node is there, infinity if that is not known; None if it stays, or nobody can say."""
+        try:
+            said: Any = self._preempt()
+            if said is None or said is False:
+                return None
+            if said is True:
+                return math.inf
+            if isinstance(said, str) or math.isnan(seconds := float(said)):
+                raise TypeError(f"it returned {said!r}")
+            return max(seconds, 0.0)
+        except Exception as error:
+            logger.error(
+                "preempt= of runner %s cannot be asked whether the node goes away, which counts as no: %s. It is to "
+                "return None or False, True, or the seconds that are left.",
+                self._worker_id, summary(error), extra=a_minute("preempt", self._worker_id),
+            )  # fmt: skip
+            return None
 
 
 # -- its resources -----------------------------------------------------------------------------------------------------
@@ -587,14 +821,13 @@ class ResourceCache:
 
     def __init__(self, store: StoreClient) -> None:
         self._store = store
-        self._cached: dict[Version, _CachedVersion] = {}
+        self._cached: dict[VersionKey, _CachedVersion] = {}
 
     def __len__(self) -> int:
         return len(self._cached)
 
-    async def acquire(self, rollout: AttemptedRollout) -> dict[str, Any]:
-        """The resources by name of the version that was newest at the claim, until they are released."""
-        resources_id, version = rollout.resources_id, rollout.attempt.resources_version
+    async def acquire(self, resources_id: str | None, version: int | None) -> dict[str, Any]:
+        """The resources by name of a version, until they are released."""
         if resources_id is None:
             return {}
         if version is None:
@@ -613,9 +846,8 @@ class ResourceCache:
                 del self._cached[other]
         return cached.resources
 
-    def release(self, rollout: AttemptedRollout) -> None:
-        """Note that the agent of a rollout no longer uses its resources."""
-        resources_id, version = rollout.resources_id, rollout.attempt.resources_version
+    def release(self, resources_id: str | None, version: int | None) -> None:
+        """Note that an agent no longer uses a version."""
         if resources_id is None or version is None:
             return
         key = (resources_id, version)
@@ -628,7 +860,7 @@ class ResourceCache:
         else:
             asyncio.get_running_loop().call_later(RESOURCES_IDLE_SECONDS, self._drop_idle, key, cached.uses)
 
-    def _drop_idle(self, key: Version, uses: int) -> None:
+    def _drop_idle(self, key: VersionKey, uses: int) -> None:
         cached = self._cached.get(key)
         if cached is not None and not cached.users and cached.uses == uses:  # not used since
             del self._cached[key]

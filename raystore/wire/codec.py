@@ -99,6 +99,16 @@ _unpackb = functools.partial(msgpack.unpackb, strict_map_key=False, ext_hook=_re
 _EMPTY = _packb(PLAIN, {})
 
 
+STATE = "state"  #: the name, in errors, of what an agent saves
+
+
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
+class Encoded:
+    """A value that is encoded already, and is passed on as it is: whoever passes it on need not have its classes."""
+
+    payload: Opaque
+
+
 def encode(value: Any, what: str, limit_bytes: int) -> bytes | Payload:
     """A value as a payload: bytes, or a `Payload` if it is large (to travel without a copy) or holds references.
 

@@ -14,10 +14,10 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 
-from raystore.core.payload import Opaque
+from raystore.core.payload import Opaque, size_of
 from raystore.core.records import Record
 from raystore.core.schema import ID_LENGTH, MAX_PRIORITY, MAX_SPAN_NUMBER
-from raystore.errors import InvalidValueError
+from raystore.errors import InvalidValueError, PayloadTooLargeError
 from raystore.spans import reward_of
 from raystore.types import (
     LLM,
@@ -47,7 +47,7 @@ from raystore.values.models import EXTRA, Undecoded, decode_all
 from raystore.values.objects import Kept, Origin, Source
 from raystore.values.plain import LEAVES, plainest
 from raystore.wire import checks
-from raystore.wire.codec import decode, decode_each, digest, encode, encode_each, is_pickled
+from raystore.wire.codec import STATE, Encoded, decode, decode_each, digest, encode, encode_each, is_pickled
 from raystore.wire.frames import collector_paused
 
 M = TypeVar("M", bound=BaseModel)
@@ -70,11 +70,22 @@ class Encoder:
         self._value_bytes = limits["value_bytes"]
         self._span_bytes = limits["span_bytes"]
         self.call_bytes: int = limits["call_bytes"]
+        self._state_bytes = limits["state_bytes"]
         self._estimator = estimator
 
     def value(self, what: str, value: Any) -> Opaque:
         """A user's value as an opaque payload."""
         return encode(value, what, self._value_bytes)
+
+    def state(self, state: Any) -> Opaque:
+        """A state that an agent saves; None means that there is none. One that is encoded already is only measured."""
+        if state is None:
+            return None
+        if not isinstance(state, Encoded):
+            return encode(state, STATE, self._state_bytes)
+        if (size := size_of(state.payload)) > self._state_bytes:
+            raise PayloadTooLargeError(STATE, size, self._state_bytes)
+        return state.payload
 
     def task(self, task: Any) -> Opaque:
         """A rollout's input as a payload; a request, a rollout, or a list of them was meant as something else."""
@@ -396,9 +407,15 @@ to_attempted_rollout: Callable[[Sequence[Any]], AttemptedRollout] = cast("Any", 
 
 
 def to_attempt(answer: Row) -> Attempt:
-    values = dict(zip(_ATTEMPT, answer.row() if isinstance(answer, Record) else answer, strict=True))
+    values = dict(zip(_ATTEMPT, answer.row() if isinstance(answer, Record) else answer, strict=False))
+    values.setdefault("resumed_from", None)  # which only rows of those have that went on
     undecoded = None if values["metadata"] is None else _decode_fields(values, ("metadata",), "attempt")
     return build(Attempt, values, None, undecoded)
+
+
+def to_state(payload: Opaque, rollout_id: str) -> Any:
+    """What an agent saved. Raises `PayloadNotReadableError` if it cannot be decoded here."""
+    return Undecoded(f"saved state of rollout {rollout_id}", partial(_field, STATE), payload).decode()[STATE]
 
 
 def group_values(answer: Row) -> tuple[dict[str, Any], dict[str, Undecoded] | None]:

@@ -11,7 +11,7 @@ import pytest
 
 from raystore.core.gates import Limit
 from raystore.core.group_table import GroupEntry
-from raystore.core.payload import OnDisk
+from raystore.core.payload import OnDisk, Payload
 from raystore.core.records import Attempt, Config, Group, RetryRule, Rollout, Span, declared, packed, unpacked
 from raystore.core.snapshot import digest
 from raystore.core.state import (
@@ -21,6 +21,7 @@ from raystore.core.state import (
     Consumer,
     Entry,
     ReplyCache,
+    Saved,
     Session,
     Settings,
     State,
@@ -46,6 +47,7 @@ SAMPLES: dict[Any, dict[str, Any]] = {
         "sequence_id": 7, "start_time": 5.0, "end_time": 6.0, "status": "failed", "worker_id": "w",
         "last_heartbeat_time": 7.0, "metadata": b"\x01\x80", "outcome": "infra", "error": "why",
         "resources_version": 2, "policy_version": 3, "reward": 0.5, "attempt_id": "at-other",
+        "resumed_from": "at-before",
     },
     Span: {
         "attempt_id": "at-other", "sequence_id": 9, "span_id": "other", "trace_id": "other", "parent_id": "p",
@@ -59,6 +61,7 @@ SAMPLES: dict[Any, dict[str, Any]] = {
         "former": "requeuing", "suspect": True, "deliveries": 2, "blames": 1, "losses": 3, "withdrawals": 1,
         "forgiven": 1,
         "holders": {"at-gone": "s"}, "taken": MappingProxyType({"t": Taken(3)}),
+        "saved": Saved("at", 7, 0.5, Payload(b"\x01state", ())), "marks": {"at": 7}, "refreshed": 3,
     },
     Limit: {"max_running": 4, "per_minute": 9, "running": 2, "claims": deque([5.0, 6.0])},
     Taken: {"batch": 9, "step": 2, "note": "n", "is_durable": True},
@@ -164,6 +167,8 @@ def plain(value: Any) -> Any:
     """For comparing: records as rows, clocks and the like as their fields, tuples as lists."""
     if isinstance(value, OnDisk):
         return value.size
+    if isinstance(value, Payload):
+        return value.data
     if hasattr(value, "row"):
         return [plain(item) for item in value.row()]
     if isinstance(value, AttemptClock):

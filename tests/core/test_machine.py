@@ -17,7 +17,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from raystore.core.check import check
 from raystore.core.queues import Order
-from raystore.errors import BatchConflictError, BatchHeldError, RolloutSucceededError, SealedError
+from raystore.core.saved import spans_of
+from raystore.errors import AttemptOverError, BatchConflictError, BatchHeldError, RolloutSucceededError, SealedError
 from tests.core.conftest import Core
 
 ACTIVE = ("preparing", "running")
@@ -33,6 +34,16 @@ class ModelAttempt:
     beat: float | None = None
     superseded: bool = False
     cancelled: bool = False
+    spans: list[str] = field(default_factory=list)  # with those that it took over
+
+
+@dataclass
+class ModelSaved:
+    """What an attempt saved, and the spans that it had then."""
+
+    attempt_id: str
+    value: bytes
+    spans: list[str]
 
 
 @dataclass
@@ -51,6 +62,7 @@ class ModelRollout:
     until: float | None = None  # it backs off
     forgiven: int = 0
     requeued_from: str | None = None
+    saved: ModelSaved | None = None
 
     def counted(self) -> list[ModelAttempt]:
         return [attempt for attempt in self.attempts[self.forgiven :] if not attempt.cancelled]
@@ -120,6 +132,8 @@ class Model:
             self.completions.append(rollout.id)
         rollout.status = status
         rollout.until = None
+        if status in ("succeeded", "cancelled"):
+            rollout.saved = None
         for consumer in self.consumers.values():
             if rollout.id in consumer.awaiting:
                 consumer.awaiting.remove(rollout.id)
@@ -217,7 +231,8 @@ class Machine(RuleBasedStateMachine):
         return everything[number % len(everything)] if everything else None
 
     def _begin(self, rollout: ModelRollout, attempt_id: str) -> tuple[str, str]:
-        rollout.attempts.append(ModelAttempt(attempt_id, "preparing", self.core.now))
+        spans = list(rollout.saved.spans) if rollout.saved is not None else []
+        rollout.attempts.append(ModelAttempt(attempt_id, "preparing", self.core.now, spans=spans))
         rollout.former = rollout.status
         self.model.move(rollout, "preparing")
         return rollout.id, attempt_id
@@ -295,8 +310,40 @@ class Machine(RuleBasedStateMachine):
         if attempt is None:
             return
         self._catch_up()
-        row = [-1, f"s{self.core.seed}", "t", None, "n", None, None, None, b"\x01", -1]
+        row = self._span_of(attempt)
         self.core.run("add_spans", session=self.session, rollout_id=key[0], attempt_id=key[1], spans=[row])
+        self._lives(key, attempt)
+
+    def _span_of(self, attempt: ModelAttempt) -> list[Any]:
+        attempt.spans.append(f"s{self.core.seed}")
+        return [-1, attempt.spans[-1], "t", None, "n", None, None, None, b"\x01", -1]
+
+    @rule(key=attempts, value=st.sampled_from([None, b"\x01a", b"\x01bc"]), with_span=st.booleans())
+    def save(self, key: Any, value: Any, with_span: Any) -> None:
+        attempt = self._known(key)
+        if attempt is None:
+            return
+        self._catch_up()
+        rollout = self.model.rollouts[key[0]]
+        of_it: dict[str, Any] = {"rollout_id": key[0], "attempt_id": key[1]}
+        is_over = attempt.status in ("failed", "succeeded", "timeout") or rollout.status in FINISHED
+        if is_over or rollout.attempts[-1] is not attempt:
+            for verb, more in (("save", {"saved_state": value, "spans": []}), ("get_saved", {})):
+                with pytest.raises(AttemptOverError):
+                    self.core.run(verb, session=self.session, **of_it, **more)
+            return
+        spans = [self._span_of(attempt)] if with_span else []
+        self.core.run("save", session=self.session, **of_it, saved_state=value, spans=spans)
+        self._lives(key, attempt)
+        if value is not None:
+            rollout.saved = ModelSaved(attempt.id, value, list(attempt.spans))
+        elif rollout.saved is not None or self.core.state.entries[key[0]].marks:
+            rollout.saved = None
+            own = {span.span_id for span in self.core.state.spans.of(*key)}
+            attempt.spans = [span for span in attempt.spans if span in own]
+        assert self.core.run("get_saved", session=self.session, **of_it) == (rollout.saved and rollout.saved.value)
+
+    def _lives(self, key: tuple[str, str], attempt: ModelAttempt) -> None:
         attempt.beat = self.core.now
         if attempt.status in ("preparing", "unresponsive"):
             attempt.status = "running"
@@ -478,6 +525,12 @@ class Machine(RuleBasedStateMachine):
         for rollout in self.model.rollouts.values():
             shown = [(a.attempt_id, a.status) for a in entries[rollout.id].attempts]
             assert shown == [(a.id, a.status) for a in rollout.attempts]
+            entry = entries[rollout.id]
+            for attempt in rollout.attempts:
+                spans = spans_of(self.core.state, entry, attempt.id)
+                assert [span.span_id for span in spans] == attempt.spans
+                assert {span.attempt_id for span in spans} <= {attempt.id}
+            assert (entry.saved and entry.saved.attempt_id) == (rollout.saved and rollout.saved.attempt_id)
         queue = self.core.state.queues
         assert sorted(queue, key=self._order) == self.model.queue()
         backing_off = {r.id: r.until for r in self.model.rollouts.values() if r.until is not None}

@@ -264,6 +264,12 @@ ARGUMENTS: dict[str, Callable[[History, random.Random], dict[str, Any]]] = {
     "finish": lambda h, rng: {
         **h.attempt(), "spans": [h.span() for _ in range(rng.randint(0, 2))], "changes": h.end_of_attempt(),
     },
+    "save": lambda h, rng: {
+        **h.attempt(), "saved_state": rng.choice([None, *(encode("x" * n, "s", 10**6) for n in (1, 9, 40_000))]),
+        "spans": [h.span() for _ in range(rng.randint(0, 2))],
+    },
+    "get_saved": lambda h, rng: h.attempt(),
+    "refresh": lambda h, rng: h.attempt(),
     "next_numbers": lambda h, rng: {"rollout_ids": [h.rollout(), rng.choice(["mine-3", "ro-none"])]},
     "query_spans": lambda h, rng: {
         "rollout_id": h.rollout(), "attempt_id": rng.choice([None, "latest"]), "equal": {}, "containing": {},
@@ -412,6 +418,7 @@ OFTEN = [
     "dequeue",
     "dequeue",
     "add_spans",
+    "save",
     "finish",
     "finish",
     "update_attempt",

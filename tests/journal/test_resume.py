@@ -49,7 +49,7 @@ def assert_same(live: Any, path: Any) -> None:
 
 KINDS = [
     "enqueue", "group", "bulk", "dequeue", "dequeue", "park", "start", "span", "span", "finish", "fail", "number",
-    "cancel", "tick", "resources", "update", "release", "delete", "worker",
+    "cancel", "tick", "resources", "update", "release", "delete", "worker", "save", "save",
 ]  # fmt: skip
 
 
@@ -81,6 +81,9 @@ async def some_work(store: Any, lots: Random, count: int = 60) -> None:
                 ids = (running.rollout_id, running.attempt.attempt_id)
                 await asyncio.gather(*(store.add_span(make_span(running, i)) for i in range(1, 4)))
                 await store.get_next_span_sequence_id(*ids)
+            elif kind == "save" and running:
+                state = lots.choice([None, number, "x" * 50_000])
+                await store.save_state(running.rollout_id, running.attempt.attempt_id, state, [make_span(running, 0)])
             elif kind in ("finish", "fail") and running:
                 status = "succeeded" if kind == "finish" else "failed"
                 await store.update_attempt(running.rollout_id, running.attempt.attempt_id, status=status)

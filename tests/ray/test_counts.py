@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import msgpack
+import pytest
 import ray
 
 import raystore as rs
 from raystore.core.spans import SPAN_OVERHEAD_BYTES
+from raystore.remote.session import ClientSession
 from raystore.types import EnqueueRolloutRequest, Span
 from raystore.wire import frames
 from tests.conftest import MakeMemoryStore, MakeRayStore
-from tests.helpers import until
+from tests.helpers import make_span, until
 from tests.support import shapes
 
 
@@ -85,3 +88,37 @@ async def test_a_process_parks_one_call(make_ray_store: MakeRayStore) -> None:
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_state_costs_its_bytes_once_each_way(
+    make_ray_store: MakeRayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent when it is saved, and read by the one attempt that goes on from it; claims do not carry it."""
+    size, count = 1024 * 1024, 5
+    store = make_ray_store()
+    travelled = 0
+    ask, unpack = ClientSession._ask, frames.unpack_answer
+
+    def counted_ask(session: Any, method: str, then: Any, *parts: Any, **more: Any) -> Any:
+        nonlocal travelled
+        travelled += sum(len(part) for part in parts if isinstance(part, bytes))
+        return ask(session, method, then, *parts, **more)
+
+    def counted_answer(answer: Any) -> Any:
+        nonlocal travelled
+        travelled += len(answer if isinstance(answer, bytes) else answer[0])
+        return unpack(answer)
+
+    monkeypatch.setattr(ClientSession, "_ask", counted_ask)
+    monkeypatch.setattr(frames, "unpack_answer", counted_answer)
+    await store.enqueue_rollout("long")
+    for number in range(count):
+        rollout = await store.dequeue_rollout("w")
+        assert rollout is not None
+        ids = rollout.rollout_id, rollout.attempt.attempt_id
+        if number:
+            assert len(await store.get_saved_state(*ids)) == size
+        await store.save_state(*ids, os.urandom(size), [make_span(rollout, 0)])
+        await store.finish_attempt(*ids, [], "unresponsive", outcome="withdrawn")
+    assert travelled <= 2 * count * size  # the last one was saved, and not gone on from
+    assert travelled - (2 * count - 1) * size <= 20_000  # whatever else was said

@@ -80,6 +80,25 @@ async def test_a_trainer_rides_through_the_death_of_the_store(make_durable: Call
     assert [r.rollout_id for r in (await store.take(1, consumer="t")).rollouts] == [later.rollout_id]
 
 
+async def test_what_was_saved_is_there_after_the_death_of_the_store(make_durable: Callable[..., Any]) -> None:
+    """The store is killed as soon as `save_state` has returned, over and over; the newest state and its spans stay."""
+    store = make_durable()
+    await store.enqueue_rollout("long")
+    running = await store.dequeue_rollout("w")
+    ids = running.rollout_id, running.attempt.attempt_id
+    for turn in range(4):
+        size = 10 if turn % 2 else 300_000
+        await store.save_state(*ids, [turn, "x" * size], [make_span(running, 0, name=f"turn {turn}")])
+        await kill(store)
+    await store.finish_attempt(*ids, [], "unresponsive", outcome="withdrawn")
+    following = await store.dequeue_rollout("w")
+    assert following.attempt.resumed_from == running.attempt.attempt_id
+    state = await store.get_saved_state(running.rollout_id, following.attempt.attempt_id)
+    assert state == [3, "x" * 10]
+    spans = await store.query_spans(running.rollout_id, "latest")
+    assert [span.name for span in spans] == [f"turn {turn}" for turn in range(4)]
+
+
 async def _waiters(store: Any, count: int) -> Any:
     return (await store.statistics())["waiters"] == count
 

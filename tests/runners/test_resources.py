@@ -56,6 +56,10 @@ async def test_superseded_weights_leave_the_object_store(make_ray_store: MakeRay
         await until(only_the_newest)
 
 
+def version_of(rollout: rs.AttemptedRollout) -> tuple[str | None, int | None]:
+    return rollout.resources_id, rollout.attempt.resources_version
+
+
 async def test_a_version_stays_in_the_cache_as_long_as_it_is_used(
     make_memory_store: MakeMemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,14 +71,14 @@ async def test_a_version_stays_in_the_cache_as_long_as_it_is_used(
     await store.update_resources("w", {"p": PromptTemplate(template="2", engine="f-string")})
     third = await claim(store)
     cached = ResourceCache(store)
-    taken = [await cached.acquire(rollout) for rollout in (first, second, third)]
+    taken = [await cached.acquire(*version_of(rollout)) for rollout in (first, second, third)]
     assert [resources["p"].template for resources in taken] == ["1", "1", "2"]
     assert taken[0] is taken[1] and len(cached) == 2
-    cached.release(first)
+    cached.release(*version_of(first))
     assert len(cached) == 2
-    cached.release(second)
+    cached.release(*version_of(second))
     assert len(cached) == 1
-    cached.release(third)
+    cached.release(*version_of(third))
     assert len(cached) == 1
 
     async def is_empty() -> bool:

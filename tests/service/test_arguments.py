@@ -142,6 +142,10 @@ RIGHT: dict[str, dict[str, Any]] = {
     },
     "feed_items": {"feed": "f", "group_ids": ["f/0/0"]},
     "feed_status": {"feed": "f"},
+    "selection": {"consumer": "c", "since": 1.0},
+    "save": {"rollout_id": "r0", "attempt_id": "ATTEMPT", "saved_state": b"\x01\xc0", "spans": []},
+    "get_saved": {"rollout_id": "r0", "attempt_id": "ATTEMPT"},
+    "refresh": {"rollout_id": "r0", "attempt_id": "ATTEMPT"},
     "resume_feed": {"feed": "f"},
     "close_feed": _PUMPED,
     "put_resources": {

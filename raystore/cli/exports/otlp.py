@@ -46,7 +46,7 @@ def requests(found: Iterable[Whole], *, is_openinference: bool = False) -> Itera
     scopes: dict[str, Any] = {}
     for one in found:
         for attempt in one.attempts:
-            for span in one.spans.get(attempt.attempt_id, ()):
+            for span in one.recorded.get(attempt.attempt_id, ()):
                 message = span_message(span, one, attempt, is_openinference=is_openinference)
                 weight = message.ByteSize()
                 if count and (size + weight > REQUEST_BYTES or count == REQUEST_SPANS):

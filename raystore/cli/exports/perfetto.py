@@ -45,7 +45,7 @@ class Lanes:
             yield from self._of_attempt(one, attempt)
 
     def _of_attempt(self, one: Whole, attempt: Any) -> Iterator[dict[str, Any]]:
-        spans = one.spans.get(attempt.attempt_id, [])
+        spans = one.recorded.get(attempt.attempt_id, [])
         slices, instants = [_slice_of_attempt(one, attempt)], []
         for span in spans:
             if span.start_time is None or span.end_time is None:

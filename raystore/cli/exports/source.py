@@ -35,7 +35,8 @@ class Whole:
     Attributes:
         rollout: its record.
         attempts: all of its attempts, in their order.
-        spans: of each attempt, by its id.
+        spans: of each attempt, by its id; with those that it has taken over from an attempt before it.
+        recorded: what each attempt itself has recorded, by its id: each span once.
         is_partial: whether spans were evicted, so that some are missing.
     """
 
@@ -43,6 +44,7 @@ class Whole:
     attempts: list[Any]
     spans: dict[str, list[Span]]
     is_partial: bool = False
+    recorded: dict[str, list[Span]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +137,15 @@ async def whole(store: Any, rollouts: Sequence[Any]) -> AsyncIterator[Whole]:
         spans = await _spans_of(store, [rollout.rollout_id for rollout in some], latest=False)
         for rollout, made in zip(some, attempts, strict=True):
             found, is_partial = spans.pop(rollout.rollout_id)
-            by_attempt: dict[str, list[Span]] = {}
+            recorded: dict[str, list[Span]] = {}
             for span in found:
-                by_attempt.setdefault(span.attempt_id, []).append(span)
-            yield Whole(rollout, made, by_attempt, is_partial)
+                recorded.setdefault(span.attempt_id, []).append(span)
+            counted = dict(recorded)
+            for attempt in made:
+                if attempt.resumed_from is not None:
+                    page = await store.query_spans(rollout.rollout_id, attempt.attempt_id, allow_partial=True)
+                    counted[attempt.attempt_id] = list(page)
+            yield Whole(rollout, made, counted, is_partial, recorded)
 
 
 async def _attempts_of(store: Any, rollout: Any) -> list[Any]:

@@ -46,6 +46,7 @@ FINISHED_LAST = 64  #: rollouts whose durations are looked at
 COMPARED = 200  #: names of queues that are served, to which that of another one is compared
 FEW = 3  #: durations, of which no median is taken
 QUIET_SECONDS = 5.0  #: without a sign of life, from which on that is told: a runner gives one within a second
+RESTING_SECONDS = 60.0  #: for which a runner that has said that it rests is believed to live
 SLOW = 1.5  #: times the median, from which on it is named,
 SHORT_SECONDS = 0.01  #: unless the median is below
 
@@ -152,6 +153,9 @@ class Work:
             said = f"claimed {lasting(seconds)} ago" + (
                 ", without a sign of life since" if seconds > QUIET_SECONDS else ""
             )
+        if attempt.resumed_from is not None:
+            evidence["resumed_from"] = attempt.resumed_from
+            said += f", having gone on from what attempt {attempt.resumed_from} saved"
         if usual is not None and usual >= SHORT_SECONDS and seconds > SLOW * usual:
             ratio = seconds / usual
             said += f", {ratio:,.{0 if ratio >= 10 else 1}f} times the median of {lasting(usual)}"
@@ -273,6 +277,13 @@ class Work:
                 "since a claim was not acknowledged"
             )
             return found("runners_silent", text, processes=known.suspended, **evidence)
+        resting = self._resting()
+        if oldest is None and resting:
+            text = (
+                f"{waiting}, and nothing runs: {counted(resting, 'runner rests', 'runners rest')}, since preempt= says "
+                "that their nodes go away"
+            )
+            return found("runners_rest", text, runners=resting, **evidence)
         if oldest is None:
             served = len(known.pools.servers.get(queue, ())) if known.pools is not None else 0
             by = f"; {counted(served, 'process serves', 'processes serve')} it" if served else ""
@@ -284,6 +295,18 @@ class Work:
             f"of them {entry.rollout.rollout_id}, {said}"
         )
         return found("runners_busy", text, **evidence, **more)
+
+    def _resting(self) -> int:
+        """How many of the runners that were heard of last rest, as far as they have said so lately."""
+        workers, resting = self.state.workers, 0
+        for worker_id in islice(reversed(self.state.idle_workers), PLACES):
+            worker = workers[worker_id]
+            stats = plain_of(worker.heartbeat_stats)
+            is_known = worker.last_heartbeat_time is not None and (
+                self.known.now - worker.last_heartbeat_time < RESTING_SECONDS
+            )
+            resting += is_known and isinstance(stats, dict) and stats.get("resting") is True
+        return resting
 
     def suspect(self, rollout_id: str) -> Finding:
         """That a suspect waits for an idle runner."""
