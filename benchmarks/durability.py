@@ -19,7 +19,7 @@ from benchmarks.journals import write_snapshot
 from benchmarks.lifecycles import LIFECYCLE, lifecycle_rate
 from benchmarks.scope import Scope
 from benchmarks.table import Line, alternate, at_least, at_most, bound, compare
-from raystore.options import Durability
+from raystore.types.options import Durability
 from tests.support import shapes
 
 LEVELS: tuple[Durability, ...] = ("power", "process", "none")
@@ -94,7 +94,7 @@ async def single(scope: Scope) -> list[Line]:
 _OPEN = """
 import gc, sys, time
 gc.disable()
-from raystore.options import StoreConfig, resolve
+from raystore.types.options import StoreConfig, resolve
 from raystore.journal.opening import open_journal
 config = StoreConfig(journal=sys.argv[1])
 started = time.perf_counter()

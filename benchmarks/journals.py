@@ -15,7 +15,7 @@ from raystore.core.state import Step
 from raystore.journal import format
 from raystore.journal.files import SNAPSHOT, Directory, JournalPosition
 from raystore.journal.replay import Replay
-from raystore.options import StoreConfig, resolve
+from raystore.types.options import StoreConfig, resolve
 from raystore.wire.codec import encode
 
 CAPACITY = 2**34

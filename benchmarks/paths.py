@@ -16,7 +16,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import raystore as rs
-from raystore.options import StoreConfig
+from raystore.types.options import StoreConfig
 from tests.service.near import NearStore
 
 PACKAGE = str(Path(rs.__file__).parent)

@@ -25,16 +25,16 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.client.evaluation import BlockingEvaluation as BlockingEvaluation, Evaluation as Evaluation
     from raystore.client.feed import BatchShard as BatchShard, Feed as Feed, FeedBatch as FeedBatch
     from raystore.errors import *  # noqa: F403
-    from raystore.evaluations import *  # noqa: F403
-    from raystore.feeds import *  # noqa: F403
-    from raystore.log import setup_logging as setup_logging
-    from raystore.options import StoreOptions as StoreOptions
+    from raystore.types.evaluations import *  # noqa: F403
+    from raystore.types.feeds import *  # noqa: F403
+    from raystore.reports.log import setup_logging as setup_logging
+    from raystore.types.options import StoreOptions as StoreOptions
     from raystore.remote.store import start as start, connect as connect, list_stores as list_stores, stop as stop
     from raystore.remote.store import RayLightningStore as RayLightningStore
     from raystore.reports.selection import *  # noqa: F403
     from raystore.runner import otel as otel
     from raystore.runner import RunnerPool as RunnerPool, Context as Context, current as current, run_one as run_one
-    from raystore.spans import (
+    from raystore.types.spans import (
         Span as Span, SpanContext as SpanContext, SpanCoreFields as SpanCoreFields, TraceStatus as TraceStatus,
         StatusCode as StatusCode, Event as Event, Link as Link, OtelResource as OtelResource,
         AttributeValue as AttributeValue, find_final_reward as find_final_reward,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for type checkers
     from raystore.tracing.trajectories import collate as collate
     from raystore.tracing.trajectories import trajectories as trajectories
     from raystore.tracing.trajectories import triplets as triplets
-    from raystore.types import *  # noqa: F403
+    from raystore.types.contract import *  # noqa: F403
 
 #: The module of each name that is imported on first use.
 _NAMES = {
@@ -57,19 +57,19 @@ _NAMES = {
     "raystore.client.local": "InMemoryLightningStore RecoveredRun recover",
     "raystore.client.evaluation": "BlockingEvaluation Evaluation",
     "raystore.client.feed": "Feed FeedBatch BatchShard",
-    "raystore.evaluations": "EvaluationResult EvaluationScore",
-    "raystore.feeds": """
+    "raystore.types.evaluations": "EvaluationResult EvaluationScore",
+    "raystore.types.feeds": """
         BatchManifest FailureBudget FailureReward FeedGroup FeedStatus GroupManifest Keep Lag Sampler StreamStatus keep
         reward
     """,
-    "raystore.log": "setup_logging",
-    "raystore.options": "StoreOptions",
+    "raystore.reports.log": "setup_logging",
+    "raystore.types.options": "StoreOptions",
     "raystore.remote.store": "RayLightningStore start connect list_stores stop",
     "raystore.reports.selection": "SelectionReport EndingReport ValueReport Comparison NumberSummary",
     "raystore.runner": "RunnerPool Context current run_one",
     "raystore.tracing.calls": "ModelCall model_calls",
     "raystore.tracing.trajectories": "Triplet triplets Trajectory Split trajectories collate",
-    "raystore.types": """
+    "raystore.types.contract": """
         Rollout Attempt AttemptedRollout RolloutConfig EnqueueRolloutRequest Worker Page Change StoreInfo
         RetryRule RetryOutcome
         Batch LedgerEntry EnqueueGroupRequest Group TakenGroup GroupBatch GroupStatus QueuePause QueueLimit Finding
@@ -79,7 +79,7 @@ _NAMES = {
         StoreMetrics MetricsTotal MetricsBucket Distribution RewardSummary VersionRewards
         RolloutStatus AttemptStatus RolloutMode WorkerStatus Outcome TaskInput TagValue
     """,
-    "raystore.spans": """
+    "raystore.types.spans": """
         Span SpanContext SpanCoreFields TraceStatus StatusCode Event Link OtelResource AttributeValue
         find_final_reward estimate_model_size
     """,

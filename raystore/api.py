@@ -2,7 +2,7 @@
 
 Names and arguments are those of agent-lightning 0.3.0, with the keyword names of 0.2 as well; then come raystore's
 additions, whose defaults leave the behaviour of agent-lightning. `raystore.client.client` implements the contract over
-a transport; `raystore._sync` has its blocking twins and is generated from this file.
+a transport; `raystore.client.sync` has its blocking twins and is generated from this file.
 
 Rules for every method:
 
@@ -33,11 +33,9 @@ from typing import Any, Literal
 from raystore.client.evaluation import Evaluation
 from raystore.client.feed import Feed
 from raystore.core.schema import LossReason
-from raystore.evaluations import EvaluationResult
-from raystore.feeds import FailureBudget, FailureReward, Sampler
 from raystore.reports.selection import SelectionReport
 from raystore.tracing.evidence import Evidence
-from raystore.types import (
+from raystore.types.contract import (
     UNSET,
     AnyRollout,
     Attempt,
@@ -76,6 +74,8 @@ from raystore.types import (
     Worker,
     WorkerStatus,
 )
+from raystore.types.evaluations import EvaluationResult
+from raystore.types.feeds import FailureBudget, FailureReward, Sampler
 from raystore.wire.evaluations import Overtaken
 from raystore.wire.feeds import Changed, Chooser, Late, Order
 

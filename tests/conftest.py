@@ -18,7 +18,7 @@ os.environ["RAY_ADDRESS"] = "local"  # a cluster that someone else runs here is 
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import raystore as rs
-from raystore import log
+from raystore.reports import log
 from tests.helpers import AnyStore
 
 # A shell that runs tests in the background has Ctrl+C ignored, and what tests start would inherit that.

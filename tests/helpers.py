@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 
 import raystore as rs
-from raystore.types import AttemptedRollout, RolloutConfig, Span
+from raystore.types.contract import AttemptedRollout, RolloutConfig, Span
 
 #: For tests of what is the same code on both stores: on Ray, where a runner takes a second to start, in the long form.
 mostly_in_memory = pytest.mark.parametrize(

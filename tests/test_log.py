@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore import log
+from raystore.reports import log
 from tests.conftest import MakeMemoryStore, MakeRayStore
 from tests.helpers import make_span, until
 from tests.terminals import Terminal
@@ -286,7 +286,7 @@ def test_a_line_that_a_garbage_collection_logs_stops_nothing() -> None:
     """Also in the midst of another one, and in the thread that tells the rest."""
     code = """
         import gc, logging, sys
-        from raystore import log
+        from raystore.reports import log
 
         logger = log.logger_of("raystore.tried")
         logging.getLogger("raystore").setLevel("CRITICAL")

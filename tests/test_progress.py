@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore import progress
 from raystore.client import claims, client
-from raystore.progress import Progress
+from raystore.reports import progress
+from raystore.reports.progress import Progress
 from tests.conftest import MakeMemoryStore, MakeRayStore
 from tests.terminals import run_on_terminal
 
@@ -74,7 +74,7 @@ async def test_workers_draw_nothing(make_ray_store: MakeRayStore, monkeypatch: p
     def agent(task: Any, ctx: rs.Context) -> float:
         import sys
 
-        from raystore.progress import can_draw
+        from raystore.reports.progress import can_draw
 
         class Terminal:
             def isatty(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import raystore as rs
-from raystore.types import LightningStoreStatistics
+from raystore.types.contract import LightningStoreStatistics
 from tests.conftest import MakeMemoryStore
 from tests.helpers import claim, present
 
@@ -101,7 +101,7 @@ def test_a_page_shows_itself_as_the_references(
     assert repr(rs.PaginatedResult(items=items, limit=limit, offset=offset, total=total)) == text
 
 
-@pytest.mark.parametrize("module", ["raystore.types", "raystore.spans"])
+@pytest.mark.parametrize("module", ["raystore.types.contract", "raystore.types.spans"])
 def test_checkers_see_the_public_names_of_a_module(module: str) -> None:
     """`import *`, from which checkers know the package, gives the names that the package gives."""
     assert sorted(import_module(module).__all__) == sorted(rs._NAMES[module].split())

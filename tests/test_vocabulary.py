@@ -15,10 +15,12 @@ import pytest
 from pydantic import ValidationError
 
 import raystore as rs
-from raystore import _sync, api, types
+from raystore import api
+from raystore.client import sync
 from raystore.client.client import StoreClient
 from raystore.core import records
 from raystore.core.payload import Payload
+from raystore.types import contract as types
 from raystore.wire import convert
 from raystore.wire.codec import decode, encode, is_pickled
 from tests.conftest import MakeMemoryStore
@@ -46,10 +48,10 @@ def test_span_record_carries_the_index_of_a_span() -> None:
 
 
 def test_sync_twin_is_generated_from_the_contract() -> None:
-    """`_sync.py` is what `python tools/generate_sync.py` writes."""
-    assert Path(_sync.__file__).read_text() == generate()
-    for name in vars(_sync.SyncStore).keys() & vars(api.LightningStore).keys():
-        ours, theirs = getattr(_sync.SyncStore, name), getattr(api.LightningStore, name)
+    """`client/sync.py` is what `python tools/generateclient/sync.py` writes."""
+    assert Path(sync.__file__).read_text() == generate()
+    for name in vars(sync.SyncStore).keys() & vars(api.LightningStore).keys():
+        ours, theirs = getattr(sync.SyncStore, name), getattr(api.LightningStore, name)
         assert name[0] == "_" or ours.__doc__ == theirs.__doc__, name
 
 

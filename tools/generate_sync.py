@@ -1,4 +1,4 @@
-"""Write `raystore/_sync.py`, the blocking twins of the contract's methods, from `raystore.api`.
+"""Write `raystore/client/sync.py`, the blocking twins of the contract's methods, from `raystore.api`.
 
 Run `python tools/generate_sync.py` after a change of the contract; a test generates the text and compares.
 """
@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raystore import api, types
+from raystore import api
 from raystore.api import LightningStore
+from raystore.types import contract as types
 from raystore.wire import evaluations
 
 WIDTH = 120  #: of lines
@@ -54,7 +55,7 @@ explain_methods(SyncStore, METHODS)
 
 
 def generate() -> str:
-    """The text of `_sync.py`."""
+    """The text of `client/sync.py`."""
     text = CLASS
     for name, method in vars(LightningStore).items():
         if name.startswith("_") or not inspect.isfunction(method):
@@ -73,7 +74,7 @@ def generate() -> str:
             home = evaluations.__name__
         homes.setdefault(home, []).append(name)
     others = [f"from {home} import {', '.join(names)}\n" for home, names in homes.items() if "raystore." in home]
-    imports = _fold("from raystore.types import (", sorted(known & vars(types).keys()), ")")
+    imports = _fold("from raystore.types.contract import (", sorted(known & vars(types).keys()), ")")
     return f"{HEADER}{''.join(others)}{imports}\n{text}{FOOTER}"
 
 
@@ -107,4 +108,4 @@ def _fold(start: str, items: list[str], end: str) -> str:
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent.parent / "raystore" / "_sync.py").write_text(generate())
+    (Path(__file__).parent.parent / "raystore" / "client" / "sync.py").write_text(generate())

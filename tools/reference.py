@@ -322,9 +322,8 @@ def default(value: ast.expr) -> str:
 def definition(name: str) -> str:
     """What a name of a type stands for, as it is written; empty if that is for machines."""
     for module in (
-        "raystore.types", "raystore.spans", "raystore.options", "raystore.wire.feeds", "raystore.wire.evaluations",
-        "raystore.tracing.evidence",
-        "raystore.client.pump",
+        "raystore.types.contract", "raystore.types.spans", "raystore.types.options", "raystore.wire.feeds",
+        "raystore.wire.evaluations", "raystore.tracing.evidence", "raystore.client.pump",
     ):  # fmt: skip
         for node in reversed(list(ast.walk(parsed(module)[1]))):  # the last: not that for type checkers only
             if not isinstance(node, ast.Assign) or ast.unparse(node.targets[0]) != name:

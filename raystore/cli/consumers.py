@@ -15,7 +15,7 @@ from raystore.cli.stores import CONSUMER_COLUMNS, consumer_row
 from raystore.cli.text import clean, figure, share
 from raystore.errors import SpansEvictedError
 from raystore.errors.text import meant, quoted
-from raystore.types import LedgerEntry
+from raystore.types.contract import LedgerEntry
 
 _STEPS = [
     Column("step"), Column("batches", 2, True), Column("rollouts", right=True), Column("mean reward", 1, True),

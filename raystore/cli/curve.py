@@ -21,8 +21,8 @@ from raystore.cli.endings import WrongUse
 from raystore.cli.reading import View, Word, attempt_of, reading
 from raystore.cli.text import counted, duration, figure, means, sparkline
 from raystore.core.lifecycle import FINISHED
-from raystore.evaluations import EvaluationScore, is_sample
 from raystore.reports.svg import Points, draw
+from raystore.types.evaluations import EvaluationScore, is_sample
 
 HEIGHT = 10  #: of a picture in the terminal, in rows
 BUCKETS = 40  #: of a curve over time

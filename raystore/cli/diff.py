@@ -27,7 +27,7 @@ from raystore.cli.show import calls_of, tokens_of
 from raystore.cli.text import clean, counted, duration, figure, last_line
 from raystore.core.lifecycle import FINISHED
 from raystore.errors import PayloadLostError
-from raystore.types import AnyRollout
+from raystore.types.contract import AnyRollout
 
 READ = 256  #: rollouts of a side of which the spans are read, for tokens and turns
 _COLUMNS = [

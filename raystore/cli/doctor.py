@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from raystore.api import LightningStore
 from raystore.core.findings import Kind, finding, lasting
 from raystore.errors import PayloadNotReadableError, RolloutNotFoundError, SpansEvictedError
-from raystore.evaluations import is_sample
-from raystore.spans import Span
 from raystore.tracing.calls import ModelCall, model_calls
 from raystore.tracing.evidence import lacking
-from raystore.types import AnyRollout, Attempt, Finding, Group, LightningStoreStatistics, Worker, is_finished
+from raystore.types.contract import AnyRollout, Attempt, Finding, Group, LightningStoreStatistics, Worker, is_finished
+from raystore.types.evaluations import is_sample
+from raystore.types.spans import Span
 from raystore.wire import checks
 
 PAGE = 200  #: rollouts that are read at once

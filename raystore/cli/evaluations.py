@@ -14,7 +14,7 @@ from raystore.cli.endings import WrongUse
 from raystore.cli.reading import COUNT, View, reading
 from raystore.cli.text import duration, figure, share
 from raystore.errors.text import meant
-from raystore.evaluations import EvaluationResult, EvaluationScore
+from raystore.types.evaluations import EvaluationResult, EvaluationScore
 
 _COLUMNS = [
     Column("evaluation"), Column("version", right=True), Column("status", 1), Column("items", 3, True),

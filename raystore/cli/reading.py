@@ -27,7 +27,7 @@ from raystore.cli.finding import NAMESPACE, Where, opened
 from raystore.cli.plainly import as_json
 from raystore.errors import CursorTooOldError
 from raystore.errors.text import meant
-from raystore.types import AnyRollout, Change
+from raystore.types.contract import AnyRollout, Change
 from raystore.values.closed import pickles_closed
 
 PAGE = 2000  #: rollouts that are read at once

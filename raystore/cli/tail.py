@@ -9,7 +9,7 @@ from rich.text import Text
 
 from raystore.cli.reading import View, reading
 from raystore.cli.text import clean
-from raystore.types import Change
+from raystore.types.contract import Change
 
 _STYLES = {"succeeded": "green", "failed": "red", "claimed": "cyan", "requeuing": "yellow", "cancelled": "yellow"}
 

@@ -25,7 +25,7 @@ from raystore.cli.reading import BREATH_SECONDS, POLL_SECONDS, Parameter, Second
 from raystore.cli.text import duration, figure
 from raystore.core.lifecycle import RolloutStatus
 from raystore.errors.text import meant
-from raystore.types import Change
+from raystore.types.contract import Change
 
 WINDOW = 100  #: finished rollouts that a condition looks at, unless it says another number
 LEAST_SECONDS = 0.2  #: between two looks at the clock

@@ -18,7 +18,6 @@ from typing import Any, Literal, Never, Self, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from raystore._sync import SyncStore
 from raystore.api import METHODS, LightningStore, NoticeHandler, RunnerStore
 from raystore.client import evaluation as evaluating
 from raystore.client.claims import Claims
@@ -26,6 +25,7 @@ from raystore.client.datasets import streams_of
 from raystore.client.evaluation import EvalChannel, Evaluation
 from raystore.client.feed import Feed
 from raystore.client.pump import Channel
+from raystore.client.sync import SyncStore
 from raystore.client.taken import selection_of
 from raystore.client.transport import PendingCall, Transport, call_past_the_dead, in_thread, run_blocking
 from raystore.core.pauses import MOST_PER_MINUTE, MOST_RUNNING
@@ -35,14 +35,11 @@ from raystore.core.schema import LossReason
 from raystore.core.verbs import VERBS
 from raystore.errors import AnswerGoneError, FeedHeldError, InvalidValueError, RolloutNotFoundError, StoreError
 from raystore.errors.text import NOT_GIVEN, explain_methods, typed_as, unfit
-from raystore.evaluations import EvaluationResult
-from raystore.feeds import FailureBudget, FailureReward, Sampler
-from raystore.log import a_minute, logger_of
-from raystore.options import StoreConfig
-from raystore.progress import Progress
+from raystore.reports.log import a_minute, logger_of
+from raystore.reports.progress import Progress
 from raystore.reports.selection import SelectionReport, selection_report
 from raystore.tracing.evidence import Evidence
-from raystore.types import (
+from raystore.types.contract import (
     LLM,
     UNSET,
     AnyRollout,
@@ -88,6 +85,9 @@ from raystore.types import (
     WorkerStatus,
     warn_caller,
 )
+from raystore.types.evaluations import EvaluationResult
+from raystore.types.feeds import FailureBudget, FailureReward, Sampler
+from raystore.types.options import StoreConfig
 from raystore.values.closed import are_closed
 from raystore.values.models import refusal
 from raystore.values.objects import Kept, Origin, Parts

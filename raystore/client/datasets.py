@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from raystore.core.payload import CANONICAL
 from raystore.errors import InvalidValueError
 from raystore.errors.text import summary
-from raystore.feeds import Sampler
+from raystore.types.feeds import Sampler
 from raystore.wire.codec import digest
 
 SAMPLED = 16  #: items of a dataset of which the fingerprint is made

@@ -17,8 +17,8 @@ from raystore.client.claims import Claims
 from raystore.client.datasets import check_dataset, is_indexed
 from raystore.errors import InvalidValueError, OutcomeUnknownError, OverloadedError, SessionEndedError
 from raystore.errors.text import summary
-from raystore.evaluations import EvaluationResult
-from raystore.progress import Progress
+from raystore.reports.progress import Progress
+from raystore.types.evaluations import EvaluationResult
 from raystore.wire import checks
 from raystore.wire import evaluations as wire
 from raystore.wire.convert import Encoder

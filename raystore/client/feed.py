@@ -23,15 +23,15 @@ from raystore.client.pump import CLOSE_SECONDS, Channel, Pump, Reader, Test
 from raystore.client.steps import StepClock, endings, flat, of_evaluations
 from raystore.errors import BatchHeldError, FeedClosedError, InvalidValueError
 from raystore.errors.text import summary
-from raystore.evaluations import EvaluationResult
-from raystore.feeds import BatchManifest, FeedGroup, FeedStatus, Keep, Sampler, manifest_of
-from raystore.log import a_minute, logger_of, once
-from raystore.progress import Progress
-from raystore.spans import Span
+from raystore.reports.log import a_minute, logger_of, once
+from raystore.reports.progress import Progress
 from raystore.tracing.calls import model_calls
 from raystore.tracing.evidence import rewards_by_name
 from raystore.tracing.trajectories import count_tokens
-from raystore.types import AnyRollout, ObjectResource, Resource, RolloutConfig, TagValue
+from raystore.types.contract import AnyRollout, ObjectResource, Resource, RolloutConfig, TagValue
+from raystore.types.evaluations import EvaluationResult
+from raystore.types.feeds import BatchManifest, FeedGroup, FeedStatus, Keep, Sampler, manifest_of
+from raystore.types.spans import Span
 from raystore.wire import checks
 from raystore.wire import evaluations as wire_evaluations
 from raystore.wire import feeds as wire_feeds

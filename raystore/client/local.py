@@ -43,11 +43,11 @@ from raystore.errors import (
 from raystore.errors.text import explained, explained_with
 from raystore.journal.files import OBJECTS
 from raystore.journal.opening import open_for_reading, open_journal
-from raystore.options import OPTIONS, StoreConfig, StoreOptions, directory, make_config, memory_capacity, resolve
 from raystore.service.clock import NoAlarm, ThreadAlarm
 from raystore.service.parking import PARKED
 from raystore.service.service import Service
-from raystore.types import StoreInfo
+from raystore.types.contract import StoreInfo
+from raystore.types.options import OPTIONS, StoreConfig, StoreOptions, directory, make_config, memory_capacity, resolve
 from raystore.values.objects import Origin
 
 LONG_ITEMS = 50  #: an answer with more of them ends its turn, since its caller will decode for as long again

@@ -37,13 +37,13 @@ from raystore.errors import (
     copy_of,
 )
 from raystore.errors.text import summary
-from raystore.feeds import FeedGroup, Keep, Sampler
-from raystore.log import a_minute, logger_of
-from raystore.spans import Span
+from raystore.reports.log import a_minute, logger_of
 from raystore.tracing.calls import model_calls
 from raystore.tracing.evidence import lacking, rewards_by_name
 from raystore.tracing.trajectories import count_tokens
-from raystore.types import AnyRollout, Group, TakenGroup
+from raystore.types.contract import AnyRollout, Group, TakenGroup
+from raystore.types.feeds import FeedGroup, Keep, Sampler
+from raystore.types.spans import Span
 from raystore.values.plain import scalar
 from raystore.wire.codec import decode, encode
 from raystore.wire.convert import Encoder

@@ -14,8 +14,8 @@ from statistics import fmean, pstdev
 from time import monotonic
 from typing import Any
 
-from raystore.evaluations import EvaluationResult, EvaluationScore
-from raystore.feeds import FeedGroup, FeedStatus
+from raystore.types.evaluations import EvaluationResult, EvaluationScore
+from raystore.types.feeds import FeedGroup, FeedStatus
 from raystore.values.plain import scalar
 
 TOLD = ("filtered", "failed", "stale")  #: endings of groups whose share of a step is told

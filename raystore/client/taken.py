@@ -13,8 +13,8 @@ from raystore.core.fates import UNDER_WAY, ended_row
 from raystore.core.lifecycle import FINISHED, TRAINABLE, is_cut_off
 from raystore.core.selection import Ended, Fate, Value, Window
 from raystore.core.training import GROUPS, fits
-from raystore.evaluations import is_sample
-from raystore.types import AnyRollout, Group, LedgerEntry
+from raystore.types.contract import AnyRollout, Group, LedgerEntry
+from raystore.types.evaluations import is_sample
 
 PAGE = 2_000  #: rollouts that are asked for at once
 

@@ -29,7 +29,7 @@ from raystore.core.claims import is_batch
 from raystore.core.state import HandedKey
 from raystore.core.verbs import HANDING
 from raystore.errors import BatchHeldError, FeedHeldError
-from raystore.log import a_minute, logger_of
+from raystore.reports.log import a_minute, logger_of
 
 logger: logging.Logger = logger_of("raystore")
 

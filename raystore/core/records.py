@@ -5,7 +5,7 @@ What was handed out stays true, because a change makes a new record (`evolve`). 
 A field is named once, at its class. `declare` says of it whether a snapshot holds it, whether a replay must reproduce
 it, and how its value becomes plain data; snapshots and digests follow from that. A field that is not given to
 `__init__` is in neither.
-Not here: validation and the public pydantic classes (`raystore.types`); a test holds the field names equal.
+Not here: validation and the public pydantic classes (`raystore.types.contract`); a test holds the field names equal.
 """
 
 from __future__ import annotations

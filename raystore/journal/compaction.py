@@ -45,7 +45,7 @@ from raystore.journal.reader import JournalReader
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
 from raystore.journal.writer import SEGMENT_BYTES
-from raystore.log import logger_of
+from raystore.reports.log import logger_of
 
 logger: logging.Logger = logger_of("raystore.store")
 

@@ -29,8 +29,8 @@ from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay, replay
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter, is_full
-from raystore.log import logger_of
-from raystore.options import StoreConfig
+from raystore.reports.log import logger_of
+from raystore.types.options import StoreConfig
 
 logger: logging.Logger = logger_of("raystore.store")
 

@@ -22,8 +22,8 @@ from raystore.errors import JournalDamagedError
 from raystore.journal import files, format, snapshot_file
 from raystore.journal.files import SNAPSHOT, Directory, JournalFile, JournalPosition
 from raystore.journal.format import FORMAT, START, Chunks, WriterInfo
-from raystore.log import logger_of
-from raystore.progress import Progress
+from raystore.reports.log import logger_of
+from raystore.reports.progress import Progress
 from raystore.values import objects
 
 logger: logging.Logger = logger_of("raystore.store")

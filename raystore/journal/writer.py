@@ -30,7 +30,7 @@ from raystore.journal import format
 from raystore.journal.failpoints import failpoint
 from raystore.journal.files import Directory
 from raystore.journal.format import FileHead, Record
-from raystore.log import logger_of
+from raystore.reports.log import logger_of
 
 logger: logging.Logger = logger_of("raystore.store")
 

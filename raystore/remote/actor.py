@@ -31,13 +31,13 @@ from raystore.core.state import Settings
 from raystore.errors import FencedError, JournalFailedError, JournalFullError, StoreError, to_record
 from raystore.journal.opening import Opened, open_journal
 from raystore.journal.reader import ReadingProgress
-from raystore.log import logger_of
-from raystore.options import StoreConfig, memory_capacity, resolve
 from raystore.remote.exporter import Exporter
 from raystore.remote.lifelines import Lifelines, here
 from raystore.remote.server_session import Endpoint
+from raystore.reports.log import logger_of
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import PROTOCOL, Service
+from raystore.types.options import StoreConfig, memory_capacity, resolve
 from raystore.wire import frames
 
 logger: logging.Logger = logger_of("raystore.store")

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from ray.util.metrics import Counter, Gauge
 
 from raystore.core.meters import Bucket
-from raystore.log import a_minute, logger_of
+from raystore.reports.log import a_minute, logger_of
 from raystore.service.service import Service
 
 logger: logging.Logger = logger_of("raystore.store")

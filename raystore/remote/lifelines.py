@@ -27,7 +27,7 @@ import ray
 
 from raystore.core.claims import JOB_ENDED
 from raystore.core.state import Session
-from raystore.log import a_minute, logger_of
+from raystore.reports.log import a_minute, logger_of
 from raystore.service.service import Service
 
 logger: logging.Logger = logger_of("raystore.store")

@@ -43,10 +43,10 @@ from raystore.errors import (
     from_record,
 )
 from raystore.errors.text import last_line
-from raystore.log import a_minute, logger_of
-from raystore.progress import Progress
 from raystore.remote.lifelines import this_process
 from raystore.remote.session_state import PENDING_SECONDS, Actions, Batch, Listen, Operation, SessionState, Version
+from raystore.reports.log import a_minute, logger_of
+from raystore.reports.progress import Progress
 from raystore.service.service import PROTOCOL
 from raystore.wire import frames
 

@@ -32,8 +32,6 @@ from raystore.errors import (
 )
 from raystore.errors.text import explained, explained_with
 from raystore.journal.opening import checked_directory
-from raystore.log import logger_of, once
-from raystore.options import OPTIONS, StoreConfig, StoreOptions, make_config
 from raystore.remote.actor import StoreActor
 from raystore.remote.session import (
     ActorTransport,
@@ -46,7 +44,9 @@ from raystore.remote.session import (
     join_cluster_of,
     ray_connection,
 )
-from raystore.types import NamedResources, ObjectResource, StoreInfo
+from raystore.reports.log import logger_of, once
+from raystore.types.contract import NamedResources, ObjectResource, StoreInfo
+from raystore.types.options import OPTIONS, StoreConfig, StoreOptions, make_config
 from raystore.values.objects import PIECE_BYTES, Kept, Origin, Parts, Source, address_of, pickled, size_of
 from raystore.wire.checks import identifier
 

@@ -1,1 +1,1 @@
-"""What the library tells people: pictures, and what a feed has trained on and thrown away."""
+"""What the library tells people: log lines, progress on a terminal, pictures, the selection report."""

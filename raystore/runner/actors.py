@@ -20,8 +20,8 @@ from raystore.client.client import StoreClient
 from raystore.client.transport import run_blocking
 from raystore.errors import OutcomeUnknownError, PoolStartError, StoreError
 from raystore.errors.text import last_line, portable, text_of
-from raystore.log import a_minute, logger_of
-from raystore.progress import Progress
+from raystore.reports.log import a_minute, logger_of
+from raystore.reports.progress import Progress
 from raystore.runner.agents import retry_delays
 from raystore.runner.worker import EXPLAIN_SECONDS, WITHDRAW_SECONDS, Runner, RunnerOptions, WorkerIds, stop_all
 

@@ -19,8 +19,8 @@ from typing import Any
 from raystore.errors import Abort, AgentNotPicklableError, Drop, PayloadLostError
 from raystore.errors.text import leaves, report, summary, text_of, with_causes
 from raystore.runner.context import Context
-from raystore.spans import Span
-from raystore.types import AttemptStatus, Outcome
+from raystore.types.contract import AttemptStatus, Outcome
+from raystore.types.spans import Span
 from raystore.values import pickler
 
 RETRY_SECONDS = 0.2  #: between two tries to make an agent or runner again; doubles each time ...

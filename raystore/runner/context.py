@@ -24,11 +24,11 @@ from raystore.client import transport
 from raystore.core.schema import LossReason
 from raystore.errors import AttemptOverError, InvalidValueError, NoSuchResourceError
 from raystore.errors.text import meant, report, summary, text_of
-from raystore.log import logger_of, once
-from raystore.spans import AttributeValue, Event, Span, TraceStatus, attributes_of
+from raystore.reports.log import logger_of, once
 from raystore.tracing import semconv
 from raystore.tracing.calls import CallCounter, Losses
-from raystore.types import LLM, Attempt, AttemptedRollout
+from raystore.types.contract import LLM, Attempt, AttemptedRollout
+from raystore.types.spans import AttributeValue, Event, Span, TraceStatus, attributes_of
 from raystore.values import plain
 from raystore.values.plain import pack_floats, pack_integers
 from raystore.wire.codec import STATE, Encoded, encode

@@ -23,14 +23,14 @@ from raystore.client.client import TO_PUBLISH
 from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError
 from raystore.errors.text import add_note, explained, summary
-from raystore.log import a_minute, logger_of
+from raystore.reports.log import a_minute, logger_of
 from raystore.runner import agents
 from raystore.runner.agents import Agent, Ending, retry_delays
 from raystore.runner.context import ALONE, SAVE, Context, Outbox, new_question
 from raystore.runner.life import Life, returned
-from raystore.spans import Span, find_final_reward
 from raystore.tracing.calls import Losses
-from raystore.types import Attempt, AttemptedRollout, NamedResources, RolloutConfig
+from raystore.types.contract import Attempt, AttemptedRollout, NamedResources, RolloutConfig
+from raystore.types.spans import Span, find_final_reward
 from raystore.wire.checks import validated
 from raystore.wire.codec import Encoded
 from raystore.wire.convert import to_state

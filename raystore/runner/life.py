@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from raystore.errors.text import add_note, text_of, with_causes
-from raystore.log import a_minute, logger_of
+from raystore.reports.log import a_minute, logger_of
 from raystore.runner import agents
 from raystore.runner.agents import Agent, Ending
 from raystore.runner.context import Context, outside_rollouts

@@ -31,9 +31,9 @@ from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError
 from raystore.errors.text import summary
 from raystore.runner.context import Position, any_running, current, is_outside_rollouts
-from raystore.spans import Span
 from raystore.tracing import semconv
 from raystore.tracing.dialects import is_model_call
+from raystore.types.spans import Span
 
 OPEN_SPANS: int = 100_000  #: that a process follows; an agent that never ends its spans must not fill the memory
 

@@ -19,8 +19,8 @@ from raystore.client.client import StoreClient
 from raystore.client.local import InMemoryLightningStore
 from raystore.errors import InvalidValueError, NotAStoreError, PoolStartError
 from raystore.errors.text import explained, last_line, report
-from raystore.log import logger_of
-from raystore.progress import Progress
+from raystore.reports.log import logger_of
+from raystore.reports.progress import Progress
 from raystore.runner import agents
 from raystore.runner.actors import SHOWN_SECONDS, RunnerActors
 from raystore.runner.agents import Agent

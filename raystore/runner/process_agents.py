@@ -29,13 +29,13 @@ from typing import Any, NoReturn
 
 from raystore.errors import AgentProcessError
 from raystore.errors.text import report, summary
-from raystore.log import a_minute, logger_of
+from raystore.reports.log import a_minute, logger_of
 from raystore.runner.agents import Ending, retry_delays
 from raystore.runner.context import Context, EndedError, Version, new_question
 from raystore.runner.fork_server import Exit, ForkServer, kill_tree
 from raystore.runner.life import Life
-from raystore.spans import Span
-from raystore.types import ObjectResource
+from raystore.types.contract import ObjectResource
+from raystore.types.spans import Span
 from raystore.values import pickler
 from raystore.wire.convert import to_state
 

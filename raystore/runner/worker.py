@@ -43,7 +43,7 @@ from raystore.errors import (
     StoreUnavailableError,
 )
 from raystore.errors.text import last_line, summary
-from raystore.log import a_minute, logger_of, once
+from raystore.reports.log import a_minute, logger_of, once
 from raystore.runner.agents import Agent, Ending, lost_resources, pickled
 from raystore.runner.context import (
     SAVE,
@@ -57,9 +57,9 @@ from raystore.runner.context import (
 )
 from raystore.runner.inline_agents import InlineAgents
 from raystore.runner.process_agents import ProcessAgents
-from raystore.spans import Span, is_traced
 from raystore.tracing.calls import Losses
-from raystore.types import Attempt, AttemptedRollout
+from raystore.types.contract import Attempt, AttemptedRollout
+from raystore.types.spans import Span, is_traced
 from raystore.values import pickler
 from raystore.wire.codec import Encoded
 

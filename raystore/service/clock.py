@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-from raystore.log import a_minute, logger_of
+from raystore.reports.log import a_minute, logger_of
 
 logger: logging.Logger = logger_of("raystore.store")
 

@@ -47,8 +47,7 @@ from raystore.journal.opening import Opened
 from raystore.journal.recorder import Recorder, Source, local_source
 from raystore.journal.span_bodies import SpanBodies
 from raystore.journal.writer import FULL_SECONDS, JournalWriter
-from raystore.log import a_minute, logger_of, once
-from raystore.options import StoreConfig, resolve
+from raystore.reports.log import a_minute, logger_of, once
 from raystore.service import sampling
 from raystore.service.clock import Alarm, Clock, ManualClock
 from raystore.service.diagnosis.known import Known, journal_of
@@ -57,6 +56,7 @@ from raystore.service.diagnosis.work import unserved
 from raystore.service.parking import Caller, Deliver, Parking
 from raystore.service.presence import NO_QUEUES, UNSERVED_SECONDS, LivenessChecks, Pools
 from raystore.service.sampling import Sampler
+from raystore.types.options import StoreConfig, resolve
 
 logger: logging.Logger = logger_of("raystore.store")
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from raystore.core.schema import LossReason
 from raystore.errors import InvalidValueError, PayloadNotReadableError
-from raystore.log import a_minute, logger_of, once
-from raystore.spans import Span
+from raystore.reports.log import a_minute, logger_of, once
 from raystore.tracing import semconv
 from raystore.tracing.dialects import CallFacts, is_model_call, tool_call
+from raystore.types.spans import Span
 
 logger: logging.Logger = logger_of("raystore.tracing")
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raystore.errors import InvalidValueError
-from raystore.spans import Event, Span
 from raystore.tracing import semconv
+from raystore.types.spans import Event, Span
 from raystore.values.plain import pack_floats, pack_integers
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from raystore.errors import PayloadNotReadableError
-from raystore.spans import Span
 from raystore.tracing import semconv
 from raystore.tracing.calls import ModelCall
+from raystore.types.spans import Span
 from raystore.values.plain import scalar
 
 Evidence = Literal["token_ids", "logprobs", "sampling"]  #: what a model call may have to have

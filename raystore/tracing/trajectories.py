@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from raystore.errors import InvalidValueError, PayloadNotReadableError
-from raystore.log import a_minute, logger_of
-from raystore.spans import Span, find_final_reward
+from raystore.reports.log import a_minute, logger_of
 from raystore.tracing.calls import ModelCall, by_attempt, checked_spans, model_calls, with_token_ids
+from raystore.types.spans import Span, find_final_reward
 from raystore.values.plain import scalar
 
 if TYPE_CHECKING:

@@ -238,6 +238,10 @@ def dumps(value: Any, refs: list[Any] | None = None, *, prefix: bytes = b"", buf
 # names are part of the format.
 _FORMER_MODULES = {
     "raystore.pickler": __name__,
+    "raystore.types": "raystore.types.contract",
+    "raystore.spans": "raystore.types.spans",
+    "raystore.feeds": "raystore.types.feeds",
+    "raystore.options": "raystore.types.options",
     "raystore.objects": "raystore.values.objects",
     "raystore.triplet": "raystore.tracing.trajectories",
     "raystore.trajectory": "raystore.tracing.trajectories",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from raystore.core.lifecycle import RETRY_OUTCOMES, TRAINABLE
 from raystore.core.schema import MAX_TAGS, Id, checker
 from raystore.errors import InvalidValueError
-from raystore.types import AttemptStatus, RetryRule, RolloutConfig, RolloutMode, Span
+from raystore.types.contract import AttemptStatus, RetryRule, RolloutConfig, RolloutMode, Span
 from raystore.values.models import refusal
 from raystore.values.plain import number as number
 from raystore.values.plain import scalar

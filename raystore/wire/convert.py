@@ -18,8 +18,7 @@ from raystore.core.payload import Opaque, size_of
 from raystore.core.records import Record
 from raystore.core.schema import ID_LENGTH, MAX_PRIORITY, MAX_SPAN_NUMBER
 from raystore.errors import InvalidValueError, PayloadTooLargeError
-from raystore.spans import reward_of
-from raystore.types import (
+from raystore.types.contract import (
     LLM,
     Attempt,
     AttemptedRollout,
@@ -42,6 +41,7 @@ from raystore.types import (
     TraceStatus,
     Worker,
 )
+from raystore.types.spans import reward_of
 from raystore.values.closed import Closed
 from raystore.values.models import EXTRA, Undecoded, decode_all
 from raystore.values.objects import Kept, Origin, Source

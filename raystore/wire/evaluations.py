@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from raystore.core.evaluation_table import key_of
 from raystore.core.payload import size_of
 from raystore.errors import InvalidValueError, StoreError
-from raystore.evaluations import EVALUATION, EvaluationResult, EvaluationScore
-from raystore.types import EnqueueRolloutRequest
+from raystore.types.contract import EnqueueRolloutRequest
+from raystore.types.evaluations import EVALUATION, EvaluationResult, EvaluationScore
 from raystore.wire import checks
 from raystore.wire import groups as wire_groups
 from raystore.wire.convert import Encoder

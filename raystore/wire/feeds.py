@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 from raystore.core.pauses import MOST_RUNNING
 from raystore.errors import InvalidValueError
 from raystore.errors.text import either, meant
-from raystore.feeds import FailureBudget, FailureReward, FeedGroup, Lag, Sampler
 from raystore.tracing.evidence import EVIDENCE
-from raystore.types import AnyRollout, EnqueueRolloutRequest, Group, ObjectResource, Resource, RolloutMode
+from raystore.types.contract import AnyRollout, EnqueueRolloutRequest, Group, ObjectResource, Resource, RolloutMode
+from raystore.types.feeds import FailureBudget, FailureReward, FeedGroup, Lag, Sampler
 from raystore.values.plain import plain
 from raystore.wire import checks
 from raystore.wire import groups as wire_groups

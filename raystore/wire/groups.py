@@ -8,7 +8,7 @@ from typing import Any
 from raystore.core.groups import check_rule
 from raystore.core.records import Record
 from raystore.errors import InvalidValueError
-from raystore.types import EnqueueGroupRequest, EnqueueRolloutRequest, TakenGroup
+from raystore.types.contract import EnqueueGroupRequest, EnqueueRolloutRequest, TakenGroup
 from raystore.wire import checks
 from raystore.wire.codec import digest
 from raystore.wire.convert import Encoder, Row, build, group_values, to_any_rollout

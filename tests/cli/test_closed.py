@@ -66,7 +66,7 @@ def test_what_is_no_plain_data_stays_closed_beside_it() -> None:
         shown = read(payload).resources
     assert shown["prompt"] == PROMPT
     assert isinstance(shown["mine"], Closed) and shown["mine"].type.endswith("Derived")
-    assert isinstance(shown["weights"], Closed) and shown["weights"].type == "raystore.types.ObjectResource"
+    assert isinstance(shown["weights"], Closed) and shown["weights"].type == "raystore.types.contract.ObjectResource"
     opened = read(payload).resources
     assert opened == resources and type(opened["mine"]) is Derived and list(opened) == list(resources)
 

@@ -15,8 +15,8 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.options import make_config
 from raystore.remote.actor import StoreActor
+from raystore.types.options import make_config
 from tests.helpers import AnyStore
 
 KINDS = ["memory", "ray"]

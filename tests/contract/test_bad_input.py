@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from raystore.errors import InvalidValueError
-from raystore.types import EnqueueRolloutRequest, RolloutConfig
+from raystore.types.contract import EnqueueRolloutRequest, RolloutConfig
 from tests.helpers import AnyStore
 
 

@@ -160,7 +160,7 @@ async def test_a_span_that_was_changed_after_it_was_made(store: AnyStore) -> Non
     )
     more: dict[str, Any] = {"n": np.float32(0.5), "list": [np.int64(1), 2.5], "when": datetime.date(2026, 1, 1)}
     span.attributes |= more
-    span.events.append(rs.types.Event(name="e", attributes={"n": np.arange(2)}))
+    span.events.append(rs.Event(name="e", attributes={"n": np.arange(2)}))
     await store.add_span(span)
     (stored,) = await store.query_spans(started.rollout_id)
     assert same(stored.attributes, {"n": 0.5, "list": [1, 2.5], "when": datetime.date(2026, 1, 1)})

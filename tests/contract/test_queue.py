@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.types import EnqueueRolloutRequest, RolloutConfig
+from raystore.types.contract import EnqueueRolloutRequest, RolloutConfig
 from tests.helpers import AnyStore, claim, make_span, present, status_of
 
 

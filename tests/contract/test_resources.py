@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.types import LLM, AttemptedRollout, ObjectResource, PromptTemplate, ProxyLLM
+from raystore.types.contract import LLM, AttemptedRollout, ObjectResource, PromptTemplate, ProxyLLM
 from tests.helpers import AnyStore, claim, present
 
 PROMPT = PromptTemplate(template="hi {x}", engine="f-string")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.types import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
+from raystore.types.contract import AttemptedRollout, EnqueueRolloutRequest, Rollout, RolloutConfig
 from tests.helpers import AnyStore, claim, make_span, present, status_of
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
+from raystore.types.contract import Event, Link, OtelResource, Span, SpanContext, TraceStatus
 from tests.helpers import AnyStore, claim, make_span, present, status_of
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from raystore.types import RolloutConfig
+from raystore.types.contract import RolloutConfig
 from tests.helpers import AnyStore, claim, make_span, present, status_of
 
 RETRY: dict[str, Any] = {"max_attempts": 2, "retry_condition": ["timeout", "unresponsive"]}

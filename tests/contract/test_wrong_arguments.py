@@ -20,8 +20,8 @@ import raystore as rs
 from raystore.client.client import StoreClient
 from raystore.core.snapshot import parts
 from raystore.errors import StoreCorruptError, StoreError
-from raystore.spans import Event, Link, OtelResource, SpanContext, TraceStatus
-from raystore.types import LLM, EnqueueRolloutRequest, RolloutConfig
+from raystore.types.contract import LLM, EnqueueRolloutRequest, RolloutConfig
+from raystore.types.spans import Event, Link, OtelResource, SpanContext, TraceStatus
 from tests.helpers import make_span, until
 
 METHODS = {

@@ -7,9 +7,9 @@ from typing import get_args
 
 import pytest
 
-from raystore import types
 from raystore.core import lifecycle, schema
 from raystore.core.records import Config
+from raystore.types import contract as types
 
 
 def test_statuses_are_those_of_the_public_types() -> None:

@@ -30,11 +30,11 @@ from raystore.journal.opening import Opened, resume_writing
 from raystore.journal.recorder import Recorder
 from raystore.journal.replay import Replay
 from raystore.journal.span_bodies import SpanBodies
-from raystore.options import StoreConfig
 from raystore.remote import server_session
 from raystore.remote.server_session import Endpoint
 from raystore.service.clock import ManualClock, NoAlarm
 from raystore.service.service import PROTOCOL, Service
+from raystore.types.options import StoreConfig
 from raystore.wire import frames
 from raystore.wire.codec import encode
 

@@ -10,7 +10,7 @@ import pytest
 
 import raystore as rs
 from raystore.client.feed import deal
-from raystore.feeds import FailureReward
+from raystore.types.feeds import FailureReward
 from raystore.wire import feeds as wire_feeds
 from tests.conftest import MakeMemoryStore
 

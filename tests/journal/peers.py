@@ -11,10 +11,10 @@ from typing import Any
 from raystore.core.snapshot import parts
 from raystore.journal.opening import open_journal, read_run
 from raystore.journal.writer import JournalWriter
-from raystore.options import StoreConfig, resolve
 from raystore.remote.server_session import Endpoint
 from raystore.service.clock import ManualClock, NoAlarm
 from raystore.service.service import PROTOCOL, Service
+from raystore.types.options import StoreConfig, resolve
 from raystore.wire import frames
 from raystore.wire.codec import encode
 

@@ -13,10 +13,10 @@ import pytest
 
 from raystore.core import claims, state, workers
 from raystore.journal.opening import read_run
-from raystore.options import StoreConfig
 from raystore.remote.server_session import Endpoint
 from raystore.service.clock import NoAlarm
 from raystore.service.service import Service
+from raystore.types.options import StoreConfig
 from raystore.wire import frames
 from tests.journal.peers import Peer, Store, enqueue
 from tests.support.ids import mint_short_ids

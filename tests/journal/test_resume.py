@@ -15,7 +15,7 @@ import raystore as rs
 from raystore.core.snapshot import digest, parts
 from raystore.errors import JournalInUseError, JournalMissingError
 from raystore.journal.opening import read_run
-from raystore.types import EnqueueRolloutRequest, RolloutConfig
+from raystore.types.contract import EnqueueRolloutRequest, RolloutConfig
 from tests.helpers import make_span
 
 

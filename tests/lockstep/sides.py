@@ -23,8 +23,8 @@ from agentlightning.utils.id import generate_id
 from pydantic import BaseModel
 
 import raystore as rs
-from raystore import types
 from raystore.core.lifecycle import ACTIVE
+from raystore.types import contract as types
 from raystore.wire import convert
 
 State = dict[tuple[str, ...], Any]  #: what a store holds, by place: ("rollout", id, field), ("queue",), ...

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 import raystore as rs
-from raystore import types as ours
+from raystore.types import contract as ours
 from tests.lockstep.operations import readable
 from tests.lockstep.sides import plain
 

@@ -13,7 +13,7 @@ import ray
 import raystore as rs
 from raystore.core.spans import SPAN_OVERHEAD_BYTES
 from raystore.remote.session import ClientSession
-from raystore.types import EnqueueRolloutRequest, Span
+from raystore.types.contract import EnqueueRolloutRequest, Span
 from raystore.wire import frames
 from tests.conftest import MakeMemoryStore, MakeRayStore
 from tests.helpers import make_span, until

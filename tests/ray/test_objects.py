@@ -13,7 +13,7 @@ import ray
 from ray._private.internal_api import memory_summary
 
 import raystore as rs
-from raystore.types import ObjectResource
+from raystore.types.contract import ObjectResource
 from tests.conftest import MakeRayStore
 from tests.helpers import claim, present, until
 

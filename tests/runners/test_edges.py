@@ -20,7 +20,7 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.types import RolloutConfig
+from raystore.types.contract import RolloutConfig
 from tests.conftest import MakeMemoryStore, MakeRayStore
 from tests.helpers import AnyStore, present, until
 from tests.runners.sleepers import patient, sleeping

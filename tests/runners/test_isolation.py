@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import raystore as rs
-from raystore.types import RolloutConfig
+from raystore.types.contract import RolloutConfig
 from tests.conftest import MakeMemoryStore
 from tests.helpers import AnyStore, mostly_in_memory, present, until
 from tests.runners.sleepers import patient, sleeping

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.types import RolloutConfig
+from raystore.types.contract import RolloutConfig
 from tests.channel import CODE
 from tests.conftest import MakeRayStore
 from tests.helpers import make_span, present, until

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 import raystore as rs
-from raystore.types import RolloutConfig
+from raystore.types.contract import RolloutConfig
 from tests.conftest import MakeRayStore
 from tests.helpers import AnyStore, mostly_in_memory, present, until
 

@@ -19,7 +19,7 @@ from ray._private.internal_api import memory_summary
 import raystore as rs
 from raystore.runner import worker
 from raystore.runner.worker import ResourceCache
-from raystore.types import ObjectResource, PromptTemplate
+from raystore.types.contract import ObjectResource, PromptTemplate
 from tests.conftest import MakeMemoryStore, MakeRayStore
 from tests.helpers import claim, present, until
 

@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from raystore.options import StoreConfig
 from raystore.remote.server_session import Endpoint
 from raystore.remote.session import ClientSession
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import Service
+from raystore.types.options import StoreConfig
 from raystore.wire import frames
 
 

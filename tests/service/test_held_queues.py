@@ -13,11 +13,11 @@ import pytest
 from raystore.core import gates as core_gates
 from raystore.core.check import check
 from raystore.core.state import Session
-from raystore.options import StoreConfig
 from raystore.remote import session
 from raystore.service.clock import ManualClock, NoAlarm
 from raystore.service.parking import PARKED
 from raystore.service.service import Service
+from raystore.types.options import StoreConfig
 from tests.conftest import MakeMemoryStore
 from tests.helpers import present, until
 from tests.service.near import NearStore

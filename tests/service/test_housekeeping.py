@@ -19,10 +19,10 @@ import raystore as rs
 from raystore.core import state as core_state
 from raystore.core.snapshot import digest
 from raystore.journal.opening import read_run
-from raystore.options import StoreConfig
 from raystore.service import clock
 from raystore.service.clock import LoopAlarm, NoAlarm, ThreadAlarm
 from raystore.service.service import Service
+from raystore.types.options import StoreConfig
 from tests.conftest import MakeMemoryStore
 from tests.helpers import claim, present, until
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from raystore.core.state import Entry
-from raystore.options import StoreConfig
 from raystore.remote import lifelines
 from raystore.remote.lifelines import Cluster, Lifelines, Process, here, is_gone, process_of, this_process
 from raystore.service.clock import LoopAlarm
 from raystore.service.service import Service
+from raystore.types.options import StoreConfig
 from raystore.wire.codec import encode
 from tests.helpers import until
 

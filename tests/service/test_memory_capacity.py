@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raystore import options
+from raystore.types import options
 
 
 def test_capacity_is_capped_by_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

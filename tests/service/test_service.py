@@ -16,11 +16,11 @@ import raystore as rs
 from raystore.core import expiry
 from raystore.core.verbs import VERBS, Verb
 from raystore.journal.writer import FULL_SECONDS
-from raystore.options import StoreConfig
 from raystore.service.clock import ThreadAlarm
 from raystore.service.parking import ParkedCall, Parking
 from raystore.service.service import Service
-from raystore.types import RolloutConfig
+from raystore.types.contract import RolloutConfig
+from raystore.types.options import StoreConfig
 from tests.conftest import MakeMemoryStore
 from tests.helpers import claim, make_span, present, until
 

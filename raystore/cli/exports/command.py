@@ -30,8 +30,8 @@ from raystore.cli.finding import Where, opened
 from raystore.cli.reading import STORE_OPTIONS, seconds_of
 from raystore.client.local import RecoveredRun
 from raystore.errors.text import either, meant
-from raystore.log import escaped
-from raystore.progress import Progress
+from raystore.reports.log import escaped
+from raystore.reports.progress import Progress
 from raystore.values.closed import pickles_closed
 
 FORMATS = ("jsonl", "parquet", "trace", "otlp")

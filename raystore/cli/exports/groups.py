@@ -14,9 +14,9 @@ from typing import Any
 
 from raystore.cli.exports.records import field_of, plain, text, to_json
 from raystore.cli.exports.source import Whole
-from raystore.spans import Span
 from raystore.tracing.calls import model_calls
 from raystore.tracing.trajectories import trajectories
+from raystore.types.spans import Span
 
 
 def row(group: Any, members: Sequence[Whole]) -> dict[str, Any]:

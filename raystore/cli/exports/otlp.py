@@ -18,9 +18,9 @@ from typing import Any
 from raystore.cli.exports.records import field_of, plain, text, to_json
 from raystore.cli.exports.source import Whole
 from raystore.errors import InvalidValueError
-from raystore.spans import Span, reward_of
 from raystore.tracing import semconv
 from raystore.tracing.dialects import CallFacts, is_model_call
+from raystore.types.spans import Span, reward_of
 
 REQUEST_BYTES = 3_500_000  #: of one request, unless one span alone is larger; collectors often take 4 MiB
 REQUEST_SPANS = 2_000

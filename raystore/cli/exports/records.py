@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from raystore.cli.exports.source import Whole
 from raystore.errors import PayloadNotReadableError
-from raystore.spans import Span
+from raystore.types.spans import Span
 from raystore.values.closed import Closed
 
 _RECORDED = (

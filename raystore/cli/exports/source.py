@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raystore.errors import SpansEvictedError
-from raystore.spans import Span
+from raystore.types.spans import Span
 
 PAGE = 256  #: rollouts of which the records are read at once
 CHUNK = 16  #: rollouts of which the spans are in memory at once

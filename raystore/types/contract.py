@@ -30,16 +30,16 @@ from raystore.core.lifecycle import (
 )
 from raystore.core.schema import MAX_BACKOFF_SECONDS, MAX_FACTOR, MAX_RETRIES
 from raystore.errors import PayloadLostError
-from raystore.log import a_minute, logger_of
-from raystore.spans import AttributeValue as AttributeValue
-from raystore.spans import Event as Event
-from raystore.spans import Link as Link
-from raystore.spans import OtelResource as OtelResource
-from raystore.spans import Span as Span
-from raystore.spans import SpanContext as SpanContext
-from raystore.spans import SpanCoreFields as SpanCoreFields
-from raystore.spans import StatusCode as StatusCode
-from raystore.spans import TraceStatus as TraceStatus
+from raystore.reports.log import a_minute, logger_of
+from raystore.types.spans import AttributeValue as AttributeValue
+from raystore.types.spans import Event as Event
+from raystore.types.spans import Link as Link
+from raystore.types.spans import OtelResource as OtelResource
+from raystore.types.spans import Span as Span
+from raystore.types.spans import SpanContext as SpanContext
+from raystore.types.spans import SpanCoreFields as SpanCoreFields
+from raystore.types.spans import StatusCode as StatusCode
+from raystore.types.spans import TraceStatus as TraceStatus
 from raystore.values.models import Model, StoredModel
 from raystore.values.objects import Kept, Source
 from raystore.values.plain import scalar
@@ -55,7 +55,7 @@ __all__ = [
     "is_running",
 ]  # fmt: skip
 
-logger: logging.Logger = logger_of("raystore.types")
+logger: logging.Logger = logger_of("raystore.types.contract")
 
 RolloutMode = Literal["train", "val", "test"]
 TaskInput = Any  #: a rollout's input: anything that can be pickled

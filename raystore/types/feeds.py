@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from raystore.errors import InvalidValueError
 from raystore.errors.text import either, meant
-from raystore.types import AnyRollout, TakenGroup
+from raystore.types.contract import AnyRollout, TakenGroup
 from raystore.values.plain import number, scalar, whole
 
 __all__ = [

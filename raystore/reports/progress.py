@@ -15,7 +15,7 @@ from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
-from raystore.log import escaped
+from raystore.reports.log import escaped
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -29,8 +29,8 @@ from raystore.values import pickler
 from raystore.values.plain import number, plain, scalar, whole
 
 if TYPE_CHECKING:
-    from raystore.spans import Span
-    from raystore.types import RolloutConfig
+    from raystore.types.contract import RolloutConfig
+    from raystore.types.spans import Span
 
 MIB = 1024 * 1024
 DEFAULT_EVICTION_RATIO = 0.7  #: of the capacity

@@ -15,10 +15,10 @@ from raystore.api import METHODS, LightningStore
 from raystore.client.transport import iterate_blocking, run_blocking
 from raystore.errors.text import explain_methods
 from raystore.client.evaluation import Evaluation
-from raystore.evaluations import EvaluationResult
+from raystore.types.evaluations import EvaluationResult
 from raystore.wire.evaluations import Overtaken
 from raystore.reports.selection import SelectionReport
-from raystore.types import (
+from raystore.types.contract import (
     AnyRollout, Attempt, AttemptStatus, AttemptedRollout, Batch, Change, EnqueueGroupRequest, EnqueueRolloutRequest,
     FilterLogic, Finding, FoundRollout, Group, GroupBatch, GroupStatus, LedgerEntry, LightningStoreStatistics,
     NamedResources, Page, PaginatedResult, QueueLimit, QueuePause, ResourcesUpdate, Rollout, RolloutConfig, RolloutMode,
