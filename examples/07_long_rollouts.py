@@ -1,8 +1,8 @@
 """Rollouts of 30 turns on runners that live for two seconds each: with `ctx.save` they end, without it they never do.
 
-An agent plays a game of many turns, each of which costs time, as a call of a model does. Every runner is killed two
-seconds after it began to work: a node that is taken away without a word. The agents save their game after each turn,
-and the next attempt goes on from there: its spans begin with those of the turns that were saved, and are one
+An agent plays a game of many turns, each of which costs time, as a call of a model does. The kernel kills every runner
+two seconds after it began to work: a node that is taken away without a word. The agents save their game after each
+turn, and the next attempt goes on from there: its spans begin with those of the turns that were saved, and are one
 trajectory. The same agents without `ctx.save` begin anew each time, and none of them ends. A ledger, a file to which
 each turn is written before it is played, says what was paid for.
 
@@ -11,7 +11,6 @@ each turn is written before it is played, says what was paid for.
 
 import asyncio
 import logging
-import os
 import random
 import signal
 import time
@@ -43,56 +42,52 @@ def write(path: str, line: str) -> None:
         file.write(line)
 
 
-async def play(task: dict[str, Any], ctx: rs.Context) -> float:
-    """Play a game to its end, from where it was saved."""
-    tokens, played = ctx.saved or ([0], 0)
-    for turn in range(played, TURNS):
-        write(task["ledger"], f"{task['game']} {turn}\n")
-        with ctx.span("turn", number=turn):
-            await asyncio.sleep(TURN_SECONDS)
-            answer = move(task["game"], turn)
-            ctx.llm(prompt_ids=tokens, response_ids=answer, logprobs=[-1.0] * len(answer))
-        tokens = tokens + answer
-        if task["saves"]:
-            await ctx.save((tokens, turn + 1))
-    return 1.0
+class Player:
+    """Plays games to their ends, each from where it was saved, in a process that is soon killed."""
+
+    def setup(self) -> None:
+        self.is_doomed = False
+
+    async def __call__(self, task: dict[str, Any], ctx: rs.Context) -> float:
+        if not self.is_doomed:
+            self.is_doomed = True
+            signal.setitimer(signal.ITIMER_REAL, LIFE_SECONDS)  # of which a process dies, unless it handles SIGALRM
+        tokens, played = ctx.saved or ([0], 0)
+        for turn in range(played, TURNS):
+            write(task["ledger"], f"{task['game']} {turn}\n")
+            with ctx.span("turn", number=turn):
+                await asyncio.sleep(TURN_SECONDS)
+                answer = move(task["game"], turn)
+                ctx.llm(prompt_ids=tokens, response_ids=answer, logprobs=[-1.0] * len(answer))
+            tokens = tokens + answer
+            if task["saves"]:
+                await ctx.save((tokens, turn + 1))
+        return 1.0
 
 
-async def kill_runners(store: rs.RayLightningStore, pool: rs.RunnerPool, killed: list[str]) -> None:
-    """Kill each runner when it has worked for as long as it may live."""
-    since: dict[str, float] = {}
-    while True:
-        await asyncio.sleep(0.1)
-        for worker_id in pool.worker_ids:
-            worker = await store.get_worker_by_id(worker_id)
-            if worker is None or worker.status != "busy" or worker_id in killed:
-                continue
-            pid = (worker.heartbeat_stats or {}).get("pid")
-            if pid is not None and time.monotonic() - since.setdefault(worker_id, time.monotonic()) > LIFE_SECONDS:
-                os.kill(pid, signal.SIGKILL)
-                killed.append(worker_id)
+async def killed_of(store: rs.RayLightningStore, rollouts: list[rs.Rollout]) -> set[str | None]:
+    """The runners that died with one of these rollouts."""
+    attempts = [attempt for one in rollouts for attempt in await store.query_attempts(one.rollout_id)]
+    return {attempt.worker_id for attempt in attempts if attempt.outcome == "runner_lost"}
 
 
 async def games(
     run: harness.Run, store: rs.RayLightningStore, *, saves: bool, timeout: float
-) -> tuple[list[rs.Rollout], Counter[str], list[str]]:
+) -> tuple[list[rs.Rollout], Counter[str], set[str | None]]:
     """Play games while runners are killed: those that have ended in time, what was paid for, and who was killed."""
     ledger = (run.folder / f"ledger-{'with' if saves else 'without'}").absolute()
     ledger.write_text("")
-    killed: list[str] = []
-    pool = rs.RunnerPool(store, play, size=run.runners, concurrency=CONCURRENCY)
+    pool = rs.RunnerPool(store, Player, size=run.runners, concurrency=CONCURRENCY)
     await asyncio.to_thread(pool.start)
     try:
         tasks = [{"game": 1_000 * run.seed + game, "saves": saves, "ledger": str(ledger)} for game in range(run.steps)]
         made = await store.enqueue_many_rollouts([rs.EnqueueRolloutRequest(input=task) for task in tasks])
-        killing = asyncio.create_task(kill_runners(store, pool, killed))
         ended = await store.wait_for_rollouts(rollout_ids=[one.rollout_id for one in made], timeout=timeout)
-        killing.cancel()
     finally:
         await asyncio.to_thread(pool.stop, drain=False)
     for rollout in ended:
         await check(run, store, rollout)
-    return list(ended), Counter(ledger.read_text().splitlines()), killed
+    return list(ended), Counter(ledger.read_text().splitlines()), await killed_of(store, list(made))
 
 
 wrong: list[str] = []
