@@ -34,7 +34,7 @@ def read(payload: Any) -> rs.ResourcesUpdate:
 
 def written(resources: dict[str, Any]) -> Any:
     """The payload of resources, as a client writes it."""
-    limits = dict.fromkeys(["value_bytes", "span_bytes", "call_bytes"], 10**6)
+    limits = dict.fromkeys(["value_bytes", "span_bytes", "call_bytes", "state_bytes"], 10**6)
     return convert.Encoder(limits, None).resources(resources)[0]
 
 

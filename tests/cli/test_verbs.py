@@ -32,7 +32,7 @@ VERBS: list[tuple[list[str], list[str]]] = [
     (["consumers", "trainer"], [r"1 +1 +4 +0\.15 +yes +loss 1\.5, kl 0\.01", r"3 +1 +4 +0\.45 +no"]),
     (["consumers", "--rewind", "1"], [r"steps lost +2 \(2 to 3\)", r"trained on again +8", r"all of them are there"]),
     (["workers"], [r"runner-3 +busy +1 min 32 s +stuck|runner-3 +busy", r"runner-1 +idle.*node-a"]),
-    (["resources"], [r"policy +3 +2 ", r"weights: <raystore\.types\.ObjectResource, a pickle of \d+ bytes, not"]),
+    (["resources"], [r"policy +3 +2 ", r"weights: <raystore\.types\.contract\.ObjectResource, a pickle of \d+"]),
     (["resources", "policy"], [r"policy +3 +2", r"policy +1 +0", r"api_key: \(hidden\)", r"Think step by step"]),
     (["resources", "policy", "--version", "1"], [r"endpoint: http://10\.0\.0\.0/v1"]),
     (["resources", "policy", "--diff", "1", "3"], [r"-    \{question\}", r"\+    Think step by step"]),

@@ -78,6 +78,7 @@ class Known:
             "queues": ["empty"], "limit": 1, "status_in": ["succeeded"], "rollout_id_in": [self.ids[0]],
             "rollout_id_contains": "r", "filter_logic": "and", "sort_by": None, "sort_order": "asc", "offset": 0,
             "rollout_ids": [self.ids[1]], "status": "running", "cursor": 0, "kinds": ["enqueued"],
+            "state": {"turns": 3},
             "attempt_id": self.running.attempt.attempt_id, "last_heartbeat_time": 1.0,
             "rollout_attempt_ids": [(self.running.rollout_id, "a")], "span": span, "spans": [span],
             "readable_span": None, "sequence_id": 4, "allow_partial": True, "consumer": self.consumer,

@@ -148,6 +148,7 @@ async def test_errors_survive_a_real_call(cluster: None) -> None:
     """Every error can be raised in an actor and caught by its own class."""
     examples = [
         rs.InvalidValueError("a", 1, "b"), rs.RolloutNotFoundError("r"), rs.AttemptNotFoundError("r", "a"),
+        rs.AttemptOverError("r", "a", "superseded"),
         rs.ResourcesNotFoundError("x"), rs.ClaimLostError("r", "a"), rs.ConflictError("r", ["input"]),
         rs.OverloadedError(1, 2, 3.0), rs.CursorTooOldError(1, 2), rs.SpansEvictedError("r"),
         rs.PayloadLostError("a", "b"), rs.PayloadTooLargeError("a", 2, 1), rs.PayloadNotPicklableError("a", "b"),

@@ -325,6 +325,19 @@ def runners_busy(scene: Scene) -> None:
     assert "concurrency=" in told.remedy
 
 
+def runners_rest(scene: Scene) -> None:
+    """As long as they say so; a heartbeat of long ago says nothing."""
+    session = scene.session()
+    for name in ("a", "b"):
+        stats = encode({"resting": True}, "heartbeat_stats", 10**6)
+        scene.core.run("update_worker", session=session, worker_id=name, changes={"heartbeat_stats": stats})
+    scene.core.enqueue()
+    told = names(scene.ask(), "runners_rest", "2 runners rest", "preempt= says that their nodes go away")
+    assert "preempt=" in told.remedy
+    scene.wait(3600)
+    assert "runners_rest" not in kinds(scene.ask())
+
+
 def no_pump(scene: Scene) -> None:
     loop = scene.loop()
     loop.complete(*loop.draw()[:1])
@@ -471,7 +484,8 @@ SITUATIONS: list[Callable[[Scene], None]] = [
     no_tasks, store_failed, journal_full, journal_slow, memory_full, budget_spent, filtered_too_many, paused,
     evaluation_share, evaluation_version_gone,
     limit_reached, pool_failed, unserved_queue, resources_gone, not_published, runners_silent, suspect_waits,
-    backing_off, runners_busy, no_pump, not_drawn, batch_left, batch_held, batch_ready, admission_closed, not_judged,
+    backing_off, runners_busy, runners_rest, no_pump, not_drawn, batch_left, batch_held, batch_ready, admission_closed,
+    not_judged,
     group_waits, rollout_runs, all_claimed, feed_over, nothing_fits, rollout_finished, group_ended,
 ]  # fmt: skip
 
