@@ -172,6 +172,8 @@ def test_a_store_that_is_broken_is_found_out(monkeypatch: pytest.MonkeyPatch, br
             counts, _ = simulate(seed)
         except AssertionError:  # an answer that cannot be, or a replay that came out otherwise: found as well
             return
+        except KeyError:  # a call that is parked twice, of a batch that ran twice: its bookkeeping breaks
+            return
         if any(counts.values()):
             return
     pytest.fail("a hundred seeds saw nothing wrong")
