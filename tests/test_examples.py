@@ -202,7 +202,7 @@ def test_the_size_of_torch_is_said_before_it_is_downloaded() -> None:
     """`make example-transformer` installs once, after saying how much that is; `make examples` runs all but it."""
 
     def recipe(target: str) -> str:
-        command = ["make", "--dry-run", "--always-make", target]
+        command = ["make", "--no-print-directory", "--dry-run", "--always-make", target]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True).stdout
 
     wanted = recipe("example-transformer")
