@@ -1008,8 +1008,9 @@ class RunnerStore(LightningStore):
         means that the next attempt begins anew; then those that this attempt has taken over count no longer, either.
         It is a sign of life, as a span is. States that travel encoded are `raystore.wire.codec.Encoded`.
 
-        Raises what `add_span` raises; `AttemptOverError` if the attempt has ended or is not the newest; and
-        `PayloadTooLargeError` (`limits["state_bytes"]`) or `PayloadNotPicklableError`, and then the state before stays.
+        Raises what `add_span` raises; `AttemptOverError` if the attempt has ended or is not the newest (its spans are
+        stored, as late ones are); and `PayloadTooLargeError` (`limits["state_bytes"]`) or `PayloadNotPicklableError`.
+        Whatever is raised, the state before stays.
         """
 
     @abstractmethod

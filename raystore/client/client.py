@@ -33,7 +33,14 @@ from raystore.core.payload import Opaque, Payload, bounded_error, size_of
 from raystore.core.records import Many
 from raystore.core.schema import LossReason
 from raystore.core.verbs import VERBS
-from raystore.errors import AnswerGoneError, FeedHeldError, InvalidValueError, RolloutNotFoundError, StoreError
+from raystore.errors import (
+    AnswerGoneError,
+    AttemptOverError,
+    FeedHeldError,
+    InvalidValueError,
+    RolloutNotFoundError,
+    StoreError,
+)
 from raystore.errors.text import NOT_GIVEN, explain_methods, typed_as, unfit
 from raystore.reports.log import a_minute, logger_of
 from raystore.reports.progress import Progress
@@ -1156,6 +1163,10 @@ class StoreClient(RunnerStore):
             calls.append(self._transport.post("save", ids | {"saved_state": payload, "spans": rows}))
             for call in calls:
                 await call
+        except AttemptOverError:  # the state is refused with all that came with it; spans of such an attempt are late
+            if rows:
+                await self._transport.call("add_spans", ids | {"spans": rows})
+            raise
         except BaseException:
             for call in calls:
                 self._transport.abandon(call)

@@ -108,7 +108,7 @@ async def test_the_reward_of_what_was_saved_is_taken_over(store: AnyStore) -> No
 
 @pytest.mark.parametrize("end", ["timeout", "cancelled", "superseded", "failed", "succeeded"])
 async def test_an_attempt_that_is_over_saves_nothing(store: AnyStore, end: str) -> None:
-    """It is refused with what became of it, and changes nothing: neither the state nor the spans."""
+    """Its state is refused with what became of it; the spans that came with it are stored, as late ones are, once."""
     first = await claim(store, timeout_seconds=5.0 if end == "timeout" else None)
     await store.save_state(*ids_of(first), "kept", [span_named(first, "one")])
     outcome = end
@@ -126,8 +126,11 @@ async def test_an_attempt_that_is_over_saves_nothing(store: AnyStore, end: str) 
     assert caught.value.args == (*ids_of(first), outcome) and isinstance(caught.value, ValueError)
     with pytest.raises(rs.AttemptOverError, match="Drop this work"):
         await store.get_saved_state(*ids_of(first))
-    assert await names(store, first, first.attempt.attempt_id) == ["one"]
+    with pytest.raises(rs.AttemptOverError):
+        await store.save_state(*ids_of(first), b"x" * 200_000, [span_named(first, "behind a large one")])
+    assert await names(store, first, first.attempt.attempt_id) == ["one", "late", "behind a large one"]
     if end == "superseded":
+        assert await names(store, first) == ["one"]
         latest = present(await store.get_latest_attempt(first.rollout_id))
         assert await store.get_saved_state(first.rollout_id, latest.attempt_id) == "kept"
 
