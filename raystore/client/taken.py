@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from raystore.core.fates import UNDER_WAY, ended_row
+from raystore.core.fates import UNDER_WAY, told, values_of
 from raystore.core.lifecycle import FINISHED, TRAINABLE, is_cut_off
-from raystore.core.selection import Ended, Fate, Value, Window
+from raystore.core.selection import Ended, Fate, Window
 from raystore.core.training import GROUPS, fits
 from raystore.types.contract import AnyRollout, Group, LedgerEntry
 from raystore.types.evaluations import is_sample
@@ -37,11 +37,11 @@ class Store(Protocol):
 
 async def selection_of(store: Store, consumer: str, since: float | None, now: float) -> dict[str, Any]:
     """What `core.fates.selection` says of a feed, of a consumer that is none."""
-    told = (await store.statistics())["consumers"][consumer]
+    known = (await store.statistics())["consumers"][consumer]
     taken = {entry.rollout_id: entry.step for entry in await store.ledger(consumer)}
-    takes_groups = told["takes"] == GROUPS
+    takes_groups = known["takes"] == GROUPS
     groups = {group.group_id: group for group in await store.query_groups()} if takes_groups else {}
-    decided, under_way = Window(now, now), Window(now, now)
+    decided, under_way = Window(now if since is None else since, now), Window(now, now)
     counted: set[tuple[str, str]] = set()
     offset, total = 0, 1
     while offset < total:
@@ -50,35 +50,24 @@ async def selection_of(store: Store, consumer: str, since: float | None, now: fl
         for rollout in page.items:
             if (
                 is_sample(rollout)
-                or not fits(told["filter"], rollout)
+                or not fits(known["filter"], rollout)
                 or (takes_groups and rollout.group_id not in groups)
             ):
                 continue
             if since is not None and rollout.end_time is not None and rollout.end_time < since:
                 continue
-            fate = _fate(rollout, groups.get(rollout.group_id or ""), taken, told["filter"], now)
+            fate = _fate(rollout, groups.get(rollout.group_id or ""), taken, known["filter"], now)
             if fate is None:
                 continue
             window = under_way if fate.ending == UNDER_WAY else decided
-            window.add([fate], _values(rollout), 1)
-            decided.since = min(decided.since, rollout.start_time)
+            window.add([fate], values_of(str(rollout.tags.get("env", rollout.queue)), rollout.tags), 1)
+            if since is None:
+                decided.since = min(decided.since, rollout.start_time)
             unit = (fate.ending, rollout.group_id or rollout.rollout_id)
             if unit not in counted:
                 counted.add(unit)
                 window.endings.setdefault(fate.ending, Ended()).groups += 1
-    return {
-        "consumer": consumer,
-        "since": decided.since if since is None else since,
-        "until": now,
-        "endings": [ended_row(name, one) for name, one in decided.endings.items()],
-        "under_way": [ended_row(name, one) for name, one in under_way.endings.items()],
-        "values": [[*key, tally] for key, tally in decided.values.items()],
-        "by_seconds": [[number, row] for number, row in decided.by_seconds.items()],
-        "items": [],
-        "starved": [],
-        "untracked": 0,
-        "is_of_feed": False,
-    }
+    return told(consumer, decided, under_way, now)
 
 
 def _fate(
@@ -107,11 +96,7 @@ def _fate(
     else:
         ending, reason = UNDER_WAY, "waits"
     end = now if rollout.end_time is None else rollout.end_time
-    seconds = max(end - latest.start_time, 0.0)
+    is_whole = latest.resumed_from is None  # else it went on from an attempt that is not read here
+    seconds = max(end - latest.start_time, 0.0) if is_whole else None
     is_cut = is_cut_off(rollout.status, latest)
     return Fate(ending, reason, is_cut, seconds, None, None, rollout.reward, latest.policy_version)
-
-
-def _values(rollout: AnyRollout) -> list[Value]:
-    tags = [(f"tag {name}", str(value)) for name, value in rollout.tags.items() if name != "env"]
-    return [("environment", str(rollout.tags.get("env", rollout.queue))), *tags]

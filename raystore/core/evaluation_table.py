@@ -22,9 +22,8 @@ from raystore.core.records import Attempt, Rollout, declare, packed, shown, unpa
 from raystore.core.scores import Sampled, score
 
 RUNNING, ENDED, DROPPED = "running", "finished", "dropped"  #: where an evaluation stands
-LOST = (
-    "\0version\0"  #: why a rollout is held back: its pinned version cannot be had; no id of resources looks like this
-)
+#: Why a rollout is held back: its pinned version cannot be had. No id of resources looks like this.
+LOST = "\0version\0"
 
 KEPT = 1_000  #: evaluations of one name that have ended: of these the newest stay,
 KEPT_IN_ALL = 10_000  #: and so many of all names

@@ -7,13 +7,14 @@ Not here: how endings are counted (`selection`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raystore.core import lifecycle
 from raystore.core.feed_table import Counted, FeedEntry, Item
 from raystore.core.group_table import CANCELLED, FAILED, LIVE, MASKED, SCORED, GroupEntry
 from raystore.core.lifecycle import INFRASTRUCTURE
+from raystore.core.records import Attempt, packed
 from raystore.core.schema import Calls, Id
 from raystore.core.selection import Ended, Fate, Value, Window
 from raystore.core.state import Entry, State, Step
@@ -59,7 +60,7 @@ def count_group(
 ) -> None:
     """Count the members of a group; that of an item which goes on in another group, too."""
     fates = list(_fates(state, feed, item, group, ending, step.now))
-    values = _values(item, group)
+    values = values_of(item.environment, group.tags)
     feed.selection.count(step.now, fates, values, ending)
     if ending == "trained":
         item.counted = Counted(step.now, fates, values, is_first)
@@ -71,9 +72,10 @@ def note_calls(state: State, entry: Entry, calls: Calls) -> None:
         item.calls[entry.rollout.rollout_id] = (calls["turns"], calls["response_tokens"])
 
 
-def _values(item: Item, group: GroupEntry) -> list[Value]:
-    tags = [(f"tag {name}", str(value)[:VALUE_LETTERS]) for name, value in group.tags.items() if name != "env"]
-    return [("environment", item.environment), *tags]
+def values_of(environment: str, tags: Mapping[str, Any]) -> list[Value]:
+    """By what rollouts are told apart: their environment and their other tags."""
+    others = [(f"tag {name}", str(value)[:VALUE_LETTERS]) for name, value in tags.items() if name != "env"]
+    return [("environment", environment), *others]
 
 
 def _fates(state: State, feed: FeedEntry, item: Item, group: GroupEntry, ending: str, now: float) -> Iterator[Fate]:
@@ -85,12 +87,24 @@ def _fates(state: State, feed: FeedEntry, item: Item, group: GroupEntry, ending:
             continue
         rollout = entry.rollout
         fate, reason = _ending_of(feed, item, group, entry, stand, ending)
-        end = rollout.end_time if rollout.end_time is not None else now
-        turns, tokens = item.calls.get(rollout_id, (None, None))
+        # Of an attempt that went on from a saved state, a runner reports its own calls only.
+        whole = latest.resumed_from is None
+        turns, tokens = item.calls.get(rollout_id, (None, None)) if whole else (None, None)
         reward = feed.rule["failure_reward"] if stand == SCORED else rollout.reward
         is_cut = lifecycle.is_cut_off(rollout.status, latest)
-        seconds = max(end - latest.start_time, 0.0)
+        seconds = ran_for(entry.attempts, now if rollout.end_time is None else rollout.end_time)
         yield Fate(fate, reason, is_cut, seconds, turns, tokens, reward, latest.policy_version)
+
+
+def ran_for(attempts: Sequence[Attempt], end: float) -> float:
+    """How long the latest attempt ran until the end of its rollout, with those whose work it went on with."""
+    latest = attempts[-1]
+    seconds, earlier = max(end - latest.start_time, 0.0), latest.resumed_from
+    for attempt in reversed(attempts):
+        if attempt.attempt_id == earlier:
+            ended = attempt.end_time or attempt.last_heartbeat_time or attempt.start_time
+            seconds, earlier = seconds + max(ended - attempt.start_time, 0.0), attempt.resumed_from
+    return seconds
 
 
 def _ending_of(
@@ -148,22 +162,26 @@ def selection(state: State, step: Step, *, consumer: Id, since: float | None) ->
         under_way.add(fates, [], 1)
         if fates:
             under_way.endings.setdefault(UNDER_WAY, Ended()).groups += 1
-    return {
-        "consumer": consumer,
-        "since": found.since,
-        "until": step.now,
-        "endings": [ended_row(name, ended) for name, ended in found.endings.items()],
-        "under_way": [ended_row(name, ended) for name, ended in under_way.endings.items()],
-        "values": [[*key, tally] for key, tally in found.values.items()],
-        "by_seconds": [[number, row] for number, row in found.by_seconds.items()],
-        "items": [[*key, count] for key, count in found.items.items() if count],
+    counts = told(consumer, found, under_way, step.now)
+    return counts | {
         "starved": feed.selection.starved(SHOWN),
         "untracked": feed.selection.untracked,
         "is_of_feed": True,
     }
 
 
-def ended_row(name: str, ended: Ended) -> list[Any]:
-    """The rollouts of an ending as a report is told of them."""
-    spreads = [getattr(ended, one).image() for one in ("seconds", "cut", "turns", "tokens", "reward")]
-    return [name, ended.groups, ended.rollouts, dict(ended.reasons), *spreads]
+def told(consumer: str, found: Window, under_way: Window, now: float) -> dict[str, Any]:
+    """What a report is made of, by what has come to an end and what has not, as far as anybody may know it."""
+    return {
+        "consumer": consumer,
+        "since": found.since,
+        "until": now,
+        "endings": {name: packed(ended) for name, ended in found.endings.items()},
+        "under_way": {name: packed(ended) for name, ended in under_way.endings.items()},
+        "values": [[*key, tally] for key, tally in found.values.items()],
+        "by_seconds": [[number, row] for number, row in found.by_seconds.items()],
+        "items": [[*key, count] for key, count in found.items.items() if count],
+        "starved": [],
+        "untracked": 0,
+        "is_of_feed": False,
+    }

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from raystore.core.fates import ENDINGS, UNDER_WAY
-from raystore.core.selection import Spread, middle_of
+from raystore.core.records import unpacked
+from raystore.core.selection import Ended, Spread, middle_of
 from raystore.reports.svg import Chart, Points, charts
 from raystore.reports.words import counted, figure, share
 
@@ -62,8 +62,10 @@ class EndingReport(BaseModel):
         share: of all rollouts that were started.
         reasons: how many for which reason: outcomes of attempts, or the rule that filtered.
         cut: of the rollouts, those that were cut off while they ran.
-        duration: seconds of the latest attempts, up to the cut of those that were cut off.
-        turns: model calls; only of rollouts whose runner reported them, which it does not for those that were cut off.
+        duration: seconds that they ran: the latest attempt, with those whose saved states it went on from, up to the
+            cut of those that were cut off.
+        turns: model calls; only of rollouts whose runner reported all of them, which it does not for those that were
+            cut off, or went on from a saved state.
         tokens: that these calls generated.
         reward: of those that have one.
     """
@@ -197,47 +199,28 @@ class SelectionReport(BaseModel):
 # -- distributions -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Ended:
-    """The rollouts of one ending, or of several, as the store counted them."""
+def _spread(ended: Ended, number: str) -> Spread:
+    """One of the numbers of rollouts; of durations, those of rollouts that were cut off, too."""
+    if number != "seconds":
+        found: Spread = getattr(ended, number)
+        return found
+    whole = Spread()
+    whole.merge(ended.seconds)
+    whole.merge(ended.cut)
+    return whole
 
-    groups: int = 0
-    rollouts: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    seconds: Spread = field(default_factory=Spread)
-    cut: Spread = field(default_factory=Spread)
-    turns: Spread = field(default_factory=Spread)
-    tokens: Spread = field(default_factory=Spread)
-    reward: Spread = field(default_factory=Spread)
 
-    def merge(self, other: _Ended) -> None:
-        self.groups += other.groups
-        self.rollouts += other.rollouts
-        for reason, count in other.reasons.items():
-            self.reasons[reason] = self.reasons.get(reason, 0) + count
-        for name in ("seconds", "cut", *list(NUMBERS)[1:]):
-            getattr(self, name).merge(getattr(other, name))
+def _mean(ended: Ended, number: str) -> float:
+    """The mean; of durations, as it would be if none had been cut off."""
+    if number == "seconds" and ended.cut.count:
+        return sum(mass * middle_of(place) for place, mass in _masses(ended, number).items())
+    spread = _spread(ended, number)
+    return spread.total / spread.count if spread.count else 0.0
 
-    def spread(self, number: str) -> Spread:
-        """One of the numbers of each; of durations, those of rollouts that were cut off, too."""
-        if number != "seconds":
-            found: Spread = getattr(self, number)
-            return found
-        whole = Spread()
-        whole.merge(self.seconds)
-        whole.merge(self.cut)
-        return whole
 
-    def mean(self, number: str) -> float:
-        """The mean; of durations, as it would be if none had been cut off."""
-        if number == "seconds" and self.cut.count:
-            return sum(mass * middle_of(place) for place, mass in self.masses(number).items())
-        spread = self.spread(number)
-        return spread.total / spread.count if spread.count else 0.0
-
-    def masses(self, name: str) -> dict[int, float]:
-        """The share of them in each class; of durations, as they would be if none had been cut off."""
-        return _survival(self.seconds, self.cut) if name == "seconds" else _shares(getattr(self, name))
+def _masses(ended: Ended, number: str) -> dict[int, float]:
+    """The share of them in each class; of durations, as they would be if none had been cut off."""
+    return _survival(ended.seconds, ended.cut) if number == "seconds" else _shares(getattr(ended, number))
 
 
 def _shares(spread: Spread) -> dict[int, float]:
@@ -301,14 +284,15 @@ class _Report:
 
     def __init__(self, told: Mapping[str, Any]) -> None:
         self.told = told
-        self.endings: dict[str, _Ended] = {}
-        for name, *row in (*told["endings"], *told["under_way"]):  # members of groups under way may have an ending
-            if row[1]:
-                self.endings.setdefault(name, _Ended()).merge(_ended(row))
-        self.all = _Ended()
+        self.endings: dict[str, Ended] = {}
+        for rows in (told["endings"], told["under_way"]):  # members of groups under way may have an ending
+            for name, row in rows.items():
+                self.endings.setdefault(name, Ended()).merge(unpacked(Ended, row))
+        self.endings = {name: one for name, one in self.endings.items() if one.rollouts}
+        self.all = Ended()
         for one in self.endings.values():
             self.all.merge(one)
-        self.trained = self.endings.get("trained", _Ended())
+        self.trained = self.endings.get("trained", Ended())
         #: How much less the mean of a part of what was started varies than that of as many drawn anew.
         self.left_out = 1 - self.trained.rollouts / self.all.rollouts if self.all.rollouts else 0.0
 
@@ -319,7 +303,7 @@ class _Report:
         for environment, ending, count in self.told["items"]:
             items.setdefault(environment, {})[ending] = count
         starved = {environment: (count, list(indexes)) for environment, count, indexes in self.told["starved"]}
-        under_way = self.endings.get(UNDER_WAY, _Ended()).rollouts
+        under_way = self.endings.get(UNDER_WAY, Ended()).rollouts
         return SelectionReport(
             consumer=self.told["consumer"],
             since=self.told["since"],
@@ -357,7 +341,7 @@ class _Report:
             share=one.rollouts / self.all.rollouts,
             reasons=dict(sorted(one.reasons.items(), key=lambda pair: -pair[1])),
             cut=one.cut.count,
-            duration=_distribution(one.spread("seconds")),
+            duration=_distribution(_spread(one, "seconds")),
             turns=_distribution(one.turns),
             tokens=_distribution(one.tokens),
             reward=_distribution(one.reward),
@@ -383,7 +367,7 @@ class _Report:
     def _curves(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
         both = {"started": self.all, "trained on": self.trained}
         drawn = {
-            called: {name: _curve(masses) for name, one in both.items() if (masses := one.masses(number))}
+            called: {name: _curve(masses) for name, one in both.items() if (masses := _masses(one, number))}
             for number, called in NUMBERS.items()
         }
         return {called: lines for called, lines in drawn.items() if lines}
@@ -397,12 +381,12 @@ class _Report:
 
     def _numbers(self, number: str) -> Comparison | None:
         """The means of a number: of what was trained on, and of what was started."""
-        started, trained = self.all.masses(number), self.trained.masses(number)
+        started, trained = _masses(self.all, number), _masses(self.trained, number)
         if not started or not trained or self.trained.groups < ENOUGH:
             return None
         if number == "reward":
             return self._rewards()
-        means = self.trained.mean(number), self.all.mean(number)
+        means = _mean(self.trained, number), _mean(self.all, number)
         (one, variance), (other, _) = (_moments(masses, logarithmic=True) for masses in (started, trained))
         z = self._z(other - one, variance)
         ratio = means[0] / means[1] if means[1] else 1.0
@@ -453,7 +437,7 @@ class _Report:
         """
         earned = {number: row for number, row in self.told["by_seconds"] if row[0] > 0}
         weights: dict[int, float] = {}
-        for number, mass in self.all.masses("seconds").items():
+        for number, mass in _masses(self.all, "seconds").items():
             nearest = min(earned, key=lambda one: abs(one - number))
             weights[nearest] = weights.get(nearest, 0.0) + mass
         mean, noise = 0.0, 0.0
@@ -484,7 +468,7 @@ class _Report:
         one = self.endings[name]
         if number == "reward" and one.cut.count > one.reward.count:
             number = "seconds"
-        here, whole = one.spread(number), self.all.spread(number)
+        here, whole = _spread(one, number), _spread(self.all, number)
         mean = whole.total / max(whole.count, 1)
         variance = whole.squares / max(whole.count, 1) - mean * mean
         return (here.total - here.count * mean) / math.sqrt(max(variance, 1e-12))
@@ -536,13 +520,13 @@ class _Report:
             yield "Counted are the rollouts that the store still has, since only feeds count what becomes of each"
 
     def _thrown_away(self) -> Iterable[str]:
-        usual = self.all.mean("seconds")
+        usual = _mean(self.all, "seconds")
         for name in self._ranked():
             one = self.endings[name]
             if name in ("trained", UNDER_WAY):
                 continue
             text = f"{one.rollouts:,} ({share(one.rollouts, self.all.rollouts)}) ended as {name}: {ENDINGS[name]}"
-            ran = one.spread("seconds")
+            ran = _spread(one, "seconds")
             ratio = ran.total / ran.count / usual if ran.count and usual else 1.0
             if ratio - 1 >= MATTERS or (1 - ratio >= MATTERS and not one.cut.count):
                 least = "at least " if one.cut.count else ""
@@ -553,7 +537,7 @@ class _Report:
 
     def _rules(self) -> Iterable[str]:
         """What the rules of the feed did."""
-        failed = self.endings.get("replaced", _Ended()).rollouts
+        failed = self.endings.get("replaced", Ended()).rollouts
         if failed:
             there = self.trained.rollouts + failed
             mean = self.trained.reward.total / self.trained.reward.count if self.trained.reward.count else None
@@ -567,9 +551,9 @@ class _Report:
                     f"not {figure(mean)}"
                 )
             yield text
-        cut = self.endings.get("raced", _Ended())
+        cut = self.endings.get("raced", Ended())
         if cut.rollouts:
-            whole, trained = self.all.masses("seconds"), self.trained.masses("seconds")
+            whole, trained = _masses(self.all, "seconds"), _masses(self.trained, "seconds")
             yield (
                 f"race=True cut off {cut.rollouts:,} rollouts ({share(cut.rollouts, self.all.rollouts)}), the slowest "
                 f"of their groups: half of what was started runs up to {figure(_quantile(whole, 0.5))} s, half of what "
@@ -591,11 +575,6 @@ def _rank(row: ValueReport) -> tuple[str, int]:
     """Versions from the newest on, other values from the commonest on."""
     is_version = row.dimension == "version" and row.value.isdigit()
     return row.dimension, -(int(row.value) if is_version else row.started)
-
-
-def _ended(row: Sequence[Any]) -> _Ended:
-    groups, rollouts, reasons, *spreads = row
-    return _Ended(groups, rollouts, dict(reasons), *map(Spread.of, spreads))
 
 
 def _quantile(masses: Mapping[int, float], part: float) -> float:

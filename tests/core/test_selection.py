@@ -30,8 +30,9 @@ from raystore.core.selection import (
 from raystore.core.snapshot import restore, sections
 from raystore.core.state import State
 from raystore.errors import InvalidValueError
-from raystore.reports.selection import SelectionReport
-from tests.core.selection_world import World, all_earn_alike, longer_earns_less, longer_earns_more
+from raystore.reports.selection import SelectionReport, selection_report
+from tests.core.selection_world import Patient, World, all_earn_alike, longer_earns_less, longer_earns_more
+from tests.core.test_feeds import Loop
 
 numbers = st.lists(st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-5), max_size=100)
 
@@ -243,6 +244,31 @@ def test_a_name_that_nobody_has() -> None:
     world = world_of("wait")
     with pytest.raises(InvalidValueError, match=r"'g'.*the name of a feed.*there are 'f'"):
         world.core.run("selection", consumer="g", since=None)
+
+
+def test_a_rollout_that_went_on_counts_with_all_its_work() -> None:
+    """It ran for the time of all attempts of its work, without its waits; of its calls only the last are known."""
+    loop = Loop(Patient(), 1, size=1, batch=1)
+    core = loop.core
+    loop.publish()
+    loop.draw()
+    calls = {"turns": 2, "prompt_tokens": 1, "response_tokens": 9, "finish_reasons": {}}
+    for seconds in (10.0, 20.0):
+        runner = core.open(f"runner {seconds}")
+        (key,) = core.hold(runner)
+        core.tick(seconds)
+        core.run("save", session=runner, rollout_id=key[0], attempt_id=key[1], saved_state=b"\x01\x01", spans=[])
+        core.end(runner)
+        core.tick(100.0)
+    (key,) = core.hold(loop.runner)
+    assert core.state.entries[key[0]].latest.resumed_from is not None  # type: ignore[union-attr]
+    core.tick(5.0)
+    core.run(
+        "finish", session=loop.runner, rollout_id=key[0], attempt_id=key[1], spans=[],
+        changes={"status": "succeeded", "outcome": "ok", "calls": calls},
+    )  # fmt: skip
+    (ended,) = selection_report(core.run("selection", consumer="f", since=None)).endings
+    assert (ended.duration.mean, ended.turns.count, ended.tokens.count) == (35.0, 0, 0)
 
 
 # -- biases ------------------------------------------------------------------------------------------------------------

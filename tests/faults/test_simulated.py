@@ -6,6 +6,7 @@ A failing seed is run again by `python -m tests.faults.test_simulated SEED`.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -172,7 +173,8 @@ def test_a_store_that_is_broken_is_found_out(monkeypatch: pytest.MonkeyPatch, br
             counts, _ = simulate(seed)
         except AssertionError:  # an answer that cannot be, or a replay that came out otherwise: found as well
             return
-        except KeyError:  # a call that is parked twice, of a batch that ran twice: its bookkeeping breaks
+        except KeyError as error:  # a call that is parked twice, of a batch that ran twice, breaks the bookkeeping
+            assert breaks is forget_answers and traceback.extract_tb(error.__traceback__)[-1].name == "_remove"
             return
         if any(counts.values()):
             return

@@ -206,4 +206,4 @@ async def test_runners_and_stores_have_names_in_the_tools_of_ray(make_ray_store:
     async with rs.RunnerPool(store, patient, size=1) as pool:
         names = {(actor["namespace"], actor["name"]) for actor in list_named_actors(all_namespaces=True)}
         assert {("raystore-runners", worker_id) for worker_id in pool.worker_ids} <= names
-        assert rs.list_stores()[0].name == store.info.name
+        assert store.info.name in {info.name for info in rs.list_stores()}
