@@ -2,7 +2,7 @@
 
 Names and arguments are those of agent-lightning 0.3.0, with the keyword names of 0.2 as well; then come raystore's
 additions, whose defaults leave the behaviour of agent-lightning. `raystore.client.client` implements the contract over
-a transport; `raystore.client.sync` has its blocking twins and is generated from this file.
+a transport; `raystore.client.sync` has its blocking twins.
 
 Rules for every method:
 
