@@ -29,7 +29,6 @@ MATTERS_REWARD = 0.1  #: ... of a mean reward, in standard deviations, ...
 MATTERS_SHARE = 0.05  #: ... and of the share that is trained on
 ENOUGH = 30  #: groups that were trained on, below which nothing is said
 ENOUGH_OF_VALUE = 50  #: rollouts of one value, likewise
-SAID = 3  #: values of a dimension that a sentence names
 NAMED = 8  #: items that a sentence names
 
 #: The numbers that are compared, and how they are called.

@@ -368,11 +368,6 @@ def notes(per_rollout: Any, rollout_ids: Iterable[str]) -> dict[str, str]:
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 
-def rollouts_of(row: Sequence[Any]) -> list[str]:
-    """The rollouts to train on, in the order of their places, by the row that the store has of an item."""
-    return [rollout_id for rollout_id, *_ in row[10]]
-
-
 def to_feed_group(
     group: Group, row: Sequence[Any], rollouts: Mapping[str, AnyRollout], failure_reward: float | None
 ) -> FeedGroup:
