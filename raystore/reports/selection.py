@@ -237,8 +237,8 @@ def _survival(ended: Spread, cut: Spread) -> dict[int, float]:
             masses[number] = survive - left
             survive = left
         at_risk -= ends.get(number, 0) + cuts.get(number, 0)
-    if survive > 1e-12:
-        last = max(ends.keys() | cuts.keys(), default=0)
+    if survive > 1e-12 and (known := ends.keys() | cuts.keys()):
+        last = max(known)
         masses[last] = masses.get(last, 0.0) + survive
     return masses
 

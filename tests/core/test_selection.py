@@ -271,6 +271,14 @@ def test_a_rollout_that_went_on_counts_with_all_its_work() -> None:
     assert (ended.duration.mean, ended.turns.count, ended.tokens.count) == (35.0, 0, 0)
 
 
+def test_of_nothing_nothing_is_drawn() -> None:
+    """Nor compared: no number is made of what was never started."""
+    loop = Loop(Patient(), 1, size=1, batch=1)
+    report = selection_report(loop.core.run("selection", consumer="f", since=None))
+    assert (report.started, report.curves, report.comparisons, report.endings) == (0, {}, [], [])
+    assert report.sentences == ["Nothing was started for 'f' in this time"]
+
+
 # -- biases ------------------------------------------------------------------------------------------------------------
 
 EARNS = {"more": longer_earns_more, "less": longer_earns_less, "alike": all_earn_alike}
