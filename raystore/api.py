@@ -849,7 +849,8 @@ class LightningStore(ABC):
     async def drop_evaluation(self, name: str, version: int | None = None) -> int:
         """Drop what still runs of a name, or of one version of it; returns how many evaluations that are.
 
-        What waits and runs of them is cancelled, and what was scored stays. Those that have ended stay as they are.
+        What waits and runs of them is cancelled, and what was scored stays: `evaluate` gives such a one again as it is.
+        Those that have ended stay as they are.
         Raises `EvaluationNotFoundError` for an unknown name or version.
         """
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
+import math
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
@@ -244,7 +246,7 @@ def seconds_of(text: str) -> float:
 
 
 class Tag(Parameter):
-    """A tag: NAME=VALUE; a number or true or false is taken for one."""
+    """A tag: NAME=VALUE. What JSON takes for a number, true or false is one, so that 007 and nan are text."""
 
     name = "tag"
 
@@ -254,14 +256,12 @@ class Tag(Parameter):
         name, equals, given = value.partition("=")
         if not name or not equals:
             self.fail(f"{value!r} is no tag; write NAME=VALUE, as in --tag env=math")
-        if given in ("true", "false"):
-            return name, given == "true"
-        for kind in (int, float):
-            try:
-                return name, kind(given)
-            except ValueError:
-                continue
-        return name, given
+        try:
+            found = json.loads(given, parse_constant=str)
+        except ValueError:
+            return name, given
+        is_value = isinstance(found, int) or (isinstance(found, float) and math.isfinite(found))
+        return name, found if is_value else given
 
 
 def environment_of(rollout: Any) -> str:

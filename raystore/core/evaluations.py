@@ -241,7 +241,7 @@ def _drop(state: State, step: Step, known: Evaluation, why: str) -> None:
 
 
 def drop(state: State, step: Step, *, name: Id, version: int | None, branch: Whole | None = None) -> int:
-    """Drop what runs of a name: of one version, in the newest branch unless it is said, or (None) of all; how many.
+    """Drop what runs of a name: of one version and branch, or (None) of all; how many.
 
     Those that have ended stay as they are.
     """

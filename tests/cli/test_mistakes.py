@@ -45,6 +45,7 @@ def ran(*arguments: Any) -> tuple[int, str]:
         (["rollouts", "--sort", "start-time"], "'start-time' is no field; did you mean 'start_time'?"),
         (["rollouts", "--stat", "x"], "--status"),
         (["rollouts", "--tag", "math"], "'math' is no tag; write NAME=VALUE"),
+        (["export", "--to", "x.jsonl", "--tag", "math"], "'math' is no tag; write NAME=VALUE"),
         (["rollouts", "--limit", "-1"], "-1 is not in the range x>=1"),
         (["groups", "--status", "complet"], "did you mean 'complete'?"),
         (["workers", "--status", "bussy"], "did you mean 'busy'?"),

@@ -14,6 +14,7 @@ from rich.cells import cell_len
 import raystore as rs
 from raystore.cli.drawing import Column, Screen, bar
 from raystore.cli.plainly import as_json
+from raystore.cli.reading import Tag
 from raystore.cli.show import tree, walk
 from raystore.cli.text import clean, clean_lines, counted, duration, last_line, place_of, share, size, sparkline
 from raystore.reports import svg
@@ -172,3 +173,16 @@ def test_the_picture_of_curves() -> None:
     assert svg.ticks(0.13, 0.87) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert svg.ticks(5, 5)[0] < 5 < svg.ticks(5, 5)[-1]
     assert "<svg" in svg.draw({}, title="", below="")
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("3", 3), ("-2.5", -2.5), ("1e3", 1000.0), ("true", True), ("007", "007"), ("1_000", "1_000"), ("nan", "nan"),
+        ("NaN", "NaN"), ("-Infinity", "-Infinity"), ("1e999", "1e999"), ("null", "null"), ("[1]", "[1]"),
+        ("True", "True"), ("", ""), ("a=b", "a=b"), ("9" * 400, int("9" * 400)),
+    ],
+)  # fmt: skip
+def test_a_tag_is_a_number_only_if_it_is_written_as_one(given: str, value: object) -> None:
+    found = Tag().convert(f"name={given}", None, None)
+    assert found == ("name", value) and type(found[1]) is type(value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import re
 import shutil
@@ -27,7 +26,7 @@ from raystore.cli.exports import source
 from raystore.cli.exports.source import FINISHED, GROUP_STATUSES, UNFINISHED, Filters, Place, Whole
 from raystore.cli.exports.targets import Collector, CursorFile, ExportError, Lines, Parquet, Target, Trace
 from raystore.cli.finding import Where, opened
-from raystore.cli.reading import STORE_OPTIONS, seconds_of
+from raystore.cli.reading import STORE_OPTIONS, Tag, seconds_of
 from raystore.client.local import RecoveredRun
 from raystore.errors.text import either, meant
 from raystore.reports.log import escaped
@@ -239,7 +238,7 @@ def plan_of(
     groups: bool,
     status: str | None,
     mode: str | None,
-    tags: Sequence[str],
+    tags: Sequence[tuple[str, Any]],
     since: str | None,
     headers: Sequence[str],
     openinference: bool,
@@ -265,7 +264,7 @@ def plan_of(
     wanted = _statuses(status, groups)
     if format == "otlp" and (open_ones := [one for one in wanted if one in UNFINISHED]):
         raise ExportError(f"a collector takes what has ended, and not {either(open_ones)}")
-    filters = Filters(wanted, mode, dict(map(_tag, tags)), None if since is None else _time(since, now))
+    filters = Filters(wanted, mode, dict(tags), None if since is None else _time(since, now))
     name = f"raystore-export-{zlib.crc32(to.encode()):08x}.cursor"
     plan = Plan(to, format, groups, filters, dict(map(_header, headers)), openinference, Path(name), anew)
     if cursor is None and format != "otlp":
@@ -297,17 +296,6 @@ def _statuses(given: str | None, of_groups: bool) -> tuple[str, ...]:
                 f"--status {word!r} is no status of {what}; there are {either(known)}{meant(word, known)}"
             )
     return found
-
-
-def _tag(given: str) -> tuple[str, Any]:
-    name, equals, value = given.partition("=")
-    if not name or not equals:
-        raise ExportError(f"--tag {given!r} is no tag; write NAME=VALUE, as --tag env=math")
-    try:
-        found = json.loads(value)
-    except ValueError:
-        return name, value
-    return name, found if isinstance(found, (bool, int, float)) else value
 
 
 def _header(given: str) -> tuple[str, str]:
@@ -376,7 +364,9 @@ _OPTIONS = [
     click.option("--groups", is_flag=True, help="Groups to train on, in place of rollouts."),
     click.option("--status", metavar="STATUS,...", help="Only these; unless said, all that have finished."),
     click.option("--mode", type=click.Choice(_MODES), help="Only of this mode."),
-    click.option("--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Only with this tag; may be repeated."),
+    click.option(
+        "--tag", "tags", type=Tag(), multiple=True, metavar="NAME=VALUE", help="Only with this tag; may be repeated."
+    ),
     click.option(
         "--since", metavar="TIME", help="Only what ended since: 2h, 7d, 2026-11-30T12:00, seconds since 1970."
     ),
