@@ -462,8 +462,9 @@ class Context:
         each token). The attempt's own versions stay those of its claim, from which staleness counts. False also if the
         rollout is to stay with its version, and without a store.
 
-        Agents that are not async call `ctx.sync.refresh()`. Raises `asyncio.CancelledError` as `check` does, and what
-        `get_resources_by_id` raises, and then the version before stays.
+        Agents that are not async call `ctx.sync.refresh()`. Raises `asyncio.CancelledError` as `check` does; what
+        `get_resources_by_id` raises; and with `isolation="process"` PayloadNotReadableError or PayloadNotPicklableError
+        for resources that this process cannot be given. Then the version before stays.
         """
         return self._take_version(await _answer_to(self._ask_to_refresh()))
 

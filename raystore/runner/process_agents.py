@@ -27,8 +27,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
-from raystore.errors import AgentProcessError
-from raystore.errors.text import report, summary
+from raystore.errors import AgentProcessError, PayloadNotPicklableError
+from raystore.errors.text import portable, report, summary
 from raystore.reports.log import a_minute, logger_of
 from raystore.runner.agents import Ending, retry_delays
 from raystore.runner.context import Context, EndedError, Version, new_question
@@ -37,6 +37,7 @@ from raystore.runner.life import Life
 from raystore.types.contract import ObjectResource
 from raystore.types.spans import Span
 from raystore.values import pickler
+from raystore.values.models import not_readable
 from raystore.wire.convert import to_state
 
 logger: logging.Logger = logger_of("raystore.runner")
@@ -49,15 +50,22 @@ LENGTH = struct.Struct("<Q")
 
 # Messages are tuples with a kind first. To the process: SETUP, with its agent, `sys.path` and worker id; then RUN, with
 # a rollout, its resources (None: those of the rollout before) and the state that it goes on from, still encoded; then
-# CANCEL, with rollout id, attempt id and why; and ANSWER, with the number of an ASK, its answer, or else an error.
+# CANCEL, with rollout id, attempt id and why; and ANSWER, with the number of an ASK. The next message is then the answer
+# and an error, one of which is None: it may not be readable there, and whoever asked is to be told.
 SETUP, RUN, CANCEL, ANSWER, CLOSE = "setup", "run", "cancel", "answer", "close"
 # Messages from it. ASK is one of the questions of `Context`, with a number and what `Ask` takes.
 READY, FAILED, STARTED, SPAN, LOST, ASK, DONE = "ready", "failed", "started", "span", "lost", "ask", "done"
 
 
 def pack(message: tuple[Any, ...]) -> bytes:
-    """Encode a message; classes that the other end cannot import are pickled by value."""
-    data = pickler.dumps(message)
+    """Encode a message; classes that the other end cannot import are pickled by value.
+
+    Raises `PayloadNotPicklableError`, also for what was unpickled here.
+    """
+    try:
+        data = pickler.dumps(message)
+    except Exception as error:  # whatever a value's own `__reduce__` raises
+        raise PayloadNotPicklableError("What an agent's process and its runner send", summary(error)) from error
     return LENGTH.pack(len(data)) + data
 
 
@@ -91,21 +99,24 @@ class _Process:
         return not self._is_killed and not self.exited.done()
 
     async def run(self, context: Context) -> Ending | None:
-        """Run the agent on one rollout; None if the process ended before the agent was called."""
+        """Run the agent on one rollout; None if the process ended before the agent was called.
+
+        Raises if the task or a resource cannot be had, or not be sent; then the process is as it was before.
+        """
+        version = (context.rollout.resources_id, context.attempt.resources_version)
+        resources = None if version == self._version else await _all_without_references(context.resources)
+        message = pack((RUN, context.rollout, resources, context.saved))
         self._sinks[context.rollout.rollout_id, context.attempt.attempt_id] = context.sink
         if len(self._sinks) > SINKS_KEPT:
             del self._sinks[next(iter(self._sinks))]
         self._lose = context.lose
         self._context = context
-        resources = None
-        version = (context.rollout.resources_id, context.attempt.resources_version)
-        if version != self._version:
-            resources = await _all_without_references(context.resources)
-            self._version = version
+        self._version = version
         self._has_started = False
         done: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._done = done
-        self.send(RUN, context.rollout, resources, context.saved)
+        self._writer.write(message)
+        del message, resources  # they may be large
         either: list[asyncio.Future[Any]] = [done, self.exited]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():  # unless a child of the agent holds the socket open, it closes after the last message
@@ -168,7 +179,8 @@ class _Process:
 
     def _on_question(self, number: int, what: str, given: Any) -> None:
         if self._context is None:  # the rollout is over
-            self.send(ANSWER, number, None, EndedError("the rollout is over"))
+            self.send(ANSWER, number)
+            self.send(None, EndedError("the rollout is over"))
             return
         loop = asyncio.get_running_loop()
 
@@ -184,15 +196,15 @@ class _Process:
         task.add_done_callback(self._answering.discard)
 
     async def _answer(self, number: int, asked: Future[Any]) -> None:
-        answer, error = None, asked.exception()
         try:
-            if error is None:
-                answer = asked.result()
+            answer = asked.result()
             if isinstance(answer, Version):
                 answer = answer._replace(resources=await _all_without_references(answer.resources))
-        except Exception as lost:  # a resource cannot be had
-            answer, error = None, lost
-        self.send(ANSWER, number, answer, error)
+            message = pack((answer, None))
+        except Exception as error:  # it was refused, or a resource cannot be had, or not be pickled again
+            message = pack((None, portable(error)))
+        self.send(ANSWER, number)
+        self._writer.write(message)
 
     def kill(self) -> None:
         """Kill it with everything that it started."""
@@ -235,7 +247,7 @@ class ProcessAgents:
                 self._running[context] = process
                 try:
                     ending = await process.run(context)
-                except BaseException:
+                except asyncio.CancelledError:  # an error: nothing was sent to it
                     process.kill()
                     raise
                 finally:
@@ -422,8 +434,12 @@ class _AgentProcess:
         elif kind == CANCEL:
             self._cancel(life, *values)
         elif kind == ANSWER:
-            number, answer, refusal = values
+            (number,) = values
             asked = self._asked.pop(number)
+            try:
+                answer, refusal = self._channel.receive()
+            except Exception as error:  # a value cannot be unpickled in this process; or the runner is gone
+                answer, refusal = None, not_readable("runner's answer, the newest resources or an error,", error)
             if refusal is not None:
                 asked.set_exception(refusal)
             else:

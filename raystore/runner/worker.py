@@ -150,6 +150,7 @@ class _Work:
     sending: asyncio.Task[None] | None = None  # the last flush
     has_refused_batch: bool = False  # of spans, which are then sent again one by one
     refusal: Exception | None = None  # of a span that the agent made itself
+    unread: tuple[str, int, int | None] | None = None  # what `refresh_attempt` said, until its resources are here
 
     @property
     def rollout(self) -> AttemptedRollout:
@@ -461,13 +462,14 @@ class Runner:
         """Switch an agent to the newest resources; returns these, or why its work is no longer needed."""
         context = work.context
         try:
-            newer = await self._store.refresh_attempt(*work.key)
+            newer = await self._store.refresh_attempt(*work.key) or work.unread
         except _OVER as error:
             return _cancelled_by(context, error)
         if newer is None:
             return None
-        resources_id, number, policy_version = newer
+        resources_id, number, policy_version = work.unread = newer
         resources = await self._resources.acquire(resources_id, number)
+        work.unread = None
         if self._running.get(work.key) is not work:  # the agent has ended meanwhile
             self._resources.release(resources_id, number)
             return None

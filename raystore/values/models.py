@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from raystore.errors import InvalidValueError, PayloadNotReadableError, StoreError
-from raystore.errors.text import either, meant
+from raystore.errors.text import either, meant, summary
 
 EXTRA = "__pydantic_extra__"  #: stands for the fields that a model does not know, among the names of its fields
 PLACE_SHOWN = 200  #: characters of the place of a value that an error shows
@@ -49,6 +49,12 @@ class Model(BaseModel):
 # other models: they pay nothing. Each reading tries again, since the missing module may be there by now.
 
 
+def not_readable(name: str, error: Exception) -> PayloadNotReadableError:
+    """How to say that a value cannot be decoded here, because of an error."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    return PayloadNotReadableError(name, missing, summary(error))
+
+
 class Undecoded:
     """A payload that could not be decoded, with the function that decodes it; equal to another of the same payload."""
 
@@ -66,8 +72,7 @@ class Undecoded:
         except StoreError:  # says already what is wrong
             raise
         except Exception as error:  # whatever a user's class raises while it is unpickled
-            missing = error.name if isinstance(error, ModuleNotFoundError) else None
-            raise PayloadNotReadableError(self._name, missing, f"{type(error).__name__}: {error}") from error
+            raise not_readable(self._name, error) from error
 
     def _content(self) -> Any:
         payload = self._payload

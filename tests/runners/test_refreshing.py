@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -153,3 +154,101 @@ async def test_a_sample_of_a_pinned_evaluation_keeps_its_version(store: AnyStore
     assert await store.refresh_attempt(rollout.rollout_id, rollout.attempt.attempt_id) is None
     await store.finish_attempt(rollout.rollout_id, rollout.attempt.attempt_id, [], "succeeded")
     assert (await evaluation.result()).versions == (3, 3)
+
+
+class OddError(Exception):
+    """An error that cannot be unpickled."""
+
+    def __init__(self, text: str, more: int) -> None:
+        super().__init__(text)
+
+
+class Weights:
+    """A value that some process cannot read, or not pickle again."""
+
+    def __init__(self, fault: str, is_copy: bool = False) -> None:
+        self.fault = fault
+        self.is_copy = is_copy
+
+    def __reduce__(self) -> Any:
+        if self.is_copy and self.fault == "cannot be pickled again":
+            raise OddError("there is a lock in it", 1)
+        return copy_of, (self.fault, os.getpid())
+
+
+def copy_of(fault: str, sender: int) -> Weights:
+    """Unpickle them."""
+    if fault == "cannot be read" or (fault == "cannot be read elsewhere" and os.getpid() != sender):
+        raise OddError("another version", 1)
+    return Weights(fault, is_copy=True)
+
+
+async def told(task: Any, ctx: rs.Context) -> float:
+    """Refreshes until it has good weights, and counts what it was told of others; its process is its reward."""
+    with ctx.span("waits"):
+        pass
+    while task == "refreshes":
+        try:
+            if await ctx.refresh():
+                break
+        except rs.StoreError as error:
+            with ctx.span("told", error=str(error)):
+                assert ctx.resources["w"].get() == ctx.policy_version == 0
+        await asyncio.sleep(0.05)
+    assert ctx.resources["w"].get() == ctx.policy_version == 2
+    return float(os.getpid())
+
+
+@both
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("cannot be read", "cannot be read in this process (OddError: another version)"),
+        ("cannot be read elsewhere", "cannot be read in this process (OddError: another version)"),
+        ("cannot be pickled again", "cannot be pickled (OddError: there is a lock in it)"),
+    ],
+)
+async def test_newest_weights_that_cannot_be_had_are_told(
+    make_memory_store: MakeMemoryStore, isolation: Isolation, fault: str, said: str
+) -> None:
+    """The agent keeps those that it has, and gets the next ones; its process serves the next rollout."""
+    store = make_memory_store()
+    await store.update_resources("main", weights(0), policy_version=0)
+    async with rs.RunnerPool(store, told, size=1, isolation=isolation, flush_seconds=0.05):
+        first = await store.enqueue_rollout("refreshes")
+        await waiting(store, first.rollout_id)
+        await store.update_resources("main", {"w": rs.ObjectResource(value=Weights(fault))}, policy_version=1)
+
+        async def is_told() -> bool:
+            spans = await store.query_spans(first.rollout_id, name="told")
+            assert all(said in span.attributes["error"] for span in spans)
+            return len(spans) >= (2 if fault == "cannot be read" else 1)  # the runner asks again for what it had not
+
+        if isolation == "process" or fault == "cannot be read":
+            await until(is_told)
+        await store.update_resources("main", weights(2), policy_version=2)
+        second = await store.enqueue_rollout("x")
+        ends = await store.wait_for_rollouts(rollout_ids=[first.rollout_id, second.rollout_id], timeout=30)
+    assert [end.status for end in ends] == ["succeeded"] * 2, ends[0].attempt.error
+    assert ends[0].reward == ends[1].reward
+
+
+async def test_a_task_that_cannot_be_sent_to_a_process_leaves_it_as_it_was(make_memory_store: MakeMemoryStore) -> None:
+    """Its rollout fails and says why; the next one has its resources, and the same process."""
+    store = make_memory_store()
+    await store.update_resources("main", weights(1), policy_version=1)
+    async with rs.RunnerPool(store, told_of_weights, size=1, isolation="process"):
+        ends = []
+        for task in ("x", Weights("cannot be pickled again"), "x"):
+            made = await store.enqueue_rollout(task, config=rs.RolloutConfig(max_attempts=1))
+            ends.append(present(await store.wait_for_rollout(made.rollout_id, timeout=30)))
+            await store.update_resources("main", weights(2), policy_version=2)
+    assert [end.status for end in ends] == ["succeeded", "failed", "succeeded"]
+    assert "cannot be pickled (OddError: there is a lock in it)" in str(present(ends[1].attempt.error))
+    assert ends[0].reward == ends[2].reward
+
+
+def told_of_weights(task: Any, ctx: rs.Context) -> float:
+    """Checks that it has the weights that it is said to have; its process is its reward."""
+    assert ctx.resources["w"].get() == ctx.policy_version
+    return float(os.getpid())
