@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import raystore as rs  # noqa: E402
+from tests.cli.commands import here  # noqa: E402
 from tests.cli.small_run import fill  # noqa: E402
-from tests.cli.terminal import here  # noqa: E402
 
 PAGE = ROOT / "docs" / "cli.md"
 JOURNAL = "runs/small"

@@ -260,7 +260,7 @@ def test_colours_are_for_terminals(
     with Terminal() as terminal:
         rs.setup_logging(stream=terminal.stream)
         LOGGER.error("red")
-        text = terminal.read()
+    text = terminal.text
     assert text.endswith("raystore.tests: red\n") and ("\x1b[31mERROR\x1b[0m" in text) is not no_color
 
 

@@ -50,8 +50,8 @@ LENGTH = struct.Struct("<Q")
 
 # Messages are tuples with a kind first. To the process: SETUP, with its agent, `sys.path` and worker id; then RUN, with
 # a rollout, its resources (None: those of the rollout before) and the state that it goes on from, still encoded; then
-# CANCEL, with rollout id, attempt id and why; and ANSWER, with the number of an ASK. The next message is then the answer
-# and an error, one of which is None: it may not be readable there, and whoever asked is to be told.
+# CANCEL, with rollout id, attempt id and why; and ANSWER, with the number of an ASK. The message after it is its
+# answer and an error, one of which is None; if it cannot be read there, whoever asked is told.
 SETUP, RUN, CANCEL, ANSWER, CLOSE = "setup", "run", "cancel", "answer", "close"
 # Messages from it. ASK is one of the questions of `Context`, with a number and what `Ask` takes.
 READY, FAILED, STARTED, SPAN, LOST, ASK, DONE = "ready", "failed", "started", "span", "lost", "ask", "done"

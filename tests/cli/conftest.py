@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import raystore as rs
+from tests.cli.commands import ROOT
 from tests.cli.small_run import fill
-from tests.cli.terminal import ROOT
 
 KILLED = """
 import asyncio, os, signal, sys

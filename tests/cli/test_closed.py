@@ -14,8 +14,8 @@ from raystore.core.payload import Payload
 from raystore.values.closed import Closed, are_closed, pickles_closed
 from raystore.values.objects import Origin
 from raystore.wire import codec, convert
+from tests.cli.commands import here
 from tests.cli.small_run import Unknown
-from tests.cli.terminal import here
 from tests.conftest import MakeMemoryStore
 from tests.helpers import make_span, present
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cli.terminal import ROOT, process
+from tests.cli.commands import ROOT, process
 
 AT_LEAST = 64  #: rollouts that have finished before anybody looks
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from raystore.cli.program import FAMILIES
-from tests.cli.terminal import ROOT
+from tests.cli.commands import ROOT
 
 
 def test_the_page_shows_what_commands_print() -> None:

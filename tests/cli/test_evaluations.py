@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import raystore as rs
-from tests.cli.terminal import here, piped
+from tests.cli.commands import here, piped
 from tests.feed.conftest import RIGHT, Failed, running
 
 

@@ -24,7 +24,8 @@ import raystore as rs
 from raystore.cli import demo, finding
 from raystore.cli.endings import NoStore, WrongUse
 from raystore.cli.program import FAMILIES, program
-from tests.cli.terminal import ROOT, Terminal, here, piped, process
+from tests.cli.commands import ROOT, here, piped, process
+from tests.terminals import Terminal
 
 COMMANDS = [name for family in FAMILIES.values() for name, _, _ in family]
 
@@ -324,7 +325,7 @@ def test_what_is_waited_for_is_said_on_a_terminal(killed: Path) -> None:
     """Before it is there; then it is taken away."""
     terminal = Terminal()
     command = [sys.executable, "-m", "raystore", "status", "--journal", str(killed)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal.slave, timeout=30)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal.stream, timeout=30)
     terminal.close()
     assert done.returncode == 0 and b"Reading" not in done.stdout
     said, gone = f"Reading the journal {killed} ...", len(f"Reading the journal {killed} ...") * " "
@@ -368,7 +369,7 @@ def test_tail_goes_on_until_ctrl_c(cluster: None) -> None:
     terminal = Terminal()
     with rs.start("tailed") as store:
         store.sync.enqueue_rollout("old", rollout_id="came-before")
-        running = process("tail", "--last", "1", "--name", "tailed", "--address", address(), stdout=terminal.slave)
+        running = process("tail", "--last", "1", "--name", "tailed", "--address", address(), stdout=terminal.stream)
         terminal.until("came-before")
         store.sync.enqueue_rollout("new", rollout_id="came-later")
         terminal.until("came-later")
@@ -417,7 +418,7 @@ def test_no_color(killed: Path, monkeypatch: pytest.MonkeyPatch, variable: str) 
 def test_start_without_a_cluster_stays_until_ctrl_c() -> None:
     """It starts Ray, and ends it."""
     terminal = Terminal(200)
-    running = process("start", "alone", stdout=terminal.slave, RAY_ADDRESS="local")
+    running = process("start", "alone", stdout=terminal.stream, RAY_ADDRESS="local")
     terminal.until("Ctrl+C ends both", within=60)
     found = re.search(r"raystore status --address (\S+) --name alone", terminal.text)
     assert found

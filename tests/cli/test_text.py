@@ -18,9 +18,10 @@ from raystore.cli.reading import Tag
 from raystore.cli.show import tree, walk
 from raystore.cli.text import clean, clean_lines, counted, duration, last_line, place_of, share, size, sparkline
 from raystore.reports import svg
+from tests.cli.commands import COLOURS, here, piped
 from tests.cli.small_run import TRACEBACK
-from tests.cli.terminal import COLOURS, Terminal, here, piped
 from tests.helpers import make_span, present
+from tests.terminals import Terminal
 
 
 @pytest.mark.parametrize(
@@ -94,8 +95,7 @@ def test_a_table_fits_its_terminal(width: int) -> None:
     terminal = Terminal(width)
     columns = [Column("id"), Column("much", 1, least=10), Column("more", 2), Column("count", 3, right=True)]
     rows: list[list[Any]] = [["rollout-0123456789", "word " * 10, "汉字" * 10, 7], ["rollout-1", None, None, 8]]
-    with open(terminal.slave, "w", encoding="utf-8", closefd=False) as file:
-        Screen(file).table(columns, rows)
+    Screen(terminal.stream).table(columns, rows)
     terminal.close()
     lines = COLOURS.sub("", terminal.text).splitlines()
     assert max(cell_len(line.rstrip()) for line in lines) <= width

@@ -18,8 +18,9 @@ import raystore as rs
 from raystore.cli.limits import REMEDIES, findings
 from raystore.cli.top import Choice, Page, Place, draw, places_of, read
 from raystore.service.sampling import CAUSES
-from tests.cli.terminal import ROOT, Terminal, piped, process
+from tests.cli.commands import ROOT, piped, process
 from tests.helpers import until
+from tests.terminals import Terminal
 
 
 class Agent:
@@ -53,21 +54,21 @@ async def test_a_live_page_tells_what_goes_on_and_takes_keys(cluster: None) -> N
         environment = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(ROOT.home())}
         where = ["--name", "watched", "--address", ray.get_runtime_context().gcs_address]
         command = [sys.executable, "-m", "raystore", "top", *where, "--interval", "300ms"]
-        ends: Any = {"stdin": terminal.slave, "stdout": terminal.slave, "stderr": terminal.slave}
+        ends: Any = {"stdin": terminal.stream, "stdout": terminal.stream, "stderr": terminal.stream}
         top = subprocess.Popen(command, cwd=ROOT, env=environment, **ends)  # noqa: ASYNC220 - it does not block
         try:
             for part in ("store watched", "4 succeeded", "gpu 1", long.rollout_id, "tool.search", "q quit"):
                 await asyncio.to_thread(terminal.until, part, 60)
-            terminal.press("/nothing\r")
+            terminal.type("/nothing\r")
             await asyncio.to_thread(terminal.until, "filter 'nothing'")
-            terminal.press("/search\r")
+            terminal.type("/search\r")
             await asyncio.to_thread(terminal.until, "filter 'search'")
-            terminal.press("p")
+            terminal.type("p")
             await asyncio.to_thread(terminal.until, "PAUSED")
-            terminal.press("\r")
+            terminal.type("\r")
             await asyncio.to_thread(terminal.until, f"rollout {long.rollout_id}")
             await asyncio.to_thread(terminal.until, "any key goes back")
-            terminal.press("xq")
+            terminal.type("xq")
             assert await asyncio.to_thread(top.wait, 20) == 0
         finally:
             top.kill()

@@ -17,8 +17,8 @@ from raystore.cli.diff import Side, differences
 from raystore.cli.drawing import Screen
 from raystore.cli.program import FAMILIES
 from raystore.cli.reading import View
+from tests.cli.commands import COLOURS, Shown, here, piped
 from tests.cli.small_run import HOSTILE
-from tests.cli.terminal import COLOURS, Shown, here, piped
 from tests.helpers import make_span, present
 
 #: Each verb with arguments, and what it must say of the small run.

@@ -12,8 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from raystore.client.client import StoreClient
+from tests.cli.commands import here, piped
 from tests.cli.small_run import HOSTILE
-from tests.cli.terminal import here, piped
 
 
 class Found(BaseModel):
