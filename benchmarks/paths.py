@@ -39,9 +39,10 @@ class Calls:
             if not code.co_qualname.endswith(IS_NO_FUNCTION):
                 self.seen.append((module, code.co_qualname, threading.current_thread() is CLIENT))
 
-    async def of(self, operation: Callable[[], Awaitable[Any]]) -> list[tuple[str, str, bool]]:
+    async def of(self, operation: Callable[[], Awaitable[Any]], number: int) -> list[tuple[str, str, bool]]:
         """What an operation calls until its answer is there."""
-        await asyncio.sleep(1)  # what follows earlier operations, as the acknowledgement of a claim, is over
+        # What follows earlier operations, as the acknowledgement of a claim, is over; and not in step with timers.
+        await asyncio.sleep(1 + 0.17 * number)
         self.seen.clear()
         self.is_watching = True
         await operation()
@@ -79,7 +80,7 @@ async def main() -> None:
     print("| operation | functions | modules | of the client | of the store | calls |")
     print("|---|---|---|---|---|---|")
     for name, operation in operations.items():
-        seen = min([await calls.of(operation) for _ in range(TIMES)], key=len)
+        seen = min([await calls.of(operation, number) for number in range(TIMES)], key=len)
         functions = dict.fromkeys(call[:2] for call in seen)
         sides = [len({call[:2] for call in seen if call[2] is is_client}) for is_client in (True, False)]
         modules = {module for module, _ in functions}

@@ -7,7 +7,6 @@ not finished is withdrawn without a charge, by the runner itself or by the pool.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import queue
 import threading
@@ -39,27 +38,20 @@ class RunnerActor:
     def __init__(self, store: StoreClient, agent: bytes, worker_id: str, options: RunnerOptions) -> None:
         self._store = store
         self._runner = Runner(store, agent, worker_id, options)
-        self._opening: asyncio.Future[None] | None = None
-
-    async def _open(self) -> None:
-        if self._opening is None:
-            self._opening = asyncio.ensure_future(self._runner.open())
-        try:
-            await asyncio.shield(self._opening)
-        except Exception as error:
-            raise portable(error) from None
 
     async def ping(self) -> None:
         """Answer as soon as this process runs."""
 
     async def ready(self) -> str:
-        """Wait until the agents are set up; returns the session id of this process."""
-        await self._open()
+        """Set the agents up; returns the session id of this process."""
+        try:
+            await self._runner.open()
+        except Exception as error:
+            raise portable(error) from None
         return str(self._store.session_id)
 
     async def run(self) -> None:
-        """Work until stopped."""
-        await self._open()
+        """Work until stopped, once `ready` was answered: a task that kills this process is no failure to start it."""
         await self._runner.run()
         self._store.close()
 
@@ -75,21 +67,26 @@ class RunnerActor:
 class _Member:
     """One runner actor as its pool knows it."""
 
-    def __init__(self, number: int, worker_id: str, actor: Any) -> None:
+    def __init__(self, number: int, worker_id: str, actor: Any, is_awaited: bool) -> None:
         self.number = number
         self.worker_id = worker_id
         self.actor = actor
-        self.session_id: str | None = None
-        self.is_ready = False
+        self.is_awaited = is_awaited  # by whoever starts it, and tells of its failure to start
         self.is_stopped = False  # by the pool; then its end is no death
         self.is_replaced = False
         self.ended = threading.Event()
         self._ping: Future[None] = actor.ping.remote().future()
+        self.ready: Future[str] = actor.ready.remote().future()
+
+    @property
+    def session_id(self) -> str | None:
+        """Of its process, once it is ready."""
+        return self.ready.result() if self.ready.done() and self.ready.exception() is None else None
 
     @property
     def is_setting_up(self) -> bool:
         """Whether its process runs while its agent is not ready yet."""
-        return not self.is_ready and self._ping.done() and self._ping.exception() is None
+        return not self.ready.done() and self._ping.done() and self._ping.exception() is None
 
     def stop(self, *, drain: bool) -> None:
         self.actor.stop.remote(drain)
@@ -141,59 +138,52 @@ class RunnerActors:
     # -- starting ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start all runners, and wait until they are ready."""
+        """Start all runners, and wait until they are ready; if one fails, kill them all."""
+        self._watcher.start()
         try:
             self._start_members(range(self._size))
         except BaseException:  # Ctrl+C, too
-            self._stopping = True
+            with self._lock:
+                self._stopping = True
+                self._kill(self.members())
+            self._events.put(None)
             raise
-        self._watcher.start()
 
     def _start_members(self, numbers: Iterable[int]) -> None:
-        """Start runners with these numbers and wait until all are ready; if one fails, kill them all."""
+        """Start runners with these numbers and wait until all are ready."""
         with self._lock:
             if self._stopping:
                 raise self._error("the pool was stopped")
-            members = [self._start_member(number) for number in numbers]
-        try:
-            self._wait_until_ready(members)
-        except BaseException:
-            with self._lock:
-                self._kill(members)
-            raise
-
-    def _wait_until_ready(self, members: list[_Member]) -> None:
+            members = [self._start_member(number, is_awaited=True) for number in numbers]
         deadline = time.monotonic() + self._start_timeout
         explain_at = time.monotonic() + min(EXPLAIN_SECONDS, self._start_timeout)
         has_explained = False
-        sessions = [member.actor.ready.remote().future() for member in members]
         with Progress("starting runners", len(members)) as shown:
-            for member, session in zip(members, sessions, strict=True):
-                while not member.is_ready:
-                    shown.update(sum(one.done() for one in sessions))
+            for member in members:
+                while member.session_id is None:
+                    shown.update(sum(one.ready.done() for one in members))
                     try:
                         left = (deadline if has_explained else explain_at) - time.monotonic()
                         left = min(left, SHOWN_SECONDS) if shown.can_draw else left
-                        member.session_id = session.result(timeout=max(left, 0))
-                        member.is_ready = True
+                        member.ready.result(timeout=max(left, 0))
                     except TimeoutError as error:
-                        if session.done():  # the agent itself raised it
+                        if member.ready.done():  # the agent itself raised it
                             raise self._error(_cause(error)) from error
                         if time.monotonic() >= deadline:
                             raise self._error(setting_up=sum(member.is_setting_up for member in members)) from None
                         if not has_explained and time.monotonic() >= explain_at:
-                            self._log_waiting([member for member in members if not member.is_ready])
+                            self._log_waiting([member for member in members if not member.ready.done()])
                             has_explained = True
                     except Exception as error:  # the runner has died, or its agent cannot be set up
                         raise self._error(_cause(error)) from error
 
-    def _start_member(self, number: int) -> _Member:
+    def _start_member(self, number: int, *, is_awaited: bool) -> _Member:
         worker_id = self._ids.next(number)
         options: dict[str, Any] = {"max_concurrency": 100, "max_restarts": 0, "max_task_retries": 0}
         options |= {"name": worker_id, "namespace": NAMESPACE, "enable_task_events": False, **self._requirements}
         actor = self._class.options(**options).remote(self._store, self._agent, worker_id, self._options)
-        member = self._members[number] = _Member(number, worker_id, actor)
-        actor.run.remote().future().add_done_callback(lambda future: self._events.put((self._on_end, member, future)))
+        member = self._members[number] = _Member(number, worker_id, actor, is_awaited)
+        member.ready.add_done_callback(lambda future: self._events.put((self._on_ready, member, future)))
         return member
 
     def _error(self, cause: str | None = None, *, setting_up: int = 0) -> PoolStartError:
@@ -231,13 +221,12 @@ class RunnerActors:
                 )
 
     def _on_slow(self, member: _Member, future: None) -> None:
-        if not member.is_ready and not member.ended.is_set() and not self._stopping:
+        if not member.ready.done() and not self._stopping:
             self._log_waiting([member])
 
-    def _on_end(self, member: _Member, future: Future[None]) -> None:
-        member.is_ready = True
+    def _on_end(self, member: _Member, future: Future[Any]) -> None:
         member.ended.set()
-        if member.is_stopped:
+        if member.is_stopped or (member.is_awaited and member.session_id is None):
             return
         error = future.exception()
         if error is None:
@@ -257,11 +246,12 @@ class RunnerActors:
         self._later(0, lambda: self._on_death(member, error))
 
     def _on_ready(self, member: _Member, future: Future[str]) -> None:
-        """Reset the count of failures; if they were reported to the store, report that the pool works again."""
-        member.is_ready = True
+        """Let a runner work, and report that the pool works again if its failures were reported to the store."""
         if future.exception():
+            self._on_end(member, future)
             return
-        member.session_id = future.result()
+        run = member.actor.run.remote().future()
+        run.add_done_callback(lambda future: self._events.put((self._on_end, member, future)))
         failures, self._failures = self._failures, 0
         if failures >= FAILURES_REPORTED:
             self._later(0, lambda: self._report_pool(0, None))
@@ -310,10 +300,7 @@ class RunnerActors:
         with self._lock:
             if self._stopping or self._members.get(dead.number) is not dead or dead.number >= self._size:
                 return
-            member = self._start_member(dead.number)
-        member.actor.ready.remote().future().add_done_callback(
-            lambda future: self._events.put((self._on_ready, member, future))
-        )
+            member = self._start_member(dead.number, is_awaited=False)
         self._later(EXPLAIN_SECONDS, lambda: self._events.put((self._on_slow, member, None)))
 
     def _report_end(self, member: _Member, *, stopped: bool) -> None:

@@ -84,6 +84,7 @@ class GroupMachine(RuleBasedStateMachine):
         self.session = self.core.open("s")
         self.session.eternal = True
         self.groups: dict[str, ModelGroup] = {}
+        self.made_for: dict[str, list[str]] = {}  # rollouts that were requeued beside one that stays as it is
         self.consumers = {name: ModelConsumer(asked.get("mode")) for name, asked in CONSUMERS.items()}
         for name, asked in CONSUMERS.items():
             self.core.run("take_groups", session=self.session, consumer=name, count=1, **asked)
@@ -99,9 +100,9 @@ class GroupMachine(RuleBasedStateMachine):
         if status not in ("succeeded", "failed", "cancelled"):
             return "live"
         outcome = entry.latest.outcome if entry.latest is not None else None
-        if outcome == "dropped" and status != "cancelled":
-            return "dropped"
-        return "infra" if status == "failed" and outcome in ("infra", "runner_lost") else status
+        if status != "failed":  # whatever its attempt says: it may have succeeded by hand
+            return status
+        return "dropped" if outcome == "dropped" else "infra" if outcome in ("infra", "runner_lost") else "failed"
 
     def is_sealed(self, rollout_id: str) -> bool:
         return any(
@@ -287,17 +288,26 @@ class GroupMachine(RuleBasedStateMachine):
         rollout_id = self.pick(number)
         if rollout_id is None:
             return
-        status = self.core.status(rollout_id)
-        if status == "succeeded":
+        if self.core.status(rollout_id) == "succeeded":
             with pytest.raises(RolloutSucceededError):
                 self.run("requeue", rollout_ids=[rollout_id])
             return
-        group = next((group for group in self.groups.values() if rollout_id in group.members), None)
+        newest, entries = rollout_id, self.core.state.entries
+        while self.core.status(newest) in ("failed", "cancelled"):
+            there = [made for made in self.made_for.get(newest, ()) if made in entries]
+            if not there:
+                break
+            newest = there[-1]
+        status = self.core.status(newest)
+        group = next((group for group in self.groups.values() if newest in group.members), None)
         is_fixed = group is not None and group.status != "open" and status in ("failed", "cancelled")
         ((made, _),) = self.run("requeue", rollout_ids=[rollout_id])
-        assert (made.rollout_id != rollout_id) == is_fixed
-        assert made.group_id is None if is_fixed else made.status not in ("failed", "cancelled")
-        assert self.core.status(rollout_id) == (status if is_fixed else made.status)
+        assert (made.rollout_id != newest) == is_fixed
+        if is_fixed:
+            self.made_for.setdefault(newest, []).append(made.rollout_id)
+            assert made.group_id is None and made.requeued_from == newest
+        assert made.status not in ("failed", "cancelled")
+        assert self.core.status(newest) == (status if is_fixed else made.status)
 
     @rule(number=st.integers(0, 99))
     def delete(self, number: int) -> None:

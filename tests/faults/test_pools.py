@@ -170,8 +170,8 @@ async def test_row_73_finds_an_end_that_is_reported_of_the_wrong_runner(
     everybody = []
     start = RunnerActors._start_member
 
-    def started(pool: Any, number: Any) -> Any:
-        everybody.append(start(pool, number))
+    def started(pool: Any, number: Any, **options: Any) -> Any:
+        everybody.append(start(pool, number, **options))
         return everybody[-1]
 
     def wrong(pool: Any, member: Any, *, stopped: Any) -> None:

@@ -329,6 +329,22 @@ async def test_a_killed_runner_is_replaced_and_its_work_done(make_ray_store: Mak
         await until(replaced)
 
 
+async def test_work_that_kills_runners_while_their_pool_starts(make_ray_store: MakeRayStore) -> None:
+    """Such a runner has started, and is replaced as ever: the pool does not fail to start because of what it ran."""
+    store = make_ray_store()
+
+    def agent(task: Any, ctx: rs.Context) -> float:
+        if ctx.attempt.sequence_id == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 1.0
+
+    for _ in range(4):
+        deadly = await store.enqueue_group("deadly", 3)
+        async with rs.RunnerPool(store, agent, size=3):
+            finished = await store.wait_for_rollouts(rollout_ids=[r.rollout_id for r in deadly], timeout=60)
+        assert [r.status for r in finished] == ["succeeded"] * 3
+
+
 async def test_a_rollout_that_always_kills_its_runner_fails(make_ray_store: MakeRayStore) -> None:
     """It is found in at most 1 + max_deliveries losses, and its neighbours are not charged."""
     # Runners that come up late on a busy machine must not let it be lost together with another one again.
